@@ -1,0 +1,304 @@
+"""What a model is: one frozen dataclass with Hugging Face's field names. No torch here.
+
+A `ModelConfig` cannot exist in a state that makes no sense: `validate()` runs when it is made (also by
+`dataclasses.replace`) and names the field, the value and what is allowed.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from moe.errors import ConfigError
+
+ScoringFunc = Literal["sigmoid", "softmax"]
+TopkMethod = Literal["noaux_tc", "group_limited_greedy", "greedy"]
+RopeType = Literal["default", "yarn"]
+
+MAX_SIZE = 2**24  # any single dimension; far above every released model, far below int32 overflow in a product of two
+MAX_PARAMETERS = 2**50
+
+
+@dataclass(frozen=True)
+class RopeParameters:
+    """Rotary embedding, in the form of Hugging Face's `rope_parameters`.
+
+    rope_type "yarn" is always on when configured (DeepSeek's own code applies it only past the original length).
+    attention_factor multiplies cos and sin; None derives it from factor, mscale and mscale_all_dim.
+    mscale_all_dim also raises the softmax scale of MLA by (0.1 * mscale_all_dim * ln(factor) + 1)^2.
+    """
+
+    rope_theta: float = 10000.0
+    rope_type: RopeType = "default"
+    factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attention_factor: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        _check_types(self, "rope_parameters.")
+        self._require("rope_theta", self.rope_theta > 1, "a number above 1")
+        for name in ("beta_fast", "beta_slow"):
+            self._require(name, getattr(self, name) > 0, "a number above 0")
+        for name in ("mscale", "mscale_all_dim", "attention_factor"):
+            value = getattr(self, name)
+            self._require(name, value is None or value >= 0, "None or a number from 0 up")
+        if self.rope_type == "yarn":
+            self._require(
+                "factor", self.factor is not None and self.factor >= 1, "a number from 1 up for rope_type 'yarn'"
+            )
+            original = self.original_max_position_embeddings
+            self._require(
+                "original_max_position_embeddings",
+                original is not None and 1 <= original <= MAX_SIZE * 64,
+                "a positive length for rope_type 'yarn'",
+            )
+
+    def _require(self, name: str, ok: bool, allowed: str) -> None:
+        if not ok:
+            raise ConfigError(f"rope_parameters.{name}", getattr(self, name), allowed)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A transformer with Mixture-of-Experts layers.
+
+    Attention is MLA when `kv_lora_rank` is a number and grouped-query attention when it is None.
+    MLA uses q_lora_rank (None: no compression of q), qk_nope_head_dim, qk_rope_head_dim and v_head_dim;
+    grouped-query attention uses num_key_value_heads, head_dim and qk_norm.
+
+    Routing. `topk_method` decides selection as in DeepSeek's configs:
+
+    - "noaux_tc": a correction bias is added for selection only; a group's score is the sum of its two best experts.
+    - "group_limited_greedy": no bias; a group's score is its best expert.
+    - "greedy": no bias, no groups.
+
+    Losses. `aux_loss_alpha` scales the balance loss, per sequence when `seq_aux`, else over the whole batch;
+    `router_z_loss_coef` scales the mean squared logsumexp of the router's logits; `mtp_loss_weight` is the lambda of
+    multi-token prediction. `model_type` is Hugging Face's and decides the checkpoint layout only. `extra` holds values
+    of a config.json that nothing here reads; they are written back on save.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+    n_shared_experts: int = 0
+    first_k_dense_replace: int = 0
+
+    kv_lora_rank: int | None = None
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    qk_rope_head_dim: int | None = None
+    v_head_dim: int | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    qk_norm: bool = False
+    attention_bias: bool = False
+    rope_parameters: RopeParameters = field(default_factory=RopeParameters)
+    rope_interleave: bool = False
+    max_position_embeddings: int = 4096
+
+    scoring_func: ScoringFunc = "softmax"
+    topk_method: TopkMethod = "greedy"
+    n_group: int = 1
+    topk_group: int = 1
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+
+    num_nextn_predict_layers: int = 0
+    tie_word_embeddings: bool = False
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+
+    aux_loss_alpha: float = 0.0
+    seq_aux: bool = True
+    router_z_loss_coef: float = 0.0
+    mtp_loss_weight: float = 0.3
+
+    model_type: str = "deepseek_v3"
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
+        """A config from plain values. A field that does not exist is refused, with the nearest name that does."""
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        for name in values:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=1)
+                raise ConfigError(
+                    str(name), values[name], f"no such field{f'; did you mean {near[0]}?' if near else ''}"
+                )
+        for name, f in known.items():
+            required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+            if required and name not in values:
+                raise ConfigError(name, None, "a value: the field is required")
+        values = dict(values)
+        rope = values.get("rope_parameters")
+        if isinstance(rope, Mapping):
+            names = {f.name for f in dataclasses.fields(RopeParameters)}
+            for name in rope:
+                if name not in names:
+                    raise ConfigError(f"rope_parameters.{name}", rope[name], f"one of the fields {sorted(names)}")
+            values["rope_parameters"] = RopeParameters(**rope)
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, such that `from_dict(to_dict())` equals the config."""
+        return dataclasses.asdict(self)
+
+    @property
+    def is_mla(self) -> bool:
+        return self.kv_lora_rank is not None
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one query or key head."""
+        if self.is_mla:
+            return (self.qk_nope_head_dim or 0) + (self.qk_rope_head_dim or 0)
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rope_dim(self) -> int:
+        """How many of a head's dimensions rotate."""
+        return (self.qk_rope_head_dim or 0) if self.is_mla else self.qk_head_dim
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Layers with routed experts, without those of the MTP modules."""
+        return self.num_hidden_layers - self.first_k_dense_replace
+
+    def is_moe_layer(self, index: int) -> bool:
+        return index >= self.first_k_dense_replace
+
+    def validate(self) -> None:
+        """Raise `ConfigError` for the first field that makes no sense. Allocates nothing."""
+        _check_types(self, "")
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        sizes += ("moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group")
+        optional = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "v_head_dim", "num_key_value_heads", "head_dim")
+        for name in sizes:
+            self._require(name, 1 <= getattr(self, name) <= MAX_SIZE, f"an integer from 1 to {MAX_SIZE}")
+        for name in optional:
+            value = getattr(self, name)
+            self._require(name, value is None or 1 <= value <= MAX_SIZE, f"None or an integer from 1 to {MAX_SIZE}")
+        for name in ("n_shared_experts", "num_nextn_predict_layers"):
+            self._require(name, 0 <= getattr(self, name) <= 1024, "an integer from 0 to 1024")
+        self._require("num_hidden_layers", self.num_hidden_layers <= 10_000, "at most 10000 layers")
+        limit = MAX_SIZE * 64
+        self._require(
+            "max_position_embeddings", 1 <= self.max_position_embeddings <= limit, f"an integer from 1 to {limit}"
+        )
+
+        self._validate_attention()
+        self._validate_routing()
+
+        for name in ("rms_norm_eps", "initializer_range"):
+            self._require(name, 0 < getattr(self, name) < 1, "a number between 0 and 1")
+        for name in ("aux_loss_alpha", "router_z_loss_coef", "mtp_loss_weight"):
+            self._require(name, getattr(self, name) >= 0, "a number from 0 up")
+        # The product, not the exact count: this guard must not depend on code that the config feeds.
+        experts = self.n_routed_experts * self.moe_intermediate_size * 3 * self.hidden_size * self.num_hidden_layers
+        self._require(
+            "n_routed_experts", experts <= MAX_PARAMETERS, f"at most 2^50 parameters in experts; this is {experts:.3g}"
+        )
+
+    def _validate_attention(self) -> None:
+        if self.is_mla:
+            for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+                self._require(name, getattr(self, name) is not None, "a size, because kv_lora_rank asks for MLA")
+            nope = self.qk_nope_head_dim
+            self._require(
+                "qk_nope_head_dim", nope is not None and 0 <= nope <= MAX_SIZE, f"an integer from 0 to {MAX_SIZE}"
+            )
+            heads = self.num_key_value_heads
+            same = heads is None or heads == self.num_attention_heads
+            self._require(
+                "num_key_value_heads", same, f"None or num_attention_heads ({self.num_attention_heads}) with MLA"
+            )
+            self._require(
+                "head_dim", self.head_dim is None, "None with MLA (qk_nope_head_dim and qk_rope_head_dim decide)"
+            )
+            self._require("qk_norm", not self.qk_norm, "False with MLA (its latents are normalised)")
+        else:
+            for name in ("q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+                self._require(name, getattr(self, name) is None, "None without kv_lora_rank (grouped-query attention)")
+            kv_heads = self.num_key_value_heads or self.num_attention_heads
+            divides = self.num_attention_heads % kv_heads == 0
+            self._require(
+                "num_key_value_heads", divides, f"a divisor of num_attention_heads ({self.num_attention_heads})"
+            )
+            fits = self.head_dim is not None or self.hidden_size % self.num_attention_heads == 0
+            self._require(
+                "hidden_size", fits, f"a multiple of num_attention_heads ({self.num_attention_heads}), or a head_dim"
+            )
+        name = "qk_rope_head_dim" if self.is_mla else ("head_dim" if self.head_dim is not None else "hidden_size")
+        self._require(name, self.rope_dim % 2 == 0, f"an even rotary dimension; it is {self.rope_dim}")
+
+    def _validate_routing(self) -> None:
+        experts, groups = self.n_routed_experts, self.n_group
+        self._require(
+            "num_experts_per_tok", self.num_experts_per_tok <= experts, f"at most n_routed_experts ({experts})"
+        )
+        self._require("n_routed_experts", experts % groups == 0, f"a multiple of n_group ({groups})")
+        self._require("topk_group", self.topk_group <= groups, f"at most n_group ({groups})")
+        if self.topk_method == "greedy":
+            self._require("n_group", groups == 1, "1 with topk_method 'greedy', which has no groups")
+        reachable = self.topk_group * (experts // groups)
+        self._require(
+            "num_experts_per_tok",
+            self.num_experts_per_tok <= reachable,
+            f"at most {reachable}, the experts in topk_group ({self.topk_group}) of {groups} groups",
+        )
+        dense = self.first_k_dense_replace
+        layers = self.num_hidden_layers
+        self._require(
+            "first_k_dense_replace", 0 <= dense <= layers, f"an integer from 0 to num_hidden_layers ({layers})"
+        )
+        self._require("routed_scaling_factor", self.routed_scaling_factor > 0, "a number above 0")
+
+    def _require(self, name: str, ok: bool, allowed: str) -> None:
+        if not ok:
+            raise ConfigError(name, getattr(self, name), allowed)
+
+
+def _check_types(config: Any, prefix: str) -> None:
+    """Every field holds a value of its annotated type. bool is not int; int passes for float; floats are finite."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        choices = get_args(f.type)
+        if f.type in (ScoringFunc, TopkMethod, RopeType):
+            if not isinstance(value, str) or value not in choices:
+                raise ConfigError(prefix + f.name, value, f"one of {', '.join(choices)}")
+            continue
+        if value is None and type(None) in choices:
+            continue
+        kinds = [c for c in choices if c is not type(None)] if type(None) in choices else [f.type]
+        kind = kinds[0]
+        if kind is bool and not isinstance(value, bool):
+            raise ConfigError(prefix + f.name, value, "true or false")
+        if kind is int and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ConfigError(prefix + f.name, value, "an integer")
+        if kind is float and (
+            isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
+        ):
+            raise ConfigError(prefix + f.name, value, "a finite number")
+        if kind is str and not isinstance(value, str):
+            raise ConfigError(prefix + f.name, value, "a string")
+        if kind is RopeParameters and not isinstance(value, RopeParameters):
+            raise ConfigError(prefix + f.name, value, "a RopeParameters")
+        if f.name == "extra" and not isinstance(value, Mapping):
+            raise ConfigError(prefix + f.name, value, "a mapping")
