@@ -1,0 +1,124 @@
+"""SwiGLU: the gated activation between an expert's two matrix products."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe.ops.library import define, define_gradient
+
+
+def swiglu(gate_up: Tensor, limit: float | None = None, alpha: float = 1.0) -> Tensor:
+    """Gated activation of two halves that lie side by side: [..., 2F] -> [..., F], gate half first.
+
+        gate, up = gate_up[..., :F], gate_up[..., F:]
+        if limit is given: gate = min(gate, limit); up = max(min(up, limit), -limit)
+        out = gate * sigmoid(alpha * gate) * up
+
+    With the defaults this is silu(gate) * up. With `limit` it is the clamped form of gpt-oss as transformers writes it,
+    without gpt-oss's `up + 1`, which is the caller's to add. Clamping stops the gradient strictly outside the limits,
+    as `torch.clamp` does; NaN stays NaN.
+
+    Any floating dtype, any number of leading dimensions, any strides; the output is contiguous and of the same dtype,
+    computed in float32 or wider and rounded once for half precisions when `limit` or `alpha` is used. Empty inputs give
+    empty outputs. Raises ValueError for an odd last dimension or a limit that is not positive.
+
+    Source: Shazeer, GLU variants improve Transformer (arXiv 2002.05202); limit and alpha: openai/gpt-oss.
+    """
+    if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
+        raise ValueError(f"gate_up: the last dimension must be even (gate half, up half), got {tuple(gate_up.shape)}")
+    check_limit(limit)
+    return _SWIGLU(gate_up, limit, alpha)
+
+
+def check_limit(limit: float | None) -> None:
+    if limit is not None and not limit > 0:
+        raise ValueError(f"limit = {limit}: expected a positive number, or None for no clamping")
+
+
+def swiglu_reference(gate_up: Tensor, limit: float | None = None, alpha: float = 1.0) -> Tensor:
+    """The definition of `swiglu`, in the input's own dtype from step to step."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(alpha * gate) * up
+
+
+def swiglu_into(out: Tensor, gate_up: Tensor, limit: float | None, alpha: float) -> Tensor:
+    """`swiglu` written to `out` [..., F], which may be wider than the input; no gradient."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    if limit is None and alpha == 1.0 and out.dtype == gate_up.dtype:
+        # One pass for silu with its inside in float32, one for the product: two roundings in half precision.
+        torch.ops.aten.silu.out(gate, out=out)
+        return out.mul_(up)
+    wide = torch.promote_types(gate_up.dtype, torch.float32)
+    gate, up = gate.to(wide), up.to(wide)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return out.copy_(torch.sigmoid(gate if alpha == 1.0 else alpha * gate).mul_(gate).mul_(up))
+
+
+def swiglu_backward_into(out: Tensor, grad: Tensor, gate_up: Tensor, limit: float | None, alpha: float) -> Tensor:
+    """The gradient of `swiglu` for `gate_up` [..., 2F], written to `out`, computed in float32 or wider."""
+    wide = torch.promote_types(gate_up.dtype, torch.float32)
+    grad = grad.to(wide)
+    gate, up = (half.to(wide) for half in gate_up.chunk(2, dim=-1))
+    low, high = (-math.inf, math.inf) if limit is None else (-limit, limit)
+    gate_inside, up_inside = None, None
+    if limit is not None:
+        gate_inside, up_inside = gate <= high, (up >= low) & (up <= high)
+        gate, up = gate.clamp(max=high), up.clamp(low, high)
+    out_gate, out_up = out.chunk(2, dim=-1)
+    sigmoid = torch.sigmoid(gate if alpha == 1.0 else alpha * gate)
+    scaled = gate if alpha == 1.0 else alpha * gate
+    # d(gate * sigmoid) / d gate = sigmoid * (1 + alpha * gate * (1 - sigmoid))
+    slope = torch.addcmul(scaled, scaled, sigmoid, value=-1).add_(1).mul_(sigmoid).mul_(up).mul_(grad)
+    lift = sigmoid.mul_(gate).mul_(grad)
+    if gate_inside is not None and up_inside is not None:
+        slope.masked_fill_(~gate_inside, 0)
+        lift.masked_fill_(~up_inside, 0)
+    out_gate.copy_(slope)
+    out_up.copy_(lift)
+    return out
+
+
+def _forward(gate_up: Tensor, limit: float | None, alpha: float) -> Tensor:
+    return swiglu_into(gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2), gate_up, limit, alpha)
+
+
+def _forward_fake(gate_up: Tensor, limit: float | None, alpha: float) -> Tensor:
+    return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+
+
+def _backward(grad: Tensor, gate_up: Tensor, limit: float | None, alpha: float) -> Tensor:
+    return swiglu_backward_into(gate_up.new_empty(gate_up.shape), grad, gate_up, limit, alpha)
+
+
+def _backward_fake(grad: Tensor, gate_up: Tensor, limit: float | None, alpha: float) -> Tensor:
+    return gate_up.new_empty(gate_up.shape)
+
+
+_SWIGLU = define(
+    "swiglu(Tensor gate_up, float? limit, float alpha) -> Tensor", cpu=_forward, cuda=_forward, fake=_forward_fake
+)
+_SWIGLU_BACKWARD = define(
+    "swiglu_backward(Tensor grad, Tensor gate_up, float? limit, float alpha) -> Tensor",
+    cpu=_backward,
+    cuda=_backward,
+    fake=_backward_fake,
+)
+
+
+def _save(ctx: Any, args: tuple[Any, ...], result: Tensor) -> None:
+    gate_up, ctx.limit, ctx.alpha = args
+    ctx.save_for_backward(gate_up)
+
+
+@once_differentiable
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return _SWIGLU_BACKWARD(grad, *ctx.saved_tensors, ctx.limit, ctx.alpha), None, None
+
+
+define_gradient(_SWIGLU, _save, _gradient)
