@@ -1,0 +1,277 @@
+"""Top-k routing: which experts a token goes to, and with what weight."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe.ops.library import define, define_gradient
+
+ScoringFunc = Literal["sigmoid", "softmax"]
+GroupScore = Literal["top2", "max"]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """weights [T, K] and scores [T, E] in the logits' dtype, expert_ids [T, K] int64, best expert first."""
+
+    weights: Tensor
+    expert_ids: Tensor
+    scores: Tensor
+
+
+def route(
+    logits: Tensor,
+    correction_bias: Tensor | None = None,
+    *,
+    top_k: int,
+    scoring_func: ScoringFunc = "sigmoid",
+    n_group: int = 1,
+    topk_group: int = 1,
+    group_score: GroupScore = "top2",
+    norm_topk_prob: bool = True,
+    routed_scaling_factor: float = 1.0,
+) -> Routing:
+    """Selects `top_k` of the E experts for each row of `logits` [T, E] (float32 or float64).
+
+        scores = sigmoid(logits) or softmax(logits)
+        choice = scores + correction_bias                     # [E] float32; selection only
+        if n_group > 1: each run of E / n_group experts is a group; its score is the sum of its two best choices
+            ("top2"; of what there is, if it has one) or the best ("max"), a NaN counting as -inf; only the experts
+            of the best topk_group groups can be selected
+        expert_ids = the first top_k in the order below
+        weights = scores[expert_ids]                          # unbiased
+        if norm_topk_prob: weights /= sum(weights) + 1e-20
+        weights *= routed_scaling_factor
+
+    One total order decides, for experts and for groups, on every backend: value descending, index ascending among equal
+    values, NaN after everything else (-inf included), again by index. So the ids of a row are distinct and in [0, E)
+    whatever the logits are, and always in the selected groups. A NaN logit reaches only its own row: its weight, and by
+    the normalisation its row's weights if it is selected; with softmax the whole row.
+
+    `weights` and `scores` carry gradients to `logits`; `correction_bias` gets none. T = 0 gives empty outputs.
+
+    Raises TypeError for other dtypes and ValueError for settings that leave a token without top_k candidates:
+    top_k > topk_group * (E / n_group), E not divisible by n_group, topk_group > n_group.
+
+    Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 2.1.2; V2 (softmax, max): arXiv 2405.04434.
+    """
+    _check(logits, correction_bias, top_k, scoring_func, n_group, topk_group, group_score)
+    weights, expert_ids, scores = _ROUTE(
+        logits,
+        correction_bias,
+        top_k,
+        scoring_func,
+        n_group,
+        topk_group,
+        group_score,
+        norm_topk_prob,
+        routed_scaling_factor,
+    )
+    return Routing(weights, expert_ids, scores)
+
+
+def route_reference(
+    logits: Tensor,
+    correction_bias: Tensor | None = None,
+    *,
+    top_k: int,
+    scoring_func: ScoringFunc = "sigmoid",
+    n_group: int = 1,
+    topk_group: int = 1,
+    group_score: GroupScore = "top2",
+    norm_topk_prob: bool = True,
+    routed_scaling_factor: float = 1.0,
+) -> Routing:
+    """The definition of `route`."""
+    _check(logits, correction_bias, top_k, scoring_func, n_group, topk_group, group_score)
+    scores = logits.sigmoid() if scoring_func == "sigmoid" else logits.softmax(dim=-1)
+    with torch.no_grad():
+        choice = scores if correction_bias is None else scores + correction_bias
+        expert_ids = _select_by_sorting(choice, top_k, n_group, topk_group, group_score)
+    weights = scores.gather(1, expert_ids)
+    if norm_topk_prob:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    return Routing(weights * routed_scaling_factor, expert_ids, scores.clone())
+
+
+def _check(
+    logits: Tensor,
+    correction_bias: Tensor | None,
+    top_k: int,
+    scoring_func: str,
+    n_group: int,
+    topk_group: int,
+    group_score: str,
+) -> None:
+    if logits.dim() != 2:
+        raise ValueError(f"logits: expected [T, E], got {tuple(logits.shape)}")
+    if logits.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"logits: expected float32 or float64, got {logits.dtype}; a router is never half precision")
+    experts = logits.shape[1]
+    if correction_bias is not None:
+        if correction_bias.dtype != torch.float32:
+            raise TypeError(f"correction_bias: expected float32, got {correction_bias.dtype}")
+        if correction_bias.shape != (experts,):
+            raise ValueError(f"correction_bias: expected [{experts}], got {tuple(correction_bias.shape)}")
+    if scoring_func not in ("sigmoid", "softmax"):
+        raise ValueError(f"scoring_func = {scoring_func!r}: expected 'sigmoid' or 'softmax'")
+    if group_score not in ("top2", "max"):
+        raise ValueError(f"group_score = {group_score!r}: expected 'top2' or 'max'")
+    if n_group < 1 or experts % n_group:
+        raise ValueError(f"n_group = {n_group}: expected a divisor of the {experts} experts")
+    if not 1 <= topk_group <= n_group:
+        raise ValueError(f"topk_group = {topk_group}: expected 1 to n_group = {n_group}")
+    candidates = topk_group * (experts // n_group)
+    if not 1 <= top_k <= candidates:
+        raise ValueError(
+            f"top_k = {top_k}: expected 1 to {candidates}, the experts of {topk_group} in {n_group} groups"
+        )
+
+
+def _group_scores(choice: Tensor, n_group: int, group_score: str) -> Tensor:
+    """[T, E] -> [T, n_group]"""
+    members = choice.view(choice.shape[0], n_group, choice.shape[1] // n_group)
+    members = members.masked_fill(members.isnan(), -torch.inf)
+    if group_score == "max":
+        return members.amax(dim=-1)
+    return members.topk(min(2, members.shape[-1]), dim=-1).values.sum(dim=-1)
+
+
+def _members_of(groups: Tensor, n_group: int, experts: int) -> Tensor:
+    """Group indices [T, topk_group] -> a mask [T, E] of the experts in those groups."""
+    mask = torch.zeros(groups.shape[0], n_group, dtype=torch.bool, device=groups.device).scatter_(1, groups, True)
+    return mask.repeat_interleave(experts // n_group, dim=1)
+
+
+def _first_by_sorting(values: Tensor, excluded: Tensor | None, k: int) -> Tensor:
+    """Indices [T, k] of the first k columns in the total order; columns `excluded` come after NaN."""
+    last = values.isnan().to(torch.int8)
+    order = values.masked_fill(last.bool(), -torch.inf).sort(dim=1, descending=True, stable=True).indices
+    if excluded is not None:
+        last = last + 2 * excluded.to(torch.int8)
+    return order.gather(1, last.gather(1, order).sort(dim=1, stable=True).indices)[:, :k].contiguous()
+
+
+def _select_by_sorting(choice: Tensor, top_k: int, n_group: int, topk_group: int, group_score: str) -> Tensor:
+    excluded = None
+    if n_group > 1:
+        groups = _first_by_sorting(_group_scores(choice, n_group, group_score), None, topk_group)
+        excluded = ~_members_of(groups, n_group, choice.shape[1])
+    return _first_by_sorting(choice, excluded, top_k)
+
+
+def _first_by_key(values: Tensor, excluded: Tensor | None, k: int) -> Tensor:
+    """What `_first_by_sorting` gives for float32, by one top-k over distinct integers instead of two full sorts.
+
+    A key holds the value in its upper half, as the integer that orders like the float, and the index, reversed, in its
+    lower half. Values are sums that start from a score >= +0, so -0 does not occur and equal floats have equal bits.
+    """
+    bits = values.view(torch.int32)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    bits.masked_fill_(values.isnan(), -(2**31))
+    last = values.shape[1] - 1
+    keys = bits.to(torch.int64).mul_(2**32).add_(torch.arange(last, -1, -1, device=values.device))
+    if excluded is not None:
+        keys.masked_fill_(excluded, -(2**63))
+    return keys.topk(k, dim=1).indices
+
+
+def _select_by_key(choice: Tensor, top_k: int, n_group: int, topk_group: int, group_score: str) -> Tensor:
+    excluded = None
+    if n_group > 1:
+        groups = _first_by_key(_group_scores(choice, n_group, group_score), None, topk_group)
+        excluded = ~_members_of(groups, n_group, choice.shape[1])
+    return _first_by_key(choice, excluded, top_k)
+
+
+def _forward(
+    logits: Tensor,
+    correction_bias: Tensor | None,
+    top_k: int,
+    scoring_func: str,
+    n_group: int,
+    topk_group: int,
+    group_score: str,
+    norm_topk_prob: bool,
+    routed_scaling_factor: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    scores = logits.sigmoid() if scoring_func == "sigmoid" else logits.softmax(dim=-1)
+    choice = scores if correction_bias is None else scores + correction_bias
+    select = _select_by_key if choice.dtype == torch.float32 else _select_by_sorting
+    expert_ids = select(choice, top_k, n_group, topk_group, group_score)
+    weights = scores.gather(1, expert_ids)
+    if norm_topk_prob:
+        weights /= weights.sum(dim=-1, keepdim=True) + 1e-20
+    if routed_scaling_factor != 1.0:
+        weights *= routed_scaling_factor
+    return weights, expert_ids, scores
+
+
+def _forward_fake(logits: Tensor, correction_bias: Tensor | None, top_k: int, *settings: Any) -> tuple[Tensor, ...]:
+    tokens = logits.shape[0]
+    weights = logits.new_empty(tokens, top_k)
+    return weights, logits.new_empty(tokens, top_k, dtype=torch.int64), logits.new_empty(logits.shape)
+
+
+def _backward(
+    grad_weights: Tensor | None,
+    grad_scores: Tensor | None,
+    scores: Tensor,
+    expert_ids: Tensor,
+    scoring_func: str,
+    norm_topk_prob: bool,
+    routed_scaling_factor: float,
+) -> Tensor:
+    grad = scores.new_zeros(scores.shape) if grad_scores is None else grad_scores.clone()
+    if grad_weights is not None:
+        part = grad_weights * routed_scaling_factor
+        if norm_topk_prob:
+            selected = scores.gather(1, expert_ids)
+            total = selected.sum(dim=-1, keepdim=True) + 1e-20
+            part = (part - (part * (selected / total)).sum(dim=-1, keepdim=True)) / total
+        grad.scatter_add_(1, expert_ids, part)  # the ids of a row are distinct, so nothing is added twice
+    if scoring_func == "sigmoid":
+        return grad.mul_(scores).mul_(1 - scores)
+    return grad.sub_((grad * scores).sum(dim=-1, keepdim=True)).mul_(scores)
+
+
+def _backward_fake(grad_weights: Tensor | None, grad_scores: Tensor | None, scores: Tensor, *settings: Any) -> Tensor:
+    return scores.new_empty(scores.shape)
+
+
+_ROUTE = define(
+    "route(Tensor logits, Tensor? correction_bias, int top_k, str scoring_func, int n_group, int topk_group, "
+    "str group_score, bool norm_topk_prob, float routed_scaling_factor) -> (Tensor, Tensor, Tensor)",
+    cpu=_forward,
+    cuda=_forward,
+    fake=_forward_fake,
+)
+_ROUTE_BACKWARD = define(
+    "route_backward(Tensor? grad_weights, Tensor? grad_scores, Tensor scores, Tensor expert_ids, str scoring_func, "
+    "bool norm_topk_prob, float routed_scaling_factor) -> Tensor",
+    cpu=_backward,
+    cuda=_backward,
+    fake=_backward_fake,
+)
+
+
+def _save(ctx: Any, args: tuple[Any, ...], result: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, expert_ids, scores = result
+    ctx.save_for_backward(scores, expert_ids)
+    ctx.settings = args[3], args[7], args[8]
+    ctx.mark_non_differentiable(expert_ids)
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _gradient(ctx: Any, grad_weights: Tensor | None, _: None, grad_scores: Tensor | None) -> tuple[Any, ...]:
+    grad = None
+    if ctx.needs_input_grad[0] and (grad_weights is not None or grad_scores is not None):
+        grad = _ROUTE_BACKWARD(grad_weights, grad_scores, *ctx.saved_tensors, *ctx.settings)
+    return grad, *(None,) * 8
+
+
+define_gradient(_ROUTE, _save, _gradient)
