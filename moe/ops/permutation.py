@@ -1,0 +1,246 @@
+"""Putting token rows into expert order, and back."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe.ops.library import define, define_gradient
+
+
+@dataclass(frozen=True)
+class Permuted:
+    """Rows in expert order, where each came from, and where each expert ends.
+
+    rows [R, D]; position [T, K] int64, the row of slot (t, k) or -1 where it has none; offsets [E] int32, the row after
+    the last of each expert, which is what grouped GEMMs call `offs`.
+    """
+
+    rows: Tensor
+    position: Tensor
+    offsets: Tensor
+
+
+def permute(x: Tensor, expert_ids: Tensor, num_experts: int) -> Permuted:
+    """Copies the rows of x [T, D] into expert order, one for each of the R = T * K slots of expert_ids [T, K] int64.
+
+    The order is stable: by expert, then token, then k. A slot with id -1 ("not here") has position -1; as many rows
+    past the last offset are zero, so that R does not depend on the ids. Empty T, K = 0 and experts without tokens are
+    fine. Differentiable in x: the gradient of a token is the sum of its rows' in order of k, accumulated in float32 or
+    wider. Raises IndexError for an id below -1 or >= E (on CPU; a device assertion on CUDA).
+
+    Source: the "unpermute/permute" pair of Megatron-LM and torchtitan, with counting offsets as in MegaBlocks
+    (arXiv 2211.15841).
+    """
+    check_ids(x, expert_ids)
+    rows, position, offsets = _PERMUTE(x, expert_ids, num_experts)
+    return Permuted(rows, position, offsets)
+
+
+def unpermute(rows: Tensor, position: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Sums each token's rows: rows [R, D] and position [T, K] of `permute`, weights [T, K] -> [T, D].
+
+        out[t] = sum over k, in order, of weights[t, k] * rows[position[t, k]], for position[t, k] != -1
+
+    accumulated in float32 (float64 if rows or weights are float64) and rounded once to the rows' dtype; without
+    weights, a plain sum. A slot at -1 contributes nothing, even if its weight is NaN, and gets a zero gradient. A token
+    without any row is zero. Differentiable in rows and weights (float32 or float64, TypeError otherwise). No atomics:
+    equal input, equal bits. Positions are trusted to be those of `permute`: distinct and below R.
+    """
+    if weights is not None:
+        check_weights(weights, position)
+    return _UNPERMUTE(rows, position, weights)
+
+
+def check_ids(x: Tensor, expert_ids: Tensor) -> None:
+    if x.dim() != 2:
+        raise ValueError(f"x: expected [T, D], got {tuple(x.shape)}")
+    if expert_ids.dim() != 2 or expert_ids.shape[0] != x.shape[0]:
+        raise ValueError(f"expert_ids: expected [{x.shape[0]}, K], got {tuple(expert_ids.shape)}")
+    if expert_ids.dtype != torch.int64:
+        raise TypeError(f"expert_ids: expected int64, got {expert_ids.dtype}")
+
+
+def check_weights(weights: Tensor, slots: Tensor) -> None:
+    if weights.shape != slots.shape:
+        raise ValueError(f"weights: expected {tuple(slots.shape)}, got {tuple(weights.shape)}")
+    if weights.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"weights: expected float32 or float64, got {weights.dtype}; routing weights are never cast")
+
+
+def permute_reference(x: Tensor, expert_ids: Tensor, num_experts: int) -> Permuted:
+    """The definition of `permute`."""
+    order = sort_slots(expert_ids, num_experts)
+    rows = x.index_select(0, order.slots // max(expert_ids.shape[1], 1))
+    here = torch.arange(rows.shape[0], device=x.device) < order.offsets[-1]
+    return Permuted(torch.where(here[:, None], rows, 0), positions(order, expert_ids), order.offsets)
+
+
+def unpermute_reference(rows: Tensor, position: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The definition of `unpermute`."""
+    wide = accumulation_dtype(rows, weights)
+    out = torch.zeros(position.shape[0], rows.shape[1], dtype=wide, device=rows.device)
+    for k in range(position.shape[1]):
+        here = position[:, k, None] >= 0
+        part = rows.index_select(0, position[:, k].clamp(min=0)).to(wide)
+        if weights is not None:
+            part = part * weights[:, k, None]
+        out = out + torch.where(here, part, 0)
+    return out.to(rows.dtype)
+
+
+def accumulation_dtype(rows: Tensor, weights: Tensor | None) -> torch.dtype:
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return wide if weights is None else torch.promote_types(wide, weights.dtype)
+
+
+@dataclass(frozen=True)
+class SlotOrder:
+    """slots [R] int64: the slot t * K + k of each row, those at -1 last; offsets [E] int32, their ends."""
+
+    slots: Tensor
+    offsets: Tensor
+
+
+def sort_slots(expert_ids: Tensor, num_experts: int) -> SlotOrder:
+    """The stable order by expert. Raises IndexError for ids that name no expert."""
+    flat = expert_ids.reshape(-1)
+    bad = (flat < -1) | (flat >= num_experts)
+    if flat.device.type == "cpu":
+        if bad.any():
+            raise IndexError(f"expert_ids: {int(flat[bad][0])} is neither -1 nor in [0, {num_experts})")
+    else:
+        torch.ops.aten._assert_async.msg(~bad.any(), f"expert_ids: an id is neither -1 nor in [0, {num_experts})")
+    ids, slots = torch.where(flat < 0, num_experts, flat).sort(stable=True)
+    experts = torch.arange(num_experts, device=flat.device)
+    return SlotOrder(slots, torch.searchsorted(ids, experts, right=True, out_int32=True))
+
+
+def positions(order: SlotOrder, expert_ids: Tensor) -> Tensor:
+    """The row of each slot [T, K], -1 where it has none."""
+    rows = torch.arange(order.slots.shape[0], device=order.slots.device)
+    return torch.empty_like(rows).scatter_(0, order.slots, rows).view(expert_ids.shape).masked_fill_(expert_ids < 0, -1)
+
+
+def gather_rows(x: Tensor, slots: Tensor, top_k: int) -> Tensor:
+    """x [T, D] -> the rows of the given slots."""
+    return x.index_select(0, slots // top_k)
+
+
+def combine(rows: Tensor, position: Tensor, weights: Tensor | None) -> Tensor:
+    """`unpermute` without a gradient."""
+    wide = accumulation_dtype(rows, weights)
+    tokens, top_k = position.shape
+    out = torch.zeros(tokens, rows.shape[1], dtype=wide, device=rows.device)
+    if rows.shape[0] == 0:
+        return out.to(rows.dtype)
+    absent = position < 0
+    some_absent = bool(absent.any())
+    for k in range(top_k):
+        part = rows.index_select(0, position[:, k].clamp(min=0) if some_absent else position[:, k])
+        if some_absent:
+            part.masked_fill_(absent[:, k, None], 0)
+        if weights is None:
+            out.add_(part)
+        else:
+            weight = weights[:, k, None]
+            out.addcmul_(part, weight.masked_fill(absent[:, k, None], 0) if some_absent else weight)
+    return out.to(rows.dtype)
+
+
+def _permute(x: Tensor, expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    order = sort_slots(expert_ids, num_experts)
+    rows = gather_rows(x, order.slots, max(expert_ids.shape[1], 1))
+    if num_experts:
+        rows[int(order.offsets[-1]) :] = 0
+    return rows, positions(order, expert_ids), order.offsets
+
+
+def _permute_fake(x: Tensor, expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    rows = x.new_empty(expert_ids.shape[0] * expert_ids.shape[1], x.shape[1])
+    return rows, torch.empty_like(expert_ids), x.new_empty(num_experts, dtype=torch.int32)
+
+
+def _unpermute(rows: Tensor, position: Tensor, weights: Tensor | None) -> Tensor:
+    return combine(rows, position, weights)
+
+
+def _unpermute_fake(rows: Tensor, position: Tensor, weights: Tensor | None) -> Tensor:
+    return rows.new_empty(position.shape[0], rows.shape[1])
+
+
+def _unpermute_backward(
+    grad: Tensor, rows: Tensor, position: Tensor, weights: Tensor | None, needed: list[bool]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of (rows, weights); empty where not needed."""
+    wide = accumulation_dtype(rows, weights)
+    here = position >= 0
+    grad_rows, grad_weights = rows.new_empty(0), rows.new_empty(0, dtype=wide)
+    slots = here.reshape(-1).nonzero().squeeze(1)
+    place = position.reshape(-1).index_select(0, slots)
+    part = grad.index_select(0, slots // max(position.shape[1], 1)).to(wide)
+    if needed[0]:
+        scaled = part if weights is None else part * weights.reshape(-1).index_select(0, slots)[:, None]
+        grad_rows = rows.new_zeros(rows.shape).index_copy_(0, place, scaled.to(rows.dtype))
+    if needed[1] and weights is not None:
+        dots = (part * rows.index_select(0, place)).sum(dim=1).to(weights.dtype)
+        grad_weights = weights.new_zeros(weights.numel()).index_copy_(0, slots, dots).view(weights.shape)
+    return grad_rows, grad_weights
+
+
+def _unpermute_backward_fake(
+    grad: Tensor, rows: Tensor, position: Tensor, weights: Tensor | None, needed: list[bool]
+) -> tuple[Tensor, Tensor]:
+    grad_rows = rows.new_empty(rows.shape if needed[0] else (0,))
+    if needed[1] and weights is not None:
+        return grad_rows, weights.new_empty(weights.shape)
+    return grad_rows, rows.new_empty(0, dtype=accumulation_dtype(rows, weights))
+
+
+_PERMUTE = define(
+    "permute(Tensor x, Tensor expert_ids, SymInt num_experts) -> (Tensor, Tensor, Tensor)",
+    cpu=_permute,
+    cuda=_permute,
+    fake=_permute_fake,
+)
+_UNPERMUTE = define(
+    "unpermute(Tensor rows, Tensor position, Tensor? weights) -> Tensor",
+    cpu=_unpermute,
+    cuda=_unpermute,
+    fake=_unpermute_fake,
+)
+_UNPERMUTE_BACKWARD = define(
+    "unpermute_backward(Tensor grad, Tensor rows, Tensor position, Tensor? weights, bool[] needed) -> (Tensor, Tensor)",
+    cpu=_unpermute_backward,
+    cuda=_unpermute_backward,
+    fake=_unpermute_backward_fake,
+)
+
+
+def _permute_save(ctx: Any, args: tuple[Any, ...], result: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, position, offsets = result
+    ctx.save_for_backward(position)
+    ctx.mark_non_differentiable(position, offsets)
+
+
+@once_differentiable
+def _permute_gradient(ctx: Any, grad_rows: Tensor, *_: Any) -> tuple[Any, ...]:
+    # The transpose of "copy a token's row to each of its positions" is "sum the rows at its positions".
+    return _UNPERMUTE(grad_rows, *ctx.saved_tensors, None), None, None
+
+
+def _unpermute_save(ctx: Any, args: tuple[Any, ...], result: Tensor) -> None:
+    ctx.save_for_backward(*args)
+
+
+@once_differentiable
+def _unpermute_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
+    grad_rows, grad_weights = _UNPERMUTE_BACKWARD(grad, *ctx.saved_tensors, needed)
+    return grad_rows if needed[0] else None, None, grad_weights if needed[1] else None
+
+
+define_gradient(_PERMUTE, _permute_save, _permute_gradient)
+define_gradient(_UNPERMUTE, _unpermute_save, _unpermute_gradient)
