@@ -1,0 +1,157 @@
+"""Grouped matrix product: many products of different lengths in one call."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe.ops.library import autocast, define, define_gradient
+from moe.ops.product import product_into
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def grouped_mm(
+    a: Tensor,
+    b: Tensor,
+    offs: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """One matrix product for each of G groups, with the semantics of `torch.nn.functional.grouped_mm`.
+
+    `offs` [G] int32 holds the end of each group along the ragged dimension; group g is start:end = offs[g-1]:offs[g].
+
+        a [R, K]     b [G, K, N]  -> [R, N]     rows:     out[start:end] = a[start:end] @ b[g]
+        a [M, R]     b [R, N]     -> [G, M, N]  products: out[g] = a[:, start:end] @ b[start:end]
+        a [G, M, K]  b [G, K, N]  -> [G, M, N]  batched:  out[g] = a[g] @ b[g], no offs
+        a [G, M, K]  b [K, R]     -> [M, R]     columns:  out[:, start:end] = a[g] @ b[:, start:end]
+
+    What torch leaves unwritten or undefined is defined here: rows and columns past the last offset are zero, an empty
+    group of the ragged-product form is an exact zero matrix, and every size may be 0. What torch refuses is accepted:
+    float64, any strides (transposed weights, expanded gradients), any alignment.
+
+    float32, float64, bfloat16 or float16, both operands alike; accumulation in float32 or wider, one rounding to the
+    operands' dtype. Under autocast both operands are cast, as a matrix product's are. Differentiable in a and b as
+    often as needed. Equal input, equal bits.
+
+    Raises TypeError for other or unequal dtypes and for offs that is not int32; ValueError for shapes that do not fit,
+    for offs that decreases or ends past the ragged dimension (on CPU; undefined on CUDA), and, as torch does, for a
+    `bias` or for an `out_dtype` other than the operands' (both are in the signature so that a call can be exchanged).
+    """
+    if bias is not None:
+        raise ValueError("bias: not supported by a grouped product, nor by torch's; add it to the rows")
+    a, b = autocast(a, b)  # pyright: ignore[reportAssignmentType]
+    _check(a, b, offs)
+    if out_dtype not in (None, a.dtype):
+        raise ValueError(f"out_dtype = {out_dtype}: expected the operands' dtype {a.dtype}, or None")
+    return _GROUPED_MM(a, b, offs)
+
+
+def grouped_mm_reference(a: Tensor, b: Tensor, offs: Tensor | None = None) -> Tensor:
+    """The definition of `grouped_mm`."""
+    _check(a, b, offs)
+    if offs is None:
+        return torch.stack([p @ q for p, q in zip(a, b, strict=True)]) if len(a) else a.new_zeros(_shape(a, b, offs))
+    ends = offs.tolist()
+    spans = list(zip([0, *ends[:-1]], ends, strict=True))
+    if a.dim() == 2 and b.dim() == 3:
+        parts = [a[start:end] @ b[g] for g, (start, end) in enumerate(spans)]
+        return torch.cat([*parts, a.new_zeros(a.shape[0] - (ends or [0])[-1], b.shape[2])])
+    if a.dim() == 2:
+        parts = [a[:, start:end] @ b[start:end] for start, end in spans]
+        return torch.stack(parts) if parts else a.new_zeros(_shape(a, b, offs))
+    parts = [a[g] @ b[:, start:end] for g, (start, end) in enumerate(spans)]
+    return torch.cat([*parts, a.new_zeros(a.shape[1], b.shape[1] - (ends or [0])[-1])], dim=1)
+
+
+def _check(a: Tensor, b: Tensor, offs: Tensor | None) -> None:
+    if a.dim() not in (2, 3) or b.dim() not in (2, 3):
+        raise ValueError(f"a, b: expected two or three dimensions each, got {tuple(a.shape)} and {tuple(b.shape)}")
+    if a.dtype not in _DTYPES or a.dtype != b.dtype:
+        raise TypeError(f"a, b: expected one floating dtype for both, got {a.dtype} and {b.dtype}")
+    if a.shape[-1] != b.shape[-2]:
+        raise ValueError(f"a, b: inner sizes differ, {tuple(a.shape)} @ {tuple(b.shape)}")
+    if a.dim() == 3 and b.dim() == 3:
+        if offs is not None:
+            raise ValueError("offs: expected None for two three-dimensional operands, which have no ragged dimension")
+        if a.shape[0] != b.shape[0]:
+            raise ValueError(f"a, b: {a.shape[0]} groups and {b.shape[0]} groups")
+        return
+    if offs is None:
+        raise ValueError("offs: needed for a two-dimensional operand, whose groups it delimits")
+    if offs.dtype != torch.int32:
+        raise TypeError(f"offs: expected int32, got {offs.dtype}")
+    groups = offs.shape[0] if a.dim() == b.dim() else (a if a.dim() == 3 else b).shape[0]
+    if offs.dim() != 1 or offs.shape[0] != groups:
+        raise ValueError(f"offs: expected [{groups}], got {tuple(offs.shape)}")
+
+
+def _shape(a: Tensor, b: Tensor, offs: Tensor | None) -> tuple[int, ...]:
+    if a.dim() == 3:
+        return (a.shape[0], a.shape[1], b.shape[2]) if b.dim() == 3 else (a.shape[1], b.shape[1])
+    if b.dim() == 3:
+        return a.shape[0], b.shape[2]
+    assert offs is not None
+    return offs.shape[0], a.shape[0], b.shape[1]
+
+
+def _spans(offs: Tensor, length: int) -> list[tuple[int, int]]:
+    ends = offs.tolist()
+    spans = list(zip([0, *ends], ends, strict=False))
+    if any(start > end for start, end in spans) or (ends and ends[-1] > length):
+        raise ValueError(f"offs: expected ends that do not decrease, up to {length}, got {ends}")
+    return spans
+
+
+def _forward(a: Tensor, b: Tensor, offs: Tensor | None) -> Tensor:
+    out = a.new_empty(_shape(a, b, offs))
+    if offs is None:
+        for g in range(a.shape[0]):
+            product_into(out[g], a[g], b[g])
+        return out
+    ragged_rows, ragged_inner = a.dim() == 2 and b.dim() == 3, a.dim() == b.dim()
+    spans = _spans(offs, a.shape[0] if ragged_rows else b.shape[-2] if ragged_inner else b.shape[1])
+    end = spans[-1][1] if spans else 0
+    if ragged_inner:
+        for g, (start, stop) in enumerate(spans):
+            if start == stop:
+                out[g].zero_()
+            else:
+                product_into(out[g], a[:, start:stop], b[start:stop])
+    elif ragged_rows:
+        for g, (start, stop) in enumerate(spans):
+            if start < stop:
+                product_into(out[start:stop], a[start:stop], b[g])
+        out[end:].zero_()
+    else:
+        for g, (start, stop) in enumerate(spans):
+            if start < stop:
+                product_into(out[:, start:stop], a[g], b[:, start:stop])
+        out[:, end:].zero_()
+    return out
+
+
+def _forward_fake(a: Tensor, b: Tensor, offs: Tensor | None) -> Tensor:
+    return a.new_empty(_shape(a, b, offs))
+
+
+_GROUPED_MM = define(
+    "grouped_mm(Tensor a, Tensor b, Tensor? offs) -> Tensor", cpu=_forward, cuda=_forward, fake=_forward_fake
+)
+
+
+def _save(ctx: Any, args: tuple[Any, ...], result: Tensor) -> None:
+    ctx.save_for_backward(*args)
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    # Grouped products again, of the two other forms with the same offs (batched: of its own).
+    a, b, offs = ctx.saved_tensors
+    grad_a = _GROUPED_MM(grad, b.transpose(-1, -2), offs) if ctx.needs_input_grad[0] else None
+    grad_b = _GROUPED_MM(a.transpose(-1, -2), grad, offs) if ctx.needs_input_grad[1] else None
+    return grad_a, grad_b, None
+
+
+define_gradient(_GROUPED_MM, _save, _gradient)
