@@ -1,0 +1,13 @@
+"""The operators of a Mixture-of-Experts layer, one page each.
+
+A page holds the contract (the public function's docstring), the definition (`*_reference`), the CPU implementation,
+the fake and the gradient. What runs is decided by the tensors' device alone.
+"""
+
+from moe.ops.activation import swiglu
+from moe.ops.grouped_gemm import grouped_mm
+from moe.ops.mlp import moe_mlp
+from moe.ops.permutation import Permuted, permute, unpermute
+from moe.ops.routing import Routing, route
+
+__all__ = ["Permuted", "Routing", "grouped_mm", "moe_mlp", "permute", "route", "swiglu", "unpermute"]

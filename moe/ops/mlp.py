@@ -1,0 +1,298 @@
+"""The expert MLP of a Mixture-of-Experts layer as one operator."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe.ops.activation import check_limit, swiglu_backward_into, swiglu_into, swiglu_reference
+from moe.ops.library import autocast, define, define_gradient
+from moe.ops.permutation import check_ids, check_weights, combine, gather_rows, positions, sort_slots
+from moe.ops.product import product, product_into
+
+Tier = Literal["auto", "reference"]
+
+
+def moe_mlp(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    expert_ids: Tensor,
+    *,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    swiglu_limit: float | None = None,
+    swiglu_alpha: float = 1.0,
+    tier: Tier = "auto",
+) -> Tensor:
+    """Each token through its experts, summed with its weights: x [T, D] -> [T, D].
+
+        out[t] = sum over k, in order, of weights[t, k] * expert(expert_ids[t, k], x[t])
+        expert(e, x) = swiglu(x @ gate_up[e].T + gate_up_bias[e]) @ down[e].T + down_bias[e]
+
+    gate_up [E, 2F, D] with the gate rows first, down [E, D, F], gate_up_bias [E, 2F], down_bias [E, D], all in
+    x's dtype (float32, float64, bfloat16, float16), any strides; `swiglu` is `moe.ops.swiglu` with `swiglu_limit` and
+    `swiglu_alpha`. weights [T, K] are float32 or float64 and never cast; expert_ids [T, K] int64. An id of -1 means
+    "not here": no row, nothing added even if its weight is NaN, zero gradient for its weight. Ids of one token may
+    repeat.
+
+    Products accumulate in float32 or wider, as does the sum over k, which is rounded once. A token with no expert here
+    is zero; T = 0 and K = 0 give what the shapes say. A token's NaN reaches its own row only (and the gradients of the
+    experts that it used). Equal input, equal bits, forward and backward: nothing is added atomically.
+
+    Differentiable once in everything but the ids; an expert without a token gets exactly zero gradient. Saved for the
+    backward pass: the arguments and the pre-activation [R, 2F]. Under autocast x and the expert parameters are cast,
+    as for a matrix product, and the output has the cast dtype.
+
+    `tier`: "auto" is the fastest implementation for the device; "reference" the definition, plain differentiable
+    PyTorch.
+
+    Raises ValueError for shapes and settings, TypeError for dtypes, IndexError for an id that is neither -1 nor in
+    [0, E) (on CPU; a device assertion on CUDA).
+    """
+    x, gate_up, down, gate_up_bias, down_bias = autocast(x, gate_up, down, gate_up_bias, down_bias)  # pyright: ignore
+    _check(x, gate_up, down, weights, expert_ids, gate_up_bias, down_bias)
+    check_limit(swiglu_limit)
+    if tier == "reference":
+        return moe_mlp_reference(
+            x, gate_up, down, weights, expert_ids, gate_up_bias, down_bias, swiglu_limit, swiglu_alpha
+        )
+    if tier != "auto":
+        raise ValueError(f"tier = {tier!r}: expected 'auto' or 'reference'")
+    parameters = (gate_up, down, gate_up_bias, down_bias)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weights, *parameters))
+    y, _ = _MOE_MLP_FORWARD(
+        x, gate_up, down, weights, expert_ids, gate_up_bias, down_bias, swiglu_limit, swiglu_alpha, needs_grad
+    )
+    return y
+
+
+def moe_mlp_reference(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    expert_ids: Tensor,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    swiglu_limit: float | None = None,
+    swiglu_alpha: float = 1.0,
+) -> Tensor:
+    """The definition of `moe_mlp`."""
+    sort_slots(expert_ids, gate_up.shape[0])  # refuses ids that name no expert
+    wide = torch.promote_types(x.dtype, weights.dtype)
+    out = torch.zeros(x.shape, dtype=wide, device=x.device)
+    for k in range(expert_ids.shape[1]):
+        ids = expert_ids[:, k]
+        for e in range(gate_up.shape[0]):
+            tokens = (ids == e).nonzero().squeeze(1)
+            up = x.index_select(0, tokens) @ gate_up[e].t()
+            up = up if gate_up_bias is None else up + gate_up_bias[e]
+            rows = swiglu_reference(up, swiglu_limit, swiglu_alpha) @ down[e].t()
+            rows = rows if down_bias is None else rows + down_bias[e]
+            out = out.index_add(0, tokens, rows * weights[:, k].index_select(0, tokens)[:, None])
+    return out.to(x.dtype)
+
+
+def _check(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    expert_ids: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+) -> None:
+    check_ids(x, expert_ids)
+    check_weights(weights, expert_ids)
+    width = x.shape[1]
+    if gate_up.dim() != 3 or gate_up.shape[1] % 2 or gate_up.shape[2] != width:
+        raise ValueError(f"gate_up: expected [E, 2F, {width}], got {tuple(gate_up.shape)}")
+    experts, twice = gate_up.shape[:2]
+    expected = {
+        "gate_up": (gate_up, gate_up.shape),
+        "down": (down, (experts, width, twice // 2)),
+        "gate_up_bias": (gate_up_bias, (experts, twice)),
+        "down_bias": (down_bias, (experts, width)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: expected {list(shape)}, got {tuple(tensor.shape)}")
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{name}: expected {x.dtype} as x has, got {tensor.dtype}")
+    if not x.dtype.is_floating_point or x.dtype.itemsize < 2:
+        raise TypeError(f"x: expected float32, float64, bfloat16 or float16, got {x.dtype}")
+
+
+def _spans(offsets: Tensor) -> list[tuple[int, int, int]]:
+    """(expert, start, end) of the experts that have rows."""
+    spans, start = [], 0
+    for expert, end in enumerate(offsets.tolist()):
+        if end > start:
+            spans.append((expert, start, end))
+        start = end
+    return spans
+
+
+def _forward(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    expert_ids: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    limit: float | None,
+    alpha: float,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    tokens, top_k = expert_ids.shape
+    order = sort_slots(expert_ids, gate_up.shape[0])
+    spans = _spans(order.offsets)
+    routed = spans[-1][2] if spans else 0
+    rows = x.new_empty(tokens * top_k, x.shape[1])
+    pre = x.new_empty(tokens * top_k if save else 0, gate_up.shape[1])
+    pre[routed:].zero_()
+    hidden = x.new_empty(max((end - start for _, start, end in spans), default=0), gate_up.shape[1] // 2)
+    for expert, start, end in spans:
+        part = product(gather_rows(x, order.slots[start:end], top_k), gate_up[expert].t())
+        if gate_up_bias is not None:
+            part.add_(gate_up_bias[expert])
+        if save:
+            pre[start:end] = part
+        activated = swiglu_into(hidden[: end - start], part, limit, alpha)
+        product_into(rows[start:end], activated, down[expert].t())
+        if down_bias is not None:
+            rows[start:end].add_(down_bias[expert])
+    return combine(rows, positions(order, expert_ids), weights), pre
+
+
+def _forward_fake(
+    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, expert_ids: Tensor, *settings: Any
+) -> tuple[Tensor, Tensor]:
+    save = settings[-1]
+    return x.new_empty(x.shape), x.new_empty(expert_ids.shape[0] * expert_ids.shape[1] if save else 0, gate_up.shape[1])
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    expert_ids: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    pre: Tensor,
+    limit: float | None,
+    alpha: float,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (x, gate_up, down, weights, gate_up_bias, down_bias); empty where not needed."""
+    top_k = expert_ids.shape[1]
+    order = sort_slots(expert_ids, gate_up.shape[0])
+    spans = _spans(order.offsets)
+    wide = torch.promote_types(x.dtype, weights.dtype)
+    grad_x, grad_gate_up, grad_down, grad_weights, grad_gate_up_bias, grad_down_bias = (
+        (t if need and t is not None else x).new_empty(t.shape if need and t is not None else 0)
+        for t, need in zip((x, gate_up, down, weights, gate_up_bias, down_bias), needed, strict=True)
+    )
+    need_x, need_gate_up, need_down, need_weights, need_gate_up_bias, need_down_bias = needed
+    unused = sorted(set(range(gate_up.shape[0])) - {expert for expert, _, _ in spans})
+    for per_expert in (grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias):
+        for expert in unused if per_expert.numel() else ():
+            per_expert[expert].zero_()
+    if need_weights:
+        grad_weights.zero_()
+    grad_rows = x.new_empty(order.slots.shape[0] if need_x else 0, x.shape[1])
+    need_pre = need_x or need_gate_up or need_gate_up_bias
+    flat_weights = weights.reshape(-1)
+    for expert, start, end in spans:
+        slots = order.slots[start:end]
+        tokens = slots // top_k
+        grad_y = grad.index_select(0, tokens)
+        weight = flat_weights.index_select(0, slots)[:, None]
+        part = pre[start:end]
+        hidden = swiglu_into(part.new_empty(end - start, down.shape[2], dtype=wide), part, limit, alpha)
+        grad_hidden = product(grad_y, down[expert]).to(wide) if need_pre or need_weights else hidden
+        if need_weights:
+            dots = (grad_hidden * hidden).sum(dim=1)
+            if down_bias is not None:
+                dots += (grad_y * down_bias[expert].to(wide)).sum(dim=1)
+            grad_weights.view(-1).index_copy_(0, slots, dots.to(weights.dtype))
+        if need_down:
+            product_into(grad_down[expert], grad_y.t(), (hidden * weight).to(x.dtype))
+        if need_down_bias:
+            grad_down_bias[expert] = (grad_y * weight).sum(dim=0)
+        if need_pre:
+            grad_pre = swiglu_backward_into(torch.empty_like(part), grad_hidden * weight, part, limit, alpha)
+            if need_gate_up:
+                product_into(grad_gate_up[expert], grad_pre.t(), x.index_select(0, tokens))
+            if need_gate_up_bias:
+                grad_gate_up_bias[expert] = grad_pre.sum(dim=0, dtype=wide)
+            if need_x:
+                product_into(grad_rows[start:end], grad_pre, gate_up[expert])
+    if need_x:
+        grad_x = combine(grad_rows, positions(order, expert_ids), None)
+    return grad_x, grad_gate_up, grad_down, grad_weights, grad_gate_up_bias, grad_down_bias
+
+
+def _backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    expert_ids: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    pre: Tensor,
+    limit: float | None,
+    alpha: float,
+    needed: list[bool],
+) -> tuple[Tensor, ...]:
+    return tuple(
+        (t if need and t is not None else x).new_empty(t.shape if need and t is not None else (0,))
+        for t, need in zip((x, gate_up, down, weights, gate_up_bias, down_bias), needed, strict=True)
+    )
+
+
+_MOE_MLP_FORWARD = define(
+    "moe_mlp_forward(Tensor x, Tensor gate_up, Tensor down, Tensor weights, Tensor expert_ids, Tensor? gate_up_bias, "
+    "Tensor? down_bias, float? limit, float alpha, bool save) -> (Tensor, Tensor)",
+    cpu=_forward,
+    cuda=_forward,
+    fake=_forward_fake,
+)
+_MOE_MLP_BACKWARD = define(
+    "moe_mlp_backward(Tensor grad, Tensor x, Tensor gate_up, Tensor down, Tensor weights, Tensor expert_ids, "
+    "Tensor? gate_up_bias, Tensor? down_bias, Tensor pre, float? limit, float alpha, bool[] needed) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    cpu=_backward,
+    cuda=_backward,
+    fake=_backward_fake,
+)
+
+
+def _save(ctx: Any, args: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.limit, ctx.alpha, save = args
+    if not save:
+        raise RuntimeError("moe_mlp_forward: an input requires a gradient, which needs save=True")
+    ctx.save_for_backward(*tensors, result[1])
+    ctx.mark_non_differentiable(result[1])
+
+
+@once_differentiable
+def _gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+    # The ids, argument 4, have no gradient; neither have the three settings at the end.
+    needed = [need for i, need in enumerate(ctx.needs_input_grad[:7]) if i != 4]
+    results = _MOE_MLP_BACKWARD(grad, *ctx.saved_tensors, ctx.limit, ctx.alpha, needed)
+    grads = [result if need else None for result, need in zip(results, needed, strict=True)]
+    return *grads[:4], None, *grads[4:], None, None, None
+
+
+define_gradient(_MOE_MLP_FORWARD, _save, _gradient)
