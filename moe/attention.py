@@ -1,0 +1,153 @@
+"""Multi-head latent attention (MLA) and grouped-query attention.
+
+A mask is boolean [B or 1, 1, S, S_total], True where a query may look. None means plain causal attention when the
+queries are all the tokens there are, and "look at everything" for a single query.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from moe.cache import LayerCache
+from moe.config import ModelConfig
+from moe.rope import apply_rope, mscale
+
+# DeepSeek's code and Hugging Face's both leave the latents' norms at this default, whatever rms_norm_eps says.
+LATENT_NORM_EPS = 1e-6
+
+
+def softmax_scale(config: ModelConfig) -> float:
+    """qk_head_dim^-0.5, under YaRN with mscale_all_dim times (0.1 mscale_all_dim ln(factor) + 1)^2 (MLA only)."""
+    scale = config.qk_head_dim**-0.5
+    rope = config.rope_parameters
+    if config.is_mla and rope.rope_type == "yarn" and rope.mscale_all_dim and rope.factor:
+        scale *= mscale(rope.factor, rope.mscale_all_dim) ** 2
+    return scale
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(q k^T scale + mask) v for q [B, S, H, d], k [B, S_total, H, d], v [B, S_total, H, dv] -> [B, S, H dv]."""
+    width = v.shape[-1]
+    if q.device.type == "cpu" and width < q.shape[-1]:
+        # The CPU's flash kernel refuses unequal head sizes; the unfused fallback is an order of magnitude slower.
+        v = F.pad(v, (0, q.shape[-1] - width))
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    causal = mask is None and q.shape[2] > 1
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+    return rearrange(out[..., :width], "b h s d -> b s (h d)")
+
+
+class MLA(nn.Module):
+    """Attention over a shared low-rank latent. Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.
+
+    q = q_b(RMS(q_a x)) or q_proj x, per head [nope | rope]; kv_a x = [latent C | k_pe]; the latent is normalised, k_pe
+    is not, and one k_pe serves all heads; kv_b expands the latent per head to [K nope | V].
+
+    Prefill and training expand the latent. Decode folds kv_b into the query and the output instead ("absorbed"), so
+    that it reads C + rope values a token from the cache and expands none of them.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.kv_lora_rank is not None and config.qk_nope_head_dim is not None  # validated
+        assert config.qk_rope_head_dim is not None and config.v_head_dim is not None
+        self.heads = config.num_attention_heads
+        self.latent, self.nope, self.rope = config.kv_lora_rank, config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.value = config.v_head_dim
+        self.interleave = config.rope_interleave
+        self.scale = softmax_scale(config)
+
+        width, bias = config.hidden_size, config.attention_bias
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(width, self.heads * config.qk_head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(width, config.q_lora_rank, bias=bias)
+            self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, eps=LATENT_NORM_EPS)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, self.heads * config.qk_head_dim, bias=False)
+        self.compresses_q = config.q_lora_rank is not None
+        self.kv_a_proj_with_mqa = nn.Linear(width, self.latent + self.rope, bias=bias)
+        self.kv_a_layernorm = nn.RMSNorm(self.latent, eps=LATENT_NORM_EPS)
+        self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
+        self.o_proj = nn.Linear(self.heads * self.value, width, bias=bias)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: LayerCache | None, past: int
+    ) -> Tensor:
+        """x [B, S, D] -> [B, S, D]; `past` tokens are already in `cache`."""
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.compresses_q else self.q_proj(x)
+        q_nope, q_pe = rearrange(q, "b s (h d) -> b s h d", h=self.heads).split((self.nope, self.rope), dim=-1)
+        c, k_pe = self.kv_a_proj_with_mqa(x).split((self.latent, self.rope), dim=-1)
+        c = self.kv_a_layernorm(c)
+        q_pe = apply_rope(q_pe, *rope, interleave=self.interleave)
+        k_pe = apply_rope(k_pe.unsqueeze(2), *rope, interleave=self.interleave).squeeze(2)
+
+        if cache is not None:
+            (entry,) = cache.append(past, torch.cat((c, k_pe), dim=-1))
+            if past > 0 and self._absorbing_is_cheaper(x.shape[1]):
+                return self.o_proj(self._attend_absorbed(q_nope, q_pe, entry, mask))
+            c, k_pe = entry.split((self.latent, self.rope), dim=-1)
+
+        kv = rearrange(self.kv_b_proj(c), "b s (h d) -> b s h d", h=self.heads)
+        k_nope, v = kv.split((self.nope, self.value), dim=-1)
+        q = torch.cat((q_nope, q_pe), dim=-1)
+        k = torch.cat((k_nope, k_pe.unsqueeze(2).expand(-1, -1, self.heads, -1)), dim=-1)
+        return self.o_proj(attend(q, k, v, mask, self.scale))
+
+    def _absorbing_is_cheaper(self, queries: int) -> bool:
+        # Per cached token and head: expanding costs C (nope + value) once and nope + rope + value a query;
+        # absorbed costs 2 C + rope a query.
+        expanded = self.latent * (self.nope + self.value)
+        return queries * (2 * self.latent - self.nope - self.value) < expanded
+
+    def _attend_absorbed(self, q_nope: Tensor, q_pe: Tensor, entry: Tensor, mask: Tensor | None) -> Tensor:
+        """As `attend`, from cache entries [B, S_total, C + rope]: score = (q_nope W_UK) c + q_pe k_pe."""
+        w = self.kv_b_proj.weight.view(self.heads, self.nope + self.value, self.latent)
+        w_uk, w_uv = w.split((self.nope, self.value), dim=1)
+        q = torch.cat((torch.einsum("bshn,hnc->bshc", q_nope, w_uk), q_pe), dim=-1)
+        batch, queries = q.shape[:2]
+        scores = torch.matmul(q.flatten(1, 2), entry.transpose(1, 2)).float() * self.scale
+        scores = scores.view(batch, queries, self.heads, -1)
+        if mask is not None:
+            scores = scores.masked_fill(~mask.transpose(1, 2), float("-inf"))
+        attn = scores.softmax(dim=-1).to(q.dtype)
+        o = torch.matmul(attn.flatten(1, 2), entry[..., : self.latent]).view(batch, queries, self.heads, self.latent)
+        return torch.einsum("bshc,hvc->bshv", o, w_uv).flatten(2)
+
+
+class GQA(nn.Module):
+    """Grouped-query attention, with RMS norms on query and key heads when `qk_norm` (Qwen3)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.kv_heads = config.num_key_value_heads or self.heads
+        self.interleave = config.rope_interleave
+        self.scale = softmax_scale(config)
+        self.qk_norm = config.qk_norm
+
+        width, dim, bias = config.hidden_size, config.qk_head_dim, config.attention_bias
+        self.q_proj = nn.Linear(width, self.heads * dim, bias=bias)
+        self.k_proj = nn.Linear(width, self.kv_heads * dim, bias=bias)
+        self.v_proj = nn.Linear(width, self.kv_heads * dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * dim, width, bias=bias)
+        if self.qk_norm:
+            self.q_norm = nn.RMSNorm(dim, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(dim, eps=config.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: LayerCache | None, past: int
+    ) -> Tensor:
+        """x [B, S, D] -> [B, S, D]; `past` tokens are already in `cache`."""
+        q = rearrange(self.q_proj(x), "b s (h d) -> b s h d", h=self.heads)
+        k = rearrange(self.k_proj(x), "b s (h d) -> b s h d", h=self.kv_heads)
+        v = rearrange(self.v_proj(x), "b s (h d) -> b s h d", h=self.kv_heads)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = apply_rope(q, *rope, interleave=self.interleave)
+        k = apply_rope(k, *rope, interleave=self.interleave)
+        if cache is not None:
+            k, v = cache.append(past, k, v)
+        group = self.heads // self.kv_heads
+        k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
+        return self.o_proj(attend(q, k, v, mask, self.scale))

@@ -1,0 +1,62 @@
+"""What attention keeps of earlier tokens: keys and values, or the latents of MLA."""
+
+import torch
+from torch import Tensor
+
+from moe.config import ModelConfig
+
+
+class LayerCache:
+    """Growing tensors [B, capacity, ...], one per kind of entry; rows past the cache's length are unwritten."""
+
+    def __init__(self, shapes: list[tuple[int, ...]]) -> None:
+        self.shapes = shapes
+        self.entries: list[Tensor] = []
+
+    def append(self, start: int, *new: Tensor) -> list[Tensor]:
+        """Write `new` (each [B, S, ...]) at rows start to start + S; returns views of rows 0 to start + S."""
+        end = start + new[0].shape[1]
+        if not self.entries or end > self.entries[0].shape[1]:
+            capacity = max(end, 2 * start, 64)
+            grown = [n.new_empty(n.shape[0], capacity, *shape) for n, shape in zip(new, self.shapes, strict=True)]
+            for old, fresh in zip(self.entries, grown, strict=False):
+                fresh[:, :start] = old[:, :start]
+            self.entries = grown
+        for entry, n in zip(self.entries, new, strict=True):
+            entry[:, start:end] = n
+        return [entry[:, :end] for entry in self.entries]
+
+
+class Cache:
+    """The cache of a whole model, passed to `Transformer.forward(cache=...)`, which fills and advances it.
+
+    MLA layers keep one entry of C + qk_rope_head_dim values a token (latent after its norm, rotated shared key);
+    grouped-query layers keep keys and values, num_key_value_heads * head_dim each. Storage grows by doubling.
+    `length` is the number of tokens held, padding included.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        if config.kv_lora_rank is not None:
+            shapes: list[tuple[int, ...]] = [(config.kv_lora_rank + config.rope_dim,)]
+        else:
+            heads = config.num_key_value_heads or config.num_attention_heads
+            shapes = [(heads, config.qk_head_dim), (heads, config.qk_head_dim)]
+        self.layers = [LayerCache(shapes) for _ in range(config.num_hidden_layers)]
+        self.length = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tokens held (not of the capacity)."""
+        rows = (e[:, : self.length] for layer in self.layers for e in layer.entries)
+        return sum(r.numel() * r.element_size() for r in rows)
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"length = {length}: expected 0 to {self.length}")
+        self.length = length
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the sequences `rows` (int64 indices into the batch), in that order."""
+        for layer in self.layers:
+            layer.entries = [torch.index_select(e, 0, rows) for e in layer.entries]

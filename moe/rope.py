@@ -1,0 +1,76 @@
+"""Rotary position embedding: plain and YaRN, interleaved or half layout.
+
+Tables are computed from the config and the positions at every call and shared by all layers. Nothing is cached in a
+module: a non-persistent buffer would hold garbage after building on the meta device.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from moe.config import RopeParameters
+
+
+def mscale(factor: float, m: float) -> float:
+    """0.1 m ln(factor) + 1, and 1 for factor <= 1. Source: YaRN (arXiv 2309.00071), with DeepSeek's weight m."""
+    return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
+
+
+def attention_factor(rope: RopeParameters) -> float:
+    """The multiplier of cos and sin."""
+    if rope.rope_type != "yarn":
+        return 1.0
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    assert rope.factor is not None  # validated
+    if rope.mscale and rope.mscale_all_dim:
+        return mscale(rope.factor, rope.mscale) / mscale(rope.factor, rope.mscale_all_dim)
+    return mscale(rope.factor, 1.0)
+
+
+def inverse_frequencies(rope: RopeParameters, dim: int, device: torch.device) -> Tensor:
+    """[dim / 2] fp32: rope_theta^(-2i/dim), under YaRN blended with the same over `factor`.
+
+    YaRN keeps frequencies that turn more than beta_fast times over the original length, interpolates those that turn
+    less than beta_slow times, and ramps linearly between. It is applied at every length, as Hugging Face does.
+    The arithmetic is fp32 in Hugging Face's order: at position 160,000 one ulp of a frequency is 0.01 rad.
+    """
+    wavelength = rope.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.int64, device=device).float() / dim)
+    if rope.rope_type != "yarn":
+        return 1.0 / wavelength
+    assert rope.factor is not None and rope.original_max_position_embeddings is not None  # validated
+
+    def dimension_that_turns(times: float) -> float:
+        length = rope.original_max_position_embeddings or 1
+        return dim * math.log(length / (times * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
+
+    low, high = dimension_that_turns(rope.beta_fast), dimension_that_turns(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001  # a step instead of a division by zero
+    ramp = (torch.arange(dim // 2, dtype=torch.float32, device=device) - low) / (high - low)
+    keep = 1 - ramp.clamp(0, 1)
+    return 1.0 / (rope.factor * wavelength) * (1 - keep) + 1.0 / wavelength * keep
+
+
+def rope_tables(rope: RopeParameters, dim: int, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, fp32 [B, S, 1, dim / 2] (the 1 stands for heads), for position_ids [B, S]."""
+    angle = position_ids[..., None].float() * inverse_frequencies(rope, dim, position_ids.device)
+    factor = attention_factor(rope)
+    return (angle.cos() * factor).unsqueeze(-2), (angle.sin() * factor).unsqueeze(-2)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleave: bool) -> Tensor:
+    """Rotate x [B, S, H, dim] by cos and sin [B, S, 1, dim / 2]; returns x's shape and dtype.
+
+    interleave pairs dimensions (2i, 2i + 1), else (i, i + dim / 2). The result is in half layout either way: queries
+    and keys are permuted alike, so their dot products are unchanged. The rotation is computed in fp32 at least.
+    """
+    if interleave:
+        a, b = x[..., 0::2], x[..., 1::2]
+    else:
+        a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
