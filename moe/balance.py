@@ -1,0 +1,212 @@
+"""Keeping experts evenly loaded: losses, the correction bias and its once-per-step update, load reports.
+
+A step's load counts every routed token of the global batch once: in training only, padding and the MTP modules'
+share included as the config says, never again when activations are recomputed. Counts therefore travel in the backward
+pass, which runs exactly once per micro-batch: `attach` gives each router a leaf tensor, and the layer's output carries
+a function whose gradient for that leaf is the micro-batch's load. Autograd sums over micro-batches, eval adds nothing,
+recomputation adds nothing, and a compiled graph sees an ordinary gradient instead of a side effect.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+COUNTER_DTYPE = torch.float64  # gradients must be floating point; counts are exact up to 2^53
+
+
+def expert_load(expert_ids: Tensor, num_experts: int, token_mask: Tensor | None = None) -> Tensor:
+    """How many tokens chose each expert.
+
+    Args:
+        expert_ids: int64 [..., T, K]; -1 is not counted.
+        num_experts: E.
+        token_mask: bool [..., T], True for real tokens; padding is not counted.
+
+    Returns:
+        int64 [..., E].
+    """
+    counted = expert_ids >= 0
+    if token_mask is not None:
+        counted = counted & token_mask.unsqueeze(-1)
+    load = torch.zeros(*expert_ids.shape[:-2], num_experts, dtype=torch.int64, device=expert_ids.device)
+    return load.scatter_add_(-1, expert_ids.clamp_min(0).flatten(-2), counted.to(torch.int64).flatten(-2))
+
+
+def balance_loss(
+    scores: Tensor,
+    expert_ids: Tensor,
+    token_mask: Tensor | None = None,
+    *,
+    seq_aux: bool = True,
+    group: Any = None,
+) -> Tensor:
+    """sum_i f_i P_i with f_i = E / (K T) * count_i and P_i = mean over tokens of s_i / sum_j s_j; 1 when balanced.
+
+    Args:
+        scores: [B, S, E] unbiased, non-negative router scores; gradients flow through P only.
+        expert_ids: int64 [B, S, K].
+        token_mask: bool [B, S]; padding enters neither f, nor P, nor T.
+        seq_aux: T is one sequence, and the losses of the sequences that have a token are averaged. Otherwise T is the
+            whole batch, and the counts f are summed over `group`.
+        group: process group of the global batch; None means the default group where torch.distributed runs.
+
+    Returns:
+        scalar in scores' dtype; 0 when no token is real.
+
+    Source: DeepSeek-V3 (arXiv 2412.19437), equations 17 to 20; global batch: arXiv 2501.11873.
+    """
+    num_experts, k = scores.shape[-1], expert_ids.shape[-1]
+    if token_mask is None:
+        token_mask = torch.ones(scores.shape[:-1], dtype=torch.bool, device=scores.device)
+    load = expert_load(expert_ids, num_experts, token_mask)
+    tokens = token_mask.sum(-1)
+    # masked_fill, not a product: a padded row may hold NaN, and 0 * NaN is NaN.
+    share = (scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)).masked_fill(~token_mask.unsqueeze(-1), 0).sum(-2)
+    if not seq_aux:
+        load, tokens, share = load.sum(0, keepdim=True), tokens.sum(0, keepdim=True), share.sum(0, keepdim=True)
+    p = share / tokens.clamp_min(1).unsqueeze(-1)
+    if not seq_aux and dist.is_available() and dist.is_initialized():
+        everywhere = torch.cat((load.flatten(), tokens))
+        dist.all_reduce(everywhere, group=group)
+        load, tokens = everywhere[:-1].unsqueeze(0), everywhere[-1:]
+    f = load.to(scores.dtype) * num_experts / (k * tokens.clamp_min(1)).unsqueeze(-1)
+    return (f * p).sum() / (tokens > 0).sum().clamp_min(1)
+
+
+def z_loss(logits: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    """Mean over real tokens of logsumexp(logits)^2, for logits [..., E]. Source: ST-MoE (arXiv 2202.08906), eq. 5."""
+    z = logits.logsumexp(-1).square()
+    if token_mask is None:
+        return z.mean() if z.numel() else z.sum()
+    return z.masked_fill(~token_mask, 0).sum() / token_mask.sum().clamp_min(1)
+
+
+class _Carry(torch.autograd.Function):
+    """The identity on y, whose backward also feeds `loss` (gradient `scale`) and `counter` (gradient `load`)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, loss: Tensor | None, scale: Tensor, counter: Tensor | None, load: Tensor
+    ) -> Tensor:
+        ctx.has_loss, ctx.has_counter = loss is not None, counter is not None
+        ctx.save_for_backward(scale, load)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        scale, load = ctx.saved_tensors
+        grad_counter = load.to(COUNTER_DTYPE) if ctx.has_counter else None
+        return grads[0], scale if ctx.has_loss else None, None, grad_counter, None
+
+
+def carry(y: Tensor, *, loss: Tensor | None, scale: float, counter: Tensor | None, load: Tensor | None) -> Tensor:
+    """y unchanged; when gradients flow through it, `loss` gets the gradient `scale` and `counter` gets `load`."""
+    if not torch.is_grad_enabled() or (loss is None and counter is None):
+        return y
+    at = y if loss is None else loss
+    return _Carry.apply(y, loss, torch.full((), scale, dtype=at.dtype, device=at.device), counter, load)
+
+
+def routers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name, router) of every `moe.layer.Router` in the model, in order, MTP modules included."""
+    from moe.layer import Router
+
+    for name, module in model.named_modules():
+        if isinstance(module, Router):
+            yield name, module
+
+
+def set_loss_scale(model: nn.Module, scale: float) -> None:
+    """Weight of the balance losses that enter through autograd in every `MoELayer` below `model`.
+
+    The layer cannot see by what the caller multiplies the loss: with accumulation over n micro-batches (loss / n) pass
+    1 / n, with a gradient scaler pass its scale. `moe.Transformer` called with labels adds the losses to `out.loss`
+    itself and needs none of this.
+    """
+    for _, router in routers(model):
+        router.loss_scale = scale
+
+
+class Handle:
+    """What `attach` returns: `remove()` ends the updates."""
+
+    def __init__(self, model: nn.Module, hook: Any) -> None:
+        self._model, self._hook = model, hook
+
+    def remove(self) -> None:
+        self._hook.remove()
+        for _, router in routers(self._model):
+            router.counter = None
+
+
+def attach(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, bias_update_speed: float = 0.001, group: Any = None
+) -> Handle:
+    """Update every correction bias once per step of `optimizer`: b_i += speed * sign(mean(load) - load_i).
+
+    Works on any model that contains `moe.MoELayer`s and in any trainer: call it once, after the model is on its device
+    and before the first forward (and before torch.compile), and attach to one optimizer only when there are several.
+    The load of a step is everything that went backward since the last one, summed over `group` (None: the default group
+    where torch.distributed runs). A step without any token leaves the biases alone. Set `optimizer`'s hook aside with
+    `handle.remove()`; change the speed by removing and attaching again.
+
+    Raises:
+        ValueError: no router with a correction bias, or routers already attached.
+
+    Source: arXiv 2408.15664; DeepSeek-V3 (arXiv 2412.19437), section 2.1.2 (speed 0.001, 0 at the end of training).
+    """
+    biased = [router for _, router in routers(model) if router.e_score_correction_bias is not None]
+    if not biased:
+        raise ValueError("attach: the model has no router with a correction bias (topk_method 'noaux_tc')")
+    if any(router.counter is not None for router in biased):
+        raise ValueError("attach: this model is attached already; call remove() on the earlier handle first")
+    for router in biased:
+        device = router.weight.device
+        router.counter = torch.zeros(router.num_experts, dtype=COUNTER_DTYPE, device=device, requires_grad=True)
+
+    @torch.no_grad()
+    def update(*_: Any) -> None:
+        loads = [r.counter.grad if r.counter.grad is not None else torch.zeros_like(r.counter) for r in biased]
+        for router in biased:
+            router.counter.grad = None
+        sizes = [router.num_experts for router in biased]
+        flat = torch.cat(loads)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(flat, group=group)
+        for router, load in zip(biased, flat.split(sizes), strict=True):
+            router.e_score_correction_bias += bias_update_speed * torch.sign(load.mean() - load).float()
+
+    return Handle(model, optimizer.register_step_post_hook(update))
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """Expert load per layer with experts.
+
+    Attributes:
+        layers: names of the routers.
+        load: int64 [layers, E] on the CPU: tokens that chose each expert.
+    """
+
+    layers: list[str]
+    load: Tensor
+
+    @property
+    def max_vio(self) -> list[float]:
+        """Per layer max(load) / mean(load) - 1: 0 is perfect balance, E / K - 1 the worst. 0 where nothing ran."""
+        mean = self.load.double().mean(-1).clamp_min(torch.finfo(torch.float64).tiny)
+        vio = self.load.double().amax(-1) / mean - 1
+        return torch.where(self.load.sum(-1) > 0, vio, 0.0).tolist()
+
+    @property
+    def dead_experts(self) -> list[int]:
+        """Per layer, how many experts no token chose."""
+        return (self.load == 0).sum(-1).tolist()
+
+    def __str__(self) -> str:
+        rows = zip(self.layers, self.max_vio, self.dead_experts, strict=True)
+        return "\n".join(f"{name}: MaxVio {vio:.3f}, dead experts {dead}" for name, vio, dead in rows)

@@ -1,0 +1,336 @@
+"""The Mixture-of-Experts layer: Router, Experts, MoELayer, and the one function that initialises weights."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe import balance, ops
+from moe.config import ModelConfig, ScoringFunc, TopkMethod
+from moe.ops import Routing
+
+
+@torch.no_grad()
+def initialize(module: nn.Module, *, std: float, seed: int) -> None:
+    """Initialise every parameter and buffer below `module`.
+
+    Norm weights are 1, biases (the correction bias too) 0, everything else normal with standard deviation `std`. Each
+    tensor, and each expert's slice of a stacked one, has its own generator seeded by (seed, name, expert): the result
+    does not depend on the order of creation, and a rank that owns a few experts can make exactly those.
+    """
+    norms = {name for name, child in module.named_modules() if isinstance(child, nn.RMSNorm)}
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        parent, _, leaf = name.rpartition(".")
+        if parent in norms:
+            tensor.fill_(1.0)
+        elif leaf.endswith("bias"):
+            tensor.zero_()
+        elif tensor.ndim == 3:
+            for expert, part in enumerate(tensor):
+                part.normal_(0.0, std, generator=_generator(tensor.device, seed, name, expert))
+        else:
+            tensor.normal_(0.0, std, generator=_generator(tensor.device, seed, name, 0))
+
+
+def _generator(device: torch.device, seed: int, name: str, expert: int) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{name}/{expert}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def materialize(module: nn.Module, *, std: float, seed: int) -> None:
+    """Turn a module built on the meta device into an initialised one on the default device; a no-op if that is meta.
+
+    Building on meta first keeps torch's own initialisation from running (and from moving the global generator).
+    """
+    device = torch.get_default_device()
+    if device.type != "meta":
+        module.to_empty(device=device)
+        initialize(module, std=std, seed=seed)
+
+
+class MLP(nn.Module):
+    """down(silu(gate x) * up x): a dense layer, or the shared experts as one."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Router(nn.Module):
+    """Scores, correction bias and top-k selection; see `moe.ops.route` for the contract of the selection.
+
+    Logits are computed in promote_types(x.dtype, float32), with autocast off: F.linear under autocast would be bf16.
+    The correction bias [E] is float32 whatever the module is cast to: released biases are 2 to 5 and their update is
+    0.001, which bf16 cannot hold.
+    """
+
+    e_score_correction_bias: Tensor | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        n_routed_experts: int,
+        num_experts_per_tok: int,
+        *,
+        scoring_func: ScoringFunc,
+        topk_method: TopkMethod,
+        n_group: int,
+        topk_group: int,
+        norm_topk_prob: bool,
+        routed_scaling_factor: float,
+    ) -> None:
+        super().__init__()
+        self.num_experts = n_routed_experts
+        self.selection: dict[str, Any] = {
+            "top_k": num_experts_per_tok,
+            "scoring_func": scoring_func,
+            "n_group": n_group,
+            "topk_group": topk_group,
+            "group_score": "top2" if topk_method == "noaux_tc" else "max",
+            "norm_topk_prob": norm_topk_prob,
+            "routed_scaling_factor": routed_scaling_factor,
+        }
+        self.weight = nn.Parameter(torch.empty(n_routed_experts, hidden_size))
+        bias = torch.zeros(n_routed_experts, dtype=torch.float32) if topk_method == "noaux_tc" else None
+        self.register_buffer("e_score_correction_bias", bias)
+        self.counter: Tensor | None = None  # set by balance.attach; its gradient is the load of the step
+        self.loss_scale = 1.0
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x [T, D] -> [T, E]."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(dtype), self.weight.to(dtype))
+
+    def route(self, logits: Tensor) -> Routing:
+        return ops.route(logits, self.e_score_correction_bias, **self.selection)
+
+    def replay(self, logits: Tensor, expert_ids: Tensor) -> Routing:
+        """The routing that `expert_ids` [T, K] would give: weights from this router's own scores."""
+        scores = logits.sigmoid() if self.selection["scoring_func"] == "sigmoid" else logits.softmax(-1)
+        weights = scores.gather(-1, expert_ids.clamp_min(0))
+        if self.selection["norm_topk_prob"]:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return Routing(weights * self.selection["routed_scaling_factor"], expert_ids, scores)
+
+    def forward(self, x: Tensor) -> Routing:
+        return self.route(self.logits(x))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
+        bias, counter = self.e_score_correction_bias, self.counter
+        self.e_score_correction_bias = None  # out of the way of a cast
+        super()._apply(fn, recurse)
+        self.e_score_correction_bias = bias
+        if bias is not None:
+            moved = fn(bias)
+            self.e_score_correction_bias = moved if moved.dtype == bias.dtype else bias.to(moved.device)
+        if counter is not None and counter.device != self.weight.device:
+            self.counter = counter.detach().to(self.weight.device).requires_grad_()
+        return self
+
+
+class Experts(nn.Module):
+    """All routed experts, stacked: gate_up_proj [E, 2F, D] (gate rows first) and down_proj [E, D, F]."""
+
+    def __init__(self, num_experts: int, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * hidden, width))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, width, hidden))
+
+    def forward(self, x: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
+        return ops.moe_mlp(x, self.gate_up_proj, self.down_proj, weights, expert_ids)
+
+
+def local_dispatcher(x: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    """Every expert is here: no communication."""
+    return experts(x, routing.weights, routing.expert_ids)
+
+
+@dataclass(frozen=True)
+class MoEStats:
+    """What a MoE layer did with one input.
+
+    Attributes:
+        load: int64 [E], real tokens that chose each expert.
+        balance_loss, z_loss: scalars, already multiplied by their coefficients; 0 where a coefficient is 0.
+    """
+
+    load: Tensor
+    balance_loss: Tensor
+    z_loss: Tensor
+
+    @property
+    def aux_loss(self) -> Tensor:
+        return self.balance_loss + self.z_loss
+
+
+class MoELayer(nn.Module):
+    """A Mixture-of-Experts feed-forward layer for any model: y = sum_k w_k expert_k(x) + shared(x).
+
+    In training, the balance losses enter through autograd: y is unchanged, and its backward pass also feeds them
+    (see `moe.balance.set_loss_scale` for accumulation and gradient scalers). With `return_stats` they are returned
+    instead, for the caller to add to the loss. The correction bias changes only under `moe.balance.attach`.
+
+    Args:
+        hidden_size, moe_intermediate_size: D and F.
+        n_routed_experts, num_experts_per_tok: E and K.
+        n_shared_experts: width of the always-on expert in units of F; 0 for none.
+        scoring_func, topk_method, n_group, topk_group, norm_topk_prob, routed_scaling_factor: see `ModelConfig`.
+        aux_loss_alpha, seq_aux, router_z_loss_coef: coefficients of the losses of `moe.balance`.
+        initializer_range, seed: see `initialize`.
+
+    Raises:
+        ConfigError: from the same checks as `ModelConfig`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        moe_intermediate_size: int,
+        n_routed_experts: int,
+        num_experts_per_tok: int,
+        *,
+        n_shared_experts: int = 0,
+        scoring_func: ScoringFunc = "sigmoid",
+        topk_method: TopkMethod = "noaux_tc",
+        n_group: int = 1,
+        topk_group: int = 1,
+        norm_topk_prob: bool = True,
+        routed_scaling_factor: float = 1.0,
+        aux_loss_alpha: float = 0.0,
+        seq_aux: bool = True,
+        router_z_loss_coef: float = 0.0,
+        initializer_range: float = 0.02,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        ModelConfig(  # the same checks, with the same words
+            vocab_size=1,
+            hidden_size=hidden_size,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            head_dim=2,
+            intermediate_size=1,
+            moe_intermediate_size=moe_intermediate_size,
+            n_routed_experts=n_routed_experts,
+            num_experts_per_tok=num_experts_per_tok,
+            n_shared_experts=n_shared_experts,
+            scoring_func=scoring_func,
+            topk_method=topk_method,
+            n_group=n_group,
+            topk_group=topk_group,
+            norm_topk_prob=norm_topk_prob,
+            routed_scaling_factor=routed_scaling_factor,
+            aux_loss_alpha=aux_loss_alpha,
+            seq_aux=seq_aux,
+            router_z_loss_coef=router_z_loss_coef,
+            initializer_range=initializer_range,
+        )
+        self.hidden_size = hidden_size
+        self.alpha, self.seq_aux, self.z_coef = aux_loss_alpha, seq_aux, router_z_loss_coef
+        self.dispatcher: Callable[[Tensor, Routing, Experts], Tensor] = local_dispatcher
+        with torch.device("meta"):
+            self.gate = Router(
+                hidden_size,
+                n_routed_experts,
+                num_experts_per_tok,
+                scoring_func=scoring_func,
+                topk_method=topk_method,
+                n_group=n_group,
+                topk_group=topk_group,
+                norm_topk_prob=norm_topk_prob,
+                routed_scaling_factor=routed_scaling_factor,
+            )
+            self.experts = Experts(n_routed_experts, hidden_size, moe_intermediate_size)
+            shared = n_shared_experts * moe_intermediate_size
+            self.shared_experts = MLP(hidden_size, shared) if shared else None
+        materialize(self, std=initializer_range, seed=seed)
+
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        token_mask: Tensor | None = None,
+        routing: Routing | Tensor | None = None,
+        return_stats: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        token_mask: Tensor | None = None,
+        routing: Routing | Tensor | None = None,
+        *,
+        return_stats: Literal[True],
+    ) -> tuple[Tensor, MoEStats]: ...
+
+    def forward(
+        self,
+        x: Tensor,
+        token_mask: Tensor | None = None,
+        routing: Routing | Tensor | None = None,
+        return_stats: bool = False,
+    ) -> Tensor | tuple[Tensor, MoEStats]:
+        """x [..., S, D] -> y of the same shape and dtype; with `return_stats`, (y, MoEStats).
+
+        Args:
+            x: the last but one dimension is the sequence; [T, D] is one sequence.
+            token_mask: bool [..., S], True for real tokens. Padding reaches no expert, no count and no loss, whatever
+                its values (NaN too), and its output is zero.
+            routing: replaces the router. A `Routing` is used as it is; int64 expert ids [T, K] are replayed with
+                weights from this router's scores.
+        """
+        if x.ndim < 2 or x.shape[-1] != self.hidden_size:
+            raise ValueError(f"x has shape {tuple(x.shape)}: expected [..., S, {self.hidden_size}]")
+        sequences = x.reshape(-1, x.shape[-2], x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1])
+        if token_mask is not None:
+            if token_mask.shape != x.shape[:-1] or token_mask.dtype != torch.bool:
+                found = f"{token_mask.dtype} {tuple(token_mask.shape)}"
+                raise ValueError(f"token_mask is {found}: expected torch.bool {tuple(x.shape[:-1])}")
+            token_mask = token_mask.reshape(sequences.shape[:2])
+            rows = rows.masked_fill(~token_mask.reshape(-1, 1), 0)
+
+        logits = None
+        if isinstance(routing, Routing):
+            chosen = routing
+        else:
+            logits = self.gate.logits(rows)
+            chosen = self.gate.route(logits) if routing is None else self.gate.replay(logits, routing)
+        if token_mask is not None:
+            ids = chosen.expert_ids.masked_fill(~token_mask.reshape(-1, 1), -1)
+            chosen = Routing(chosen.weights, ids, chosen.scores)
+
+        y = self.dispatcher(rows, chosen, self.experts)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(rows)
+        stats = self._stats(chosen, logits, sequences.shape[:2], token_mask)
+        if self.training:
+            loss = None if return_stats or not (self.alpha or self.z_coef) else stats.aux_loss
+            y = balance.carry(y, loss=loss, scale=self.gate.loss_scale, counter=self.gate.counter, load=stats.load)
+        y = y.view(x.shape)
+        return (y, stats) if return_stats else y
+
+    def _stats(
+        self, routing: Routing, logits: Tensor | None, shape: tuple[int, ...], token_mask: Tensor | None
+    ) -> MoEStats:
+        ids = routing.expert_ids.view(*shape, -1)
+        zero = routing.scores.new_zeros(())
+        loss, z = zero, zero
+        if self.training and self.alpha:
+            scores = routing.scores.view(*shape, -1)
+            loss = self.alpha * balance.balance_loss(scores, ids, token_mask, seq_aux=self.seq_aux)
+        if self.training and self.z_coef and logits is not None:
+            z = self.z_coef * balance.z_loss(logits.view(*shape, -1), token_mask)
+        load = balance.expert_load(routing.expert_ids, self.gate.num_experts)
+        return MoEStats(load, loss, z)
