@@ -1,0 +1,1 @@
+"""Triton kernels behind `moe.ops`; never imports moe."""

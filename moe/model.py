@@ -1,0 +1,342 @@
+"""The transformer. Read this file first: it is the whole architecture, top to bottom.
+
+    h = embed(ids);  for each block: h += attention(norm(h)); h += mlp(norm(h));  logits = head(norm(h))
+
+where `mlp` is a dense MLP in the first `first_k_dense_replace` blocks and a `MoELayer` in the others. Multi-token
+prediction modules (DeepSeek-V3, arXiv 2412.19437, section 2.2) stand behind the last block and are used in training.
+"""
+
+from dataclasses import dataclass, field
+from os import PathLike
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moe.attention import GQA, MLA
+from moe.balance import LoadReport, carry, routers
+from moe.cache import Cache, LayerCache
+from moe.config import ModelConfig
+from moe.layer import MLP, MoELayer, MoEStats, materialize
+from moe.rope import rope_tables
+
+Rope = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Output:
+    """What `Transformer.forward` returns.
+
+    Attributes:
+        logits: [B, S, V], or the last `logits_to_keep` positions.
+        hidden: [B, S, D], the state after the final norm, which MTP modules and heads of other kinds read.
+        loss: scalar fp32, the sum to minimise, when labels were given.
+        losses: its parts, detached: "ce", and in training "mtp", "balance", "z" where the config has them. "mtp" is
+            the mean over modules before its weight; the balance losses carry their coefficients.
+        load: int64 [layers with experts, E], real tokens per expert in this call, MTP modules last.
+    """
+
+    logits: Tensor
+    hidden: Tensor
+    loss: Tensor | None = None
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    load: Tensor | None = None
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, *, has_experts: bool) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.input_layernorm = nn.RMSNorm(width, eps=config.rms_norm_eps)
+        self.self_attn = MLA(config) if config.is_mla else GQA(config)
+        self.post_attention_layernorm = nn.RMSNorm(width, eps=config.rms_norm_eps)
+        self.mlp: MLP | MoELayer
+        if has_experts:
+            self.mlp = MoELayer(
+                width,
+                config.moe_intermediate_size,
+                config.n_routed_experts,
+                config.num_experts_per_tok,
+                n_shared_experts=config.n_shared_experts,
+                scoring_func=config.scoring_func,
+                topk_method=config.topk_method,
+                n_group=config.n_group,
+                topk_group=config.topk_group,
+                norm_topk_prob=config.norm_topk_prob,
+                routed_scaling_factor=config.routed_scaling_factor,
+                aux_loss_alpha=config.aux_loss_alpha,
+                seq_aux=config.seq_aux,
+                router_z_loss_coef=config.router_z_loss_coef,
+                initializer_range=config.initializer_range,
+            )
+        else:
+            self.mlp = MLP(width, config.intermediate_size)
+
+    def forward(
+        self, h: Tensor, rope: Rope, mask: Tensor | None, token_mask: Tensor | None, cache: LayerCache | None, past: int
+    ) -> tuple[Tensor, MoEStats | None]:
+        h = h + self.self_attn(self.input_layernorm(h), rope, mask, cache, past)
+        x = self.post_attention_layernorm(h)
+        if isinstance(self.mlp, MoELayer):
+            y, stats = self.mlp(x, token_mask, return_stats=True)
+            return h + y, stats
+        return h + self.mlp(x), None
+
+
+class MTP(nn.Module):
+    """One multi-token prediction module: h' = norm(block(eh_proj(cat[enorm(emb), hnorm(h)]))).
+
+    Module k (from 0) sees the state h_i of the module before it (of the model's final norm for k = 0) and the embedding
+    of token i + k + 1, and predicts token i + k + 2 through the model's own head. The concatenation is in the released
+    checkpoint's order, embedding first; the paper prints the reverse.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.enorm = nn.RMSNorm(width, eps=config.rms_norm_eps)
+        self.hnorm = nn.RMSNorm(width, eps=config.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * width, width, bias=False)
+        self.block = Block(config, has_experts=True)
+        self.norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
+
+    def forward(
+        self, h: Tensor, embedding: Tensor, rope: Rope, mask: Tensor | None, token_mask: Tensor | None
+    ) -> tuple[Tensor, MoEStats | None]:
+        x = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(h)), dim=-1))
+        x, stats = self.block(x, rope, mask, token_mask, None, 0)
+        return self.norm(x), stats
+
+
+class Transformer(nn.Module):
+    """A Mixture-of-Experts language model. Builds on the meta device under `with torch.device("meta")`.
+
+    Args:
+        config: what to build; see `ModelConfig`.
+        seed: of the initialisation; the global generator is not touched.
+
+    Attributes:
+        carried_files: file name -> content of tokenizer files and the like that came with a loaded checkpoint; `save`
+            writes them beside the weights.
+    """
+
+    def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.carried_files: dict[str, bytes] = {}
+        self.activation_checkpointing = False
+        self._load: Tensor | None = None
+        with torch.device("meta"):
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+            self.layers = nn.ModuleList(
+                Block(config, has_experts=config.is_moe_layer(i)) for i in range(config.num_hidden_layers)
+            )
+            self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.mtp = nn.ModuleList(MTP(config) for _ in range(config.num_nextn_predict_layers))
+            tied = config.tie_word_embeddings
+            self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        materialize(self, std=config.initializer_range, seed=seed)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        logits_to_keep: int = 0,
+    ) -> Output:
+        """Logits, and with labels the loss.
+
+        Args:
+            input_ids: int64 [B, S].
+            labels: int64 [B, S], unshifted (usually input_ids); -100 is ignored.
+            attention_mask: [B, S_total], non-zero for real tokens, padding on either side; S_total includes the
+                tokens in `cache`.
+            position_ids: int64 [B, S]; by default they count on from the cache's length.
+            document_ids: int [B, S]; a token sees only its own document, and no token is predicted from another one.
+            cache: earlier tokens; it is filled and advanced.
+            logits_to_keep: compute logits for this many last positions only; 0 for all.
+        """
+        batch, length = input_ids.shape
+        past = cache.length if cache is not None else 0
+        self._check(input_ids, labels, attention_mask, document_ids, cache, past, logits_to_keep)
+        if position_ids is None:
+            position_ids = torch.arange(past, past + length, device=input_ids.device).expand(batch, length)
+        rope = rope_tables(self.config.rope_parameters, self.config.rope_dim, position_ids)
+        real = attention_mask.bool() if attention_mask is not None else None
+        mask = attention_scope(length, past, real, document_ids, input_ids.device)
+        token_mask = real[:, past:] if real is not None else None
+
+        h = self.embed_tokens(input_ids)
+        stats: list[MoEStats] = []
+        for i, block in enumerate(self.layers):
+            layer_cache = cache.layers[i] if cache is not None else None
+            h, block_stats = self._run(block, h, rope, mask, token_mask, layer_cache, past)
+            if block_stats is not None:
+                stats.append(block_stats)
+        h = self.norm(h)
+        if cache is not None:
+            cache.length += length
+        logits = self.head(h[:, -logits_to_keep:] if logits_to_keep else h)
+
+        if labels is not None and token_mask is not None:
+            labels = labels.masked_fill(~token_mask, -100)
+        mtp_losses: list[Tensor] = []
+        if self.training and labels is not None:
+            mtp_losses, mtp_stats = self._predict_ahead(h, input_ids, labels, rope, real, document_ids)
+            stats.extend(mtp_stats)
+
+        load = torch.stack([s.load for s in stats]) if stats else None
+        if load is not None:
+            self._count(load)
+        if labels is None:
+            if self.training and stats:
+                # Nobody will see `out.loss`; a caller who computes a loss from the logits gets these all the same.
+                aux = torch.stack([s.aux_loss for s in stats]).sum()
+                scale = next(router.loss_scale for _, router in routers(self))
+                logits = carry(logits, loss=aux, scale=scale, counter=None, load=None)
+            return Output(logits, h, load=load)
+        losses = {"ce": next_token_loss(logits, labels, 1, document_ids, token_mask)}
+        loss = losses["ce"]
+        if self.training:
+            if mtp_losses:
+                losses["mtp"] = torch.stack(mtp_losses).mean()
+                loss = loss + self.config.mtp_loss_weight * losses["mtp"]
+            if self.config.aux_loss_alpha and stats:
+                losses["balance"] = torch.stack([s.balance_loss for s in stats]).sum()
+                loss = loss + losses["balance"]
+            if self.config.router_z_loss_coef and stats:
+                losses["z"] = torch.stack([s.z_loss for s in stats]).sum()
+                loss = loss + losses["z"]
+        return Output(logits, h, loss, {name: part.detach() for name, part in losses.items()}, load)
+
+    def head(self, h: Tensor) -> Tensor:
+        """h [..., D], normalised -> logits [..., V]."""
+        return F.linear(h, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(h)
+
+    def save(self, folder: str | PathLike[str]) -> None:
+        """Write a Hugging Face checkpoint folder, atomically; see `moe.checkpoint.save`."""
+        from moe.checkpoint import save
+
+        save(self, folder)
+
+    def set_activation_checkpointing(self, on: bool) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations (training only)."""
+        self.activation_checkpointing = on
+
+    def load_report(self, *, reset: bool = False) -> LoadReport:
+        """Expert load summed over the forward passes, of training and eval, since the last reset."""
+        names = [name for name, _ in routers(self)]
+        load = torch.zeros(len(names), self.config.n_routed_experts, dtype=torch.int64)
+        if self._load is not None:
+            load[: len(self._load)] = self._load.cpu()
+        if reset:
+            self._load = None
+        return LoadReport(names, load)
+
+    def _run(self, block: nn.Module, *args: object) -> tuple[Tensor, MoEStats | None]:
+        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+    def _predict_ahead(
+        self,
+        h: Tensor,
+        input_ids: Tensor,
+        labels: Tensor,
+        rope: Rope,
+        real: Tensor | None,
+        document_ids: Tensor | None,
+    ) -> tuple[list[Tensor], list[MoEStats]]:
+        """The MTP modules' losses and statistics. Module k drops the last k + 1 positions: they have no token ahead."""
+        losses, stats = [], []
+        for k, module in enumerate(self.mtp):
+            keep = input_ids.shape[1] - (k + 1)
+            if keep < 1:
+                break
+            embedding = self.embed_tokens(input_ids[:, k + 1 :])
+            documents = document_ids[:, :keep] if document_ids is not None else None
+            token_mask = None
+            if real is not None:  # a position takes part if all the tokens it sees are real
+                token_mask = real.unfold(1, k + 2, 1).all(-1)
+            mask = attention_scope(keep, 0, token_mask, documents, input_ids.device)
+            cos, sin = rope
+            args = (embedding, (cos[:, :keep], sin[:, :keep]), mask, token_mask)
+            h, block_stats = self._run(module, h[:, :keep], *args)
+            losses.append(next_token_loss(self.head(h), labels, k + 2, document_ids, token_mask))
+            if block_stats is not None:
+                stats.append(block_stats)
+        return losses, stats
+
+    def _count(self, load: Tensor) -> None:
+        load = load.detach()
+        if self._load is None or self._load.device != load.device:
+            self._load = load.new_zeros(self.config.num_moe_layers + len(self.mtp), load.shape[1])
+        self._load = self._load + F.pad(load, (0, 0, 0, len(self._load) - len(load)))
+
+    def _check(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None,
+        attention_mask: Tensor | None,
+        document_ids: Tensor | None,
+        cache: Cache | None,
+        past: int,
+        logits_to_keep: int,
+    ) -> None:
+        batch, length = input_ids.shape
+        for name, tensor, shape in (
+            ("labels", labels, (batch, length)),
+            ("attention_mask", attention_mask, (batch, past + length)),
+            ("document_ids", document_ids, (batch, length)),
+        ):
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}: expected {shape}")
+        if document_ids is not None and cache is not None:
+            raise ValueError("document_ids and cache together: packed documents are for training")
+        if labels is not None and (logits_to_keep or cache is not None):
+            raise ValueError("labels need the logits of all positions: no cache and no logits_to_keep")
+
+
+def attention_scope(
+    length: int, past: int, real: Tensor | None, document_ids: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """The attention mask, bool [B or 1, 1, S, S_total], or None where the attention's own causal rule says it all.
+
+    A query always sees itself: a padded query that saw nothing would be 0/0.
+    """
+    if real is None and document_ids is None and (past == 0 or length == 1):
+        return None
+    query = torch.arange(past, past + length, device=device)[:, None]
+    key = torch.arange(past + length, device=device)[None, :]
+    scope = (key <= query)[None, None]
+    if real is not None:
+        scope = scope & real[:, None, None, :]
+    if document_ids is not None:
+        scope = scope & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
+    return scope | (key == query)
+
+
+def next_token_loss(
+    logits: Tensor, labels: Tensor, ahead: int, document_ids: Tensor | None, token_mask: Tensor | None
+) -> Tensor:
+    """Mean cross entropy, in fp32 at least, of logits [B, S', V] at i against labels [B, S] at i + ahead.
+
+    Left out are targets of -100, beyond the end, or in another document, and positions i outside token_mask [B, S'];
+    0 when none remains.
+    """
+    target = labels[:, ahead:]
+    if document_ids is not None:
+        target = target.masked_fill(document_ids[:, ahead:] != document_ids[:, : target.shape[1]], -100)
+    if token_mask is not None:
+        target = target.masked_fill(~token_mask[:, : target.shape[1]], -100)
+    logits = logits[:, : target.shape[1]].flatten(0, 1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = F.cross_entropy(logits, target.flatten(), ignore_index=-100, reduction="sum")
+    return total / (target != -100).sum().clamp_min(1)
