@@ -1,0 +1,175 @@
+"""What a configuration weighs: names and shapes of its tensors, and parameter counts, by arithmetic. No torch here."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moe.config import ModelConfig
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters of a model, correction biases included.
+
+    A count is of values in the state dict: tied embeddings count once. "Activated" is what one token uses: all but the
+    routed experts that it is not sent to.
+
+    Attributes:
+        embedding, attention, dense_mlp, routed_experts, shared_experts, routers, norms, head: the main model by
+            component. `attention` has the projections and the norms within it; `norms` has the others; `routers` has
+            the correction biases.
+        mtp: the multi-token prediction modules, which share the embedding and the head of the main model.
+        activated: with both embeddings.
+        activated_without_embedding: what is usually quoted (37B for DeepSeek-V3).
+        released: with embedding and head written again for each MTP module, as the released files have it.
+    """
+
+    embedding: int
+    attention: int
+    dense_mlp: int
+    routed_experts: int
+    shared_experts: int
+    routers: int
+    norms: int
+    head: int
+    mtp: int
+    activated: int
+    activated_without_embedding: int
+    released: int
+
+    @property
+    def total(self) -> int:
+        """The main model."""
+        parts = (self.embedding, self.attention, self.dense_mlp, self.routed_experts)
+        return sum(parts) + self.shared_experts + self.routers + self.norms + self.head
+
+    @property
+    def with_mtp(self) -> int:
+        return self.total + self.mtp
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Every name of `Transformer(config).state_dict()` with its shape."""
+    width = config.hidden_size
+    shapes: dict[str, Shape] = {"embed_tokens.weight": (config.vocab_size, width)}
+    for i in range(config.num_hidden_layers):
+        shapes |= {f"layers.{i}.{name}": s for name, s in _block(config, has_experts=config.is_moe_layer(i))}
+    shapes["norm.weight"] = (width,)
+    for k in range(config.num_nextn_predict_layers):
+        shapes |= {f"mtp.{k}.{name}": s for name, s in _mtp(config)}
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, width)
+    return shapes
+
+
+def count_parameters(config: ModelConfig) -> ParameterCounts:
+    """Counts from the shapes, without building the model."""
+    parts = dict.fromkeys(_COMPONENTS.values(), 0)
+    blocks = (
+        (config.first_k_dense_replace, _block(config, has_experts=False)),
+        (config.num_moe_layers, _block(config, has_experts=True)),
+    )
+    for layers, block in blocks:
+        for name, shape in block:
+            parts[_component(name)] += layers * math.prod(shape)
+    embedding = config.vocab_size * config.hidden_size
+    head = 0 if config.tie_word_embeddings else embedding
+    mtp = sum(math.prod(shape) for _, shape in _mtp(config))
+    modules = config.num_nextn_predict_layers
+    parts["norms"] += config.hidden_size
+
+    rest = sum(parts.values()) - parts["routed_experts"] + embedding + head
+    used = parts["routed_experts"] * config.num_experts_per_tok // config.n_routed_experts
+    return ParameterCounts(
+        embedding=embedding,
+        head=head,
+        mtp=modules * mtp,
+        activated=rest + used,
+        # A tied embedding is the head too: a token multiplies by it, whatever it is called.
+        activated_without_embedding=rest + used - (embedding if head else 0),
+        released=rest + parts["routed_experts"] + modules * (mtp + 2 * embedding),
+        **parts,
+    )
+
+
+_COMPONENTS = {
+    "self_attn": "attention",
+    "mlp": "dense_mlp",
+    "mlp.experts": "routed_experts",
+    "mlp.shared_experts": "shared_experts",
+    "mlp.gate": "routers",
+    "input_layernorm": "norms",
+    "post_attention_layernorm": "norms",
+}
+
+
+def _component(name: str) -> str:
+    """The component of a block's tensor: that of the longest prefix in the table."""
+    while name not in _COMPONENTS:
+        name = name.rpartition(".")[0]
+    return _COMPONENTS[name]
+
+
+def _block(config: ModelConfig, *, has_experts: bool) -> list[tuple[str, Shape]]:
+    width = config.hidden_size
+    return [
+        ("input_layernorm.weight", (width,)),
+        *((f"self_attn.{name}", shape) for name, shape in _attention(config)),
+        ("post_attention_layernorm.weight", (width,)),
+        *((f"mlp.{name}", shape) for name, shape in (_experts(config) if has_experts else _mlp(config))),
+    ]
+
+
+def _mtp(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    width = config.hidden_size
+    yield from ((f"{name}.weight", (width,)) for name in ("enorm", "hnorm", "norm"))
+    yield "eh_proj.weight", (width, 2 * width)
+    yield from ((f"block.{name}", shape) for name, shape in _block(config, has_experts=True))
+
+
+def _attention(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    width, heads, dim = config.hidden_size, config.num_attention_heads, config.qk_head_dim
+    biased: dict[str, Shape]
+    if config.kv_lora_rank is not None:
+        latent, rope, nope = config.kv_lora_rank, config.qk_rope_head_dim or 0, config.qk_nope_head_dim or 0
+        value = config.v_head_dim or 0
+        biased = {"kv_a_proj_with_mqa": (latent + rope, width), "o_proj": (width, heads * value)}
+        if config.q_lora_rank is None:
+            yield "q_proj.weight", (heads * dim, width)
+        else:
+            biased["q_a_proj"] = (config.q_lora_rank, width)
+            yield "q_a_layernorm.weight", (config.q_lora_rank,)
+            yield "q_b_proj.weight", (heads * dim, config.q_lora_rank)
+        yield "kv_a_layernorm.weight", (latent,)
+        yield "kv_b_proj.weight", (heads * (nope + value), latent)
+    else:
+        kv = (config.num_key_value_heads or heads) * dim
+        biased = {"q_proj": (heads * dim, width), "k_proj": (kv, width), "v_proj": (kv, width)}
+        biased["o_proj"] = (width, heads * dim)
+        if config.qk_norm:
+            yield "q_norm.weight", (dim,)
+            yield "k_norm.weight", (dim,)
+    for name, shape in biased.items():
+        yield f"{name}.weight", shape
+        if config.attention_bias:
+            yield f"{name}.bias", shape[:1]
+
+
+def _mlp(config: ModelConfig, prefix: str = "", hidden: int | None = None) -> Iterator[tuple[str, Shape]]:
+    width, hidden = config.hidden_size, hidden or config.intermediate_size
+    yield f"{prefix}gate_proj.weight", (hidden, width)
+    yield f"{prefix}up_proj.weight", (hidden, width)
+    yield f"{prefix}down_proj.weight", (width, hidden)
+
+
+def _experts(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    width, hidden, experts = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
+    yield "gate.weight", (experts, width)
+    if config.topk_method == "noaux_tc":
+        yield "gate.e_score_correction_bias", (experts,)
+    yield "experts.gate_up_proj", (experts, 2 * hidden, width)
+    yield "experts.down_proj", (experts, width, hidden)
+    if config.n_shared_experts:
+        yield from _mlp(config, "shared_experts.", config.n_shared_experts * hidden)

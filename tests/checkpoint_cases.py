@@ -1,0 +1,110 @@
+"""Configurations that the tests of counts and checkpoints share."""
+
+import dataclasses
+from typing import Any
+
+from hypothesis import strategies as st
+
+from moe import ModelConfig, RopeParameters
+
+# No two sizes are equal and none divides another, so that a transposed or swapped tensor cannot fit by accident.
+SMALL: dict[str, Any] = dict(
+    vocab_size=61,
+    hidden_size=34,
+    num_hidden_layers=3,
+    num_attention_heads=3,
+    intermediate_size=46,
+    moe_intermediate_size=22,
+    n_routed_experts=12,
+    num_experts_per_tok=3,
+    n_shared_experts=1,
+    first_k_dense_replace=1,
+    kv_lora_rank=14,
+    q_lora_rank=26,
+    qk_nope_head_dim=10,
+    qk_rope_head_dim=8,
+    v_head_dim=18,
+    rope_interleave=True,
+    max_position_embeddings=64,
+)
+
+V3 = ModelConfig(
+    **SMALL,
+    model_type="deepseek_v3",
+    scoring_func="sigmoid",
+    topk_method="noaux_tc",
+    n_group=4,
+    topk_group=2,
+    routed_scaling_factor=2.5,
+)
+V3_MTP = dataclasses.replace(V3, num_nextn_predict_layers=2)
+V2 = ModelConfig(**SMALL, model_type="deepseek_v2", norm_topk_prob=False)
+
+YARN = RopeParameters(
+    rope_type="yarn", factor=8.0, original_max_position_embeddings=16, mscale=0.8, mscale_all_dim=1.1, beta_fast=4.0
+)
+
+_size = st.integers(1, 9)
+
+
+@st.composite
+def configs(draw: st.DrawFn, model_type: str | None = None) -> ModelConfig:
+    """Small random configs: of everything the model can be, or of what a family's files can express."""
+    layers = draw(st.integers(1, 4))
+    heads = draw(st.integers(1, 4))
+    groups = draw(st.integers(1, 3))
+    per_group = draw(st.integers(1, 3))
+    values: dict[str, Any] = dict(
+        vocab_size=draw(_size),
+        hidden_size=heads * 2 * draw(_size),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=draw(_size),
+        moe_intermediate_size=draw(_size),
+        n_shared_experts=draw(st.integers(0, 2)),
+        first_k_dense_replace=draw(st.integers(0, layers)),
+        attention_bias=draw(st.booleans()),
+        tie_word_embeddings=draw(st.booleans()),
+        routed_scaling_factor=draw(st.sampled_from([1.0, 2.5])),
+        rms_norm_eps=draw(st.sampled_from([1e-6, 1e-5])),
+        rope_parameters=draw(st.sampled_from([RopeParameters(), RopeParameters(rope_theta=5e5), YARN])),
+        aux_loss_alpha=draw(st.sampled_from([0.0, 1e-4])),
+    )
+    if model_type is not None or draw(st.booleans()):
+        values |= dict(
+            kv_lora_rank=draw(_size),
+            q_lora_rank=draw(st.none() | _size),
+            qk_nope_head_dim=draw(_size),
+            qk_rope_head_dim=2 * draw(_size),
+            v_head_dim=draw(_size),
+            num_key_value_heads=draw(st.sampled_from([None, heads])),
+        )
+    else:
+        values |= dict(
+            num_key_value_heads=draw(st.sampled_from([None, 1])),
+            head_dim=draw(st.sampled_from([None, 6])),
+            qk_norm=draw(st.booleans()),
+        )
+    if model_type == "deepseek_v2":
+        values |= dict(model_type=model_type, norm_topk_prob=False, rope_interleave=True)
+        methods = ["greedy", "group_limited_greedy"]
+    elif model_type == "deepseek_v3":
+        values |= dict(scoring_func="sigmoid", norm_topk_prob=draw(st.booleans()), rope_interleave=draw(st.booleans()))
+        methods = ["noaux_tc"]
+    else:
+        values |= dict(scoring_func=draw(st.sampled_from(["sigmoid", "softmax"])))
+        methods = ["greedy", "group_limited_greedy", "noaux_tc"]
+    if model_type != "deepseek_v2":
+        values["num_nextn_predict_layers"] = draw(st.integers(0, 2))
+    method = draw(st.sampled_from(methods))
+    if method == "greedy":
+        groups = 1
+    topk_group = draw(st.integers(1, groups))
+    values |= dict(
+        topk_method=method,
+        n_group=groups,
+        topk_group=topk_group,
+        n_routed_experts=groups * per_group,
+        num_experts_per_tok=draw(st.integers(1, topk_group * per_group)),
+    )
+    return ModelConfig(**values)

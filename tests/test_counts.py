@@ -1,0 +1,71 @@
+"""Counts from arithmetic against the published figures and against the model itself."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+import moe
+from moe.counts import count_parameters, parameter_shapes
+from tests.checkpoint_cases import V3, V3_MTP, configs
+
+
+def test_deepseek_v3() -> None:
+    counts = count_parameters(moe.preset("deepseek_v3"))
+    assert counts.total == 671_026_419_200
+    assert counts.activated == 37_552_297_472
+    assert counts.activated_without_embedding == 36_625_618_432
+    assert counts.with_mtp == 682_636_487_424
+    assert counts.released == 684_489_845_504
+    assert counts.attention == 61 * 187_107_328
+    assert counts.routed_experts == 58 * 256 * 44_040_192
+    assert counts.shared_experts == 58 * 44_040_192
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"), [(0, 583_483_392), (2, 583_483_392), (3, 11_507_286_272), (60, 11_507_286_272)]
+)
+def test_one_layer_of_deepseek_v3(layer: int, expected: int) -> None:
+    shapes = parameter_shapes(moe.preset("deepseek_v3"))
+    assert sum(math.prod(s) for name, s in shapes.items() if name.startswith(f"layers.{layer}.")) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "activated"),
+    [("deepseek_v2", 235_741_434_880, 21_375_800_320), ("deepseek_v2_lite", 15_706_484_224, 2_661_150_208)],
+)
+def test_deepseek_v2(name: str, total: int, activated: int) -> None:
+    counts = count_parameters(moe.preset(name))
+    assert (counts.total, counts.activated) == (total, activated)
+    assert counts.released == counts.with_mtp == total
+
+
+def test_tied_embeddings_count_once_and_stay_the_head() -> None:
+    untied, tied = count_parameters(V3), count_parameters(dataclasses.replace(V3, tie_word_embeddings=True))
+    embedding = V3.vocab_size * V3.hidden_size
+    assert tied.total == untied.total - embedding
+    assert tied.activated == tied.activated_without_embedding == untied.activated_without_embedding
+
+
+def test_released_repeats_embedding_and_head_per_mtp_module() -> None:
+    counts = count_parameters(V3_MTP)
+    assert counts.released - counts.with_mtp == 2 * 2 * V3.vocab_size * V3.hidden_size
+    assert counts.mtp > 0 and counts.total == count_parameters(V3).total
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(configs())
+def test_shapes_and_counts_are_those_of_the_model(config: moe.ModelConfig) -> None:
+    with torch.device("meta"):
+        model = moe.Transformer(config)
+    state = model.state_dict()
+    assert parameter_shapes(config) == {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+    counts = count_parameters(config)
+    assert counts.with_mtp == sum(tensor.numel() for tensor in state.values())
+    assert counts.mtp == sum(tensor.numel() for name, tensor in state.items() if name.startswith("mtp."))
+    expert = 3 * config.hidden_size * config.moe_intermediate_size
+    unused = config.num_moe_layers * (config.n_routed_experts - config.num_experts_per_tok) * expert
+    assert counts.activated == counts.total - unused
