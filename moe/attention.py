@@ -33,7 +33,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
         # The CPU's flash kernel refuses unequal head sizes; the unfused fallback is an order of magnitude slower.
         v = F.pad(v, (0, q.shape[-1] - width))
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    causal = mask is None and q.shape[2] > 1
+    causal = mask is None
+    if q.shape[2] == 1:  # a branch, not `and`: a symbolic shape would make is_causal a SymBool, which is refused
+        causal = False
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
     return rearrange(out[..., :width], "b h s d -> b s (h d)")
 
