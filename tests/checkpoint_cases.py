@@ -10,11 +10,11 @@ from moe import ModelConfig, RopeParameters
 # No two sizes are equal and none divides another, so that a transposed or swapped tensor cannot fit by accident.
 SMALL: dict[str, Any] = dict(
     vocab_size=61,
-    hidden_size=34,
+    hidden_size=42,
     num_hidden_layers=3,
     num_attention_heads=3,
     intermediate_size=46,
-    moe_intermediate_size=22,
+    moe_intermediate_size=20,
     n_routed_experts=12,
     num_experts_per_tok=3,
     n_shared_experts=1,
@@ -23,7 +23,7 @@ SMALL: dict[str, Any] = dict(
     q_lora_rank=26,
     qk_nope_head_dim=10,
     qk_rope_head_dim=8,
-    v_head_dim=18,
+    v_head_dim=16,
     rope_interleave=True,
     max_position_embeddings=64,
 )

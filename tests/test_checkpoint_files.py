@@ -1,0 +1,253 @@
+"""The strict reader: what a file or an index may not say, and that the safetensors library accepts all that we do."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError, deserialize
+
+from moe import CheckpointError
+from moe.checkpoint.folder import read_tensors
+from moe.checkpoint.header import MAX_HEADER_BYTES, read_header
+from moe.checkpoint.strict_json import parse_json
+
+DATA = bytes(range(34))
+HEADER: dict[str, Any] = {
+    "__metadata__": {"format": "pt"},
+    "b": {"dtype": "BF16", "shape": [5], "data_offsets": [24, 34]},
+    "a.weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+    "empty": {"dtype": "F32", "shape": [0, 4], "data_offsets": [34, 34]},
+}
+
+
+def encode(header: Any, data: bytes = DATA, length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def changed(name: str, **entry: Any) -> dict[str, Any]:
+    return {**HEADER, name: {**HEADER[name], **entry}}
+
+
+def write(folder: Path, content: bytes, name: str = "model.safetensors") -> Path:
+    path = folder / name
+    path.write_bytes(content)
+    return path
+
+
+def test_a_valid_file(tmp_path: Path) -> None:
+    path = write(tmp_path, encode(HEADER))
+    tensors = read_header(path)
+    assert list(tensors) == ["a.weight", "b", "empty"]
+    b = tensors["b"]
+    assert (b.dtype, b.shape, b.nbytes, b.numel, b.path) == ("BF16", (5,), 10, 5, path)
+    assert path.read_bytes()[b.offset : b.offset + b.nbytes] == DATA[24:34]
+
+
+@pytest.mark.parametrize(
+    ("header", "data"),
+    [
+        (b"{}", b""),
+        (json.dumps(HEADER).encode() + b" " * 7, DATA),  # padding, and unaligned data
+        ({"x": {"dtype": "I8", "shape": [], "data_offsets": [0, 1]}}, b"\x01"),
+        ({"x": {"dtype": "F4", "shape": [2, 4], "data_offsets": [0, 4]}}, b"\x01" * 4),
+    ],
+)
+def test_odd_but_legal(tmp_path: Path, header: Any, data: bytes) -> None:
+    content = encode(header, data)
+    read_header(write(tmp_path, content))
+    deserialize(content)
+
+
+BAD_HEADERS = {
+    "empty file": (b"", "truncated"),
+    "half a length": (b"\x10\0\0", "truncated"),
+    "length past the end": (encode(HEADER, length=10_000), "header length"),
+    "length of 2^63": (encode(HEADER, length=2**63), "header length"),
+    "header above the bound": (encode(b"{" + b" " * MAX_HEADER_BYTES + b"}"), "header length"),
+    "a pickle": (b"\x80\x02}q\0" + b"." * 100, "header length"),
+    "a Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "header length"),
+    "space first": (encode(b" " + json.dumps(HEADER).encode()), "'{' first"),
+    "not JSON": (encode(b'{"a": '), "not valid JSON"),
+    "an array": (encode(b"[1, 2]"), "'{' first"),
+    "not UTF-8": (encode(b'{"\xff": 1}'), "not valid JSON"),
+    "NaN": (encode(b'{"a": NaN}'), "literal NaN"),
+    "nested without end": (encode(b'{"a":' + b"[" * 200_000), "not valid JSON"),
+    "key twice": (encode(b'{"a": 1, "a": 1}'), "'a' twice"),
+    "key twice within an entry": (encode(b'{"a": {"dtype": "F32", "dtype": "F32"}}'), "'dtype' twice"),
+    "metadata not an object": (encode({**HEADER, "__metadata__": 3}), "__metadata__"),
+    "metadata not strings": (encode({**HEADER, "__metadata__": {"format": 1}}), "__metadata__"),
+    "name with NUL": (encode({"a\0": HEADER["a.weight"]}), "printable"),
+    "name with a newline": (encode({"a\nb": HEADER["a.weight"]}), "printable"),
+    "empty name": (encode({"": HEADER["a.weight"]}), "printable"),
+    "long name": (encode({"a" * 1025: HEADER["a.weight"]}), "printable"),
+    "lone surrogate": (encode(b'{"\\ud800": 1}'), "printable"),
+    "entry not an object": (encode({"a": 7}), "entry"),
+    "entry without dtype": (encode({"a": {"shape": [1], "data_offsets": [0, 4]}}), "entry"),
+    "entry with more": (encode(changed("b", more=1)), "entry"),
+    "unknown dtype": (encode(changed("b", dtype="BF17")), "dtype"),
+    "dtype of another type": (encode(changed("b", dtype=["F32"])), "dtype"),
+    "negative size": (encode(changed("b", shape=[-5])), "shape"),
+    "fractional size": (encode(changed("b", shape=[5.0])), "shape"),
+    "true for a size": (encode(changed("b", shape=[5, True])), "shape"),
+    "shape that overflows": (encode(changed("empty", shape=[0, 2**40, 2**40])), "shape"),
+    "nine dimensions": (encode(changed("b", shape=[5] + [1] * 8)), "shape"),
+    "shape too small for its bytes": (encode(changed("b", shape=[4])), "8 bytes for BF16"),
+    "dtype too wide for its bytes": (encode(changed("b", dtype="F32")), "20 bytes for F32"),
+    "one offset": (encode(changed("b", data_offsets=[24])), "data_offsets"),
+    "negative offset": (encode(changed("b", data_offsets=[-1, 9])), "data_offsets"),
+    "offsets reversed": (encode(changed("b", data_offsets=[34, 24])), "data_offsets"),
+    "overlap": (encode(changed("b", data_offsets=[23, 33]), DATA[:33]), "overlaps"),
+    "hole": (encode(changed("b", data_offsets=[25, 35]), DATA + b"\0"), "unused bytes"),
+    "hole at the front": (encode({"b": HEADER["b"]}), "unused bytes"),
+    "one byte short": (encode(HEADER, DATA[:-1]), "truncated"),
+    "one byte too many": (encode(HEADER, DATA + b"\0"), "trailing bytes"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_HEADERS)
+def test_a_bad_file_is_one_error_that_names_it(tmp_path: Path, case: str) -> None:
+    content, message = BAD_HEADERS[case]
+    path = write(tmp_path, content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_header(path)
+    assert str(path) in str(caught.value) and caught.value.path == path
+    assert len(str(caught.value)) < 2000
+
+
+def test_every_truncation_is_an_error(tmp_path: Path) -> None:
+    content = encode(HEADER)
+    for length in range(len(content)):
+        with pytest.raises(CheckpointError):
+            read_header(write(tmp_path, content[:length]))
+
+
+@settings(
+    deadline=None, derandomize=True, max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.data())
+def test_the_library_accepts_what_we_accept(tmp_path: Path, data: st.DataObject) -> None:
+    content = bytearray(encode(HEADER))
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(content) - len(DATA) - 1))
+        content[at] = data.draw(st.sampled_from(b'0123456789{}[],:" \\FBUI.aenu\0\xff\x80'))
+    try:
+        ours = read_header(write(tmp_path, bytes(content)))
+    except CheckpointError:
+        return
+    theirs = dict(deserialize(bytes(content)))
+    assert {name: list(t.shape) for name, t in ours.items()} == {name: t["shape"] for name, t in theirs.items()}
+    assert {name: t.dtype for name, t in ours.items()} == {name: t["dtype"] for name, t in theirs.items()}
+
+
+def test_the_library_refuses_the_worst_of_it_too() -> None:
+    for case in ("hole", "overlap", "one byte too many"):
+        with pytest.raises(SafetensorError):
+            deserialize(BAD_HEADERS[case][0])
+
+
+def test_not_a_regular_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        read_tensors(tmp_path)
+
+
+def test_numbers_and_keys_that_json_does_not_have() -> None:
+    for text in (b"[Infinity]", b"[-Infinity]", b"[1e999]", b"[" + b"1" * 5000 + b"]"):
+        with pytest.raises(CheckpointError, match="not valid JSON"):
+            parse_json(text, Path("config.json"))
+    assert parse_json(b'{"a": [1, 2.5, null, true, "x"]}', Path("p")) == {"a": [1, 2.5, None, True, "x"]}
+
+
+def two_shards(folder: Path) -> dict[str, Any]:
+    """A valid folder of two files; returns its index."""
+    one = {"a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}
+    two = {"b": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}, "c": HEADER["empty"] | {"data_offsets": [2, 2]}}
+    write(folder, encode(one, b"1234"), "one.safetensors")
+    write(folder, encode(two, b"12"), "two.safetensors")
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors"}}
+    set_index(folder, index)
+    return index
+
+
+def set_index(folder: Path, index: Any) -> None:
+    text = index if isinstance(index, bytes) else json.dumps(index).encode()
+    (folder / "model.safetensors.index.json").write_bytes(text)
+
+
+def test_shards(tmp_path: Path) -> None:
+    two_shards(tmp_path)
+    assert {name: tensor.path.name for name, tensor in read_tensors(tmp_path).items()} == {
+        "a": "one.safetensors",
+        "b": "two.safetensors",
+        "c": "two.safetensors",
+    }
+
+
+def test_shards_without_an_index(tmp_path: Path) -> None:
+    two_shards(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.safetensors").rename(tmp_path / f"model-{name}.safetensors")
+    assert sorted(read_tensors(tmp_path)) == ["a", "b", "c"]
+
+
+def moved(index: dict[str, Any], **files: Any) -> dict[str, Any]:
+    return {"weight_map": {**index["weight_map"], **files}}
+
+
+def without(index: dict[str, Any], name: str) -> dict[str, Any]:
+    return {"weight_map": {key: file for key, file in index["weight_map"].items() if key != name}}
+
+
+BAD_INDEXES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "not JSON": (lambda index: b"<html>", "not valid JSON"),
+    "an array": (lambda index: [], "no weight_map"),
+    "no weight_map": (lambda index: {"metadata": {}}, "no weight_map"),
+    "weight_map not an object": (lambda index: {"weight_map": ["a"]}, "no weight_map"),
+    "key twice": (lambda index: b'{"weight_map": {"a": "one.safetensors", "a": "one.safetensors"}}', "'a' twice"),
+    "absolute path": (lambda index: moved(index, b="/etc/two.safetensors"), "b: file name"),
+    "path upwards": (lambda index: moved(index, b="../two.safetensors"), "b: file name"),
+    "path into a folder": (lambda index: moved(index, b="sub/two.safetensors"), "b: file name"),
+    "path with backslash": (lambda index: moved(index, b="..\\two.safetensors"), "b: file name"),
+    "another kind of file": (lambda index: moved(index, b="pytorch_model.bin"), "b: file name"),
+    "file is a number": (lambda index: moved(index, b=2), "b: file name"),
+    "missing shard": (lambda index: moved(index, b="three.safetensors"), "three.safetensors: No such file"),
+    "tensor in another shard": (lambda index: moved(index, b="one.safetensors"), "b: the index disagrees"),
+    "tensor that no shard has": (lambda index: moved(index, d="one.safetensors"), "d: missing"),
+    "tensor that the index lacks": (lambda index: without(index, "c"), "c: the index disagrees"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INDEXES)
+def test_a_bad_index_is_one_error(tmp_path: Path, case: str) -> None:
+    mutate, message = BAD_INDEXES[case]
+    set_index(tmp_path, mutate(two_shards(tmp_path)))
+    with pytest.raises(CheckpointError, match=message):
+        read_tensors(tmp_path)
+
+
+def test_a_tensor_in_two_files(tmp_path: Path) -> None:
+    two_shards(tmp_path)
+    (tmp_path / "two.safetensors").write_bytes((tmp_path / "one.safetensors").read_bytes())
+    set_index(tmp_path, {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}})
+    with pytest.raises(CheckpointError, match="a: in two files"):
+        read_tensors(tmp_path)
+
+
+def test_an_index_beside_a_file_that_it_does_not_list(tmp_path: Path) -> None:
+    two_shards(tmp_path)
+    write(tmp_path, encode(HEADER))
+    with pytest.raises(CheckpointError, match="ambiguous"):
+        read_tensors(tmp_path)
+
+
+def test_pickles_are_refused_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02.")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin, a pickle"):
+        read_tensors(tmp_path)
