@@ -1,0 +1,33 @@
+"""Hugging Face checkpoint folders in and out: strict, lossless, atomic.
+
+    read_config(folder) -> ModelConfig            config.json alone; no torch
+    read_summary(folder) -> CheckpointSummary     config.json and headers; no torch, no weights
+    load(folder, device=, dtype=) -> Transformer
+    save(model, folder)
+
+`families.py` is the table of what is supported; everything else here is the same for all families.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from moe.checkpoint.config_json import read_config
+from moe.checkpoint.summary import CheckpointSummary, read_summary
+
+if TYPE_CHECKING:
+    from moe.checkpoint.reading import load
+    from moe.checkpoint.writing import save
+
+__all__ = ["CheckpointSummary", "load", "read_config", "read_summary", "save"]
+
+
+def __getattr__(name: str) -> Any:
+    # These two need torch; `moesmith inspect` does not.
+    if name == "load":
+        from moe.checkpoint.reading import load
+
+        return load
+    if name == "save":
+        from moe.checkpoint.writing import save
+
+        return save
+    raise AttributeError(f"module 'moe.checkpoint' has no attribute {name!r}")

@@ -1,0 +1,156 @@
+"""config.json <-> `ModelConfig`. Whatever is not understood is kept; whatever would be misunderstood is refused."""
+
+import dataclasses
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from moe.checkpoint.families import family_of
+from moe.checkpoint.folder import CONFIG, locate, read_config_values
+from moe.config import ModelConfig, RopeParameters
+from moe.errors import CheckpointError, ConfigError
+
+# These describe the files and not the model: a save writes its own.
+STORAGE_KEYS = ("architectures", "dtype", "torch_dtype", "quantization_config", "compression_config")
+
+# What null means, where it means something other than None.
+_NULL = {"n_group": 1, "topk_group": 1, "n_shared_experts": 0}
+
+
+def read_config(folder: str | PathLike[str]) -> ModelConfig:
+    """The configuration in the folder's config.json, MTP modules as it states them. Opens no other file."""
+    path = locate(folder)
+    return parse_config(read_config_values(path), path / CONFIG)
+
+
+def parse_config(values: Mapping[str, Any], path: Path) -> ModelConfig:
+    """The object of a config.json as a `ModelConfig`; `path` is for messages.
+
+    `extra` gets every key that has no field, and every key that says the same in another way than `render_config`
+    would: an older form of RoPE, a null.
+    """
+    config = _understand(values, path)
+    plain = _render(config)
+    extra = {
+        key: value
+        for key, value in values.items()
+        if key not in STORAGE_KEYS and not (key in plain and plain[key] == value)
+    }
+    return dataclasses.replace(config, extra=extra)
+
+
+def render_config(config: ModelConfig, path: Path) -> dict[str, Any]:
+    """The object for config.json, without `STORAGE_KEYS`; `path` is for messages.
+
+    RoPE is written in the older form too, because a reader that does not know the newer one would compute with its
+    defaults and say nothing. A key from `extra` stands as it was read, as long as the whole still means `config`. A
+    config that would come back as another one is refused: the family's readers cannot express it.
+    """
+    values = _render(config)
+    wanted, found = _canonical(config), _canonical(_understand(values, path))
+    for f in dataclasses.fields(ModelConfig):
+        mine, back = getattr(wanted, f.name), getattr(found, f.name)
+        if mine != back:
+            raise CheckpointError(path, f"{f.name}: {config.model_type} cannot express it", expected=back, found=mine)
+    for key, value in config.extra.items():
+        if key in STORAGE_KEYS:
+            continue
+        candidate = {**values, key: value}
+        try:
+            agrees = _canonical(_understand(candidate, path)) == wanted
+        except CheckpointError:
+            if key not in values:
+                raise
+            agrees = False  # the field has changed since the key was read
+        if agrees:
+            values = candidate
+    return values
+
+
+def _canonical(config: ModelConfig) -> ModelConfig:
+    """Two configs that differ only in spelling have the same canonical form."""
+    heads = None if config.is_mla else config.num_key_value_heads or config.num_attention_heads
+    rope = config.rope_parameters
+    if rope.rope_type == "default":
+        rope = RopeParameters(rope_theta=rope.rope_theta)
+    return dataclasses.replace(config, num_key_value_heads=heads, rope_parameters=rope, extra={})
+
+
+def _understand(values: Mapping[str, Any], path: Path) -> ModelConfig:
+    family = family_of(values.get("model_type"), path)
+    for key, harmless in family.fixed.items():
+        if key in values and values[key] not in harmless:
+            raise CheckpointError(path, f"{key} is not supported", expected=harmless[0], found=repr(values[key])[:80])
+    fields: dict[str, Any] = {"model_type": family.model_type}
+    for name, key in family.keys.items():
+        if name in family.required and values.get(key) is None:
+            found = "null" if key in values else "no such key"
+            raise CheckpointError(path, f"{key}: {family.model_type} needs a value", found=found)
+        if key in values:
+            fields[name] = _NULL.get(name) if values[key] is None else values[key]
+        elif name in family.absent:
+            fields[name] = family.absent[name]
+    for name, allowed in family.allowed.items():
+        value = fields.get(name, allowed[0])
+        if value not in allowed:
+            expected = " or ".join(map(str, allowed))
+            problem = f"{family.keys[name]}: readers of {family.model_type} do not agree on it"
+            raise CheckpointError(path, problem, expected=expected, found=repr(value)[:80])
+    if fields["topk_method"] == "greedy":
+        fields |= {"n_group": 1, "topk_group": 1}  # files carry numbers here that no reader looks at
+    try:
+        return ModelConfig.from_dict({**fields, "rope_parameters": _understand_rope(values, path)})
+    except ConfigError as error:
+        raise CheckpointError(path, str(error)) from error
+
+
+def _understand_rope(values: Mapping[str, Any], path: Path) -> RopeParameters:
+    """`rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (older); what is there must agree."""
+    outside = {"rope_theta": values.get("rope_theta")}
+    if values.get("original_max_position_embeddings") is not None:  # transformers lets this one win
+        outside["original_max_position_embeddings"] = values["original_max_position_embeddings"]
+    found: dict[str, RopeParameters] = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        form = values.get(key) or {}
+        if not isinstance(form, dict):
+            raise CheckpointError(path, key, expected="an object or null", found=repr(form)[:80])
+        if form:
+            found[key] = _rope(key, form, outside, path)
+    if len(set(found.values())) > 1:
+        raise CheckpointError(path, "rope_parameters and rope_scaling disagree", found=" and ".join(map(str, found)))
+    return next(iter(found.values()), None) or _rope("rope_theta", {}, outside, path)
+
+
+def _rope(key: str, form: Mapping[str, Any], outside: Mapping[str, Any], path: Path) -> RopeParameters:
+    known = {f.name for f in dataclasses.fields(RopeParameters)}
+    fields: dict[str, Any] = {}
+    for name, value in [*form.items(), *outside.items()]:
+        name = "rope_type" if name == "type" else name
+        if value is None or (name == "partial_rotary_factor" and value == 1):
+            continue
+        if name not in known:
+            raise CheckpointError(path, f"{key}.{name} is not supported", found=repr(value)[:80])
+        if fields.setdefault(name, value) != value:
+            raise CheckpointError(path, f"{key}: {name} is given twice", expected=fields[name], found=value)
+    if fields.get("rope_type", "default") == "default" and fields.get("factor", 1) != 1:
+        raise CheckpointError(path, f"{key}: factor without a rope_type that has one", found=fields["factor"])
+    return RopeParameters(**fields)
+
+
+def _render(config: ModelConfig) -> dict[str, Any]:
+    family = family_of(config.model_type, CONFIG)
+    values = {key: getattr(config, name) for name, key in family.keys.items()}
+    if config.num_key_value_heads is None:
+        values[family.keys["num_key_value_heads"]] = config.num_attention_heads
+    values |= {key: harmless[0] for key, harmless in family.fixed.items() if harmless[0] is not None}
+    rope = {name: value for name, value in dataclasses.asdict(config.rope_parameters).items() if value is not None}
+    theta = rope.pop("rope_theta")
+    if rope["rope_type"] == "default":
+        rope = {"rope_type": "default"}
+    if rope.get("truncate"):
+        del rope["truncate"]  # the default, and older readers warn about a key that they do not know
+    values["rope_parameters"] = {**rope, "rope_theta": theta}
+    values["rope_theta"] = theta
+    values["rope_scaling"] = None if rope["rope_type"] == "default" else {**rope, "type": rope["rope_type"]}
+    return {**values, "model_type": family.model_type}

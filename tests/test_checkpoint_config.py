@@ -1,0 +1,259 @@
+"""config.json <-> ModelConfig, torch-free: every spelling is understood, kept and written back, or refused."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+
+import moe
+from moe import CheckpointError, ModelConfig, RopeParameters
+from moe.checkpoint import read_config
+from moe.checkpoint.config_json import parse_config, render_config
+from tests.checkpoint_cases import V2, V3, V3_MTP, YARN, configs
+
+PATH = Path("config.json")
+
+V3_FILE = json.loads(json.dumps(render_config(V3, PATH)))
+V2_FILE = json.loads(json.dumps(render_config(V2, PATH)))
+# As DeepSeek publishes it.
+OLD_YARN = {
+    "beta_fast": 4,
+    "beta_slow": 1,
+    "factor": 8,
+    "mscale": 0.8,
+    "mscale_all_dim": 1.1,
+    "original_max_position_embeddings": 16,
+    "type": "yarn",
+}
+
+
+def without(values: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in keys}
+
+
+NO_ROPE = without(V3_FILE, "rope_theta", "rope_scaling", "rope_parameters")
+
+
+def fields(config: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(config, extra={})
+
+
+@settings(deadline=None, derandomize=True, max_examples=80)
+@given(configs("deepseek_v3") | configs("deepseek_v2"))
+def test_round_trip(config: ModelConfig) -> None:
+    values = json.loads(json.dumps(render_config(config, PATH)))
+    back = parse_config(values, PATH)
+    expected = config.num_key_value_heads or config.num_attention_heads
+    assert fields(back) == dataclasses.replace(config, num_key_value_heads=expected)
+    assert back.extra == {}
+    assert render_config(back, PATH) == values
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v2", "deepseek_v2_lite", "tiny", "bench_400m"])
+def test_presets_round_trip(name: str) -> None:
+    config = moe.preset(name)
+    back = parse_config(render_config(config, PATH), PATH)
+    assert dataclasses.replace(back, num_key_value_heads=None) == config
+
+
+def test_routing_is_always_written() -> None:
+    assert (V3_FILE["scoring_func"], V3_FILE["topk_method"]) == ("sigmoid", "noaux_tc")
+    assert (V2_FILE["scoring_func"], V2_FILE["topk_method"]) == ("softmax", "greedy")
+
+
+def test_absent_routing_keys_take_the_familys_default() -> None:
+    keys = ("scoring_func", "topk_method", "norm_topk_prob", "rope_interleave", "routed_scaling_factor")
+    v3 = parse_config(without(V3_FILE, *keys), PATH)
+    assert (v3.scoring_func, v3.topk_method, v3.norm_topk_prob) == ("sigmoid", "noaux_tc", True)
+    assert (v3.rope_interleave, v3.routed_scaling_factor) == (True, 2.5)
+    v2 = parse_config(without(V2_FILE, *keys), PATH)
+    assert (v2.scoring_func, v2.topk_method, v2.norm_topk_prob) == ("softmax", "greedy", False)
+    assert (v2.rope_interleave, v2.routed_scaling_factor) == (True, 1.0)
+
+
+def test_null_groups_are_one_group() -> None:
+    config = parse_config({**V2_FILE, "n_group": None, "topk_group": None}, PATH)
+    assert (config.n_group, config.topk_group) == (1, 1)
+    assert render_config(config, PATH)["n_group"] is None
+
+
+def test_group_numbers_that_greedy_does_not_look_at_are_kept() -> None:
+    config = parse_config({**V2_FILE, "n_group": 8, "topk_group": 3}, PATH)
+    assert (config.n_group, config.topk_group) == (1, 1)
+    assert render_config(config, PATH)["n_group"] == 8
+    limited = dataclasses.replace(config, topk_method="group_limited_greedy", n_group=4, topk_group=2)
+    assert render_config(limited, PATH)["n_group"] == 4
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 10000, "rope_scaling": OLD_YARN},
+        {"rope_scaling": {**without(OLD_YARN, "type"), "rope_type": "yarn"}},
+        {"rope_parameters": {**without(OLD_YARN, "type"), "rope_type": "yarn", "rope_theta": 10000.0}},
+        {"rope_parameters": {**OLD_YARN, "rope_type": "yarn"}, "rope_theta": 10000.0, "rope_scaling": None},
+        {"rope_parameters": {**OLD_YARN, "partial_rotary_factor": 1.0, "truncate": None}},
+        {"rope_parameters": OLD_YARN, "original_max_position_embeddings": 16},
+        {"rope_parameters": OLD_YARN, "rope_scaling": {**OLD_YARN, "beta_slow": None}},
+    ],
+)
+def test_every_form_of_rope_means_the_same_and_is_kept(rope: dict[str, Any]) -> None:
+    config = parse_config({**NO_ROPE, **rope}, PATH)
+    assert config.rope_parameters == YARN
+    written = render_config(config, PATH)
+    assert rope.items() <= written.items()
+    # For readers of both generations, whatever the file had.
+    assert written["rope_theta"] == 10000
+    assert written["rope_scaling"] is None or written["rope_scaling"]["factor"] == 8
+    assert written["rope_parameters"]["factor"] == 8
+    assert fields(parse_config(written, PATH)) == fields(config)
+
+
+def test_a_changed_rope_replaces_the_one_that_was_read() -> None:
+    config = parse_config({**NO_ROPE, "rope_theta": 10000, "rope_scaling": OLD_YARN}, PATH)
+    for rope in (dataclasses.replace(YARN, factor=16.0), RopeParameters(rope_theta=5e5)):
+        written = render_config(dataclasses.replace(config, rope_parameters=rope), PATH)
+        assert parse_config(written, PATH).rope_parameters == rope
+        assert written["rope_theta"] == rope.rope_theta
+
+
+def test_theta_alone() -> None:
+    assert parse_config({**NO_ROPE, "rope_theta": 5e5}, PATH).rope_parameters == RopeParameters(rope_theta=5e5)
+    assert parse_config(NO_ROPE, PATH).rope_parameters == RopeParameters()
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown family": ({**V3_FILE, "model_type": "llama"}, "model_type; expected one of deepseek_v3, deepseek_v2"),
+    "no family": (without(V3_FILE, "model_type"), "model_type"),
+    "family is a list": ({**V3_FILE, "model_type": ["deepseek_v3"]}, "model_type"),
+    "activation": ({**V3_FILE, "hidden_act": "gelu"}, "hidden_act"),
+    "dropout": ({**V3_FILE, "attention_dropout": 0.1}, "attention_dropout"),
+    "MLP bias": ({**V2_FILE, "mlp_bias": True}, "mlp_bias"),
+    "MoE in every second layer": ({**V3_FILE, "moe_layer_freq": 2}, "moe_layer_freq"),
+    "partial rotary": ({**V3_FILE, "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    "partial rotary inside": (
+        {**V3_FILE, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        "partial_rotary_factor",
+    ),
+    "rope type": ({**NO_ROPE, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type = 'linear'"),
+    "rope of unknown kind": ({**NO_ROPE, "rope_parameters": {"mrope_section": [1, 2]}}, "mrope_section"),
+    "rope types disagree": ({**NO_ROPE, "rope_scaling": {**OLD_YARN, "rope_type": "default"}}, "given twice"),
+    "rope forms disagree": (
+        {**NO_ROPE, "rope_scaling": OLD_YARN, "rope_parameters": {**OLD_YARN, "factor": 9.0}},
+        "disagree",
+    ),
+    "theta twice": (
+        {**NO_ROPE, "rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e4}},
+        "rope_theta is given twice",
+    ),
+    "original length twice": (
+        {**NO_ROPE, "rope_parameters": OLD_YARN, "original_max_position_embeddings": 32},
+        "original_max_position_embeddings is given twice",
+    ),
+    "factor without a type": ({**NO_ROPE, "rope_scaling": without(OLD_YARN, "type")}, "factor without a rope_type"),
+    "yarn without its length": (
+        {**NO_ROPE, "rope_scaling": without(OLD_YARN, "original_max_position_embeddings")},
+        "original_max_position_embeddings",
+    ),
+    "rope is a list": ({**NO_ROPE, "rope_scaling": [1]}, "rope_scaling"),
+    "V2 with normalised weights": ({**V2_FILE, "norm_topk_prob": True}, "norm_topk_prob"),
+    "V2 in halves": ({**V2_FILE, "rope_interleave": False}, "rope_interleave"),
+    "V2 with a bias": ({**V2_FILE, "topk_method": "noaux_tc"}, "topk_method"),
+    "V2 with sigmoid": ({**V2_FILE, "scoring_func": "sigmoid"}, "scoring_func"),
+    "V2 with MTP": ({**V2_FILE, "num_nextn_predict_layers": 1}, "num_nextn_predict_layers"),
+    "V3 with softmax": ({**V3_FILE, "scoring_func": "softmax"}, "scoring_func"),
+    "V3 without bias": ({**V3_FILE, "topk_method": "greedy"}, "topk_method"),
+    "size missing": (without(V3_FILE, "hidden_size"), "hidden_size: deepseek_v3 needs a value"),
+    "size null": ({**V3_FILE, "kv_lora_rank": None}, "kv_lora_rank: deepseek_v3 needs a value"),
+    "size is text": ({**V3_FILE, "hidden_size": "42"}, "hidden_size"),
+    "size is a fraction": ({**V3_FILE, "hidden_size": 42.0}, "hidden_size"),
+    "size absurd": ({**V3_FILE, "vocab_size": 2**60}, "vocab_size"),
+    "dense layers null": ({**V3_FILE, "first_k_dense_replace": None}, "first_k_dense_replace"),
+    "grouped-query": ({**V3_FILE, "num_key_value_heads": 1}, "num_key_value_heads"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_change_the_function_is_refused_by_name(case: str) -> None:
+    values, message = REFUSED[case]
+    with pytest.raises(CheckpointError, match=message) as caught:
+        parse_config(values, PATH)
+    assert str(caught.value).startswith("config.json: ")
+
+
+def test_unknown_keys_are_kept() -> None:
+    more = {"bos_token_id": 0, "eos_token_id": [1, 2], "auto_map": {"A": "b.C"}, "head_dim": 8, "pad_token_id": None}
+    config = parse_config({**V3_FILE, **more}, PATH)
+    assert config.extra == more
+    assert more.items() <= render_config(config, PATH).items()
+
+
+def test_what_describes_the_files_is_not_kept() -> None:
+    stored = {"torch_dtype": "bfloat16", "dtype": "bfloat16", "architectures": ["X"], "quantization_config": {"a": 1}}
+    assert parse_config({**V3_FILE, **stored}, PATH).extra == {}
+
+
+GQA = dataclasses.replace(
+    V3, kv_lora_rank=None, q_lora_rank=None, qk_nope_head_dim=None, qk_rope_head_dim=None, v_head_dim=None
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        (GQA, "kv_lora_rank"),
+        (dataclasses.replace(V3, scoring_func="softmax"), "scoring_func"),
+        (dataclasses.replace(V3, topk_method="group_limited_greedy"), "topk_method"),
+        (dataclasses.replace(V2, norm_topk_prob=True), "norm_topk_prob"),
+        (dataclasses.replace(V2, rope_interleave=False), "rope_interleave"),
+        (dataclasses.replace(V3_MTP, model_type="deepseek_v2", norm_topk_prob=False), "scoring_func"),
+        (dataclasses.replace(V3, model_type="mixtral"), "model_type"),
+        (dataclasses.replace(V3, extra={"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
+    ],
+)
+def test_a_config_that_the_readers_cannot_express_is_not_written(config: ModelConfig, field: str) -> None:
+    with pytest.raises(CheckpointError, match=field):
+        render_config(config, PATH)
+
+
+def test_what_extra_says_of_a_field_gives_way() -> None:
+    config = dataclasses.replace(V3, extra={"n_group": 3, "hidden_act": "gelu", "dtype": "int8"})
+    written = render_config(config, PATH)
+    assert (written["n_group"], written["hidden_act"]) == (4, "silu")
+    assert "dtype" not in written
+
+
+BAD_FILES = {
+    "not JSON": (b"<!DOCTYPE html>", "not valid JSON"),
+    "empty": (b"", "not valid JSON"),
+    "an array": (b"[]", "expected an object"),
+    "NaN": (b'{"model_type": "deepseek_v3", "rms_norm_eps": NaN}', "NaN"),
+    "key twice": (b'{"model_type": "deepseek_v3", "model_type": "deepseek_v2"}', "twice"),
+    "too large": (b'{"a": "' + b"x" * 2**20 + b'"}', "too large"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_bad_file(tmp_path: Path, case: str) -> None:
+    content, message = BAD_FILES[case]
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_config(tmp_path)
+    assert caught.value.path == tmp_path / "config.json"
+
+
+def test_no_folder_and_no_file(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such folder"):
+        read_config(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match=r"config\.json: No such file"):
+        read_config(tmp_path)
+
+
+def test_config_and_headers_need_no_torch() -> None:
+    code = "import sys, moe.checkpoint, moe.counts; assert not {'torch', 'numpy', 'safetensors'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(moe.__file__).parents[1])
