@@ -1,0 +1,34 @@
+"""Every test runs with deterministic algorithms, one seed, and no way to the network."""
+
+import os
+import socket
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+# Set before transformers is imported anywhere: nothing may look for a hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+torch.use_deterministic_algorithms(True)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _local_sockets_only() -> Iterator[None]:
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: object) -> None:
+        local = self.family == socket.AF_UNIX or (isinstance(address, tuple) and address[0] in ("127.0.0.1", "::1"))
+        if not local:
+            raise OSError(f"a test tried to reach {address}")
+        connect(self, address)  # pyright: ignore[reportArgumentType]
+
+    socket.socket.connect = guarded  # pyright: ignore[reportAttributeAccessIssue]
+    yield
+    socket.socket.connect = connect

@@ -1,0 +1,135 @@
+"""The house: which layer imports which, what an import may cost, where the sources lie."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# From the bottom up. A module imports only from levels below its own, or from its own package.
+LEVELS = [
+    {"moe.errors"},
+    {"moe.config"},
+    {"moe.presets", "moe.counts"},
+    {"moe.ops"},
+    {"moe.attention", "moe.layer", "moe.rope", "moe.cache", "moe.balance"},
+    {"moe.model"},
+    {"moe.checkpoint", "moe.offload", "moe.lora", "moe.integrations", "moe.parallel"},
+    {"moe.generation", "moe.trace", "moe.train"},
+    {"moe.recipes", "moe.cli", "moe.__main__"},
+]
+# Siblings of one level that may see each other, and the one upward import, at function level.
+ALLOWED = {
+    ("moe.attention", "moe.rope"),
+    ("moe.attention", "moe.cache"),
+    ("moe.layer", "moe.balance"),
+    ("moe.balance", "moe.layer"),
+    ("moe.train", "moe.generation"),
+    ("moe.__main__", "moe.cli"),
+    ("moe.model", "moe.checkpoint"),
+}
+
+
+def unit(module: str) -> str:
+    return ".".join(module.split(".")[:2])
+
+
+def level(name: str) -> int:
+    found = [i for i, names in enumerate(LEVELS) if name in names]
+    assert found, f"{name} has no level: add it to LEVELS"
+    return found[0]
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of moe that a file imports, at any depth of it. `from moe import x` means moe.x."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            if node.module == "moe":
+                found |= {f"moe.{alias.name}" for alias in node.names}
+            else:
+                found.add(node.module)
+    return found
+
+
+def sources(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def test_each_layer_imports_only_what_stands_below_it() -> None:
+    names = {f"moe.{p.stem}" for p in (ROOT / "moe").iterdir() if p.suffix == ".py"}
+    names |= {f"moe.{p.name}" for p in (ROOT / "moe").iterdir() if (p / "__init__.py").exists()}
+    wrong = []
+    for path in sources("moe"):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        me = unit(module.removesuffix(".__init__"))
+        if me == "moe":
+            continue  # the lazy front door names everything and imports nothing
+        for target in imports(path):
+            other = unit(target)
+            if other not in names or other == me or (me, other) in ALLOWED:
+                continue
+            if level(other) >= level(me):
+                wrong.append(f"{module} imports {target}")
+    assert not wrong
+
+
+def test_kernels_never_import_moe() -> None:
+    for path in sources("kernels"):
+        assert not {name for name in imports(path) if name.split(".")[0] == "moe"}, path
+
+
+def test_library_imports_neither_tests_nor_benchmarks() -> None:
+    for path in sources("moe"):
+        assert not {n for n in imports(path) if n.split(".")[0] in ("tests", "benchmarks", "kernels")}, path
+
+
+def test_kernels_is_a_source_root_and_not_a_package() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert (ROOT / "kernels" / "moe_triton" / "__init__.py").exists()
+
+
+def run(code: str, cwd: Path) -> None:
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_kernels_cannot_shadow_huggingface_kernels(tmp_path: Path) -> None:
+    """`transformers` imports a package called `kernels` when it finds one."""
+    pytest.importorskip("moe_triton")
+    run("import importlib.util as u; assert u.find_spec('kernels') is None, u.find_spec('kernels')", tmp_path)
+    run("from transformers import MixtralForCausalLM", ROOT)
+
+
+@pytest.mark.parametrize(
+    "module", ["moe", "moe.model", "moe.layer", "moe.checkpoint", "moe.generation", "moe.train.loop"]
+)
+def test_import_needs_neither_triton_nor_transformers(module: str, tmp_path: Path) -> None:
+    refuse = (
+        "import sys\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('triton', 'transformers', 'matplotlib'):\n"
+        "            raise ImportError('refused ' + name)\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+    )
+    run(refuse + f"import {module}", ROOT)
+
+
+def test_import_moe_does_not_import_torch() -> None:
+    run("import moe, sys; assert 'torch' not in sys.modules; assert 'MoELayer' in dir(moe)", ROOT)
+
+
+def test_every_public_name_resolves() -> None:
+    import moe
+
+    for name in moe.__all__:
+        assert getattr(moe, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Nope'"):
+        _ = moe.Nope
