@@ -22,7 +22,8 @@ def swiglu(gate_up: Tensor, limit: float | None = None, alpha: float = 1.0) -> T
     as `torch.clamp` does; NaN stays NaN.
 
     Any floating dtype, any number of leading dimensions, any strides; the output is contiguous and of the same dtype,
-    computed in float32 or wider and rounded once for half precisions when `limit` or `alpha` is used. Empty inputs give
+    within four roundings of it;
+    computed in float32 or wider when `limit` or `alpha` is used. Empty inputs give
     empty outputs. Raises ValueError for an odd last dimension or a limit that is not positive.
 
     Source: Shazeer, GLU variants improve Transformer (arXiv 2002.05202); limit and alpha: openai/gpt-oss.
@@ -61,7 +62,12 @@ def swiglu_into(out: Tensor, gate_up: Tensor, limit: float | None, alpha: float)
 
 
 def swiglu_backward_into(out: Tensor, grad: Tensor, gate_up: Tensor, limit: float | None, alpha: float) -> Tensor:
-    """The gradient of `swiglu` for `gate_up` [..., 2F], written to `out`, computed in float32 or wider."""
+    """The gradient of `swiglu` for `gate_up` [..., 2F], to `out`; `grad` [..., F] may be of a wider dtype."""
+    if limit is None and alpha == 1.0 and grad.dtype == out.dtype == gate_up.dtype:
+        (gate, up), (out_gate, out_up) = gate_up.chunk(2, dim=-1), out.chunk(2, dim=-1)
+        torch.ops.aten.silu.out(gate, out=out_up).mul_(grad)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=out_gate)
+        return out
     wide = torch.promote_types(gate_up.dtype, torch.float32)
     grad = grad.to(wide)
     gate, up = (half.to(wide) for half in gate_up.chunk(2, dim=-1))

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from moe.ops.activation import check_limit, swiglu_backward_into, swiglu_into, swiglu_reference
 from moe.ops.library import autocast, define, define_gradient
-from moe.ops.permutation import check_ids, check_weights, combine, gather_rows, positions, sort_slots
+from moe.ops.permutation import check_ids, check_weights, combine, sort_slots
 from moe.ops.product import product, product_into
 
 Tier = Literal["auto", "reference"]
@@ -150,25 +150,58 @@ def _forward(
     alpha: float,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    tokens, top_k = expert_ids.shape
+    if expert_ids.shape[0] == 1 and not save and x.device.type == "cpu":
+        y = _one_token(x, gate_up, down, weights, expert_ids, gate_up_bias, down_bias, limit, alpha)
+        return y, x.new_empty(0, gate_up.shape[1])
     order = sort_slots(expert_ids, gate_up.shape[0])
     spans = _spans(order.offsets)
     routed = spans[-1][2] if spans else 0
-    rows = x.new_empty(tokens * top_k, x.shape[1])
-    pre = x.new_empty(tokens * top_k if save else 0, gate_up.shape[1])
+    tokens = order.slots // max(expert_ids.shape[1], 1)
+    rows = x.new_empty(order.slots.shape[0], x.shape[1])
+    pre = x.new_empty(order.slots.shape[0] if save else 0, gate_up.shape[1])
     pre[routed:].zero_()
-    hidden = x.new_empty(max((end - start for _, start, end in spans), default=0), gate_up.shape[1] // 2)
+    # Each expert's rows go through both products while they are in cache; only the result has size R.
+    hidden = x.new_empty(max((end - start for _, start, end in spans), default=0), down.shape[2])
     for expert, start, end in spans:
-        part = product(gather_rows(x, order.slots[start:end], top_k), gate_up[expert].t())
+        part = product(x.index_select(0, tokens[start:end]), gate_up[expert].t())
         if gate_up_bias is not None:
             part.add_(gate_up_bias[expert])
         if save:
             pre[start:end] = part
-        activated = swiglu_into(hidden[: end - start], part, limit, alpha)
-        product_into(rows[start:end], activated, down[expert].t())
+        product_into(rows[start:end], swiglu_into(hidden[: end - start], part, limit, alpha), down[expert].t())
         if down_bias is not None:
             rows[start:end].add_(down_bias[expert])
-    return combine(rows, positions(order, expert_ids), weights), pre
+    return combine(rows, order.position, weights), pre
+
+
+def _one_token(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    expert_ids: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    limit: float | None,
+    alpha: float,
+) -> Tensor:
+    """`_forward` for T = 1, where nothing needs sorting or gathering: rows stand in order of k."""
+    ids = expert_ids[0].tolist()
+    here = [k for k, expert in enumerate(ids) if expert != -1]
+    for k in here:
+        if not 0 <= ids[k] < gate_up.shape[0]:
+            raise IndexError(f"expert_ids: {ids[k]} is neither -1 nor in [0, {gate_up.shape[0]})")
+    if not here:
+        return torch.zeros_like(x)
+    pre = torch.cat([product(x, gate_up[ids[k]].t()) for k in here])
+    if gate_up_bias is not None:
+        pre += gate_up_bias.index_select(0, expert_ids[0, here])
+    hidden = swiglu_into(pre.new_empty(len(here), down.shape[2]), pre, limit, alpha)
+    rows = torch.cat([product(hidden[i : i + 1], down[ids[k]].t()) for i, k in enumerate(here)])
+    if down_bias is not None:
+        rows += down_bias.index_select(0, expert_ids[0, here])
+    weight = weights[0] if len(here) == len(ids) else weights[0, here]
+    return (rows * weight[:, None]).sum(dim=0, keepdim=True).to(x.dtype)
 
 
 def _forward_fake(
@@ -193,51 +226,53 @@ def _backward(
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, gate_up, down, weights, gate_up_bias, down_bias); empty where not needed."""
-    top_k = expert_ids.shape[1]
     order = sort_slots(expert_ids, gate_up.shape[0])
     spans = _spans(order.offsets)
-    wide = torch.promote_types(x.dtype, weights.dtype)
+    tokens = order.slots // max(expert_ids.shape[1], 1)
     grad_x, grad_gate_up, grad_down, grad_weights, grad_gate_up_bias, grad_down_bias = (
         (t if need and t is not None else x).new_empty(t.shape if need and t is not None else 0)
         for t, need in zip((x, gate_up, down, weights, gate_up_bias, down_bias), needed, strict=True)
     )
     need_x, need_gate_up, need_down, need_weights, need_gate_up_bias, need_down_bias = needed
+    need_pre = need_x or need_gate_up or need_gate_up_bias
     unused = sorted(set(range(gate_up.shape[0])) - {expert for expert, _, _ in spans})
     for per_expert in (grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias):
         for expert in unused if per_expert.numel() else ():
             per_expert[expert].zero_()
-    if need_weights:
-        grad_weights.zero_()
     grad_rows = x.new_empty(order.slots.shape[0] if need_x else 0, x.shape[1])
-    need_pre = need_x or need_gate_up or need_gate_up_bias
-    flat_weights = weights.reshape(-1)
+    sorted_weights = weights.reshape(-1, 1).index_select(0, order.slots)
+    sorted_dots = torch.zeros_like(sorted_weights)
     for expert, start, end in spans:
-        slots = order.slots[start:end]
-        tokens = slots // top_k
-        grad_y = grad.index_select(0, tokens)
-        weight = flat_weights.index_select(0, slots)[:, None]
-        part = pre[start:end]
-        hidden = swiglu_into(part.new_empty(end - start, down.shape[2], dtype=wide), part, limit, alpha)
-        grad_hidden = product(grad_y, down[expert]).to(wide) if need_pre or need_weights else hidden
-        if need_weights:
-            dots = (grad_hidden * hidden).sum(dim=1)
-            if down_bias is not None:
-                dots += (grad_y * down_bias[expert].to(wide)).sum(dim=1)
-            grad_weights.view(-1).index_copy_(0, slots, dots.to(weights.dtype))
+        token, weight, part = tokens[start:end], sorted_weights[start:end], pre[start:end]
+        grad_y = grad.index_select(0, token)
+        hidden = swiglu_into(part.new_empty(end - start, down.shape[2]), part, limit, alpha)
         if need_down:
             product_into(grad_down[expert], grad_y.t(), (hidden * weight).to(x.dtype))
         if need_down_bias:
             grad_down_bias[expert] = (grad_y * weight).sum(dim=0)
+        if not need_pre and not need_weights:
+            continue
+        grad_hidden = product(grad_y, down[expert])
+        if need_weights:
+            # The gradient of a weight is grad_y . (down @ hidden) = grad_hidden . hidden: no row of the output is kept.
+            dots = (grad_hidden.to(weights.dtype) * hidden).sum(dim=1)
+            if down_bias is not None:
+                dots += (grad_y.to(weights.dtype) * down_bias[expert]).sum(dim=1)
+            sorted_dots[start:end, 0] = dots
         if need_pre:
-            grad_pre = swiglu_backward_into(torch.empty_like(part), grad_hidden * weight, part, limit, alpha)
+            grad_hidden = (grad_hidden * weight).to(x.dtype)
+            grad_pre = swiglu_backward_into(torch.empty_like(part), grad_hidden, part, limit, alpha)
             if need_gate_up:
-                product_into(grad_gate_up[expert], grad_pre.t(), x.index_select(0, tokens))
+                product_into(grad_gate_up[expert], grad_pre.t(), x.index_select(0, token))
             if need_gate_up_bias:
-                grad_gate_up_bias[expert] = grad_pre.sum(dim=0, dtype=wide)
+                grad_gate_up_bias[expert] = grad_pre.sum(dim=0)
             if need_x:
                 product_into(grad_rows[start:end], grad_pre, gate_up[expert])
     if need_x:
-        grad_x = combine(grad_rows, positions(order, expert_ids), None)
+        grad_x = combine(grad_rows, order.position, None)
+    if need_weights:
+        # Slots that are not here come last, where the dots are zero.
+        grad_weights.view(-1, 1).index_copy_(0, order.slots, sorted_dots)
     return grad_x, grad_gate_up, grad_down, grad_weights, grad_gate_up_bias, grad_down_bias
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -72,10 +73,11 @@ def check_weights(weights: Tensor, slots: Tensor) -> None:
 
 def permute_reference(x: Tensor, expert_ids: Tensor, num_experts: int) -> Permuted:
     """The definition of `permute`."""
-    order = sort_slots(expert_ids, num_experts)
+    check_ids(x, expert_ids)
+    order = _sort_slots(expert_ids, num_experts)
     rows = x.index_select(0, order.slots // max(expert_ids.shape[1], 1))
-    here = torch.arange(rows.shape[0], device=x.device) < order.offsets[-1]
-    return Permuted(torch.where(here[:, None], rows, 0), positions(order, expert_ids), order.offsets)
+    here = expert_ids.reshape(-1).index_select(0, order.slots) >= 0
+    return Permuted(torch.where(here[:, None], rows, 0), order.position, order.offsets)
 
 
 def unpermute_reference(rows: Tensor, position: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -98,35 +100,51 @@ def accumulation_dtype(rows: Tensor, weights: Tensor | None) -> torch.dtype:
 
 @dataclass(frozen=True)
 class SlotOrder:
-    """slots [R] int64: the slot t * K + k of each row, those at -1 last; offsets [E] int32, their ends."""
+    """Slots t * K + k in expert order: slots [R] int64, those at -1 last; position and offsets as in `Permuted`."""
 
     slots: Tensor
+    position: Tensor
     offsets: Tensor
 
 
 def sort_slots(expert_ids: Tensor, num_experts: int) -> SlotOrder:
-    """The stable order by expert. Raises IndexError for ids that name no expert."""
+    """The stable order of the slots of expert_ids [T, K]. Raises IndexError for ids that name no expert."""
+    if expert_ids.device.type != "cpu":
+        return _sort_slots(expert_ids, num_experts)
+    # numpy sorts integers of 16 bits by radix, ten times faster than torch's stable sort.
+    ids = expert_ids.numpy().reshape(-1)
+    some_absent = False
+    if ids.size:
+        low, high = ids.min(), ids.max()
+        if low < -1 or high >= num_experts:
+            raise IndexError(f"expert_ids: {low if low < -1 else high} is neither -1 nor in [0, {num_experts})")
+        some_absent = low < 0
+    keys = np.where(ids < 0, num_experts, ids) if some_absent else ids
+    slots = np.argsort(keys.astype(np.int16) if num_experts < 2**15 else keys, kind="stable")
+    offsets = np.cumsum(np.bincount(keys, minlength=num_experts)[:num_experts], dtype=np.int32)
+    position = np.empty(ids.size, dtype=np.int64)
+    position[slots] = np.arange(ids.size)
+    if some_absent:
+        position[ids < 0] = -1
+    return SlotOrder(
+        torch.from_numpy(slots), torch.from_numpy(position).view(expert_ids.shape), torch.from_numpy(offsets)
+    )
+
+
+def _sort_slots(expert_ids: Tensor, num_experts: int) -> SlotOrder:
+    """`sort_slots` by torch's operators, on any device."""
     flat = expert_ids.reshape(-1)
     bad = (flat < -1) | (flat >= num_experts)
-    if flat.device.type == "cpu":
-        if bad.any():
-            raise IndexError(f"expert_ids: {int(flat[bad][0])} is neither -1 nor in [0, {num_experts})")
-    else:
+    if flat.device.type != "cpu":
         torch.ops.aten._assert_async.msg(~bad.any(), f"expert_ids: an id is neither -1 nor in [0, {num_experts})")
+    elif bad.any():
+        raise IndexError(f"expert_ids: {int(flat[bad][0])} is neither -1 nor in [0, {num_experts})")
     ids, slots = torch.where(flat < 0, num_experts, flat).sort(stable=True)
     experts = torch.arange(num_experts, device=flat.device)
-    return SlotOrder(slots, torch.searchsorted(ids, experts, right=True, out_int32=True))
-
-
-def positions(order: SlotOrder, expert_ids: Tensor) -> Tensor:
-    """The row of each slot [T, K], -1 where it has none."""
-    rows = torch.arange(order.slots.shape[0], device=order.slots.device)
-    return torch.empty_like(rows).scatter_(0, order.slots, rows).view(expert_ids.shape).masked_fill_(expert_ids < 0, -1)
-
-
-def gather_rows(x: Tensor, slots: Tensor, top_k: int) -> Tensor:
-    """x [T, D] -> the rows of the given slots."""
-    return x.index_select(0, slots // top_k)
+    rows = torch.arange(slots.shape[0], device=flat.device)
+    position = torch.empty_like(rows).scatter_(0, slots, rows).masked_fill_(flat < 0, -1)
+    offsets = torch.searchsorted(ids, experts, right=True, out_int32=True)
+    return SlotOrder(slots, position.view(expert_ids.shape), offsets)
 
 
 def combine(rows: Tensor, position: Tensor, weights: Tensor | None) -> Tensor:
@@ -134,28 +152,28 @@ def combine(rows: Tensor, position: Tensor, weights: Tensor | None) -> Tensor:
     wide = accumulation_dtype(rows, weights)
     tokens, top_k = position.shape
     out = torch.zeros(tokens, rows.shape[1], dtype=wide, device=rows.device)
-    if rows.shape[0] == 0:
-        return out.to(rows.dtype)
     absent = position < 0
     some_absent = bool(absent.any())
-    for k in range(top_k):
-        part = rows.index_select(0, position[:, k].clamp(min=0) if some_absent else position[:, k])
-        if some_absent:
-            part.masked_fill_(absent[:, k, None], 0)
-        if weights is None:
+    for k in range(top_k if rows.shape[0] else 0):
+        place, weight = position[:, k], None if weights is None else weights[:, k, None]
+        if not some_absent:
+            part = rows.index_select(0, place)
+        else:
+            part = rows.index_select(0, place.clamp(min=0)).masked_fill_(absent[:, k, None], 0)
+            weight = None if weight is None else weight.masked_fill(absent[:, k, None], 0)
+        if weight is None:
             out.add_(part)
         else:
-            weight = weights[:, k, None]
-            out.addcmul_(part, weight.masked_fill(absent[:, k, None], 0) if some_absent else weight)
+            out.addcmul_(part, weight)
     return out.to(rows.dtype)
 
 
 def _permute(x: Tensor, expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     order = sort_slots(expert_ids, num_experts)
-    rows = gather_rows(x, order.slots, max(expert_ids.shape[1], 1))
+    rows = x.index_select(0, order.slots // max(expert_ids.shape[1], 1))
     if num_experts:
         rows[int(order.offsets[-1]) :] = 0
-    return rows, positions(order, expert_ids), order.offsets
+    return rows, order.position, order.offsets
 
 
 def _permute_fake(x: Tensor, expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
