@@ -17,6 +17,8 @@ from moe.errors import CheckpointError
 
 logger = logging.getLogger("moe")
 
+MAX_EXPERTS = 2**18  # ten times the largest released model; a config.json from a stranger may ask for billions
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -40,6 +42,9 @@ def layout(config: ModelConfig) -> dict[str, Slot]:
     The slots without repeats tile the parameters: each value of the model has exactly one place in the files.
     """
     family = family_of(config.model_type, CONFIG)
+    experts = config.n_routed_experts * (config.num_moe_layers + config.num_nextn_predict_layers)
+    if experts > MAX_EXPERTS:
+        raise CheckpointError(CONFIG, "experts in all layers", expected=f"at most {MAX_EXPERTS}", found=experts)
     slots = {}
     for parameter, shape in parameter_shapes(config).items():
         prefix, local, names = _table(family, config, parameter)
@@ -146,7 +151,8 @@ def plan(folder: str | PathLike[str]) -> Plan:
         tensors=tensors,
         slots=slots,
         missing=tuple(name for name, slot in slots.items() if not slot.repeat and name not in tensors),
-        unexpected=tuple(name for name in tensors if name not in slots),
+        # Nothing is lost with a tensor that holds nothing: transformers writes shared experts of width 0.
+        unexpected=tuple(name for name in tensors if name not in slots and tensors[name].numel),
         misshaped=tuple(name for name in tensors if name in slots and tensors[name].shape != slots[name].shape),
     )
 

@@ -129,7 +129,7 @@ def _by_file(todo: Plan) -> dict[Path, list[tuple[TensorInfo, Slot]]]:
     """The tensors to read, each file once and from front to back."""
     files: dict[Path, list[tuple[TensorInfo, Slot]]] = {}
     for name, info in todo.tensors.items():  # in the order of their bytes
-        if not todo.slots[name].repeat:
+        if name in todo.slots and not todo.slots[name].repeat:
             files.setdefault(info.path, []).append((info, todo.slots[name]))
     return files
 

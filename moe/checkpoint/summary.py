@@ -3,14 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from moe.checkpoint.families import FAMILIES
 from moe.checkpoint.folder import locate, read_config_values, read_tensors
-from moe.checkpoint.layout import Plan, plan
+from moe.checkpoint.layout import plan
 from moe.config import ModelConfig
-from moe.counts import ParameterCounts, count_parameters
+from moe.counts import count_parameters
 
 
 @dataclass(frozen=True)
@@ -22,53 +21,45 @@ class DtypeTotals:
 
 @dataclass(frozen=True)
 class CheckpointSummary:
-    """See `read_summary`.
+    """See `read_summary`. The fields after `dtypes` are None and empty for a family that we have no table for.
 
     Attributes:
         model_type: as config.json has it.
         files: how many hold the tensors.
         tensors, values, bytes: of everything in the files.
         dtypes: safetensors name -> its share of these.
-        plan: config, and tensors found beside tensors expected; None for a family that we have no table for.
-        counts: of the plan's config.
+        config: without MTP modules where the files have none of their tensors, whatever config.json says.
+        parameters: values in the files that fill the model, repeated embeddings and heads left out.
+        expected_parameters: the same by arithmetic.
+        missing, unexpected, misshaped: names of tensors in the files.
     """
 
-    folder: Path
+    folder: str
     model_type: Any
     files: int
     tensors: int
     values: int
     bytes: int
     dtypes: Mapping[str, DtypeTotals]
-    plan: Plan | None
-    counts: ParameterCounts | None
-
-    @property
-    def config(self) -> ModelConfig | None:
-        return self.plan.config if self.plan else None
-
-    @property
-    def parameters(self) -> int | None:
-        """Values in the files that fill the model, repeats left out."""
-        if self.plan is None:
-            return None
-        slots = self.plan.slots
-        return sum(t.numel for name, t in self.plan.tensors.items() if name in slots and not slots[name].repeat)
+    config: ModelConfig | None = None
+    parameters: int | None = None
+    expected_parameters: int | None = None
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    misshaped: tuple[str, ...] = ()
 
     @property
     def agrees(self) -> bool:
         """The files hold exactly the tensors that config.json asks for, and as many values as arithmetic says."""
-        if self.plan is None or self.counts is None:
-            return False
-        complete = not (self.plan.missing or self.plan.unexpected or self.plan.misshaped)
-        return complete and self.parameters == self.counts.with_mtp
+        complete = self.config is not None and not (self.missing or self.unexpected or self.misshaped)
+        return complete and self.parameters == self.expected_parameters
 
 
 def read_summary(folder: str | PathLike[str]) -> CheckpointSummary:
     """Summarise any folder of safetensors with a config.json.
 
     A malformed file raises `CheckpointError`, as does a configuration of a known family that cannot be understood;
-    tensors that do not fit it are listed in the plan.
+    tensors that do not fit it are listed.
     """
     path = locate(folder)
     model_type = read_config_values(path).get("model_type")
@@ -80,14 +71,24 @@ def read_summary(folder: str | PathLike[str]) -> CheckpointSummary:
         dtypes[tensor.dtype] = DtypeTotals(
             so_far.tensors + 1, so_far.values + tensor.numel, so_far.bytes + tensor.nbytes
         )
+    fit: dict[str, Any] = {}
+    if known:
+        owned = {name for name, slot in known.slots.items() if not slot.repeat}
+        fit = dict(
+            config=known.config,
+            parameters=sum(tensor.numel for name, tensor in tensors.items() if name in owned),
+            expected_parameters=count_parameters(known.config).with_mtp,
+            missing=known.missing,
+            unexpected=known.unexpected,
+            misshaped=known.misshaped,
+        )
     return CheckpointSummary(
-        folder=path,
+        folder=str(path),
         model_type=model_type,
         files=len({tensor.path for tensor in tensors.values()}),
         tensors=len(tensors),
         values=sum(totals.values for totals in dtypes.values()),
         bytes=sum(totals.bytes for totals in dtypes.values()),
         dtypes=dtypes,
-        plan=known,
-        counts=count_parameters(known.config) if known else None,
+        **fit,
     )

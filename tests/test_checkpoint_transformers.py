@@ -1,0 +1,200 @@
+"""transformers' tiny random models, loaded where transformers cannot be imported, saved there, and loaded back."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import moe
+from moe.checkpoint import read_summary
+from tests.checkpoint_cases import SMALL, V3_MTP
+
+transformers = pytest.importorskip("transformers")
+
+TOLERANCE = 2e-5  # of the largest logit
+
+COMMON = {k: v for k, v in SMALL.items() if k != "rope_interleave"}
+COMMON |= dict(num_key_value_heads=3, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+V3 = dict(COMMON, n_group=4, topk_group=2, routed_scaling_factor=2.5)
+YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16)
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "v3": ("DeepseekV3", V3),
+    "v3_no_q_lora_halves": ("DeepseekV3", dict(V3, q_lora_rank=None, rope_interleave=False)),
+    "v3_yarn": ("DeepseekV3", dict(V3, rope_parameters=dict(YARN, mscale=1.0, mscale_all_dim=1.0))),
+    "v3_yarn_mscales_differ": (
+        "DeepseekV3",
+        dict(V3, rope_parameters=dict(YARN, mscale=0.7, mscale_all_dim=1.2, beta_fast=3, beta_slow=0.5)),
+    ),
+    "v3_yarn_no_mscale_halves": ("DeepseekV3", dict(V3, rope_parameters=YARN, rope_interleave=False)),
+    "v3_yarn_attention_factor": ("DeepseekV3", dict(V3, rope_parameters=dict(YARN, attention_factor=1.3))),
+    "v3_one_group_unnormalised": ("DeepseekV3", dict(V3, n_group=1, topk_group=1, norm_topk_prob=False)),
+    "v3_tied_biased": ("DeepseekV3", dict(V3, tie_word_embeddings=True, attention_bias=True, rms_norm_eps=1e-3)),
+    "v3_theta_two_shared": (
+        "DeepseekV3",
+        dict(V3, n_shared_experts=2, rope_parameters=dict(rope_type="default", rope_theta=500.0)),
+    ),
+    "v2_greedy": ("DeepseekV2", dict(COMMON, n_shared_experts=2)),
+    "v2_no_q_lora_yarn": (
+        "DeepseekV2",
+        dict(COMMON, q_lora_rank=None, rope_parameters=dict(YARN, mscale=0.707, mscale_all_dim=0.707)),
+    ),
+    "v2_groups": (
+        "DeepseekV2",
+        dict(COMMON, topk_method="group_limited_greedy", n_group=4, topk_group=2, routed_scaling_factor=16.0),
+    ),
+    "v2_biased": ("DeepseekV2", dict(COMMON, attention_bias=True, rms_norm_eps=1e-3)),
+}
+
+HERE = """
+import json, sys
+sys.modules["transformers"] = None  # every import of it fails
+import torch
+from safetensors.torch import load_file, save_file
+import moe
+
+root = sys.argv[1]
+ids = load_file(root + "/ids.safetensors")["ids"]
+logits = {}
+for name in json.loads(sys.argv[2]):
+    model = moe.load(f"{root}/{name}")
+    assert not model.training
+    with torch.no_grad():
+        logits[name] = model(ids).logits
+    model.save(f"{root}/{name}.saved")
+with torch.no_grad():
+    model = moe.load(root + "/mtp")
+    logits["mtp"] = model(ids).logits
+save_file(logits, root + "/here.safetensors")
+"""
+
+
+def build(kind: str, values: dict[str, Any], seed: int) -> Any:
+    config = getattr(transformers, kind + "Config")(**values)
+    model = getattr(transformers, kind + "ForCausalLM")(config).eval()
+    model.set_experts_implementation("eager")  # the default wants sizes that are multiples of 16 bytes
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            noise = torch.randn(tensor.shape, generator=generator)
+            # Scores are in (0, 1): biases of both signs and this size change many choices, and leave many.
+            scale = {"e_score_correction_bias": 0.3, "norm.weight": 0.5}
+            size = next((s for end, s in scale.items() if name.endswith(end)), 0.25)
+            tensor.copy_(noise * size + (1.0 if "norm" in name else 0.0))
+    return model
+
+
+def read_there(folder: Path, kind: str) -> tuple[Any, dict[str, Any]]:
+    """The model as transformers loads it, and what it says about names that did not fit."""
+    model, info = getattr(transformers, kind + "ForCausalLM").from_pretrained(folder, output_loading_info=True)
+    model.set_experts_implementation("eager")
+    return model.eval(), info
+
+
+@dataclasses.dataclass
+class World:
+    """All cases after one run of the process that has no transformers."""
+
+    root: Path
+    ids: torch.Tensor
+    there: dict[str, torch.Tensor]
+    here: dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    root = tmp_path_factory.mktemp("parity")
+    # Three times the original length of the YaRN cases.
+    ids = torch.randint(0, SMALL["vocab_size"], (2, 48), generator=torch.Generator().manual_seed(7))
+    save_file({"ids": ids}, root / "ids.safetensors")
+    there = {}
+    for seed, (name, (kind, values)) in enumerate(CASES.items()):
+        model = build(kind, values, seed)
+        model.save_pretrained(root / name)
+        with torch.no_grad():
+            there[name] = model(ids).logits
+    mtp = moe.Transformer(V3_MTP, seed=3)
+    with torch.no_grad():
+        for tensor in mtp.state_dict().values():
+            tensor.add_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(tensor.numel())) * 0.2)
+    mtp.save(root / "mtp")
+    command = [sys.executable, "-W", "error", "-c", HERE, str(root), json.dumps(list(CASES))]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(moe.__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    yield World(root, ids, there, load_file(root / "here.safetensors"))
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    error = (found - expected).abs().max() / expected.abs().max()
+    assert error <= TOLERANCE, f"{error:.2e}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_of_their_model_here(world: World, name: str) -> None:
+    assert world.there[name].std() > 0.1
+    assert_close(world.here[name], world.there[name])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_saved_here_is_what_they_had_saved(world: World, name: str) -> None:
+    theirs, ours = world.root / name, world.root / f"{name}.saved"
+    a, b = load_file(theirs / "model.safetensors"), load_file(ours / "model.safetensors")
+    assert a.keys() == b.keys()
+    for tensor in a:
+        assert a[tensor].dtype == b[tensor].dtype and torch.equal(a[tensor], b[tensor]), tensor
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (theirs, ours))
+    # They state one MTP layer and save none; the count in the folder we write is that of its files.
+    assert before.pop("num_nextn_predict_layers", 0) in (0, 1)
+    assert after.pop("num_nextn_predict_layers") == 0
+    assert before.items() <= after.items()
+    generation = "generation_config.json"
+    assert (theirs / generation).read_bytes() == (ours / generation).read_bytes()
+    assert read_summary(ours).agrees
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_saved_here_loads_there(world: World, name: str) -> None:
+    kind = CASES[name][0]
+    model, info = read_there(world.root / f"{name}.saved", kind)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        logits = model(world.ids).logits
+    assert torch.equal(logits, world.there[name])
+
+
+def test_our_model_with_mtp_loads_there(world: World) -> None:
+    model, info = read_there(world.root / "mtp", "DeepseekV3")
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    # It has no MTP modules; it must see ours as layers beyond its own and as nothing else.
+    layers = SMALL["num_hidden_layers"]
+    beyond = tuple(f"model.layers.{layers + k}." for k in range(V3_MTP.num_nextn_predict_layers))
+    assert info["unexpected_keys"] and all(name.startswith(beyond) for name in info["unexpected_keys"])
+    with torch.no_grad():
+        assert_close(world.here["mtp"], model(world.ids).logits)
+
+
+def test_the_bound_is_tight_enough_to_see_a_wrong_model(world: World) -> None:
+    """Each change is one that a careless loader makes; all are far outside the tolerance."""
+    name = "v3_yarn_mscales_differ"
+    model = moe.load(world.root / name)
+    model.config = dataclasses.replace(
+        model.config, rope_parameters=dataclasses.replace(model.config.rope_parameters, mscale=1.2)
+    )
+    bias_lost = moe.load(world.root / name)
+    swapped = moe.load(world.root / name)
+    with torch.no_grad():
+        for tensor_name, tensor in bias_lost.state_dict().items():
+            if tensor_name.endswith("e_score_correction_bias"):
+                tensor.zero_()
+        gate_up = swapped.state_dict()["layers.1.mlp.experts.gate_up_proj"]
+        gate_up[4] = gate_up[4].roll(gate_up.shape[1] // 2, 0)
+        for wrong in (model, bias_lost, swapped):
+            with pytest.raises(AssertionError):
+                assert_close(wrong(world.ids).logits, world.there[name])
