@@ -1,6 +1,7 @@
 """The Mixture-of-Experts layer: Router, Experts, MoELayer, and the one function that initialises weights."""
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, overload
@@ -293,13 +294,13 @@ class MoELayer(nn.Module):
         """
         if x.ndim < 2 or x.shape[-1] != self.hidden_size:
             raise ValueError(f"x has shape {tuple(x.shape)}: expected [..., S, {self.hidden_size}]")
-        sequences = x.reshape(-1, x.shape[-2], x.shape[-1])
-        rows = x.reshape(-1, x.shape[-1])
+        shape = (math.prod(x.shape[:-2]), x.shape[-2])
+        rows = x.reshape(shape[0] * shape[1], x.shape[-1])
         if token_mask is not None:
             if token_mask.shape != x.shape[:-1] or token_mask.dtype != torch.bool:
                 found = f"{token_mask.dtype} {tuple(token_mask.shape)}"
                 raise ValueError(f"token_mask is {found}: expected torch.bool {tuple(x.shape[:-1])}")
-            token_mask = token_mask.reshape(sequences.shape[:2])
+            token_mask = token_mask.reshape(shape)
             rows = rows.masked_fill(~token_mask.reshape(-1, 1), 0)
 
         logits = None
@@ -315,7 +316,7 @@ class MoELayer(nn.Module):
         y = self.dispatcher(rows, chosen, self.experts)
         if self.shared_experts is not None:
             y = y + self.shared_experts(rows)
-        stats = self._stats(chosen, logits, sequences.shape[:2], token_mask)
+        stats = self._stats(chosen, logits, shape, token_mask)
         if self.training:
             loss = None if return_stats or not (self.alpha or self.z_coef) else stats.aux_loss
             y = balance.carry(y, loss=loss, scale=self.gate.loss_scale, counter=self.gate.counter, load=stats.load)
@@ -323,15 +324,15 @@ class MoELayer(nn.Module):
         return (y, stats) if return_stats else y
 
     def _stats(
-        self, routing: Routing, logits: Tensor | None, shape: tuple[int, ...], token_mask: Tensor | None
+        self, routing: Routing, logits: Tensor | None, shape: tuple[int, int], token_mask: Tensor | None
     ) -> MoEStats:
-        ids = routing.expert_ids.view(*shape, -1)
+        ids = routing.expert_ids.view(*shape, routing.expert_ids.shape[1])
         zero = routing.scores.new_zeros(())
         loss, z = zero, zero
         if self.training and self.alpha:
-            scores = routing.scores.view(*shape, -1)
+            scores = routing.scores.view(*shape, self.gate.num_experts)
             loss = self.alpha * balance.balance_loss(scores, ids, token_mask, seq_aux=self.seq_aux)
         if self.training and self.z_coef and logits is not None:
-            z = self.z_coef * balance.z_loss(logits.view(*shape, -1), token_mask)
+            z = self.z_coef * balance.z_loss(logits.view(*shape, self.gate.num_experts), token_mask)
         load = balance.expert_load(routing.expert_ids, self.gate.num_experts)
         return MoEStats(load, loss, z)

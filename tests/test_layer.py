@@ -1,0 +1,227 @@
+"""MoELayer against the formula in float64, against transformers' layer, and in other people's hands."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import moe
+from moe.layer import MoELayer, Router
+
+OPTIONS: list[dict[str, Any]] = [
+    {"n_shared_experts": 1, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
+    {"n_shared_experts": 2, "scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False},
+    {"scoring_func": "softmax", "topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1},
+    {"topk_method": "noaux_tc", "scoring_func": "softmax", "norm_topk_prob": False, "routed_scaling_factor": 16.0},
+]
+
+
+def biased_layer(options: dict[str, Any]) -> MoELayer:
+    layer = MoELayer(24, 10, n_routed_experts=8, num_experts_per_tok=3, initializer_range=0.3, **options)
+    if layer.gate.e_score_correction_bias is not None:
+        layer.gate.e_score_correction_bias.copy_(torch.linspace(-0.4, 0.6, 8))
+    return layer
+
+
+def formula(layer: MoELayer, x: Tensor, options: dict[str, Any]) -> Tensor:
+    """The layer from the text of DeepSeek-V3 and V2, in float64, one token and one expert at a time."""
+    weights = {name: p.double() for name, p in layer.state_dict().items()}
+    out = []
+    for token in x.double().reshape(-1, 24):
+        logits = weights["gate.weight"] @ token
+        softmax = options.get("scoring_func") == "softmax"
+        scores = logits.softmax(0) if softmax else logits.sigmoid()
+        choice = scores + weights.get("gate.e_score_correction_bias", torch.zeros(8, dtype=torch.float64))
+        groups = choice.view(options.get("n_group", 1), -1)
+        top2 = options.get("topk_method", "noaux_tc") == "noaux_tc"
+        rank = groups.topk(min(2, groups.shape[1])).values.sum(1) if top2 else groups.amax(1)
+        allowed = rank.topk(options.get("topk_group", 1)).indices.tolist()
+        size = groups.shape[1]
+        candidates = [e for e in range(8) if e // size in allowed]
+        chosen = sorted(candidates, key=lambda e: -choice[e].item())[:3]
+        norm = sum(scores[e] for e in chosen) if options.get("norm_topk_prob", True) else 1.0
+        y = torch.zeros(24, dtype=torch.float64)
+        for e in chosen:
+            gate, up = (weights["experts.gate_up_proj"][e] @ token).chunk(2)
+            value = weights["experts.down_proj"][e] @ (gate * gate.sigmoid() * up)
+            y = y + scores[e] / norm * options.get("routed_scaling_factor", 1.0) * value
+        if options.get("n_shared_experts"):
+            gate = weights["shared_experts.gate_proj.weight"] @ token
+            up = weights["shared_experts.up_proj.weight"] @ token
+            y = y + weights["shared_experts.down_proj.weight"] @ (gate * gate.sigmoid() * up)
+        out.append(y)
+    return torch.stack(out).view(x.shape)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_layer_is_the_formula(options: dict[str, Any]) -> None:
+    layer = biased_layer(options)
+    x = torch.randn(2, 7, 24)
+    expected = formula(layer, x, options)
+    assert expected.abs().mean() > 0.05
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    exact = copy.deepcopy(layer).double()(x.double())
+    torch.testing.assert_close(exact, expected, rtol=1e-6, atol=1e-7)  # the fp32 correction bias is exact in float64
+
+
+def test_layer_matches_transformers_forward_and_backward() -> None:
+    from transformers import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+
+    config = DeepseekV3Config(
+        hidden_size=24,
+        moe_intermediate_size=10,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        n_group=4,
+        topk_group=2,
+        n_shared_experts=1,
+    )
+    layer = biased_layer(OPTIONS[0])
+    theirs = DeepseekV3MoE(config).double()
+    theirs.load_state_dict(layer.state_dict())
+    ours = layer.double()
+    x = torch.randn(2, 9, 24, dtype=torch.float64)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    theirs.gate.e_score_correction_bias.data = theirs.gate.e_score_correction_bias.data.float().double()
+    ya, yb = ours(a), theirs(b)
+    # transformers computes router logits in fp32 whatever the model's dtype
+    torch.testing.assert_close(ya, yb, rtol=1e-5, atol=1e-6)
+    g = torch.randn_like(x)
+    ya.backward(g)
+    yb.backward(g)
+    assert a.grad is not None and a.grad.abs().mean() > 0.01
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+    reference = dict(theirs.named_parameters())
+    for name, p in ours.named_parameters():
+        expected = reference[name].grad
+        assert expected is not None
+        torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item(), msg=name)
+
+
+def test_padding_is_invisible_whatever_it_holds() -> None:
+    layer = biased_layer(OPTIONS[0]).double().train()
+    x = torch.randn(2, 5, 24, dtype=torch.float64)
+    y, stats = layer(x, return_stats=True)
+    y.square().sum().backward()
+    expected = {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
+    layer.zero_grad()
+    padded = torch.full((2, 8, 24), torch.nan, dtype=torch.float64)
+    padded[:, 3:] = x
+    mask = torch.zeros(2, 8, dtype=torch.bool)
+    mask[:, 3:] = True
+    out, padded_stats = layer(padded, token_mask=mask, return_stats=True)
+    out.square().sum().backward()
+    torch.testing.assert_close(out[:, 3:], y, rtol=1e-12, atol=1e-13)
+    assert torch.equal(out[:, :3], torch.zeros_like(out[:, :3]))
+    assert torch.equal(padded_stats.load, stats.load)
+    for name, p in layer.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_routing_override() -> None:
+    layer = biased_layer(OPTIONS[0]).double()
+    x = torch.randn(1, 8, 24, dtype=torch.float64)
+    routing = layer.gate(x[0])
+    assert torch.equal(layer(x, routing=routing), layer(x))
+    # Replayed ids in another order: the weights come from the router's own scores, with their gradient.
+    torch.testing.assert_close(layer(x, routing=routing.expert_ids.flip(1)), layer(x), rtol=1e-12, atol=1e-13)
+    # Forced balance: every expert gets 3 of 24.
+    forced = (torch.arange(24) % 8).view(8, 3)
+    y, stats = layer(x, routing=forced, return_stats=True)
+    assert stats.load.tolist() == [3] * 8
+    y.sum().backward()
+    assert layer.gate.weight.grad is not None and layer.gate.weight.grad.abs().sum() > 0
+    w = layer.gate(x[0]).scores.gather(1, forced)
+    torch.testing.assert_close(layer.gate.replay(layer.gate.logits(x[0]), forced).weights, w / w.sum(1, True) * 2.5)
+
+
+def test_shapes_of_others() -> None:
+    layer = biased_layer(OPTIONS[0])
+    x = torch.randn(6, 24)
+    y = layer(x)
+    assert torch.equal(layer(x[None]), y[None])
+    assert torch.equal(layer(x.view(2, 3, 24)).flatten(0, 1), y)
+    assert torch.equal(layer(x.view(1, 2, 3, 24)).view(6, 24), y)
+    assert layer(x[:0]).shape == (0, 24)
+    with pytest.raises(ValueError, match=r"x has shape \(6, 23\): expected \[..., S, 24\]"):
+        layer(x[:, 1:])
+    with pytest.raises(ValueError, match=r"token_mask is torch\.float32"):
+        layer(x, token_mask=torch.ones(6))
+
+
+def test_nan_in_one_token_touches_no_other() -> None:
+    layer = biased_layer(OPTIONS[0]).double()
+    x = torch.randn(1, 6, 24, dtype=torch.float64)
+    clean = layer(x)
+    x[0, 2] = torch.nan
+    dirty = layer(x)
+    keep = torch.tensor([0, 1, 3, 4, 5])
+    torch.testing.assert_close(dirty[0, keep], clean[0, keep], rtol=1e-12, atol=1e-13)
+    assert dirty[0, 2].isnan().all()
+
+
+def test_initialisation_depends_on_seed_and_name_alone() -> None:
+    state = torch.get_rng_state()
+    a, b = (MoELayer(24, 10, 8, 3, n_shared_experts=1, seed=s) for s in (1, 1))
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's generator is not ours to move
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    c = MoELayer(24, 10, 8, 3, n_shared_experts=1, seed=2)
+    assert not any(torch.equal(p, q) for p, q in zip(a.parameters(), c.parameters(), strict=True))
+    flat = a.experts.gate_up_proj.flatten(1)
+    assert torch.pdist(flat).min() > 0.1  # experts pairwise distinct
+    assert a.experts.gate_up_proj.std().item() == pytest.approx(0.02, rel=0.05)
+    wider = MoELayer(24, 10, 16, 3, n_shared_experts=1, seed=1)
+    assert torch.equal(wider.experts.down_proj[:8], a.experts.down_proj)  # a rank can make just its own experts
+    with torch.device("meta"):
+        assert MoELayer(24, 10, 8, 3).experts.down_proj.is_meta
+
+
+def test_released_biases_need_fp32() -> None:
+    """Why the bias is never bf16: at 3.0, updates of 0.001 vanish and neighbours merge."""
+    router = Router(
+        4,
+        4,
+        1,
+        scoring_func="sigmoid",
+        topk_method="noaux_tc",
+        n_group=1,
+        topk_group=1,
+        norm_topk_prob=False,
+        routed_scaling_factor=1.0,
+    )
+    with torch.no_grad():
+        router.weight.zero_()
+    bias = torch.tensor([3.000, 3.001, 3.002, 2.999])
+    assert router.e_score_correction_bias is not None
+    router.e_score_correction_bias.copy_(bias)
+    routing = router.to(torch.bfloat16)(torch.randn(5, 4, dtype=torch.bfloat16))
+    assert routing.expert_ids.tolist() == [[2]] * 5
+    assert bias.bfloat16().argmax() != 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layer_compiles_with_dynamic_shapes(dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    layer = biased_layer({**OPTIONS[0], "aux_loss_alpha": 0.1}).to(dtype).train()
+    run = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (5, 6, 9):
+        x = torch.randn(2, length, 24, dtype=dtype)
+        grads = []
+        for f in (layer, run):
+            layer.zero_grad()
+            a = x.clone().requires_grad_()
+            y = f(a)
+            F.mse_loss(y, torch.ones_like(y)).backward()
+            grads.append((y.detach(), a.grad, *(p.grad for p in layer.parameters())))
+        assert all(torch.equal(eager, compiled) for eager, compiled in zip(*grads, strict=True))
+
+
+def test_public_signature_of_the_readme() -> None:
+    layer = moe.MoELayer(hidden_size=8, moe_intermediate_size=4, n_routed_experts=4, num_experts_per_tok=2)
+    y, stats = layer(torch.randn(3, 8), return_stats=True)
+    assert stats.load.dtype == torch.int64 and stats.load.sum() == 6 and stats.aux_loss.item() == 0
+    assert y.isfinite().all()
