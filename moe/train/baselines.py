@@ -1,0 +1,52 @@
+"""Count models that a trained model must beat, scored on the same tokens.
+
+The first token of `validation` is context only; every other one is scored. Bits per byte divide the summed nats by
+ln 2 and by the bytes of the scored text, so that they compare across vocabularies.
+"""
+
+import math
+
+import numpy as np
+
+
+def bits_per_byte(total_nats: float, text_bytes: int) -> float:
+    return total_nats / math.log(2) / text_bytes
+
+
+def unigram_nats(train: np.ndarray, validation: np.ndarray, vocab_size: int) -> float:
+    """Summed -ln p over validation[1:], p(b) = (c(b) + U / V) / (N + U).
+
+    c counts train[1:], N is their number and U how many different ones there are: Witten-Bell over the uniform model.
+    """
+    return float(-np.log(_unigram(train, vocab_size)[validation[1:]]).sum())
+
+
+def bigram_nats(train: np.ndarray, validation: np.ndarray, vocab_size: int) -> float:
+    """Summed -ln p over validation[1:], p(b | a) = (c(a, b) + U(a) p(b)) / (c(a) + U(a)), p(b) as in `unigram_nats`.
+
+    Interpolated Witten-Bell: U(a) is how many different tokens follow a in training; where none does, p(b | a) = p(b).
+    """
+    unigram = _unigram(train, vocab_size)
+    pairs, counts = np.unique(_pair_keys(train, vocab_size), return_counts=True)
+    first = pairs // vocab_size
+    total = np.bincount(first, weights=counts, minlength=vocab_size)
+    followers = np.bincount(first, minlength=vocab_size)
+
+    wanted = _pair_keys(validation, vocab_size)
+    place = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
+    count = np.where(pairs[place] == wanted, counts[place], 0)
+    a, b = validation[:-1], validation[1:]
+    seen = total[a] > 0
+    denominator = np.where(seen, total[a] + followers[a], 1)
+    p = np.where(seen, (count + followers[a] * unigram[b]) / denominator, unigram[b])
+    return float(-np.log(p).sum())
+
+
+def _unigram(train: np.ndarray, vocab_size: int) -> np.ndarray:
+    counts = np.bincount(train[1:], minlength=vocab_size)
+    distinct = np.count_nonzero(counts)
+    return (counts + distinct / vocab_size) / (counts.sum() + distinct)
+
+
+def _pair_keys(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
+    return tokens[:-1].astype(np.int64) * vocab_size + tokens[1:]
