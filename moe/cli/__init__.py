@@ -3,8 +3,8 @@
 Each command is a module here with `Args`, a dataclass that tyro reads, and `run(args) -> exit status`. A module imports
 torch inside `run` only, so that help and wrong arguments answer at once.
 
-Exit status: 0 done, 2 the user's mistake (one line on stderr; tyro's own message for arguments), 130 interrupted,
-141 nobody reads the output any more. Anything else is a bug of ours and shows its traceback.
+Exit status: 0 done, 2 the user's mistake (one line on stderr; tyro's own message for arguments), 130 interrupted. When
+nobody reads the output any more it is 1 without a word, and a bug of ours shows its traceback.
 """
 
 import difflib
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # Python flushes stdout once more on its way out; give it somewhere to flush to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return 1  # as rich does
     except KeyboardInterrupt:
         return _fail("interrupted", status=130)
     except (ConfigError, CheckpointError, ParallelError, OSError) as error:

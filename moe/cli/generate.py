@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from moe.checkpoint.folder import CONFIG, MAX_CONFIG_BYTES, locate
+from moe.checkpoint.header import read_bounded
+from moe.checkpoint.strict_json import parse_json
 from moe.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -62,7 +65,9 @@ class Args:
 
 
 def run(args: Args) -> int:
-    tokenizer = read_tokenizer(args.folder)
+    folder = locate(args.folder)
+    tokenizer = read_tokenizer(folder)
+    ends = end_ids(folder)
     prompts = [_text(prompt) for prompt in args.prompt]
     ids = [tokenizer.encode(prompt).ids for prompt in prompts]
     if not all(ids):
@@ -74,18 +79,17 @@ def run(args: Args) -> int:
     from moe.generation import stream
 
     device = _device(args.device)
-    model = moe.load(args.folder, device=device, dtype="auto" if args.dtype == "auto" else getattr(torch, args.dtype))
+    model = moe.load(folder, device=device, dtype="auto" if args.dtype == "auto" else getattr(torch, args.dtype))
     vocabulary = model.config.vocab_size
     if max(map(max, ids)) >= vocabulary:
         problem = "the tokenizer does not belong to this model"
-        raise CheckpointError(args.folder, problem, expected=f"ids below {vocabulary}", found=max(map(max, ids)))
+        raise CheckpointError(folder, problem, expected=f"ids below {vocabulary}", found=max(map(max, ids)))
 
     longest = max(map(len, ids))
     padded = torch.tensor([[0] * (longest - len(row)) + row for row in ids], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=device)
     if len(ids) == 1:
         mask = None  # nothing is padded, and plain causal attention is faster
-    ends = _end_ids(args.folder)
     texts = [GrowingText(tokenizer, row) for row in ids]
     printer = None if args.json else _Printer(prompts)
     start = time.perf_counter()
@@ -133,8 +137,6 @@ def read_tokenizer(folder: Path) -> "Tokenizer":
     from tokenizers import Tokenizer
 
     file = folder / "tokenizer.json"
-    if not folder.is_dir():
-        raise CheckpointError(folder, "no such folder")
     if not file.is_file():
         raise CheckpointError(file, "no such file; text needs the tokenizer that the model was trained with")
     try:
@@ -143,18 +145,18 @@ def read_tokenizer(folder: Path) -> "Tokenizer":
         raise CheckpointError(file, f"not a tokenizer: {error}") from None
 
 
-def _end_ids(folder: Path) -> set[int]:
+def end_ids(folder: Path) -> set[int]:
     """Ids that end a text, from generation_config.json or else config.json; empty where neither says."""
-    for name in ("generation_config.json", "config.json"):
-        file = folder / name
+    for file in (folder / "generation_config.json", folder / CONFIG):
         if not file.is_file():
             continue
-        try:
-            ids = json.loads(file.read_text()).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise CheckpointError(file, f"not a JSON object: {error}") from None
-        if ids is not None:
-            return set(ids) if isinstance(ids, list) else {ids}
+        values = parse_json(read_bounded(file, MAX_CONFIG_BYTES), file)
+        found = values.get("eos_token_id") if isinstance(values, dict) else None
+        if found is not None:
+            ids = found if isinstance(found, list) else [found]
+            if not all(isinstance(i, int) for i in ids):
+                raise CheckpointError(file, "eos_token_id", expected="an id or a list of ids", found=repr(found)[:80])
+            return set(ids)
     return set()
 
 

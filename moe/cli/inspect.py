@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
+from moe.checkpoint import CheckpointSummary, read_summary
 from moe.config import ModelConfig
 from moe.counts import ParameterCounts, count_parameters
 from moe.errors import ConfigError
@@ -31,27 +35,38 @@ class Args:
 
 def run(args: Args) -> int:
     config, stored = _find(args.model)
-    counts = count_parameters(config)
+    counts = count_parameters(config) if config is not None else None
     if args.json:
-        facts: dict[str, Any] = {"model": args.model, "config": config.to_dict(), "parameters": _numbers(counts)}
-        if stored is not None:
-            facts["stored"] = stored
-        print(json.dumps(facts, default=str))
+        facts = {
+            "model": args.model,
+            "config": config.to_dict() if config is not None else None,
+            "parameters": _numbers(counts) if counts is not None else None,
+            "stored": _plain(stored) if stored is not None else None,
+        }
+        print(json.dumps(facts, default=dict))
         return 0
-    _print(args.model, config, counts, stored)
+    console = Console(highlight=False)
+    if config is not None and counts is not None:
+        _print_counts(console, args.model, config, counts)
+        _print_config(console, config)
+    if stored is not None:
+        _print_stored(console, stored)
     return 0
 
 
-def _find(model: str) -> tuple[ModelConfig, dict[str, Any] | None]:
-    """The configuration, and for a folder what its headers say."""
+def _find(model: str) -> tuple[ModelConfig | None, CheckpointSummary | None]:
+    """The configuration (None for a family that we do not know), and for a folder what its headers say."""
     if model in PRESETS:
         return PRESETS[model], None
-    folder = Path(model)
-    if not folder.exists():
+    if not Path(model).exists():
         raise ConfigError("NAME-OR-FOLDER", model, f"a folder, or one of the presets {', '.join(PRESETS)}")
-    from moe.checkpoint import read_config, read_summary
+    stored = read_summary(model)
+    return stored.config, stored
 
-    return read_config(folder), dataclasses.asdict(read_summary(folder))
+
+def _plain(stored: CheckpointSummary) -> dict[str, Any]:
+    values = {f.name: getattr(stored, f.name) for f in dataclasses.fields(stored) if f.name != "config"}
+    return values | {"dtypes": {name: dataclasses.asdict(totals) for name, totals in stored.dtypes.items()}}
 
 
 def _numbers(counts: ParameterCounts) -> dict[str, int]:
@@ -65,54 +80,60 @@ def _numbers(counts: ParameterCounts) -> dict[str, int]:
     }
 
 
-def _print(model: str, config: ModelConfig, counts: ParameterCounts, stored: dict[str, Any] | None) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _table(title: str, *headings: str) -> Table:
+    """Text on the left, numbers on the right of a table."""
+    table = Table(title=title, title_justify="left")
+    table.add_column(headings[0])
+    for heading in headings[1:]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
 
-    console = Console(highlight=False)
-    totals = Table(title=f"{model}: parameters", title_justify="left")
-    totals.add_column("what")
-    totals.add_column("parameters", justify="right", no_wrap=True)
-    for label, number in (
-        ("total", counts.total),
-        ("activated by one token", counts.activated),
-        ("activated, without the input embedding", counts.activated_without_embedding),
-        ("in released files, with MTP", counts.released),
-    ):
-        totals.add_row(label, f"{number:,}")
+
+def _print_counts(console: Console, model: str, config: ModelConfig, counts: ParameterCounts) -> None:
+    totals = _table(model, "", "parameters")
+    totals.add_row("total", f"{counts.total:,}")
+    totals.add_row("activated by one token", f"{counts.activated:,}")
+    totals.add_row("activated, without the input embedding", f"{counts.activated_without_embedding:,}")
+    totals.add_row("in released files, with MTP", f"{counts.released:,}")
     console.print(totals)
 
-    parts = Table(title="by component", title_justify="left")
-    parts.add_column("component")
-    for heading in ("parameters", "share", "activated"):
-        parts.add_column(heading, justify="right", no_wrap=True)
+    parts = _table("by component", "component", "parameters", "share", "activated")
     for name in _COMPONENTS:
         number = getattr(counts, name)
-        if number:
-            used = (
-                number * config.num_experts_per_tok // config.n_routed_experts if name == "routed_experts" else number
-            )
-            parts.add_row(name.replace("_", " "), f"{number:,}", f"{number / counts.total:.2%}", f"{used:,}")
+        if not number:
+            continue
+        used = number * config.num_experts_per_tok // config.n_routed_experts if name == "routed_experts" else number
+        parts.add_row(name.replace("_", " "), f"{number:,}", f"{number / counts.total:.2%}", f"{used:,}")
     if counts.mtp:
-        parts.add_row("mtp (not in the total)", f"{counts.mtp:,}", "", "")
+        parts.add_row("mtp, not in the total", f"{counts.mtp:,}")
     console.print(parts)
 
+
+def _print_config(console: Console, config: ModelConfig) -> None:
     values = Table(title="configuration", title_justify="left")
     values.add_column("field")
     values.add_column("value", overflow="fold")
     for name, value in config.to_dict().items():
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                if inner is not None:
-                    values.add_row(f"{name}.{key}", str(inner))
-        elif value is not None:
-            values.add_row(name, str(value))
+        rows = {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+        for key, inner in rows.items():
+            if inner is not None:
+                values.add_row(key, escape(str(inner)))
     console.print(values)
 
-    if stored is not None:
-        files = Table(title="stored", title_justify="left")
-        files.add_column("what")
-        files.add_column("value", overflow="fold")
-        for name, value in stored.items():
-            files.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
-        console.print(files)
+
+def _print_stored(console: Console, stored: CheckpointSummary) -> None:
+    title = f"{stored.folder}: {stored.model_type}, {stored.files} file{'s' if stored.files > 1 else ''}"
+    files = _table(escape(title), "dtype", "tensors", "values", "bytes")
+    for name, totals in stored.dtypes.items():
+        files.add_row(name, f"{totals.tensors:,}", f"{totals.values:,}", f"{totals.bytes:,}")
+    files.add_row("all", f"{stored.tensors:,}", f"{stored.values:,}", f"{stored.bytes:,}")
+    console.print(files)
+    if stored.config is None:
+        console.print(f"{stored.model_type} is not a family that can be loaded", markup=False)
+    elif stored.agrees:
+        console.print("The files hold exactly the tensors that the configuration asks for.")
+    for problem in ("missing", "unexpected", "misshaped"):
+        names = getattr(stored, problem)
+        if names:
+            more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+            console.print(f"{problem}: {', '.join(names[:3])}{more}", markup=False)
