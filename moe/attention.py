@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moe.cache import LayerCache
 from moe.config import ModelConfig
+from moe.norm import RMSNorm
 from moe.rope import apply_rope, mscale
 
 # DeepSeek's code and Hugging Face's both leave the latents' norms at this default, whatever rms_norm_eps says.
@@ -65,11 +66,11 @@ class MLA(nn.Module):
             self.q_proj = nn.Linear(width, self.heads * config.qk_head_dim, bias=False)
         else:
             self.q_a_proj = nn.Linear(width, config.q_lora_rank, bias=bias)
-            self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, eps=LATENT_NORM_EPS)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps=LATENT_NORM_EPS)
             self.q_b_proj = nn.Linear(config.q_lora_rank, self.heads * config.qk_head_dim, bias=False)
         self.compresses_q = config.q_lora_rank is not None
         self.kv_a_proj_with_mqa = nn.Linear(width, self.latent + self.rope, bias=bias)
-        self.kv_a_layernorm = nn.RMSNorm(self.latent, eps=LATENT_NORM_EPS)
+        self.kv_a_layernorm = RMSNorm(self.latent, eps=LATENT_NORM_EPS)
         self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
         self.o_proj = nn.Linear(self.heads * self.value, width, bias=bias)
 
@@ -108,7 +109,8 @@ class MLA(nn.Module):
         w_uk, w_uv = w.split((self.nope, self.value), dim=1)
         q = torch.cat((torch.einsum("bshn,hnc->bshc", q_nope, w_uk), q_pe), dim=-1)
         batch, queries = q.shape[:2]
-        scores = torch.matmul(q.flatten(1, 2), entry.transpose(1, 2)).float() * self.scale
+        scores = torch.matmul(q.flatten(1, 2), entry.transpose(1, 2))
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * self.scale
         scores = scores.view(batch, queries, self.heads, -1)
         if mask is not None:
             scores = scores.masked_fill(~mask.transpose(1, 2), float("-inf"))
@@ -134,8 +136,8 @@ class GQA(nn.Module):
         self.v_proj = nn.Linear(width, self.kv_heads * dim, bias=bias)
         self.o_proj = nn.Linear(self.heads * dim, width, bias=bias)
         if self.qk_norm:
-            self.q_norm = nn.RMSNorm(dim, eps=config.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(dim, eps=config.rms_norm_eps)
+            self.q_norm = RMSNorm(dim, eps=config.rms_norm_eps)
+            self.k_norm = RMSNorm(dim, eps=config.rms_norm_eps)
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: LayerCache | None, past: int

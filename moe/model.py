@@ -19,6 +19,7 @@ from moe.balance import LoadReport, carry, routers
 from moe.cache import Cache, LayerCache
 from moe.config import ModelConfig
 from moe.layer import MLP, MoELayer, MoEStats, materialize
+from moe.norm import RMSNorm
 from moe.rope import rope_tables
 
 Rope = tuple[Tensor, Tensor]
@@ -50,9 +51,9 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, *, has_experts: bool) -> None:
         super().__init__()
         width = config.hidden_size
-        self.input_layernorm = nn.RMSNorm(width, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(width, eps=config.rms_norm_eps)
         self.self_attn = MLA(config) if config.is_mla else GQA(config)
-        self.post_attention_layernorm = nn.RMSNorm(width, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(width, eps=config.rms_norm_eps)
         self.mlp: MLP | MoELayer
         if has_experts:
             self.mlp = MoELayer(
@@ -97,11 +98,11 @@ class MTP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.enorm = nn.RMSNorm(width, eps=config.rms_norm_eps)
-        self.hnorm = nn.RMSNorm(width, eps=config.rms_norm_eps)
+        self.enorm = RMSNorm(width, eps=config.rms_norm_eps)
+        self.hnorm = RMSNorm(width, eps=config.rms_norm_eps)
         self.eh_proj = nn.Linear(2 * width, width, bias=False)
         self.block = Block(config, has_experts=True)
-        self.norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(width, eps=config.rms_norm_eps)
 
     def forward(
         self, h: Tensor, embedding: Tensor, rope: Rope, mask: Tensor | None, token_mask: Tensor | None
@@ -134,7 +135,7 @@ class Transformer(nn.Module):
             self.layers = nn.ModuleList(
                 Block(config, has_experts=config.is_moe_layer(i)) for i in range(config.num_hidden_layers)
             )
-            self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             self.mtp = nn.ModuleList(MTP(config) for _ in range(config.num_nextn_predict_layers))
             tied = config.tie_word_embeddings
             self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -168,12 +169,12 @@ class Transformer(nn.Module):
         self._check(input_ids, labels, attention_mask, document_ids, cache, past, logits_to_keep)
         if position_ids is None:
             position_ids = torch.arange(past, past + length, device=input_ids.device).expand(batch, length)
-        rope = rope_tables(self.config.rope_parameters, self.config.rope_dim, position_ids)
         real = attention_mask.bool() if attention_mask is not None else None
         mask = attention_scope(length, past, real, document_ids, input_ids.device)
         token_mask = real[:, past:] if real is not None else None
 
         h = self.embed_tokens(input_ids)
+        rope = rope_tables(self.config.rope_parameters, self.config.rope_dim, position_ids, h.dtype)
         stats: list[MoEStats] = []
         for i, block in enumerate(self.layers):
             layer_cache = cache.layers[i] if cache is not None else None

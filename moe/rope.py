@@ -56,9 +56,12 @@ def inverse_frequencies(rope: RopeParameters, dim: int, device: torch.device) ->
     return 1.0 / (rope.factor * wavelength) * (1 - keep) + 1.0 / wavelength * keep
 
 
-def rope_tables(rope: RopeParameters, dim: int, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, fp32 [B, S, 1, dim / 2] (the 1 stands for heads), for position_ids [B, S]."""
-    angle = position_ids[..., None].float() * inverse_frequencies(rope, dim, position_ids.device)
+def rope_tables(
+    rope: RopeParameters, dim: int, position_ids: Tensor, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """cos, sin [B, S, 1, dim / 2] (the 1 is for heads) of position_ids [B, S], in promote_types(dtype, float32)."""
+    frequencies = inverse_frequencies(rope, dim, position_ids.device)
+    angle = position_ids[..., None] * frequencies.to(torch.promote_types(dtype, torch.float32))
     factor = attention_factor(rope)
     return (angle.cos() * factor).unsqueeze(-2), (angle.sin() * factor).unsqueeze(-2)
 

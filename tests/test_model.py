@@ -1,0 +1,374 @@
+"""The transformer against transformers' models and modules, its cache, its masks, and compilation."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moe
+from moe.attention import MLA, softmax_scale
+from moe.cache import Cache
+from moe.model import Transformer, next_token_loss
+from moe.rope import inverse_frequencies, rope_tables
+
+YARN = moe.RopeParameters(
+    rope_type="yarn", factor=4.0, original_max_position_embeddings=8, mscale=0.7, mscale_all_dim=1.0
+)
+SMALL = moe.ModelConfig(
+    vocab_size=61,
+    hidden_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    intermediate_size=40,
+    moe_intermediate_size=16,
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    n_shared_experts=1,
+    first_k_dense_replace=1,
+    kv_lora_rank=12,
+    q_lora_rank=10,
+    qk_nope_head_dim=6,
+    qk_rope_head_dim=4,
+    v_head_dim=8,
+    rope_interleave=True,
+    scoring_func="sigmoid",
+    topk_method="noaux_tc",
+    n_group=4,
+    topk_group=2,
+    routed_scaling_factor=2.5,
+    initializer_range=0.2,
+)
+GROUPED = dataclasses.replace(
+    SMALL,
+    kv_lora_rank=None,
+    q_lora_rank=None,
+    qk_nope_head_dim=None,
+    qk_rope_head_dim=None,
+    v_head_dim=None,
+    num_key_value_heads=1,
+    head_dim=6,
+    qk_norm=True,
+    rope_interleave=False,
+)
+SHAPES = {
+    "mla": SMALL,
+    "mla-no-q-lora": dataclasses.replace(SMALL, q_lora_rank=None),
+    "mla-yarn": dataclasses.replace(SMALL, rope_parameters=YARN),
+    "mla-wide-v": dataclasses.replace(SMALL, v_head_dim=16, kv_lora_rank=40),
+    "gqa": GROUPED,
+    "gqa-tied": dataclasses.replace(GROUPED, tie_word_embeddings=True, qk_norm=False, attention_bias=True),
+}
+
+
+def model_of(config: moe.ModelConfig, **options: Any) -> Transformer:
+    model = Transformer(config, **options).eval()
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if name.endswith(("norm.weight", "bias")):  # ones and zeros would hide a swap
+                tensor.copy_(torch.linspace(-0.3, 0.4, tensor.numel()) + (0 if name.endswith("bias") else 1))
+    return model
+
+
+def close(found: Tensor, expected: Tensor, relative: float = 2e-5) -> None:
+    """Within `relative` of the largest value, which must be worth comparing to."""
+    scale = expected.abs().max()
+    assert scale > 0.1
+    assert (found - expected).abs().max() <= relative * scale
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_cache_equals_no_cache(name: str) -> None:
+    model = model_of(SHAPES[name])
+    ids = torch.randint(0, 61, (2, 40))
+    with torch.no_grad():
+        full = model(ids).logits
+        for cuts in ((1,) * 40, (13,) + (1,) * 27, (5, 9, 1, 25), (20, 20), (40,)):
+            cache = Cache(model.config)
+            pieces = [model(part, cache=cache).logits for part in ids.split(list(cuts), dim=1)]
+            close(torch.cat(pieces, 1), full)
+            assert cache.length == 40
+
+
+def test_absorbed_equals_expanded_for_any_number_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(SHAPES["mla-yarn"]).double()
+    ids = torch.randint(0, 61, (2, 30))
+    results = []
+    for absorb in (True, False):
+        monkeypatch.setattr(MLA, "_absorbing_is_cheaper", lambda *_, answer=absorb: answer)
+        cache = Cache(model.config)
+        with torch.no_grad():
+            results.append(torch.cat([model(part, cache=cache).logits for part in ids.split([9, 4, 1, 16], dim=1)], 1))
+    close(results[0], results[1], 1e-12)
+
+
+def test_latent_cache_size() -> None:
+    config = dataclasses.replace(moe.preset("deepseek_v3"), num_hidden_layers=1, first_k_dense_replace=1)
+    config = dataclasses.replace(config, vocab_size=16, hidden_size=32, intermediate_size=16, num_attention_heads=2)
+    model = Transformer(config).to(torch.bfloat16).eval()
+    cache = Cache(config)
+    with torch.no_grad():
+        model(torch.zeros(1, 3, dtype=torch.int64), cache=cache)
+        model(torch.zeros(1, 97, dtype=torch.int64), cache=cache)
+    assert cache.nbytes * 61 == 70_272 * 100  # bytes a token over 61 layers, from DeepSeek's own sizes
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_real_position(side: str) -> None:
+    model = model_of(SMALL).double().train()
+    ids = torch.randint(0, 61, (2, 12))
+    padded = torch.randint(0, 61, (2, 17))
+    mask = torch.zeros(2, 17, dtype=torch.int64)
+    window = slice(5, 17) if side == "left" else slice(0, 12)
+    padded[:, window], mask[:, window] = ids, 1
+    plain, with_padding = model(ids, labels=ids), model(padded, labels=padded, attention_mask=mask)
+    close(with_padding.logits[:, window], plain.logits, 1e-12)
+    assert plain.loss is not None and with_padding.loss is not None
+    assert with_padding.loss.item() == pytest.approx(plain.loss.item(), rel=1e-12)
+    assert torch.equal(plain.load, with_padding.load)
+
+
+def test_mtp_loss_ignores_padding() -> None:
+    model = model_of(dataclasses.replace(SMALL, num_nextn_predict_layers=2)).double().train()
+    ids = torch.randint(0, 61, (2, 12))
+    for side in ("left", "right"):
+        padded = torch.randint(0, 61, (2, 17))
+        mask = torch.zeros(2, 17, dtype=torch.int64)
+        window = slice(5, 17) if side == "left" else slice(0, 12)
+        padded[:, window], mask[:, window] = ids, 1
+        plain, with_padding = model(ids, labels=ids), model(padded, labels=padded, attention_mask=mask)
+        assert with_padding.losses["mtp"].item() == pytest.approx(plain.losses["mtp"].item(), rel=1e-12)
+        assert torch.equal(plain.load, with_padding.load)
+
+
+def test_documents_see_and_predict_only_themselves() -> None:
+    model = model_of(dataclasses.replace(SMALL, num_nextn_predict_layers=1)).double().train()
+    a, b = torch.randint(0, 61, (1, 7)), torch.randint(0, 61, (1, 9))
+    packed = torch.cat((a, b), 1)
+    documents = torch.tensor([[3] * 7 + [4] * 9])
+    out = model(packed, labels=packed, document_ids=documents)
+    alone = [model(x, labels=x) for x in (a, b)]
+    close(out.logits, torch.cat([o.logits for o in alone], 1), 1e-12)
+    for part, lost in (("ce", 1), ("mtp", 2)):
+        counts = [7 - lost, 9 - lost]
+        expected = sum(o.losses[part].item() * n for o, n in zip(alone, counts, strict=True)) / sum(counts)
+        assert out.losses[part].item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_loss_is_the_shifted_cross_entropy() -> None:
+    model = model_of(SMALL)
+    ids = torch.randint(0, 61, (2, 9))
+    labels = ids.clone()
+    labels[0, 3:6] = -100
+    out = model(ids, labels=labels)
+    expected = nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert out.loss is not None and out.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert set(out.losses) == {"ce"}
+    nothing = model(ids, labels=torch.full_like(ids, -100))
+    assert nothing.loss is not None and nothing.loss.item() == 0
+    close(model(ids, logits_to_keep=2).logits, out.logits[:, -2:])
+
+
+def test_wrong_shapes_are_named() -> None:
+    model = model_of(SMALL)
+    ids = torch.randint(0, 61, (2, 9))
+    with pytest.raises(ValueError, match=r"labels has shape \(2, 8\): expected \(2, 9\)"):
+        model(ids, labels=ids[:, 1:])
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 8\): expected \(2, 9\)"):
+        model(ids, attention_mask=ids[:, 1:])
+    with pytest.raises(ValueError, match="labels need the logits of all positions"):
+        model(ids, labels=ids, logits_to_keep=1)
+
+
+def test_mtp_is_transformers_mtp_layer() -> None:
+    """eh_proj's order, the norms, the block and the head, against an implementation that is not ours."""
+    from transformers import DeepseekV3Config
+    from transformers.modeling_layers import MtpLayer
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer, DeepseekV3RMSNorm
+
+    config = dataclasses.replace(SMALL, num_nextn_predict_layers=1)
+    model = model_of(config).train()
+    hf = DeepseekV3Config(
+        **{f: getattr(config, f) for f in ("vocab_size", "hidden_size", "moe_intermediate_size", "kv_lora_rank")},
+        **{f: getattr(config, f) for f in ("n_routed_experts", "n_shared_experts", "q_lora_rank", "v_head_dim")},
+        **{f: getattr(config, f) for f in ("qk_nope_head_dim", "qk_rope_head_dim", "n_group", "topk_group")},
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts_per_tok=3,
+        first_k_dense_replace=0,
+        num_hidden_layers=3,
+    )
+    hf._attn_implementation = "eager"
+    theirs = MtpLayer(hf, DeepseekV3DecoderLayer, DeepseekV3RMSNorm, 0)
+    names = {"norm.weight": "post_norm.weight"}
+    state = model.mtp[0].state_dict()
+    theirs.load_state_dict({names.get(k, k.replace("block.", "mtp_block.")): v for k, v in state.items()})
+
+    ids = torch.randint(0, 61, (2, 11))
+    out = model(ids, labels=ids)
+    cos, sin = rope_tables(config.rope_parameters, config.rope_dim, torch.arange(10).expand(2, 10))
+    tables = (torch.cat((cos, cos), -1).squeeze(2), torch.cat((sin, sin), -1).squeeze(2))
+    causal = torch.full((10, 10), float("-inf")).triu(1)[None, None]
+    embedding = model.embed_tokens(ids[:, 1:])
+    h = theirs(embedding, out.hidden[:, :-1], tables, causal, None, None)
+    logits = model.head(h)
+    expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 2:].flatten())
+    assert out.losses["mtp"].item() == pytest.approx(expected.item(), rel=1e-5)
+    ours, _ = model.mtp[0](out.hidden[:, :-1], embedding, (cos, sin), None, None)
+    close(ours, h)
+    assert out.loss is not None
+    total = out.losses["ce"] + 0.3 * out.losses["mtp"]
+    assert out.loss.item() == pytest.approx(total.item(), rel=1e-6)
+
+
+def test_second_mtp_module_reads_the_first() -> None:
+    model = model_of(dataclasses.replace(SMALL, num_nextn_predict_layers=2)).train()
+    ids = torch.randint(0, 61, (1, 8))
+    out = model(ids, labels=ids)
+    rope = rope_tables(SMALL.rope_parameters, SMALL.rope_dim, torch.arange(8)[None])
+    first, _ = model.mtp[0](
+        out.hidden[:, :7], model.embed_tokens(ids[:, 1:]), tuple(t[:, :7] for t in rope), None, None
+    )
+    second, _ = model.mtp[1](first[:, :6], model.embed_tokens(ids[:, 2:]), tuple(t[:, :6] for t in rope), None, None)
+    one = next_token_loss(model.head(first), ids, 2, None, None)
+    two = nn.functional.cross_entropy(model.head(second)[0, :5], ids[0, 3:])
+    assert out.losses["mtp"].item() == pytest.approx((one.item() + two.item()) / 2, rel=1e-6)
+    short = model(ids[:, :1], labels=ids[:, :1])  # no token ahead: no MTP loss, and no NaN
+    assert short.loss is not None and short.loss.item() == 0
+
+
+def family(name: str) -> tuple[moe.ModelConfig, nn.Module]:
+    """A tiny transformers model of a grouped-query family and our config of the same shape."""
+    from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    shape: dict[str, Any] = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "num_experts_per_tok": 3, "initializer_range": 0.3, "rms_norm_eps": 1e-5}
+    common = moe.ModelConfig(
+        **shape,
+        intermediate_size=20,
+        moe_intermediate_size=20,
+        n_routed_experts=6,
+        rope_parameters=moe.RopeParameters(1e6),
+    )
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    if name == "mixtral":
+        theirs = MixtralConfig(**shape, intermediate_size=20, num_local_experts=6, rope_parameters=rope)
+        return common, MixtralForCausalLM(theirs)
+    shape |= {"head_dim": 8}  # not a declared parameter of the class
+    theirs = Qwen3MoeConfig(**shape, moe_intermediate_size=20, num_experts=6, norm_topk_prob=True, rope_parameters=rope)
+    return dataclasses.replace(common, head_dim=8, qk_norm=True), Qwen3MoeForCausalLM(theirs)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_grouped_query_shapes_match_transformers(name: str) -> None:
+    config, theirs = family(name)
+    model = Transformer(config).eval()
+    with torch.no_grad():
+        for key, p in theirs.named_parameters():
+            if "norm" in key:
+                p.copy_(torch.linspace(0.5, 1.5, p.numel()))
+    state = {key.removeprefix("model."): value for key, value in theirs.state_dict().items()}
+    model.load_state_dict(state)
+    ids = torch.randint(0, 61, (2, 21))
+    with torch.no_grad():
+        close(model(ids).logits, theirs.eval()(ids).logits)
+        mask = torch.ones_like(ids)
+        mask[0, :6] = 0
+        ours = model(ids, attention_mask=mask).logits
+        expected = theirs(ids, attention_mask=mask).logits
+        close(ours[mask.bool()], expected[mask.bool()])
+
+
+def test_yarn_by_hand_and_from_transformers() -> None:
+    """The numbers of DeepSeek-V3's own configuration, then transformers' function over other settings."""
+    v3, lite = moe.preset("deepseek_v3"), moe.preset("deepseek_v2_lite")
+    assert softmax_scale(v3) == pytest.approx(0.135234, abs=5e-7)
+    assert softmax_scale(lite) == pytest.approx(0.114721, abs=5e-7)
+    frequencies = inverse_frequencies(v3.rope_parameters, 64, torch.device("cpu"))
+    plain = 10000.0 ** (-torch.arange(32, dtype=torch.float64) / 32)
+    torch.testing.assert_close(frequencies[:11].double(), plain[:11], rtol=1e-6, atol=0)
+    torch.testing.assert_close(frequencies[23:].double(), plain[23:] / 40, rtol=1e-6, atol=0)
+    assert (frequencies[11:23] < plain[11:23]).all() and (frequencies[11:23] > plain[11:23] / 40).all()
+
+    from transformers import DeepseekV3Config
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    for factor, mscale, all_dim, original in itertools.product((1.0, 40.0), (0.707, 1.0), (None, 1.3), (64, 4096)):
+        values = {"rope_theta": 1e4, "factor": factor, "mscale": mscale, "mscale_all_dim": all_dim}
+        values |= {"original_max_position_embeddings": original, "rope_type": "yarn"}
+        given = {k: v for k, v in values.items() if v is not None}
+        config = DeepseekV3Config(qk_rope_head_dim=64, max_position_embeddings=163840, rope_parameters=dict(given))
+        expected, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
+        ours = moe.RopeParameters(**given)
+        assert torch.equal(inverse_frequencies(ours, 64, torch.device("cpu")), expected)
+        cos, _ = rope_tables(ours, 64, torch.zeros(1, 1, dtype=torch.int64))
+        assert cos[0, 0, 0, 0].item() == pytest.approx(attention_factor, rel=1e-6)
+
+
+def test_activation_checkpointing_changes_no_bit() -> None:
+    config = dataclasses.replace(SMALL, num_nextn_predict_layers=1, aux_loss_alpha=0.01)
+    ids = torch.randint(0, 61, (2, 12))
+    results = []
+    for on in (False, True):
+        model = model_of(config).train()
+        model.set_activation_checkpointing(on)
+        loss = model(ids, labels=ids).loss
+        assert loss is not None
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_same_seed_same_bits_and_no_global_generator() -> None:
+    state = torch.get_rng_state()
+    a, b, c = (Transformer(SMALL, seed=s) for s in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    first, other = (model.get_parameter("layers.1.mlp.gate.weight") for model in (a, c))
+    assert not torch.equal(first, other)
+    assert not torch.equal(first, a.get_parameter("layers.2.mlp.gate.weight"))
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v2", "deepseek_v2_lite", "mixtral_8x7b", "qwen3_30b_a3b"])
+def test_presets_build_on_meta(name: str) -> None:
+    with torch.device("meta"):
+        model = Transformer(moe.preset(name))
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    totals = {"mixtral_8x7b": 46_702_792_704, "qwen3_30b_a3b": 30_532_122_624, "deepseek_v2_lite": 15_706_484_224}
+    if name in totals:
+        assert sum(p.numel() for p in model.parameters()) == totals[name]
+
+
+def test_model_compiles_with_dynamic_shapes_and_trains() -> None:
+    torch._dynamo.reset()
+    config = dataclasses.replace(SMALL, num_hidden_layers=2, num_nextn_predict_layers=1, aux_loss_alpha=0.01)
+    model = model_of(config).train()
+    run = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (6, 9):
+        ids = torch.randint(0, 61, (2, length))
+        results = []
+        for f in (model, run):
+            model.zero_grad()
+            out = f(ids, labels=ids)
+            assert out.loss is not None
+            out.loss.backward()
+            results.append([out.loss.detach(), out.load, *(p.grad for p in model.parameters())])
+        for eager, compiled in zip(*results, strict=True):
+            torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-7)
+
+
+def test_bf16_autocast_trains_with_fp32_weights() -> None:
+    model = model_of(SMALL).train()
+    ids = torch.randint(0, 61, (2, 12))
+    exact = model(ids, labels=ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(ids, labels=ids)
+    assert out.loss is not None and exact.loss is not None and out.loss.dtype == torch.float32
+    assert out.loss.item() == pytest.approx(exact.loss.item(), rel=0.02)
+    assert out.loss.item() != exact.loss.item()
+    out.loss.backward()
+    assert all(
+        p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters()
+    )
