@@ -146,11 +146,15 @@ def test_every_form_of_rope_means_the_same_and_is_kept(rope: dict[str, Any]) -> 
     assert config.rope_parameters == YARN
     written = render_config(config, PATH)
     assert rope.items() <= written.items()
-    # For readers of both generations, whatever the file had.
-    assert written["rope_theta"] == 10000
-    assert written["rope_scaling"] is None or written["rope_scaling"]["factor"] == 8
-    assert written["rope_parameters"]["factor"] == 8
     assert fields(parse_config(written, PATH)) == fields(config)
+
+
+def test_readers_of_both_generations_find_their_rope() -> None:
+    written = render_config(dataclasses.replace(V3, rope_parameters=YARN), PATH)
+    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 10000.0
+    assert written["rope_scaling"].items() >= OLD_YARN.items()
+    assert written["rope_parameters"].items() >= (OLD_YARN | {"rope_type": "yarn"}).items() - {("type", "yarn")}
+    assert (V3_FILE["rope_scaling"], V3_FILE["rope_theta"]) == (None, 10000.0)
 
 
 def test_a_changed_rope_replaces_the_one_that_was_read() -> None:

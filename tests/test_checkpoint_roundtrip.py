@@ -105,6 +105,15 @@ def test_bfloat16_keeps_the_bias_in_fp32(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "m" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_a_bias_that_has_left_fp32_comes_back_to_it(tmp_path: Path) -> None:
+    model = build(V3)
+    gate = model.get_submodule("layers.1.mlp.gate")
+    gate.e_score_correction_bias = torch.full((V3.n_routed_experts,), 0.25, dtype=torch.bfloat16)
+    model.save(tmp_path / "m")
+    bias = files(tmp_path / "m")["model.layers.1.mlp.gate.e_score_correction_bias"]
+    assert bias.dtype == torch.float32 and (bias == 0.25).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_conversion(saved: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "_CHUNK", 1000)  # every tensor in several pieces
@@ -370,7 +379,7 @@ def test_a_model_that_the_family_cannot_express_writes_nothing(tmp_path: Path) -
     with pytest.raises(CheckpointError, match="norm_topk_prob"):
         model.save(tmp_path / "m")
     half = Transformer(V2)
-    half.norm = torch.nn.RMSNorm(7)
+    half.add_module("norm", torch.nn.RMSNorm(7))
     with pytest.raises(CheckpointError, match=r"norm\.weight: the model is not the one of its config"):
         half.save(tmp_path / "m")
     with torch.device("meta"):
@@ -402,6 +411,21 @@ def test_saving_over_other_things(saved: Path, tmp_path: Path) -> None:
     build(V3).save(link)
     assert link.is_symlink()
     assert_same(moe.load(tmp_path / "empty"), build(V3))
+
+
+def test_all_is_on_the_disk_before_the_folder_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    sync, replace = writing._sync, writing._replace
+    monkeypatch.setattr(writing, "_sync", lambda path: (events.append(path.name), sync(path)))
+    monkeypatch.setattr(writing, "_replace", lambda target, new: (events.append("replace"), replace(target, new)))
+    model = build(V3)
+    model.carried_files["tokenizer.json"] = b"{}"
+    save(model, tmp_path / "m", max_shard_bytes=200_000)
+    at = events.index("replace")
+    assert sorted(events[: at - 1]) == sorted(p.name for p in (tmp_path / "m").iterdir())
+    assert events[at - 2] == "config.json"  # what makes the folder a checkpoint comes last
+    assert events[at - 1].startswith(".m.partial-")
+    assert events[at + 1 :] == [tmp_path.name]
 
 
 class Crash(BaseException):
