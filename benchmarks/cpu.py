@@ -1,0 +1,336 @@
+"""A model of ours beside transformers' on the CPU: same weights, same process, turn by turn.
+
+Work, batch 1:
+  train    forward and backward of S = 512 tokens, both models in train mode, loss from all logits in float32;
+           parameters and gradients in the dtype named, gradients allocated and freed in the timed part, no optimizer
+  prefill  1,024 tokens into an empty cache, logits of the last one
+  decode   tokens one at a time after that prefill, logits of each
+
+The peer is DeepseekV3ForCausalLM with SDPA attention and the fastest of its experts backends for that work (eager,
+batched_mm, grouped_mm). A ratio is printed only if our error is at most twice the peer's, both against the peer's model
+in float64 (its norms, router and RoPE compute in float32 even so): logits always, for training also each parameter's
+gradient.
+
+The limit, from ceilings measured in the same run:
+  train    3 x forward FLOPs / dense matmul rate
+  prefill  forward FLOPs / dense matmul rate
+  decode   bytes of the activated parameters (without the input embedding) and of the cache / memory read rate
+with forward FLOPs = 2 x activated parameters without embeddings x S + S^2 H (qk_head_dim + v_head_dim) (causal)
++ 2 D V x positions with logits.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.harness import RESULTS, append, environment, interleave, matmul_rate, read_rate, summary
+from moe import Transformer
+from moe.cache import Cache
+from moe.checkpoint.config_json import render_config
+from moe.config import ModelConfig
+from moe.counts import count_parameters
+from moe.presets import preset
+
+BACKENDS = ("eager", "batched_mm", "grouped_mm")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BATCHED_MM_LIMIT = 2**32  # bytes of weights that it may copy: it gathers every routed row's own expert
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much work: tokens of each kind, and how often."""
+
+    train: int = 512
+    prefill: int = 1024
+    decode: int = 16
+    rounds: int = 7
+    matmul: int = 4096
+    read: int = 2**29
+
+
+SMALL = Sizes(train=32, prefill=48, decode=4, rounds=2, matmul=512, read=2**22)
+
+
+class Ours:
+    """What is timed, of a `moe.Transformer`."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
+
+    def train(self, ids: Tensor) -> None:
+        self.model.train()
+        loss = self.model(ids, labels=ids).loss
+        assert loss is not None
+        loss.backward()
+
+    @torch.inference_mode()
+    def prefill(self, ids: Tensor, logits_to_keep: int = 1) -> tuple[Tensor, Cache]:
+        self.model.eval()
+        cache = Cache(self.model.config)
+        return self.model(ids, cache=cache, logits_to_keep=logits_to_keep).logits, cache
+
+    @torch.inference_mode()
+    def decode(self, ids: Tensor, cache: Cache) -> Tensor:
+        """Logits of ids [1, n], a token at a time; the cache is as before afterwards."""
+        length = cache.length
+        logits = [self.model(ids[:, i : i + 1], cache=cache).logits for i in range(ids.shape[1])]
+        cache.truncate(length)
+        return torch.cat(logits, dim=1)
+
+
+class Theirs:
+    """The same, of a transformers model."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def use(self, backend: str) -> None:
+        self.model.set_experts_implementation(backend)
+
+    def train(self, ids: Tensor) -> None:
+        self.model.train()
+        self.model(ids, labels=ids, use_cache=False).loss.backward()
+
+    @torch.inference_mode()
+    def prefill(self, ids: Tensor, logits_to_keep: int = 1) -> tuple[Tensor, Any]:
+        from transformers import DynamicCache
+
+        self.model.eval()
+        cache = DynamicCache(config=self.model.config)
+        return self.model(ids, past_key_values=cache, logits_to_keep=logits_to_keep).logits, cache
+
+    @torch.inference_mode()
+    def decode(self, ids: Tensor, cache: Any) -> Tensor:
+        logits = [self.model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(ids.shape[1])]
+        cache.crop(-ids.shape[1])
+        return torch.cat(logits, dim=1)
+
+
+def peer(model: Transformer, dtype: torch.dtype) -> Theirs:
+    """transformers' model of the same configuration, with a copy of the weights in `dtype`."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    config = DeepseekV3Config.from_dict(render_config(model.config, Path("config.json")))
+    config._attn_implementation = "sdpa"
+    theirs: Any = DeepseekV3ForCausalLM(config)
+    theirs.to(dtype)
+    state = {name if name.startswith("lm_head") else f"model.{name}": t for name, t in model.state_dict().items()}
+    theirs.load_state_dict(state)
+    for name, buffer in theirs.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.data = buffer.float()  # as from_pretrained leaves it
+    return Theirs(theirs)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the float64 model says: logits [1, prefill + decode, V], and gradients of the training work by parameter."""
+
+    logits: Tensor
+    gradients: dict[str, Tensor]
+
+
+def reference(model: Transformer, ids: Tensor, sizes: Sizes) -> Reference:
+    """Runs transformers' model in float64 with its eager backend over ids [1, prefill + decode]."""
+    exact = peer(model, torch.float64)
+    exact.use("eager")
+    logits = exact.prefill(ids, logits_to_keep=0)[0]
+    # The eager backend takes one expert at a time out of the stacked parameter, and the gradient of each such slice is
+    # as large as the whole. As a list of parameters they are the same to that code, and 64 times cheaper.
+    for module in list(exact.model.modules()):
+        for name in ("gate_up_proj", "down_proj"):
+            stacked = getattr(module, name, None)
+            if isinstance(stacked, nn.Parameter):
+                delattr(module, name)
+                setattr(module, name, nn.ParameterList(stacked.detach().unbind()))
+    exact.train(ids[:, : sizes.train])
+    gradients = {}
+    for name, module in exact.model.named_modules():
+        parts = list(module.parameters(recurse=False))
+        if isinstance(module, nn.ParameterList):
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parts]
+            gradients[name.removeprefix("model.")] = torch.stack(grads).float()
+        else:
+            for leaf, p in module.named_parameters(recurse=False):
+                assert p.grad is not None
+                gradients[f"{name}.{leaf}".removeprefix("model.")] = p.grad.float()
+    return Reference(logits, gradients)
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """Largest difference, relative to the largest value."""
+    return float((found.double() - exact.double()).abs().max() / exact.double().abs().max())
+
+
+def gradient_error(model: nn.Module, exact: dict[str, Tensor]) -> float:
+    """Of the parameter whose gradient is worst: the norm of the difference over the norm."""
+    worst = 0.0
+    for name, p in model.named_parameters():
+        g = exact[name.removeprefix("model.")]
+        assert p.grad is not None
+        worst = max(worst, float((p.grad.float() - g).norm() / g.norm().clamp_min(1e-30)))
+    return worst
+
+
+def errors(side: Ours | Theirs, ids: Tensor, exact: Reference, sizes: Sizes) -> dict[str, tuple[float, ...]]:
+    """Errors of each work: of the logits, for training also of the gradients."""
+    prompt, following = ids[:, : sizes.prefill], ids[:, sizes.prefill :]
+    logits, cache = side.prefill(prompt, logits_to_keep=0)
+    prefill = relative_error(logits, exact.logits[:, : sizes.prefill])
+    decode = relative_error(side.decode(following, cache), exact.logits[:, sizes.prefill :])
+    side.train(prompt[:, : sizes.train])
+    gradients = gradient_error(side.model, exact.gradients)
+    side.model.zero_grad()
+    return {"train": (prefill, gradients), "prefill": (prefill,), "decode": (decode,)}
+
+
+def acceptable(ours: tuple[float, ...], theirs: tuple[float, ...]) -> bool:
+    """None of our errors is above twice theirs, and none is NaN."""
+    return all(a <= 2 * b for a, b in zip(ours, theirs, strict=True))
+
+
+def limits(config: ModelConfig, sizes: Sizes, itemsize: int, matmul: float, read: float) -> dict[str, float]:
+    """Seconds that each work takes at the ceilings; see the module's docstring."""
+    counts = count_parameters(config)
+    vocabulary = config.vocab_size * config.hidden_size
+    active = counts.activated - counts.embedding - counts.head
+    per_pair = config.num_attention_heads * (config.qk_head_dim + (config.v_head_dim or 0)) * config.num_hidden_layers
+
+    def forward(tokens: int, positions: int) -> int:
+        return 2 * active * tokens + per_pair * tokens**2 + 2 * vocabulary * positions
+
+    cached = (
+        ((config.kv_lora_rank or 0) + config.rope_dim) * config.num_hidden_layers * (sizes.prefill + sizes.decode / 2)
+    )
+    return {
+        "train": 3 * forward(sizes.train, sizes.train) / matmul,
+        "prefill": forward(sizes.prefill, 1) / matmul,
+        "decode": sizes.decode * itemsize * (active + vocabulary + cached) / read,
+    }
+
+
+def works(side: Ours | Theirs, ids: Tensor, sizes: Sizes) -> dict[str, Callable[[], Any]]:
+    """What is timed, by name."""
+    prompt, following = ids[:, : sizes.prefill], ids[:, sizes.prefill :]
+    _, cache = side.prefill(prompt)
+
+    def train() -> None:
+        side.train(prompt[:, : sizes.train])
+        side.model.zero_grad()
+
+    return {"train": train, "prefill": lambda: side.prefill(prompt), "decode": lambda: side.decode(following, cache)}
+
+
+def fastest_backend(theirs: Theirs, call: Callable[[], Any], work: str, sizes: Sizes) -> str:
+    """The quickest of the second of two calls with each backend. batched_mm is left out where it would not fit."""
+    config = theirs.model.config
+    rows = {"train": sizes.train, "prefill": sizes.prefill, "decode": 1}[work] * config.num_experts_per_tok
+    copied = rows * 3 * config.hidden_size * config.moe_intermediate_size * 4
+    seconds = {}
+    for backend in BACKENDS:
+        if backend != "batched_mm" or copied <= BATCHED_MM_LIMIT:
+            theirs.use(backend)
+            seconds[backend] = interleave({"": call}, rounds=1)[""][0]
+    return min(seconds, key=lambda backend: seconds[backend])
+
+
+def compare(ours: Ours, theirs: Theirs, ids: Tensor, exact: Reference, sizes: Sizes) -> Iterator[dict[str, Any]]:
+    """One record for each work: errors, and timings where ours are acceptable."""
+    mine, other = works(ours, ids, sizes), works(theirs, ids, sizes)
+    our_errors = errors(ours, ids, exact, sizes)
+    peer_errors: dict[str, dict[str, tuple[float, ...]]] = {}
+    for work in mine:
+        backend = fastest_backend(theirs, other[work], work, sizes)
+        theirs.use(backend)
+        if backend not in peer_errors:
+            peer_errors[backend] = errors(theirs, ids, exact, sizes)
+        record: dict[str, Any] = {"work": work, "backend": backend}
+        record |= {"errors": our_errors[work], "peer_errors": peer_errors[backend][work]}
+        if acceptable(record["errors"], record["peer_errors"]):
+            seconds = interleave({"ours": mine[work], "peer": other[work]}, sizes.rounds)
+            record["ours"], record["peer"] = summary(seconds["ours"]), summary(seconds["peer"])
+            record["ratio"] = record["peer"]["median_s"] / record["ours"]["median_s"]
+        yield record
+
+
+def measure(name: str, dtype: str, sizes: Sizes) -> list[dict[str, Any]]:
+    """Every work with the preset's model in one dtype."""
+    # Without what transformers' model does not have in training.
+    config = dataclasses.replace(preset(name), num_nextn_predict_layers=0, aux_loss_alpha=0.0)
+    model = Transformer(config).to(DTYPES[dtype])
+    ids = torch.randint(
+        config.vocab_size, (1, sizes.prefill + sizes.decode), generator=torch.Generator().manual_seed(0)
+    )
+    exact = reference(model, ids, sizes)
+    matmul, read = matmul_rate(DTYPES[dtype], sizes.matmul), read_rate(DTYPES[dtype], sizes.read)
+    at_limit = limits(config, sizes, DTYPES[dtype].itemsize, matmul, read)
+    tokens = {"train": sizes.train, "prefill": sizes.prefill, "decode": sizes.decode}
+    about = {"preset": name, "dtype": dtype, "matmul_flops": matmul, "read_bytes": read, **environment()}
+    records = compare(Ours(model), peer(model, DTYPES[dtype]), ids, exact, sizes)
+    return [{**about, "tokens": tokens[r["work"]], "limit_s": at_limit[r["work"]], **r} for r in records]
+
+
+def show(records: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    first = records[0]
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    table = Table(
+        title=f"{first['preset']} on {first['device']}\n{versions}, commit {first['commit']}, load {first['load']}",
+        caption="tokens/s are medians; % is of the limit; an error is of logits, for train also of gradients",
+    )
+    for heading in (
+        "work",
+        "dtype",
+        "ours, tokens/s (%)",
+        "transformers, tokens/s (%)",
+        "ratio",
+        "errors: ours, theirs",
+    ):
+        table.add_column(heading)
+    for r in records:
+        found, theirs = ("/".join(f"{e:.1e}" for e in r[key]) for key in ("errors", "peer_errors"))
+        cells = [f"no ratio: error {found}", "", ""]
+        if "ratio" in r:
+            rates = [
+                f"{r['tokens'] / r[side]['median_s']:.1f} ({r['limit_s'] / r[side]['median_s']:.0%})"
+                for side in ("ours", "peer")
+            ]
+            cells = [rates[0], f"{rates[1]} {r['backend']}", f"{r['ratio']:.2f}"]
+        table.add_row(r["work"], r["dtype"], *cells, f"{found}, {theirs}")
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    for dtype in {r["dtype"]: r for r in records}.values():
+        matmul, read = dtype["matmul_flops"] / 1e9, dtype["read_bytes"] / 1e9
+        console.print(f"{dtype['dtype']} ceilings: matmul {matmul:.0f} GFLOP/s, memory read {read:.1f} GB/s")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--preset", default=None, help="a preset of family deepseek_v3 (default: bench_400m; small: tiny)"
+    )
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--small", action="store_true", help="the tiny preset and few tokens, to see that it works")
+    parser.add_argument(
+        "--json", nargs="?", type=Path, const=RESULTS / "cpu.jsonl", help="append a line a measurement to this file"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    sizes = SMALL if args.small else Sizes()
+    name = args.preset or ("tiny" if args.small else "bench_400m")
+    records = []
+    for dtype in args.dtype:
+        records += measure(name, dtype, sizes)
+    show(records)
+    if args.json:
+        append(args.json, records)
+    return 0

@@ -1,0 +1,87 @@
+"""What every benchmark needs: interleaved timings, the machine's ceilings, where a figure comes from."""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from moe.cli.doctor import cpu_model
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def interleave(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, `rounds` for each candidate, in the order A B A B ...; one round before them is not kept.
+
+    What else runs on the machine then slows all of them alike, which timing them one after the other would not give.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for i in range(rounds + 1):
+        for name, call in candidates.items():
+            start = time.perf_counter()
+            call()
+            if i > 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def matmul_rate(dtype: torch.dtype, size: int) -> float:
+    """FLOP/s of the best of nine products x W^T as in a linear layer, x [size / 4, size] and W [size, size]."""
+    x, w = torch.randn(size // 4, size).to(dtype), torch.randn(size, size).to(dtype)
+    best = min(interleave({"": lambda: F.linear(x, w)}, rounds=9)[""])
+    return 2 * x.numel() * size / best
+
+
+def read_rate(dtype: torch.dtype, bytes_: int) -> float:
+    """Bytes/s of the best of nine readings of a matrix, as a sum and as a product with a vector (which decode does)."""
+    width = 4096
+    w = torch.ones(bytes_ // dtype.itemsize // width, width, dtype=dtype)
+    x = torch.ones(width, dtype=dtype)
+    readings = {"sum": w.sum, "mv": lambda: torch.mv(w, x)}
+    best = min(min(seconds) for seconds in interleave(readings, rounds=9).values())
+    return w.numel() * dtype.itemsize / best
+
+
+def environment() -> dict[str, Any]:
+    """Where a figure comes from: commit, processor, versions, and how busy the machine was."""
+    packages = ("torch", "transformers")
+    return {
+        "commit": _commit(),
+        "device": f"{cpu_model()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "load": round(os.getloadavg()[0], 2),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _commit() -> str:
+    """The commit checked out, with a + where tracked files differ from it."""
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """One JSON object a line, after those that are there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    return {"median_s": median(seconds), "min_s": min(seconds), "rounds": len(seconds)}
