@@ -107,6 +107,8 @@ def _check(
 ) -> None:
     check_ids(x, expert_ids)
     check_weights(weights, expert_ids)
+    if not x.dtype.is_floating_point or x.dtype.itemsize < 2:
+        raise TypeError(f"x: expected float32, float64, bfloat16 or float16, got {x.dtype}")
     width = x.shape[1]
     if gate_up.dim() != 3 or gate_up.shape[1] % 2 or gate_up.shape[2] != width:
         raise ValueError(f"gate_up: expected [E, 2F, {width}], got {tuple(gate_up.shape)}")
@@ -124,8 +126,6 @@ def _check(
             raise ValueError(f"{name}: expected {list(shape)}, got {tuple(tensor.shape)}")
         if tensor.dtype != x.dtype:
             raise TypeError(f"{name}: expected {x.dtype} as x has, got {tensor.dtype}")
-    if not x.dtype.is_floating_point or x.dtype.itemsize < 2:
-        raise TypeError(f"x: expected float32, float64, bfloat16 or float16, got {x.dtype}")
 
 
 def _spans(offsets: Tensor) -> list[tuple[int, int, int]]:
@@ -242,10 +242,11 @@ def _backward(
     grad_rows = x.new_empty(order.slots.shape[0] if need_x else 0, x.shape[1])
     sorted_weights = weights.reshape(-1, 1).index_select(0, order.slots)
     sorted_dots = torch.zeros_like(sorted_weights)
+    wide = torch.promote_types(x.dtype, torch.float32)
     for expert, start, end in spans:
         token, weight, part = tokens[start:end], sorted_weights[start:end], pre[start:end]
         grad_y = grad.index_select(0, token)
-        hidden = swiglu_into(part.new_empty(end - start, down.shape[2]), part, limit, alpha)
+        hidden = swiglu_into(part.new_empty(end - start, down.shape[2], dtype=wide), part, limit, alpha)
         if need_down:
             product_into(grad_down[expert], grad_y.t(), (hidden * weight).to(x.dtype))
         if need_down_bias:
@@ -255,9 +256,9 @@ def _backward(
         grad_hidden = product(grad_y, down[expert])
         if need_weights:
             # The gradient of a weight is grad_y . (down @ hidden) = grad_hidden . hidden: no row of the output is kept.
-            dots = (grad_hidden.to(weights.dtype) * hidden).sum(dim=1)
+            dots = (grad_hidden * hidden).sum(dim=1, dtype=weights.dtype)
             if down_bias is not None:
-                dots += (grad_y.to(weights.dtype) * down_bias[expert]).sum(dim=1)
+                dots += (grad_y.to(wide) * down_bias[expert]).sum(dim=1, dtype=weights.dtype)
             sorted_dots[start:end, 0] = dots
         if need_pre:
             grad_hidden = (grad_hidden * weight).to(x.dtype)
