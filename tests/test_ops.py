@@ -1,0 +1,313 @@
+"""Values and gradients of every operator over the table of cases, judged by the bound."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from moe import ops
+from moe.ops.activation import swiglu_reference
+from moe.ops.grouped_gemm import grouped_mm_reference
+from moe.ops.mlp import moe_mlp_reference
+from moe.ops.permutation import permute_reference, unpermute_reference
+from tests.bound import DTYPES, UNIT, against_eager, elementwise_limit, excess, product_limit
+from tests.cases import BY_NAME, CASES, Case, Inputs
+
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+
+
+def eager_experts(i: Inputs, bias: bool = True) -> Tensor:
+    """What transformers' experts do in eager mode, with biases and ids of -1."""
+    out = torch.zeros_like(i.x)
+    for e in range(len(i.gate_up)):
+        token, k = (i.expert_ids == e).nonzero(as_tuple=True)
+        gate, up = (i.x[token] @ i.gate_up[e].T + (i.gate_up_bias[e] if bias else 0)).chunk(2, dim=-1)
+        rows = (silu(gate) * up) @ i.down[e].T + (i.down_bias[e] if bias else 0)
+        out = out.index_add(0, token, (rows * i.weights[token, k, None]).to(out.dtype))
+    return out
+
+
+def fused(i: Inputs, **settings: Any) -> Tensor:
+    biases: dict[str, Any] = {"gate_up_bias": i.gate_up_bias, "down_bias": i.down_bias}
+    return ops.moe_mlp(i.x, i.gate_up, i.down, i.weights, i.expert_ids, **biases, **settings)
+
+
+def gradients(function: Callable[[Inputs], Tensor], inputs: Inputs, grad: Tensor) -> dict[str, Tensor]:
+    leaves = inputs.leaves()
+    result = function(leaves)
+    names = ("x", "gate_up", "down", "weights", "gate_up_bias", "down_bias")
+    grads = torch.autograd.grad(result, leaves.differentiable, grad.to(result.dtype), materialize_grads=True)
+    return {"y": result.detach(), **dict(zip(names, grads, strict=True))}
+
+
+def test_memory_is_poisoned() -> None:
+    # What a kernel allocates and does not write shows as NaN in every test here.
+    assert torch.empty(1000).isnan().all() and torch.ones(3).new_empty(1000).isnan().all()
+
+
+@each_dtype
+@each_case
+def test_moe_mlp(case: Case, dtype: torch.dtype) -> None:
+    inputs = case.inputs(dtype)
+    grad = torch.randn(case.tokens, case.width, dtype=torch.float64).to(dtype)
+    ours = gradients(fused, inputs, grad)
+    eager = gradients(eager_experts, inputs, grad)
+    exact = gradients(eager_experts, inputs.to(torch.float64), grad)
+    verdicts = {name: against_eager(ours[name], eager[name], exact[name], dtype) for name in ours}
+    assert all(v.right for v in verdicts.values()), verdicts
+    unused = ~torch.isin(torch.arange(case.experts), inputs.expert_ids)
+    for name in ("gate_up", "down", "gate_up_bias", "down_bias"):
+        assert (ours[name][unused] == 0).all(), name
+    assert (ours["weights"][inputs.expert_ids == -1] == 0).all()
+    with torch.no_grad():  # the path without a saved pre-activation
+        assert against_eager(fused(inputs), eager["y"], exact["y"], dtype).right
+    assert {n: ours[n].dtype for n in ours} == {n: eager[n].dtype for n in ours}
+
+
+@pytest.mark.parametrize("settings", [{"swiglu_limit": 0.7}, {"swiglu_limit": 1.5, "swiglu_alpha": 1.702}], ids=str)
+@pytest.mark.parametrize("case", [BY_NAME["ragged"], BY_NAME["one_token"]], ids=str)
+@each_dtype
+def test_moe_mlp_clamped(case: Case, dtype: torch.dtype, settings: dict[str, float]) -> None:
+    def reference(i: Inputs) -> Tensor:
+        return fused(i, tier="reference", **settings)
+
+    inputs, grad = case.inputs(dtype), torch.randn(case.tokens, case.width).to(dtype)
+    ours = gradients(lambda i: fused(i, **settings), inputs, grad)
+    eager, exact = gradients(reference, inputs, grad), gradients(reference, inputs.to(torch.float64), grad)
+    verdicts = {name: against_eager(ours[name], eager[name], exact[name], dtype) for name in ours}
+    assert all(v.right for v in verdicts.values()), verdicts
+
+
+@each_case
+def test_moe_mlp_reference_is_the_definition(case: Case) -> None:
+    i = case.inputs(torch.float64)
+    expected = torch.zeros_like(i.x)
+    for t in range(case.tokens):
+        for k, e in enumerate(i.expert_ids[t].tolist()):
+            if e != -1:
+                gate, up = (i.gate_up[e] @ i.x[t] + i.gate_up_bias[e]).chunk(2)
+                expected[t] += i.weights[t, k] * (i.down[e] @ (gate * gate.sigmoid() * up) + i.down_bias[e])
+    assert torch.allclose(fused(i, tier="reference"), expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(moe_mlp_reference(*vars(i).values()), fused(i, tier="reference"))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_moe_mlp_beside_transformers(family: str, dtype: torch.dtype) -> None:
+    case = BY_NAME["many_experts"]
+    if family == "mixtral":
+        from transformers import MixtralConfig as Config
+        from transformers.models.mixtral.modeling_mixtral import MixtralExperts as Experts
+
+        config = Config(hidden_size=case.width, intermediate_size=case.hidden, num_local_experts=case.experts)
+    else:
+        from transformers import DeepseekV3Config as Config
+        from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts as Experts
+
+        config = Config(
+            hidden_size=case.width, moe_intermediate_size=case.hidden, n_routed_experts=case.experts, n_group=1
+        )
+    config._experts_implementation = "eager"
+    inputs = case.inputs(dtype)
+    theirs = Experts(config).to(dtype)
+
+    def transformers_experts(i: Inputs) -> Tensor:
+        parameters = {"gate_up_proj": i.gate_up, "down_proj": i.down}
+        return torch.func.functional_call(theirs, parameters, (i.x, i.expert_ids, i.weights))
+
+    def ours_without_bias(i: Inputs) -> Tensor:
+        return ops.moe_mlp(i.x, i.gate_up, i.down, i.weights, i.expert_ids)
+
+    grad = torch.randn(case.tokens, case.width).to(dtype)
+    ours = gradients(ours_without_bias, inputs, grad)
+    eager = gradients(transformers_experts, inputs, grad)
+    exact = gradients(transformers_experts, inputs.to(torch.float64), grad)
+    verdicts = {name: against_eager(ours[name], eager[name], exact[name], dtype) for name in ours}
+    assert all(v.right for v in verdicts.values()), verdicts
+
+
+def grouped(case: Case, form: str, dtype: torch.dtype, tail: int = 5) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Operands whose ragged dimension has `tail` rows or columns past the last offset."""
+    i = case.inputs(torch.float64)
+    counts = torch.bincount(i.expert_ids[i.expert_ids >= 0], minlength=case.experts)
+    offs = counts.cumsum(0).int()
+    rows = int(offs[-1]) + tail
+    fixed, wide = torch.randn(rows, case.width), torch.randn(rows, 2 * case.hidden)
+    batch = torch.randn(case.experts, 11, case.width)
+    a, b, offs = {
+        "rows": (fixed, i.gate_up.transpose(1, 2), offs),
+        "products": (fixed.t(), wide, offs),
+        "batched": (batch, i.gate_up.transpose(1, 2), None),
+        "columns": (i.gate_up, fixed.t(), offs),
+    }[form]
+    return a.to(dtype), b.to(dtype), offs
+
+
+FORMS = ("rows", "products", "batched", "columns")
+each_form = pytest.mark.parametrize("form", FORMS)
+
+
+def grouped_limit(a: Tensor, b: Tensor, offs: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    a, b = a.double(), b.double()
+    exact, magnitude = grouped_mm_reference(a, b, offs), grouped_mm_reference(a.abs(), b.abs(), offs)
+    return exact, product_limit(exact, magnitude, a.shape[-1], dtype)
+
+
+@each_dtype
+@each_form
+@each_case
+def test_grouped_mm(case: Case, form: str, dtype: torch.dtype) -> None:
+    a, b, offs = grouped(case, form, dtype)
+    a, b = a.requires_grad_(), b.requires_grad_()
+    result = ops.grouped_mm(a, b, offs)
+    assert excess(result, *grouped_limit(a.detach(), b.detach(), offs, dtype)) <= 1
+    # The gradient of a sum is an expanded one, with strides of zero: what torch's own refuses.
+    grads = torch.autograd.grad(result.sum(), (a, b))
+    ones = torch.ones_like(result)
+    for name, grad, left, right in (("a", grads[0], ones, b.mT), ("b", grads[1], a.mT, ones)):
+        assert excess(grad, *grouped_limit(left.detach(), right.detach(), offs, dtype)) <= 1, name
+
+
+@each_form
+def test_grouped_mm_beside_torch(form: str) -> None:
+    case = Case("aligned", 64, 32, 16, 4, 2, "random")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        a, b, offs = grouped(case, form, dtype, tail=0)
+        if form == "products":  # torch wants strides in multiples of 16 bytes
+            a = a.contiguous()
+        theirs = torch.nn.functional.grouped_mm(a, b, offs=offs)
+        exact, limit = grouped_limit(a, b, offs, dtype)
+        assert excess(theirs, exact, limit) <= 1
+        assert excess(ops.grouped_mm(a, b, offs), exact, limit) <= 1
+
+
+@each_form
+def test_grouped_mm_strides_and_zero_sizes(form: str) -> None:
+    a, b, offs = grouped(BY_NAME["ragged"], form, torch.float32)
+    exact, limit = grouped_limit(a, b, offs, torch.float32)
+    apart = torch.stack([b, b], dim=-1)[..., 0]
+    assert excess(ops.grouped_mm(a.mT.contiguous().mT, apart, offs), exact, limit) <= 1
+    if form != "products":  # an inner size of zero makes sums of nothing
+        assert (ops.grouped_mm(a[..., :0], b[..., :0, :], offs) == 0).all()
+    else:
+        assert ops.grouped_mm(a[:0], b, offs).shape == (len(exact), 0, b.shape[1])
+
+
+@each_dtype
+@each_case
+def test_permute_and_unpermute(case: Case, dtype: torch.dtype) -> None:
+    i = case.inputs(dtype)
+    x, weights = i.x.requires_grad_(), i.weights.requires_grad_()
+    permuted = ops.permute(x, i.expert_ids, case.experts)
+    slots = sorted((e if e >= 0 else case.experts, slot) for slot, e in enumerate(i.expert_ids.flatten().tolist()))
+    here = sum(e < case.experts for e, _ in slots)
+    for row, (_, slot) in enumerate(slots):
+        t, k = divmod(slot, case.top_k)
+        assert torch.equal(permuted.rows[row], x[t] if row < here else torch.zeros_like(x[t]))
+        assert permuted.position[t, k] == (row if row < here else -1)
+    assert permuted.offsets.tolist() == [sum(s <= e for s, _ in slots) for e in range(case.experts)]
+    assert permuted.offsets.dtype == torch.int32
+
+    expected = permute_reference(x, i.expert_ids, case.experts)
+    assert all(torch.equal(a, b) for a, b in zip(vars(permuted).values(), vars(expected).values(), strict=True))
+    rows = torch.randn_like(permuted.rows).requires_grad_()
+    grad_rows, grad_y = torch.randn_like(rows), torch.randn_like(x)
+    result = ops.unpermute(rows, permuted.position, weights)
+    grads = (*torch.autograd.grad(permuted.rows, x, grad_rows), *torch.autograd.grad(result, (rows, weights), grad_y))
+
+    # Sums over k and, for a weight's gradient, over the width: the bound of a product.
+    double = rows.detach().double().requires_grad_()
+    weights64, x64 = weights.detach().double().requires_grad_(), x.detach().double().requires_grad_()
+    exact = unpermute_reference(double, permuted.position, weights64)
+    exact_grads = (
+        *torch.autograd.grad(permute_reference(x64, i.expert_ids, case.experts).rows, x64, grad_rows.double()),
+        *torch.autograd.grad(exact, (double, weights64), grad_y.double(), materialize_grads=True),
+    )
+    magnitude = unpermute_reference(double.detach().abs(), permuted.position, weights64.detach().abs())
+    assert excess(result, exact, product_limit(exact, magnitude, case.top_k, dtype)) <= 1
+    magnitude = unpermute_reference(grad_rows.double().abs(), permuted.position)
+    assert excess(grads[0], exact_grads[0], product_limit(exact_grads[0], magnitude, case.top_k, dtype)) <= 1
+    assert excess(grads[1], exact_grads[1], elementwise_limit(exact_grads[1], dtype)) <= 1
+    here_slots = permuted.position.flatten() >= 0
+    magnitude = torch.zeros(case.tokens * case.top_k, dtype=torch.float64)
+    picked = rows.detach().double()[permuted.position.flatten()[here_slots]].abs()
+    magnitude[here_slots] = (picked * grad_y.double().abs().repeat_interleave(case.top_k, 0)[here_slots]).sum(1)
+    limit = product_limit(exact_grads[2], magnitude.view_as(weights), case.width, grads[2].dtype)
+    assert excess(grads[2], exact_grads[2], limit) <= 1
+    # Without weights, a plain sum.
+    plain = ops.unpermute(rows.detach(), permuted.position)
+    ones = ops.unpermute(rows.detach(), permuted.position, torch.ones_like(i.weights).detach())
+    assert torch.equal(plain, ones)
+
+
+@each_dtype
+@pytest.mark.parametrize(("limit", "alpha"), [(None, 1.0), (1.5, 1.0), (7.0, 1.702), (None, 0.5)], ids=str)
+@pytest.mark.parametrize("shape", [(37, 80), (2, 3, 6), (0, 8), (5, 0), (2,)], ids=str)
+def test_swiglu(shape: tuple[int, ...], limit: float | None, alpha: float, dtype: torch.dtype) -> None:
+    gate_up = (6 * torch.randn(shape)).to(dtype).requires_grad_()
+    result = ops.swiglu(gate_up, limit, alpha)
+    grad = torch.randn(result.shape).to(dtype)
+    (grad_in,) = torch.autograd.grad(result, gate_up, grad)
+    exact_in = gate_up.detach().double().requires_grad_()
+    exact = swiglu_reference(exact_in, limit, alpha)
+    (exact_grad,) = torch.autograd.grad(exact, exact_in, grad.double())
+    # exp(-alpha * gate) turns the rounding of its argument, in the dtype it is computed in, into a relative error.
+    gate, up = (half.double() for half in gate_up.detach().chunk(2, dim=-1))
+    argument = 0 if alpha == 1 else 2 * (alpha * gate).abs() * UNIT[torch.promote_types(dtype, torch.float32)]
+    assert excess(result, exact, elementwise_limit(exact, dtype) + argument * exact.abs()) <= 1
+    # silu'(gate) crosses zero near -1.28, where only an absolute error can be promised: its two terms cancel.
+    cancelling = grad.double().abs() * up.abs() * gate.abs().clamp(min=1) * (alpha * gate).sigmoid()
+    scale = torch.cat([cancelling, exact_grad.chunk(2, dim=-1)[1].abs()], dim=-1)
+    extra = torch.cat([argument * cancelling * (1 + (alpha * gate).abs())] * 2, dim=-1) if alpha != 1 else 0
+    assert excess(grad_in, exact_grad, 4 * UNIT[dtype] * torch.maximum(scale, exact_grad.abs()) + extra) <= 1
+    if shape == (37, 80):
+        strided = ops.swiglu(gate_up.detach().t().contiguous().t(), limit, alpha)
+        assert excess(strided, exact, elementwise_limit(exact, dtype) + argument * exact.abs()) <= 1
+
+
+def test_swiglu_by_hand() -> None:
+    def by_hand(*gate_up: float, limit: float | None = None) -> float:
+        return ops.swiglu(torch.tensor(gate_up, dtype=torch.float64), limit).item()
+
+    assert by_hand(2, 3) == pytest.approx(2 / (1 + math.exp(-2)) * 3)
+    assert by_hand(9, -9, limit=2) == pytest.approx(2 / (1 + math.exp(-2)) * -2)
+    assert by_hand(-9, 1, limit=2) == pytest.approx(-9 / (1 + math.exp(9)))
+
+
+BUGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "one row is zero": lambda y: y.index_fill(0, torch.tensor([7]), 0),
+    "one row is another's": lambda y: y.index_copy(0, torch.tensor([7]), y[8:9]),
+    "one sign is flipped": lambda y: y * torch.where(torch.arange(y.numel()).view(y.shape) == y.abs().argmax(), -1, 1),
+    "all signs are flipped": lambda y: -y,
+    "scaled by 1.02": lambda y: (y.double() * 1.02).to(y.dtype),
+    "a NaN": lambda y: y.index_fill(0, torch.tensor([3]), torch.nan),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bug", BUGS)
+def test_the_bounds_see(bug: str, dtype: torch.dtype) -> None:
+    a, b, offs = grouped(BY_NAME["ragged"], "rows", dtype)
+    assert excess(BUGS[bug](ops.grouped_mm(a, b, offs)), *grouped_limit(a, b, offs, dtype)) > 1
+    inputs = BY_NAME["ragged"].inputs(dtype)
+    exact, eager = eager_experts(inputs.to(torch.float64)), eager_experts(inputs)
+    assert against_eager(fused(inputs), eager, exact, dtype).right
+    assert not against_eager(BUGS[bug](fused(inputs)), eager, exact, dtype).right
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_product_bound_sees_a_dropped_column_of_the_inner_dimension(dtype: torch.dtype) -> None:
+    a, b, offs = grouped(BY_NAME["ragged"], "rows", dtype)
+    exact, limit = grouped_limit(a, b, offs, dtype)
+    dropped = a.clone()
+    dropped[:, 5] = 0
+    assert excess(ops.grouped_mm(dropped, b, offs), exact, limit) > 1
+    # A partial sum that is rounded to bfloat16 on the way.
+    half = a.shape[1] // 2
+    split = [ops.grouped_mm(a[:, s], b[:, s], offs).bfloat16().to(dtype) for s in (slice(half), slice(half, None))]
+    assert excess(split[0] + split[1], exact, limit) > 1
