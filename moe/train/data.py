@@ -329,5 +329,6 @@ def evaluation_batches(tokens: np.ndarray, length: int, batch_size: int) -> Iter
 
 
 def document_ids(input_ids: Tensor, end_of_text: int) -> Tensor:
-    """int64 [B, S]: which document of its window a token belongs to; an end-of-text token opens the one it precedes."""
-    return (input_ids == end_of_text).long().cumsum(dim=1)
+    """int64 [B, S]: which document of its window a token belongs to; an end-of-text token closes its document."""
+    ends = (input_ids == end_of_text).long()
+    return ends.cumsum(dim=1) - ends
