@@ -1,0 +1,114 @@
+"""Which parameter is stepped by what: AdamW, or Muon for matrices with AdamW for the rest."""
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+OptimizerName = Literal["adamw", "muon"]
+
+ADAM_BETAS = (0.9, 0.95)
+MUON_MOMENTUM = 0.95
+# Keller Jordan's quintic; the same numbers as torch.optim.Muon's defaults.
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+_NEWTON_SCHULZ_STEPS = 5
+_NORM_EPS = 1e-7
+# Tables of vectors, one per token or expert, rather than maps between spaces: Muon is not for them.
+_TABLES = ("embed_tokens.weight", "lm_head.weight", "gate.weight")
+
+
+class BatchedMuon(torch.optim.Optimizer):
+    """Muon for stacks of matrices [..., N, K]: every matrix on its own, as torch.optim.Muon would step it.
+
+    torch's takes 2-D parameters only. This equals it slice by slice, with `adjust_lr_fn="match_rms_adamw"` and Nesterov
+    momentum: bit for bit where bf16 is multiplied as such, else up to the order of sums in fp32 (see `_multiply_add`).
+
+    Source: https://kellerjordan.github.io/posts/muon/; the learning rate's scale is that of arXiv 2502.16982.
+    """
+
+    def __init__(self, params: Any, lr: float, weight_decay: float = 0.0, momentum: float = MUON_MOMENTUM) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.ndim < 3:
+                    raise ValueError(f"BatchedMuon: expected stacks of matrices, got {tuple(parameter.shape)}")
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+                buffer = state["momentum_buffer"]
+                buffer.lerp_(parameter.grad, 1 - momentum)
+                update = orthogonalize(parameter.grad.lerp(buffer, momentum))
+                parameter.mul_(1 - lr * group["weight_decay"])
+                parameter.add_(update, alpha=-lr * 0.2 * math.sqrt(max(parameter.shape[-2:])))
+        return loss
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """The nearest semi-orthogonal matrix of each of [..., N, K], roughly (singular values in 0.7 to 1.2), in bf16.
+
+    Five Newton-Schulz iterations X <- aX + (bA + cA^2) X with A = X X^T, on the smaller side. Zero stays zero.
+    """
+    a, b, c = _NEWTON_SCHULZ
+    x = matrices.flatten(0, -3).bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(_NORM_EPS)
+    for _ in range(_NEWTON_SCHULZ_STEPS):
+        gram = _multiply_add(None, x, x.mT)
+        x = _multiply_add(x, _multiply_add(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).reshape(matrices.shape)
+
+
+def _multiply_add(c: Tensor | None, a: Tensor, b: Tensor, *, beta: float = 0.0, alpha: float = 1.0) -> Tensor:
+    """beta c + alpha a b of bf16 stacks, accumulated in fp32 and rounded to bf16 once."""
+    if a.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        # These processors multiply bf16 ten times slower than fp32, which holds the same products exactly.
+        a, b, c = a.float(), b.float(), c if c is None else c.float()
+    c = a.new_zeros(()) if c is None else c
+    return torch.baddbmm(c, a, b, beta=beta, alpha=alpha).bfloat16()
+
+
+def build_optimizers(
+    model: nn.Module, name: OptimizerName, lr: float, weight_decay: float
+) -> list[torch.optim.Optimizer]:
+    """One optimizer ("adamw") or three ("muon"), to be stepped together; every parameter belongs to exactly one.
+
+    Vectors (norms, biases) are never decayed. Muon takes matrices and stacks of them, except the embedding, the head
+    and the routers' gates; its update has the size of an AdamW update, so one learning rate serves both.
+    """
+    tables: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    matrices: list[nn.Parameter] = []
+    stacks: list[nn.Parameter] = []
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            vectors.append(parameter)
+        elif parameter_name.endswith(_TABLES) or name == "adamw":
+            tables.append(parameter)
+        else:
+            (matrices if parameter.ndim == 2 else stacks).append(parameter)
+    optimizers: list[torch.optim.Optimizer] = []
+    if matrices:
+        optimizers.append(
+            torch.optim.Muon(
+                matrices, lr, weight_decay=weight_decay, momentum=MUON_MOMENTUM, adjust_lr_fn="match_rms_adamw"
+            )
+        )
+    if stacks:
+        optimizers.append(BatchedMuon(stacks, lr, weight_decay))
+    groups = [{"params": tables, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizers.append(torch.optim.AdamW(groups, lr, betas=ADAM_BETAS))
+    return optimizers
