@@ -1,0 +1,41 @@
+"""What a run measured, one JSON object a line: {"kind": "train" | "validation", "step": n, ...}."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from moe.train.state import sync
+
+
+class Metrics:
+    """An append-only JSONL file and its records in memory.
+
+    Args:
+        file: created when missing.
+        until: records of later steps, written after the state that a run resumes from, are dropped, as is a line that a
+            kill cut short.
+    """
+
+    def __init__(self, file: Path, until: int) -> None:
+        self.file = file
+        self.records: list[dict[str, Any]] = []
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        for line in lines:
+            if not line.endswith("\n"):
+                break
+            record = json.loads(line)
+            if record["step"] <= until:
+                self.records.append(record)
+        file.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        record = {"kind": kind, "step": step, **values}
+        self.records.append(record)
+        with self.file.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [record for record in self.records if record["kind"] == kind]
+
+    def sync(self) -> None:
+        sync(self.file)

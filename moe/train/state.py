@@ -1,0 +1,68 @@
+"""Saved training states: folders that are whole or not there. safetensors and JSON, no pickle.
+
+`states/step-000040/` holds tensors.safetensors and state.json. A state is written beside its final place, synced and
+renamed, so that whatever ends the process leaves the states before it untouched.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moe.errors import CheckpointError
+
+_PARTIAL = ".partial"
+
+
+def save_state(folder: Path, tensors: dict[str, Tensor], values: dict[str, Any], *, keep: int) -> Path:
+    """Write the state of step `values["step"]` below `folder`; then delete all but the `keep` newest."""
+    final = folder / f"step-{values['step']:06d}"
+    if not final.exists():  # a resumed run may be interrupted before its first step: that state is here already
+        partial = folder / (final.name + _PARTIAL)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "tensors.safetensors")
+        values = values | {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        (partial / "state.json").write_text(json.dumps(values, indent=2))
+        for path in (*partial.iterdir(), partial):
+            sync(path)
+        os.rename(partial, final)
+        sync(folder)
+    for old in _states(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_latest_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """What `save_state` wrote last below `folder`; None if there is nothing. Leftovers of a killed save are removed."""
+    for leftover in folder.glob("step-*" + _PARTIAL):
+        shutil.rmtree(leftover)
+    states = _states(folder)
+    if not states:
+        return None
+    try:
+        values = json.loads((states[-1] / "state.json").read_text())
+        return load_file(states[-1] / "tensors.safetensors"), values
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            states[-1], f"not a training state: {error}; delete it to go on from an earlier one"
+        ) from None
+
+
+def _states(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if not path.name.endswith(_PARTIAL))
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
