@@ -1,0 +1,94 @@
+"""What people see of a run: a progress bar, and tables at the end."""
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class ProgressDisplay:
+    """A bar on a terminal; elsewhere a plain line every few seconds. `note` prints above the bar."""
+
+    def __init__(self, console: Console, steps: int, done: int) -> None:
+        self._console, self._steps = console, steps
+        self._last_line = time.monotonic()
+        self._bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(20),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=steps, completed=done, text="")
+
+    def __enter__(self) -> "ProgressDisplay":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, step: int, loss: float, tokens_per_second: float, max_vio: float) -> None:
+        text = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  worst MaxVio {max_vio:.2f}"
+        self._bar.update(self._task, completed=step, text=text)
+        now = time.monotonic()
+        if not self._console.is_terminal and (now - self._last_line >= SECONDS_BETWEEN_LINES or step == self._steps):
+            self._last_line = now
+            self.note(f"step {step}/{self._steps}  {text}")
+
+    def note(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_summary(console: Console, summary: dict[str, Any], command: str | None) -> None:
+    """The tables, the sample, and where everything is. `command` continues a prompt with the saved model."""
+    scored = summary["validation"]
+    table = Table(title=f"validation, {scored['tokens']:,} tokens of {scored['documents']} held-out documents")
+    table.add_column("")
+    for heading in ("nats/token", "bits/byte"):
+        table.add_column(heading, justify="right")
+    for label, key in (
+        ("before training", "before"),
+        ("unigram", "unigram"),
+        ("bigram, interpolated", "bigram"),
+        ("after training", "after"),
+    ):
+        row = scored[key]
+        table.add_row(label, f"{row['nats_per_token']:.4f}", f"{row['bits_per_byte']:.4f}")
+    console.print(table)
+
+    if summary["load"]:
+        table = Table(title="expert load on the validation text")
+        table.add_column("layer")
+        for heading in ("MaxVio", "dead experts", "least", "most"):
+            table.add_column(heading, justify="right")
+        for row in summary["load"]:
+            tokens = row["tokens"]
+            table.add_row(
+                row["layer"], f"{row['max_vio']:.3f}", str(row["dead_experts"]), f"{min(tokens):,}", f"{max(tokens):,}"
+            )
+        console.print(table)
+
+    def line(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    line(f"sample ({summary['sample']['prompt']!r} and what the model adds):")
+    line(summary["sample"]["text"])
+    line("")
+    rate, seconds = summary["tokens_per_second"], summary["seconds"]
+    line(f"{summary['steps']} steps, {rate:,.0f} tokens/s while stepping, {seconds:.0f} s in all")
+    if summary["plots"]:
+        line(f"plots        {'  '.join(summary['plots'])}")
+    else:
+        line('plots        none: matplotlib is not installed; pip install -e ".[plot]"')
+    line(f"metrics      {summary['metrics']}")
+    line(f"checkpoint   {summary['checkpoint']}")
+    if command is not None:
+        line(f"try          {command}")

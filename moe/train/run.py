@@ -1,0 +1,281 @@
+"""A whole run in one folder: data, steps, saved states, final report, checkpoint. See `train` for the folder."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from moe.balance import LoadReport
+from moe.errors import CheckpointError, ConfigError
+from moe.generation import generate
+from moe.model import Transformer
+from moe.presets import preset
+from moe.train.baselines import bigram_nats, bits_per_byte, unigram_nats
+from moe.train.data import open_dataset, prepare
+from moe.train.loop import Trainer, deterministic
+from moe.train.metrics import Metrics
+from moe.train.report import ProgressDisplay
+from moe.train.settings import Settings
+from moe.train.state import load_latest_state, save_state
+
+SAMPLE_PROMPT_TOKENS = 16
+SAMPLE_NEW_TOKENS = 96
+
+
+class Interrupted(Exception):
+    """The run was told to stop, and its state is saved. Attributes: signum, step, state (folder)."""
+
+    def __init__(self, signum: int, step: int, state: Path) -> None:
+        self.signum, self.step, self.state = signum, step, state
+        super().__init__(f"{signal.Signals(signum).name}: step {step} is saved in {state}")
+
+
+def train(
+    settings: Settings, folder: Path, *, resume: bool = False, overwrite: bool = False, console: Console
+) -> dict[str, Any]:
+    """Train, and return the summary that is also written as summary.json.
+
+    The folder gets settings.json, data/ (tokens, tokenizer), states/ (see `moe.train.state`), metrics.jsonl,
+    loss.png and load.png (with matplotlib), checkpoint/ (Hugging Face layout, with the tokenizer), summary.json.
+
+    A run that was ended at any moment, by a signal or a crash, goes on with `resume` from its last saved state, and
+    ends with the bits of a run that was never ended (on one machine, with one number of threads).
+
+    Raises:
+        ConfigError: settings, data or a folder that do not fit.
+        Interrupted: SIGINT or SIGTERM, after the step in progress was finished and saved; a second one kills.
+        NonFiniteError: see `moe.train.loop`.
+    """
+    started = time.perf_counter()
+    with deterministic(), _stop_signals(console) as stopped:
+        _open_folder(folder, settings, resume=resume, overwrite=overwrite)
+        try:
+            trainer = _trainer(folder, settings)
+        except ConfigError:
+            if not resume:
+                shutil.rmtree(folder)  # nothing was done there yet, and the next attempt needs the name
+            raise
+        facts = trainer.dataset.facts
+        _say(
+            console,
+            f"data: {facts['train']['tokens']:,} training tokens of {facts['train']['documents']} documents, "
+            f"{facts['validation']['tokens']:,} held out of {facts['validation']['documents']}",
+        )
+        if resume:
+            saved = load_latest_state(folder / "states")
+            if saved is not None:
+                trainer.load_state(*saved)
+                _warn_of_other_bits(console, saved[1])
+            _say(console, f"resuming after step {trainer.step_number} of {settings.steps}")
+        metrics = Metrics(folder / "metrics.jsonl", until=trainer.step_number)
+        with ProgressDisplay(console, settings.steps, trainer.step_number) as display:
+            _run_steps(trainer, metrics, folder / "states", display, stopped)
+        summary = _finish(trainer, metrics, folder) | {"seconds": time.perf_counter() - started}
+        _write_json(folder / "summary.json", summary)
+        return summary
+
+
+def _trainer(folder: Path, settings: Settings) -> Trainer:
+    config = preset(settings.preset)
+    if settings.seq_length > config.max_position_embeddings:
+        raise ConfigError("--seq-length", settings.seq_length, f"at most {config.max_position_embeddings}")
+    if (folder / "data" / "data.json").exists():
+        dataset = open_dataset(folder / "data")
+    else:
+        dataset = prepare(folder / "data", settings.data, settings.tokenizer, config.vocab_size)
+    ends = {"bos_token_id": dataset.end_of_text, "eos_token_id": dataset.end_of_text}
+    config = dataclasses.replace(config, vocab_size=dataset.facts["vocab_size"], extra={**config.extra, **ends})
+    torch.manual_seed(settings.seed)
+    model = Transformer(config, seed=settings.seed)
+    model.carried_files = dataset.carried_files()
+    return Trainer(model, dataset, settings)
+
+
+def _run_steps(trainer: Trainer, metrics: Metrics, states: Path, display: ProgressDisplay, stopped: list[int]) -> None:
+    settings = trainer.settings
+
+    def save() -> Path:
+        metrics.sync()
+        return save_state(states, *trainer.state(), keep=settings.keep)
+
+    while True:
+        step = trainer.step_number
+        at_end = step == settings.steps
+        due = step == 0 or at_end or (settings.eval_every and step % settings.eval_every == 0)
+        if due and not any(record["step"] == step for record in metrics.of("validation")):
+            evaluation = trainer.evaluate()
+            metrics.write(
+                "validation",
+                step,
+                nats_per_token=evaluation.nats_per_token,
+                bits_per_byte=evaluation.bits_per_byte,
+                load=evaluation.load.tolist(),
+            )
+            display.note(
+                f"step {step}: validation {evaluation.nats_per_token:.4f} nats/token, "
+                f"{evaluation.bits_per_byte:.4f} bits/byte"
+            )
+        if at_end or (settings.save_every and step and step % settings.save_every == 0):
+            save()
+        if at_end:
+            return
+        if stopped:
+            raise Interrupted(stopped[0], step, save())
+        report = trainer.step()
+        max_vio = LoadReport(trainer.layer_names, report.load).max_vio
+        metrics.write(
+            "train",
+            trainer.step_number,
+            **report.losses,
+            lr=report.lr,
+            grad_norm=report.grad_norm,
+            max_vio=max_vio,
+            tokens_per_second=report.tokens_per_second,
+        )
+        display.update(trainer.step_number, report.losses["ce"], report.tokens_per_second, max(max_vio))
+
+
+def _finish(trainer: Trainer, metrics: Metrics, folder: Path) -> dict[str, Any]:
+    model, dataset = trainer.model, trainer.dataset
+    checkpoint = folder / "checkpoint"
+    model.eval()
+    model.save(checkpoint)
+    validation = metrics.of("validation")
+    tokens = len(dataset.validation) - 1
+    scores = {
+        name: {key: record[key] for key in ("nats_per_token", "bits_per_byte")}
+        for name, record in (("before", validation[0]), ("after", validation[-1]))
+    }
+    for name, count_nats in (("unigram", unigram_nats), ("bigram", bigram_nats)):
+        nats = count_nats(dataset.train, dataset.validation, dataset.facts["vocab_size"])
+        bits = bits_per_byte(nats, dataset.validation_bytes)
+        scores[name] = {"nats_per_token": nats / tokens, "bits_per_byte": bits}
+    load = LoadReport(trainer.layer_names, torch.tensor(validation[-1]["load"]))
+    rows = zip(load.layers, load.max_vio, load.dead_experts, load.load.tolist(), strict=True)
+    train_records = metrics.of("train")
+    mean_seconds = sum(1 / record["tokens_per_second"] for record in train_records) / len(train_records)
+    return {
+        "folder": str(folder),
+        "checkpoint": str(checkpoint),
+        "metrics": str(metrics.file),
+        "steps": trainer.step_number,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "tokens_per_second": 1 / mean_seconds,
+        "validation": {
+            "tokens": tokens,
+            "bytes": dataset.validation_bytes,
+            "documents": dataset.facts["validation"]["documents"],
+            **scores,
+        },
+        "load": [
+            {"layer": name, "max_vio": vio, "dead_experts": dead, "tokens": counts} for name, vio, dead, counts in rows
+        ],
+        "plots": _plot(folder, metrics, load, {name: scores[name]["nats_per_token"] for name in ("unigram", "bigram")}),
+        "sample": _sample(trainer),
+    }
+
+
+def _plot(folder: Path, metrics: Metrics, load: LoadReport, baselines: dict[str, float]) -> list[str]:
+    if importlib.util.find_spec("matplotlib") is None:
+        return []
+    from moe.train.plots import plot_load, plot_loss
+
+    files = [folder / "loss.png", folder / "load.png"]
+    plot_loss(files[0], metrics.of("train"), metrics.of("validation"), baselines)
+    plot_load(files[1], load.layers, load.load.numpy())
+    return [str(file) for file in files]
+
+
+def _sample(trainer: Trainer) -> dict[str, str]:
+    """The opening of the first held-out document, continued."""
+    dataset = trainer.dataset
+    opening = dataset.validation[: 1 + SAMPLE_PROMPT_TOKENS].astype(np.int64)
+    ends = np.flatnonzero(opening[1:] == dataset.end_of_text)
+    prompt = opening[: ends[0] + 1] if len(ends) else opening
+    ids = generate(
+        trainer.model,
+        torch.from_numpy(prompt)[None],
+        max_new_tokens=SAMPLE_NEW_TOKENS,
+        temperature=0.7,
+        top_p=0.9,
+        seed=trainer.settings.seed,
+        eos_token_id=dataset.end_of_text,
+    )[0].tolist()
+    decode = dataset.tokenizer.decode
+    return {"prompt": decode(ids[1 : len(prompt)]), "text": decode(ids)}
+
+
+def _open_folder(folder: Path, settings: Settings, *, resume: bool, overwrite: bool) -> None:
+    """Make the folder this run's own, or refuse; what is deleted is a run's folder only."""
+    file = folder / "settings.json"
+    deciding = settings.deciding()
+    if resume:
+        try:
+            before = json.loads(file.read_text())
+        except OSError:
+            raise ConfigError("--resume", str(folder), "the folder of a run") from None
+        except ValueError:
+            raise CheckpointError(file, "not JSON") from None
+        differing = [name for name in deciding if before.get(name) != deciding[name]]
+        if differing:
+            words = (f"{name} {before.get(name)!r} (now {deciding[name]!r})" for name in differing)
+            raise ConfigError("--resume", str(folder), f"the settings that the run began with: {', '.join(words)}")
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not file.is_file():
+            raise ConfigError("--out", str(folder), "a new or empty folder, or that of an earlier run")
+        if not overwrite:
+            raise ConfigError("--out", str(folder), "a new folder, or --resume to go on, or --overwrite to begin again")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(file, deciding)
+
+
+def _write_json(file: Path, values: Any) -> None:
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, file)
+
+
+def _warn_of_other_bits(console: Console, values: dict[str, Any]) -> None:
+    for name, now in (("torch", torch.__version__), ("threads", torch.get_num_threads())):
+        if values[name] != now:
+            _say(
+                console, f"note: {name} was {values[name]} and is {now}: the last bits will differ from an unbroken run"
+            )
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _stop_signals(console: Console) -> Iterator[list[int]]:
+    """A list that the first SIGINT or SIGTERM is put into; a second one does what it would do without us."""
+    stopped: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(number: int, _: Any) -> None:
+        stopped.append(number)
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+        _say(console, f"{signal.Signals(number).name}: finishing this step and saving; once more to stop at once")
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
