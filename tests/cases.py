@@ -103,7 +103,7 @@ CASES = (
     Case("absent", 45, 28, 20, 8, 3, "absent"),
     Case("nobody", 6, 24, 16, 4, 2, "nobody"),
     Case("repeated", 21, 16, 24, 6, 2, "repeated"),
-    Case("narrow", 12, 1, 1, 3, 2),
+    Case("narrow", 40, 2, 1, 3, 2),
     Case("many_experts", 96, 72, 56, 64, 6),
 )
 BY_NAME = {case.name: case for case in CASES}
