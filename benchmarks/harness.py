@@ -19,6 +19,13 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
+def once(call: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 def interleave(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each call, `rounds` for each candidate, in the order A B A B ...; one round before them is not kept.
 
@@ -27,10 +34,9 @@ def interleave(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for i in range(rounds + 1):
         for name, call in candidates.items():
-            start = time.perf_counter()
-            call()
+            took = once(call)
             if i > 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(took)
     return seconds
 
 
