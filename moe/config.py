@@ -18,7 +18,7 @@ TopkMethod = Literal["noaux_tc", "group_limited_greedy", "greedy"]
 RopeType = Literal["default", "yarn"]
 
 MAX_SIZE = 2**24  # any single dimension; far above every released model, far below int32 overflow in a product of two
-MAX_PARAMETERS = 2**50
+MAX_PARAMETERS = 2**46  # a hundred times the largest released model
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ class ModelConfig:
     rope_interleave: bool = False
     max_position_embeddings: int = 4096
 
-    scoring_func: ScoringFunc = "softmax"
-    topk_method: TopkMethod = "greedy"
+    scoring_func: ScoringFunc = "sigmoid"
+    topk_method: TopkMethod = "noaux_tc"
     n_group: int = 1
     topk_group: int = 1
     norm_topk_prob: bool = True
@@ -210,11 +210,16 @@ class ModelConfig:
             self._require(name, 0 < getattr(self, name) < 1, "a number between 0 and 1")
         for name in ("aux_loss_alpha", "router_z_loss_coef", "mtp_loss_weight"):
             self._require(name, getattr(self, name) >= 0, "a number from 0 up")
-        # The product, not the exact count: this guard must not depend on code that the config feeds.
-        experts = self.n_routed_experts * self.moe_intermediate_size * 3 * self.hidden_size * self.num_hidden_layers
-        self._require(
-            "n_routed_experts", experts <= MAX_PARAMETERS, f"at most 2^50 parameters in experts; this is {experts:.3g}"
-        )
+        # Products, not the exact count: this guard must not depend on code that the config feeds.
+        for name, values in (
+            ("vocab_size", self.vocab_size),
+            ("intermediate_size", 3 * self.num_hidden_layers * self.intermediate_size),
+            ("n_routed_experts", 3 * self.num_hidden_layers * self.moe_intermediate_size * self.n_routed_experts),
+        ):
+            count = values * self.hidden_size
+            self._require(
+                name, count <= MAX_PARAMETERS, f"a size that makes at most 2^46 parameters; it makes {count:.3g}"
+            )
 
     def _validate_attention(self) -> None:
         if self.is_mla:
@@ -292,9 +297,7 @@ def _check_types(config: Any, prefix: str) -> None:
             raise ConfigError(prefix + f.name, value, "true or false")
         if kind is int and (isinstance(value, bool) or not isinstance(value, int)):
             raise ConfigError(prefix + f.name, value, "an integer")
-        if kind is float and (
-            isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
-        ):
+        if kind is float and not _is_finite(value):
             raise ConfigError(prefix + f.name, value, "a finite number")
         if kind is str and not isinstance(value, str):
             raise ConfigError(prefix + f.name, value, "a string")
@@ -302,3 +305,12 @@ def _check_types(config: Any, prefix: str) -> None:
             raise ConfigError(prefix + f.name, value, "a RopeParameters")
         if f.name == "extra" and not isinstance(value, Mapping):
             raise ConfigError(prefix + f.name, value, "a mapping")
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False

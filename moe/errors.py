@@ -11,7 +11,10 @@ class ConfigError(ValueError):
 
     def __init__(self, field: str, value: Any, allowed: str) -> None:
         self.field, self.value, self.allowed = field, value, allowed
-        shown = repr(value)
+        try:
+            shown = repr(value)
+        except ValueError:  # an integer with more digits than Python prints
+            shown = f"a number of {value.bit_length()} bits"
         super().__init__(f"{field} = {shown if len(shown) <= 80 else shown[:77] + '...'}: expected {allowed}")
 
 

@@ -38,7 +38,9 @@ V3 = ModelConfig(
     routed_scaling_factor=2.5,
 )
 V3_MTP = dataclasses.replace(V3, num_nextn_predict_layers=2)
-V2 = ModelConfig(**SMALL, model_type="deepseek_v2", norm_topk_prob=False)
+V2 = ModelConfig(
+    **SMALL, model_type="deepseek_v2", scoring_func="softmax", topk_method="greedy", norm_topk_prob=False
+)
 
 YARN = RopeParameters(
     rope_type="yarn", factor=8.0, original_max_position_embeddings=16, mscale=0.8, mscale_all_dim=1.1, beta_fast=4.0
@@ -86,7 +88,7 @@ def configs(draw: st.DrawFn, model_type: str | None = None) -> ModelConfig:
             qk_norm=draw(st.booleans()),
         )
     if model_type == "deepseek_v2":
-        values |= dict(model_type=model_type, norm_topk_prob=False, rope_interleave=True)
+        values |= dict(model_type=model_type, scoring_func="softmax", norm_topk_prob=False, rope_interleave=True)
         methods = ["greedy", "group_limited_greedy"]
     elif model_type == "deepseek_v3":
         values |= dict(scoring_func="sigmoid", norm_topk_prob=draw(st.booleans()), rope_interleave=draw(st.booleans()))

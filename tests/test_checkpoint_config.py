@@ -217,6 +217,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "size is a fraction": ({**V3_FILE, "hidden_size": 42.0}, "hidden_size"),
     "size absurd": ({**V3_FILE, "vocab_size": 2**60}, "vocab_size"),
     "dense layers null": ({**V3_FILE, "first_k_dense_replace": None}, "first_k_dense_replace"),
+    "rope width twice": ({**V3_FILE, "head_dim": 2}, "head_dim disagrees with the sizes that it repeats"),
+    "head width twice": ({**V3_FILE, "qk_head_dim": 2}, "qk_head_dim disagrees"),
+    "size beyond floats": ({**V3_FILE, "rms_norm_eps": 10**400}, "rms_norm_eps"),
     "grouped-query": ({**V3_FILE, "num_key_value_heads": 1}, "num_key_value_heads"),
 }
 
@@ -234,6 +237,23 @@ def test_unknown_keys_are_kept() -> None:
     config = parse_config({**V3_FILE, **more}, PATH)
     assert config.extra == more
     assert more.items() <= render_config(config, PATH).items()
+
+
+def test_keys_that_repeat_sizes_follow_them() -> None:
+    """transformers computes with head_dim, and a stale one is a model that it cannot load."""
+    given = {"head_dim": V3.qk_rope_head_dim, "qk_head_dim": V3.qk_head_dim}
+    config = parse_config({**V3_FILE, **given}, PATH)
+    assert given.items() <= render_config(config, PATH).items()
+    wider = dataclasses.replace(config, qk_rope_head_dim=2 + (V3.qk_rope_head_dim or 0))
+    again = render_config(wider, PATH)
+    assert (again["head_dim"], again["qk_head_dim"]) == (wider.qk_rope_head_dim, wider.qk_head_dim)
+
+
+def test_more_dense_layers_than_layers_is_all() -> None:
+    """The default of transformers, 3, in a model of two layers."""
+    config = parse_config({**V3_FILE, "num_hidden_layers": 2, "first_k_dense_replace": 3}, PATH)
+    assert config.first_k_dense_replace == 2
+    assert render_config(config, PATH)["first_k_dense_replace"] == 3
 
 
 def test_what_describes_the_files_is_not_kept() -> None:

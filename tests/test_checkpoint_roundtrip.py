@@ -503,6 +503,79 @@ def test_a_kill_between_the_two_renames(tmp_path: Path, monkeypatch: pytest.Monk
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("made_anew", ["empty", "with files"])
+def test_a_folder_made_anew_after_a_kill_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made_anew: str
+) -> None:
+    """`out.mkdir(exist_ok=True)` before a save is common, and must not cost the checkpoint that a kill put aside."""
+    old, target = build(V3, seed=1), tmp_path / "model"
+    old.save(target)
+    os.rename(target, tmp_path / ".model.previous")
+    target.mkdir()
+    if made_anew == "with files":
+        (target / "notes.txt").write_text("mine")
+    monkeypatch.setattr(writing, "_write_tensors", lambda *args: (_ for _ in ()).throw(Crash))
+    with pytest.raises(CheckpointError if made_anew == "with files" else Crash):
+        build(V3, seed=2).save(target)
+    kept = target if made_anew == "empty" else tmp_path / ".model.previous"
+    assert_same(moe.load(kept), old)
+
+
+def test_a_save_during_a_load_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Headers of one checkpoint and bytes of another would be a third model that nobody trained."""
+    old, new, target = build(V3, seed=1), build(V3, seed=2), tmp_path / "model"
+    save(old, target, max_shard_bytes=20_000)
+    original, reads = reading._read, []
+
+    def swapped(*args: Any) -> Any:
+        reads.append(args)
+        if len(reads) == 10:
+            save(new, target, max_shard_bytes=20_000)
+        return original(*args)
+
+    monkeypatch.setattr(reading, "_read", swapped)
+    with pytest.raises(CheckpointError, match="replaced by another checkpoint while it was read"):
+        moe.load(target)
+    assert len(reads) > 10
+    assert_same(moe.load(target), new)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "model.safetensors.bak", "notes.txt"])
+def test_files_that_are_not_the_checkpoints_are_never_removed(tmp_path: Path, name: str) -> None:
+    target = tmp_path / "model"
+    build(V3).save(target)
+    (target / name).write_text("mine")
+    with pytest.raises(CheckpointError, match=f"holds other files.*{name}"):
+        build(V3, seed=1).save(target)
+    assert (target / name).read_text() == "mine"
+    (target / name).unlink()
+    (target / "model.safetensors").rename(tmp_path / "weights")
+    (target / "model.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match="holds other files"):
+        build(V3, seed=1).save(target)
+
+
+def test_tokenizer_files_in_the_folder_stay(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "tokenizer.json").write_text("theirs")
+    (target / "vocab.json").write_text("theirs")
+    model = build(V3)
+    model.carried_files = {"vocab.json": b"the model's"}
+    model.save(target)
+    assert (target / "tokenizer.json").read_text() == "theirs"
+    assert (target / "vocab.json").read_text() == "the model's"
+
+
+def test_a_mount_point_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "mnt"
+    target.mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == target)
+    with pytest.raises(CheckpointError, match=r"a mount point.*save to a folder in it"):
+        build(V3).save(target)
+    assert [p.name for p in tmp_path.iterdir()] == ["mnt"]
+
+
 def test_summary_of_a_sharded_folder(tmp_path: Path) -> None:
     model = build(dataclasses.replace(V3_MTP, rope_parameters=YARN), dtype=torch.bfloat16)
     save(model, tmp_path / "m", max_shard_bytes=50_000)

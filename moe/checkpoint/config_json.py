@@ -53,10 +53,13 @@ def render_config(config: ModelConfig, path: Path) -> dict[str, Any]:
         mine, back = getattr(wanted, f.name), getattr(found, f.name)
         if mine != back:
             raise CheckpointError(path, f"{f.name}: {config.model_type} cannot express it", expected=back, found=mine)
+    derived = family_of(config.model_type, path).derived
     for key, value in config.extra.items():
         if key in STORAGE_KEYS:
             continue
         candidate = {**values, key: value}
+        if key in derived:
+            candidate[key] = derived[key](config)
         try:
             agrees = _canonical(_understand(candidate, path)) == wanted
         except CheckpointError:
@@ -97,12 +100,20 @@ def _understand(values: Mapping[str, Any], path: Path) -> ModelConfig:
             expected = " or ".join(map(str, allowed))
             problem = f"{family.keys[name]}: readers of {family.model_type} do not agree on it"
             raise CheckpointError(path, problem, expected=expected, found=repr(value)[:80])
+    dense, layers = fields.get("first_k_dense_replace"), fields["num_hidden_layers"]
+    if type(dense) is int and type(layers) is int:
+        fields["first_k_dense_replace"] = min(dense, layers)  # more than all is all, to every reader
     if fields["topk_method"] == "greedy":
         fields |= {"n_group": 1, "topk_group": 1}  # files carry numbers here that no reader looks at
     try:
-        return ModelConfig.from_dict({**fields, "rope_parameters": _understand_rope(values, path)})
+        config = ModelConfig.from_dict({**fields, "rope_parameters": _understand_rope(values, path)})
     except ConfigError as error:
         raise CheckpointError(path, str(error)) from error
+    for key, derive in family.derived.items():
+        if values.get(key) is not None and values[key] != derive(config):
+            problem = f"{key} disagrees with the sizes that it repeats"
+            raise CheckpointError(path, problem, expected=derive(config), found=repr(values[key])[:80])
+    return config
 
 
 def _understand_rope(values: Mapping[str, Any], path: Path) -> RopeParameters:

@@ -10,11 +10,12 @@ The table reads and writes: every tensor of the model has exactly one entry, and
 `layout.py` expands it for a configuration.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from moe.checkpoint.folder import CONFIG
+from moe.config import ModelConfig
 from moe.errors import CheckpointError
 
 Names = Mapping[str, str | tuple[str, ...]]
@@ -39,6 +40,7 @@ class Family:
             something else, without a word.
         fixed: keys that no field holds -> the values that leave the model's function as it is; the first is
             written, unless it is None.
+        derived: keys that repeat what fields say -> how. transformers writes them, and computes with what it reads.
     """
 
     model_type: str
@@ -51,6 +53,7 @@ class Family:
     absent: Mapping[str, Any]
     allowed: Mapping[str, tuple[Any, ...]]
     fixed: Mapping[str, tuple[Any, ...]]
+    derived: Mapping[str, Callable[[ModelConfig], Any]] = field(default_factory=dict)
     mtp: Names = field(default_factory=dict)
     mtp_repeats: Mapping[str, str] = field(default_factory=dict)
 
@@ -115,6 +118,11 @@ _DEEPSEEK_FIXED = {
     "partial_rotary_factor": (None, 1.0),
 }
 
+_DEEPSEEK_DERIVED: dict[str, Callable[[ModelConfig], Any]] = {
+    "head_dim": lambda config: config.qk_rope_head_dim,
+    "qk_head_dim": lambda config: config.qk_head_dim,
+}
+
 DEEPSEEK_V3 = Family(
     model_type="deepseek_v3",
     architecture="DeepseekV3ForCausalLM",
@@ -144,6 +152,7 @@ DEEPSEEK_V3 = Family(
     },
     allowed={"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
     fixed=_DEEPSEEK_FIXED,
+    derived=_DEEPSEEK_DERIVED,
 )
 
 DEEPSEEK_V2 = Family(
@@ -171,6 +180,7 @@ DEEPSEEK_V2 = Family(
         "num_nextn_predict_layers": (0,),
     },
     fixed=_DEEPSEEK_FIXED,
+    derived=_DEEPSEEK_DERIVED,
 )
 
 FAMILIES = {family.model_type: family for family in (DEEPSEEK_V3, DEEPSEEK_V2)}

@@ -46,6 +46,7 @@ def load(
     if dtype != "auto" and dtype not in DTYPES.values():
         raise ValueError(f"dtype = {dtype!r}: expected 'auto' or one of {', '.join(map(str, DTYPES.values()))}")
     path = locate(folder)
+    identity = _identity(path)
     todo = plan(path)
     _refuse_quantised(path)
     todo.check()
@@ -62,9 +63,17 @@ def load(
         with file.open("rb", buffering=0) as opened:
             for info, slot in tensors:
                 staging = _read(opened, info, state[slot.parameter][slot.index], staging)
+    if _identity(path) != identity:
+        # A save swaps the whole folder: headers and bytes may be of two checkpoints.
+        raise CheckpointError(path, "replaced by another checkpoint while it was read; load it again")
     model.load_state_dict(state, strict=True, assign=True)
     model.carried_files = carried
     return model.eval()
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    found = folder.stat()
+    return found.st_dev, found.st_ino
 
 
 def _refuse_quantised(folder: Path) -> None:

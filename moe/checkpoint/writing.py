@@ -4,6 +4,7 @@ import ctypes
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -18,12 +19,15 @@ from torch import Tensor
 
 from moe.checkpoint.config_json import render_config
 from moe.checkpoint.families import family_of
-from moe.checkpoint.folder import CARRIED, CONFIG, INDEX, SINGLE, previous_folder
+from moe.checkpoint.folder import CARRIED, CONFIG, INDEX, SINGLE, previous_folder, read_carried
 from moe.checkpoint.layout import Slot, layout
 from moe.checkpoint.reading import DTYPES
 from moe.counts import parameter_shapes
 from moe.errors import CheckpointError
 from moe.model import Transformer
+
+# The names of weights: adapters and the like, which also end in .safetensors, are somebody's own.
+_TENSORS = re.compile(r"model(-\d{5,6}-of-\d{5,6})?\.safetensors")
 
 
 def save(model: Transformer, folder: str | PathLike[str], *, max_shard_bytes: int = 5 * 2**30) -> None:
@@ -33,8 +37,9 @@ def save(model: Transformer, folder: str | PathLike[str], *, max_shard_bytes: in
     tensor; the model is not copied.
 
     The folder is written beside its final place, synced, and renamed in one step. An existing checkpoint stays whole
-    until the new one replaces it, whatever fails; two processes must not save to one folder at once. A folder that
-    holds anything but a checkpoint's files is refused.
+    until the new one replaces it, whatever fails; two processes must not save to one folder at once. Tokenizer files
+    and the like that are in the folder already stay, unless the model carries its own. A folder that holds anything
+    but a checkpoint's files is refused, and so is a mount point, which nothing can be renamed over.
 
     Raises `CheckpointError` before writing anything if the family's files cannot express the model.
     """
@@ -45,7 +50,8 @@ def save(model: Transformer, folder: str | PathLike[str], *, max_shard_bytes: in
     _check_replaceable(target)
     state, slots = _checked_state(model, target)
     config = _config_bytes(model, state, target)
-    for name in model.carried_files:
+    carried = {**(read_carried(target) if target.exists() else {}), **model.carried_files}
+    for name in carried:
         if name not in CARRIED:
             raise CheckpointError(target, f"carried file {name!r}", expected=f"one of {', '.join(CARRIED)}")
 
@@ -54,7 +60,7 @@ def save(model: Transformer, folder: str | PathLike[str], *, max_shard_bytes: in
     new.mkdir()
     try:
         _write_tensors(new, state, slots, max_shard_bytes)
-        for name, content in model.carried_files.items():
+        for name, content in carried.items():
             _write(new / name, content)
         _write(new / CONFIG, config)  # last: a folder without it is no checkpoint
         _sync(new)
@@ -163,10 +169,14 @@ def _recover(target: Path) -> None:
     previous = previous_folder(target)
     if not previous.exists():
         return
-    if target.exists():
+    if (target / CONFIG).exists():
         shutil.rmtree(previous)
-    else:
-        os.rename(previous, target)
+        return
+    if target.is_dir() and not any(target.iterdir()):
+        target.rmdir()  # somebody made the folder anew; the checkpoint is still the one put aside
+    if target.exists():
+        raise CheckpointError(target, "in the way of the checkpoint that a broken save has left", found=str(previous))
+    os.rename(previous, target)
 
 
 def _check_replaceable(target: Path) -> None:
@@ -174,8 +184,12 @@ def _check_replaceable(target: Path) -> None:
         return
     if not target.is_dir():
         raise CheckpointError(target, "not a folder")
+    if target.is_mount():
+        raise CheckpointError(target, "a mount point, which cannot be replaced in one step; save to a folder in it")
     known = {CONFIG, INDEX, *CARRIED}
-    foreign = sorted(p.name for p in target.iterdir() if p.name not in known and p.suffix != ".safetensors")
+    foreign = sorted(
+        p.name for p in target.iterdir() if not p.is_file() or (p.name not in known and not _TENSORS.fullmatch(p.name))
+    )
     if foreign:
         shown = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
         raise CheckpointError(
