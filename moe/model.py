@@ -361,7 +361,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """(softmax - one-hot) * grad, zero for ignored rows."""
         log_p, target = ctx.saved_tensors
         p, at = log_p.exp(), target.clamp_min(0).unsqueeze(-1)
