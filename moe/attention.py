@@ -122,6 +122,8 @@ class MLA(nn.Module):
         return self.o_proj(attend(q, k, v, mask, self.scale))
 
     def _absorbing_is_cheaper(self, queries: int) -> bool:
+        if type(self.kv_b_proj) is not nn.Linear:
+            return False  # an adapter around it must be called, and absorption reads its weight only
         # Per cached token and head: expanding costs C (nope + value) once and nope + rope + value a query;
         # absorbed costs 2 C + rope a query.
         expanded = self.latent * (self.nope + self.value)

@@ -1,12 +1,14 @@
 """Keeping experts evenly loaded: losses, the correction bias and its once-per-step update, load reports.
 
-A step's load counts every routed token of the global batch once: in training only, padding and the MTP modules'
-share included as the config says, never again when activations are recomputed. Counts therefore travel in the backward
-pass, which runs exactly once per micro-batch: `attach` gives each router a leaf tensor, and the layer's output carries
-a function whose gradient for that leaf is the micro-batch's load. Autograd sums over micro-batches, eval adds nothing,
-recomputation adds nothing, and a compiled graph sees an ordinary gradient instead of a side effect.
+A step's load counts every real token of the global batch once: in training only, in the MTP modules too, and never
+again when activations are recomputed. Counts therefore travel in the backward pass: `attach` gives each router a leaf
+tensor, and the routing weights pass through a function whose gradient for that leaf is the micro-batch's load. Autograd
+sums over micro-batches, eval adds nothing, recomputation adds nothing, and a compiled graph sees an ordinary gradient
+instead of a side effect. What counts is thus what `backward()` reaches: a second backward through the same graph counts
+again, as its gradients do, and `torch.autograd.grad` for chosen parameters counts nothing.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -94,7 +96,7 @@ class _Carry(torch.autograd.Function):
     ) -> Tensor:
         ctx.has_loss, ctx.has_counter = loss is not None, counter is not None
         ctx.save_for_backward(scale, load)
-        return y.view_as(y)
+        return y.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -132,15 +134,16 @@ def set_loss_scale(model: nn.Module, scale: float) -> None:
 
 
 class Handle:
-    """What `attach` returns: `remove()` ends the updates."""
+    """What `attach` returns: `remove()` ends the updates. A second call does nothing."""
 
-    def __init__(self, model: nn.Module, hook: Any) -> None:
-        self._model, self._hook = model, hook
+    def __init__(self, attached: list[Any], hook: Any) -> None:
+        self._attached, self._hook = attached, hook
 
     def remove(self) -> None:
         self._hook.remove()
-        for _, router in routers(self._model):
+        for router in self._attached:
             router.counter = None
+        self._attached = []
 
 
 def attach(
@@ -151,14 +154,17 @@ def attach(
     Works on any model that contains `moe.MoELayer`s and in any trainer: call it once, after the model is on its device
     and before the first forward (and before torch.compile), and attach to one optimizer only when there are several.
     The load of a step is everything that went backward since the last one, summed over `group` (None: the default group
-    where torch.distributed runs). A step without any token leaves the biases alone. Set `optimizer`'s hook aside with
-    `handle.remove()`; change the speed by removing and attaching again.
+    where torch.distributed runs), which is also the group of the global-batch loss. A step without any token leaves the
+    biases alone. `handle.remove()` ends it; change the speed by removing and attaching again. A copy of the model is
+    not attached.
 
     Raises:
-        ValueError: no router with a correction bias, or routers already attached.
+        ValueError: no router with a correction bias, routers already attached, or a speed below 0 or not finite.
 
     Source: arXiv 2408.15664; DeepSeek-V3 (arXiv 2412.19437), section 2.1.2 (speed 0.001, 0 at the end of training).
     """
+    if not 0 <= bias_update_speed < math.inf:
+        raise ValueError(f"bias_update_speed = {bias_update_speed}: expected a finite number from 0 up")
     biased = [router for _, router in routers(model) if router.e_score_correction_bias is not None]
     if not biased:
         raise ValueError("attach: the model has no router with a correction bias (topk_method 'noaux_tc')")
@@ -167,6 +173,7 @@ def attach(
     for router in biased:
         device = router.weight.device
         router.counter = torch.zeros(router.num_experts, dtype=COUNTER_DTYPE, device=device, requires_grad=True)
+        router.group = group
 
     @torch.no_grad()
     def update(*_: Any) -> None:
@@ -174,13 +181,14 @@ def attach(
         for router in biased:
             router.counter.grad = None
         sizes = [router.num_experts for router in biased]
-        flat = torch.cat(loads)
+        flat = torch.cat([load.to(loads[0].device) for load in loads])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(flat, group=group)
         for router, load in zip(biased, flat.split(sizes), strict=True):
-            router.e_score_correction_bias += bias_update_speed * torch.sign(load.mean() - load).float()
+            step = bias_update_speed * torch.sign(load.mean() - load).float()
+            router.e_score_correction_bias += step.to(router.e_score_correction_bias.device)
 
-    return Handle(model, optimizer.register_step_post_hook(update))
+    return Handle(biased, optimizer.register_step_post_hook(update))
 
 
 @dataclass(frozen=True)

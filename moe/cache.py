@@ -14,8 +14,15 @@ class LayerCache:
         self.entries: list[Tensor] = []
 
     def append(self, start: int, *new: Tensor) -> list[Tensor]:
-        """Write `new` (each [B, S, ...]) at rows start to start + S; returns views of rows 0 to start + S."""
+        """Write `new` (each [B, S, ...]) at rows start to start + S; returns views of rows 0 to start + S.
+
+        Raises ValueError for another B than that of the rows before `start`.
+        """
         end = start + new[0].shape[1]
+        if self.entries and self.entries[0].shape[0] != new[0].shape[0]:
+            if start:
+                raise ValueError(f"the cache holds {self.entries[0].shape[0]} sequences: found {new[0].shape[0]}")
+            self.entries = []
         if not self.entries or end > self.entries[0].shape[1]:
             capacity = max(end, 2 * start, 64)
             grown = [n.new_empty(n.shape[0], capacity, *shape) for n, shape in zip(new, self.shapes, strict=True)]

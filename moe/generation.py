@@ -1,6 +1,7 @@
 """Prefill, decode and sampling. The function is `moe.generate`."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -91,23 +92,32 @@ def _steps(
     cache = Cache(model.config)
     ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     fed = input_ids
-    was_training = model.training
-    model.eval()
-    try:
-        for _ in range(max_new_tokens):
+    for _ in range(max_new_tokens):
+        with _eval_mode(model):
             logits = model(fed, attention_mask=mask, cache=cache, logits_to_keep=1).logits[:, -1]
-            token = sample(logits, temperature, top_k, top_p, generator)
-            if eos_token_id is not None:
-                token = token.masked_fill(ended, eos_token_id)
-                ended = ended | (token == eos_token_id)
-            yield token
-            if eos_token_id is not None and bool(ended.all()):
-                return
-            fed = token.unsqueeze(1)
-            if mask is not None:
-                mask = torch.cat((mask, torch.ones_like(fed, dtype=torch.bool)), dim=1)
+        token = sample(logits, temperature, top_k, top_p, generator)
+        if eos_token_id is not None:
+            token = token.masked_fill(ended, eos_token_id)
+            ended = ended | (token == eos_token_id)
+        yield token
+        if eos_token_id is not None and bool(ended.all()):
+            return
+        fed = token.unsqueeze(1)
+        if mask is not None:
+            mask = torch.cat((mask, torch.ones_like(fed, dtype=torch.bool)), dim=1)
+
+
+@contextmanager
+def _eval_mode(model: Transformer) -> Iterator[None]:
+    """Eval mode for one forward pass, and then each module as it was: a stream may stay suspended for long."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
@@ -124,7 +134,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     """One token id [B] from logits [B, V]; see `generate`. Ties are decided by the lower id."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    scaled = logits.float() / temperature
+    scaled = (logits.float() - logits.amax(dim=-1, keepdim=True).float()) / temperature  # no temperature overflows this
     ranked, ids = scaled.sort(dim=-1, descending=True, stable=True)
     if top_k:
         ranked[:, top_k:] = float("-inf")

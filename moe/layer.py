@@ -42,13 +42,16 @@ def _generator(device: torch.device, seed: int, name: str, expert: int) -> torch
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def materialize(module: nn.Module, *, std: float, seed: int) -> None:
+def materialize(module: nn.Module, *, std: float, seed: int | None) -> None:
     """Turn a module built on the meta device into an initialised one on the default device; a no-op if that is meta.
 
-    Building on meta first keeps torch's own initialisation from running (and from moving the global generator).
+    Building on meta first keeps torch's own initialisation from running. A seed of None is drawn from the global
+    generator, which is not moved otherwise.
     """
     device = torch.get_default_device()
     if device.type != "meta":
+        if seed is None:
+            seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_().item())
         module.to_empty(device=device)
         initialize(module, std=std, seed=seed)
 
@@ -103,7 +106,9 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_routed_experts, hidden_size))
         bias = torch.zeros(n_routed_experts, dtype=torch.float32) if topk_method == "noaux_tc" else None
         self.register_buffer("e_score_correction_bias", bias)
-        self.counter: Tensor | None = None  # set by balance.attach; its gradient is the load of the step
+        # Set by balance.attach: a leaf whose gradient is the load of the step, and the group of the global batch.
+        self.counter: Tensor | None = None
+        self.group: Any = None
         self.loss_scale = 1.0
 
     def logits(self, x: Tensor) -> Tensor:
@@ -118,7 +123,7 @@ class Router(nn.Module):
     def replay(self, logits: Tensor, expert_ids: Tensor) -> Routing:
         """The routing that `expert_ids` [T, K] would give: weights from this router's own scores."""
         scores = logits.sigmoid() if self.selection["scoring_func"] == "sigmoid" else logits.softmax(-1)
-        weights = scores.gather(-1, expert_ids.clamp_min(0))
+        weights = scores.gather(-1, expert_ids.clamp_min(0)).masked_fill(expert_ids < 0, 0)
         if self.selection["norm_topk_prob"]:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return Routing(weights * self.selection["routed_scaling_factor"], expert_ids, scores)
@@ -128,15 +133,17 @@ class Router(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         bias, counter = self.e_score_correction_bias, self.counter
-        self.e_score_correction_bias = None  # out of the way of a cast
         super()._apply(fn, recurse)
-        self.e_score_correction_bias = bias
-        if bias is not None:
-            moved = fn(bias)
-            self.e_score_correction_bias = moved if moved.dtype == bias.dtype else bias.to(moved.device)
+        moved = self.e_score_correction_bias
+        if bias is not None and moved is not None and moved.dtype != bias.dtype:
+            self.e_score_correction_bias = bias.to(moved.device)
         if counter is not None and counter.device != self.weight.device:
             self.counter = counter.detach().to(self.weight.device).requires_grad_()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a pickle is a model of its own, and not attached to the optimizer of this one.
+        return {**self.__dict__, "counter": None}
 
 
 class Experts(nn.Module):
@@ -188,7 +195,7 @@ class MoELayer(nn.Module):
         n_shared_experts: width of the always-on expert in units of F; 0 for none.
         scoring_func, topk_method, n_group, topk_group, norm_topk_prob, routed_scaling_factor: see `ModelConfig`.
         aux_loss_alpha, seq_aux, router_z_loss_coef: coefficients of the losses of `moe.balance`.
-        initializer_range, seed: see `initialize`.
+        initializer_range, seed: see `initialize`; without a seed, each layer draws one from torch's generator.
 
     Raises:
         ConfigError: from the same checks as `ModelConfig`.
@@ -212,7 +219,7 @@ class MoELayer(nn.Module):
         seq_aux: bool = True,
         router_z_loss_coef: float = 0.0,
         initializer_range: float = 0.02,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         ModelConfig(  # the same checks, with the same words
@@ -283,14 +290,14 @@ class MoELayer(nn.Module):
         routing: Routing | Tensor | None = None,
         return_stats: bool = False,
     ) -> Tensor | tuple[Tensor, MoEStats]:
-        """x [..., S, D] -> y of the same shape and dtype; with `return_stats`, (y, MoEStats).
+        """x [..., S, D] -> y of the same shape, in x's dtype or autocast's; with `return_stats`, (y, MoEStats).
 
         Args:
             x: the last but one dimension is the sequence; [T, D] is one sequence.
             token_mask: bool [..., S], True for real tokens. Padding reaches no expert, no count and no loss, whatever
                 its values (NaN too), and its output is zero.
-            routing: replaces the router. A `Routing` is used as it is; int64 expert ids [T, K] are replayed with
-                weights from this router's scores.
+            routing: replaces the router. A `Routing` is used as it is, and has no z-loss; int64 expert ids [T, K] are
+                replayed with weights from this router's scores.
         """
         if x.ndim < 2 or x.shape[-1] != self.hidden_size:
             raise ValueError(f"x has shape {tuple(x.shape)}: expected [..., S, {self.hidden_size}]")
@@ -313,13 +320,18 @@ class MoELayer(nn.Module):
             ids = chosen.expert_ids.masked_fill(~token_mask.reshape(-1, 1), -1)
             chosen = Routing(chosen.weights, ids, chosen.scores)
 
+        stats = self._stats(chosen, logits, shape, token_mask)
+        if self.training:
+            gate = self.gate
+            loss = None if return_stats or not (self.alpha or self.z_coef) else stats.aux_loss
+            # On the weights and not on y: y's gradient passes through them, and they are a D-th of its size.
+            weights = balance.carry(
+                chosen.weights, loss=loss, scale=gate.loss_scale, counter=gate.counter, load=stats.load
+            )
+            chosen = Routing(weights, chosen.expert_ids, chosen.scores)
         y = self.dispatcher(rows, chosen, self.experts)
         if self.shared_experts is not None:
             y = y + self.shared_experts(rows)
-        stats = self._stats(chosen, logits, shape, token_mask)
-        if self.training:
-            loss = None if return_stats or not (self.alpha or self.z_coef) else stats.aux_loss
-            y = balance.carry(y, loss=loss, scale=self.gate.loss_scale, counter=self.gate.counter, load=stats.load)
         y = y.view(x.shape)
         return (y, stats) if return_stats else y
 
@@ -331,7 +343,9 @@ class MoELayer(nn.Module):
         loss, z = zero, zero
         if self.training and self.alpha:
             scores = routing.scores.view(*shape, self.gate.num_experts)
-            loss = self.alpha * balance.balance_loss(scores, ids, token_mask, seq_aux=self.seq_aux)
+            loss = self.alpha * balance.balance_loss(
+                scores, ids, token_mask, seq_aux=self.seq_aux, group=self.gate.group
+            )
         if self.training and self.z_coef and logits is not None:
             z = self.z_coef * balance.z_loss(logits.view(*shape, self.gate.num_experts), token_mask)
         load = balance.expert_load(routing.expert_ids, self.gate.num_experts)

@@ -131,6 +131,7 @@ class Transformer(nn.Module):
         self.config = config
         self.carried_files: dict[str, bytes] = {}
         self.activation_checkpointing = False
+        self.has_balance_losses = bool(config.aux_loss_alpha or config.router_z_loss_coef)
         self._load: Tensor | None = None
         with torch.device("meta"):
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -168,7 +169,7 @@ class Transformer(nn.Module):
         """
         batch, length = input_ids.shape
         past = cache.length if cache is not None else 0
-        self._check(input_ids, labels, attention_mask, document_ids, cache, past, logits_to_keep)
+        self._check(input_ids, labels, attention_mask, position_ids, document_ids, cache, past, logits_to_keep)
         if position_ids is None:
             position_ids = torch.arange(past, past + length, device=input_ids.device).expand(batch, length)
         real = attention_mask.bool() if attention_mask is not None else None
@@ -184,6 +185,11 @@ class Transformer(nn.Module):
             if block_stats is not None:
                 stats.append(block_stats)
         h = self.norm(h)
+        if labels is None and self.training and stats and self.has_balance_losses:
+            # Nobody will see `out.loss`; a caller who computes a loss from `out` gets these all the same.
+            aux = torch.stack([s.aux_loss for s in stats]).sum()
+            scale = next(router.loss_scale for _, router in routers(self))
+            h = carry(h, loss=aux, scale=scale, counter=None, load=None)
         if cache is not None:
             cache.length += length
         logits = self.head(h[:, -logits_to_keep:] if logits_to_keep else h)
@@ -199,11 +205,6 @@ class Transformer(nn.Module):
         if load is not None:
             self._count(load)
         if labels is None:
-            if self.training and stats:
-                # Nobody will see `out.loss`; a caller who computes a loss from the logits gets these all the same.
-                aux = torch.stack([s.aux_loss for s in stats]).sum()
-                scale = next(router.loss_scale for _, router in routers(self))
-                logits = carry(logits, loss=aux, scale=scale, counter=None, load=None)
             return Output(logits, h, load=load)
         losses = {"ce": next_token_loss(logits, labels, 1, document_ids, token_mask)}
         loss = losses["ce"]
@@ -288,6 +289,7 @@ class Transformer(nn.Module):
         input_ids: Tensor,
         labels: Tensor | None,
         attention_mask: Tensor | None,
+        position_ids: Tensor | None,
         document_ids: Tensor | None,
         cache: Cache | None,
         past: int,
@@ -297,10 +299,17 @@ class Transformer(nn.Module):
         for name, tensor, shape in (
             ("labels", labels, (batch, length)),
             ("attention_mask", attention_mask, (batch, past + length)),
+            ("position_ids", position_ids, (batch, length)),
             ("document_ids", document_ids, (batch, length)),
         ):
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}: expected {shape}")
+        if attention_mask is not None and attention_mask.is_floating_point():
+            raise ValueError(
+                "attention_mask is floating point: expected booleans or integers, non-zero for real tokens"
+            )
+        if logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep = {logits_to_keep}: expected 0 (all) or more")
         if document_ids is not None and cache is not None:
             raise ValueError("document_ids and cache together: packed documents are for training")
         if labels is not None and (logits_to_keep or cache is not None):

@@ -1,8 +1,10 @@
 """Counts, losses and the correction bias: each number by hand, and the same in every way of training."""
 
+import copy
 import dataclasses
 import itertools
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +101,19 @@ def test_z_loss_by_hand() -> None:
     assert balance.z_loss(logits).item() == pytest.approx((math.log(2) ** 2 + math.log(4) ** 2) / 2, rel=1e-6)
 
 
+def bias_of(layer: moe.MoELayer) -> Tensor:
+    bias = layer.gate.e_score_correction_bias
+    assert bias is not None
+    return bias
+
+
 class Other(nn.Module):
     """Somebody else's model around our layer."""
 
     def __init__(self, *, recompute: bool = False, **options: Any) -> None:
         super().__init__()
         self.inner = nn.Linear(16, 16, bias=False)
-        self.moe = moe.MoELayer(16, 12, n_routed_experts=6, num_experts_per_tok=2, **options)
+        self.moe = moe.MoELayer(16, 12, n_routed_experts=6, num_experts_per_tok=2, seed=0, **options)
         self.recompute = recompute
         with torch.no_grad():
             self.inner.weight.copy_(torch.eye(16))
@@ -271,6 +279,116 @@ def test_bias_stays_fp32_through_every_cast() -> None:
             assert router.e_score_correction_bias.dtype == torch.float32
             assert torch.equal(router.e_score_correction_bias, values)
     assert "layers.1.mlp.gate.e_score_correction_bias" in model.state_dict()
+
+
+def test_a_copy_is_not_attached_and_can_be(tmp_path: Path) -> None:
+    model = Other()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = balance.attach(model, optimizer, bias_update_speed=0.5)
+    twin = copy.deepcopy(model)
+    pickled = pickle.loads(pickle.dumps(model))
+    for other in (twin, pickled):
+        its_own = torch.optim.SGD(other.parameters(), lr=0.1)
+        balance.attach(other, its_own, bias_update_speed=0.5)
+        other(torch.randn(1, 20, 16)).sum().backward()
+        its_own.step()
+        assert bias_of(other.moe).abs().max() == 0.5
+    assert bias_of(model.moe).abs().max() == 0
+    handle.remove()
+    again = balance.attach(model, optimizer, bias_update_speed=0.5)
+    handle.remove()  # a stale handle takes nothing from a new one
+    model(torch.randn(1, 20, 16)).sum().backward()
+    optimizer.step()
+    assert bias_of(model.moe).abs().max() == 0.5
+    again.remove()
+
+
+def test_attach_refuses_a_speed_that_would_ruin_the_bias() -> None:
+    model = Other()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for speed in (math.nan, math.inf, -0.1):
+        with pytest.raises(ValueError, match="bias_update_speed"):
+            balance.attach(model, optimizer, bias_update_speed=speed)
+
+
+def test_a_failed_move_loses_nothing() -> None:
+    """Out of memory halfway through `.cuda()` must not leave a router without its bias."""
+    model = Other()
+    bias = torch.linspace(-1, 1, 6)
+    bias_of(model.moe).copy_(bias)
+
+    def fails(tensor: Tensor) -> Tensor:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        model.moe.gate._apply(fails)
+    assert torch.equal(bias_of(model.moe), bias)
+
+
+def test_counters_follow_the_model_to_its_device() -> None:
+    model = Other()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    balance.attach(model, optimizer)
+    model.to("meta")
+    counter = model.moe.gate.counter
+    assert counter is not None and counter.is_meta and counter.is_leaf and counter.requires_grad
+
+
+def test_output_may_be_changed_in_place() -> None:
+    layer = moe.MoELayer(16, 12, 6, 2, aux_loss_alpha=0.1)
+    model = nn.Sequential(layer, nn.ReLU(inplace=True))
+    balance.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    x = torch.randn(2, 5, 16)
+    model(x).sum().backward()
+    y = layer(x)
+    y += x
+    y.sum().backward()
+    counter = layer.gate.counter
+    assert counter is not None and counter.grad is not None and counter.grad.sum() == 2 * 20
+
+
+@pytest.mark.parametrize("seq_aux", [True, False])
+def test_layer_losses_leave_padding_out(seq_aux: bool) -> None:
+    layer = moe.MoELayer(16, 12, 6, 2, aux_loss_alpha=0.5, router_z_loss_coef=0.25, seq_aux=seq_aux, seed=0).double()
+    x = torch.randn(2, 7, 16, dtype=torch.float64)
+    mask = torch.tensor([[False, False, True, True, True, True, True], [True] * 4 + [False] * 3])
+    _, stats = layer(x, token_mask=mask, return_stats=True)
+    if seq_aux:
+        parts = [layer(row[keep], return_stats=True)[1] for row, keep in zip(x, mask, strict=True)]
+        balanced = sum(p.balance_loss for p in parts) / 2
+        z = (5 * parts[0].z_loss + 4 * parts[1].z_loss) / 9
+    else:
+        _, alone = layer(x[mask], return_stats=True)
+        balanced, z = alone.balance_loss, alone.z_loss
+    torch.testing.assert_close(stats.balance_loss, balanced, rtol=1e-12, atol=0)
+    torch.testing.assert_close(stats.z_loss, z, rtol=1e-12, atol=0)
+    _, blind = layer(x, return_stats=True)
+    assert blind.z_loss != stats.z_loss
+
+
+def test_losses_reach_a_head_of_another_kind() -> None:
+    """A caller who reads `out.hidden` gets the balance losses too, at the scale that was set."""
+    ids = torch.randint(0, 61, (2, 12))
+    grads = []
+    for alpha, scale in ((0.0, 1.0), (1.0, 1.0), (1.0, 0.5)):
+        config = dataclasses.replace(SMALL, aux_loss_alpha=alpha, router_z_loss_coef=0.0)
+        model = moe.Transformer(config).train()
+        balance.set_loss_scale(model, scale)
+        model(ids).hidden.square().sum().backward()
+        grads.append(model.get_parameter("layers.1.mlp.gate.weight").grad)
+    without, whole, half = (g for g in grads if g is not None)
+    assert (whole - without).abs().max() > 1e-5
+    torch.testing.assert_close(half - without, (whole - without) / 2, rtol=1e-3, atol=1e-7)
+
+
+def test_report_without_mtp_keeps_its_rows() -> None:
+    model = moe.Transformer(SMALL).eval()
+    ids = torch.randint(0, 61, (2, 12))
+    out = model(ids)
+    assert out.load is not None
+    report = model.load_report()
+    assert torch.equal(report.load[0], out.load[0]) and report.load[1].sum() == 0
+    assert report.max_vio[1] == 0 and report.dead_experts[1] == 8
 
 
 def _rank(rank: int, rendezvous: str, out: str) -> None:

@@ -69,10 +69,39 @@ def test_eos_ends_a_sequence_and_then_the_batch() -> None:
     assert alone.shape[1] == first + 1  # nothing is computed once all have ended
 
 
-def test_training_mode_is_restored() -> None:
+def test_an_ended_row_stays_ended_while_others_go_on() -> None:
+    model = Transformer(SMALL).double().eval()
+    ids = torch.randint(0, 61, (6, 4))
+    free = moe.generate(model, ids, max_new_tokens=14)
+    # An id that one row draws early, then follows with another, while some other row draws none.
+    for eos in range(61):
+        hits = free[:, 4:] == eos
+        ended_early = hits[:, :6].any(1) & ((hits.cumsum(1) > 0) & ~hits).any(1)
+        if ended_early.any() and not hits.any(1).all():
+            break
+    else:
+        pytest.fail("no such id: change the prompts")
+    ended = moe.generate(model, ids, max_new_tokens=14, eos_token_id=eos)
+    assert ended.shape == free.shape
+    after = (free[:, 4:] == eos).cumsum(1) > 0
+    assert torch.equal(ended[:, 4:], free[:, 4:].masked_fill(after, eos))
+
+
+def test_training_mode_is_as_it_was_between_steps_and_after() -> None:
     model = Transformer(SMALL).train()
-    moe.generate(model, torch.zeros(1, 2, dtype=torch.int64), max_new_tokens=2)
-    assert model.training
+    model.layers[1].eval()
+    before = [module.training for module in model.modules()]
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    steps = [stream(model, ids, max_new_tokens=3) for _ in range(2)]
+    for _ in range(3):
+        for step in steps:  # two streams at once
+            next(step)
+            assert [module.training for module in model.modules()] == before
+
+
+def test_a_tiny_temperature_is_greedy() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    assert sample(logits, 1e-39, 0, 1.0, None).item() == 1
 
 
 def distribution(logits: Tensor, **options: float | int) -> Tensor:

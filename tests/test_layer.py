@@ -20,7 +20,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def biased_layer(options: dict[str, Any]) -> MoELayer:
-    layer = MoELayer(24, 10, n_routed_experts=8, num_experts_per_tok=3, initializer_range=0.3, **options)
+    layer = MoELayer(24, 10, n_routed_experts=8, num_experts_per_tok=3, initializer_range=0.3, seed=0, **options)
     if layer.gate.e_score_correction_bias is not None:
         layer.gate.e_score_correction_bias.copy_(torch.linspace(-0.4, 0.6, 8))
     return layer
@@ -137,6 +137,10 @@ def test_routing_override() -> None:
     assert layer.gate.weight.grad is not None and layer.gate.weight.grad.abs().sum() > 0
     w = layer.gate(x[0]).scores.gather(1, forced)
     torch.testing.assert_close(layer.gate.replay(layer.gate.logits(x[0]), forced).weights, w / w.sum(1, True) * 2.5)
+    # An expert that is not there takes no share.
+    one = torch.tensor([[3, -1, -1]] * 8)
+    replayed = layer.gate.replay(layer.gate.logits(x[0]), one).weights
+    torch.testing.assert_close(replayed, torch.tensor([[2.5, 0.0, 0.0]] * 8, dtype=torch.float64))
 
 
 def test_shapes_of_others() -> None:
@@ -178,6 +182,17 @@ def test_initialisation_depends_on_seed_and_name_alone() -> None:
     assert torch.equal(wider.experts.down_proj[:8], a.experts.down_proj)  # a rank can make just its own experts
     with torch.device("meta"):
         assert MoELayer(24, 10, 8, 3).experts.down_proj.is_meta
+
+
+def test_layers_of_one_model_differ_and_follow_manual_seed() -> None:
+    def two() -> list[MoELayer]:
+        torch.manual_seed(7)
+        return [MoELayer(24, 10, 8, 3) for _ in range(2)]
+
+    (a, b), (c, d) = two(), two()
+    assert not torch.equal(a.experts.down_proj, b.experts.down_proj)
+    assert not torch.equal(a.gate.weight, b.gate.weight)
+    assert torch.equal(a.gate.weight, c.gate.weight) and torch.equal(b.gate.weight, d.gate.weight)
 
 
 def test_released_biases_need_fp32() -> None:

@@ -180,6 +180,53 @@ def test_wrong_shapes_are_named() -> None:
         model(ids, attention_mask=ids[:, 1:])
     with pytest.raises(ValueError, match="labels need the logits of all positions"):
         model(ids, labels=ids, logits_to_keep=1)
+    with pytest.raises(ValueError, match="logits_to_keep = -1"):
+        model(ids, logits_to_keep=-1)
+    with pytest.raises(ValueError, match="attention_mask is floating point"):
+        model(ids, attention_mask=torch.zeros(2, 9))
+    with pytest.raises(ValueError, match=r"position_ids has shape \(1, 9\): expected \(2, 9\)"):
+        model(ids, position_ids=torch.arange(9)[None])
+
+
+@pytest.mark.parametrize("name", ["mla", "gqa"])
+def test_cache_forgets_and_selects(name: str) -> None:
+    model = model_of(SHAPES[name]).double()
+    ids = torch.randint(0, 61, (3, 20))
+    with torch.no_grad():
+        cache = Cache(model.config)
+        model(ids, cache=cache)
+        cache.truncate(12)
+        cache.select(torch.tensor([2, 0]))
+        again = torch.randint(0, 61, (2, 5))
+        found = model(again, cache=cache).logits
+        expected = model(torch.cat((ids[[2, 0], :12], again), 1)).logits[:, 12:]
+        close(found, expected, 1e-12)
+        with pytest.raises(ValueError, match="the cache holds 2 sequences: found 1"):
+            model(again[:1], cache=cache)
+        with pytest.raises(ValueError, match="length = 18: expected 0 to 17"):
+            cache.truncate(18)
+        cache.truncate(0)
+        close(model(ids[:1], cache=cache).logits, model(ids[:1]).logits, 1e-12)
+
+
+def test_an_adapter_around_kv_b_is_used_in_decode_too() -> None:
+    class Adapter(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base, self.weight = base, base.weight
+            self.delta = nn.Linear(base.in_features, base.out_features, bias=False).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x) + self.delta(x)
+
+    model = model_of(SMALL).double()
+    for layer in model.layers:
+        layer.self_attn.kv_b_proj = Adapter(layer.self_attn.kv_b_proj)  # pyright: ignore
+    ids = torch.randint(0, 61, (2, 9))
+    cache = Cache(model.config)
+    with torch.no_grad():
+        pieces = [model(part, cache=cache).logits for part in ids.split(1, dim=1)]
+        close(torch.cat(pieces, 1), model(ids).logits, 1e-12)
 
 
 def test_mtp_is_transformers_mtp_layer() -> None:
@@ -250,6 +297,8 @@ def family(name: str) -> tuple[moe.ModelConfig, nn.Module]:
         intermediate_size=20,
         moe_intermediate_size=20,
         n_routed_experts=6,
+        scoring_func="softmax",
+        topk_method="greedy",
         rope_parameters=moe.RopeParameters(1e6),
     )
     rope = {"rope_type": "default", "rope_theta": 1e6}
