@@ -147,6 +147,7 @@ class RoutingCase:
             logits[::3] = torch.nan
         if self.logits == "nan_some":
             logits[torch.rand(logits.shape, generator=g) < 0.7] = torch.nan
+            logits[:, ::2].neg_()  # NaNs of both signs
         if self.logits == "minus_inf":
             logits[torch.rand(logits.shape, generator=g) < 0.8] = -torch.inf
         if self.logits == "huge":

@@ -236,6 +236,14 @@ def test_a_weight_of_a_slot_that_is_not_here_is_not_read(name: str) -> None:
     assert all(g.isfinite().all() for g in grads)
 
 
+def test_rows_of_no_expert_are_zero_in_what_is_saved() -> None:
+    i = BY_NAME["absent"].inputs(torch.float32)
+    args = (i.x, i.gate_up, i.down, i.weights, i.expert_ids, None, None, None, 1.0, True)
+    _, pre = torch.ops.moesmith.moe_mlp_forward(*args)
+    here = int((i.expert_ids >= 0).sum())
+    assert (pre[here:] == 0).all() and (pre[:here] != 0).all()
+
+
 def test_weights_of_any_strides() -> None:
     inputs = BY_NAME["ragged"].inputs(torch.float64).leaves()
     turned = Inputs(**vars(inputs) | {n: getattr(inputs, n).detach().mT.contiguous().mT for n in ("gate_up", "down")})
