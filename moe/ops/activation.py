@@ -50,10 +50,9 @@ def swiglu_reference(gate_up: Tensor, limit: float | None = None, alpha: float =
 def swiglu_into(out: Tensor, gate_up: Tensor, limit: float | None, alpha: float) -> Tensor:
     """`swiglu` written to `out` [..., F], which may be wider than the input; no gradient."""
     gate, up = gate_up.chunk(2, dim=-1)
-    if limit is None and alpha == 1.0 and out.dtype == gate_up.dtype:
-        # One pass for silu with its inside in float32, one for the product: two roundings in half precision.
-        torch.ops.aten.silu.out(gate, out=out)
-        return out.mul_(up)
+    if limit is None and alpha == 1.0:
+        # One pass for silu, whose inside is float32, and one for the product: two roundings if `out` is half precision.
+        return torch.ops.aten.silu.out(gate.to(out.dtype), out=out).mul_(up.to(out.dtype))
     wide = torch.promote_types(gate_up.dtype, torch.float32)
     gate, up = gate.to(wide), up.to(wide)
     if limit is not None:

@@ -161,6 +161,7 @@ def combine(rows: Tensor, position: Tensor, weights: Tensor | None) -> Tensor:
         else:
             part = rows.index_select(0, place.clamp(min=0)).masked_fill_(absent[:, k, None], 0)
             weight = None if weight is None else weight.masked_fill(absent[:, k, None], 0)
+        part = part.to(wide)  # an addition of two dtypes is not vectorised
         if weight is None:
             out.add_(part)
         else:
