@@ -59,7 +59,7 @@ def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     for start in range(0, q.shape[2], QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, q.shape[2])
         scores = torch.matmul(q[:, :, start:end], k[..., :end]).to(wide) * scale
-        later = torch.ones(end - start, end, dtype=torch.bool).triu(start + 1)
+        later = torch.ones(end - start, end, dtype=torch.bool, device=q.device).triu(start + 1)
         attn = scores.masked_fill_(later, float("-inf")).softmax(dim=-1).to(v.dtype)
         out.append(torch.matmul(attn, v[:, :, :end]))
     return rearrange(torch.cat(out, dim=2), "b h s d -> b s (h d)")

@@ -14,7 +14,7 @@ LEVELS = [
     {"moe.errors"},
     {"moe.config"},
     {"moe.presets", "moe.counts"},
-    {"moe.ops", "moe.norm"},
+    {"moe.ops", "moe.norm", "moe.loss"},
     {"moe.attention", "moe.layer", "moe.rope", "moe.cache", "moe.balance"},
     {"moe.model"},
     {"moe.checkpoint", "moe.offload", "moe.lora", "moe.integrations", "moe.parallel"},

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe.model import next_token_loss
+from moe.loss import next_token_loss
 
 
 def definition(logits: Tensor, labels: Tensor, ahead: int, documents: Tensor | None, real: Tensor | None) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import moe
 from moe.attention import MLA, softmax_scale
 from moe.cache import Cache
-from moe.model import Transformer, next_token_loss
+from moe.loss import next_token_loss
+from moe.model import Transformer
 from moe.rope import inverse_frequencies, rope_tables
 
 YARN = moe.RopeParameters(
