@@ -81,6 +81,7 @@ class Trainer:
         self.step_number = 0
         self.sampler = Sampler(dataset.train, settings.seq_length, settings.batch_size, settings.seed)
         self.optimizers = build_optimizers(model, settings.optimizer, settings.peak_lr, settings.weight_decay)
+        self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         if model.config.topk_method == "noaux_tc" and model.config.num_moe_layers + len(model.mtp):
             balance.attach(model, self.optimizers[-1], bias_update_speed=settings.bias_update_speed)
         model.set_activation_checkpointing(settings.activation_checkpointing)
@@ -92,9 +93,9 @@ class Trainer:
         started = time.perf_counter()
         settings, number = self.settings, self.step_number + 1
         factor = learning_rate_factor(number, steps=settings.steps, warmup=settings.warmup, schedule=settings.schedule)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = settings.peak_lr * factor
+        for optimizer, peaks in zip(self.optimizers, self._peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
             optimizer.zero_grad()
         self.model.train()
         losses: dict[str, float] = {}
