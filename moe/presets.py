@@ -23,7 +23,7 @@ PRESETS: dict[str, ModelConfig] = {
         # Narrow where every token passes and wide where it is routed, and tied: so little text would otherwise be
         # learnt by the embedding, the head and the shared parts, and the experts would stay interchangeable.
         intermediate_size=64,
-        moe_intermediate_size=128,
+        moe_intermediate_size=160,
         n_routed_experts=8,
         n_shared_experts=1,
         num_experts_per_tok=2,

@@ -12,7 +12,7 @@ ADAM_BETAS = (0.9, 0.95)
 MUON_MOMENTUM = 0.95
 # An embedding as fast as the matrices learns short texts before the experts do, and these stay interchangeable: routing
 # at random then costs 0.02 nats a token where it costs ten times that with this share (the tiny preset).
-ADAM_SHARE = 0.4
+ADAM_SHARE = 0.3
 # Keller Jordan's quintic; the same numbers as torch.optim.Muon's defaults.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _NEWTON_SCHULZ_STEPS = 5

@@ -33,7 +33,7 @@ class Settings:
     optimizer: Literal["adamw", "muon"] = "muon"
     """muon takes matrices and leaves the embedding, the head, gates and vectors to AdamW."""
     lr: float | None = None
-    """Peak learning rate; by default 0.02 with muon, whose AdamW part takes 0.4 of it, and 0.004 with adamw."""
+    """Peak learning rate; by default 0.02 with muon, whose AdamW part takes 0.3 of it, and 0.004 with adamw."""
     weight_decay: float = 0.3
     """Of matrices; norms and biases have none."""
     schedule: Literal["cosine", "wsd"] = "wsd"
