@@ -1,0 +1,70 @@
+"""The README is true: its examples run, its commands exist, its counts are what the code counts."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import moe
+from moe.cli import main
+from moe.counts import count_parameters
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_example_runs_as_printed(number: int, tmp_path: Path) -> None:
+    script = tmp_path / "example.py"
+    script.write_text(EXAMPLES[number])
+    done = subprocess.run(
+        [sys.executable, "-W", "error", script.name], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_there_are_examples_of_ten_lines() -> None:
+    assert len(EXAMPLES) >= 3
+    assert all(len(example.strip().splitlines()) <= 14 for example in EXAMPLES)
+
+
+def test_every_command_of_the_table_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    commands = set(re.findall(r"^\| `moesmith (\w+)", README, re.MULTILINE))
+    assert commands == {"train", "generate", "inspect", "doctor"}
+    for command in commands:
+        try:
+            status: Any = main([command, "--help"])
+        except SystemExit as stop:
+            status = stop.code
+        assert not status
+        assert command in capsys.readouterr().out
+
+
+def test_the_two_commands_a_newcomer_types() -> None:
+    typed = re.findall(r"^pip install torch==.*$", README, re.MULTILINE)
+    assert typed == [
+        'pip install torch==2.13.0 -e ".[plot]" && moesmith train --preset tiny',
+        'pip install torch==2.13.0 -e ".[test]" && python -m pytest',
+    ]
+
+
+def test_counts_in_the_text() -> None:
+    counts = count_parameters(moe.preset("deepseek_v3"))
+    for number in (counts.total, counts.activated, counts.activated_without_embedding):
+        assert f"{number:,}" in README
+
+
+def test_every_name_of_a_benchmark_command_exists() -> None:
+    commands = set(re.findall(r"python -m benchmarks (\w+)", README))
+    assert commands == {"cpu"}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "cpu", "--help"],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
