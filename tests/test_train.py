@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,14 @@ QUIET = Console(file=io.StringIO())
 
 
 @pytest.fixture(autouse=True)
-def micro(monkeypatch: pytest.MonkeyPatch) -> None:
+def micro(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The preset, on one thread: models this small spend their time waiting for a second one."""
     monkeypatch.setitem(PRESETS, "micro", MICRO)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
