@@ -307,12 +307,21 @@ def test_growing_text_holds_back_incomplete_characters(folder):
 
 def test_interrupt(folder):
     command = [sys.executable, "-m", "moe", "generate", str(folder), "--prompt", "zw", "--max-new-tokens", "100000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stdout.read(4)  # it generates
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
-    assert (process.returncode, err) == (130, b"moesmith: interrupted\n")
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A shell that runs the suite in the background has it ignore the signal, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.read(4)  # it generates
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+        assert (process.returncode, err) == (130, b"moesmith: interrupted\n")
+    finally:
+        process.kill()
 
 
 def test_nobody_reads_the_output():
