@@ -122,6 +122,8 @@ def peer(model: Transformer, dtype: torch.dtype) -> Theirs:
     theirs: Any = DeepseekV3ForCausalLM(config)
     theirs.to(dtype)
     state = {name if name.startswith("lm_head") else f"model.{name}": t for name, t in model.state_dict().items()}
+    if model.lm_head is None:
+        state["lm_head.weight"] = model.embed_tokens.weight
     theirs.load_state_dict(state)
     for name, buffer in theirs.named_buffers():
         if name.endswith("e_score_correction_bias"):

@@ -37,7 +37,7 @@ def exact() -> tuple[Transformer, torch.Tensor, cpu.Reference]:
 
 
 @pytest.mark.parametrize(
-    "wrong", ["layers.2.mlp.experts.down_proj", "lm_head.weight", "layers.0.self_attn.kv_b_proj.weight"]
+    "wrong", ["layers.2.mlp.experts.down_proj", "norm.weight", "layers.0.self_attn.kv_b_proj.weight"]
 )
 def test_a_wrong_model_gets_no_ratio(exact, wrong):
     model, ids, reference = exact

@@ -181,7 +181,7 @@ def test_inspect_folder_reads_headers_only(capsys, folder, tmp_path):
 def test_corrupt_folders(capsys, folder, tmp_path):
     no_json = variant(folder, tmp_path / "a", config__json="{")
     assert str(no_json / "config.json") in fails_in_one_line(capsys, "inspect", str(no_json))
-    bad_value = (folder / "config.json").read_text().replace('"num_experts_per_tok": 4', '"num_experts_per_tok": 99')
+    bad_value = (folder / "config.json").read_text().replace('"num_experts_per_tok": 2', '"num_experts_per_tok": 99')
     bad = variant(folder, tmp_path / "b", config__json=bad_value)
     assert "num_experts_per_tok = 99" in fails_in_one_line(capsys, "inspect", str(bad))
     truncated = variant(folder, tmp_path / "c")
