@@ -1,0 +1,1 @@
+"""Models of other libraries on moesmith's operators: a module for each library, imported only by whoever asks."""

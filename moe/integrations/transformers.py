@@ -1,0 +1,124 @@
+"""`experts_implementation="moesmith"` for the Mixture-of-Experts models of Hugging Face transformers.
+
+    moe.integrations.transformers.register()
+    model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="moesmith")
+    model.set_experts_implementation("moesmith")  # or later, on any model
+
+Source: the experts interface of transformers, `transformers/integrations/moe.py`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from moe.errors import ConfigError
+from moe.ops import grouped_mm, moe_mlp, permute, unpermute
+
+try:
+    from transformers import __version__ as _found
+    from transformers.activations import SiLUActivation
+    from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
+    from transformers.integrations.moe import ExpertsInterface, _default_apply_gate
+except ImportError as error:
+    raise ImportError(f"moe.integrations.transformers needs transformers 5.17 or later: {error}") from error
+if tuple(int(part) for part in _found.split(".")[:2]) < (5, 17):
+    raise ImportError(f"moe.integrations.transformers needs transformers 5.17 or later, found {_found}")
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_WAY_OUT = "dequantise the model or choose another experts_implementation"
+
+
+def register() -> None:
+    """Makes "moesmith" an experts implementation of transformers, for this process. A second call changes nothing.
+
+    It is then a value of `from_pretrained(..., experts_implementation=)` and of `model.set_experts_implementation()`,
+    for inference and training, compiled or not, with the contract of `experts_forward`. Models whose experts do not use
+    transformers' interface are as untouched by it as by transformers' own implementations.
+    """
+    ExpertsInterface.register("moesmith", experts_forward)
+    # FP8 experts have a table of their own; without an entry they would fail by a KeyError that names another one.
+    FP8ExpertsInterface.register("moesmith", experts_forward)
+
+
+def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What transformers calls as the forward of an experts module: hidden_states [T, D] -> [T, D], in their dtype.
+
+    `experts` is of a class under `use_experts_implementation`, whose flags are honoured: has_gate, has_bias,
+    is_transposed, is_concatenated, has_post_expert_norm. Experts that are SwiGLU go through `moe_mlp` (an activation
+    module's hooks are not called then). All others, with another activation or a gate of their own, go through
+    `permute`, `grouped_mm` and `unpermute` around the module's `_apply_gate` or `act_fn`.
+
+    top_k_index [T, K] is of any integer dtype, top_k_weights [T, K] of any floating one and used in float32 or wider.
+    Under expert parallelism ids >= the number of experts here mean "not here", and so does the id that equals it
+    elsewhere, as in eager mode, and -1: nothing is computed or added, and the weight has zero gradient. Other ids out
+    of range raise IndexError (on CPU; a device assertion on CUDA). Older releases of transformers do not tell whether
+    experts are parallel: with them any id past the last expert means "not here".
+
+    Sums accumulate in float32 or wider whatever the dtype; equal input, equal bits. Under autocast products are cast as
+    any matrix product is.
+
+    Raises ConfigError for expert weights that are not dense tensors of float32, float64, bfloat16 or float16 (quantised
+    or sharded ones), and for interleaved weights without an `_apply_gate` that knows of it.
+    """
+    up, down = _weight(experts, "gate_up_proj" if experts.has_gate else "up_proj"), _weight(experts, "down_proj")
+    up_bias = down_bias = None
+    if experts.has_bias:
+        up_bias = _weight(experts, "gate_up_proj_bias" if experts.has_gate else "up_proj_bias")
+        down_bias = _weight(experts, "down_proj_bias")
+    default_gate = experts.has_gate and getattr(experts._apply_gate, "__func__", None) is _default_apply_gate
+    if default_gate and not experts.is_concatenated:
+        raise ConfigError(
+            f"{type(experts).__name__}.is_concatenated", False, "True, or an _apply_gate that takes interleaved rows"
+        )
+
+    sharded = getattr(experts, "_is_expert_parallel", True)
+    expert_ids = top_k_index.to(torch.int64)
+    absent = expert_ids >= down.shape[0] if sharded else expert_ids == down.shape[0]
+    expert_ids = expert_ids.masked_fill(absent, -1)
+    weights = top_k_weights.to(torch.promote_types(top_k_weights.dtype, torch.float32))
+
+    post_norm = experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None
+    if default_gate and post_norm is None and _is_silu(experts.act_fn):
+        if experts.is_transposed:
+            up, down = up.mT, down.mT
+        y = moe_mlp(hidden_states, up, down, weights, expert_ids, gate_up_bias=up_bias, down_bias=down_bias)
+        return y.to(hidden_states.dtype)
+
+    if not experts.is_transposed:
+        up, down = up.mT, down.mT
+    permuted = permute(hidden_states, expert_ids, down.shape[0])
+    rows = _linear(permuted.rows, up, up_bias, permuted.offsets)
+    rows = experts._apply_gate(rows) if experts.has_gate else experts.act_fn(rows)
+    rows = _linear(rows, down, down_bias, permuted.offsets)
+    if post_norm is not None:
+        # Rows past the last offset are zero, of which a norm may make NaN, and NaN times no gradient is NaN.
+        here = torch.arange(rows.shape[0], device=rows.device) < permuted.offsets[-1]
+        rows = post_norm(torch.where(here[:, None], rows, 1))
+    return unpermute(rows, permuted.position, weights).to(hidden_states.dtype)
+
+
+def _weight(experts: Any, name: str) -> Tensor:
+    weight = getattr(experts, name, None)
+    where = f"{type(experts).__name__}.{name}"
+    if not isinstance(weight, Tensor) or is_traceable_wrapper_subclass(weight):
+        raise ConfigError(where, type(weight).__name__, f"a dense tensor; {_WAY_OUT}")
+    if weight.dtype not in _DTYPES:
+        raise ConfigError(where, weight.dtype, f"float32, float64, bfloat16 or float16; {_WAY_OUT}")
+    return weight
+
+
+def _is_silu(act_fn: Any) -> bool:
+    return act_fn is F.silu or type(act_fn) in (nn.SiLU, SiLUActivation)
+
+
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+    out = grouped_mm(rows, weight, offsets)
+    if bias is None:
+        return out
+    # A product with ones instead of a gather: rows past the last offset stay zero, and the gradient is a sum in order.
+    # It is exact, and not cast under autocast, since eager adds the bias as it is.
+    with torch.autocast(rows.device.type, enabled=False):
+        return out + grouped_mm(bias.new_ones(rows.shape[0], 1), bias[:, None], offsets)
