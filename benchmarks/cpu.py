@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import RESULTS, append, environment, interleave, matmul_rate, once, read_rate, summary
+from benchmarks.harness import RESULTS, append, environment, interleave, matmul_rate, once, read_rate, say, summary
 from moe import Transformer
 from moe.cache import Cache
 from moe.checkpoint.config_json import render_config
@@ -287,11 +287,6 @@ def measure(name: str, dtype: str, sizes: Sizes) -> list[dict[str, Any]]:
     about = {"preset": name, "dtype": dtype, "matmul_flops": matmul, "read_bytes": read, **environment()}
     records = compare(Ours(model), peer(model, DTYPES[dtype]), ids, exact, sizes)
     return [{**about, "tokens": tokens[r["work"]], "limit_s": at_limit[r["work"]], **r} for r in records]
-
-
-def say(progress: str) -> None:
-    """Progress goes to stderr: a whole run takes minutes."""
-    print(progress, file=sys.stderr, flush=True)
 
 
 def show(records: list[dict[str, Any]]) -> None:

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -19,6 +20,10 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
+class BadInput(ValueError):
+    """The user's mistake, in one line."""
+
+
 def once(call: Callable[[], Any]) -> float:
     """Seconds of one call."""
     start = time.perf_counter()
@@ -26,7 +31,10 @@ def once(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def interleave(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+Timer = Callable[[Callable[[], Any]], float]
+
+
+def interleave(candidates: Mapping[str, Callable[[], Any]], rounds: int, timer: Timer = once) -> dict[str, list[float]]:
     """Seconds of each call, `rounds` for each candidate, in the order A B A B ...; one round before them is not kept.
 
     What else runs on the machine then slows all of them alike, which timing them one after the other would not give.
@@ -34,16 +42,16 @@ def interleave(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for i in range(rounds + 1):
         for name, call in candidates.items():
-            took = once(call)
+            took = timer(call)
             if i > 0:
                 seconds[name].append(took)
     return seconds
 
 
-def matmul_rate(dtype: torch.dtype, size: int) -> float:
+def matmul_rate(dtype: torch.dtype, size: int, device: str = "cpu", timer: Timer = once) -> float:
     """FLOP/s of the best of nine products x W^T as in a linear layer, x [size / 4, size] and W [size, size]."""
-    x, w = torch.randn(size // 4, size).to(dtype), torch.randn(size, size).to(dtype)
-    best = min(interleave({"": lambda: F.linear(x, w)}, rounds=9)[""])
+    x, w = torch.randn(size // 4, size, device=device).to(dtype), torch.randn(size, size, device=device).to(dtype)
+    best = min(interleave({"": lambda: F.linear(x, w)}, 9, timer)[""])
     return 2 * x.numel() * size / best
 
 
@@ -57,19 +65,30 @@ def read_rate(dtype: torch.dtype, bytes_: int) -> float:
     return w.numel() * dtype.itemsize / best
 
 
+def copy_rate(bytes_: int, device: str = "cpu", timer: Timer = once) -> float:
+    """Bytes/s, read and written ones counted, of the best of nine copies of a buffer."""
+    source = torch.ones(bytes_, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * bytes_ / min(interleave({"": lambda: target.copy_(source)}, 9, timer)[""])
+
+
 def environment() -> dict[str, Any]:
     """Where a figure comes from: commit, processor, versions, and how busy the machine was."""
     packages = ("torch", "transformers")
     return {
-        "commit": _commit(),
-        "device": f"{cpu_model()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "commit": commit(),
+        "device": cpu_name(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "load": round(os.getloadavg()[0], 2),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
 
-def _commit() -> str:
+def cpu_name() -> str:
+    return f"{cpu_model()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def commit() -> str:
     """The commit checked out, with a + where tracked files differ from it."""
 
     def git(*args: str) -> str:
@@ -91,3 +110,8 @@ def append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 def summary(seconds: list[float]) -> dict[str, float]:
     return {"median_s": median(seconds), "min_s": min(seconds), "rounds": len(seconds)}
+
+
+def say(progress: str) -> None:
+    """Progress goes to stderr: a whole run takes minutes."""
+    print(progress, file=sys.stderr, flush=True)

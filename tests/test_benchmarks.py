@@ -1,18 +1,27 @@
-"""The benchmarks run, and print no ratio for a wrong model."""
+"""The benchmarks run, and print no number for what is wrong."""
 
 import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
-from benchmarks import cpu
+from benchmarks import cpu, gate, jobs, layer, report, routings
 from benchmarks.__main__ import main
-from benchmarks.harness import interleave
+from benchmarks.harness import ROOT, interleave
+from benchmarks.limits import Ceilings, Phase, activated, work
+from benchmarks.peers import OURS, PEERS, LayerInputs, Peer, RouteInputs
+from benchmarks.shapes import SHAPES, Shape
 from moe import Transformer, preset
 from moe.counts import count_parameters
+from moe.ops import grouped_mm, moe_mlp
 
 SIZES = dataclasses.replace(cpu.SMALL, train=16, prefill=24, decode=3, rounds=1)
 
@@ -86,3 +95,419 @@ def test_interleaving_alternates_and_drops_the_first_round():
     seconds = interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3)
     assert calls == ["a", "b"] * 4
     assert [len(s) for s in seconds.values()] == [3, 3]
+
+
+# Sizes at which everything takes milliseconds, and an expert is left without tokens.
+LAYER = "24,32,16,8,2"
+
+
+def layer_run(*options: str) -> int:
+    return main(["layer", "--device", "cpu", "--seconds", "0", *options])
+
+
+def records_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("name", "milliseconds"),
+    [
+        ("deepseek_v3", (".235", "2.995", "7.54", "7.96", "29.2")),
+        ("deepseek_v2_lite", (".035", ".293", ".377", ".538", "4.31")),
+        ("qwen3_30b_a3b", (".025", ".260", ".411", ".537", "3.13")),
+        ("mixtral_8x7b", (".235", ".931", ".954", "3.65", "29.2")),
+        ("olmoe", (".034", ".237", ".278", ".522", "4.18")),
+    ],
+)
+def test_forward_limit_on_an_h100(name, milliseconds):
+    """A table that was worked out apart from this code: 790 TFLOP/s and 3.0 TB/s, bf16."""
+    shape, h100 = SHAPES[name], Ceilings(matmul=790e12, copy=3.0e12)
+    for tokens, printed in zip((1, 16, 256, 4096, 32768), milliseconds, strict=True):
+        seconds = work("forward", shape, tokens, activated(shape, tokens), itemsize=2).seconds(h100)
+        assert abs(seconds * 1e3 - float(printed)) <= 0.5001 * 10.0 ** -len(printed.partition(".")[2])
+
+
+def test_costs_by_hand():
+    shape, ones = Shape("tiny", d=3, n=5, experts=4, top_k=2), Ceilings(1.0, 1.0)
+    t, s, b, active = 7, 14, 2, 3.0
+    w, every = active * 3 * 3 * 5 * b, 4 * 3 * 3 * 5 * b
+    forward = w + 2 * t * 3 * b + 2 * s * 5 * b + 2 * s * 3 * b
+    backward = w + every + 4 * t * 3 * b + 2 * s * 3 * b + 10 * s * 5 * b
+    flops = s * 3 * 5
+    assert work("decode", shape, t, active, b).phases[0] == Phase(6 * flops, forward)
+    train = work("train", shape, t, active, b)
+    assert train.phases == (Phase(6 * flops, forward + 2 * s * 5 * b), Phase(12 * flops, backward))
+    assert train.seconds(ones) == max(train.phases[0].flops, train.phases[0].bytes) + max(12 * flops, backward)
+    rows = s * (3 + 10) * b
+    assert work("gemm", shape, t, active, b).phases == (Phase(4 * flops, active * 30 * b + rows),)
+    assert work("gemm_dw", shape, t, active, b).phases == (Phase(4 * flops, 4 * 30 * b + rows),)
+    assert work("route", shape, t, 0.0, 4).phases == (Phase(0.0, 7 * 4 * 4 + 14 * 12),)
+    assert activated(shape, 1) == pytest.approx(2) and activated(shape, 2) == pytest.approx(3)
+
+
+@pytest.mark.parametrize("routing", routings.NAMES)
+def test_routings_name_distinct_experts(routing):
+    found = routings.assign(routing, 4000, 32, 4, torch.Generator().manual_seed(3))
+    ids = found.expert_ids
+    assert ids.dtype == torch.int64 and ids.shape == (4000, 4) and ids.min() >= 0 and ids.max() < 32
+    ordered = ids.sort(dim=1).values
+    assert (ordered[:, 1:] > ordered[:, :-1]).all()
+    torch.testing.assert_close(found.weights.sum(dim=1), torch.ones(4000))
+    load = torch.bincount(ids.flatten(), minlength=32).sort(descending=True).values / 4000
+    if routing == "uniform":
+        assert load.max() < 0.16 and load.min() > 0.09
+    elif routing == "one-hot":
+        assert load.tolist() == [1.0] * 4 + [0.0] * 28
+    else:
+        assert load[0] > 0.6 and load[-1] < 0.06 and load[0] / load[7] > 3
+    again = routings.assign(routing, 4000, 32, 4, torch.Generator().manual_seed(3))
+    other = routings.assign(routing, 4000, 32, 4, torch.Generator().manual_seed(4))
+    assert torch.equal(again.expert_ids, ids) and not torch.equal(other.expert_ids, ids)
+
+
+def test_a_routing_file_is_taken_as_it_is(tmp_path):
+    ids = torch.randint(8, (40, 2), dtype=torch.int32)
+    weights = torch.rand(40, 2, dtype=torch.float64)
+    file = tmp_path / "routing.npz"
+    np.savez(file, expert_ids=ids.numpy(), weights=weights.numpy())
+    found = routings.assign(str(file), 10, 8, 2, torch.Generator())
+    assert found.expert_ids.tolist() == ids[:10].tolist()
+    torch.testing.assert_close(found.weights, weights[:10].float())
+    out = tmp_path / "out.jsonl"
+    options = ("--shape", LAYER, "--op", "forward", "decode", "--routing", str(file), "--peers", "loop")
+    assert layer_run(*options, "--json", str(out)) == 0
+    assert [(r["op"], r["tokens"]) for r in records_of(out) if r["ours"]] == [
+        ("forward", 40),
+        ("decode", 1),
+        ("decode", 4),
+        ("decode", 16),
+    ]
+    assert records_of(out)[0]["activated_experts"] == len(set(ids.flatten().tolist()))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "says"),
+    [
+        ({"ids": np.zeros((4, 2), int)}, "no array expert_ids, found ids"),
+        ({"expert_ids": np.zeros(4, int)}, "expert_ids: found shape (4,), expected [T, K]"),
+        ({"expert_ids": np.zeros((4, 3), int)}, "expert_ids: found shape (4, 3), expected [4 or more, 2]"),
+        ({"expert_ids": np.zeros((4, 2))}, "expert_ids: found float64, expected integers"),
+        ({"expert_ids": np.full((4, 2), 8)}, "expert_ids: found 8 to 8, expected 0 to 7"),
+        ({"expert_ids": np.full((4, 2), -1)}, "expert_ids: found -1 to -1, expected 0 to 7"),
+        ({"expert_ids": np.zeros((4, 2), int), "weights": np.zeros((4, 1))}, "weights: found shape (4, 1)"),
+        ({"expert_ids": np.zeros((4, 2), int), "weights": np.full((4, 2), np.nan)}, "weights: expected finite"),
+        ({"expert_ids": np.array([[None, 1]])}, "expert_ids: not readable"),
+    ],
+)
+def test_a_routing_file_that_does_not_fit(tmp_path, capsys, arrays, says):
+    file = tmp_path / "routing.npz"
+    np.savez(file, **arrays)
+    assert layer_run("--shape", LAYER, "--op", "forward", "--routing", str(file)) == 2
+    error = capsys.readouterr().err
+    assert says in error and str(file) in error and error.count("\n") == 1
+
+
+WRONG = """
+import torch
+from moe.ops import moe_mlp
+
+def right(i):
+    return moe_mlp(i.x, i.gate_up, i.down, i.weights, i.expert_ids)
+
+def zeros(i):
+    return right(i) * 0
+
+def one_zeroed_row(i):
+    mask = torch.ones_like(i.x[:, :1])
+    mask[5] = 0
+    return right(i) * mask
+
+def one_flipped_row(i):
+    mask = torch.ones_like(i.x[:, :1])
+    mask[-1] = -1
+    return right(i) * mask
+
+def scaled(i):
+    return right(i) * 1.02
+
+def not_a_number(i):
+    return right(i).log()
+
+def wrong_shape(i):
+    return right(i)[:-1]
+
+def fails(i):
+    raise RuntimeError("of its own")
+
+def right_forward_only(i):
+    y = right(i)
+    return y + (y * 0.02 - (y * 0.02).detach())
+"""
+
+
+@pytest.fixture
+def peer_file(tmp_path) -> Path:
+    file = tmp_path / "mine.py"
+    file.write_text(WRONG)
+    return file
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_wrong_peer_gets_no_number(peer_file, tmp_path, capsys, dtype):
+    names = ["zeros", "one_zeroed_row", "one_flipped_row", "scaled", "not_a_number", "wrong_shape", "fails"]
+    out = tmp_path / "out.jsonl"
+    options = [part for name in ["right", *names] for part in ("--peer", f"{peer_file}:{name}")]
+    shape = "24,128,64,8,2"
+    assert layer_run("--shape", shape, "--op", "forward", "--dtype", dtype, *options, "--json", str(out)) == 0
+    by_name = {r["candidate"].rpartition(":")[2]: r for r in records_of(out)}
+    assert by_name["right"]["status"] == "right" and by_name["right"]["share"] > 0
+    shown = capsys.readouterr().out
+    for name in names:
+        assert by_name[name]["status"] == ("failed" if name == "fails" else "wrong"), name
+        assert not {"eager", "graph", "tflops", "share"} & set(by_name[name])
+    assert "is failed: RuntimeError: of its own" in shown and "in the worst row 1.0e+00" in shown
+
+
+def test_one_wrong_row_of_many_is_seen():
+    """The error of the whole is too small to show it."""
+    values = torch.randn(10_000, 16, dtype=torch.float64)
+    every = torch.ones(10_000, dtype=torch.bool)
+    exact = gate.Exact((10_000, 16), torch.arange(10_000), values, every, inner=64, independent=16)
+    assert gate.judge(values.bfloat16(), exact, torch.bfloat16).right
+    for factor in (0, -1, 0.8):
+        found = values.bfloat16()
+        found[77] *= factor
+        verdict = gate.judge(found, exact, torch.bfloat16)
+        assert not verdict.right and verdict.error < 2 * verdict.limit and verdict.row_error > verdict.row_limit
+
+
+def test_wrong_gradients_get_no_number(peer_file, tmp_path):
+    out = tmp_path / "out.jsonl"
+    options = ("--peer", f"{peer_file}:right_forward_only", "--peers", "torch", "--json", str(out))
+    assert layer_run("--shape", LAYER, "--op", "train", "forward", *options) == 0
+    status = {(r["op"], r["candidate"].rpartition(":")[2]): r["status"] for r in records_of(out)}
+    assert status.pop(("train", "right_forward_only")) == "wrong"
+    assert set(status.values()) == {"right"}
+    train = next(r for r in records_of(out) if r["ours"])
+    assert set(train["errors"]) == {"y", "dx", "dgate_up", "ddown", "dweights"}
+
+
+@pytest.mark.parametrize("op", ["gemm", "gemm_dx", "gemm_dw"])
+@pytest.mark.parametrize("budget", [0.0, 1e12])
+def test_products_are_judged_in_every_form(op, budget):
+    """Whole, and as a sample of rows or experts when all would be too much."""
+    shape = Shape("", 32, 16, 64, 2)
+    products: list[Any] = []
+    peer = dataclasses.replace(OURS, gemm=lambda inputs: products.append(inputs) or (lambda: None))
+    jobs.prepare(jobs.Entry(op, shape, 100, "zipf", "fp32"), "cpu", 0).build(peer)
+    inputs = products[0]
+    exact = gate.gemm(inputs, budget)["out"]
+    assert (exact.index.numel() == exact.shape[0]) == (budget > 0)
+    right = grouped_mm(inputs.a, inputs.b, inputs.offs)
+    assert gate.judge(right, exact, torch.float32).right
+    assert not gate.judge(right * 1.02, exact, torch.float32).right
+    reached = right.flatten(1).any(dim=1).nonzero().flatten().tolist()
+    sampled = set(exact.index.tolist())
+    for row in {next(i for i in reached if i in sampled), *(i for i in reached if i not in sampled)}:
+        spoiled = right.clone()
+        spoiled[row] = 0
+        assert not gate.judge(spoiled, exact, torch.float32).right
+    right[reached[-1]] = torch.nan
+    assert not gate.judge(right, exact, torch.float32).right
+
+
+def test_a_sample_of_the_layer_sees_what_the_whole_sees():
+    shape = Shape("", 32, 16, 8, 2)
+    made: list[Any] = []
+    peer = dataclasses.replace(OURS, layer=lambda inputs: made.append(inputs) or (lambda: inputs.x))
+    jobs.prepare(jobs.Entry("train", shape, 90, "zipf", "fp32"), "cpu", 0).build(peer)
+    sampled, whole = gate.layer(made[0], 0.0), gate.layer(made[0], 1e12)
+    for name, part in sampled.items():
+        assert 0 < part.index.numel() < whole[name].index.numel() == part.shape[0]
+        torch.testing.assert_close(part.values, whole[name].values[part.index])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "right"),
+    [
+        (lambda w, i: (w, i), True),
+        (lambda w, i: (w.flip(1), i.flip(1)), True),
+        (lambda w, i: (w * 1.02, i), False),
+        (lambda w, i: (w.flip(1), i), False),
+        (lambda w, i: (w, i[:, :1].expand_as(i)), False),
+        (lambda w, i: (w, i + 16), False),
+        (lambda w, i: (w * 0 + 1 / 3, i * 0 + torch.arange(3)), False),
+    ],
+)
+def test_routes_are_judged_by_the_scores_they_select(spoil, right):
+    inputs = RouteInputs(torch.randn(50, 16, generator=torch.Generator().manual_seed(0)), 3)
+    assert OURS.route is not None
+    assert gate.judge_route(spoil(*OURS.route(inputs)()), inputs).right == right
+
+
+def test_a_route_to_worse_experts_is_wrong():
+    inputs = RouteInputs(torch.randn(50, 16, generator=torch.Generator().manual_seed(0)), 3)
+    ordered = inputs.logits.softmax(dim=1).sort(dim=1, descending=True)
+    for selected, right in (([0, 1, 2], True), ([2, 0, 1], True), ([0, 1, 3], False), ([13, 14, 15], False)):
+        weights, ids = ordered.values[:, selected], ordered.indices[:, selected]
+        assert gate.judge_route((weights / weights.sum(dim=1, keepdim=True), ids), inputs).right == right
+
+
+def test_layer_records(tmp_path, capsys):
+    out, png = tmp_path / "new" / "out.jsonl", tmp_path / "out.png"
+    options = ("--shape", LAYER, "--tokens", "9", "--peers", "dense", "loop", "torch", "transformers-eager")
+    assert layer_run(*options, "--json", str(out), "--plot", str(png), "--profile") == 0
+    records = records_of(out)
+    assert {r["op"] for r in records} == set(jobs.OPS)
+    assert len({r["run"] for r in records}) == 1
+    for r in records:
+        assert r["status"] == ("not the same work" if r["candidate"] == "dense" else "right"), r["reason"]
+        assert r["commit"] and r["device"] and r["versions"]["torch"] == torch.__version__
+        assert (r["tokens"], r["d"], r["n"], r["experts"], r["top_k"]) == (9, 32, 16, 8, 2)
+        assert r["eager"]["rounds"] >= 5 and 0 < r["eager"]["min_s"] <= r["eager"]["median_s"]
+        assert r["graph"] is None and r["peak_bytes"] is None
+        assert r["share"] == r["limit_s"] / r["eager"]["median_s"]
+        assert r["limit_s"] > 0 and r["flops"] / r["matmul_flops"] <= r["limit_s"] * 1.0001
+    assert png.read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert "% of limit" in shown and "profile of moesmith" in shown and "absent" not in shown
+
+
+def test_every_shape_of_the_registry_runs_small(tmp_path):
+    out = tmp_path / "out.jsonl"
+    assert layer_run("--op", "forward", "--peers", "--json", str(out)) == 0
+    records = records_of(out)
+    assert [r["shape"] for r in records] == list(SHAPES)
+    assert all((r["experts"], r["top_k"]) == SHAPES[r["shape"]].sizes[2:] and r["d"] <= 112 for r in records)
+
+
+def test_compare(tmp_path, capsys, peer_file):
+    out = tmp_path / "old.jsonl"
+    options = ("--shape", LAYER, "--op", "forward", "--peers", "loop")
+    assert layer_run(*options, "--json", str(out)) == 0
+    record = records_of(out)[0]
+
+    def against(times: float, *more: str) -> int:
+        changed = {**record, "eager": {**record["eager"], "median_s": record["eager"]["median_s"] * times}}
+        out.write_text(json.dumps(changed) + "\n")
+        return layer_run(*options, "--compare", str(out), *more)
+
+    assert against(1000) == 0
+    assert against(0.001) == 1
+    assert "slower" in capsys.readouterr().out
+    assert against(0.001, "--tolerance", "1e9") == 0
+    assert against(1, "--tokens", "5") == 2
+    assert "nothing that was measured now" in capsys.readouterr().err
+    wrong = {**record, "status": "wrong", "reason": "y: of the test"}
+    assert report.compare([wrong], [record], tolerance=0.1)
+    assert not report.compare([{**wrong, "ours": False}], [record], tolerance=0.1)
+    for text in ("", "{", "[]\n", '{"op": "forward"}\n'):
+        out.write_text(text)
+        assert layer_run(*options, "--compare", str(out)) == 2
+    assert layer_run(*options, "--compare", str(tmp_path / "none.jsonl")) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_ours_wrong_is_status_1(monkeypatch, capsys):
+    def doubled(inputs: LayerInputs) -> Any:
+        return lambda: 2 * moe_mlp(inputs.x, inputs.gate_up, inputs.down, inputs.weights, inputs.expert_ids)
+
+    assert OURS.layer is not None
+    monkeypatch.setitem(OURS.__dict__, "layer", doubled)
+    assert layer_run("--shape", LAYER, "--op", "forward", "--peers", "loop") == 1
+    assert "moesmith is wrong" in capsys.readouterr().out
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path, capsys):
+    peer, out = tmp_path / "stops.py", tmp_path / "out.jsonl"
+    peer.write_text(
+        "def stop(inputs):\n    if inputs.x.shape[0] == 7:\n        raise KeyboardInterrupt\n    return inputs.x\n"
+    )
+    options = ("--shape", LAYER, "--op", "forward", "--tokens", "5", "7", "9", "--peers", "--json", str(out))
+    assert layer_run(*options, "--peer", f"{peer}:stop") == 130
+    assert {r["tokens"] for r in records_of(out)} == {5}
+    shown = capsys.readouterr()
+    assert "T 5, d 32" in shown.out and "interrupted: 1 of 3 measured" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--shape", "olmo"], "--shape olmo: expected T,d,n,E,K or one of deepseek_v3"),
+        (["--shape", "1,2,3,4,x"], "expected five integers"),
+        (["--shape", "1,2,3,4,0"], "expected positive sizes"),
+        (["--shape", "1,2,3,4,5"], "5 experts for each token, of 4"),
+        (["--peers", "cublas"], "--peers cublas: expected some of dense"),
+        (["--tokens", "0"], "'0' is not a positive integer"),
+        (["--seconds", "-1"], "'-1' is not a number of seconds"),
+        (["--op", "fly"], "invalid choice: 'fly'"),
+        (["--routing", "zipff"], "--routing zipff: no such file; expected uniform, zipf, one-hot or"),
+        (["--plot", "out.jpg"], "--plot out.jpg: expected a name that ends in .png"),
+        (["--plot", "no/such/out.png"], "no folder no/such"),
+        (["--json", "/proc/none.jsonl"], "--json /proc/none.jsonl:"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, options, says):
+    try:
+        status: Any = layer_run(*options)
+    except SystemExit as stop:
+        status = stop.code
+    shown = capsys.readouterr()
+    assert status == 2 and says in shown.err and shown.err.count("\n") == 1 and not shown.out
+
+
+def test_a_peer_that_cannot_be_loaded_is_absent(tmp_path, peer_file, capsys):
+    broken = tmp_path / "broken.py"
+    broken.write_text("1 / 0\n")
+    specs = {
+        f"{peer_file}:nothing": f"{peer_file} has no function nothing",
+        f"{tmp_path}/none.py:f": f"no file {tmp_path}/none.py",
+        f"{broken}:f": "ZeroDivisionError: division by zero",
+        "nonsense": "expected FILE.py:FUNCTION",
+    }
+    options = [part for spec in specs for part in ("--peer", spec)]
+    assert layer_run("--shape", LAYER, "--op", "forward", "--peers", *options) == 0
+    shown = capsys.readouterr()
+    for spec, reason in specs.items():
+        assert any(spec in line and reason in line for line in shown.err.splitlines())
+        assert f"absent: {spec}" in shown.out
+
+
+def test_list_tells_what_is_here_and_what_is_not(capsys, monkeypatch):
+    monkeypatch.setattr(
+        layer, "PEERS", (*PEERS, Peer("elsewhere", needs="nowhere_at_all"), Peer("gpu", cuda_only=True))
+    )
+    assert layer_run("--list") == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in (*SHAPES, *jobs.OPS)) and "present: torch (" in shown
+    assert "absent: elsewhere (ModuleNotFoundError: No module named 'nowhere_at_all')" in shown
+    assert "absent: gpu (needs CUDA)" in shown
+
+
+def test_benchmarks_need_neither_tyro_nor_transformers_nor_matplotlib():
+    refuse = (
+        "import sys\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('tyro', 'transformers', 'matplotlib', 'triton', 'tokenizers'):\n"
+        "            raise ImportError('refused ' + name)\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+        "from benchmarks.__main__ import main\n"
+        f"assert main(['layer', '--device', 'cpu', '--shape', '{LAYER}', '--seconds', '0', '--op', 'train']) == 0\n"
+        "assert main(['layer', '--plot', 'out.png']) == 2\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", refuse], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "absent: transformers-eager (ImportError: refused transformers)" in done.stdout
+    assert "--plot: refused matplotlib; pip install matplotlib" in done.stderr
+
+
+def test_help_shows_the_way_in(capsys):
+    assert main([]) == 2
+    assert "python -m benchmarks layer --small" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["layer", "--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0 and all(f"  {op} " in shown for op in jobs.OPS if not op.startswith("gemm_"))

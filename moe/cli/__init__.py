@@ -13,8 +13,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-import tyro
-
 from moe import __version__
 from moe.errors import CheckpointError, ConfigError, ParallelError
 
@@ -42,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
             return _fail(f"no command {name!r}; {hint}")
         else:
+            import tyro  # here, so that what imports a page of this package need not have it
+
             command = importlib.import_module(f"moe.cli.{name}")
             status = command.run(tyro.cli(command.Args, prog=f"moesmith {name}", args=rest))
             sys.stdout.flush()  # here, where a reader that went away is expected

@@ -1,0 +1,398 @@
+"""One MoE layer and its operations beside peers, for any shape, routing and device.
+
+Operations:
+  route    softmax, top-k, normalised weights, of logits in float32
+  gemm     the up-projection of rows in expert order; gemm_dx, gemm_dw: the products of its backward pass
+  forward  the expert MLP from x, ids and weights to y, with everything that follows from the ids; no gradients
+  train    the same, and the gradients of x, gate_up, down and the routing weights
+  decode   forward of 1, 4, 16 and 64 tokens (small: 1 and 4)
+
+Inputs are normal random numbers, the candidates take turns in one process, and times are medians; on a GPU by events
+with a cold cache, eagerly and, where a CUDA graph can be captured, as its replay. A candidate gets no number unless its
+result is right (benchmarks/gate.py). The limit beside each number (benchmarks/limits.py) uses the rates of a large
+matrix product and of a large copy, measured in the same run.
+
+Without a GPU, or with --small, the registry's shapes keep their experts and shrink in d, n and T; one that is given as
+numbers stays as it is.
+
+Exit status: 0; 1 if ours is wrong, fails, or is slower than --compare allows; 2 for bad input; 130 after Ctrl-C.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import math
+import os
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import cuda, report
+from benchmarks.harness import (
+    RESULTS,
+    BadInput,
+    Timer,
+    append,
+    commit,
+    copy_rate,
+    cpu_name,
+    interleave,
+    matmul_rate,
+    once,
+    say,
+    summary,
+)
+from benchmarks.jobs import DTYPES, OPS, Entry, Job, able, prepare
+from benchmarks.limits import Ceilings
+from benchmarks.peers import DESCRIPTIONS, OURS, PEERS, Peer, load_peer, one_line
+from benchmarks.routings import NAMES, assign, tokens_in
+from benchmarks.shapes import SHAPES, Shape, parse_shape, small
+
+PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "scattermoe", "sonic-moe", "moe-ops", "vllm")
+ROUNDS = range(5, 201)  # how often a candidate is timed, whatever the budget says
+
+
+@dataclass(frozen=True)
+class Run:
+    """What holds for all entries of a run; `about` stands in every record."""
+
+    device: str
+    seconds: float
+    seed: int
+    timer: Timer
+    peers: tuple[Peer, ...]
+    ceilings: dict[str, Ceilings]
+    about: dict[str, Any]
+
+
+@dataclass
+class Candidate:
+    """A peer at work on one entry. `fault` is why it has no number, `no_graph` why none for a graph."""
+
+    peer: Peer
+    call: Callable[[], Any] = lambda: None
+    status: str = "right"
+    fault: str = ""
+    errors: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    peak_bytes: int | None = None
+    replay: Callable[[], Any] | None = None
+    no_graph: str = ""
+
+    def failed(self, status: str, fault: str) -> None:
+        self.status, self.fault = status, fault
+
+
+def measure(entry: Entry, run: Run) -> list[dict[str, Any]]:
+    """A record for each candidate, those that are right with their times."""
+    job = prepare(entry, run.device, run.seed)
+    with torch.set_grad_enabled(entry.op == "train"):
+        pool = torch.cuda.graph_pool_handle() if run.device == "cuda" else None
+        candidates = [_try(peer, job, pool) for peer in run.peers if able(peer, entry.op)]
+        times = _time([c for c in candidates if not c.fault], run)
+    limit = job.work.seconds(run.ceilings[entry.dtype])
+    d, n, experts, top_k = entry.shape.sizes
+    about = {
+        **run.about,
+        "op": entry.op,
+        "shape": entry.shape.name,
+        "tokens": entry.tokens,
+        "d": d,
+        "n": n,
+        "experts": experts,
+        "top_k": top_k,
+        "routing": entry.routing,
+        "activated_experts": job.active,
+        "dtype": entry.dtype,
+        "seed": run.seed,
+        "matmul_flops": run.ceilings[entry.dtype].matmul,
+        "copy_bytes": run.ceilings[entry.dtype].copy,
+        "flops": job.work.flops,
+        "bytes": job.work.bytes,
+        "limit_s": limit,
+    }
+    records = []
+    for c in candidates:
+        record = {**about, "candidate": c.peer.name, "ours": c.peer.ours, "status": c.status}
+        record |= {"reason": c.fault or None, "errors": c.errors, "peak_bytes": c.peak_bytes}
+        if c.peer.name in times:
+            record |= times[c.peer.name]
+            best = min(record[mode]["median_s"] for mode in ("eager", "graph") if record[mode])
+            record |= {"tflops": job.work.flops / best / 1e12, "gbytes": job.work.bytes / best / 1e9}
+            record |= {"share": limit / best, "no_graph": c.no_graph or None}
+        records.append(record)
+    return records
+
+
+def _try(peer: Peer, job: Job, pool: Any) -> Candidate:
+    """Builds, runs and judges one candidate; with a memory pool for graphs, on a GPU, captures it as well."""
+    candidate = Candidate(peer)
+    try:
+        candidate.call = job.build(peer)
+        if pool is not None:
+            cuda.poison(int(job.work.bytes))
+        result = candidate.call()
+        _judge(candidate, result, job)
+        del result
+        if not candidate.fault and pool is not None:
+            candidate.peak_bytes = cuda.peak_bytes(candidate.call)
+            _capture(candidate, job, pool)
+    except Exception as error:  # peers fail in ways of their own, which is no reason to stop
+        candidate.failed("failed", f"{type(error).__name__}: {one_line(error)}")
+    return candidate
+
+
+def _judge(candidate: Candidate, result: Any, job: Job) -> None:
+    if not candidate.peer.same_work:
+        candidate.status = "not the same work"
+        return
+    verdicts = job.judge(result)
+    # JSON has no infinity.
+    largest = sys.float_info.max
+    candidate.errors = {
+        name: {
+            "whole": min(v.error, largest),
+            "row": min(v.row_error, largest),
+            "limit": v.limit,
+            "row_limit": v.row_limit,
+        }
+        for name, v in verdicts.items()
+    }
+    faults = [f"{name}: {verdict}" for name, verdict in verdicts.items() if not verdict.right]
+    if faults:
+        candidate.failed("wrong", "; ".join(faults))
+
+
+def _capture(candidate: Candidate, job: Job, pool: Any) -> None:
+    """What a replay writes is judged as well: a graph misses what a call did on the host."""
+    try:
+        captured = cuda.capture(candidate.call, pool)
+    except cuda.NotCapturable as error:
+        candidate.no_graph = one_line(error)
+        return
+    _judge(candidate, captured.result, job)
+    if candidate.fault:
+        candidate.fault = f"as a CUDA graph: {candidate.fault}"
+    candidate.replay = captured.replay
+
+
+def _time(candidates: list[Candidate], run: Run) -> dict[str, dict[str, Any]]:
+    """Eager and graph times of each, all of them taking turns, `seconds` for each on average."""
+    calls: dict[str, Callable[[], Any]] = {}
+    for c in candidates:
+        calls[f"eager {c.peer.name}"] = c.call
+        if c.replay:
+            calls[f"graph {c.peer.name}"] = c.replay
+    if not calls:
+        return {}
+    one_round = sum(run.timer(call) for call in calls.values())
+    rounds = math.ceil(run.seconds * len(calls) / one_round)
+    seconds = interleave(calls, max(ROUNDS.start, min(rounds, ROUNDS[-1])), run.timer)
+    times = {key: summary(found) for key, found in seconds.items()}
+    return {c.peer.name: {mode: times.get(f"{mode} {c.peer.name}") for mode in ("eager", "graph")} for c in candidates}
+
+
+def entries(args: argparse.Namespace, shapes: list[Shape]) -> Iterator[Entry]:
+    for shape in shapes:
+        for op in args.op:
+            routings, dtypes = (["-"], ["fp32"]) if op == "route" else (args.routing, args.dtype)
+            for routing in routings:
+                for tokens in _tokens(args, shape, op, routing):
+                    for dtype in dtypes:
+                        yield Entry(op, shape, tokens, routing, dtype)
+
+
+def _tokens(args: argparse.Namespace, shape: Shape, op: str, routing: str) -> tuple[int, ...]:
+    if args.tokens:
+        return tuple(args.tokens)
+    own = shape.decode_tokens if op == "decode" else shape.tokens
+    if routing in NAMES or routing == "-":
+        return own
+    routed = tokens_in(Path(routing))
+    return tuple(tokens for tokens in own if tokens <= routed) if op == "decode" else (routed,)
+
+
+def profile(entry: Entry, run: Run) -> list[report.Kernel]:
+    """Where ours spends its time: kernels on a GPU, operators on a CPU."""
+    job = prepare(entry, run.device, run.seed)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if run.device == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    repeats = 5
+    with torch.set_grad_enabled(entry.op == "train"):
+        call = job.build(OURS)
+        call()
+        with torch.profiler.profile(activities=activities, acc_events=True) as recorded:
+            for _ in range(repeats):
+                call()
+            if run.device == "cuda":
+                torch.cuda.synchronize()
+    kernels = []
+    for event in recorded.key_averages():
+        on_device = event.device_type.name == "CUDA"
+        if on_device == (run.device == "cuda"):
+            microseconds = event.self_device_time_total if on_device else event.self_cpu_time_total
+            kernels.append(report.Kernel(event.key, event.count / repeats, microseconds / repeats / 1e6))
+    return kernels
+
+
+def about(device: str) -> dict[str, Any]:
+    name, driver = cpu_name(), None
+    if device == "cuda":
+        name, driver = torch.cuda.get_device_properties(torch.cuda.current_device()).name, cuda.driver()
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "run": uuid.uuid4().hex[:12],
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": commit(),
+        "device": name,
+        "driver": driver,
+        "versions": versions,
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+def ceilings(dtypes: set[str], device: str, timer: Timer, reduced: bool) -> dict[str, Ceilings]:
+    size, bytes_ = (16384, 2**32) if device == "cuda" else (512, 2**24) if reduced else (2048, 2**28)
+    copy = copy_rate(bytes_, device, timer)
+    return {name: Ceilings(matmul_rate(DTYPES[name], size, device, timer), copy) for name in sorted(dtypes)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--list", action="store_true", help="print shapes, operations and peers, and which of them are here")
+    add("--op", nargs="+", choices=OPS, default=list(OPS), help="default: all")
+    add("--shape", nargs="+", metavar="NAME|T,d,n,E,K", help="default: all of the registry")
+    add("--tokens", nargs="+", type=_positive, metavar="T", help="instead of the shapes' own token counts")
+    add("--routing", nargs="+", default=["uniform"], metavar="|".join((*NAMES, "FILE.npz")), help="default: uniform")
+    add("--dtype", nargs="+", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU; route is always fp32")
+    add("--peers", nargs="*", metavar="NAME", help="only these (none: ours alone); default: all that are here")
+    add("--peer", action="append", default=[], metavar="FILE.py:FUNCTION", help="your own: LayerInputs -> y")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    add("--small", action="store_true", help="small shapes, to see that it works; on a CPU they always are")
+    add("--seconds", type=_seconds, help="time for each candidate's repetitions; default: 0.5, small: 0.01")
+    add("--seed", type=int, default=0, help="of all inputs")
+    add("--json", nargs="?", type=Path, const=RESULTS / "layer.jsonl", help="append a line a measurement to this file")
+    add("--compare", type=Path, metavar="OLD.jsonl", help="exit with 1 if ours got slower or wrong")
+    add("--tolerance", type=float, default=0.1, help="what --compare takes for noise; default: 0.1")
+    add("--plot", type=Path, metavar="FILE.png", help="shares of the limit as bars")
+    add("--profile", action="store_true", help="which kernels our time goes to")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return value
+
+
+def _check_json(file: Path) -> None:
+    try:
+        append(file, [])
+    except OSError as error:
+        raise BadInput(f"--json {file}: {error.strerror}") from None
+
+
+def select(names: list[str] | None) -> list[Peer]:
+    """Ours, and the peers of these names. Raises BadInput."""
+    known = {peer.name: peer for peer in PEERS}
+    for name in names or ():
+        if name not in known:
+            raise BadInput(f"--peers {name}: expected some of {', '.join(known)}")
+    return [OURS, *(peer for peer in PEERS if names is None or peer.name in names)]
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        return _run(args)
+    except BadInput as error:
+        say(f"benchmarks layer: {error}")
+        return 2
+
+
+def _run(args: argparse.Namespace) -> int:
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: this torch finds no GPU")
+    peers, absent = [], {}
+    for peer in select(args.peers):
+        reason = peer.absent(device)
+        if reason:
+            absent[peer.name] = reason
+        else:
+            peers.append(peer)
+    for spec in args.peer:
+        try:
+            peers.append(load_peer(spec))
+        except BadInput as error:
+            absent[spec] = str(error)
+            say(f"benchmarks layer: {error}")
+    if args.list:
+        report.show_list(SHAPES.values(), OPS, {p.name: DESCRIPTIONS.get(p.name, "yours") for p in peers}, absent)
+        return 0
+    reduced = args.small or device == "cpu"
+    shapes = [parse_shape(text) for text in args.shape or SHAPES]
+    shapes = [small(s) if s.name in SHAPES and reduced else s for s in shapes]
+    args.dtype = args.dtype or ["bf16" if device == "cuda" else "fp32"]
+    old = report.read(args.compare) if args.compare else []
+    if args.plot:
+        report.check_plot(args.plot)
+    if args.json:
+        _check_json(args.json)
+    todo = list(entries(args, shapes))
+    for entry in todo:
+        if entry.routing not in (*NAMES, "-"):  # a file that does not fit is said before anything is timed
+            assign(entry.routing, entry.tokens, entry.shape.experts, entry.shape.top_k, torch.Generator())
+    seconds = args.seconds if args.seconds is not None else 0.01 if reduced else 0.5
+    timer = cuda.timer() if device == "cuda" else once
+    found = ceilings({entry.dtype for entry in todo}, device, timer, reduced)
+    this = Run(device, seconds, args.seed, timer, tuple(peers), found, about(device))
+    records: list[dict[str, Any]] = []
+    report.show_run(this.about, found)
+    status = done = 0
+    try:
+        for number, entry in enumerate(todo, 1):
+            say(f"{number} of {len(todo)}: {entry}")
+            try:
+                new = measure(entry, this)
+            except torch.OutOfMemoryError:
+                say(f"{entry}: not enough memory for the inputs and the float64 reference")
+                continue
+            records, done = records + new, number
+            report.show(str(entry), new)
+            if args.json:
+                append(args.json, new)
+            if args.profile and new[0]["status"] == "right":
+                report.show_profile(profile(entry, this))
+            if device == "cuda":
+                torch.cuda.empty_cache()
+    except KeyboardInterrupt:
+        say(f"interrupted: {done} of {len(todo)} measured")
+        status = 130
+    report.show_absent(absent)
+    if args.plot and records:
+        report.plot(args.plot, records)
+    if status:
+        return status
+    bad = any(r["ours"] and r["status"] in ("wrong", "failed") for r in records)
+    worse = report.compare(records, old, args.tolerance) if args.compare else False
+    return 1 if bad or worse else 0
