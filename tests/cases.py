@@ -45,6 +45,7 @@ class Case:
     experts: int
     top_k: int
     spread: Spread = "random"
+    counts: tuple[int, ...] = ()  # tokens of each expert, instead of a spread; top_k is then 1
 
     def __str__(self) -> str:
         return self.name
@@ -53,6 +54,9 @@ class Case:
         return torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
 
     def expert_ids(self) -> Tensor:
+        if self.counts:
+            ids = torch.arange(self.experts).repeat_interleave(torch.tensor(self.counts))
+            return ids[torch.randperm(self.tokens, generator=self.generator())][:, None]
         scores = torch.rand(self.tokens, self.experts, generator=self.generator())
         if self.spread == "gaps":  # nobody goes to the first, a middle and the last expert
             scores[:, [0, self.experts // 2, -1]] = -1
@@ -89,6 +93,12 @@ class Case:
         ).to(dtype)
 
 
+def tile_case(width: int, hidden: int, *counts: int) -> Case:
+    """Groups of given sizes, for what stands at the edges of a kernel's tiles."""
+    name = "x".join(map(str, (width, hidden))) + "_rows_" + "_".join(map(str, counts))
+    return Case(name, sum(counts), width, hidden, len(counts), 1, counts=counts)
+
+
 CASES = (
     Case("ragged", 61, 24, 40, 8, 3),
     Case("empty_experts", 37, 24, 40, 7, 2, "gaps"),
@@ -105,10 +115,19 @@ CASES = (
     Case("repeated", 21, 16, 24, 6, 2, "repeated"),
     Case("narrow", 40, 2, 1, 3, 2),
     Case("many_experts", 96, 72, 56, 64, 6),
+    # Kernels take 16, 64 or 128 rows, 32 to 256 columns and 32 to 128 of the inner dimension at a time.
+    tile_case(127, 33, 15, 0, 16, 17, 1),
+    tile_case(129, 31, 17, 31, 0, 15),
+    tile_case(128, 32, 16, 15, 17),
+    tile_case(65, 63, 63, 65, 0, 64),
+    tile_case(128, 64, 64, 63, 65),
+    tile_case(127, 129, 127, 0, 129, 128),
+    tile_case(257, 65, 129, 127),
+    tile_case(256, 128, 128, 129),
 )
 BY_NAME = {case.name: case for case in CASES}
 
-Logits = Literal["normal", "tied", "coarse", "nan_row", "nan_some", "minus_inf", "huge"]
+Logits = Literal["normal", "tied", "coarse", "nan_row", "nan_some", "nan_last", "minus_inf", "huge"]
 Bias = Literal["none", "negative", "huge", "tied", "mixed", "minus_inf"]
 
 
@@ -148,6 +167,8 @@ class RoutingCase:
         if self.logits == "nan_some":
             logits[torch.rand(logits.shape, generator=g) < 0.7] = torch.nan
             logits[:, ::2].neg_()  # NaNs of both signs
+        if self.logits == "nan_last":
+            logits[:, -1] = torch.nan
         if self.logits == "minus_inf":
             logits[torch.rand(logits.shape, generator=g) < 0.8] = -torch.inf
         if self.logits == "huge":
@@ -196,4 +217,6 @@ ROUTING_CASES = (
     RoutingCase("one_expert", experts=1, top_k=1),
     RoutingCase("groups_of_one", experts=8, top_k=3, n_group=8, topk_group=5, bias="mixed"),
     RoutingCase("whole_groups", experts=12, top_k=6, n_group=4, topk_group=2, bias="negative"),
+    # The last candidate is a NaN with the last index: it still comes before the experts of other groups.
+    RoutingCase("whole_groups_nan", experts=12, top_k=6, n_group=4, topk_group=2, logits="nan_last"),
 )

@@ -62,13 +62,13 @@ def samples(case: Case, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
             (leaves.down, leaves.gate_up[:, : case.hidden].detach().requires_grad_(), None),
         ],
         "moe_mlp_forward": [
-            (*mlp_leaves, None, None, None, 1.0, True),
-            (*mlp_leaves, leaves.gate_up_bias, leaves.down_bias, 0.5, 1.702, True),
-            (*mlp_plain, *biases, None, 1.0, False),
+            (*mlp_leaves, None, None, None, 1.0, True, "auto"),
+            (*mlp_leaves, leaves.gate_up_bias, leaves.down_bias, 0.5, 1.702, True, "auto"),
+            (*mlp_plain, *biases, None, 1.0, False, "auto"),
         ],
         "moe_mlp_backward": [
-            (plain.x, *mlp_plain, *biases, pre, None, 1.0, [True] * 6),
-            (plain.x, *mlp_plain, None, None, pre, 0.5, 1.0, [False, True, False, True, False, False]),
+            (plain.x, *mlp_plain, *biases, pre, None, 1.0, [True] * 6, "auto"),
+            (plain.x, *mlp_plain, None, None, pre, 0.5, 1.0, [False, True, False, True, False, False], "auto"),
         ],
     }
 
@@ -238,7 +238,7 @@ def test_a_weight_of_a_slot_that_is_not_here_is_not_read(name: str) -> None:
 
 def test_rows_of_no_expert_are_zero_in_what_is_saved() -> None:
     i = BY_NAME["absent"].inputs(torch.float32)
-    args = (i.x, i.gate_up, i.down, i.weights, i.expert_ids, None, None, None, 1.0, True)
+    args = (i.x, i.gate_up, i.down, i.weights, i.expert_ids, None, None, None, 1.0, True, "auto")
     _, pre = torch.ops.moesmith.moe_mlp_forward(*args)
     here = int((i.expert_ids >= 0).sum())
     assert (pre[here:] == 0).all() and (pre[:here] != 0).all()
@@ -317,7 +317,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "mixed dtypes": (changed(down=GOOD.down.double()), TypeError, "down: expected torch.float32 as x has"),
     "integers": (changed(x=GOOD.x.long()), TypeError, "x: expected float32, float64, bfloat16 or float16"),
     "bias of other shape": (changed(down_bias=GOOD.gate_up_bias), ValueError, r"down_bias: expected \[8, 24\]"),
-    "unknown tier": (lambda: mlp(GOOD, tier="fast"), ValueError, "tier = 'fast': expected 'auto' or 'reference'"),
+    "unknown tier": (
+        lambda: mlp(GOOD, tier="fast"),
+        ValueError,
+        "tier = 'fast': expected 'auto', 'triton' or 'reference'",
+    ),
     "negative limit": (lambda: mlp(GOOD, swiglu_limit=-1.0), ValueError, "limit = -1.0: expected a positive number"),
     "NaN limit": (lambda: ops.swiglu(GOOD.x, float("nan")), ValueError, "limit = nan"),
     "odd halves": (lambda: ops.swiglu(torch.zeros(2, 3)), ValueError, "last dimension must be even"),

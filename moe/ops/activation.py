@@ -106,12 +106,12 @@ def _backward_fake(grad: Tensor, gate_up: Tensor, limit: float | None, alpha: fl
 
 
 _SWIGLU = define(
-    "swiglu(Tensor gate_up, float? limit, float alpha) -> Tensor", cpu=_forward, cuda=_forward, fake=_forward_fake
+    "swiglu(Tensor gate_up, float? limit, float alpha) -> Tensor", page="activation", cpu=_forward, fake=_forward_fake
 )
 _SWIGLU_BACKWARD = define(
     "swiglu_backward(Tensor grad, Tensor gate_up, float? limit, float alpha) -> Tensor",
+    page="activation",
     cpu=_backward,
-    cuda=_backward,
     fake=_backward_fake,
 )
 

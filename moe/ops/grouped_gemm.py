@@ -138,7 +138,7 @@ def _forward_fake(a: Tensor, b: Tensor, offs: Tensor | None) -> Tensor:
 
 
 _GROUPED_MM = define(
-    "grouped_mm(Tensor a, Tensor b, Tensor? offs) -> Tensor", cpu=_forward, cuda=_forward, fake=_forward_fake
+    "grouped_mm(Tensor a, Tensor b, Tensor? offs) -> Tensor", page="grouped_gemm", cpu=_forward, fake=_forward_fake
 )
 
 

@@ -1,28 +1,79 @@
 """The `moesmith` operator namespace, and the one way in which an operator enters it.
 
-An operator has a schema, a CPU implementation, a CUDA implementation (which ROCm shares) and a fake. A differentiable
+An operator has a schema, a CPU implementation, a CUDA implementation (which ROCm shares) and a fake. On CUDA the Triton
+kernels of the same page and name in `moe_triton` run; what they do not take (float64, GPUs before compute capability 8)
+runs the CPU's algorithm by torch's operators. A differentiable
 one has an "Autograd" implementation as well, which applies an `autograd.Function` when a gradient is needed and
 otherwise goes on below autograd; its backward is an operator of its own. This is the form that opcheck and
 `torch.compile(fullgraph=True, dynamic=True)` both accept, forward and backward.
 """
 
+import importlib
+import os
 from collections.abc import Callable
-from typing import Any
+from functools import cache
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 LIBRARY = torch.library.Library("moesmith", "DEF")
+Tier = Literal["auto", "triton", "reference"]
 
 
-def define(schema: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Adds the operator and returns its overload. No output may alias an input, however small the shapes."""
+def define(schema: str, *, page: str, cpu: Callable[..., Any], fake: Callable[..., Any], tiered: bool = False) -> Any:
+    """Adds the operator and returns its overload. No output may alias an input, however small the shapes.
+
+    `page` is the module of moe_triton that has kernels of the operator's name and arguments. A `tiered` operator has
+    one argument more, the tier, at the end.
+    """
     name = schema.partition("(")[0]
+
+    def implementation(*args: Any) -> Any:
+        tier = args[-1] if tiered else "auto"
+        args = args[:-1] if tiered else args
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        kernels = kernels_for(page, tensors, tier)
+        if kernels is None:
+            return cpu(*args)
+        with torch.cuda.device_of(tensors[0]):
+            return getattr(kernels, name)(*args)
+
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, cpu, "CPU")
-    LIBRARY.impl(name, cuda, "CUDA")
+    LIBRARY.impl(name, implementation if tiered else cpu, "CPU")
+    LIBRARY.impl(name, implementation, "CUDA")
     torch.library.register_fake(f"moesmith::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.moesmith, name).default
+
+
+def kernels_for(page: str, tensors: list[Tensor], tier: str = "auto") -> ModuleType | None:
+    """The page of Triton kernels that takes these tensors, or None. Tier "triton" raises ValueError instead of None."""
+    device = tensors[0].device
+    if device.type == "cpu" and tier != "triton":
+        return None
+    why = _why_no_kernels(device)
+    if why is None and any(tensor.dtype == torch.float64 for tensor in tensors):
+        why = "a tensor is float64"
+    if why is None:
+        return importlib.import_module(f"moe_triton.{page}")
+    if tier == "triton":
+        raise ValueError(f"tier = 'triton': {why}")
+    return None
+
+
+@cache
+def _why_no_kernels(device: torch.device) -> str | None:
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "tensors are on the CPU, where kernels run only by Triton's interpreter (TRITON_INTERPRET=1)"
+    try:
+        importlib.import_module("moe_triton")
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"cannot import {error.name}"
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} has a compute capability below 8.0"
+    return None
 
 
 def define_gradient(op: Any, save: Callable[[Any, tuple[Any, ...], Any], None], gradient: Callable[..., Any]) -> None:

@@ -1,17 +1,15 @@
 """The expert MLP of a Mixture-of-Experts layer as one operator."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe.ops.activation import check_limit, swiglu_backward_into, swiglu_into, swiglu_reference
-from moe.ops.library import autocast, define, define_gradient
+from moe.ops.library import Tier, autocast, define, define_gradient
 from moe.ops.permutation import check_ids, check_weights, combine, sort_slots
 from moe.ops.product import product, product_into
-
-Tier = Literal["auto", "reference"]
 
 
 def moe_mlp(
@@ -46,8 +44,8 @@ def moe_mlp(
     backward pass: the arguments and the pre-activation [R, 2F]. Under autocast x and the expert parameters are cast,
     as for a matrix product, and the output has the cast dtype.
 
-    `tier`: "auto" is the fastest implementation for the device; "reference" the definition, plain differentiable
-    PyTorch.
+    `tier`: "auto" is the fastest implementation for the device; "triton" the Triton kernels, or ValueError where they
+    cannot run (CPU tensors need TRITON_INTERPRET=1); "reference" the definition, plain differentiable PyTorch.
 
     Raises ValueError for shapes and settings, TypeError for dtypes, IndexError for an id that is neither -1 nor in
     [0, E) (on CPU; a device assertion on CUDA).
@@ -59,12 +57,14 @@ def moe_mlp(
         return moe_mlp_reference(
             x, gate_up, down, weights, expert_ids, gate_up_bias, down_bias, swiglu_limit, swiglu_alpha
         )
-    if tier != "auto":
-        raise ValueError(f"tier = {tier!r}: expected 'auto' or 'reference'")
+    if tier not in ("auto", "triton"):
+        raise ValueError(f"tier = {tier!r}: expected 'auto', 'triton' or 'reference'")
+    if tier == "triton" and x.device.type == "cpu":
+        sort_slots(expert_ids, gate_up.shape[0])  # refuses ids that name no expert, for the interpreter does not
     parameters = (gate_up, down, gate_up_bias, down_bias)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weights, *parameters))
     y, _ = _MOE_MLP_FORWARD(
-        x, gate_up, down, weights, expert_ids, gate_up_bias, down_bias, swiglu_limit, swiglu_alpha, needs_grad
+        x, gate_up, down, weights, expert_ids, gate_up_bias, down_bias, swiglu_limit, swiglu_alpha, needs_grad, tier
     )
     return y
 
@@ -207,7 +207,7 @@ def _one_token(
 def _forward_fake(
     x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, expert_ids: Tensor, *settings: Any
 ) -> tuple[Tensor, Tensor]:
-    save = settings[-1]
+    save = settings[-2]
     return x.new_empty(x.shape), x.new_empty(expert_ids.shape[0] * expert_ids.shape[1] if save else 0, gate_up.shape[1])
 
 
@@ -290,6 +290,7 @@ def _backward_fake(
     limit: float | None,
     alpha: float,
     needed: list[bool],
+    tier: str,
 ) -> tuple[Tensor, ...]:
     return tuple(
         (t if need and t is not None else x).new_empty(t.shape if need and t is not None else (0,))
@@ -299,23 +300,25 @@ def _backward_fake(
 
 _MOE_MLP_FORWARD = define(
     "moe_mlp_forward(Tensor x, Tensor gate_up, Tensor down, Tensor weights, Tensor expert_ids, Tensor? gate_up_bias, "
-    "Tensor? down_bias, float? limit, float alpha, bool save) -> (Tensor, Tensor)",
+    "Tensor? down_bias, float? limit, float alpha, bool save, str tier) -> (Tensor, Tensor)",
+    page="mlp",
     cpu=_forward,
-    cuda=_forward,
     fake=_forward_fake,
+    tiered=True,
 )
 _MOE_MLP_BACKWARD = define(
     "moe_mlp_backward(Tensor grad, Tensor x, Tensor gate_up, Tensor down, Tensor weights, Tensor expert_ids, "
-    "Tensor? gate_up_bias, Tensor? down_bias, Tensor pre, float? limit, float alpha, bool[] needed) "
+    "Tensor? gate_up_bias, Tensor? down_bias, Tensor pre, float? limit, float alpha, bool[] needed, str tier) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    page="mlp",
     cpu=_backward,
-    cuda=_backward,
     fake=_backward_fake,
+    tiered=True,
 )
 
 
 def _save(ctx: Any, args: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.limit, ctx.alpha, save = args
+    *tensors, ctx.limit, ctx.alpha, save, ctx.tier = args
     if not save:
         raise RuntimeError("moe_mlp_forward: an input requires a gradient, which needs save=True")
     ctx.save_for_backward(*tensors, result[1])
@@ -324,11 +327,11 @@ def _save(ctx: Any, args: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> Non
 
 @once_differentiable
 def _gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-    # The ids, argument 4, have no gradient; neither have the three settings at the end.
+    # The ids, argument 4, have no gradient; neither have the four settings at the end.
     needed = [need for i, need in enumerate(ctx.needs_input_grad[:7]) if i != 4]
-    results = _MOE_MLP_BACKWARD(grad, *ctx.saved_tensors, ctx.limit, ctx.alpha, needed)
+    results = _MOE_MLP_BACKWARD(grad, *ctx.saved_tensors, ctx.limit, ctx.alpha, needed, ctx.tier)
     grads = [result if need else None for result, need in zip(results, needed, strict=True)]
-    return *grads[:4], None, *grads[4:], None, None, None
+    return *grads[:4], None, *grads[4:], None, None, None, None
 
 
 define_gradient(_MOE_MLP_FORWARD, _save, _gradient)

@@ -220,20 +220,20 @@ def _unpermute_backward_fake(
 
 _PERMUTE = define(
     "permute(Tensor x, Tensor expert_ids, SymInt num_experts) -> (Tensor, Tensor, Tensor)",
+    page="permutation",
     cpu=_permute,
-    cuda=_permute,
     fake=_permute_fake,
 )
 _UNPERMUTE = define(
     "unpermute(Tensor rows, Tensor position, Tensor? weights) -> Tensor",
+    page="permutation",
     cpu=_unpermute,
-    cuda=_unpermute,
     fake=_unpermute_fake,
 )
 _UNPERMUTE_BACKWARD = define(
     "unpermute_backward(Tensor grad, Tensor rows, Tensor position, Tensor? weights, bool[] needed) -> (Tensor, Tensor)",
+    page="permutation",
     cpu=_unpermute_backward,
-    cuda=_unpermute_backward,
     fake=_unpermute_backward_fake,
 )
 

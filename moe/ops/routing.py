@@ -168,12 +168,13 @@ def _first_by_key(values: Tensor, excluded: Tensor | None, k: int) -> Tensor:
 
     A key holds the value in its upper half, as the integer that orders like the float, and the index, reversed, in its
     lower half. Values are sums that start from a score >= +0, so -0 does not occur and equal floats have equal bits.
+    The index part is at least 1, so that the smallest integer is left for the excluded: below a NaN in the last column.
     """
     bits = values.view(torch.int32)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     bits.masked_fill_(values.isnan(), -(2**31))
-    last = values.shape[1] - 1
-    keys = bits.to(torch.int64).mul_(2**32).add_(torch.arange(last, -1, -1, device=values.device))
+    index = torch.arange(values.shape[1], 0, -1, device=values.device)
+    keys = bits.to(torch.int64).mul_(2**32).add_(index)
     if excluded is not None:
         keys.masked_fill_(excluded, -(2**63))
     return keys.topk(k, dim=1).indices
@@ -245,15 +246,15 @@ def _backward_fake(grad_weights: Tensor | None, grad_scores: Tensor | None, scor
 _ROUTE = define(
     "route(Tensor logits, Tensor? correction_bias, int top_k, str scoring_func, int n_group, int topk_group, "
     "str group_score, bool norm_topk_prob, float routed_scaling_factor) -> (Tensor, Tensor, Tensor)",
+    page="routing",
     cpu=_forward,
-    cuda=_forward,
     fake=_forward_fake,
 )
 _ROUTE_BACKWARD = define(
     "route_backward(Tensor? grad_weights, Tensor? grad_scores, Tensor scores, Tensor expert_ids, str scoring_func, "
     "bool norm_topk_prob, float routed_scaling_factor) -> Tensor",
+    page="routing",
     cpu=_backward,
-    cuda=_backward,
     fake=_backward_fake,
 )
 

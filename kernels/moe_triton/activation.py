@@ -1,0 +1,125 @@
+"""SwiGLU and its gradient; the device functions are also the epilogues of the expert MLP."""
+
+# Triton's decorator keeps the signature and hides the result; constexprs take plain values, launches also options.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def exp(x):
+    """e^x for float32 within two roundings. `tl.exp` multiplies x by log2(e) first, whose rounding error grows with
+    |x|; here n = round(x / ln 2) is taken out exactly, and what is left goes through the Taylor series."""
+    # Beyond these bounds the result is 0 or infinite; NaN stays NaN.
+    x = tl.where(x < -104.0, -104.0, tl.where(x > 104.0, 104.0, x))
+    n = tl.floor(x * 1.4426950408889634 + 0.5)
+    r = x - n * 0.693359375  # ln 2 in nine bits: the product is exact
+    r = r + n * 2.1219444005469058e-4
+    p = 1.9841269841269841e-4
+    p = p * r + 1.3888888888888889e-3
+    p = p * r + 8.3333333333333333e-3
+    p = p * r + 4.1666666666666666e-2
+    p = p * r + 1.6666666666666666e-1
+    p = p * r + 0.5
+    # 2^n in two factors, each of them a normal number.
+    half = tl.floor(n * 0.5)
+    return (p * r * r + r + 1.0) * tl.exp2(half) * tl.exp2(n - half)
+
+
+@triton.jit
+def sigmoid(x):
+    return tl.div_rn(1.0, 1.0 + exp(-x))
+
+
+@triton.jit
+def clamp(gate, up, limit, CLAMP: tl.constexpr):
+    if CLAMP:
+        # Written so that NaN stays NaN.
+        gate = tl.where(gate > limit, limit, gate)
+        up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+    return gate, up
+
+
+@triton.jit
+def swiglu_tile(gate, up, limit, alpha, CLAMP: tl.constexpr):
+    """float32 tiles of the gate and up halves -> the hidden activation."""
+    gate, up = clamp(gate, up, limit, CLAMP)
+    return tl.div_rn(gate, 1.0 + exp(-alpha * gate)) * up
+
+
+@triton.jit
+def swiglu_backward_tile(grad, gate, up, limit, alpha, CLAMP: tl.constexpr):
+    """float32 tiles -> (hidden, gradient of the gate half, gradient of the up half)."""
+    inside_gate, inside_up = gate <= limit, tl.abs(up) <= limit
+    gate, up = clamp(gate, up, limit, CLAMP)
+    below = 1.0 + exp(-alpha * gate)
+    s, act = tl.div_rn(1.0, below), tl.div_rn(gate, below)
+    grad_gate = grad * up * (s * (1.0 + alpha * gate * (1.0 - s)))
+    grad_up = grad * act
+    if CLAMP:
+        grad_gate = tl.where(inside_gate, grad_gate, 0.0)
+        grad_up = tl.where(inside_up, grad_up, 0.0)
+    return act * up, grad_gate, grad_up
+
+
+@triton.jit(do_not_specialize=["count"])
+def swiglu_kernel(gate_up, out, count, width, limit, alpha, CLAMP: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row, column = i // width, i % width
+    at = gate_up + row * 2 * width + column
+    gate = tl.load(at, mask=i < count, other=0).to(tl.float32)
+    up = tl.load(at + width, mask=i < count, other=0).to(tl.float32)
+    tl.store(out + i, swiglu_tile(gate, up, limit, alpha, CLAMP), mask=i < count)
+
+
+@triton.jit(do_not_specialize=["count"])
+def swiglu_backward_kernel(grad, gate_up, out, count, width, limit, alpha, CLAMP: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row, column = i // width, i % width
+    at = row * 2 * width + column
+    gate = tl.load(gate_up + at, mask=i < count, other=0).to(tl.float32)
+    up = tl.load(gate_up + at + width, mask=i < count, other=0).to(tl.float32)
+    g = tl.load(grad + i, mask=i < count, other=0).to(tl.float32)
+    _, grad_gate, grad_up = swiglu_backward_tile(g, gate, up, limit, alpha, CLAMP)
+    tl.store(out + at, grad_gate, mask=i < count)
+    tl.store(out + at + width, grad_up, mask=i < count)
+
+
+BLOCK = 1024
+
+
+def clamping(limit: float | None) -> tuple[float, bool]:
+    """(limit, CLAMP) as the kernels take them."""
+    return (0.0, False) if limit is None else (limit, True)
+
+
+def swiglu(gate_up: Tensor, limit: float | None, alpha: float) -> Tensor:
+    width = gate_up.shape[-1] // 2
+    out = torch.empty((*gate_up.shape[:-1], width), dtype=gate_up.dtype, device=gate_up.device)
+    if out.numel():
+        grid = (triton.cdiv(out.numel(), BLOCK),)
+        bound, clamped = clamping(limit)
+        swiglu_kernel[grid](gate_up.contiguous(), out, out.numel(), width, bound, alpha, CLAMP=clamped, BLOCK=BLOCK)
+    return out
+
+
+def swiglu_backward(grad: Tensor, gate_up: Tensor, limit: float | None, alpha: float) -> Tensor:
+    out = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
+    if out.numel():
+        grid = (triton.cdiv(grad.numel(), BLOCK),)
+        bound, clamped = clamping(limit)
+        swiglu_backward_kernel[grid](
+            grad.contiguous(),
+            gate_up.contiguous(),
+            out,
+            grad.numel(),
+            gate_up.shape[-1] // 2,
+            bound,
+            alpha,
+            CLAMP=clamped,
+            BLOCK=BLOCK,
+        )
+    return out

@@ -1,0 +1,103 @@
+"""Which tile a grouped product uses: a rule, not a search, so that no call is slower than the next."""
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A program's block of the product and how it is computed; `group_m` row tiles share a pass over the weights."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 16
+
+    def shared_memory(self, itemsize: int) -> int:
+        """Bytes for the operands of all stages, which is what the pipeline allocates at most."""
+        return self.num_stages * (self.block_m + self.block_n) * self.block_k * itemsize
+
+    @property
+    def options(self) -> dict[str, int]:
+        """As the kernels take them."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one block may use. The interpreter has as much as the largest GPU."""
+    if device.type == "cpu":
+        return 232448
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+
+
+def fit(tile: Tile, itemsize: int, shared: int) -> Tile:
+    """The tile with fewer stages, then a smaller block, until it fits."""
+    while tile.shared_memory(itemsize) > shared:
+        if tile.num_stages > 2:
+            tile = replace(tile, num_stages=tile.num_stages - 1)
+        elif tile.block_n > 64:
+            tile = replace(tile, block_n=tile.block_n // 2)
+        else:
+            tile = replace(tile, block_k=tile.block_k // 2)
+    return tile
+
+
+def row_block(dtype: torch.dtype, num_rows: int, num_groups: int) -> int:
+    """Rows of a tile, shared by all row products of a call: one of three, by the rows that a group has on average."""
+    mean = num_rows / max(num_groups, 1)
+    if dtype == torch.float32:
+        return 16 if mean <= 16 else 64
+    return 16 if mean <= 16 else 64 if mean <= 96 else 128
+
+
+def rows_tile(dtype: torch.dtype, block_m: int, shared: int) -> Tile:
+    """For a product over row tiles; the up projection splits block_n between its gate and its up half."""
+    if dtype == torch.float32:
+        # Without tensor cores: the accumulator and the operands are all in registers.
+        return fit(Tile(block_m, 64, 32, 4, 2), 4, shared)
+    tile = {
+        16: Tile(16, 64, 128, 4, 4),
+        64: Tile(64, 128, 64, 4, 4),
+        128: Tile(128, 256, 64, 8, 3) if shared >= 200000 else Tile(128, 128, 64, 8, 3),
+    }[block_m]
+    return fit(tile, dtype.itemsize, shared)
+
+
+def products_tile(dtype: torch.dtype, m: int, n: int, shared: int) -> Tile:
+    """For the weight gradient of an m x n matrix, a sum over a group's rows."""
+    if dtype == torch.float32:
+        return fit(Tile(64, 64, 32, 4, 2), 4, shared)
+    if m < 128 or n < 128:
+        return fit(Tile(64, 64, 64, 4, 3), dtype.itemsize, shared)
+    return fit(Tile(128, 256, 64, 8, 3) if shared >= 200000 else Tile(128, 128, 64, 8, 3), dtype.itemsize, shared)
+
+
+def hidden_backward_tile(dtype: torch.dtype, block_m: int, shared: int) -> Tile:
+    """Narrower than `rows_tile`: the epilogue holds the pre-activation beside the accumulator."""
+    return narrowed(rows_tile(dtype, block_m, shared), 128)
+
+
+def narrowed(tile: Tile, block_n: int) -> Tile:
+    return replace(tile, block_n=min(tile.block_n, block_n))
+
+
+def even(size: int, block: int) -> bool:
+    """Whether blocks cover the size exactly, so that nothing needs a mask."""
+    return size > 0 and size % block == 0
+
+
+def last_stride_one(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

@@ -1,0 +1,156 @@
+"""Compiles every kernel for every target, in exactly the configurations that the benchmarked shapes lead to.
+
+    python -m tests.compiled [--gpu sm_90 ...] [--shape NAME ...] [--dtype bfloat16 ...]
+
+needs no GPU. It fails where a kernel spills, uses local memory, wants more shared memory than the chip has, or does
+without wgmma on sm_90 where its tile allows it. `--all` is what CI runs, under the oldest and the newest Triton too.
+"""
+
+import argparse
+import itertools
+import multiprocessing
+import sys
+from collections.abc import Iterable
+
+import torch
+import triton
+from moe_triton import activation, grouped_gemm, mlp, permutation, routing
+from torch import Tensor
+
+from benchmarks.shapes import SHAPES, Shape
+from tests.launches import GPUS, Gpu, Launch, compile, record
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ROUTINGS = (
+    (8, "sigmoid", 8, 4, "top2", True, 2.5),
+    (6, "softmax", 8, 3, "max", False, 16.0),
+    (4, "softmax", 1, 1, "top2", True, 1.0),
+)
+
+
+def meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def layer(tokens: int, shape: Shape, dtype: torch.dtype, shared: int, *, gpt_oss: bool = False) -> list[Launch]:
+    """One layer: forward for the backward pass, backward, and forward alone; with biases and clamping as in gpt-oss."""
+    d, n, experts, top_k = shape.sizes
+    x, down = meta(tokens, d, dtype=dtype), meta(experts, d, n, dtype=dtype)
+    weights = meta(tokens, top_k, dtype=torch.float32)
+    ids = meta(tokens, top_k, dtype=torch.int64)
+    biases = (meta(experts, 2 * n, dtype=dtype), meta(experts, d, dtype=dtype)) if gpt_oss else (None, None)
+    settings = (7.0, 1.702) if gpt_oss else (None, 1.0)
+    args = (x, meta(experts, 2 * n, d, dtype=dtype), down, weights, ids, *biases)
+    pre = meta(tokens * top_k, 2 * n, dtype=dtype)
+    launches = [
+        record(mlp.moe_mlp_forward, *args, *settings, True, shared_memory=shared),
+        record(mlp.moe_mlp_backward, x, *args, pre, *settings, [True] * 6, shared_memory=shared),
+        record(mlp.moe_mlp_forward, *args, *settings, False, shared_memory=shared),
+    ]
+    return [*itertools.chain(*launches)]
+
+
+def products(shape: Shape, dtype: torch.dtype, shared: int) -> list[Launch]:
+    """grouped_mm in its forms."""
+    d, n, experts, top_k = shape.sizes
+    rows = meta(4096 * top_k, d, dtype=dtype)
+    weight = meta(experts, 2 * n, d, dtype=dtype)
+    offs = meta(experts, dtype=torch.int32)
+    grad = meta(4096 * top_k, 2 * n, dtype=dtype)
+    forms = ((rows, weight.mT, offs), (rows.t(), grad, offs), (weight.mT, grad.t(), offs), (weight, weight.mT, None))
+    return [launch for form in forms for launch in record(grouped_gemm.grouped_mm, *form, shared_memory=shared)]
+
+
+def others(dtype: torch.dtype) -> list[Launch]:
+    """What has no tile to choose."""
+    x, ids = meta(4096, 7168, dtype=dtype), meta(4096, 8, dtype=torch.int64)
+    position, weights = meta(4096, 8, dtype=torch.int64), meta(4096, 8, dtype=torch.float32)
+    rows = meta(4096 * 8, 7168, dtype=dtype)
+    calls = [
+        record(permutation.permute, x, ids, 256),
+        record(permutation.unpermute, rows, position, weights),
+        record(permutation.unpermute, rows, position, None),
+        record(permutation.unpermute_backward, x, rows, position, weights, [True, True]),
+        record(activation.swiglu, rows, None, 1.0),
+        record(activation.swiglu_backward, rows[:, ::2], rows, 7.0, 1.702),
+    ]
+    for top_k, *settings in ROUTINGS:
+        for experts in (256, 64):
+            logits, bias = meta(4096, experts, dtype=torch.float32), meta(experts, dtype=torch.float32)
+            grad, chosen = meta(4096, top_k, dtype=torch.float32), meta(4096, top_k, dtype=torch.int64)
+            calls.append(record(routing.route, logits, bias, top_k, *settings))
+            after = (settings[0], *settings[4:])
+            calls.append(record(routing.route_backward, grad, logits, logits, chosen, *after))
+    return [*itertools.chain(*calls)]
+
+
+def launches(gpu: Gpu, shapes: Iterable[Shape], dtypes: Iterable[torch.dtype]) -> dict[tuple, Launch]:
+    """The distinct launches of the given shapes, one for each binary."""
+    found: list[Launch] = []
+    for dtype in dtypes:
+        for shape in shapes:
+            gpt_oss = shape.name.startswith("gpt_oss")
+            for tokens in sorted({1, 64, 128, 1024, *shape.tokens}):
+                found += layer(tokens, shape, dtype, gpu.shared_memory, gpt_oss=gpt_oss)
+            found += products(shape, dtype, gpu.shared_memory)
+        found += others(dtype)
+    return {launch.key: launch for launch in found}
+
+
+def wants_wgmma(launch: Launch) -> bool:
+    """A product of half-precision tiles of at least 64 rows."""
+    constants = dict(launch.constants)
+    halves = any(kind in ("*bf16", "*fp16") for _, kind in launch.signature)
+    return halves and "BLOCK_K" in constants and constants.get("BLOCK_M", 0) >= 64
+
+
+def complaint(launch: Launch, gpu: Gpu) -> str | None:
+    """What is wrong with the binary, or None."""
+    try:
+        need = compile(launch, gpu)
+    except Exception as error:
+        return f"does not compile: {error!r}"
+    if need.local or need.spills:
+        return f"{need.local} bytes of local memory, {need.spills} spills, {need.registers} registers"
+    if need.shared > gpu.shared_memory:
+        return f"{need.shared} bytes of shared memory of {gpu.shared_memory}"
+    if gpu.name == "sm_90" and wants_wgmma(launch) and not need.wgmma:
+        return "no wgmma"
+    return None
+
+
+def _check(task: tuple[str, str, int]) -> str | None:
+    gpu, shape_names, index = GPUS[task[0]], task[1].split(","), task[2]
+    dtypes = [getattr(torch, name) for name in shape_names.pop().split("+")]
+    launch = list(launches(gpu, [SHAPES[name] for name in shape_names], dtypes).values())[index]
+    found = complaint(launch, gpu)
+    return found and f"{gpu.name} {launch.name} {dict(launch.constants)} {dict(launch.options)}: {found}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.compiled", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--gpu", nargs="+", choices=GPUS, default=list(GPUS))
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument(
+        "--dtype", nargs="+", choices=[str(d)[6:] for d in DTYPES], default=[str(d)[6:] for d in DTYPES]
+    )
+    args = parser.parse_args()
+    shapes = ",".join([*args.shape, "+".join(args.dtype)])
+    dtypes = [getattr(torch, name) for name in args.dtype]
+    tasks = [
+        (name, shapes, i)
+        for name in args.gpu
+        for i in range(len(launches(GPUS[name], [SHAPES[s] for s in args.shape], dtypes)))
+    ]
+    wrong = 0
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        for found in pool.imap_unordered(_check, tasks, chunksize=8):
+            if found:
+                wrong += 1
+                print(found, flush=True)
+    print(f"Triton {triton.__version__}: {len(tasks)} kernels for {', '.join(args.gpu)}, {wrong} wrong")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""A pytest plugin that runs the operators' tests on the Triton kernels.
+
+    TRITON_INTERPRET=1 python -m pytest -p tests.kernels FILE...     by Triton's interpreter: float32 and float16
+    python -m pytest -p tests.kernels FILE...                        on the GPU: bfloat16 as well
+
+The operators' CPU implementations are replaced by ones that call the kernels, on the CPU or on a copy on the GPU. Every
+buffer that a kernel is given or allocates stands between guard bands and is poisoned where nothing was written: a read
+beyond it shows in the result, a write beyond it fails the call.
+"""
+
+import importlib
+import math
+import os
+import pkgutil
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moe.ops.library import LIBRARY
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+GUARD = 256  # elements, which keeps the alignment that kernels may count on
+POISON = 2**30  # for integers, which would lead outside every buffer
+
+
+def poison(dtype: torch.dtype) -> float | int:
+    return math.nan if dtype.is_floating_point else 1 if dtype == torch.bool else POISON
+
+
+class Guards(TorchDispatchMode):
+    """Puts what is allocated inside it between guard bands; `check` says whether they are as they were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bands: list[Tensor] = []
+
+    def buffer(self, elements: int, dtype: torch.dtype) -> Tensor:
+        whole = torch.full((elements + 2 * GUARD,), poison(dtype), dtype=dtype, device=DEVICE)
+        self.bands += [whole[:GUARD], whole[GUARD + elements :]]
+        return whole
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """A copy with the same strides."""
+        if tensor.numel() == 0:
+            return tensor.to(DEVICE)
+        span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        whole = self.buffer(span, tensor.dtype)
+        whole[GUARD : GUARD + span] = tensor.as_strided((span,), (1,))
+        return whole.as_strided(tensor.shape, tensor.stride(), GUARD)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket._qualified_op_name
+        if name not in ("aten::empty", "aten::empty_like", "aten::zeros", "aten::zeros_like") or not result.numel():
+            return result
+        guarded = self.buffer(result.numel(), result.dtype)[GUARD : GUARD + result.numel()].view(result.shape)
+        return guarded.zero_() if "zeros" in name else guarded
+
+    def check(self, name: str) -> None:
+        for band in self.bands:
+            whole = band.isnan() if band.is_floating_point() else band == poison(band.dtype)
+            assert whole.all(), f"{name}: a kernel wrote outside a buffer"
+
+
+def on_kernels(name: str, page: ModuleType, tiered: bool) -> Callable[..., Any]:
+    original = torch.library.get_kernel(f"moesmith::{name}", "CPU")
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+    def implementation(*args: Any) -> Any:
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        if any(tensor.dtype == torch.float64 for tensor in tensors):
+            return original.call_boxed(keys, *args)
+        args = args[:-1] if tiered else args
+        guards = Guards()
+        given = [guards.like(arg) if isinstance(arg, Tensor) else arg for arg in args]
+        before = [arg.clone() if isinstance(arg, Tensor) else arg for arg in given]
+        with guards:
+            result = getattr(page, name)(*given)
+        guards.check(name)
+        for old, new in zip(before, given, strict=True):
+            if isinstance(new, Tensor):
+                assert torch.equal(old.nan_to_num(), new.nan_to_num()), f"{name}: a kernel wrote into an argument"
+        return tuple(t.cpu().clone() for t in result) if isinstance(result, tuple) else result.cpu().clone()
+
+    return implementation
+
+
+def pages() -> list[ModuleType]:
+    import moe_triton
+
+    return [importlib.import_module(f"moe_triton.{info.name}") for info in pkgutil.iter_modules(moe_triton.__path__)]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", default="0/1", help="i/n: of the tests, only each n-th from the i-th on")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    import moe.ops
+
+    assert moe.ops
+    # numpy's, for `tl.max` and for an exponential that is meant to be infinite
+    for message in ("All-NaN slice", "overflow encountered in multiply"):
+        config.addinivalue_line("filterwarnings", f"ignore:{message}:RuntimeWarning")
+    seen = []
+    for name in sorted(definition.partition("::")[2] for definition in LIBRARY._op_defs):
+        for page in pages():
+            function = getattr(page, name, None)
+            if function is not None and function.__module__ == page.__name__:
+                seen.append(name)
+                with warnings.catch_warnings(action="ignore"):  # torch's, about the overriding
+                    LIBRARY.impl(name, on_kernels(name, page, name.startswith("moe_mlp")), "CPU", allow_override=True)
+    missing = {definition.partition("::")[2] for definition in LIBRARY._op_defs} - set(seen)
+    assert not missing, f"no kernels for {missing}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Drops what the kernels leave to others: float64; bfloat16 where the interpreter would be wrong."""
+    left_out = {torch.float64, torch.bfloat16} if INTERPRETED else {torch.float64}
+    dropped = [
+        item
+        for item in items
+        if isinstance(item, pytest.Function)
+        and hasattr(item, "callspec")
+        and item.callspec.params.get("dtype") in left_out
+    ]
+    shard, shards = map(int, str(config.getoption("--shard")).split("/"))
+    left = [item for item in items if item not in dropped]
+    items[:] = left[shard::shards]
+    config.hook.pytest_deselected(items=dropped)

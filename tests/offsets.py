@@ -1,0 +1,119 @@
+"""Offsets around 2^31 elements, where 32-bit arithmetic wraps; run by tests/test_kernels.py in the interpreter.
+
+The tensors are that large but for the most part never touched: their pages do not exist. Each result is compared with
+that of the same numbers in an ordinary tensor.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from moe_triton import mlp
+from moe_triton.grouped_gemm import products, rows
+from moe_triton.permutation import Order, Tiles, combine, permute
+from torch import Tensor
+
+LIMIT = 2**31
+around = pytest.mark.parametrize("far", [LIMIT - 1, LIMIT, LIMIT + 1])
+D, F = 24, 16
+
+
+@pytest.fixture(autouse=True)
+def _untouched_pages() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.utils.deterministic.fill_uninitialized_memory", False)
+        yield
+
+
+def spread(tensor: Tensor, *stride: int) -> Tensor:
+    """The same values with other, enormous strides."""
+    span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, stride, strict=True))
+    whole = torch.from_numpy(np.zeros(span, dtype=np.float16))
+    far = whole.as_strided(tensor.shape, stride)
+    far.copy_(tensor)
+    return far
+
+
+def half(*shape: int) -> Tensor:
+    return torch.randn(*shape).half()
+
+
+def order(first: int, groups: tuple[int, ...]) -> Order:
+    """Rows of `groups` that begin at row `first`, one token each, in tiles of 16."""
+    ends = first + torch.tensor(groups).cumsum(0)
+    starts = torch.cat([torch.tensor([first]), ends, ends[-1:]]).int()
+    number = sum(groups)
+    slots = torch.zeros(first + number, dtype=torch.int32)
+    slots[first:] = torch.arange(number)
+    position = (first + torch.arange(number))[:, None].int()
+    tiles = Tiles(torch.arange(len(groups), dtype=torch.int32), torch.arange(len(groups) + 2, dtype=torch.int32), 16)
+    return Order(slots, position, starts, tiles)
+
+
+@around
+@pytest.mark.parametrize("which", ["x", "gate_up", "down", "grad"])
+def test_arguments(which: str, far: int) -> None:
+    ids, weights = torch.tensor([[1], [0]]), torch.rand(2, 1)
+    given = {"x": half(2, D), "gate_up": half(2, 2 * F, D), "down": half(2, D, F), "grad": half(2, D)}
+    pre = half(2, 2 * F)
+
+    def results() -> list[Tensor]:
+        x, gate_up, down, grad = given.values()
+        args = (x, gate_up, down, weights, ids, None, None)
+        out = [mlp.moe_mlp_forward(*args, None, 1.0, save)[0] for save in (False, True)]
+        return [*out, *mlp.moe_mlp_backward(grad, *args, pre, None, 1.0, [True] * 4 + [False] * 2)]
+
+    near = results()
+    inner = given[which].stride()[1:]
+    given[which] = spread(given[which], far, *inner)
+    assert all(torch.equal(a, b) for a, b in zip(near, results(), strict=True))
+
+
+@around
+def test_inner_strides(far: int) -> None:
+    """A matrix whose inner dimension is the one with the enormous stride, at its second and at its last block."""
+    number = order(0, (2,))
+    a, b = half(2, 130), half(1, 130, 3)
+    stride = far // 128
+    assert number.tiles is not None
+    near = rows(a, b, number.starts, number.tiles)
+    assert torch.equal(near, rows(spread(a, 1, stride), b, number.starts, number.tiles))
+    assert torch.equal(near, rows(a, spread(b, 1, stride, 1), number.starts, number.tiles))
+
+
+@around
+def test_rows(far: int) -> None:
+    """Rows beyond the limit of everything that is made for each routed row."""
+    width = 1024
+    x, gate_up, down = half(5, D), half(2, 2 * width, D), half(2, D, width)
+    grad, weights, pre = half(5, D), torch.rand(5, 1), half(5, 2 * width)
+    results = []
+    for first in (0, far // (2 * width), far // width):
+        o = order(first, (3, 2))
+        assert o.tiles is not None
+        whole = torch.from_numpy(np.zeros((first + 5, 2 * width), dtype=np.float16))
+        hidden = mlp._up(x, gate_up, None, None, 1.0, whole, o, 1)
+        made = whole[first:].clone()
+        whole[first:] = pre
+        out = rows(hidden, down.transpose(1, 2), o.starts, o.tiles)
+        grad_pre, scaled, dots = mlp._hidden_backward(grad, down, whole, weights, None, 1.0, o, 1, width)
+        results.append(
+            [
+                *(t[first:].clone() for t in (hidden, out, grad_pre, scaled, dots)),
+                made,
+                combine(hidden, o.position, weights),
+                products(scaled, grad, o.starts, 2, slots=o.slots, top_k=1, gather_b=True),
+                mlp._sum_dots(dots, o.position, grad, None, torch.zeros(5, 1, dtype=torch.int64)),
+                mlp._column_sums(grad_pre, o, 2, 1, None),
+            ]
+        )
+    for far_results in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], far_results, strict=True))
+    assert results[0][0].abs().sum() > 0
+
+
+@around
+def test_permute(far: int) -> None:
+    x, ids = half(2, D), torch.tensor([[1, 0], [0, 1]])
+    assert torch.equal(permute(x, ids, 2)[0], permute(spread(x, far, 1), ids, 2)[0])
