@@ -129,7 +129,7 @@ def rows(
     if out.numel():
         tile = tiling.rows_tile(a.dtype, tiles.block_m, tiling.shared_memory(a.device))
         if out.stride(1) != 1:
-            tile = tiling.narrowed(tile, 128)  # the transposition on the way out needs registers
+            tile = tiling.narrowed(tile, 64)  # the transposition on the way out needs registers
         blocks_n = triton.cdiv(width, tile.block_n)
         rows_kernel[(tiles.count * blocks_n,)](
             a,

@@ -67,9 +67,9 @@ def rows_tile(dtype: torch.dtype, block_m: int, shared: int) -> Tile:
     """For a product over row tiles; the up projection splits block_n between its gate and its up half."""
     if dtype == torch.float32:
         # Without tensor cores: the accumulator and the operands are all in registers.
-        return fit(Tile(block_m, 64, 32, 4, 2), 4, shared)
+        return fit(Tile(16, 32, 32, 4, 2) if block_m == 16 else Tile(block_m, 64, 16, 4, 3), 4, shared)
     tile = {
-        16: Tile(16, 64, 128, 4, 4),
+        16: Tile(16, 64, 64, 4, 6),
         64: Tile(64, 128, 64, 4, 4),
         128: Tile(128, 256, 64, 8, 3) if shared >= 200000 else Tile(128, 128, 64, 8, 3),
     }[block_m]
@@ -79,7 +79,7 @@ def rows_tile(dtype: torch.dtype, block_m: int, shared: int) -> Tile:
 def products_tile(dtype: torch.dtype, m: int, n: int, shared: int) -> Tile:
     """For the weight gradient of an m x n matrix, a sum over a group's rows."""
     if dtype == torch.float32:
-        return fit(Tile(64, 64, 32, 4, 2), 4, shared)
+        return fit(Tile(64, 64, 16, 4, 3), 4, shared)
     if m < 128 or n < 128:
         return fit(Tile(64, 64, 64, 4, 3), dtype.itemsize, shared)
     return fit(Tile(128, 256, 64, 8, 3) if shared >= 200000 else Tile(128, 128, 64, 8, 3), dtype.itemsize, shared)
@@ -92,6 +92,11 @@ def hidden_backward_tile(dtype: torch.dtype, block_m: int, shared: int) -> Tile:
 
 def narrowed(tile: Tile, block_n: int) -> Tile:
     return replace(tile, block_n=min(tile.block_n, block_n))
+
+
+def all_registers() -> dict[str, int]:
+    """The option that lets a kernel use all registers. Without it some releases of ptxas spill to fit two programs."""
+    return {} if torch.version.hip else {"maxnreg": 255}
 
 
 def even(size: int, block: int) -> bool:
