@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Spread = Literal["random", "gaps", "one", "skew", "absent", "nobody", "repeated"]
+Spread = Literal["random", "gaps", "one", "skew", "absent", "no_first", "nobody", "repeated"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ class Case:
         if self.spread == "absent":  # a third of the slots, and every slot of some tokens
             ids[torch.rand(ids.shape, generator=self.generator()) < 0.33] = -1
             ids[[0, self.tokens // 2, -1]] = -1
+        if self.spread == "no_first":  # no token's first slot is here
+            ids[:, 0] = -1
         if self.spread == "nobody":
             ids.fill_(-1)
         return ids
@@ -105,6 +107,7 @@ CASES = (
     Case("no_tokens", 0, 24, 40, 4, 2),
     Case("one_token", 1, 24, 40, 8, 3),
     Case("one_token_absent", 1, 24, 40, 8, 1, "nobody"),
+    Case("one_token_partly_absent", 1, 24, 40, 8, 3, "no_first"),
     Case("two_tokens", 2, 48, 20, 8, 2),
     Case("all_to_one", 33, 16, 24, 5, 1, "one"),
     Case("skew", 130, 40, 24, 16, 2, "skew"),
@@ -127,7 +130,7 @@ CASES = (
 )
 BY_NAME = {case.name: case for case in CASES}
 
-Logits = Literal["normal", "tied", "coarse", "nan_row", "nan_some", "nan_last", "minus_inf", "huge"]
+Logits = Literal["normal", "tied", "coarse", "nan_row", "nan_some", "nan_last", "minus_inf", "huge", "low"]
 Bias = Literal["none", "negative", "huge", "tied", "mixed", "minus_inf"]
 
 
@@ -173,6 +176,8 @@ class RoutingCase:
             logits[torch.rand(logits.shape, generator=g) < 0.8] = -torch.inf
         if self.logits == "huge":
             logits *= 1e4
+        if self.logits == "low":  # their exponentials are subnormal
+            logits -= 95
         bias = {
             "none": None,
             "negative": -1 - torch.rand(self.experts, generator=g),
@@ -213,6 +218,8 @@ ROUTING_CASES = (
     RoutingCase("minus_inf", logits="minus_inf", n_group=4, topk_group=1),
     RoutingCase("minus_inf_bias", logits="nan_some", bias="minus_inf", n_group=4, topk_group=2),
     RoutingCase("saturated", logits="huge", bias="mixed"),
+    RoutingCase("saturated_softmax", logits="huge", scoring_func="softmax"),
+    RoutingCase("low_softmax", logits="low", scoring_func="softmax"),
     RoutingCase("every_expert", experts=6, top_k=6, bias="mixed"),
     RoutingCase("one_expert", experts=1, top_k=1),
     RoutingCase("groups_of_one", experts=8, top_k=3, n_group=8, topk_group=5, bias="mixed"),

@@ -17,9 +17,12 @@ import triton
 from moe_triton import activation, grouped_gemm, mlp, permutation, routing
 from torch import Tensor
 
-from benchmarks.shapes import SHAPES, Shape
+from benchmarks.shapes import SHAPES as BENCHMARKED
+from benchmarks.shapes import Shape
 from tests.launches import GPUS, Gpu, Launch, compile, record
 
+# Sizes that cannot be read 16 bytes at a time, too.
+SHAPES = BENCHMARKED | {"odd": Shape("odd", 1000, 500, 8, 2)}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ROUTINGS = (
     (8, "sigmoid", 8, 4, "top2", True, 2.5),

@@ -8,6 +8,7 @@ buffer that a kernel is given or allocates stands between guard bands and is poi
 beyond it shows in the result, a write beyond it fails the call.
 """
 
+import dataclasses
 import importlib
 import math
 import os
@@ -106,6 +107,11 @@ def pytest_configure(config: pytest.Config) -> None:
     import moe.ops
 
     assert moe.ops
+    if INTERPRETED:
+        from triton.runtime.interpreter import interpreter_builder
+
+        # Device assertions, as with `debug` on a GPU.
+        interpreter_builder.options = dataclasses.replace(interpreter_builder.options, debug=True)
     # numpy's, for `tl.max` and for an exponential that is meant to be infinite
     for message in ("All-NaN slice", "overflow encountered in multiply"):
         config.addinivalue_line("filterwarnings", f"ignore:{message}:RuntimeWarning")

@@ -1,27 +1,50 @@
 """Offsets around 2^31 elements, where 32-bit arithmetic wraps; run by tests/test_kernels.py in the interpreter.
 
 The tensors are that large but for the most part never touched: their pages do not exist. Each result is compared with
-that of the same numbers in an ordinary tensor.
+that of the same numbers in an ordinary tensor. A wrapped offset is negative; what it leads to belongs to the tensor's
+memory, so that it shows in the result and does not end the process.
 """
 
+import math
+import mmap
 from collections.abc import Iterator
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from moe_triton import mlp
 from moe_triton.grouped_gemm import products, rows
 from moe_triton.permutation import Order, Tiles, combine, permute
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 LIMIT = 2**31
 around = pytest.mark.parametrize("far", [LIMIT - 1, LIMIT, LIMIT + 1])
 D, F = 24, 16
 
 
+NORESERVE = 0x4000  # Linux's MAP_NORESERVE, which Python has a name for since 3.13
+
+
+def untouched(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    """Zeros, with LIMIT elements before them."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
+    pages = mmap.mmap(-1, (LIMIT + math.prod(shape)) * dtype.itemsize, flags=flags)
+    return torch.frombuffer(pages, dtype=dtype)[LIMIT:].view(shape)
+
+
+class Untouched(TorchDispatchMode):
+    """What kernels are given to write to comes from `untouched`."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = func.overloadpacket._qualified_op_name in ("aten::empty", "aten::empty_like") and result.numel()
+        return untouched(*result.shape, dtype=result.dtype) if made else result
+
+
 @pytest.fixture(autouse=True)
 def _untouched_pages() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, Untouched():
         patch.setattr("torch.utils.deterministic.fill_uninitialized_memory", False)
         yield
 
@@ -29,8 +52,8 @@ def _untouched_pages() -> Iterator[None]:
 def spread(tensor: Tensor, *stride: int) -> Tensor:
     """The same values with other, enormous strides."""
     span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, stride, strict=True))
-    whole = torch.from_numpy(np.zeros(span, dtype=np.float16))
-    far = whole.as_strided(tensor.shape, stride)
+    whole = untouched(span)
+    far = whole.as_strided(tensor.shape, stride, whole.storage_offset())
     far.copy_(tensor)
     return far
 
@@ -54,9 +77,9 @@ def order(first: int, groups: tuple[int, ...]) -> Order:
 @around
 @pytest.mark.parametrize("which", ["x", "gate_up", "down", "grad"])
 def test_arguments(which: str, far: int) -> None:
-    ids, weights = torch.tensor([[1], [0]]), torch.rand(2, 1)
-    given = {"x": half(2, D), "gate_up": half(2, 2 * F, D), "down": half(2, D, F), "grad": half(2, D)}
-    pre = half(2, 2 * F)
+    ids, weights = torch.tensor([[2], [0], [1]]), torch.rand(3, 1)  # twice LIMIT - 1 is beyond it as well
+    given = {"x": half(3, D), "gate_up": half(3, 2 * F, D), "down": half(3, D, F), "grad": half(3, D)}
+    pre = half(3, 2 * F)
 
     def results() -> list[Tensor]:
         x, gate_up, down, grad = given.values()
@@ -91,11 +114,11 @@ def test_rows() -> None:
     for first in (0, LIMIT // (2 * width) - 2, LIMIT // width - 2):
         o = order(first, (3, 2))
         assert o.tiles is not None
-        whole = torch.from_numpy(np.zeros((first + 5, 2 * width), dtype=np.float16))
+        whole, wide = untouched(first + 5, 2 * width), untouched(first + 5, width)[:, :D]
         hidden = mlp._up(x, gate_up, None, None, 1.0, whole, o, 1)
         made = whole[first:].clone()
         whole[first:] = pre
-        out = rows(hidden, down.transpose(1, 2), o.starts, o.tiles)
+        out = rows(hidden, down.transpose(1, 2), o.starts, o.tiles, out=wide)
         grad_pre, scaled, dots = mlp._hidden_backward(grad, down, whole, weights, None, 1.0, o, 1, width)
         results.append(
             [

@@ -218,6 +218,16 @@ def test_released_biases_need_fp32() -> None:
     assert bias.bfloat16().argmax() != 2
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_logits_are_float32_in_half_precision_and_under_autocast(half: torch.dtype) -> None:
+    router, x = biased_layer(OPTIONS[0]).gate, torch.randn(5, 24)
+    expected = F.linear(x, router.weight)
+    with torch.autocast("cpu", half):
+        assert torch.equal(router.logits(x), expected)
+    expected = F.linear(x.to(half).float(), router.weight.to(half).float())
+    assert torch.equal(router.to(half).logits(x.to(half)), expected)
+
+
 def test_layer_compiles_with_dynamic_shapes() -> None:
     dtype = torch.float64  # the compiled graph sums in another order
     torch._dynamo.reset()

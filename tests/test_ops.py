@@ -96,6 +96,27 @@ def test_moe_mlp_reference_is_the_definition(case: Case) -> None:
     assert torch.equal(moe_mlp_reference(*vars(i).values()), fused(i, tier="reference"))
 
 
+@pytest.mark.parametrize("name", ["absent", "one_token_absent", "one_token_partly_absent"])
+def test_a_weight_of_a_slot_that_is_not_here_is_not_read(name: str) -> None:
+    inputs = BY_NAME[name].inputs(torch.float32)
+    nan = inputs.weights.masked_fill(inputs.expert_ids == -1, torch.nan)
+    poisoned = Inputs(**vars(inputs) | {"weights": nan})
+    assert torch.equal(fused(poisoned), fused(inputs))
+    rows = ops.permute(inputs.x, inputs.expert_ids, BY_NAME[name].experts)
+    assert ops.unpermute(rows.rows, rows.position, nan).isfinite().all()
+    leaves = poisoned.leaves()
+    grads = torch.autograd.grad(fused(leaves).sum(), leaves.differentiable)
+    assert all(g.isfinite().all() for g in grads)
+
+
+def test_rows_of_no_expert_are_zero_in_what_is_saved() -> None:
+    i = BY_NAME["absent"].inputs(torch.float32)
+    args = (i.x, i.gate_up, i.down, i.weights, i.expert_ids, None, None, None, 1.0, True, "auto")
+    _, pre = torch.ops.moesmith.moe_mlp_forward(*args)
+    here = int((i.expert_ids >= 0).sum())
+    assert (pre[here:] == 0).all() and (pre[:here] != 0).all()
+
+
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_moe_mlp_beside_transformers(family: str, dtype: torch.dtype) -> None:
@@ -190,11 +211,16 @@ def test_grouped_mm_strides_and_zero_sizes(form: str) -> None:
     a, b, offs = grouped(BY_NAME["ragged"], form, torch.float32)
     exact, limit = grouped_limit(a, b, offs, torch.float32)
     apart = torch.stack([b, b], dim=-1)[..., 0]
-    assert excess(ops.grouped_mm(a.mT.contiguous().mT, apart, offs), exact, limit) <= 1
+    far = None if offs is None else torch.stack([offs, offs + 99], dim=1)[:, 0]
+    assert excess(ops.grouped_mm(a.mT.contiguous().mT, apart, far), exact, limit) <= 1
     if form != "products":  # an inner size of zero makes sums of nothing
         assert (ops.grouped_mm(a[..., :0], b[..., :0, :], offs) == 0).all()
     else:
         assert ops.grouped_mm(a[:0], b, offs).shape == (len(exact), 0, b.shape[1])
+    if offs is not None:
+        for function in (ops.grouped_mm, grouped_mm_reference):
+            result = function(a if a.dim() == 2 else a[:0], b if b.dim() == 2 else b[:0], offs[:0])
+            assert result.numel() == 0 if form == "products" else (result == 0).all() and result.numel()
 
 
 @each_dtype

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moe import ops
 from moe.ops.routing import route_reference
+from tests.bound import excess
 from tests.cases import ROUTING_CASES, RoutingCase
 
 each_case = pytest.mark.parametrize("case", ROUTING_CASES, ids=str)
@@ -77,6 +78,28 @@ def test_route_gradient(case: RoutingCase) -> None:
             )
             grads += torch.autograd.grad(outputs, logits, [torch.randn_like(out) for out in outputs])
         assert torch.allclose(*grads, rtol=1e-10, atol=1e-14), which
+
+
+@each_case
+def test_route_gradient_in_float32(case: RoutingCase) -> None:
+    logits, bias = case.inputs(torch.float32)
+    logits = logits[:8].nan_to_num(0.5, neginf=-3.0).clamp(-20, 20).requires_grad_()
+    exact_logits = logits.detach().double().requires_grad_()
+    routing = ops.route(logits, bias, **case.settings)
+    scores = exact_logits.sigmoid() if case.scoring_func == "sigmoid" else exact_logits.softmax(dim=-1)
+    weights = scores.gather(1, routing.expert_ids)
+    if case.norm_topk_prob:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    weights = weights * case.routed_scaling_factor
+    outputs, exact_outputs = (routing.weights, routing.scores), (weights, scores)
+    grads = [torch.randn_like(output) for output in outputs]
+    for which in (slice(0, 1), slice(1, 2), slice(0, 2)):
+        (ours,) = torch.autograd.grad(outputs[which], logits, grads[which], retain_graph=True)
+        doubles = [grad.double() for grad in grads[which]]
+        (exact,) = torch.autograd.grad(exact_outputs[which], exact_logits, doubles, retain_graph=True)
+        # The terms cancel, and none is larger than this.
+        scale = case.routed_scaling_factor * torch.cat(doubles, dim=1).abs().sum(dim=1, keepdim=True)
+        assert excess(ours, exact, (2**-20 * scale).expand_as(exact)) <= 1, which
 
 
 def test_the_bias_only_selects() -> None:

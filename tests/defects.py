@@ -1,0 +1,293 @@
+"""What `tests.mutants` puts into the code by name, and the random mutants that change nothing."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Defect:
+    """`old` stands exactly once in the file."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+def ops(page: str, name: str, old: str, new: str) -> Defect:
+    return Defect(name, f"moe/ops/{page}.py", old, new)
+
+
+def router(name: str, old: str, new: str) -> Defect:
+    return Defect(name, "moe/layer.py", old, new)
+
+
+def kernel(page: str, name: str, old: str, new: str) -> Defect:
+    return Defect(name, f"kernels/moe_triton/{page}.py", old, new)
+
+
+NAMED = (
+    ops(
+        "activation",
+        "gate and up swapped",
+        "silu.out(gate.to(out.dtype), out=out).mul_(up.to(out.dtype))",
+        "silu.out(up.to(out.dtype), out=out).mul_(gate.to(out.dtype))",
+    ),
+    ops(
+        "activation",
+        "up clamped on one side",
+        """    gate, up = gate.to(wide), up.to(wide)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)""",
+        """    gate, up = gate.to(wide), up.to(wide)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(max=limit)""",
+    ),
+    ops(
+        "activation",
+        "alpha ignored",
+        "out.copy_(torch.sigmoid(gate if alpha == 1.0 else alpha * gate)",
+        "out.copy_(torch.sigmoid(gate)",
+    ),
+    ops("activation", "gradient not stopped at the limit", "slope.masked_fill_(~gate_inside, 0)", "pass"),
+    ops(
+        "mlp",
+        "last expert skipped",
+        "for batch in batches:",
+        "for batch in batches[:-1]:",
+    ),
+    ops(
+        "mlp", "zeros returned", "return combine(rows, order.position, weights), pre", "return torch.zeros_like(x), pre"
+    ),
+    ops("mlp", "gradient of an expert without tokens not written", "per_expert[unused] = 0", "pass"),
+    ops("mlp", "bias of the wrong expert", "return bias[batch.first]", "return bias[batch.first - 1]"),
+    ops("mlp", "ends of a batch not relative to its start", "offsets[first:last] - start)", "offsets[first:last])"),
+    ops("mlp", "down bias forgotten", "rows[here].add_(_rows_of(down_bias, batch))", "pass"),
+    ops(
+        "mlp",
+        "routing weight's gradient without the down bias",
+        "dots += (grad_y.to(wide) * _rows_of(down_bias, batch)).sum(dim=1, dtype=weights.dtype)",
+        "pass",
+    ),
+    ops(
+        "mlp",
+        "one token: weights of the first slots instead of those here",
+        "else weights[0, here]",
+        "else weights[0, : len(here)]",
+    ),
+    ops(
+        "permutation",
+        "order not stable",
+        'kind="stable")',
+        'kind="stable")[::-1][np.argsort(keys[::-1][np.argsort(keys[::-1], kind="stable")], kind="stable")]',
+    ),
+    ops(
+        "permutation",
+        "weight of an absent slot used",
+        "weight = None if weight is None else weight.masked_fill(absent[:, k, None], 0)",
+        "pass",
+    ),
+    ops(
+        "permutation",
+        "combined in the rows' dtype",
+        "    wide = accumulation_dtype(rows, weights)\n    tokens, top_k",
+        "    wide = rows.dtype\n    tokens, top_k",
+    ),
+    ops("grouped_gemm", "rows past the last offset not written", "out[end:].zero_()", "pass"),
+    ops(
+        "grouped_gemm",
+        "matrix of the wrong group",
+        "product_into(out[start:stop], a[start:stop], b[g])",
+        "product_into(out[start:stop], a[start:stop], b[g - 1])",
+    ),
+    ops(
+        "routing",
+        "weights from biased scores",
+        "    weights = scores.gather(1, expert_ids)\n    if norm_topk_prob:\n        weights /=",
+        "    weights = choice.gather(1, expert_ids)\n    if norm_topk_prob:\n        weights /=",
+    ),
+    ops("routing", "masked groups with 0", "keys.masked_fill_(excluded, -(2**63))", "keys.masked_fill_(excluded, 0)"),
+    ops(
+        "routing",
+        "ties to the higher index",
+        "torch.arange(values.shape[1], 0, -1, device=values.device)",
+        "torch.arange(1, values.shape[1] + 1, device=values.device)",
+    ),
+    ops(
+        "routing",
+        "NaN first",
+        "bits.masked_fill_(values.isnan(), -(2**31))",
+        "bits.masked_fill_(values.isnan(), 2**31 - 1)",
+    ),
+    ops(
+        "routing",
+        "normalised after scaling",
+        """        weights /= weights.sum(dim=-1, keepdim=True) + 1e-20
+    if routed_scaling_factor != 1.0:
+        weights *= routed_scaling_factor
+    return weights, expert_ids, scores""",
+        """        weights *= routed_scaling_factor
+        weights /= weights.sum(dim=-1, keepdim=True) + 1e-20
+    return weights, expert_ids, scores""",
+    ),
+    ops(
+        "routing",
+        "normalised without epsilon",
+        "weights /= weights.sum(dim=-1, keepdim=True) + 1e-20",
+        "weights /= weights.sum(dim=-1, keepdim=True)",
+    ),
+    router(
+        "logits in the dtype of x",
+        "return F.linear(x.to(dtype), self.weight.to(dtype))",
+        "return F.linear(x, self.weight.to(x.dtype)).to(dtype)",
+    ),
+    router(
+        "correction bias rounded by a cast",
+        "self.e_score_correction_bias = bias.to(moved.device)",
+        "self.e_score_correction_bias = moved.to(bias.dtype)",
+    ),
+    router("an absent expert takes a share", ".masked_fill(expert_ids < 0, 0)", ""),
+    kernel(
+        "grouped_gemm",
+        "K mask dropped",
+        "a = tl.load(a_at) if EVEN_K else tl.load(a_at, mask=(first + k)[None, :] < inner, other=0)",
+        "a = tl.load(a_at)",
+    ),
+    kernel(
+        "grouped_gemm",
+        "row mask off by one",
+        "tl.store(at, total, mask=(row < end)[:, None] & (column < width)[None, :])",
+        "tl.store(at, total, mask=(row <= end)[:, None] & (column < width)[None, :])",
+    ),
+    kernel(
+        "grouped_gemm",
+        "group's stride missing",
+        "b_at = b + group.to(tl.int64) * stride_bg + column[None, :]",
+        "b_at = b + column[None, :]",
+    ),
+    kernel(
+        "grouped_gemm",
+        "last pass over the tiles as high as the others",
+        "height = tl.minimum(tiles - pass_m, GROUP_M)",
+        "height = GROUP_M",
+    ),
+    kernel(
+        "grouped_gemm",
+        "offset of a row in 32 bits",
+        "at = out + row[:, None].to(tl.int64) * stride_om",
+        "at = out + row[:, None] * stride_om",
+    ),
+    kernel(
+        "grouped_gemm",
+        "a row of the next group in a weight's gradient",
+        "here = row < end\n        if GATHER_A",
+        "here = row <= end\n        if GATHER_A",
+    ),
+    kernel(
+        "grouped_gemm",
+        "gradient of an expert without tokens not written",
+        "tl.load(starts + group + 1)\n    a_at",
+        "tl.load(starts + group + 1)\n    if start == end:\n        return\n    a_at",
+    ),
+    kernel(
+        "mlp",
+        "gate and up swapped",
+        "tl.store(at, swiglu_tile(gate, up, limit, alpha, CLAMP), mask=mask)",
+        "tl.store(at, swiglu_tile(up, gate, limit, alpha, CLAMP), mask=mask)",
+    ),
+    kernel(
+        "mlp",
+        "few tokens: down bias of the first expert",
+        "at = bias + expert.to(tl.int64) * width + column",
+        "at = bias + column",
+    ),
+    kernel(
+        "mlp",
+        "few tokens: the wrong rank",
+        "before + tl.cumsum(match, 0) - 1, -1)",
+        "before + tl.cumsum(match, 0), -1)",
+    ),
+    kernel(
+        "mlp",
+        "routing weight's gradient without the last block",
+        "for n in range(blocks_n):",
+        "for n in range(blocks_n - 1):",
+    ),
+    kernel(
+        "mlp",
+        "routing weight's gradient without the down bias",
+        "HAS_BIAS=down_bias is not None,\n            BLOCK=block,",
+        "HAS_BIAS=False,\n            BLOCK=block,",
+    ),
+    kernel(
+        "mlp",
+        "routing weight of the row instead of the slot",
+        "weight = tl.load(weights + slot)\n    left",
+        "weight = tl.load(weights + tl.minimum(row, end - 1))\n    left",
+    ),
+    kernel(
+        "activation",
+        "up clamped on one side",
+        "up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))",
+        "up = tl.where(up > limit, limit, up)",
+    ),
+    kernel(
+        "activation",
+        "alpha ignored",
+        "return tl.div_rn(gate, 1.0 + exp(-alpha * gate)) * up",
+        "return tl.div_rn(gate, 1.0 + exp(-gate)) * up",
+    ),
+    kernel("activation", "gradient not stopped at the limit", "grad_up = tl.where(inside_up, grad_up, 0.0)", "pass"),
+    kernel("routing", "softmax without its maximum", "e = exp(value - top)", "e = exp(value)"),
+    kernel(
+        "routing",
+        "weights from biased scores",
+        "s = tl.sum(tl.sum(tl.where(taken, score, 0.0), 1), 0)",
+        "s = tl.sum(tl.sum(tl.where(taken, choice, 0.0), 1), 0)",
+    ),
+    kernel("routing", "ties to the higher index", "(last - index + 1)", "(index + 1)"),
+    kernel(
+        "routing",
+        "masked groups with 0",
+        "keys = tl.where(chosen[:, None], keys, never)",
+        "keys = tl.where(chosen[:, None], keys, 0)",
+    ),
+    kernel("permutation", "order not stable", "(i[None, :] < i[:, None])", "(i[None, :] > i[:, None])"),
+    kernel("permutation", "one tile too few", "tiles = (size + block_m - 1) // block_m", "tiles = size // block_m"),
+    kernel(
+        "permutation",
+        "weight of an absent slot used",
+        "value *= tl.load(weights + slot, mask=here, other=0)",
+        "value *= tl.load(weights + slot)",
+    ),
+    kernel(
+        "permutation",
+        "last slot of a token not summed",
+        "for k in tl.static_range(TOP_K):",
+        "for k in tl.static_range(TOP_K - 1):",
+    ),
+    kernel(
+        "permutation",
+        "column mask off by one",
+        "tl.store(rows + row.to(tl.int64) * width + column, value, mask=column < width)",
+        "tl.store(rows + row.to(tl.int64) * width + column, value, mask=column <= width)",
+    ),
+)
+
+# (file, line, line of the mutant) -> why no test can tell them apart
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+    (
+        "moe/ops/grouped_gemm.py",
+        "if start < stop:",
+        "if start <= stop:",
+    ): "a product of no rows or columns writes nothing",
+    (
+        "kernels/moe_triton/routing.py",
+        "order = tl.where(real, key(number, expert, num_experts - 1), never)",
+        "order = tl.where(real, key(number, expert, num_experts + 1), never)",
+    ): "a constant added to every key leaves their order",
+    (
+        "kernels/moe_triton/routing.py",
+        "group_keys = tl.where(group < N_GROUP, key(best, group, N_GROUP - 1), never)",
+        "group_keys = tl.where(group < N_GROUP, key(best, group, N_GROUP + 1), never)",
+    ): "a constant added to every key leaves their order",
+}
