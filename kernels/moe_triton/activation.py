@@ -65,30 +65,27 @@ def swiglu_backward_tile(grad, gate, up, limit, alpha, CLAMP: tl.constexpr):
     return act * up, grad_gate, grad_up
 
 
-@triton.jit(do_not_specialize=["count"])
-def swiglu_kernel(gate_up, out, count, width, limit, alpha, CLAMP: tl.constexpr, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    row, column = i // width, i % width
+@triton.jit
+def swiglu_kernel(gate_up, out, width, limit, alpha, CLAMP: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = gate_up + row * 2 * width + column
-    gate = tl.load(at, mask=i < count, other=0).to(tl.float32)
-    up = tl.load(at + width, mask=i < count, other=0).to(tl.float32)
-    tl.store(out + i, swiglu_tile(gate, up, limit, alpha, CLAMP), mask=i < count)
+    gate = tl.load(at, mask=column < width, other=0).to(tl.float32)
+    up = tl.load(at + width, mask=column < width, other=0).to(tl.float32)
+    tl.store(out + row * width + column, swiglu_tile(gate, up, limit, alpha, CLAMP), mask=column < width)
 
 
-@triton.jit(do_not_specialize=["count"])
-def swiglu_backward_kernel(grad, gate_up, out, count, width, limit, alpha, CLAMP: tl.constexpr, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    row, column = i // width, i % width
+@triton.jit
+def swiglu_backward_kernel(grad, gate_up, out, width, limit, alpha, CLAMP: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = row * 2 * width + column
-    gate = tl.load(gate_up + at, mask=i < count, other=0).to(tl.float32)
-    up = tl.load(gate_up + at + width, mask=i < count, other=0).to(tl.float32)
-    g = tl.load(grad + i, mask=i < count, other=0).to(tl.float32)
+    gate = tl.load(gate_up + at, mask=column < width, other=0).to(tl.float32)
+    up = tl.load(gate_up + at + width, mask=column < width, other=0).to(tl.float32)
+    g = tl.load(grad + row * width + column, mask=column < width, other=0).to(tl.float32)
     _, grad_gate, grad_up = swiglu_backward_tile(g, gate, up, limit, alpha, CLAMP)
-    tl.store(out + at, grad_gate, mask=i < count)
-    tl.store(out + at + width, grad_up, mask=i < count)
-
-
-BLOCK = 1024
+    tl.store(out + at, grad_gate, mask=column < width)
+    tl.store(out + at + width, grad_up, mask=column < width)
 
 
 def clamping(limit: float | None) -> tuple[float, bool]:
@@ -96,30 +93,28 @@ def clamping(limit: float | None) -> tuple[float, bool]:
     return (0.0, False) if limit is None else (limit, True)
 
 
+def _grid(count: int, width: int) -> tuple[tuple[int, int], int]:
+    """(grid of rows and blocks of columns, BLOCK)"""
+    block = min(1024, 1 << (width - 1).bit_length())
+    return (count // width, -(-width // block)), block
+
+
 def swiglu(gate_up: Tensor, limit: float | None, alpha: float) -> Tensor:
     width = gate_up.shape[-1] // 2
     out = torch.empty((*gate_up.shape[:-1], width), dtype=gate_up.dtype, device=gate_up.device)
     if out.numel():
-        grid = (triton.cdiv(out.numel(), BLOCK),)
+        grid, block = _grid(out.numel(), width)
         bound, clamped = clamping(limit)
-        swiglu_kernel[grid](gate_up.contiguous(), out, out.numel(), width, bound, alpha, CLAMP=clamped, BLOCK=BLOCK)
+        swiglu_kernel[grid](gate_up.contiguous(), out, width, bound, alpha, CLAMP=clamped, BLOCK=block)
     return out
 
 
 def swiglu_backward(grad: Tensor, gate_up: Tensor, limit: float | None, alpha: float) -> Tensor:
+    width = gate_up.shape[-1] // 2
     out = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
     if out.numel():
-        grid = (triton.cdiv(grad.numel(), BLOCK),)
+        grid, block = _grid(grad.numel(), width)
         bound, clamped = clamping(limit)
-        swiglu_backward_kernel[grid](
-            grad.contiguous(),
-            gate_up.contiguous(),
-            out,
-            grad.numel(),
-            gate_up.shape[-1] // 2,
-            bound,
-            alpha,
-            CLAMP=clamped,
-            BLOCK=BLOCK,
-        )
+        grad, gate_up = grad.contiguous(), gate_up.contiguous()
+        swiglu_backward_kernel[grid](grad, gate_up, out, width, bound, alpha, CLAMP=clamped, BLOCK=block)
     return out

@@ -59,12 +59,14 @@ def multiply(
 @triton.jit(do_not_specialize=["num_groups", "blocks_n"])
 def rows_kernel(
     a, b, bias, out, tile_group, tile_start, starts, num_groups, inner, width, stride_am, stride_ak, stride_bg,
-    stride_bk, stride_bn, stride_om, stride_on, blocks_n, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
-    EVEN_N: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    stride_bk, stride_bn, stride_om, stride_on, blocks_n, HAS_BIAS: tl.constexpr, TAIL: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out[rows of g] = a[rows of g] @ b[g] + bias[g]; the rows of group num_groups, which has no matrix, are zero."""
+    """out[rows of g] = a[rows of g] @ b[g] + bias[g]; the rows of group num_groups, which has no matrix, are zero with
+    TAIL and else not written."""
     group, first, end, block_n = locate(tl.program_id(0), tile_group, tile_start, starts, blocks_n, BLOCK_M, GROUP_M)
-    if group < 0:
+    if (group < 0) | ((group == num_groups) & (not TAIL)):
         return
     row = first + tl.arange(0, BLOCK_M)
     column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -122,7 +124,11 @@ def products_kernel(
 def rows(
     a: Tensor, b: Tensor, starts: Tensor, tiles: Tiles, *, bias: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """a [R, K], b [G, K, N], bias [G, N] -> [R, N], each row with the matrix of its group; any strides."""
+    """a [R, K], b [G, K, N], bias [G, N] -> [R, N], each row with the matrix of its group; any strides.
+
+    Rows of no group are zero in an `out` that is given, and else not written.
+    """
+    tail = out is not None
     num_groups, inner, width = b.shape
     if out is None:
         out = torch.empty((a.shape[0], width), dtype=a.dtype, device=a.device)
@@ -147,6 +153,7 @@ def rows(
             *out.stride(),
             blocks_n,
             HAS_BIAS=bias is not None,
+            TAIL=tail,
             EVEN_K=inner % tile.block_k == 0,
             EVEN_N=tiling.even(width, tile.block_n),
             GROUP_M=tile.group_m,
@@ -207,7 +214,7 @@ def grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None) -> Tensor:
 
 
 def _rows_form(a: Tensor, b: Tensor, ends: Tensor, out: Tensor) -> Tensor:
-    block_m = tiling.row_block(a.dtype, a.shape[0], b.shape[0])
+    block_m = tiling.row_block(a.dtype, a.shape[0], b.shape[0], *b.shape[1:])
     starts, tiles = layout(ends, a.shape[0], b.shape[0], from_ends=True, block_m=block_m)
     assert tiles is not None
     return rows(a, b, starts, tiles, out=out)

@@ -346,15 +346,15 @@ def moe_mlp_forward(
     if x.shape[0] <= SMALL and not save:
         out = _small(*up, down, down_bias, expert_ids)
         return combine(out, expert_ids, weights, num_experts=experts, by_slot=True), pre
-    order = _sort(x, expert_ids, experts)
+    order = _sort(x, expert_ids, experts, twice // 2)
     assert order.tiles is not None
     hidden = _up(*up, pre, order, expert_ids.shape[1])
     out = rows(hidden, down.transpose(1, 2), order.starts, order.tiles, bias=down_bias)
     return combine(out, order.position, weights), pre
 
 
-def _sort(x: Tensor, expert_ids: Tensor, experts: int) -> Order:
-    block_m = tiling.row_block(x.dtype, expert_ids.numel(), experts)
+def _sort(x: Tensor, expert_ids: Tensor, experts: int, width: int) -> Order:
+    block_m = tiling.row_block(x.dtype, expert_ids.numel(), experts, x.shape[1], width)
     return sort(expert_ids, experts, block_m=block_m, position_dtype=torch.int32)
 
 
@@ -419,7 +419,9 @@ def _small(
 ) -> Tensor:
     experts, twice, inner = gate_up.shape
     width, num_slots = twice // 2, expert_ids.numel()
-    tile = tiling.rows_tile(x.dtype, 16, tiling.shared_memory(x.device))
+    # Taller tiles where an expert has more tokens, so that it reads its weights once.
+    block_m = 32 if inner % 16 or width % 16 else 16 if num_slots <= 8 * experts else 64
+    tile = tiling.rows_tile(x.dtype, block_m, tiling.shared_memory(x.device))
     block_n = tile.block_n // 2
     slots = max(SMALL * triton.next_power_of_2(expert_ids.shape[1]), 16)
     bound, clamped = clamping(limit)
@@ -491,24 +493,25 @@ def moe_mlp_backward(
     x, grad, weights, expert_ids = (
         tiling.last_stride_one(x), tiling.last_stride_one(grad), weights.contiguous(), expert_ids.contiguous()
     )  # fmt: skip
-    order = _sort(x, expert_ids, experts)
+    order = _sort(x, expert_ids, experts, width)
     assert order.tiles is not None
     arguments = (x, gate_up, down, weights, gate_up_bias, down_bias)
     need_x, need_gate_up, need_down, need_weights, need_gate_up_bias, need_down_bias = (
         need and t is not None for need, t in zip(needed, arguments, strict=True)
     )
-    grads = [torch.empty(0, dtype=(x if t is None else t).dtype, device=x.device) for t in arguments]
+    grads = [torch.empty(0, dtype=x.dtype, device=x.device) for _ in arguments]
     if need_x or need_gate_up or need_down or need_weights or need_gate_up_bias:
         grad_pre, scaled, dots = _hidden_backward(grad, down, pre, weights, limit, alpha, order, top_k, width)
-        if need_x:
-            grad_rows = rows(grad_pre, gate_up, order.starts, order.tiles)
-            grads[0] = combine(grad_rows, order.position, None)
-        if need_gate_up:
-            grads[1] = products(grad_pre, x, order.starts, experts, slots=order.slots, top_k=top_k, gather_b=True)
-        if need_down:
-            grads[2] = products(grad, scaled, order.starts, experts, slots=order.slots, top_k=top_k, gather_a=True)
+        # Each intermediate is let go of as soon as it has been used.
         if need_weights:
             grads[3] = _sum_dots(dots, order.position, grad, down_bias, expert_ids)
+        if need_down:
+            grads[2] = products(grad, scaled, order.starts, experts, slots=order.slots, top_k=top_k, gather_a=True)
+        del dots, scaled
+        if need_gate_up:
+            grads[1] = products(grad_pre, x, order.starts, experts, slots=order.slots, top_k=top_k, gather_b=True)
+        if need_x:
+            grads[0] = combine(rows(grad_pre, gate_up, order.starts, order.tiles), order.position, None)
         if need_gate_up_bias:
             grads[4] = _column_sums(grad_pre, order, experts, top_k, None)
     if need_down_bias:

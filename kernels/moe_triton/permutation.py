@@ -27,7 +27,7 @@ def group_of(expert_ids, slot, num_slots, num_experts):
 
     Where assertions are off, an id that names no expert counts as "not here": it leads outside no buffer.
     """
-    ids = tl.load(expert_ids + slot, mask=slot < num_slots, other=0)
+    ids = tl.load(expert_ids + slot, mask=slot < num_slots, other=-1)
     tl.device_assert((ids >= -1) & (ids < num_experts), "expert_ids: an id is neither -1 nor in [0, E)")
     group = tl.where((ids >= 0) & (ids < num_experts), ids, num_experts).to(tl.int32)
     return tl.where(slot < num_slots, group, num_experts + 1)
@@ -145,6 +145,7 @@ def layout(
     source: Tensor, num_rows: int, num_experts: int, *, from_ends: bool, block_m: int | None
 ) -> tuple[Tensor, Tiles | None]:
     """(starts, tiles if block_m is given) from the groups' sizes or ends."""
+    source = source.contiguous()
     starts = torch.empty(num_experts + 2, dtype=torch.int32, device=source.device)
     tile_start = torch.empty_like(starts)
     bound = 0 if block_m is None else num_rows // block_m + min(num_experts + 1, num_rows)
@@ -160,7 +161,7 @@ def layout(
         block_m or 1,
         FROM_ENDS=from_ends,
         TILES=block_m is not None,
-        GROUPS=triton.next_power_of_2(num_experts + 2),
+        GROUPS=max(triton.next_power_of_2(num_experts + 2), 128),
     )
     return starts, None if block_m is None else Tiles(tile_group, tile_start, block_m)
 
@@ -168,6 +169,8 @@ def layout(
 def sort(expert_ids: Tensor, num_experts: int, *, block_m: int | None, position_dtype: torch.dtype) -> Order:
     expert_ids = expert_ids.contiguous()
     num_slots, device = expert_ids.numel(), expert_ids.device
+    if num_slots >= 2**31:
+        raise ValueError(f"expert_ids: {num_slots} slots, of which the kernels count fewer than 2^31")
     blocks = triton.cdiv(num_slots, SLOTS)
     counts = torch.empty((num_experts + 1, blocks), dtype=torch.int32, device=device)
     totals = torch.empty(num_experts + 1, dtype=torch.int32, device=device)

@@ -55,11 +55,17 @@ def fit(tile: Tile, itemsize: int, shared: int) -> Tile:
     return tile
 
 
-def row_block(dtype: torch.dtype, num_rows: int, num_groups: int) -> int:
-    """Rows of a tile, shared by all row products of a call: one of three, by the rows that a group has on average."""
+def row_block(dtype: torch.dtype, num_rows: int, num_groups: int, *sizes: int) -> int:
+    """Rows of a tile, shared by all row products of a call: one of three, by the rows that a group has on average.
+
+    Matrices whose sizes are not multiples of 16 cannot be read 16 bytes at a time; what that takes in registers leaves
+    room for 32 rows.
+    """
     mean = num_rows / max(num_groups, 1)
     if dtype == torch.float32:
         return 16 if mean <= 16 else 64
+    if any(size % 16 for size in sizes):
+        return 32
     return 16 if mean <= 16 else 64 if mean <= 96 else 128
 
 
@@ -70,6 +76,7 @@ def rows_tile(dtype: torch.dtype, block_m: int, shared: int) -> Tile:
         return fit(Tile(16, 32, 32, 4, 2) if block_m == 16 else Tile(block_m, 64, 16, 4, 3), 4, shared)
     tile = {
         16: Tile(16, 64, 64, 4, 6),
+        32: Tile(32, 64, 32, 4, 2),
         64: Tile(64, 128, 64, 4, 4),
         128: Tile(128, 256, 64, 8, 3) if shared >= 200000 else Tile(128, 128, 64, 8, 3),
     }[block_m]
@@ -80,6 +87,8 @@ def products_tile(dtype: torch.dtype, m: int, n: int, shared: int) -> Tile:
     """For the weight gradient of an m x n matrix, a sum over a group's rows."""
     if dtype == torch.float32:
         return fit(Tile(64, 64, 16, 4, 3), 4, shared)
+    if m % 16 or n % 16:
+        return Tile(64, 64, 32, 4, 2)
     if m < 128 or n < 128:
         return fit(Tile(64, 64, 64, 4, 3), dtype.itemsize, shared)
     return fit(Tile(128, 256, 64, 8, 3) if shared >= 200000 else Tile(128, 128, 64, 8, 3), dtype.itemsize, shared)

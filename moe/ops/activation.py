@@ -22,9 +22,9 @@ def swiglu(gate_up: Tensor, limit: float | None = None, alpha: float = 1.0) -> T
     as `torch.clamp` does; NaN stays NaN.
 
     Any floating dtype, any number of leading dimensions, any strides; the output is contiguous and of the same dtype,
-    within four roundings of it;
-    computed in float32 or wider when `limit` or `alpha` is used. Empty inputs give
-    empty outputs. Raises ValueError for an odd last dimension or a limit that is not positive.
+    within four roundings of it (0 where exp(-gate) exceeds float32); computed in float32 or wider when `limit` or
+    `alpha` is used. Empty inputs give empty outputs. Raises ValueError for an odd last dimension or a limit that is
+    not positive.
 
     Source: Shazeer, GLU variants improve Transformer (arXiv 2002.05202); limit and alpha: openai/gpt-oss.
     """

@@ -55,7 +55,7 @@ def grouped_mm_reference(a: Tensor, b: Tensor, offs: Tensor | None = None) -> Te
     if offs is None:
         return torch.stack([p @ q for p, q in zip(a, b, strict=True)]) if len(a) else a.new_zeros(_shape(a, b, offs))
     ends = offs.tolist()
-    spans = list(zip([0, *ends[:-1]], ends, strict=True))
+    spans = list(zip([0, *ends], ends, strict=False))
     if a.dim() == 2 and b.dim() == 3:
         parts = [a[start:end] @ b[g] for g, (start, end) in enumerate(spans)]
         return torch.cat([*parts, a.new_zeros(a.shape[0] - (ends or [0])[-1], b.shape[2])])

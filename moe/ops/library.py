@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("moesmith", "DEF")
 Tier = Literal["auto", "triton", "reference"]
@@ -50,6 +51,8 @@ def define(schema: str, *, page: str, cpu: Callable[..., Any], fake: Callable[..
 def kernels_for(page: str, tensors: list[Tensor], tier: str = "auto") -> ModuleType | None:
     """The page of Triton kernels that takes these tensors, or None. Tier "triton" raises ValueError instead of None."""
     device = tensors[0].device
+    if any(tensor.device != device for tensor in tensors):
+        raise ValueError(f"tensors on {', '.join(sorted({str(t.device) for t in tensors}))}: expected one device")
     if device.type == "cpu" and tier != "triton":
         return None
     why = _why_no_kernels(device)
@@ -97,8 +100,11 @@ def define_gradient(op: Any, save: Callable[[Any, tuple[Any, ...], Any], None], 
             return gradient(ctx, *grad_outputs)
 
     def autograd(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return Differentiable.apply(*args)
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            raise NotImplementedError(f"{op.name()}: no forward-mode gradient; use the reverse mode")
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 

@@ -1,5 +1,6 @@
 """The expert MLP of a Mixture-of-Experts layer as one operator."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from moe.ops.activation import check_limit, swiglu_backward_into, swiglu_into, swiglu_reference
 from moe.ops.library import Tier, autocast, define, define_gradient
 from moe.ops.permutation import check_ids, check_weights, combine, sort_slots
-from moe.ops.product import product, product_into
+from moe.ops.product import can_group, group_products_into, grouped_product, grouped_product_into, product
 
 
 def moe_mlp(
@@ -128,14 +129,51 @@ def _check(
             raise TypeError(f"{name}: expected {x.dtype} as x has, got {tensor.dtype}")
 
 
-def _spans(offsets: Tensor) -> list[tuple[int, int, int]]:
-    """(expert, start, end) of the experts that have rows."""
-    spans, start = [], 0
-    for expert, end in enumerate(offsets.tolist()):
+# An expert whose products have fewer multiplications than this is small: calling costs more than multiplying. A batch
+# of small ones stays in cache.
+_SMALL_PRODUCT, _BATCH_ROWS = 2**20, 1024
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The rows start:end, of the experts first:last, which go through the products together; ends count from start."""
+
+    first: int
+    last: int
+    start: int
+    end: int
+    ends: Tensor
+
+
+def _batches(offsets: Tensor, gate_up: Tensor, down: Tensor) -> list[_Batch]:
+    """All rows: those of a large expert alone, those of small ones that follow one another in one batch."""
+    most = _SMALL_PRODUCT // max(gate_up[0].numel(), 1) if len(gate_up) and can_group(gate_up, down) else 0
+    batches: list[_Batch] = []
+    first = start = 0
+    ends = offsets.tolist()
+
+    def close(last: int, end: int) -> None:
+        nonlocal first, start
         if end > start:
-            spans.append((expert, start, end))
-        start = end
-    return spans
+            batches.append(_Batch(first, last, start, end, offsets[first:last] - start))
+        first, start = last, end
+
+    for expert, end in enumerate(ends):
+        before = ends[expert - 1] if expert else 0
+        if end - before > most:
+            close(expert, before)
+            close(expert + 1, end)
+        elif end - start >= _BATCH_ROWS:
+            close(expert + 1, end)
+    close(len(ends), ends[-1] if ends else 0)
+    return batches
+
+
+def _rows_of(bias: Tensor, batch: _Batch) -> Tensor:
+    """bias [E, N] -> the bias of each row of the batch, or one that all of them share."""
+    if batch.last - batch.first == 1:
+        return bias[batch.first]
+    return bias[batch.first : batch.last].repeat_interleave(batch.ends.diff(prepend=batch.ends.new_zeros(1)), dim=0)
 
 
 def _forward(
@@ -154,23 +192,25 @@ def _forward(
         y = _one_token(x, gate_up, down, weights, expert_ids, gate_up_bias, down_bias, limit, alpha)
         return y, x.new_empty(0, gate_up.shape[1])
     order = sort_slots(expert_ids, gate_up.shape[0])
-    spans = _spans(order.offsets)
-    routed = spans[-1][2] if spans else 0
+    batches = _batches(order.offsets, gate_up, down)
+    routed = batches[-1].end if batches else 0
     tokens = order.slots // max(expert_ids.shape[1], 1)
     rows = x.new_empty(order.slots.shape[0], x.shape[1])
     pre = x.new_empty(order.slots.shape[0] if save else 0, gate_up.shape[1])
     pre[routed:].zero_()
-    # Each expert's rows go through both products while they are in cache; only the result has size R.
-    hidden = x.new_empty(max((end - start for _, start, end in spans), default=0), down.shape[2])
-    for expert, start, end in spans:
-        part = product(x.index_select(0, tokens[start:end]), gate_up[expert].t())
+    # A batch's rows go through both products while they are in cache; only the result has size R.
+    hidden = x.new_empty(max((batch.end - batch.start for batch in batches), default=0), down.shape[2])
+    for batch in batches:
+        experts, here = slice(batch.first, batch.last), slice(batch.start, batch.end)
+        part = grouped_product(x.index_select(0, tokens[here]), gate_up[experts].mT, batch.ends)
         if gate_up_bias is not None:
-            part.add_(gate_up_bias[expert])
+            part.add_(_rows_of(gate_up_bias, batch))
         if save:
-            pre[start:end] = part
-        product_into(rows[start:end], swiglu_into(hidden[: end - start], part, limit, alpha), down[expert].t())
+            pre[here] = part
+        act = swiglu_into(hidden[: batch.end - batch.start], part, limit, alpha)
+        grouped_product_into(rows[here], act, down[experts].mT, batch.ends)
         if down_bias is not None:
-            rows[start:end].add_(down_bias[expert])
+            rows[here].add_(_rows_of(down_bias, batch))
     return combine(rows, order.position, weights), pre
 
 
@@ -227,7 +267,6 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, gate_up, down, weights, gate_up_bias, down_bias); empty where not needed."""
     order = sort_slots(expert_ids, gate_up.shape[0])
-    spans = _spans(order.offsets)
     tokens = order.slots // max(expert_ids.shape[1], 1)
     grad_x, grad_gate_up, grad_down, grad_weights, grad_gate_up_bias, grad_down_bias = (
         (t if need and t is not None else x).new_empty(t.shape if need and t is not None else 0)
@@ -235,40 +274,42 @@ def _backward(
     )
     need_x, need_gate_up, need_down, need_weights, need_gate_up_bias, need_down_bias = needed
     need_pre = need_x or need_gate_up or need_gate_up_bias
-    unused = sorted(set(range(gate_up.shape[0])) - {expert for expert, _, _ in spans})
-    for per_expert in (grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias):
-        for expert in unused if per_expert.numel() else ():
-            per_expert[expert].zero_()
     grad_rows = x.new_empty(order.slots.shape[0] if need_x else 0, x.shape[1])
     sorted_weights = weights.reshape(-1, 1).index_select(0, order.slots)
     sorted_dots = torch.zeros_like(sorted_weights)
     wide = torch.promote_types(x.dtype, torch.float32)
-    for expert, start, end in spans:
-        token, weight, part = tokens[start:end], sorted_weights[start:end], pre[start:end]
+    for batch in _batches(order.offsets, gate_up, down):
+        experts, here = slice(batch.first, batch.last), slice(batch.start, batch.end)
+        token, weight, part = tokens[here], sorted_weights[here], pre[here]
         grad_y = grad.index_select(0, token)
-        hidden = swiglu_into(part.new_empty(end - start, down.shape[2], dtype=wide), part, limit, alpha)
+        hidden = swiglu_into(part.new_empty(len(part), down.shape[2], dtype=wide), part, limit, alpha)
         if need_down:
-            product_into(grad_down[expert], grad_y.t(), (hidden * weight).to(x.dtype))
+            group_products_into(grad_down[experts], grad_y, (hidden * weight).to(x.dtype), batch.ends)
         if need_down_bias:
-            grad_down_bias[expert] = (grad_y * weight).sum(dim=0)
+            _sum_rows_into(grad_down_bias[experts], grad_y * weight, batch.ends)
         if not need_pre and not need_weights:
             continue
-        grad_hidden = product(grad_y, down[expert])
+        grad_hidden = grouped_product(grad_y, down[experts], batch.ends)
         if need_weights:
             # The gradient of a weight is grad_y . (down @ hidden) = grad_hidden . hidden: no row of the output is kept.
             dots = (grad_hidden * hidden).sum(dim=1, dtype=weights.dtype)
             if down_bias is not None:
-                dots += (grad_y.to(wide) * down_bias[expert]).sum(dim=1, dtype=weights.dtype)
-            sorted_dots[start:end, 0] = dots
+                dots += (grad_y.to(wide) * _rows_of(down_bias, batch)).sum(dim=1, dtype=weights.dtype)
+            sorted_dots[here, 0] = dots
         if need_pre:
             grad_hidden = (grad_hidden * weight).to(x.dtype)
             grad_pre = swiglu_backward_into(torch.empty_like(part), grad_hidden, part, limit, alpha)
             if need_gate_up:
-                product_into(grad_gate_up[expert], grad_pre.t(), x.index_select(0, token))
+                group_products_into(grad_gate_up[experts], grad_pre, x.index_select(0, token), batch.ends)
             if need_gate_up_bias:
-                grad_gate_up_bias[expert] = grad_pre.sum(dim=0)
+                _sum_rows_into(grad_gate_up_bias[experts], grad_pre, batch.ends)
             if need_x:
-                product_into(grad_rows[start:end], grad_pre, gate_up[expert])
+                grouped_product_into(grad_rows[here], grad_pre, gate_up[experts], batch.ends)
+    # An expert without a token is in no batch, or was multiplied with nothing.
+    unused = torch.cat([order.offsets[:1], order.offsets.diff()]) == 0
+    for per_expert in (grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias):
+        if per_expert.numel():
+            per_expert[unused] = 0
     if need_x:
         grad_x = combine(grad_rows, order.position, None)
     if need_weights:
@@ -296,6 +337,14 @@ def _backward_fake(
         (t if need and t is not None else x).new_empty(t.shape if need and t is not None else (0,))
         for t, need in zip((x, gate_up, down, weights, gate_up_bias, down_bias), needed, strict=True)
     )
+
+
+def _sum_rows_into(out: Tensor, rows: Tensor, ends: Tensor) -> None:
+    """out [G, N]: the sum of each group's rows, in order."""
+    start = 0
+    for total, end in zip(out, ends.tolist(), strict=True):
+        total.copy_(rows[start:end].sum(dim=0))
+        start = end
 
 
 _MOE_MLP_FORWARD = define(

@@ -27,6 +27,47 @@ def product_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out=out)
 
 
+def can_group(*weights: Tensor) -> bool:
+    """Whether torch's grouped product takes these stacked matrices, on the CPU, where it is a loop of `mm` in C++."""
+    return all(
+        w.device.type == "cpu"
+        and w.dtype in (torch.float32, torch.bfloat16)  # in half precision the loop would be the slow one
+        and w.is_contiguous()
+        and w.data_ptr() % 16 == 0
+        and all(size * w.dtype.itemsize % 16 == 0 for size in w.shape[1:])
+        for w in weights
+    )
+
+
+def grouped_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    """a [R, K] @ b [G, K, N] -> [R, N], each group of rows, up to its end, with its matrix."""
+    if len(b) == 1:
+        return product(a, b[0])
+    return _without_autocast(a, b, ends)
+
+
+def _without_autocast(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    if not torch.is_autocast_enabled("cpu"):
+        return torch.nn.functional.grouped_mm(a, b, offs=ends)
+    with torch.autocast("cpu", enabled=False):
+        return torch.nn.functional.grouped_mm(a, b, offs=ends)
+
+
+def grouped_product_into(out: Tensor, a: Tensor, b: Tensor, ends: Tensor) -> None:
+    if len(b) == 1:
+        product_into(out, a, b[0])
+    else:
+        out.copy_(grouped_product(a, b, ends))
+
+
+def group_products_into(out: Tensor, a: Tensor, b: Tensor, ends: Tensor) -> None:
+    """out [G, M, N]: a.T @ b of each group's rows, a [R, M] and b [R, N]."""
+    if len(out) == 1:
+        product_into(out[0], a.t(), b)
+    else:
+        out.copy_(_without_autocast(a.t(), b, ends))
+
+
 def _by_onednn(a: Tensor, b: Tensor) -> bool:
     # A call costs ten microseconds more than MKL's: made good at a million multiplications, where nothing is empty.
     if a.dtype != torch.float32 or a.device.type != "cpu" or not _has_onednn:
