@@ -76,7 +76,7 @@ def rows_kernel(
     steps = tl.where(group < num_groups, inner, 0)
     total = multiply(a_at, b_at, steps, stride_ak, stride_bk, column, width, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, EVEN_N)
     if HAS_BIAS:
-        mask = (column < width) & (group < num_groups)
+        mask = column < tl.where(group < num_groups, width, 0)
         total += tl.load(bias + group.to(tl.int64) * width + column, mask=mask, other=0).to(tl.float32)[None, :]
     at = out + row[:, None].to(tl.int64) * stride_om + column[None, :].to(tl.int64) * stride_on
     tl.store(at, total, mask=(row < end)[:, None] & (column < width)[None, :])

@@ -198,7 +198,7 @@ def permute_kernel(x, slots, starts, rows, top_k, width, num_experts, stride_x, 
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here = row < tl.load(starts + num_experts)
     token = tl.load(slots + row) // top_k
-    value = tl.load(x + token.to(tl.int64) * stride_x + column, mask=(column < width) & here, other=0)
+    value = tl.load(x + token.to(tl.int64) * stride_x + column, mask=column < tl.where(here, width, 0), other=0)
     tl.store(rows + row.to(tl.int64) * width + column, value, mask=column < width)
 
 
@@ -239,7 +239,8 @@ def combine_kernel(
             tl.device_assert((place >= -1) & (place < num_experts), "expert_ids: an id is neither -1 nor in [0, E)")
         here = place >= 0
         row = slot if BY_SLOT else place
-        value = tl.load(rows + row * width + column, mask=(column < width) & here, other=0).to(tl.float32)
+        readable = tl.where(here, width, 0)
+        value = tl.load(rows + row * width + column, mask=column < readable, other=0).to(tl.float32)
         if WEIGHTED:
             value *= tl.load(weights + slot, mask=here, other=0)
         total += value
@@ -299,7 +300,7 @@ def unpermute_backward_kernel(
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for first in range(0, width, BLOCK):
         column = first + tl.arange(0, BLOCK)
-        mask = (column < width) & here
+        mask = column < tl.where(here, width, 0)
         g = tl.load(grad + (slot // TOP_K) * stride_grad + column, mask=mask, other=0).to(tl.float32)
         if NEED_ROWS:
             tl.store(grad_rows + row * width + column, g * weight, mask=mask)
