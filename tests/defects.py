@@ -60,7 +60,6 @@ NAMED = (
     ),
     ops("mlp", "gradient of an expert without tokens not written", "per_expert[unused] = 0", "pass"),
     ops("mlp", "bias of the wrong expert", "return bias[batch.first]", "return bias[batch.first - 1]"),
-    ops("mlp", "ends of a batch not relative to its start", "offsets[first:last] - start)", "offsets[first:last])"),
     ops("mlp", "down bias forgotten", "rows[here].add_(_rows_of(down_bias, batch))", "pass"),
     ops(
         "mlp",

@@ -110,8 +110,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if INTERPRETED:
         from triton.runtime.interpreter import interpreter_builder
 
-        # Device assertions, as with `debug` on a GPU.
-        interpreter_builder.options = dataclasses.replace(interpreter_builder.options, debug=True)
+        # Device assertions, as with `debug` on a GPU; a wrapped offset is to show in the numbers.
+        interpreter_builder.options = dataclasses.replace(
+            interpreter_builder.options, debug=True, sanitize_overflow=False
+        )
     # numpy's, for `tl.max` and for an exponential that is meant to be infinite
     for message in ("All-NaN slice", "overflow encountered in multiply"):
         config.addinivalue_line("filterwarnings", f"ignore:{message}:RuntimeWarning")

@@ -83,6 +83,18 @@ def test_moe_mlp_clamped(case: Case, dtype: torch.dtype, settings: dict[str, flo
     assert all(v.right for v in verdicts.values()), verdicts
 
 
+@pytest.mark.parametrize("rows", [1, 7, 30])
+def test_moe_mlp_does_not_depend_on_its_batches(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU small experts go through the products together; more batches, and experts too large for one."""
+    inputs, grad = BY_NAME["ragged"].inputs(torch.float32), torch.randn(61, 24)
+    expected = gradients(fused, inputs, grad)
+    monkeypatch.setattr("moe.ops.mlp._BATCH_ROWS", rows)
+    for most in (2**20, 25 * 24 * 80):
+        monkeypatch.setattr("moe.ops.mlp._SMALL_PRODUCT", most)
+        for name, result in gradients(fused, inputs, grad).items():
+            torch.testing.assert_close(result, expected[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
 @each_case
 def test_moe_mlp_reference_is_the_definition(case: Case) -> None:
     i = case.inputs(torch.float64)
