@@ -155,8 +155,8 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num_experts, width, hidden))
 
     def forward(self, x: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
-        # swiglu_alpha as a literal: torch <= 2.13 compiles a default float, read in two checkpointed regions, wrongly.
-        return ops.moe_mlp(x, self.gate_up_proj, self.down_proj, weights, expert_ids, swiglu_alpha=1.0)
+        # Literals: torch <= 2.13 compiles a default float, read in two checkpointed regions, wrongly.
+        return ops.moe_mlp(x, self.gate_up_proj, self.down_proj, weights, expert_ids, swiglu_alpha=1.0, swiglu_beta=0.0)
 
 
 def local_dispatcher(x: Tensor, routing: Routing, experts: Experts) -> Tensor:

@@ -42,7 +42,7 @@ def layer(tokens: int, shape: Shape, dtype: torch.dtype, shared: int, *, gpt_oss
     weights = meta(tokens, top_k, dtype=torch.float32)
     ids = meta(tokens, top_k, dtype=torch.int64)
     biases = (meta(experts, 2 * n, dtype=dtype), meta(experts, d, dtype=dtype)) if gpt_oss else (None, None)
-    settings = (7.0, 1.702) if gpt_oss else (None, 1.0)
+    settings = (7.0, 1.702, 1.0) if gpt_oss else (None, 1.0, 0.0)
     args = (x, meta(experts, 2 * n, d, dtype=dtype), down, weights, ids, *biases)
     pre = meta(tokens * top_k, 2 * n, dtype=dtype)
     launches = [
@@ -74,8 +74,8 @@ def others(dtype: torch.dtype) -> list[Launch]:
         record(permutation.unpermute, rows, position, weights),
         record(permutation.unpermute, rows, position, None),
         record(permutation.unpermute_backward, x, rows, position, weights, [True, True]),
-        record(activation.swiglu, rows, None, 1.0),
-        record(activation.swiglu_backward, rows[:, ::2], rows, 7.0, 1.702),
+        record(activation.swiglu, rows, None, 1.0, 0.0),
+        record(activation.swiglu_backward, rows[:, ::2], rows, 7.0, 1.702, 1.0),
     ]
     for top_k, *settings in ROUTINGS:
         for experts in (256, 64):

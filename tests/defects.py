@@ -190,8 +190,8 @@ NAMED = (
     kernel(
         "mlp",
         "gate and up swapped",
-        "tl.store(at, swiglu_tile(gate, up, limit, alpha, CLAMP), mask=mask)",
-        "tl.store(at, swiglu_tile(up, gate, limit, alpha, CLAMP), mask=mask)",
+        "tl.store(at, swiglu_tile(gate, up, limit, alpha, beta, CLAMP), mask=mask)",
+        "tl.store(at, swiglu_tile(up, gate, limit, alpha, beta, CLAMP), mask=mask)",
     ),
     kernel(
         "mlp",
@@ -232,8 +232,8 @@ NAMED = (
     kernel(
         "activation",
         "alpha ignored",
-        "return tl.div_rn(gate, 1.0 + exp(-alpha * gate)) * up",
-        "return tl.div_rn(gate, 1.0 + exp(-gate)) * up",
+        "return tl.div_rn(gate, 1.0 + exp(-alpha * gate)) * (up + beta)",
+        "return tl.div_rn(gate, 1.0 + exp(-gate)) * (up + beta)",
     ),
     kernel("activation", "gradient not stopped at the limit", "grad_up = tl.where(inside_up, grad_up, 0.0)", "pass"),
     kernel("routing", "softmax without its maximum", "e = exp(value - top)", "e = exp(value)"),

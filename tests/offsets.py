@@ -84,8 +84,8 @@ def test_arguments(which: str, far: int) -> None:
     def results() -> list[Tensor]:
         x, gate_up, down, grad = given.values()
         args = (x, gate_up, down, weights, ids, None, None)
-        out = [mlp.moe_mlp_forward(*args, None, 1.0, save)[0] for save in (False, True)]
-        return [*out, *mlp.moe_mlp_backward(grad, *args, pre, None, 1.0, [True] * 4 + [False] * 2)]
+        out = [mlp.moe_mlp_forward(*args, None, 1.0, 0.0, save)[0] for save in (False, True)]
+        return [*out, *mlp.moe_mlp_backward(grad, *args, pre, None, 1.0, 0.0, [True] * 4 + [False] * 2)]
 
     near = results()
     inner = given[which].stride()[1:]
@@ -115,11 +115,11 @@ def test_rows() -> None:
         o = order(first, (3, 2))
         assert o.tiles is not None
         whole, wide = untouched(first + 5, 2 * width), untouched(first + 5, width)[:, :D]
-        hidden = mlp._up(x, gate_up, None, None, 1.0, whole, o, 1)
+        hidden = mlp._up(x, gate_up, None, None, 1.0, 0.0, whole, o, 1)
         made = whole[first:].clone()
         whole[first:] = pre
         out = rows(hidden, down.transpose(1, 2), o.starts, o.tiles, out=wide)
-        grad_pre, scaled, dots = mlp._hidden_backward(grad, down, whole, weights, None, 1.0, o, 1, width)
+        grad_pre, scaled, dots = mlp._hidden_backward(grad, down, whole, weights, None, 1.0, 0.0, o, 1, width)
         results.append(
             [
                 *(t[first:].clone() for t in (hidden, out, grad_pre, scaled, dots)),

@@ -121,7 +121,7 @@ def forward(tokens: int, *, shape: Shape = BENCHMARKED["olmoe"], save: bool = Tr
     d, n, experts, top_k = shape.sizes
     weights, ids = meta(tokens, top_k, dtype=torch.float32), meta(tokens, top_k, dtype=torch.int64)
     x, gate_up, down = (meta(*s, dtype=torch.bfloat16) for s in ((tokens, d), (experts, 2 * n, d), (experts, d, n)))
-    return record(mlp.moe_mlp_forward, x, gate_up, down, weights, ids, None, None, None, 1.0, save)
+    return record(mlp.moe_mlp_forward, x, gate_up, down, weights, ids, None, None, None, 1.0, 0.0, save)
 
 
 def test_no_launcher_waits_for_the_device() -> None:

@@ -38,8 +38,8 @@ def samples(case: Case, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
     mlp_leaves = (leaves.x, leaves.gate_up, leaves.down, leaves.weights, leaves.expert_ids)
     mlp_plain = (plain.x, *experts, plain.weights, plain.expert_ids)
     return {
-        "swiglu": [(leaves.gate_up, None, 1.0), (leaves.gate_up, 0.5, 1.702)],
-        "swiglu_backward": [(plain.gate_up[..., : case.hidden, :].mT, plain.gate_up.mT, 0.5, 1.0)],
+        "swiglu": [(leaves.gate_up, None, 1.0, 0.0), (leaves.gate_up, 0.5, 1.702, 1.0)],
+        "swiglu_backward": [(plain.gate_up[..., : case.hidden, :].mT, plain.gate_up.mT, 0.5, 1.0, 0.5)],
         "route": [(logits, bias, *grouped), (logits, None, *plain_softmax)],
         "route_backward": [
             (routing.weights, None, routing.scores, routing.expert_ids, "sigmoid", True, 2.5),
@@ -66,13 +66,13 @@ def samples(case: Case, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
             (leaves.down, leaves.gate_up[:, : case.hidden].detach().requires_grad_(), None),
         ],
         "moe_mlp_forward": [
-            (*mlp_leaves, None, None, None, 1.0, True, "auto"),
-            (*mlp_leaves, leaves.gate_up_bias, leaves.down_bias, 0.5, 1.702, True, "auto"),
-            (*mlp_plain, *biases, None, 1.0, False, "auto"),
+            (*mlp_leaves, None, None, None, 1.0, 0.0, True, "auto"),
+            (*mlp_leaves, leaves.gate_up_bias, leaves.down_bias, 0.5, 1.702, 1.0, True, "auto"),
+            (*mlp_plain, *biases, None, 1.0, 0.0, False, "auto"),
         ],
         "moe_mlp_backward": [
-            (plain.x, *mlp_plain, *biases, pre, None, 1.0, [True] * 6, "auto"),
-            (plain.x, *mlp_plain, None, None, pre, 0.5, 1.0, [False, True, False, True, False, False], "auto"),
+            (plain.x, *mlp_plain, *biases, pre, None, 1.0, 0.0, [True] * 6, "auto"),
+            (plain.x, *mlp_plain, None, None, pre, 0.5, 1.0, 0.5, [False, True, False, True, False, False], "auto"),
         ],
     }
 
@@ -136,7 +136,7 @@ def test_gradients_in_float64() -> None:
     i = SMALL.inputs(torch.float64).leaves()
     permuted = ops.permute(i.x.detach(), i.expert_ids, SMALL.experts)
     offs = permuted.offsets
-    for settings in ({}, {"swiglu_limit": 0.8, "swiglu_alpha": 1.702}):
+    for settings in ({}, {"swiglu_limit": 0.8, "swiglu_alpha": 1.702, "swiglu_beta": 1.0}):
 
         def f(*tensors: Tensor, settings: dict[str, float] = settings) -> Tensor:
             x, gate_up, down, weights, gate_up_bias, down_bias = tensors

@@ -44,17 +44,18 @@ def clamp(gate, up, limit, CLAMP: tl.constexpr):
 
 
 @triton.jit
-def swiglu_tile(gate, up, limit, alpha, CLAMP: tl.constexpr):
+def swiglu_tile(gate, up, limit, alpha, beta, CLAMP: tl.constexpr):
     """float32 tiles of the gate and up halves -> the hidden activation."""
     gate, up = clamp(gate, up, limit, CLAMP)
-    return tl.div_rn(gate, 1.0 + exp(-alpha * gate)) * up
+    return tl.div_rn(gate, 1.0 + exp(-alpha * gate)) * (up + beta)
 
 
 @triton.jit
-def swiglu_backward_tile(grad, gate, up, limit, alpha, CLAMP: tl.constexpr):
+def swiglu_backward_tile(grad, gate, up, limit, alpha, beta, CLAMP: tl.constexpr):
     """float32 tiles -> (hidden, gradient of the gate half, gradient of the up half)."""
     inside_gate, inside_up = gate <= limit, tl.abs(up) <= limit
     gate, up = clamp(gate, up, limit, CLAMP)
+    up += beta
     below = 1.0 + exp(-alpha * gate)
     s, act = tl.div_rn(1.0, below), tl.div_rn(gate, below)
     grad_gate = grad * up * (s * (1.0 + alpha * gate * (1.0 - s)))
@@ -66,24 +67,24 @@ def swiglu_backward_tile(grad, gate, up, limit, alpha, CLAMP: tl.constexpr):
 
 
 @triton.jit
-def swiglu_kernel(gate_up, out, width, limit, alpha, CLAMP: tl.constexpr, BLOCK: tl.constexpr):
+def swiglu_kernel(gate_up, out, width, limit, alpha, beta, CLAMP: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = gate_up + row * 2 * width + column
     gate = tl.load(at, mask=column < width, other=0).to(tl.float32)
     up = tl.load(at + width, mask=column < width, other=0).to(tl.float32)
-    tl.store(out + row * width + column, swiglu_tile(gate, up, limit, alpha, CLAMP), mask=column < width)
+    tl.store(out + row * width + column, swiglu_tile(gate, up, limit, alpha, beta, CLAMP), mask=column < width)
 
 
 @triton.jit
-def swiglu_backward_kernel(grad, gate_up, out, width, limit, alpha, CLAMP: tl.constexpr, BLOCK: tl.constexpr):
+def swiglu_backward_kernel(grad, gate_up, out, width, limit, alpha, beta, CLAMP: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = row * 2 * width + column
     gate = tl.load(gate_up + at, mask=column < width, other=0).to(tl.float32)
     up = tl.load(gate_up + at + width, mask=column < width, other=0).to(tl.float32)
     g = tl.load(grad + row * width + column, mask=column < width, other=0).to(tl.float32)
-    _, grad_gate, grad_up = swiglu_backward_tile(g, gate, up, limit, alpha, CLAMP)
+    _, grad_gate, grad_up = swiglu_backward_tile(g, gate, up, limit, alpha, beta, CLAMP)
     tl.store(out + at, grad_gate, mask=column < width)
     tl.store(out + at + width, grad_up, mask=column < width)
 
@@ -99,22 +100,22 @@ def _grid(count: int, width: int) -> tuple[tuple[int, int], int]:
     return (count // width, -(-width // block)), block
 
 
-def swiglu(gate_up: Tensor, limit: float | None, alpha: float) -> Tensor:
+def swiglu(gate_up: Tensor, limit: float | None, alpha: float, beta: float) -> Tensor:
     width = gate_up.shape[-1] // 2
     out = torch.empty((*gate_up.shape[:-1], width), dtype=gate_up.dtype, device=gate_up.device)
     if out.numel():
         grid, block = _grid(out.numel(), width)
         bound, clamped = clamping(limit)
-        swiglu_kernel[grid](gate_up.contiguous(), out, width, bound, alpha, CLAMP=clamped, BLOCK=block)
+        swiglu_kernel[grid](gate_up.contiguous(), out, width, bound, alpha, beta, CLAMP=clamped, BLOCK=block)
     return out
 
 
-def swiglu_backward(grad: Tensor, gate_up: Tensor, limit: float | None, alpha: float) -> Tensor:
+def swiglu_backward(grad: Tensor, gate_up: Tensor, limit: float | None, alpha: float, beta: float) -> Tensor:
     width = gate_up.shape[-1] // 2
     out = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
     if out.numel():
         grid, block = _grid(grad.numel(), width)
         bound, clamped = clamping(limit)
         grad, gate_up = grad.contiguous(), gate_up.contiguous()
-        swiglu_backward_kernel[grid](grad, gate_up, out, width, bound, alpha, CLAMP=clamped, BLOCK=block)
+        swiglu_backward_kernel[grid](grad, gate_up, out, width, bound, alpha, beta, CLAMP=clamped, BLOCK=block)
     return out

@@ -64,7 +64,7 @@ def halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def up_half(
-    gate, up, bias, pre, hidden, row, here, start_n, expert, width, limit, alpha, HAS_BIAS: tl.constexpr,
+    gate, up, bias, pre, hidden, row, here, start_n, expert, width, limit, alpha, beta, HAS_BIAS: tl.constexpr,
     CLAMP: tl.constexpr, SAVE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of the up projection for some columns."""
@@ -79,23 +79,23 @@ def up_half(
         tl.store(at, gate, mask=mask)
         tl.store(at + width, up, mask=mask)
     at = hidden + row[:, None].to(tl.int64) * width + column[None, :]
-    tl.store(at, swiglu_tile(gate, up, limit, alpha, CLAMP), mask=mask)
+    tl.store(at, swiglu_tile(gate, up, limit, alpha, beta, CLAMP), mask=mask)
 
 
 @triton.jit
 def up_epilogue(
-    gate, up, bias, pre, hidden, row, here, start_n, expert, width, limit, alpha, HAS_BIAS: tl.constexpr,
+    gate, up, bias, pre, hidden, row, here, start_n, expert, width, limit, alpha, beta, HAS_BIAS: tl.constexpr,
     CLAMP: tl.constexpr, SAVE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     half: tl.constexpr = BLOCK_N // 2
     gate_left, gate_right = halves(gate, BLOCK_M, BLOCK_N)
     up_left, up_right = halves(up, BLOCK_M, BLOCK_N)
     up_half(
-        gate_left, up_left, bias, pre, hidden, row, here, start_n, expert, width, limit, alpha, HAS_BIAS, CLAMP, SAVE,
-        half,
+        gate_left, up_left, bias, pre, hidden, row, here, start_n, expert, width, limit, alpha, beta, HAS_BIAS, CLAMP,
+        SAVE, half,
     )  # fmt: skip
     up_half(
-        gate_right, up_right, bias, pre, hidden, row, here, start_n + half, expert, width, limit, alpha, HAS_BIAS,
+        gate_right, up_right, bias, pre, hidden, row, here, start_n + half, expert, width, limit, alpha, beta, HAS_BIAS,
         CLAMP, SAVE, half,
     )  # fmt: skip
 
@@ -103,9 +103,9 @@ def up_epilogue(
 @triton.jit(do_not_specialize=["num_experts", "top_k", "blocks_n"])
 def up_kernel(
     x, gate_up, bias, pre, hidden, slots, tile_group, tile_start, starts, num_experts, top_k, inner, width, stride_xm,
-    stride_xk, stride_we, stride_wn, stride_wk, blocks_n, limit, alpha, HAS_BIAS: tl.constexpr, CLAMP: tl.constexpr,
-    SAVE: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    stride_xk, stride_we, stride_wn, stride_wk, blocks_n, limit, alpha, beta, HAS_BIAS: tl.constexpr,
+    CLAMP: tl.constexpr, SAVE: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """hidden [R, F] and, to SAVE, pre [R, 2F], whose rows of no expert are zero."""
     expert, first, end, block_n = locate(tl.program_id(0), tile_group, tile_start, starts, blocks_n, BLOCK_M, GROUP_M)
@@ -129,8 +129,8 @@ def up_kernel(
         width, stride_xk, stride_wk, column, EVEN_K, EVEN_N, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     up_epilogue(
-        gate, up, bias, pre, hidden, row, row < end, block_n * BLOCK_N, expert, width, limit, alpha, HAS_BIAS, CLAMP,
-        SAVE, BLOCK_M, BLOCK_N,
+        gate, up, bias, pre, hidden, row, row < end, block_n * BLOCK_N, expert, width, limit, alpha, beta, HAS_BIAS,
+        CLAMP, SAVE, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
@@ -159,7 +159,7 @@ def pick_slots(expert_ids, expert, wanted, num_slots, SLOTS: tl.constexpr):
 @triton.jit(do_not_specialize=["num_slots", "top_k", "blocks_n"])
 def small_up_kernel(
     x, gate_up, bias, hidden, expert_ids, num_slots, top_k, inner, width, stride_xm, stride_xk, stride_we, stride_wn,
-    stride_wk, blocks_n, limit, alpha, HAS_BIAS: tl.constexpr, CLAMP: tl.constexpr, EVEN_K: tl.constexpr,
+    stride_wk, blocks_n, limit, alpha, beta, HAS_BIAS: tl.constexpr, CLAMP: tl.constexpr, EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """hidden [T * K, F] in the order of slots."""
@@ -177,7 +177,7 @@ def small_up_kernel(
             EVEN_N, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         up_epilogue(
-            gate, up, bias, hidden, hidden, slot, wanted < count, start_n, expert, width, limit, alpha, HAS_BIAS,
+            gate, up, bias, hidden, hidden, slot, wanted < count, start_n, expert, width, limit, alpha, beta, HAS_BIAS,
             CLAMP, False, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
@@ -209,7 +209,7 @@ def small_down_kernel(
 
 @triton.jit
 def backward_part(
-    grad_hidden, pre, grad_pre, scaled, weight, row, end, start_n, width, limit, alpha, CLAMP: tl.constexpr,
+    grad_hidden, pre, grad_pre, scaled, weight, row, end, start_n, width, limit, alpha, beta, CLAMP: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of `hidden_backward_kernel` for some columns; returns their part of dots."""
@@ -218,7 +218,7 @@ def backward_part(
     at = row[:, None].to(tl.int64) * (2 * width) + column[None, :]
     gate = tl.load(pre + at, mask=mask, other=0).to(tl.float32)
     up = tl.load(pre + at + width, mask=mask, other=0).to(tl.float32)
-    hidden, grad_gate, grad_up = swiglu_backward_tile(grad_hidden, gate, up, limit, alpha, CLAMP)
+    hidden, grad_gate, grad_up = swiglu_backward_tile(grad_hidden, gate, up, limit, alpha, beta, CLAMP)
     tl.store(grad_pre + at, grad_gate * weight[:, None], mask=mask)
     tl.store(grad_pre + at + width, grad_up * weight[:, None], mask=mask)
     at = row[:, None].to(tl.int64) * width + column[None, :]
@@ -228,21 +228,21 @@ def backward_part(
 
 @triton.jit
 def backward_half(
-    grad_hidden, pre, grad_pre, scaled, weight, row, end, start_n, width, limit, alpha, CLAMP: tl.constexpr,
+    grad_hidden, pre, grad_pre, scaled, weight, row, end, start_n, width, limit, alpha, beta, CLAMP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     part: tl.constexpr = BLOCK_N // 2
     left, right = halves(grad_hidden, BLOCK_M, BLOCK_N)
-    dot = backward_part(left, pre, grad_pre, scaled, weight, row, end, start_n, width, limit, alpha, CLAMP, part)
+    dot = backward_part(left, pre, grad_pre, scaled, weight, row, end, start_n, width, limit, alpha, beta, CLAMP, part)
     return dot + backward_part(
-        right, pre, grad_pre, scaled, weight, row, end, start_n + part, width, limit, alpha, CLAMP, part
+        right, pre, grad_pre, scaled, weight, row, end, start_n + part, width, limit, alpha, beta, CLAMP, part
     )
 
 
 @triton.jit(do_not_specialize=["num_experts", "top_k", "blocks_n"])
 def hidden_backward_kernel(
     grad, down, pre, weights, grad_pre, scaled, dots, slots, tile_group, tile_start, starts, num_experts,
-    top_k, inner, width, stride_gm, stride_we, stride_wk, stride_wn, blocks_n, limit, alpha, CLAMP: tl.constexpr,
+    top_k, inner, width, stride_gm, stride_we, stride_wk, stride_wn, blocks_n, limit, alpha, beta, CLAMP: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -268,10 +268,10 @@ def hidden_backward_kernel(
     start_n = block_n * BLOCK_N
     half: tl.constexpr = BLOCK_N // 2
     dot = backward_half(
-        left, pre, grad_pre, scaled, weight, row, end, start_n, width, limit, alpha, CLAMP, BLOCK_M, half
+        left, pre, grad_pre, scaled, weight, row, end, start_n, width, limit, alpha, beta, CLAMP, BLOCK_M, half
     )
     dot += backward_half(
-        right, pre, grad_pre, scaled, weight, row, end, start_n + half, width, limit, alpha, CLAMP, BLOCK_M, half
+        right, pre, grad_pre, scaled, weight, row, end, start_n + half, width, limit, alpha, beta, CLAMP, BLOCK_M, half
     )
     tl.store(dots + row.to(tl.int64) * blocks_n + block_n, dot, mask=row < end)
 
@@ -334,6 +334,7 @@ def moe_mlp_forward(
     down_bias: Tensor | None,
     limit: float | None,
     alpha: float,
+    beta: float,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     experts, twice, inner = gate_up.shape
@@ -342,7 +343,7 @@ def moe_mlp_forward(
     if expert_ids.numel() == 0 or inner == 0:
         pre.zero_()
         return torch.zeros_like(x, memory_format=torch.contiguous_format), pre
-    up = (x, gate_up, gate_up_bias, limit, alpha)
+    up = (x, gate_up, gate_up_bias, limit, alpha, beta)
     if x.shape[0] <= SMALL and not save:
         out = _small(*up, down, down_bias, expert_ids)
         return combine(out, expert_ids, weights, num_experts=experts, by_slot=True), pre
@@ -364,6 +365,7 @@ def _up(
     bias: Tensor | None,
     limit: float | None,
     alpha: float,
+    beta: float,
     pre: Tensor,
     order: Order,
     top_k: int,
@@ -396,6 +398,7 @@ def _up(
             blocks_n,
             bound,
             alpha,
+            beta,
             HAS_BIAS=bias is not None,
             CLAMP=clamped,
             SAVE=pre.shape[0] > 0,
@@ -413,6 +416,7 @@ def _small(
     gate_up_bias: Tensor | None,
     limit: float | None,
     alpha: float,
+    beta: float,
     down: Tensor,
     down_bias: Tensor | None,
     expert_ids: Tensor,
@@ -444,6 +448,7 @@ def _small(
             blocks_n,
             bound,
             alpha,
+            beta,
             HAS_BIAS=gate_up_bias is not None,
             CLAMP=clamped,
             EVEN_K=inner % tile.block_k == 0,
@@ -486,6 +491,7 @@ def moe_mlp_backward(
     pre: Tensor,
     limit: float | None,
     alpha: float,
+    beta: float,
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     experts, width = gate_up.shape[0], gate_up.shape[1] // 2
@@ -501,7 +507,7 @@ def moe_mlp_backward(
     )
     grads = [torch.empty(0, dtype=x.dtype, device=x.device) for _ in arguments]
     if need_x or need_gate_up or need_down or need_weights or need_gate_up_bias:
-        grad_pre, scaled, dots = _hidden_backward(grad, down, pre, weights, limit, alpha, order, top_k, width)
+        grad_pre, scaled, dots = _hidden_backward(grad, down, pre, weights, limit, alpha, beta, order, top_k, width)
         # Each intermediate is let go of as soon as it has been used.
         if need_weights:
             grads[3] = _sum_dots(dots, order.position, grad, down_bias, expert_ids)
@@ -526,6 +532,7 @@ def _hidden_backward(
     weights: Tensor,
     limit: float | None,
     alpha: float,
+    beta: float,
     order: Order,
     top_k: int,
     width: int,
@@ -561,6 +568,7 @@ def _hidden_backward(
             blocks_n,
             bound,
             alpha,
+            beta,
             CLAMP=clamped,
             EVEN_K=inner % tile.block_k == 0,
             EVEN_N=tiling.even(width, tile.block_n),

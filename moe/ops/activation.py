@@ -10,28 +10,27 @@ from torch.autograd.function import once_differentiable
 from moe.ops.library import define, define_gradient
 
 
-def swiglu(gate_up: Tensor, limit: float | None = None, alpha: float = 1.0) -> Tensor:
+def swiglu(gate_up: Tensor, limit: float | None = None, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
     """Gated activation of two halves that lie side by side: [..., 2F] -> [..., F], gate half first.
 
         gate, up = gate_up[..., :F], gate_up[..., F:]
         if limit is given: gate = min(gate, limit); up = max(min(up, limit), -limit)
-        out = gate * sigmoid(alpha * gate) * up
+        out = gate * sigmoid(alpha * gate) * (up + beta)
 
-    With the defaults this is silu(gate) * up. With `limit` it is the clamped form of gpt-oss as transformers writes it,
-    without gpt-oss's `up + 1`, which is the caller's to add. Clamping stops the gradient strictly outside the limits,
-    as `torch.clamp` does; NaN stays NaN.
+    With the defaults this is silu(gate) * up; gpt-oss has limit = 7, alpha = 1.702, beta = 1. Clamping stops the
+    gradient strictly outside the limits, as `torch.clamp` does; NaN stays NaN.
 
     Any floating dtype, any number of leading dimensions, any strides; the output is contiguous and of the same dtype,
-    within four roundings of it (0 where exp(-gate) exceeds float32); computed in float32 or wider when `limit` or
-    `alpha` is used. Empty inputs give empty outputs. Raises ValueError for an odd last dimension or a limit that is
-    not positive.
+    within four roundings of it (0 where exp(-gate) exceeds float32); computed in float32 or wider when `limit`,
+    `alpha` or `beta` is used. Empty inputs give empty outputs. Raises ValueError for an odd last dimension or a limit
+    that is not positive.
 
-    Source: Shazeer, GLU variants improve Transformer (arXiv 2002.05202); limit and alpha: openai/gpt-oss.
+    Source: Shazeer, GLU variants improve Transformer (arXiv 2002.05202); limit, alpha and beta: openai/gpt-oss.
     """
     if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up: the last dimension must be even (gate half, up half), got {tuple(gate_up.shape)}")
     check_limit(limit)
-    return _SWIGLU(gate_up, limit, alpha)
+    return _SWIGLU(gate_up, limit, alpha, beta)
 
 
 def check_limit(limit: float | None) -> None:
@@ -39,30 +38,34 @@ def check_limit(limit: float | None) -> None:
         raise ValueError(f"limit = {limit}: expected a positive number, or None for no clamping")
 
 
-def swiglu_reference(gate_up: Tensor, limit: float | None = None, alpha: float = 1.0) -> Tensor:
+def swiglu_reference(gate_up: Tensor, limit: float | None = None, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
     """The definition of `swiglu`, in the input's own dtype from step to step."""
     gate, up = gate_up.chunk(2, dim=-1)
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return gate * torch.sigmoid(alpha * gate) * up
+    return gate * torch.sigmoid(alpha * gate) * (up + beta)
 
 
-def swiglu_into(out: Tensor, gate_up: Tensor, limit: float | None, alpha: float) -> Tensor:
+def swiglu_into(out: Tensor, gate_up: Tensor, limit: float | None, alpha: float, beta: float) -> Tensor:
     """`swiglu` written to `out` [..., F], which may be wider than the input; no gradient."""
     gate, up = gate_up.chunk(2, dim=-1)
-    if limit is None and alpha == 1.0:
+    if limit is None and (alpha, beta) == (1.0, 0.0):
         # One pass for silu, whose inside is float32, and one for the product: two roundings if `out` is half precision.
         return torch.ops.aten.silu.out(gate.to(out.dtype), out=out).mul_(up.to(out.dtype))
     wide = torch.promote_types(gate_up.dtype, torch.float32)
     gate, up = gate.to(wide), up.to(wide)
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    if beta != 0.0:
+        up = up + beta
     return out.copy_(torch.sigmoid(gate if alpha == 1.0 else alpha * gate).mul_(gate).mul_(up))
 
 
-def swiglu_backward_into(out: Tensor, grad: Tensor, gate_up: Tensor, limit: float | None, alpha: float) -> Tensor:
+def swiglu_backward_into(
+    out: Tensor, grad: Tensor, gate_up: Tensor, limit: float | None, alpha: float, beta: float
+) -> Tensor:
     """The gradient of `swiglu` for `gate_up` [..., 2F], to `out`; `grad` [..., F] may be of a wider dtype."""
-    if limit is None and alpha == 1.0 and grad.dtype == out.dtype == gate_up.dtype:
+    if limit is None and (alpha, beta) == (1.0, 0.0) and grad.dtype == out.dtype == gate_up.dtype:
         (gate, up), (out_gate, out_up) = gate_up.chunk(2, dim=-1), out.chunk(2, dim=-1)
         torch.ops.aten.silu.out(gate, out=out_up).mul_(grad)
         torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=out_gate)
@@ -75,6 +78,8 @@ def swiglu_backward_into(out: Tensor, grad: Tensor, gate_up: Tensor, limit: floa
     if limit is not None:
         gate_inside, up_inside = gate <= high, (up >= low) & (up <= high)
         gate, up = gate.clamp(max=high), up.clamp(low, high)
+    if beta != 0.0:
+        up = up + beta
     out_gate, out_up = out.chunk(2, dim=-1)
     sigmoid = torch.sigmoid(gate if alpha == 1.0 else alpha * gate)
     scaled = gate if alpha == 1.0 else alpha * gate
@@ -89,27 +94,30 @@ def swiglu_backward_into(out: Tensor, grad: Tensor, gate_up: Tensor, limit: floa
     return out
 
 
-def _forward(gate_up: Tensor, limit: float | None, alpha: float) -> Tensor:
-    return swiglu_into(gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2), gate_up, limit, alpha)
+def _forward(gate_up: Tensor, limit: float | None, alpha: float, beta: float) -> Tensor:
+    return swiglu_into(gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2), gate_up, limit, alpha, beta)
 
 
-def _forward_fake(gate_up: Tensor, limit: float | None, alpha: float) -> Tensor:
+def _forward_fake(gate_up: Tensor, limit: float | None, alpha: float, beta: float) -> Tensor:
     return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
-def _backward(grad: Tensor, gate_up: Tensor, limit: float | None, alpha: float) -> Tensor:
-    return swiglu_backward_into(gate_up.new_empty(gate_up.shape), grad, gate_up, limit, alpha)
+def _backward(grad: Tensor, gate_up: Tensor, limit: float | None, alpha: float, beta: float) -> Tensor:
+    return swiglu_backward_into(gate_up.new_empty(gate_up.shape), grad, gate_up, limit, alpha, beta)
 
 
-def _backward_fake(grad: Tensor, gate_up: Tensor, limit: float | None, alpha: float) -> Tensor:
+def _backward_fake(grad: Tensor, gate_up: Tensor, limit: float | None, alpha: float, beta: float) -> Tensor:
     return gate_up.new_empty(gate_up.shape)
 
 
 _SWIGLU = define(
-    "swiglu(Tensor gate_up, float? limit, float alpha) -> Tensor", page="activation", cpu=_forward, fake=_forward_fake
+    "swiglu(Tensor gate_up, float? limit, float alpha, float beta) -> Tensor",
+    page="activation",
+    cpu=_forward,
+    fake=_forward_fake,
 )
 _SWIGLU_BACKWARD = define(
-    "swiglu_backward(Tensor grad, Tensor gate_up, float? limit, float alpha) -> Tensor",
+    "swiglu_backward(Tensor grad, Tensor gate_up, float? limit, float alpha, float beta) -> Tensor",
     page="activation",
     cpu=_backward,
     fake=_backward_fake,
@@ -117,13 +125,13 @@ _SWIGLU_BACKWARD = define(
 
 
 def _save(ctx: Any, args: tuple[Any, ...], result: Tensor) -> None:
-    gate_up, ctx.limit, ctx.alpha = args
+    gate_up, ctx.limit, ctx.alpha, ctx.beta = args
     ctx.save_for_backward(gate_up)
 
 
 @once_differentiable
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return _SWIGLU_BACKWARD(grad, *ctx.saved_tensors, ctx.limit, ctx.alpha), None, None
+    return _SWIGLU_BACKWARD(grad, *ctx.saved_tensors, ctx.limit, ctx.alpha, ctx.beta), None, None, None
 
 
 define_gradient(_SWIGLU, _save, _gradient)

@@ -24,6 +24,7 @@ def moe_mlp(
     down_bias: Tensor | None = None,
     swiglu_limit: float | None = None,
     swiglu_alpha: float = 1.0,
+    swiglu_beta: float = 0.0,
     tier: Tier = "auto",
 ) -> Tensor:
     """Each token through its experts, summed with its weights: x [T, D] -> [T, D].
@@ -32,10 +33,10 @@ def moe_mlp(
         expert(e, x) = swiglu(x @ gate_up[e].T + gate_up_bias[e]) @ down[e].T + down_bias[e]
 
     gate_up [E, 2F, D] with the gate rows first, down [E, D, F], gate_up_bias [E, 2F], down_bias [E, D], all in
-    x's dtype (float32, float64, bfloat16, float16), any strides; `swiglu` is `moe.ops.swiglu` with `swiglu_limit` and
-    `swiglu_alpha`. weights [T, K] are float32 or float64 and never cast; expert_ids [T, K] int64. An id of -1 means
-    "not here": no row, nothing added even if its weight is NaN, zero gradient for its weight. Ids of one token may
-    repeat.
+    x's dtype (float32, float64, bfloat16, float16), any strides; `swiglu` is `moe.ops.swiglu` with `swiglu_limit`,
+    `swiglu_alpha` and `swiglu_beta`. weights [T, K] are float32 or float64 and never cast; expert_ids [T, K] int64. An
+    id of -1 means "not here": no row, nothing added even if its weight is NaN, zero gradient for its weight. Ids of one
+    token may repeat.
 
     Products accumulate in float32 or wider, as does the sum over k, which is rounded once. A token with no expert here
     is zero; T = 0 and K = 0 give what the shapes say. A token's NaN reaches its own row only (and the gradients of the
@@ -56,7 +57,7 @@ def moe_mlp(
     check_limit(swiglu_limit)
     if tier == "reference":
         return moe_mlp_reference(
-            x, gate_up, down, weights, expert_ids, gate_up_bias, down_bias, swiglu_limit, swiglu_alpha
+            x, gate_up, down, weights, expert_ids, gate_up_bias, down_bias, swiglu_limit, swiglu_alpha, swiglu_beta
         )
     if tier not in ("auto", "triton"):
         raise ValueError(f"tier = {tier!r}: expected 'auto', 'triton' or 'reference'")
@@ -65,7 +66,18 @@ def moe_mlp(
     parameters = (gate_up, down, gate_up_bias, down_bias)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weights, *parameters))
     y, _ = _MOE_MLP_FORWARD(
-        x, gate_up, down, weights, expert_ids, gate_up_bias, down_bias, swiglu_limit, swiglu_alpha, needs_grad, tier
+        x,
+        gate_up,
+        down,
+        weights,
+        expert_ids,
+        gate_up_bias,
+        down_bias,
+        swiglu_limit,
+        swiglu_alpha,
+        swiglu_beta,
+        needs_grad,
+        tier,
     )
     return y
 
@@ -80,6 +92,7 @@ def moe_mlp_reference(
     down_bias: Tensor | None = None,
     swiglu_limit: float | None = None,
     swiglu_alpha: float = 1.0,
+    swiglu_beta: float = 0.0,
 ) -> Tensor:
     """The definition of `moe_mlp`."""
     sort_slots(expert_ids, gate_up.shape[0])  # refuses ids that name no expert
@@ -91,7 +104,7 @@ def moe_mlp_reference(
             tokens = (ids == e).nonzero().squeeze(1)
             up = x.index_select(0, tokens) @ gate_up[e].t()
             up = up if gate_up_bias is None else up + gate_up_bias[e]
-            rows = swiglu_reference(up, swiglu_limit, swiglu_alpha) @ down[e].t()
+            rows = swiglu_reference(up, swiglu_limit, swiglu_alpha, swiglu_beta) @ down[e].t()
             rows = rows if down_bias is None else rows + down_bias[e]
             out = out.index_add(0, tokens, rows * weights[:, k].index_select(0, tokens)[:, None])
     return out.to(x.dtype)
@@ -186,10 +199,11 @@ def _forward(
     down_bias: Tensor | None,
     limit: float | None,
     alpha: float,
+    beta: float,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     if expert_ids.shape[0] == 1 and not save and x.device.type == "cpu":
-        y = _one_token(x, gate_up, down, weights, expert_ids, gate_up_bias, down_bias, limit, alpha)
+        y = _one_token(x, gate_up, down, weights, expert_ids, gate_up_bias, down_bias, limit, alpha, beta)
         return y, x.new_empty(0, gate_up.shape[1])
     order = sort_slots(expert_ids, gate_up.shape[0])
     batches = _batches(order.offsets, gate_up, down)
@@ -207,7 +221,7 @@ def _forward(
             part.add_(_rows_of(gate_up_bias, batch))
         if save:
             pre[here] = part
-        act = swiglu_into(hidden[: batch.end - batch.start], part, limit, alpha)
+        act = swiglu_into(hidden[: batch.end - batch.start], part, limit, alpha, beta)
         grouped_product_into(rows[here], act, down[experts].mT, batch.ends)
         if down_bias is not None:
             rows[here].add_(_rows_of(down_bias, batch))
@@ -224,6 +238,7 @@ def _one_token(
     down_bias: Tensor | None,
     limit: float | None,
     alpha: float,
+    beta: float,
 ) -> Tensor:
     """`_forward` for T = 1, where nothing needs sorting or gathering: rows stand in order of k."""
     ids = expert_ids[0].tolist()
@@ -236,7 +251,7 @@ def _one_token(
     pre = torch.cat([product(x, gate_up[ids[k]].t()) for k in here])
     if gate_up_bias is not None:
         pre += gate_up_bias.index_select(0, expert_ids[0, here])
-    hidden = swiglu_into(pre.new_empty(len(here), down.shape[2]), pre, limit, alpha)
+    hidden = swiglu_into(pre.new_empty(len(here), down.shape[2]), pre, limit, alpha, beta)
     rows = torch.cat([product(hidden[i : i + 1], down[ids[k]].t()) for i, k in enumerate(here)])
     if down_bias is not None:
         rows += down_bias.index_select(0, expert_ids[0, here])
@@ -263,6 +278,7 @@ def _backward(
     pre: Tensor,
     limit: float | None,
     alpha: float,
+    beta: float,
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, gate_up, down, weights, gate_up_bias, down_bias); empty where not needed."""
@@ -282,7 +298,7 @@ def _backward(
         experts, here = slice(batch.first, batch.last), slice(batch.start, batch.end)
         token, weight, part = tokens[here], sorted_weights[here], pre[here]
         grad_y = grad.index_select(0, token)
-        hidden = swiglu_into(part.new_empty(len(part), down.shape[2], dtype=wide), part, limit, alpha)
+        hidden = swiglu_into(part.new_empty(len(part), down.shape[2], dtype=wide), part, limit, alpha, beta)
         if need_down:
             group_products_into(grad_down[experts], grad_y, (hidden * weight).to(x.dtype), batch.ends)
         if need_down_bias:
@@ -298,7 +314,7 @@ def _backward(
             sorted_dots[here, 0] = dots
         if need_pre:
             grad_hidden = (grad_hidden * weight).to(x.dtype)
-            grad_pre = swiglu_backward_into(torch.empty_like(part), grad_hidden, part, limit, alpha)
+            grad_pre = swiglu_backward_into(torch.empty_like(part), grad_hidden, part, limit, alpha, beta)
             if need_gate_up:
                 group_products_into(grad_gate_up[experts], grad_pre, x.index_select(0, token), batch.ends)
             if need_gate_up_bias:
@@ -330,6 +346,7 @@ def _backward_fake(
     pre: Tensor,
     limit: float | None,
     alpha: float,
+    beta: float,
     needed: list[bool],
     tier: str,
 ) -> tuple[Tensor, ...]:
@@ -349,7 +366,7 @@ def _sum_rows_into(out: Tensor, rows: Tensor, ends: Tensor) -> None:
 
 _MOE_MLP_FORWARD = define(
     "moe_mlp_forward(Tensor x, Tensor gate_up, Tensor down, Tensor weights, Tensor expert_ids, Tensor? gate_up_bias, "
-    "Tensor? down_bias, float? limit, float alpha, bool save, str tier) -> (Tensor, Tensor)",
+    "Tensor? down_bias, float? limit, float alpha, float beta, bool save, str tier) -> (Tensor, Tensor)",
     page="mlp",
     cpu=_forward,
     fake=_forward_fake,
@@ -357,8 +374,8 @@ _MOE_MLP_FORWARD = define(
 )
 _MOE_MLP_BACKWARD = define(
     "moe_mlp_backward(Tensor grad, Tensor x, Tensor gate_up, Tensor down, Tensor weights, Tensor expert_ids, "
-    "Tensor? gate_up_bias, Tensor? down_bias, Tensor pre, float? limit, float alpha, bool[] needed, str tier) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? gate_up_bias, Tensor? down_bias, Tensor pre, float? limit, float alpha, float beta, bool[] needed, "
+    "str tier) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     page="mlp",
     cpu=_backward,
     fake=_backward_fake,
@@ -367,7 +384,7 @@ _MOE_MLP_BACKWARD = define(
 
 
 def _save(ctx: Any, args: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.limit, ctx.alpha, save, ctx.tier = args
+    *tensors, ctx.limit, ctx.alpha, ctx.beta, save, ctx.tier = args
     if not save:
         raise RuntimeError("moe_mlp_forward: an input requires a gradient, which needs save=True")
     ctx.save_for_backward(*tensors, result[1])
@@ -376,11 +393,11 @@ def _save(ctx: Any, args: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> Non
 
 @once_differentiable
 def _gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-    # The ids, argument 4, have no gradient; neither have the four settings at the end.
+    # The ids, argument 4, have no gradient; neither have the five settings at the end.
     needed = [need for i, need in enumerate(ctx.needs_input_grad[:7]) if i != 4]
-    results = _MOE_MLP_BACKWARD(grad, *ctx.saved_tensors, ctx.limit, ctx.alpha, needed, ctx.tier)
+    results = _MOE_MLP_BACKWARD(grad, *ctx.saved_tensors, ctx.limit, ctx.alpha, ctx.beta, needed, ctx.tier)
     grads = [result if need else None for result, need in zip(results, needed, strict=True)]
-    return *grads[:4], None, *grads[4:], None, None, None, None
+    return *grads[:4], None, *grads[4:], None, None, None, None, None
 
 
 define_gradient(_MOE_MLP_FORWARD, _save, _gradient)
