@@ -45,6 +45,22 @@ def gradients(function: Callable[[Inputs], Tensor], inputs: Inputs, grad: Tensor
     return {"y": result.detach(), **dict(zip(names, grads, strict=True))}
 
 
+ORDERS = 4
+
+
+def of_eager(function: Callable[[Inputs], Tensor], inputs: Inputs, grad: Tensor) -> dict[str, list[Tensor]]:
+    """`gradients` with the sums in several orders."""
+    found = [gradients(function, inputs, grad)]
+    g = torch.Generator().manual_seed(0)
+    for _ in range(ORDERS - 1):
+        width, hidden = (torch.randperm(n, generator=g).to(grad.device) for n in inputs.down.shape[1:])
+        results = gradients(function, inputs.reordered(width, hidden), grad[:, width])
+        y = results.pop("y")[:, width.argsort()]
+        back = Inputs(**results, expert_ids=inputs.expert_ids).reordered(width.argsort(), hidden.argsort())
+        found.append({"y": y, **vars(back)})
+    return {name: [results[name] for results in found] for name in found[0]}
+
+
 def test_memory_is_poisoned() -> None:
     # What a kernel allocates and does not write shows as NaN in every test here.
     assert torch.empty(1000).isnan().all() and torch.ones(3).new_empty(1000).isnan().all()
@@ -56,7 +72,7 @@ def test_moe_mlp(case: Case, dtype: torch.dtype) -> None:
     inputs = case.inputs(dtype)
     grad = torch.randn(case.tokens, case.width, dtype=torch.float64).to(dtype)
     ours = gradients(fused, inputs, grad)
-    eager = gradients(eager_experts, inputs, grad)
+    eager = of_eager(eager_experts, inputs, grad)
     exact = gradients(eager_experts, inputs.to(torch.float64), grad)
     verdicts = {name: against_eager(ours[name], eager[name], exact[name], dtype) for name in ours}
     assert all(v.right for v in verdicts.values()), verdicts
@@ -66,10 +82,18 @@ def test_moe_mlp(case: Case, dtype: torch.dtype) -> None:
     assert (ours["weights"][inputs.expert_ids == -1] == 0).all()
     with torch.no_grad():  # the path without a saved pre-activation
         assert against_eager(fused(inputs), eager["y"], exact["y"], dtype).right
-    assert {n: ours[n].dtype for n in ours} == {n: eager[n].dtype for n in ours}
+    assert {n: ours[n].dtype for n in ours} == {n: eager[n][0].dtype for n in ours}
 
 
-@pytest.mark.parametrize("settings", [{"swiglu_limit": 0.7}, {"swiglu_limit": 1.5, "swiglu_alpha": 1.702}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"swiglu_limit": 0.7},
+        {"swiglu_limit": 1.5, "swiglu_alpha": 1.702},
+        {"swiglu_limit": 1.5, "swiglu_alpha": 1.702, "swiglu_beta": 1.0},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("case", [BY_NAME["ragged"], BY_NAME["one_token"]], ids=str)
 @each_dtype
 def test_moe_mlp_clamped(case: Case, dtype: torch.dtype, settings: dict[str, float]) -> None:
@@ -78,7 +102,7 @@ def test_moe_mlp_clamped(case: Case, dtype: torch.dtype, settings: dict[str, flo
 
     inputs, grad = case.inputs(dtype), torch.randn(case.tokens, case.width).to(dtype)
     ours = gradients(lambda i: fused(i, **settings), inputs, grad)
-    eager, exact = gradients(reference, inputs, grad), gradients(reference, inputs.to(torch.float64), grad)
+    eager, exact = of_eager(reference, inputs, grad), gradients(reference, inputs.to(torch.float64), grad)
     verdicts = {name: against_eager(ours[name], eager[name], exact[name], dtype) for name in ours}
     assert all(v.right for v in verdicts.values()), verdicts
 
@@ -123,7 +147,7 @@ def test_a_weight_of_a_slot_that_is_not_here_is_not_read(name: str) -> None:
 
 def test_rows_of_no_expert_are_zero_in_what_is_saved() -> None:
     i = BY_NAME["absent"].inputs(torch.float32)
-    args = (i.x, i.gate_up, i.down, i.weights, i.expert_ids, None, None, None, 1.0, True, "auto")
+    args = (i.x, i.gate_up, i.down, i.weights, i.expert_ids, None, None, None, 1.0, 0.0, True, "auto")
     _, pre = torch.ops.moesmith.moe_mlp_forward(*args)
     here = int((i.expert_ids >= 0).sum())
     assert (pre[here:] == 0).all() and (pre[:here] != 0).all()
@@ -283,36 +307,41 @@ def test_permute_and_unpermute(case: Case, dtype: torch.dtype) -> None:
 
 
 @each_dtype
-@pytest.mark.parametrize(("limit", "alpha"), [(None, 1.0), (1.5, 1.0), (7.0, 1.702), (None, 0.5)], ids=str)
+@pytest.mark.parametrize(
+    ("limit", "alpha", "beta"),
+    [(None, 1.0, 0.0), (1.5, 1.0, 0.0), (7.0, 1.702, 0.0), (None, 0.5, 0.0), (7.0, 1.702, 1.0), (None, 1.0, -0.5)],
+    ids=str,
+)
 @pytest.mark.parametrize("shape", [(37, 80), (2, 3, 6), (0, 8), (5, 0), (2,)], ids=str)
-def test_swiglu(shape: tuple[int, ...], limit: float | None, alpha: float, dtype: torch.dtype) -> None:
+def test_swiglu(shape: tuple[int, ...], limit: float | None, alpha: float, beta: float, dtype: torch.dtype) -> None:
     gate_up = (6 * torch.randn(shape)).to(dtype).requires_grad_()
-    result = ops.swiglu(gate_up, limit, alpha)
+    result = ops.swiglu(gate_up, limit, alpha, beta)
     grad = torch.randn(result.shape).to(dtype)
     (grad_in,) = torch.autograd.grad(result, gate_up, grad)
     exact_in = gate_up.detach().double().requires_grad_()
-    exact = swiglu_reference(exact_in, limit, alpha)
+    exact = swiglu_reference(exact_in, limit, alpha, beta)
     (exact_grad,) = torch.autograd.grad(exact, exact_in, grad.double())
     # exp(-alpha * gate) turns the rounding of its argument, in the dtype it is computed in, into a relative error.
     gate, up = (half.double() for half in gate_up.detach().chunk(2, dim=-1))
     argument = 0 if alpha == 1 else 2 * (alpha * gate).abs() * UNIT[torch.promote_types(dtype, torch.float32)]
     assert excess(result, exact, elementwise_limit(exact, dtype) + argument * exact.abs()) <= 1
     # silu'(gate) crosses zero near -1.28, where only an absolute error can be promised: its two terms cancel.
-    cancelling = grad.double().abs() * up.abs() * (alpha * gate).abs().clamp(min=1) * (alpha * gate).sigmoid()
+    cancelling = grad.double().abs() * (up + beta).abs() * (alpha * gate).abs().clamp(min=1) * (alpha * gate).sigmoid()
     scale = torch.cat([cancelling, exact_grad.chunk(2, dim=-1)[1].abs()], dim=-1)
     extra = torch.cat([argument * cancelling * (1 + (alpha * gate).abs())] * 2, dim=-1) if alpha != 1 else 0
     assert excess(grad_in, exact_grad, 4 * UNIT[dtype] * torch.maximum(scale, exact_grad.abs()) + extra) <= 1
     if shape == (37, 80):
-        strided = ops.swiglu(gate_up.detach().t().contiguous().t(), limit, alpha)
+        strided = ops.swiglu(gate_up.detach().t().contiguous().t(), limit, alpha, beta)
         assert excess(strided, exact, elementwise_limit(exact, dtype) + argument * exact.abs()) <= 1
 
 
 def test_swiglu_by_hand() -> None:
-    def by_hand(*gate_up: float, limit: float | None = None) -> float:
-        return ops.swiglu(torch.tensor(gate_up, dtype=torch.float64), limit).item()
+    def by_hand(*gate_up: float, limit: float | None = None, beta: float = 0.0) -> float:
+        return ops.swiglu(torch.tensor(gate_up, dtype=torch.float64), limit, beta=beta).item()
 
     assert by_hand(2, 3) == pytest.approx(2 / (1 + math.exp(-2)) * 3)
     assert by_hand(9, -9, limit=2) == pytest.approx(2 / (1 + math.exp(-2)) * -2)
+    assert by_hand(9, 9, limit=2, beta=1) == pytest.approx(2 / (1 + math.exp(-2)) * 3)  # added to the clamped half
     assert by_hand(-9, 1, limit=2) == pytest.approx(-9 / (1 + math.exp(9)))
 
 
