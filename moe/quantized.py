@@ -63,6 +63,24 @@ class Quantized(nn.Module):
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        # torch cannot unpickle FP8: it travels as bytes.
+        state = {**self.__dict__, "_parameters": {**self._parameters}, "_buffers": {**self._buffers}}
+        dtypes = {name: getattr(self, name).dtype for name in self.quantized}
+        for name in self.quantized:
+            tensors = state["_parameters" if name in self._parameters else "_buffers"]
+            tensors[name] = tensors[name].detach().view(torch.uint8) if dtypes[name].itemsize == 1 else tensors[name]
+        return {**state, "_dtypes": dtypes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        dtypes = state.pop("_dtypes")
+        super().__setstate__(state)
+        for name, dtype in dtypes.items():
+            if name in self._parameters:
+                self._parameters[name] = _frozen(self._parameters[name].view(dtype))  # pyright: ignore
+            else:
+                self._buffers[name] = self._buffers[name].view(dtype)  # pyright: ignore
+
 
 def _frozen(data: Tensor) -> nn.Parameter:
     return nn.Parameter(data.detach(), requires_grad=False)
@@ -148,7 +166,7 @@ def _own(bias: Tensor | None, shape: tuple[int, ...], name: str) -> nn.Parameter
         return None
     if bias.shape != shape:
         raise ValueError(f"{name}: expected {list(shape)}, got {tuple(bias.shape)}")
-    return nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
+    return nn.Parameter(bias.detach())
 
 
 class _FrozenMLP(torch.autograd.Function):
@@ -372,12 +390,12 @@ class FP8Experts(QuantizedExperts):
             swiglu_beta=swiglu_beta,
         )
         self.block_size = block_size
-        shapes = {"gate_up_proj": (num_experts, 2 * hidden, width), "down_proj": (num_experts, width, hidden)}
-        for name, shape in shapes.items():
-            halves = 2 if name == "gate_up_proj" else 1
-            scales = scale_shape(shape, block_size, halves)
-            self.register_parameter(name, _frozen(torch.empty(shape, dtype=torch.float8_e4m3fn)))
-            self.register_buffer(f"{name}_scale_inv", torch.empty(scales, dtype=torch.float32))
+        gate_up, down = (num_experts, 2 * hidden, width), (num_experts, width, hidden)
+        self.gate_up_proj = _frozen(torch.empty(gate_up, dtype=torch.float8_e4m3fn))
+        self.down_proj = _frozen(torch.empty(down, dtype=torch.float8_e4m3fn))
+        gate_up, down = scale_shape(gate_up, block_size, halves=2), scale_shape(down, block_size)
+        self.register_buffer("gate_up_proj_scale_inv", torch.empty(gate_up, dtype=torch.float32))
+        self.register_buffer("down_proj_scale_inv", torch.empty(down, dtype=torch.float32))
 
     @classmethod
     def from_parts(
@@ -461,11 +479,11 @@ class MXFP4Experts(QuantizedExperts):
         for name, size in (("width", width), ("hidden", hidden)):
             if size % MX_BLOCK:
                 raise ValueError(f"{name} = {size}: expected a multiple of {MX_BLOCK}")
-        for name, rows, columns in (("gate_up_proj", 2 * hidden, width), ("down_proj", width, hidden)):
-            groups = (num_experts, rows, columns // MX_BLOCK)
-            blocks = torch.empty(*groups, MX_BLOCK // 2, dtype=torch.uint8)
-            self.register_parameter(f"{name}_blocks", _frozen(blocks))
-            self.register_buffer(f"{name}_scales", torch.empty(groups, dtype=torch.uint8))
+        gate_up, down = (num_experts, 2 * hidden, width // MX_BLOCK), (num_experts, width, hidden // MX_BLOCK)
+        self.gate_up_proj_blocks = _frozen(torch.empty(*gate_up, MX_BLOCK // 2, dtype=torch.uint8))
+        self.down_proj_blocks = _frozen(torch.empty(*down, MX_BLOCK // 2, dtype=torch.uint8))
+        self.register_buffer("gate_up_proj_scales", torch.empty(gate_up, dtype=torch.uint8))
+        self.register_buffer("down_proj_scales", torch.empty(down, dtype=torch.uint8))
 
     @classmethod
     def from_parts(

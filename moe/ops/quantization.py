@@ -76,7 +76,8 @@ def quantize_blocks(
 
     weight is float32, bfloat16 or float16; blocks, their last ones and `halves` are as in `dequantize_blocks`. With
     `scale_fmt` "ue8m0" (DeepSeek-V3.1) each scale is rounded up to a power of two. The lower limit is the smallest
-    normal float32: smaller blocks lose digits, and none becomes 0/0. No code is NaN. Equal input, equal bits.
+    normal float32: smaller blocks lose digits, and none becomes 0/0. No code is NaN. With "ue8m0" and magnitudes from
+    248 * 2^120 up, the last 4 percent of float32, what is read back is infinite. Equal input, equal bits.
 
     What a second round keeps: if a block of dequantised weights (float32 or bfloat16) contains the code 448, it gets
     its codes back, all of them. Its scale comes back exactly if that is a power of two; any other scale within one unit
