@@ -20,8 +20,8 @@ from torch import Tensor
 from moe.checkpoint.config_json import render_config
 from moe.checkpoint.families import family_of
 from moe.checkpoint.folder import CARRIED, CONFIG, INDEX, SINGLE, previous_folder, read_carried
-from moe.checkpoint.layout import Slot, layout
-from moe.checkpoint.reading import DTYPES
+from moe.checkpoint.layout import Slot, layout, with_scales
+from moe.checkpoint.reading import BIAS, DTYPES, STORED, Origin
 from moe.counts import parameter_shapes
 from moe.errors import CheckpointError
 from moe.model import Transformer
@@ -73,9 +73,21 @@ def save(model: Transformer, folder: str | PathLike[str], *, max_shard_bytes: in
 
 def _checked_state(model: Transformer, target: Path) -> tuple[dict[str, Tensor], list[Slot]]:
     """The model's tensors, and where they go in the files; refuses what a reader of the files would refuse."""
-    slots = [slot for slot in layout(model.config).values() if slot.written]
     state: dict[str, Tensor] = dict(model.state_dict())
-    shapes = parameter_shapes(model.config)
+    origin: Origin | None = model.origin
+    slots = {n: slot for n, slot in layout(model.config, origin and origin.table).items() if slot.written}
+    if origin is not None:
+        slots = {name: slot for name, slot in slots.items() if name not in origin.omitted}
+        if origin.block_size is not None:
+            family = family_of(model.config.model_type, target)
+            kept = [n for n, slot in slots.items() if state[slot.parameter].dtype == torch.float8_e4m3fn]
+            slots = with_scales(slots, family.tables[origin.table], origin.block_size, kept)
+    shapes = parameter_shapes(model.config) | {
+        slot.parameter: tuple(state[slot.parameter].shape)
+        for slot in slots.values()
+        if slot.parameter.endswith(("_scale_inv", "_blocks", "_scales")) and slot.parameter in state
+    }
+    shapes = {name: shape for name, shape in shapes.items() if name in {slot.parameter for slot in slots.values()}}
     for name in sorted(state.keys() | shapes.keys()):
         found = tuple(state[name].shape) if name in state else "no such tensor"
         expected = shapes.get(name, "no such tensor")
@@ -84,23 +96,33 @@ def _checked_state(model: Transformer, target: Path) -> tuple[dict[str, Tensor],
                 target, "the model is not the one of its config", tensor=name, expected=expected, found=found
             )
         tensor = state[name]
-        if tensor.is_meta or tensor.dtype not in DTYPES.values():
+        if tensor.is_meta or tensor.dtype not in STORED.values():
             found = "the meta device" if tensor.is_meta else tensor.dtype
             raise CheckpointError(target, "no floating-point values", tensor=name, found=found)
-        if name.endswith("e_score_correction_bias"):
-            state[name] = tensor.float()
-    return state, slots
+        if name.endswith(BIAS):
+            state[name] = _as_stored(tensor.float(), origin.biases.get(name) if origin else None)
+    return state, list(slots.values())
+
+
+def _as_stored(bias: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """In the dtype of the files that it came from, as long as that holds every value: bf16 holds no update of 0.001."""
+    return bias.to(dtype) if dtype is not None and torch.equal(bias.to(dtype).float(), bias) else bias
 
 
 def _config_bytes(model: Transformer, state: Mapping[str, Tensor], target: Path) -> bytes:
     sizes: dict[torch.dtype, int] = {}
     for tensor in state.values():
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
-    # Readers take the one dtype named here for all, so it is that of most values.
-    dtype = str(max(sizes, key=lambda d: sizes[d])).removeprefix("torch.")
+        if tensor.dtype in DTYPES.values():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+    # Readers take the one dtype named here for all, so it is that of most values; of quantised ones, what they become.
+    quantization = model.origin.quantization if model.origin else None
+    dtype = torch.bfloat16 if quantization else max(sizes, key=lambda d: sizes[d])
+    named = str(dtype).removeprefix("torch.")
     values = render_config(model.config, target / CONFIG)
     architecture = family_of(model.config.model_type, target).architecture
-    values |= {"architectures": [architecture], "dtype": dtype, "torch_dtype": dtype}
+    values |= {"architectures": [architecture], "dtype": named, "torch_dtype": named}
+    if quantization:
+        values["quantization_config"] = dict(quantization)
     try:
         return _json(values)
     except (TypeError, ValueError) as error:
@@ -118,7 +140,7 @@ def _write_tensors(new: Path, state: Mapping[str, Tensor], slots: list[Slot], ma
         file = new / (SINGLE if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors")
         tensors = {}
         for slot in shard:
-            tensor = state[slot.parameter][slot.index].contiguous()
+            tensor = slot.stored(state[slot.parameter]).contiguous()
             # The library refuses two names for one memory; slices that do not overlap pass without a copy.
             tensors[slot.name] = tensor.clone() if slot.repeat else tensor
         save_file(tensors, file, metadata={"format": "pt"})
