@@ -122,7 +122,10 @@ def load(
     state = {name: torch.empty(shape, dtype=dtypes[name], device=device) for name, shape in shapes.items()}
     with Progress("loading", sum(p.row_bytes * len(p.rows) for p in pieces), progress) as bar, Files(bar) as files:
         for piece in pieces:
-            _fill(files, piece, state[piece.parameter][piece.index], todo)
+            destination = state[piece.parameter][piece.index]
+            _fill(files, piece, destination, todo)
+            if piece.slot.scale_of is not None:
+                check_scale(piece.info, destination)
     if _identity(path) != identity:
         # A save swaps the whole folder: headers and bytes may be of two checkpoints.
         raise CheckpointError(path, "replaced by another checkpoint while it was read; load it again")
@@ -335,6 +338,7 @@ def _fill_from_blocks(files: Files, piece: Piece, destination: Tensor, block_siz
     assert piece.scale is not None
     scale = torch.empty(piece.scale.shape, dtype=STORED[piece.scale.dtype])
     files.read_into(piece.scale, 0, scale)
+    check_scale(piece.scale, scale)
     for begin, rows in _steps(piece, block_size[0]):
         blocks = scale[begin // block_size[0] : -(-(begin + len(rows)) // block_size[0])]
         codes = files.read(piece.info, rows).to(destination.device)
@@ -351,12 +355,22 @@ def _fill_reordered(files: Files, piece: Piece, destination: Tensor) -> None:
         if piece.scale is not None:
             scales = torch.empty(piece.scale.shape[1:], dtype=torch.uint8)
             files.read_into(piece.scale, expert * scales.numel(), scales)
+            check_scale(piece.scale, scales)
             values = dequantize_mxfp4(values, scales.to(destination.device), destination.dtype)
             values, order = values.view(*split[:-2], values.shape[-1]), axes[:-1]
         else:
             values, order = values.view(split), axes
         values = values.permute(order)
         destination[place].view(values.shape).copy_(values)
+
+
+def check_scale(info: TensorInfo, scale: Tensor) -> None:
+    """A scale that is no positive number would make a healthy-looking model of nonsense."""
+    numbers = scale.float() if scale.dtype != torch.uint8 else torch.where(scale == 255, torch.nan, 1.0)
+    wrong = ~((numbers > 0) & numbers.isfinite())
+    if bool(wrong.any()):
+        found = float(numbers[wrong].flatten()[0])
+        raise CheckpointError(info.path, "scale", tensor=info.name, expected="finite numbers above 0", found=found)
 
 
 def _shortened(info: TensorInfo) -> CheckpointError:
@@ -379,10 +393,19 @@ def _adopt(model: Transformer, state: dict[str, Tensor], todo: Plan) -> None:
             )
         elif leaf in ("gate_up_proj_scale_inv", "gate_up_proj_scales"):
             made = _experts_of(module, parent, state, bias, todo)
+        elif leaf == "gate_up_proj" and len(state[name]) < todo.config.n_routed_experts:
+            made = _some_of(module, len(state[name]))
         else:
             continue
         model.set_submodule(parent, made)
     model.load_state_dict(state, strict=True, assign=True)
+
+
+def _some_of(module: Experts, count: int) -> Experts:
+    (_, twice, width), bias = module.gate_up_proj.shape, module.gate_up_proj_bias is not None
+    settings: dict[str, Any] = {"limit": module.limit, "alpha": module.alpha, "beta": module.beta}
+    with torch.device("meta"):
+        return Experts(count, width, twice // 2, bias=bias, **settings)
 
 
 def _experts_of(
