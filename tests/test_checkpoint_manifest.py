@@ -99,13 +99,10 @@ def test_a_flipped_bit_anywhere_is_found_and_named(saved: Path) -> None:
     found = 0
     for path in sorted(saved.iterdir()):
         content = path.read_bytes()
-        ends = (
-            {info.offset + info.nbytes: name for name, info in read_header(path).items()}
-            if (path.suffix == ".safetensors")
-            else {}
-        )
-        data = min((info.offset for info in read_header(path).values()), default=len(content)) if ends else len(content)
-        places = [*range(0, data, max(1, data // 40)), *range(data, len(content), max(1, len(content) // 40))]
+        header = read_header(path) if path.suffix == ".safetensors" else {}
+        ends = {info.offset + info.nbytes: name for name, info in header.items()}
+        data = min((info.offset for info in header.values()), default=len(content))
+        places = [*range(0, data, max(1, data // 25)), *range(data, len(content), max(1, len(content) // 25))]
         for at in {*places, len(content) - 1}:
             flipped = bytearray(content)
             flipped[at] ^= 1 << at % 8
@@ -123,7 +120,7 @@ def test_a_flipped_bit_anywhere_is_found_and_named(saved: Path) -> None:
         path.write_bytes(content)
     assert not verify(saved).findings
     print(f"{found} flipped bits, {found} found")
-    assert found > 300
+    assert found > 250
 
 
 def test_two_experts_exchanged(saved: Path) -> None:
@@ -209,8 +206,7 @@ def test_a_change_is_found_and_named(saved: Path, case: str) -> None:
     change, expected = CHANGES[case]
     change(saved)
     lines = "\n".join(map(str, verify(saved).findings))
-    with_regex = [line for line in lines.splitlines() if re.search(expected, line)]
-    assert len(with_regex) == 1, lines
+    assert len([line for line in lines.splitlines() if re.search(expected, line)]) == 1, lines
     assert len(lines.splitlines()) <= 3
 
 

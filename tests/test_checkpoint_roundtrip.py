@@ -70,12 +70,6 @@ def test_names_and_values_in_the_files(saved: Path) -> None:
     assert saved.joinpath("model.safetensors").read_bytes()[8:].startswith(b'{"__metadata__":{"format":"pt"}')
 
 
-def test_modes_are_those_of_the_umask(saved: Path) -> None:
-    plain = saved.parent / "plain"
-    plain.touch()
-    assert {p.stat().st_mode for p in saved.iterdir()} == {plain.stat().st_mode}
-
-
 def test_bfloat16_keeps_the_bias_in_fp32(tmp_path: Path) -> None:
     model = build(V3_MTP, dtype=torch.bfloat16)
     model.save(tmp_path / "m")
