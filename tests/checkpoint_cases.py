@@ -1,11 +1,12 @@
-"""Configurations that the tests of counts and checkpoints share."""
+"""Configurations and models that the tests of counts and checkpoints share."""
 
 import dataclasses
 from typing import Any
 
+import torch
 from hypothesis import strategies as st
 
-from moe import ModelConfig, RopeParameters
+from moe import ModelConfig, RopeParameters, Transformer
 
 # No two sizes are equal and none divides another, so that a transposed or swapped tensor cannot fit by accident.
 SMALL: dict[str, Any] = dict(
@@ -108,3 +109,21 @@ def configs(draw: st.DrawFn, model_type: str | None = None) -> ModelConfig:
         num_experts_per_tok=draw(st.integers(1, topk_group * per_group)),
     )
     return ModelConfig(**values)
+
+
+def build(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> Transformer:
+    """A model in which every value of every tensor was drawn: norms are not ones, biases have both signs."""
+    model = Transformer(config).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    return model
+
+
+def assert_same(a: Transformer, b: Transformer) -> None:
+    one, two = a.state_dict(), b.state_dict()
+    assert one.keys() == two.keys()
+    for name in one:
+        assert one[name].dtype == two[name].dtype, name
+        assert torch.equal(one[name], two[name]), name

@@ -16,28 +16,10 @@ from safetensors.torch import load_file, save_file
 
 import moe
 from moe import CheckpointError, ModelConfig, Transformer
-from moe.checkpoint import read_summary, reading, save, writing
-from tests.checkpoint_cases import V2, V3, V3_MTP, YARN, configs
+from moe.checkpoint import read_summary, reading, save
+from tests.checkpoint_cases import V2, V3, V3_MTP, YARN, assert_same, build, configs
 
 State = dict[str, torch.Tensor]
-
-
-def build(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> Transformer:
-    """A model in which every value of every tensor was drawn: norms are not ones, biases have both signs."""
-    model = Transformer(config).to(dtype)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            tensor.copy_(torch.randn(tensor.shape, generator=generator))
-    return model
-
-
-def assert_same(a: Transformer, b: Transformer) -> None:
-    one, two = a.state_dict(), b.state_dict()
-    assert one.keys() == two.keys()
-    for name in one:
-        assert one[name].dtype == two[name].dtype, name
-        assert torch.equal(one[name], two[name]), name
 
 
 def files(folder: Path) -> State:
@@ -86,12 +68,6 @@ def test_names_and_values_in_the_files(saved: Path) -> None:
     assert config["architectures"] == ["DeepseekV3ForCausalLM"]
     assert config["dtype"] == config["torch_dtype"] == "float32"
     assert saved.joinpath("model.safetensors").read_bytes()[8:].startswith(b'{"__metadata__":{"format":"pt"}')
-
-
-def test_modes_are_those_of_the_umask(saved: Path) -> None:
-    plain = saved.parent / "plain"
-    plain.touch()
-    assert {p.stat().st_mode for p in saved.iterdir()} == {plain.stat().st_mode}
 
 
 def test_bfloat16_keeps_the_bias_in_fp32(tmp_path: Path) -> None:
@@ -422,114 +398,6 @@ def test_saving_over_other_things(saved: Path, tmp_path: Path) -> None:
     build(V3).save(link)
     assert link.is_symlink()
     assert_same(moe.load(tmp_path / "empty"), build(V3))
-
-
-def test_all_is_on_the_disk_before_the_folder_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[str] = []
-    sync, replace = writing._sync, writing._replace
-    monkeypatch.setattr(writing, "_sync", lambda path: (events.append(path.name), sync(path)))
-    monkeypatch.setattr(writing, "_replace", lambda target, new: (events.append("replace"), replace(target, new)))
-    model = build(V3)
-    model.carried_files["tokenizer.json"] = b"{}"
-    save(model, tmp_path / "m", max_shard_bytes=200_000)
-    at = events.index("replace")
-    assert sorted(events[: at - 1]) == sorted(p.name for p in (tmp_path / "m").iterdir())
-    assert events[at - 2] == "config.json"  # what makes the folder a checkpoint comes last
-    assert events[at - 1].startswith(".m.partial-")
-    assert events[at + 1 :] == [tmp_path.name]
-
-
-class Crash(BaseException):
-    """Not an Exception: what a handler must not swallow."""
-
-
-STEPS = [(writing.os, "fsync"), (writing.os, "rename"), (writing, "save_file"), (writing, "_swap"), (writing, "_write")]
-
-
-def crash_at(monkeypatch: pytest.MonkeyPatch, step: int) -> list[str]:
-    """Crash before the `step`-th call of a system call of a save; returns the list of calls, which it fills."""
-    calls: list[str] = []
-    for module, name in STEPS:
-        original = getattr(module, name)
-
-        def counted(*args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
-            calls.append(_name)
-            if len(calls) == step:
-                raise Crash
-            return _original(*args, **kwargs)
-
-        monkeypatch.setattr(module, name, counted)
-    return calls
-
-
-@pytest.mark.parametrize("swap", [True, False])
-@pytest.mark.parametrize("killed", [True, False])
-@pytest.mark.parametrize("replacing", [True, False])
-def test_a_crash_at_any_step(tmp_path: Path, swap: bool, killed: bool, replacing: bool) -> None:
-    old, new = build(V3_MTP, seed=1), build(V3_MTP, seed=2)
-    target = tmp_path / "model"
-    step, finished = 0, False
-    calls: list[str] = []
-    while not finished:
-        step += 1
-        shutil.rmtree(tmp_path)
-        tmp_path.mkdir()
-        if replacing:
-            old.save(target)
-        with pytest.MonkeyPatch.context() as patch:
-            if not swap:
-                patch.setattr(writing, "_swap", lambda a, b: False)
-            calls = crash_at(patch, step)
-            if killed:  # nothing is cleaned up or put back after the crash
-                patch.setattr(writing.shutil, "rmtree", lambda *args, **kwargs: None)
-            try:
-                save(new, target, max_shard_bytes=200_000)
-                finished = True
-            except Crash:
-                pass
-        left = sorted(p.name for p in tmp_path.iterdir())
-        if finished or target.exists() or replacing:
-            found = moe.load(target)
-            one = found.embed_tokens.weight.equal(old.embed_tokens.weight)
-            assert_same(found, old if one else new)
-            assert not (finished and one)
-        if not killed:
-            assert left in ([], ["model"])
-        # Whatever is left, the next save succeeds and leaves nothing of its own beside the folder.
-        new.save(target)
-        assert_same(moe.load(target), new)
-        assert not (tmp_path / ".model.previous").exists()
-    assert {"fsync", "save_file", "_write"} < set(calls) and step > 12
-
-
-def test_a_kill_between_the_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old, target = build(V3, seed=1), tmp_path / "model"
-    old.save(target)
-    os.rename(target, tmp_path / ".model.previous")
-    assert_same(moe.load(target), old)
-    monkeypatch.setattr(writing, "_write_tensors", lambda *args: (_ for _ in ()).throw(Crash))
-    with pytest.raises(Crash):
-        build(V3, seed=2).save(target)
-    assert_same(moe.load(target), old)
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
-
-
-@pytest.mark.parametrize("made_anew", ["empty", "with files"])
-def test_a_folder_made_anew_after_a_kill_costs_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made_anew: str
-) -> None:
-    """`out.mkdir(exist_ok=True)` before a save is common, and must not cost the checkpoint that a kill put aside."""
-    old, target = build(V3, seed=1), tmp_path / "model"
-    old.save(target)
-    os.rename(target, tmp_path / ".model.previous")
-    target.mkdir()
-    if made_anew == "with files":
-        (target / "notes.txt").write_text("mine")
-    monkeypatch.setattr(writing, "_write_tensors", lambda *args: (_ for _ in ()).throw(Crash))
-    with pytest.raises(CheckpointError if made_anew == "with files" else Crash):
-        build(V3, seed=2).save(target)
-    kept = target if made_anew == "empty" else tmp_path / ".model.previous"
-    assert_same(moe.load(kept), old)
 
 
 def test_a_save_during_a_load_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

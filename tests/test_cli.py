@@ -178,6 +178,64 @@ def test_inspect_folder_reads_headers_only(capsys, folder, tmp_path):
     )
 
 
+def test_verify(capsys, folder, tmp_path):
+    status, out, err = run(capsys, "inspect", str(folder), "--verify")
+    assert (status, err, out.count("\n")) == (0, "", 1) and "every byte is as it was saved: " in out
+    facts = json.loads(run(capsys, "inspect", str(folder), "--verify", "--json")[1])["verified"]
+    assert facts["findings"] == [] and facts["tensors"] > 20 and facts["folder"] == str(folder)
+
+    damaged = variant(folder, tmp_path / "damaged", tokenizer__json=None)
+    with (damaged / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    status, out, err = run(capsys, "inspect", str(damaged), "--verify")
+    bit, gone = out.splitlines()
+    assert bit.startswith("model.safetensors: model.") and ": bytes changed since it was saved; expected sha256 " in bit
+    assert gone == "tokenizer.json: missing"
+    assert status == 2 and err.count("\n") == 1
+    assert err.startswith(f"moesmith: {damaged}: not as it was saved; ") and err.endswith("; found 2 differences\n")
+    status, out, _ = run(capsys, "inspect", str(damaged), "--verify", "--json")
+    assert status == 2
+    assert [finding["file"] for finding in json.loads(out)["verified"]["findings"]] == [
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+
+    (damaged / "model.safetensors").rename(damaged / "model-1.safetensors")
+    _, out, _ = run(capsys, "inspect", str(damaged), "--verify")
+    assert len(out.splitlines()) == 21 and out.splitlines()[-1].endswith("more; --json has them all")
+
+
+def test_what_cannot_be_verified(capsys, folder, tmp_path):
+    theirs = variant(folder, tmp_path / "theirs", moesmith__manifest__json=None)
+    error = fails_in_one_line(capsys, "inspect", str(theirs), "--verify")
+    assert f"{theirs}: cannot be verified: it has no moesmith.manifest.json" in error
+    assert run(capsys, "inspect", str(theirs))[0] == 0
+    assert "a folder to verify, not a preset" in fails_in_one_line(capsys, "inspect", "tiny", "--verify")
+    assert "no such folder" in fails_in_one_line(capsys, "inspect", "no/such", "--verify")
+    broken = variant(folder, tmp_path / "broken", moesmith__manifest__json="{")
+    assert "moesmith.manifest.json: not valid JSON" in fails_in_one_line(capsys, "inspect", str(broken), "--verify")
+
+
+def test_verifying_shows_its_progress_on_a_terminal(folder):
+    terminal, stderr = os.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "120"}
+    done = subprocess.run(
+        [sys.executable, "-m", "moe", "inspect", str(folder), "--verify"],
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        env=environment,
+        check=True,
+    )
+    os.close(stderr)
+    shown = os.read(terminal, 2**16).decode()
+    os.close(terminal)
+    assert done.stdout.startswith(str(folder).encode())
+    assert "verifying" in shown and "MB" in shown
+
+
 def test_corrupt_folders(capsys, folder, tmp_path):
     no_json = variant(folder, tmp_path / "a", config__json="{")
     assert str(no_json / "config.json") in fails_in_one_line(capsys, "inspect", str(no_json))

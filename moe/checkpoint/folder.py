@@ -11,6 +11,7 @@ from moe.errors import CheckpointError
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MANIFEST = "moesmith.manifest.json"  # of what a save wrote; loading does not read it, nor do other programs
 
 MAX_CONFIG_BYTES = 2**20
 MAX_INDEX_BYTES = 64 * 2**20

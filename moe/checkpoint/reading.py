@@ -255,8 +255,9 @@ def _chunks(info: TensorInfo) -> Iterator[bytes]:
     with info.path.open("rb") as file:
         file.seek(info.offset)
         for begin in range(0, info.nbytes, _CHUNK):
-            chunk = file.read(min(_CHUNK, info.nbytes - begin))
-            if not chunk:
+            size = min(_CHUNK, info.nbytes - begin)
+            chunk = file.read(size)
+            if len(chunk) < size:
                 raise _shortened(info)
             yield chunk
 

@@ -19,7 +19,7 @@ from moe.errors import CheckpointError, ConfigError, ParallelError
 COMMANDS = {
     "train": "train a model on text, from a preset or a folder, and save it",
     "generate": "continue prompts with the model in a folder",
-    "inspect": "configuration and parameter counts of a preset or a folder; reads no weights",
+    "inspect": "configuration and parameter counts of a preset or a folder; --verify: are its bytes as saved",
     "doctor": "what this machine has, and which kernels will run on it",
 }
 

@@ -1,4 +1,5 @@
-"""`moesmith inspect`: what a preset or a checkpoint folder is and weighs, without torch and without weights."""
+"""`moesmith inspect`: what a preset or a checkpoint folder is and weighs, without torch and without weights; and with
+`--verify`, whether the weights are the bytes that were saved."""
 
 import dataclasses
 import json
@@ -9,31 +10,40 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
 from moe.checkpoint import CheckpointSummary, read_summary
+from moe.checkpoint.manifest import verify
 from moe.config import ModelConfig
 from moe.counts import ParameterCounts, count_parameters
-from moe.errors import ConfigError
+from moe.errors import CheckpointError, ConfigError
 from moe.presets import PRESETS
 
 _COMPONENTS = ("embedding", "attention", "dense_mlp", "routed_experts", "shared_experts", "routers", "norms", "head")
+
+_SHOWN = 20  # differences; a folder that was saved again by another program has thousands
 
 
 @dataclass(frozen=True)
 class Args:
     """Print the configuration and the parameter counts of a preset or a checkpoint folder.
 
-    Of a folder only config.json and the headers of the weight files are read.
+    Of a folder only config.json and the headers of the weight files are read, unless --verify is given.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME-OR-FOLDER")]
     """A preset (tiny, deepseek_v3 ...) or a folder; ./tiny is a folder whatever the presets are called."""
     json: bool = False
     """One JSON object instead of tables."""
+    verify: bool = False
+    """Instead, read every byte of a folder and compare it with the manifest that was written when it was saved. Each
+    difference is a line; exit status 2 if there is one, or no manifest."""
 
 
 def run(args: Args) -> int:
+    if args.verify:
+        return _verify(args)
     config, stored = _find(args.model)
     counts = count_parameters(config) if config is not None else None
     if args.json:
@@ -51,6 +61,31 @@ def run(args: Args) -> int:
         _print_config(console, config)
     if stored is not None:
         _print_stored(console, stored)
+    return 0
+
+
+def _verify(args: Args) -> int:
+    if args.model in PRESETS:
+        raise ConfigError("NAME-OR-FOLDER", args.model, "a folder to verify, not a preset")
+    columns = (TextColumn("verifying"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    terminal = Console(stderr=True)
+    with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+        verification = verify(args.model, lambda read, total: progress.update(task, advance=read, total=total))
+    findings = verification.findings
+    size = f"{verification.tensors:,} tensors, {verification.bytes:,} bytes in {verification.files:,} files"
+    if args.json:
+        print(json.dumps({"model": args.model, "verified": dataclasses.asdict(verification)}))
+    elif not findings:
+        print(f"{verification.folder}: every byte is as it was saved: {size}")
+    else:
+        for finding in findings[:_SHOWN]:
+            print(" ".join(str(finding).split()))
+        if len(findings) > _SHOWN:
+            print(f"and {len(findings) - _SHOWN:,} more; --json has them all")
+    if findings:
+        found = f"{len(findings):,} difference{'s' if len(findings) > 1 else ''}"
+        raise CheckpointError(verification.folder, "not as it was saved", expected=size, found=found)
     return 0
 
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moe.train.state import sync
+from moe.checkpoint.atomic import sync
 
 
 class Metrics:

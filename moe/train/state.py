@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moe.checkpoint.atomic import settle, sync
 from moe.errors import CheckpointError
 
 _PARTIAL = ".partial"
@@ -30,8 +31,8 @@ def save_state(folder: Path, tensors: dict[str, Tensor], values: dict[str, Any],
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "tensors.safetensors")
         values = values | {"torch": torch.__version__, "threads": torch.get_num_threads()}
         (partial / "state.json").write_text(json.dumps(values, indent=2))
-        for path in (*partial.iterdir(), partial):
-            sync(path)
+        settle(partial)
+        sync(partial)
         os.rename(partial, final)
         sync(folder)
     for old in _states(folder)[:-keep]:
@@ -57,12 +58,3 @@ def load_latest_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] 
 
 def _states(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if not path.name.endswith(_PARTIAL))
-
-
-def sync(path: Path) -> None:
-    """Bring a file, or a folder's entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
