@@ -314,7 +314,7 @@ class QuantizedExperts(Quantized):
         chosen: list[int] | None = None
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             chosen, expert_ids = self._choose(expert_ids)
-            index = torch.tensor(chosen, dtype=torch.int64)
+            index = torch.tensor(chosen, dtype=torch.int64, device=x.device)
             gate_up_bias, down_bias = (
                 None if bias is None else bias.index_select(0, index) for bias in (gate_up_bias, down_bias)
             )
@@ -347,8 +347,8 @@ class QuantizedExperts(Quantized):
             if not -1 <= expert < self.num_experts:
                 raise IndexError(f"expert_ids: {expert} is neither -1 nor in [0, {self.num_experts})")
         chosen = [expert for expert in used if expert != -1]
-        place = torch.full((self.num_experts + 1,), -1)  # the last is for id -1
-        place[chosen] = torch.arange(len(chosen))
+        place = expert_ids.new_full((self.num_experts + 1,), -1)  # the last is for id -1
+        place[chosen] = torch.arange(len(chosen), device=place.device)
         return chosen, place[expert_ids]
 
     def extra_repr(self) -> str:

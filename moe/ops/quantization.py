@@ -295,8 +295,8 @@ def _to_float32(codes: Tensor) -> Tensor:
     """A copy of float8_e4m3fn codes, exact."""
     if codes.device.type != "cpu":
         return codes.to(torch.float32)
-    # torch converts one code after the other on CPU, ten times slower than this. Sign, exponent and mantissa at their
-    # places in float16, whose bias is larger by 8, are value / 256, subnormals included; only NaN would be 480.
+    # torch converts one code after the other on CPU, several times slower than this. Sign, exponent and mantissa at
+    # their places in float16, whose bias is larger by 8, are value / 256, subnormals included; only NaN would be 480.
     bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)
     wide = bits.view(torch.float16).mul_(256).to(torch.float32)
     nan = (codes.view(torch.uint8) & 127) == 127
