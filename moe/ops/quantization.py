@@ -58,7 +58,9 @@ def dequantize_blocks(
     _check_out(weight.shape, weight.device, dtype, out)
     weight, scale_inv = weight.detach(), scale_inv.detach()
     if out is None:
-        return _DEQUANTIZE_BLOCKS(weight, scale_inv, list(block_size), halves, dtype)
+        # As bytes: torch's checks of operators do arithmetic with their arguments, which it does not have for FP8.
+        codes, scale_inv = weight.view(torch.uint8), scale_inv.to(torch.float32)
+        return _DEQUANTIZE_BLOCKS(codes, scale_inv, list(block_size), halves, dtype)
     return _dequantize_blocks_into(out, weight, scale_inv, block_size, halves)
 
 
@@ -244,9 +246,9 @@ def _chunks(matrix: Tensor, block_size: tuple[int, int]) -> Iterator[tuple[slice
 
 
 def _dequantize_blocks(
-    weight: Tensor, scale_inv: Tensor, block_size: list[int], halves: int, dtype: torch.dtype
+    codes: Tensor, scale_inv: Tensor, block_size: list[int], halves: int, dtype: torch.dtype
 ) -> Tensor:
-    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    out, weight = _dequantize_blocks_fake(codes, scale_inv, block_size, halves, dtype), codes.view(torch.float8_e4m3fn)
     return _dequantize_blocks_into(out, weight, scale_inv, (block_size[0], block_size[1]), halves)
 
 
@@ -262,9 +264,9 @@ def _dequantize_blocks_into(
 
 
 def _dequantize_blocks_fake(
-    weight: Tensor, scale_inv: Tensor, block_size: list[int], halves: int, dtype: torch.dtype
+    codes: Tensor, scale_inv: Tensor, block_size: list[int], halves: int, dtype: torch.dtype
 ) -> Tensor:
-    return torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    return torch.empty(codes.shape, dtype=dtype, device=codes.device)
 
 
 def _dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -333,7 +335,7 @@ def _refuse_nonfinite(per_block: Tensor, name: str) -> None:
 
 
 _DEQUANTIZE_BLOCKS = define(
-    "dequantize_blocks(Tensor weight, Tensor scale_inv, int[] block_size, int halves, ScalarType dtype) -> Tensor",
+    "dequantize_blocks(Tensor codes, Tensor scale_inv, int[] block_size, int halves, ScalarType dtype) -> Tensor",
     page=None,
     cpu=_dequantize_blocks,
     fake=_dequantize_blocks_fake,
