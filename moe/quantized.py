@@ -148,8 +148,7 @@ class FP8Linear(Quantized):
         """x [..., in] -> [..., out]."""
         (x,) = autocast(x)  # pyright: ignore[reportAssignmentType]
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return _FrozenLinear.apply(x, bias, self.weight, self.weight_scale_inv, self.block_size)  # pyright: ignore
+        return _FrozenLinear.apply(x, bias, self.weight, self.weight_scale_inv, self.block_size)  # pyright: ignore
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
