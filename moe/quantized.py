@@ -148,8 +148,7 @@ class FP8Linear(Quantized):
         """x [..., in] -> [..., out]."""
         (x,) = autocast(x)  # pyright: ignore[reportAssignmentType]
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return _FrozenLinear.apply(x, bias, self.weight, self.weight_scale_inv, self.block_size)  # pyright: ignore
+        return _FrozenLinear.apply(x, bias, self.weight, self.weight_scale_inv, self.block_size)  # pyright: ignore
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -314,7 +313,7 @@ class QuantizedExperts(Quantized):
         chosen: list[int] | None = None
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             chosen, expert_ids = self._choose(expert_ids)
-            index = torch.tensor(chosen, dtype=torch.int64)
+            index = torch.tensor(chosen, dtype=torch.int64, device=x.device)
             gate_up_bias, down_bias = (
                 None if bias is None else bias.index_select(0, index) for bias in (gate_up_bias, down_bias)
             )
@@ -347,8 +346,8 @@ class QuantizedExperts(Quantized):
             if not -1 <= expert < self.num_experts:
                 raise IndexError(f"expert_ids: {expert} is neither -1 nor in [0, {self.num_experts})")
         chosen = [expert for expert in used if expert != -1]
-        place = torch.full((self.num_experts + 1,), -1)  # the last is for id -1
-        place[chosen] = torch.arange(len(chosen))
+        place = expert_ids.new_full((self.num_experts + 1,), -1)  # the last is for id -1
+        place[chosen] = torch.arange(len(chosen), device=place.device)
         return chosen, place[expert_ids]
 
     def extra_repr(self) -> str:

@@ -286,6 +286,29 @@ def test_moves_copies_and_pickles_keep_dtypes_and_results() -> None:
         assert {type(v) for v in pickle.loads(pickle.dumps(module)).parameters()} == {nn.Parameter}
 
 
+def test_scales_that_are_powers_of_two_may_stay_one_byte() -> None:
+    codes, scale = ops.quantize_blocks(torch.randn(9, WIDTH), (4, 8), scale_fmt="ue8m0")
+    wide = FP8Linear.from_parts(codes, scale, block_size=(4, 8))
+    small = FP8Linear.from_parts(codes, scale.to(torch.float8_e8m0fnu), block_size=(4, 8))
+    x = torch.randn(3, WIDTH)
+    for module in (small, copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        assert module.weight_scale_inv.dtype == torch.float8_e8m0fnu
+        assert torch.equal(module(x), wide(x))
+    with pytest.raises(TypeError, match=r"a cast from torch\.float8_e4m3fn to torch\.float32"):
+        small.float()
+
+
+def test_inference_mode_and_second_derivatives() -> None:
+    for module, (x, *routed) in modules():
+        expected = module(x, *routed)
+        with torch.inference_mode():
+            assert torch.equal(module(x, *routed), expected)
+        a = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(module(a, *routed).square().sum(), a, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
+
+
 def test_constructed_as_from_parts() -> None:
     """The empty modules have the names, shapes and dtypes that a checkpoint fills."""
     torch.manual_seed(0)

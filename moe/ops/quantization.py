@@ -58,7 +58,9 @@ def dequantize_blocks(
     _check_out(weight.shape, weight.device, dtype, out)
     weight, scale_inv = weight.detach(), scale_inv.detach()
     if out is None:
-        return _DEQUANTIZE_BLOCKS(weight, scale_inv, list(block_size), halves, dtype)
+        # As bytes: torch's checks of operators do arithmetic with their arguments, which it does not have for FP8.
+        codes, scale_inv = weight.view(torch.uint8), scale_inv.to(torch.float32)
+        return _DEQUANTIZE_BLOCKS(codes, scale_inv, list(block_size), halves, dtype)
     return _dequantize_blocks_into(out, weight, scale_inv, block_size, halves)
 
 
@@ -244,9 +246,9 @@ def _chunks(matrix: Tensor, block_size: tuple[int, int]) -> Iterator[tuple[slice
 
 
 def _dequantize_blocks(
-    weight: Tensor, scale_inv: Tensor, block_size: list[int], halves: int, dtype: torch.dtype
+    codes: Tensor, scale_inv: Tensor, block_size: list[int], halves: int, dtype: torch.dtype
 ) -> Tensor:
-    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    out, weight = _dequantize_blocks_fake(codes, scale_inv, block_size, halves, dtype), codes.view(torch.float8_e4m3fn)
     return _dequantize_blocks_into(out, weight, scale_inv, (block_size[0], block_size[1]), halves)
 
 
@@ -256,15 +258,15 @@ def _dequantize_blocks_into(
     for part, scale, result in _matrices(halves, weight, scale_inv.to(torch.float32), out):
         for rows, blocks, height in _chunks(part, block_size):
             factor = scale[blocks].repeat_interleave(block_size[1], dim=1)[:, : part.shape[1]]
-            wide = part[rows].unflatten(0, (-1, height)).to(torch.float32)
+            wide = _to_float32(part[rows]).unflatten(0, (-1, height))
             result[rows].unflatten(0, (-1, height)).copy_(wide.mul_(factor[:, None]))
     return out
 
 
 def _dequantize_blocks_fake(
-    weight: Tensor, scale_inv: Tensor, block_size: list[int], halves: int, dtype: torch.dtype
+    codes: Tensor, scale_inv: Tensor, block_size: list[int], halves: int, dtype: torch.dtype
 ) -> Tensor:
-    return torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    return torch.empty(codes.shape, dtype=dtype, device=codes.device)
 
 
 def _dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -275,19 +277,32 @@ def _dequantize_mxfp4_into(out: Tensor, blocks: Tensor, scales: Tensor) -> Tenso
     # blocks have one dimension more than the others; without it the leading dimensions are the same.
     for result, scale, packed in _matrices(1, out, scales, blocks):
         for rows, _, _ in _chunks(result, (1, MX_BLOCK)):
-            byte = packed[rows]
-            code = torch.empty(*byte.shape[:-1], MX_BLOCK, dtype=torch.uint8, device=byte.device)
-            # The exponent and the mantissa of e2m1 at their places in e4m3, whose bias is larger by 6: value / 64,
-            # subnormals included.
-            torch.bitwise_or((byte & 8) << 4, (byte & 7) << 2, out=code[..., 0::2])
-            torch.bitwise_or(byte & 128, (byte & 112) >> 2, out=code[..., 1::2])
-            wide = code.view(torch.float8_e4m3fn).to(torch.float32).mul_(64)
+            byte = packed[rows].to(torch.int16)
+            # The exponent and the mantissa of e2m1 at their places in e4m3, whose bias is larger by 6, are value / 64,
+            # subnormals included. The upper value of a byte is the second in memory, and in a little-endian pair.
+            pair = (byte & 8).bitwise_left_shift_(4)
+            pair |= (byte & 7).bitwise_left_shift_(2)
+            pair |= (byte & 128).bitwise_left_shift_(8)
+            pair |= (byte & 112).bitwise_left_shift_(6)
+            wide = _to_float32(pair.view(torch.float8_e4m3fn)).mul_(64)
             result[rows].unflatten(1, (-1, MX_BLOCK)).copy_(wide.mul_(_power_of_two(scale[rows])[..., None]))
     return out
 
 
 def _dequantize_mxfp4_fake(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(*scales.shape[:-1], scales.shape[-1] * MX_BLOCK, dtype=dtype, device=blocks.device)
+
+
+def _to_float32(codes: Tensor) -> Tensor:
+    """A copy of float8_e4m3fn codes, exact."""
+    if codes.device.type != "cpu":
+        return codes.to(torch.float32)
+    # torch converts one code after the other on CPU, several times slower than this. Sign, exponent and mantissa at
+    # their places in float16, whose bias is larger by 8, are value / 256, subnormals included; only NaN would be 480.
+    bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)
+    wide = bits.view(torch.float16).mul_(256).to(torch.float32)
+    nan = (codes.view(torch.uint8) & 127) == 127
+    return wide.masked_fill_(nan, torch.nan) if nan.any() else wide
 
 
 def _power_of_two(exponents: Tensor) -> Tensor:
@@ -320,7 +335,7 @@ def _refuse_nonfinite(per_block: Tensor, name: str) -> None:
 
 
 _DEQUANTIZE_BLOCKS = define(
-    "dequantize_blocks(Tensor weight, Tensor scale_inv, int[] block_size, int halves, ScalarType dtype) -> Tensor",
+    "dequantize_blocks(Tensor codes, Tensor scale_inv, int[] block_size, int halves, ScalarType dtype) -> Tensor",
     page=None,
     cpu=_dequantize_blocks,
     fake=_dequantize_blocks_fake,
