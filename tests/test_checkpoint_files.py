@@ -106,7 +106,7 @@ BAD_HEADERS = {
     "one offset": (encode(changed("b", data_offsets=[24])), "data_offsets"),
     "negative offset": (encode(changed("b", data_offsets=[-1, 9])), "data_offsets"),
     "offsets reversed": (encode(changed("b", data_offsets=[34, 24])), "data_offsets"),
-    "overlap": (encode(changed("b", data_offsets=[23, 33]), DATA[:33]), "overlaps"),
+    "overlap": (encode(changed("b", data_offsets=[23, 33])), "overlaps"),
     "hole": (encode(changed("b", data_offsets=[25, 35]), DATA + b"\0"), "unused bytes"),
     "hole at the front": (encode({"b": HEADER["b"]}), "unused bytes"),
     "one byte short": (encode(HEADER, DATA[:-1]), "truncated"),

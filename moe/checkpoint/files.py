@@ -25,13 +25,14 @@ def open_regular(path: Path) -> tuple[BinaryIO, int]:
     takes the file's place in between is opened without waiting and refused then.
     """
     try:
-        _check_regular(path, os.stat(path))
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    _check_regular(path, status)
+    try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:
-        dangling = " (a symbolic link to nothing)" if os.path.islink(path) and not os.path.exists(path) else ""
-        raise CheckpointError(path, (error.strerror or "cannot be read") + dangling) from error
-    except ValueError as error:  # a NUL
-        raise CheckpointError(path, f"cannot be read: {error}") from error
+        raise _unreadable(path, error) from error
     file = os.fdopen(fd, "rb", buffering=0)
     try:
         status = os.fstat(fd)
@@ -40,6 +41,13 @@ def open_regular(path: Path) -> tuple[BinaryIO, int]:
         file.close()
         raise
     return file, status.st_size
+
+
+def _unreadable(path: Path, error: OSError | ValueError) -> CheckpointError:
+    reason = error.strerror if isinstance(error, OSError) else str(error)  # the second for a NUL in the name
+    if isinstance(error, FileNotFoundError) and os.path.islink(path):
+        reason = f"{reason} (a symbolic link to nothing)"
+    return CheckpointError(path, reason or "cannot be read")
 
 
 def _check_regular(path: Path, status: os.stat_result) -> None:

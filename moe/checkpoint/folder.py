@@ -148,6 +148,10 @@ def read_tensors(folder: Path, *, max_header_bytes: int = MAX_HEADER_BYTES) -> d
     elif SINGLE not in names and os.path.lexists(folder / SINGLE):
         raise CheckpointError(index, f"ambiguous: {SINGLE} lies beside it and it does not list that file")
 
+    for name in sorted(names):
+        if not os.path.lexists(folder / name):
+            raise CheckpointError(folder / name, "No such file", expected=f"a file, because {INDEX} lists it")
+
     tensors: dict[str, TensorInfo] = {}
     for file in (member(folder, name) for name in sorted(names)):
         for name, tensor in read_header(file, max_header_bytes=max_header_bytes).items():

@@ -129,7 +129,8 @@ def _read_plain(scan: Scanner, start: int, limit: int, tensors: dict[str, Tensor
                 known.clear()
             size = known[dtype, shape] = _size(dtype, shape)
         offset = int(begin)
-        if len(raw) > MAX_NAME_BYTES or not name.isprintable() or int(end) - offset != size[2] or name == METADATA:
+        is_name = 0 < len(raw) <= MAX_NAME_BYTES and name.isprintable() and name != METADATA
+        if not is_name or int(end) - offset != size[2]:
             scan.back(found)
             return True
         _add(tensors, TensorInfo(name, path, size[0], size[1], start + offset, size[2]), limit)
@@ -152,6 +153,10 @@ def _in_order(tensors: dict[str, TensorInfo], path: Path, start: int, size: int)
     end = start
     ordered = sorted(tensors.values(), key=_extent)
     for tensor in ordered:
+        if tensor.offset + tensor.nbytes > size:
+            problem, found = "truncated, or offsets that lead beyond the file", tensor.offset + tensor.nbytes - start
+            raise CheckpointError(path, problem, tensor=tensor.name, expected=f"at most {size - start}", found=found)
+    for tensor in ordered:
         if tensor.offset != end:
             problem = "data overlaps another tensor's" if tensor.offset < end else "unused bytes before the data"
             raise CheckpointError(
@@ -159,8 +164,7 @@ def _in_order(tensors: dict[str, TensorInfo], path: Path, start: int, size: int)
             )
         end += tensor.nbytes
     if end != size:
-        problem = "truncated" if end > size else "trailing bytes"
-        raise CheckpointError(path, problem, expected=f"{end} bytes by its header", found=size)
+        raise CheckpointError(path, "trailing bytes", expected=f"{end} bytes by its header", found=size)
     return {tensor.name: tensor for tensor in ordered}
 
 
