@@ -17,7 +17,7 @@ from moe.checkpoint.config_json import parse_config, render_config
 from moe.checkpoint.folder import read_tensors
 from moe.checkpoint.header import MAX_HEADER_BYTES, read_header
 from moe.checkpoint.layout import layout
-from moe.checkpoint.roles import check_bool_bytes, check_dtype, check_scales, role_of
+from moe.checkpoint.roles import check_bool_bytes, check_dtype, check_experts, check_scales, role_of
 from moe.errors import one_line
 from tests.checkpoint_cases import V2, V3, V3_MTP
 
@@ -246,6 +246,14 @@ def test_only_projections_may_be_quantised(tmp_path: Path) -> None:
     modules = {name for name in quantisable if name.startswith("mtp.")}
     assert quantisable - modules == released
     assert modules < {name.replace("layers.", "mtp.block.", 1) for name in released}
+
+
+def test_far_more_experts_than_tensors() -> None:
+    path = Path("config.json")
+    check_experts(2**14, (), path)
+    check_experts(256 * 59, {str(i) for i in range(91_991)}, path)
+    with pytest.raises(CheckpointError, match="n_routed_experts in all layers; expected no more than .*; found 16386"):
+        check_experts(2**14 + 2, {"one"}, path)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""What a tensor's values must be for what it does, beyond its shape: dtypes of a role, and values of a few dtypes."""
+"""What tensors must be for what they do, beyond their shapes: dtypes of a role, values, and how many there may be."""
 
 import os
 from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from moe.checkpoint.files import open_regular, read_exactly
@@ -24,6 +25,7 @@ ROLE_DTYPES: dict[Role, tuple[str, ...]] = {
 }
 
 _CHUNK = 2**20
+_SURPLUS = 2**14  # experts more than tensors; the names of that many are made in no time
 
 
 def role_of(parameter: str) -> Role:
@@ -79,3 +81,14 @@ def check_scales(info: TensorInfo, values: "Tensor") -> None:
             expected="finite numbers above 0",
             found=f"{flat[at].item()} at index {at}",
         )
+
+
+def check_experts(asked: int, tensors: Collection[str], path: Path) -> None:
+    """Refuse a config.json with far more experts, in all layers, than the files have tensors.
+
+    For families that have a tensor or more for each expert. The names of all that it asks for would cost a stranger
+    nothing and us hundreds of megabytes; a smaller difference is an error that names the first one missing.
+    """
+    if asked > len(tensors) + _SURPLUS:
+        expected = f"no more than there are tensors in the files ({len(tensors)})"
+        raise CheckpointError(path, "n_routed_experts in all layers", expected=expected, found=asked)
