@@ -252,7 +252,7 @@ def test_far_more_experts_than_tensors() -> None:
     path = Path("config.json")
     check_experts(2**14, (), path)
     check_experts(256 * 59, {str(i) for i in range(91_991)}, path)
-    with pytest.raises(CheckpointError, match="n_routed_experts in all layers; expected no more than .*; found 16386"):
+    with pytest.raises(CheckpointError, match=r"n_routed_experts in all layers; .*; found 16386"):
         check_experts(2**14 + 2, {"one"}, path)
 
 

@@ -57,7 +57,7 @@ def locate(folder: str | PathLike[str]) -> Path:
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
-        if path.name and previous_folder(path).is_dir():
+        if path.name and os.path.isdir(previous_folder(path)):
             return previous_folder(path)
         raise CheckpointError(path, "no such folder") from None
     except (OSError, ValueError) as error:  # a link to itself, a NUL, a name too long
