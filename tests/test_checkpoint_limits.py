@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from moe import CheckpointError
-from moe.checkpoint import read_config
+from moe.checkpoint import files, read_config
 from moe.checkpoint.config_json import parse_config, render_config
 from moe.checkpoint.folder import read_tensors
 from moe.checkpoint.header import MAX_HEADER_BYTES, read_header
@@ -120,6 +121,24 @@ def test_the_largest_is_refused_in_a_second_and_64_mib(tmp_path: Path, case: str
     seconds, error = done.stdout.splitlines()
     assert error.startswith(str(path)) and message in error
     assert float(seconds) < 1
+
+
+def test_a_pipe_that_takes_a_files_place_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, regular = tmp_path / "model.safetensors", os.stat(__file__)
+    os.mkfifo(path)
+    monkeypatch.setattr(files.os, "stat", lambda path: regular)  # as it was a moment before
+
+    def late(*args: Any) -> None:
+        raise AssertionError("it waits for the pipe's other end")
+
+    previous = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, 5)
+    try:
+        with pytest.raises(CheckpointError, match="not a regular file; expected a file; found a pipe"):
+            files.open_regular(path)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def test_the_cap_of_headers_is_an_argument(tmp_path: Path) -> None:

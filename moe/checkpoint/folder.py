@@ -19,7 +19,7 @@ INDEX = "model.safetensors.index.json"
 
 MAX_CONFIG_BYTES = 2**20
 MAX_INDEX_BYTES = 64 * 2**20
-MAX_INDEX_TENSORS = 2**18  # nearly three times those of DeepSeek-V3 in FP8, and of all with four bits per expert
+MAX_INDEX_TENSORS = 2**18  # nearly three times as many as DeepSeek-V3 has in FP8
 MAX_CARRIED_BYTES = 64 * 2**20
 MAX_FILE_NAME_BYTES = 255
 
