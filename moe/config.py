@@ -293,9 +293,9 @@ class ModelConfig:
             self._require("qk_norm", self.qk_norm == "none", "'none' with MLA (its latents are normalised)")
             self._require("attention_sinks", not self.attention_sinks, "False with MLA")
             self._require("sliding_window", self.sliding_window is None, "None with MLA")
-            self._require(
-                "rope_parameters", self.rope_parameters.partial_rotary_factor == 1, "a whole rotation with MLA"
-            )
+            partial = self.rope_parameters.partial_rotary_factor
+            if partial != 1:
+                raise ConfigError("rope_parameters.partial_rotary_factor", partial, "1 with MLA")
         else:
             for name in ("q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
                 self._require(name, getattr(self, name) is None, "None without kv_lora_rank (grouped-query attention)")

@@ -310,8 +310,8 @@ def test_a_file_that_shrinks_between_header_and_data(saved: Path, monkeypatch: p
     file = saved / "model.safetensors"
     plan = reading.plan
 
-    def plan_and_truncate(folder: Path) -> Any:
-        todo = plan(folder)
+    def plan_and_truncate(folder: Path, **settings: Any) -> Any:
+        todo = plan(folder, **settings)
         os.truncate(file, file.stat().st_size - 1)
         return todo
 
@@ -404,7 +404,7 @@ def test_a_save_during_a_load_is_noticed(tmp_path: Path, monkeypatch: pytest.Mon
     """Headers of one checkpoint and bytes of another would be a third model that nobody trained."""
     old, new, target = build(V3, seed=1), build(V3, seed=2), tmp_path / "model"
     save(old, target, max_shard_bytes=20_000)
-    original, reads = reading._fill, []
+    original, reads = reading.fill, []
 
     def swapped(*args: Any) -> Any:
         reads.append(args)
@@ -412,7 +412,7 @@ def test_a_save_during_a_load_is_noticed(tmp_path: Path, monkeypatch: pytest.Mon
             save(new, target, max_shard_bytes=20_000)
         return original(*args)
 
-    monkeypatch.setattr(reading, "_fill", swapped)
+    monkeypatch.setattr(reading, "fill", swapped)
     with pytest.raises(CheckpointError, match="replaced by another checkpoint while it was read"):
         moe.load(target)
     assert len(reads) > 10

@@ -97,7 +97,7 @@ def _canonical(config: ModelConfig) -> ModelConfig:
 def _understand(values: Mapping[str, Any], path: Path) -> ModelConfig:
     family = family_of(values.get("model_type"), path)
     for key, harmless in family.fixed.items():
-        if key in values and values[key] not in harmless:
+        if key in values and not _is_one_of(values[key], harmless):
             raise CheckpointError(path, f"{key} is not supported", expected=harmless[0], found=repr(values[key])[:80])
     fields: dict[str, Any] = {"model_type": family.model_type, **family.implied}
     for name in family.keys:
@@ -116,7 +116,7 @@ def _understand(values: Mapping[str, Any], path: Path) -> ModelConfig:
         fields |= form.read(values)
     for name, allowed in family.allowed.items():
         value = fields.get(name, allowed[0])
-        if value not in allowed:
+        if not _is_one_of(value, allowed):
             expected = " or ".join(map(str, allowed))
             problem = f"{family.keys_of(name)[0]}: readers of {family.model_type} do not agree on it"
             raise CheckpointError(path, problem, expected=expected, found=repr(value)[:80])
@@ -134,6 +134,11 @@ def _understand(values: Mapping[str, Any], path: Path) -> ModelConfig:
             problem = f"{key} disagrees with the sizes that it repeats"
             raise CheckpointError(path, problem, expected=derive(config), found=repr(values[key])[:80])
     return config
+
+
+def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
+    """Whether it is equal to one of them. To Python true is 1 and false is 0; in a config.json they are mistakes."""
+    return any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed)
 
 
 def _understand_rope(family: Family, values: Mapping[str, Any], path: Path) -> RopeParameters:

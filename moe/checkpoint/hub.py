@@ -7,7 +7,7 @@ from pathlib import Path
 from moe.checkpoint.folder import CARRIED, CONFIG, INDEX, locate, previous_folder
 from moe.errors import CheckpointError
 
-_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 
 
 def find(folder: str | PathLike[str]) -> Path:
@@ -16,7 +16,7 @@ def find(folder: str | PathLike[str]) -> Path:
     Only the files that a load reads are downloaded. Raises `CheckpointError` if there is neither.
     """
     path = Path(folder)
-    if path.exists() or previous_folder(path).exists() or not _NAME.fullmatch(str(folder)):
+    if not _NAME.fullmatch(str(folder)) or path.exists() or previous_folder(path).exists():
         return locate(folder)
     try:
         from huggingface_hub import snapshot_download

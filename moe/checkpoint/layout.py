@@ -13,8 +13,9 @@ from typing import Any
 from moe.checkpoint.config_json import parse_config
 from moe.checkpoint.families import MXFP4, Family, Names, Reordered, Table, family_of
 from moe.checkpoint.folder import CONFIG, locate, read_config_values, read_tensors
-from moe.checkpoint.header import TensorInfo
+from moe.checkpoint.header import MAX_HEADER_BYTES, TensorInfo
 from moe.checkpoint.quantization import Quantization, parse_quantization
+from moe.checkpoint.roles import check_experts
 from moe.config import ModelConfig
 from moe.counts import Shape, parameter_shapes
 from moe.errors import CheckpointError
@@ -58,22 +59,22 @@ class Slot:
         return apart.permute([self.axes.index(axis) for axis in range(len(self.axes))]).reshape(self.shape)
 
 
-def layout(config: ModelConfig, table: str | None = None) -> dict[str, Slot]:
+def layout(config: ModelConfig, table: str | None = None, path: Path = Path(CONFIG)) -> dict[str, Slot]:
     """File tensor name -> `Slot`, for every tensor that a checkpoint of `config` can have in the layout called `table`.
 
     The slots without repeats tile the parameters: each value of the model has exactly one place in the files. None is
-    the layout of a new checkpoint.
+    the layout of a new checkpoint; `path` is for messages.
     """
-    family = family_of(config.model_type, CONFIG)
+    family = family_of(config.model_type, path)
     names = family.tables[table or next(iter(family.tables))]
     experts = config.n_routed_experts * (config.num_moe_layers + config.num_nextn_predict_layers)
     if experts > MAX_EXPERTS:
-        raise CheckpointError(CONFIG, "experts in all layers", expected=f"at most {MAX_EXPERTS}", found=experts)
+        raise CheckpointError(path, "experts in all layers", expected=f"at most {MAX_EXPERTS}", found=experts)
     slots = {}
     for parameter, shape in parameter_shapes(config).items():
         prefix, local, part = _part(names, config, parameter)
         if local not in part:
-            raise CheckpointError(CONFIG, f"{family.model_type} has no name for it", tensor=parameter)
+            raise CheckpointError(path, f"{family.model_type} has no name for it", tensor=parameter)
         for slot in _expand(prefix, part[local], parameter, shape):
             slots[slot.name] = slot
     slots.update((slot.name, slot) for slot in _repeats(names, config))
@@ -237,18 +238,21 @@ class Plan:
             )
 
 
-def plan(folder: str | PathLike[str]) -> Plan:
+def plan(folder: str | PathLike[str], *, max_header_bytes: int = MAX_HEADER_BYTES) -> Plan:
     """Read config.json and the headers of `folder`, and compare them."""
     path = locate(folder)
     values = read_config_values(path)
     config = parse_config(values, path / CONFIG)
     quantization = parse_quantization(values, path / CONFIG)
-    tensors = read_tensors(path)
+    tensors = read_tensors(path, max_header_bytes=max_header_bytes)
     family = family_of(config.model_type, path)
     table = _table_of(family, tensors)
     names = family.tables[table]
     config = _with_mtp_of_files(names, config, tensors)
-    slots = layout(config, table)
+    if table == "experts":
+        modules = config.num_moe_layers + config.num_nextn_predict_layers
+        check_experts(config.n_routed_experts * modules, tensors, path / CONFIG)
+    slots = layout(config, table, path / CONFIG)
     if quantization is not None and quantization.block_size is not None:
         fp8 = (n for n, info in tensors.items() if info.dtype == "F8_E4M3" and n in slots and len(slots[n].shape) == 2)
         slots = with_scales(slots, names, quantization.block_size, fp8)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self
@@ -10,12 +10,14 @@ from typing import Any, BinaryIO, Literal, Self
 import torch
 from torch import Tensor
 
+from moe.checkpoint.files import open_regular, read_exactly
 from moe.checkpoint.folder import CONFIG, read_carried
-from moe.checkpoint.header import TensorInfo
+from moe.checkpoint.header import MAX_HEADER_BYTES, TensorInfo
 from moe.checkpoint.hub import find
 from moe.checkpoint.layout import Plan, Slot, plan
 from moe.checkpoint.memory import check_fits
 from moe.checkpoint.progress import Progress
+from moe.checkpoint.roles import check_dtype, check_scales
 from moe.counts import Shape, parameter_shapes
 from moe.errors import CheckpointError
 from moe.layer import Experts
@@ -67,6 +69,16 @@ class Piece:
     rows: range
     scale: TensorInfo | None
 
+    def of(self, experts: range) -> "Piece | None":
+        """The part of it that is of these experts, where the parameter has no others; None if there is none."""
+        if ".mlp.experts." not in self.parameter:
+            return self
+        if not self.index:
+            return replace(self, rows=experts)
+        if self.index[0] not in experts:
+            return None
+        return replace(self, index=(int(self.index[0]) - experts.start, *self.index[1:]))  # pyright: ignore
+
     @property
     def row_bytes(self) -> int:
         return self.info.nbytes // max(self.info.shape[0] if self.info.shape else 1, 1)
@@ -78,6 +90,7 @@ def load(
     dtype: torch.dtype | Literal["auto", "keep"] = "auto",
     *,
     experts: range | None = None,
+    max_header_bytes: int = MAX_HEADER_BYTES,
     progress: bool | None = None,
 ) -> Transformer:
     """The model in a Hugging Face checkpoint folder, in eval mode.
@@ -97,6 +110,7 @@ def load(
             one is widened, exactly).
         experts: read and hold only these routed experts of each layer, a rank's share; such a model runs only under a
             dispatcher that knows where the others are.
+        max_header_bytes: of one file; a released checkpoint's are far below the default of 16 MiB. At most 100 MiB.
         progress: a bar on stderr; None: if that is a terminal.
 
     Raises:
@@ -108,11 +122,13 @@ def load(
         raise ValueError(f"dtype = {dtype!r}: expected 'auto', 'keep' or one of {', '.join(map(str, DTYPES.values()))}")
     path = find(folder)
     identity = _identity(path)
-    todo = plan(path)
+    todo = plan(path, max_header_bytes=max_header_bytes)
     todo.check()
-    pieces = list(_pieces(todo, dtype == "keep", _experts(todo, experts)))
-    dtypes = _dtypes(todo, pieces, dtype)
-    shapes = _shapes(todo, pieces, experts)
+    check_dtypes(todo)
+    mine = _experts(todo, experts)
+    found = [part for piece in pieces(todo, keep=dtype == "keep") if (part := piece.of(mine)) is not None]
+    dtypes = _dtypes(found, dtype)
+    shapes = _shapes(todo, found, experts)
     check_fits(path, sum(math.prod(s) * dtypes[name].itemsize for name, s in shapes.items()), torch.device(device))
     _check_repeats(todo)
     carried = read_carried(path)
@@ -120,12 +136,12 @@ def load(
     with torch.device("meta"):
         model = Transformer(todo.config)
     state = {name: torch.empty(shape, dtype=dtypes[name], device=device) for name, shape in shapes.items()}
-    with Progress("loading", sum(p.row_bytes * len(p.rows) for p in pieces), progress) as bar, Files(bar) as files:
-        for piece in pieces:
+    with Progress("loading", sum(p.row_bytes * len(p.rows) for p in found), progress) as bar, Files(bar) as files:
+        for piece in found:
             destination = state[piece.parameter][piece.index]
-            _fill(files, piece, destination, todo)
+            fill(files, piece, destination, todo)
             if piece.slot.scale_of is not None:
-                check_scale(piece.info, destination)
+                check_scales(piece.info, destination)
     if _identity(path) != identity:
         # A save swaps the whole folder: headers and bytes may be of two checkpoints.
         raise CheckpointError(path, "replaced by another checkpoint while it was read; load it again")
@@ -149,34 +165,22 @@ def _experts(todo: Plan, experts: range | None) -> range:
     return experts
 
 
-def _pieces(todo: Plan, keep: bool, experts: range) -> Iterator[Piece]:
-    """What is read, file by file and from front to back."""
+def pieces(todo: Plan, *, keep: bool) -> Iterator[Piece]:
+    """What is read for all experts, file by file and from front to back; with `keep`, as it is."""
     scales = {slot.scale_of: todo.tensors[name] for name, slot in todo.slots.items() if slot.scale_of in todo.tensors}
     for name, info in todo.tensors.items():
         slot = todo.slots.get(name)
         if slot is None or slot.repeat or (slot.scale_of is not None and not keep):
             continue
-        rows, index = range(info.shape[0] if info.shape else 1), slot.index
-        if ".mlp.experts." in slot.parameter:
-            if not index:
-                rows = experts
-            elif index[0] in experts:
-                index = (int(index[0]) - experts.start, *index[1:])  # pyright: ignore[reportArgumentType]
-            else:
-                continue
         scale = None if keep else scales.get(name)
         parameter = slot.parameter
         if scale is not None and slot.axes is not None:
             parameter = parameter.removesuffix("_blocks")
-        yield Piece(info, slot, parameter, index, rows, scale)
+        yield Piece(info, slot, parameter, slot.index, range(info.shape[0] if info.shape else 1), scale)
 
 
-def _dtypes(todo: Plan, pieces: list[Piece], dtype: torch.dtype | Literal["auto", "keep"]) -> dict[str, torch.dtype]:
-    """Parameter -> the dtype that it shall have. Raises for what a tensor's role does not allow."""
-    scaled = {slot.scale_of for slot in todo.slots.values()}
-    for name, slot in todo.slots.items():
-        if name in todo.tensors:
-            _check_dtype(todo.tensors[name], slot, name in scaled)
+def _dtypes(pieces: list[Piece], dtype: torch.dtype | Literal["auto", "keep"]) -> dict[str, torch.dtype]:
+    """Parameter -> the dtype that it shall have."""
     result: dict[str, torch.dtype] = {}
     stored: dict[str, TensorInfo] = {}
     for piece in pieces:
@@ -195,15 +199,22 @@ def _dtypes(todo: Plan, pieces: list[Piece], dtype: torch.dtype | Literal["auto"
     return result
 
 
-def _check_dtype(info: TensorInfo, slot: Slot, has_scale: bool) -> None:
-    if slot.parameter.endswith(("_blocks", "_scales")):
-        allowed = ["U8"]
-    elif slot.scale_of is not None:
-        allowed = list(SCALES)
-    elif has_scale:
-        allowed = ["F8_E4M3"]
-    else:
-        allowed = [d for d in DTYPES if not (slot.parameter.endswith(BIAS) and d == "F64")]
+def check_dtypes(todo: Plan) -> None:
+    """Raise for what a tensor's role does not allow."""
+    scaled = {slot.scale_of for slot in todo.slots.values()}
+    for name, slot in todo.slots.items():
+        info = todo.tensors.get(name)
+        if info is None:
+            continue
+        if slot.parameter.endswith(("_blocks", "_scales")):
+            _only(info, "U8")
+        elif slot.scale_of is not None:
+            _only(info, *SCALES)
+        else:
+            check_dtype(info, slot.parameter, quantised=("F8_E4M3",) if name in scaled else ())
+
+
+def _only(info: TensorInfo, *allowed: str) -> None:
     if info.dtype not in allowed:
         raise CheckpointError(info.path, "dtype", tensor=info.name, expected=" or ".join(allowed), found=info.dtype)
 
@@ -252,14 +263,11 @@ def _check_repeats(todo: Plan) -> None:
 
 
 def _chunks(info: TensorInfo) -> Iterator[bytes]:
-    with info.path.open("rb") as file:
+    file, _ = open_regular(info.path)
+    with file:
         file.seek(info.offset)
         for begin in range(0, info.nbytes, _CHUNK):
-            size = min(_CHUNK, info.nbytes - begin)
-            chunk = file.read(size)
-            if len(chunk) < size:
-                raise _shortened(info)
-            yield chunk
+            yield read_exactly(file, min(_CHUNK, info.nbytes - begin), info.path)
 
 
 class Files:
@@ -302,11 +310,11 @@ class Files:
         if path not in self.open:
             while len(self.open) > 1:
                 self.open.pop(next(iter(self.open))).close()
-            self.open[path] = path.open("rb", buffering=0)
+            self.open[path], _ = open_regular(path)
         return self.open[path]
 
 
-def _fill(files: Files, piece: Piece, destination: Tensor, todo: Plan) -> None:
+def fill(files: Files, piece: Piece, destination: Tensor, todo: Plan) -> None:
     """Fill `destination`, a contiguous part of a parameter."""
     info, slot = piece.info, piece.slot
     if piece.scale is None and slot.axes is None:
@@ -339,7 +347,7 @@ def _fill_from_blocks(files: Files, piece: Piece, destination: Tensor, block_siz
     assert piece.scale is not None
     scale = torch.empty(piece.scale.shape, dtype=STORED[piece.scale.dtype])
     files.read_into(piece.scale, 0, scale)
-    check_scale(piece.scale, scale)
+    check_scales(piece.scale, scale)
     for begin, rows in _steps(piece, block_size[0]):
         blocks = scale[begin // block_size[0] : -(-(begin + len(rows)) // block_size[0])]
         codes = files.read(piece.info, rows).to(destination.device)
@@ -356,22 +364,13 @@ def _fill_reordered(files: Files, piece: Piece, destination: Tensor) -> None:
         if piece.scale is not None:
             scales = torch.empty(piece.scale.shape[1:], dtype=torch.uint8)
             files.read_into(piece.scale, expert * scales.numel(), scales)
-            check_scale(piece.scale, scales)
+            check_scales(piece.scale, scales)
             values = dequantize_mxfp4(values, scales.to(destination.device), destination.dtype)
             values, order = values.view(*split[:-2], values.shape[-1]), axes[:-1]
         else:
             values, order = values.view(split), axes
         values = values.permute(order)
         destination[place].view(values.shape).copy_(values)
-
-
-def check_scale(info: TensorInfo, scale: Tensor) -> None:
-    """A scale that is no positive number would make a healthy-looking model of nonsense."""
-    numbers = scale.float() if scale.dtype != torch.uint8 else torch.where(scale == 255, torch.nan, 1.0)
-    wrong = ~((numbers > 0) & numbers.isfinite())
-    if bool(wrong.any()):
-        found = float(numbers[wrong].flatten()[0])
-        raise CheckpointError(info.path, "scale", tensor=info.name, expected="finite numbers above 0", found=found)
 
 
 def _shortened(info: TensorInfo) -> CheckpointError:
