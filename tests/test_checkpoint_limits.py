@@ -126,7 +126,6 @@ def test_the_largest_is_refused_in_a_second_and_64_mib(tmp_path: Path, case: str
 def test_a_pipe_that_takes_a_files_place_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, regular = tmp_path / "model.safetensors", os.stat(__file__)
     os.mkfifo(path)
-    monkeypatch.setattr(files.os, "stat", lambda path: regular)  # as it was a moment before
 
     def late(*args: Any) -> None:
         raise AssertionError("it waits for the pipe's other end")
@@ -134,7 +133,11 @@ def test_a_pipe_that_takes_a_files_place_is_not_waited_for(tmp_path: Path, monke
     previous = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, 5)
     try:
-        with pytest.raises(CheckpointError, match="not a regular file; expected a file; found a pipe"):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(CheckpointError, match="not a regular file; expected a file; found a pipe"),
+        ):
+            patch.setattr(files.os, "stat", lambda path: regular)  # as it was a moment before
             files.open_regular(path)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
