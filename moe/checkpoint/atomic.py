@@ -25,12 +25,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from moe.checkpoint.folder import CARRIED, CONFIG, INDEX, MANIFEST, previous_folder
+from moe.checkpoint.folder import CARRIED, CONFIG, INDEX, MANIFEST, RECEIPT, previous_folder
 from moe.checkpoint.manifest import Manifest
 from moe.errors import CheckpointError
 
 # The names of weights: adapters and the like, which also end in .safetensors, are somebody's own.
-_TENSORS = re.compile(r"model(-\d{5,6}-of-\d{5,6})?\.safetensors")
+_TENSORS = re.compile(r"model(-\d{5,6}-of-\d{5,6}|0-mp1)?\.safetensors")
 
 
 @contextmanager
@@ -199,7 +199,7 @@ def _check_replaceable(target: Path) -> None:
         return
     if not target.is_dir():
         raise CheckpointError(target, "not a folder")
-    known = {CONFIG, INDEX, MANIFEST, *CARRIED}
+    known = {CONFIG, INDEX, MANIFEST, RECEIPT, *CARRIED}
     foreign = sorted(
         p.name for p in target.iterdir() if not p.is_file() or (p.name not in known and not _TENSORS.fullmatch(p.name))
     )

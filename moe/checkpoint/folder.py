@@ -17,6 +17,7 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "moesmith.manifest.json"  # of what a save wrote; loading does not read it, nor do other programs
+RECEIPT = "cut.json"  # what a cut checkpoint is a part of
 
 MAX_CONFIG_BYTES = 2**20
 MAX_INDEX_BYTES = 64 * 2**20

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from moe.checkpoint.families import MXFP4, Family, Names, Reordered, Table, fami
 from moe.checkpoint.folder import CONFIG, locate, read_config_values, read_tensors
 from moe.checkpoint.header import MAX_HEADER_BYTES, TensorInfo
 from moe.checkpoint.quantization import Quantization, parse_quantization
-from moe.checkpoint.roles import check_experts
+from moe.checkpoint.roles import check_experts, role_of
 from moe.config import ModelConfig
 from moe.counts import Shape, parameter_shapes
 from moe.errors import CheckpointError
@@ -47,8 +46,9 @@ class Slot:
     scale_of: str | None = None
 
     @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
+    def values_each(self) -> int:
+        """Parameters of the model in an element of the file: MXFP4 has two in a byte."""
+        return 2 if self.parameter.endswith("_blocks") else 1
 
     def stored(self, parameter: Any) -> Any:
         """The values of this slot as they stand in the file, from the whole parameter (a torch tensor)."""
@@ -196,6 +196,15 @@ def with_scales(
         scale = name.removesuffix(ending) + scale_ending
         result[scale] = Slot(scale, slot.parameter + "_scale_inv", index, shape, slot.repeat, scale_of=name)
     return result
+
+
+def fp8_names(slots: Mapping[str, Slot]) -> list[str]:
+    """The tensors that FP8 files have in blocks: the projections of attention, MLPs and experts."""
+    return [
+        name
+        for name, slot in slots.items()
+        if len(slot.shape) == 2 and not slot.repeat and role_of(slot.parameter) == "projection"
+    ]
 
 
 @dataclass(frozen=True)

@@ -73,10 +73,10 @@ def read_summary(folder: str | PathLike[str]) -> CheckpointSummary:
         )
     fit: dict[str, Any] = {}
     if known:
-        owned = {name for name, slot in known.slots.items() if not slot.repeat and slot.scale_of is None}
+        owned = {name: slot for name, slot in known.slots.items() if not slot.repeat and slot.scale_of is None}
         fit = dict(
             config=known.config,
-            parameters=sum(tensor.numel for name, tensor in tensors.items() if name in owned),
+            parameters=sum(t.numel * owned[name].values_each for name, t in tensors.items() if name in owned),
             expected_parameters=count_parameters(known.config).with_mtp,
             missing=known.missing,
             unexpected=known.unexpected,

@@ -20,6 +20,10 @@ _OPERATORS = {
     "swiglu": "PyTorch",
     "grouped_mm": "oneDNN, a product for each group",
     "moe_mlp": "oneDNN, a product for each expert",
+    "dequantize_blocks": "PyTorch",
+    "dequantize_mxfp4": "PyTorch",
+    "quantize_blocks": "PyTorch",
+    "quantize_mxfp4": "PyTorch",
 }
 
 

@@ -1,0 +1,412 @@
+"""Checkpoints into other checkpoints, tensor by tensor: another dtype, another layout, fewer layers and experts.
+
+Neither builds a model. Memory holds one tensor of the result (and of the source, if they differ): of a layout that
+stacks all experts of a layer, that is all of them.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from moe.checkpoint.atomic import replacing
+from moe.checkpoint.config_json import render_config
+from moe.checkpoint.families import Family, family_of
+from moe.checkpoint.folder import CONFIG, RECEIPT, SINGLE, read_carried
+from moe.checkpoint.header import TensorInfo
+from moe.checkpoint.hub import find
+from moe.checkpoint.layout import Plan, Slot, fp8_names, layout, plan, with_scales
+from moe.checkpoint.manifest import Manifest
+from moe.checkpoint.progress import Progress
+from moe.checkpoint.reading import BIAS, DTYPES, STORED, Files, Piece, check_dtypes, fill, load, pieces
+from moe.checkpoint.roles import check_scales
+from moe.checkpoint.shards import Entry, as_json, write_shards
+from moe.config import ModelConfig
+from moe.counts import parameter_shapes
+from moe.errors import CheckpointError, ConfigError
+from moe.ops import quantize_blocks, quantize_mxfp4
+
+DEEPSEEK_FILE = "model0-mp1.safetensors"  # what DeepSeek's inference code opens
+COMPARED = 32  # tokens
+
+Key = tuple[str, tuple[Any, ...], bool]
+
+
+def convert(
+    source: str | PathLike[str],
+    target: str | PathLike[str],
+    *,
+    dtype: str | None = None,
+    block_size: tuple[int, int] = (128, 128),
+    scale_fmt: Literal["ue8m0"] | None = None,
+    table: str | None = None,
+    mtp: bool | None = None,
+    max_shard_bytes: int = 5 * 2**30,
+    progress: bool | None = None,
+) -> None:
+    """Write the checkpoint `source` again as `target`, atomically.
+
+    Args:
+        dtype: "F32", "BF16", "F16" or "F64" dequantises and converts all but the correction bias; "fp8" quantises the
+            projections of attention, MLPs and experts in blocks of `block_size`, with scales that are powers of two for
+            scale_fmt "ue8m0"; None leaves every tensor as it is. What is equal in both is copied byte for byte.
+        table: the layout of the result, one of the family's: "experts" each alone, "stacked" as transformers has them
+            in memory, "deepseek" with the names and in the one file of DeepSeek's inference code, "mxfp4" for gpt-oss.
+        mtp: False leaves out multi-token prediction modules; None and True keep what there is.
+        max_shard_bytes: of data in a file, or one tensor.
+
+    Raises CheckpointError for a source that `moe.load` would refuse, and for what the result cannot express.
+    """
+    if max_shard_bytes < 1:
+        raise ConfigError("max_shard_bytes", max_shard_bytes, "a positive number")
+    todo = plan(find(source))
+    todo.check()
+    check_dtypes(todo)
+    family = family_of(todo.config.model_type, todo.folder)
+    table = table or ("stacked" if todo.table == "mxfp4" and dtype is not None else todo.table)
+    if table not in family.tables:
+        raise ConfigError("layout", table, f"one of {', '.join(family.tables)}, the layouts of {family.model_type}")
+    config = todo.config
+    if config.num_nextn_predict_layers and (mtp is False or not family.tables[table].mtp):
+        config = dataclasses.replace(config, num_nextn_predict_layers=0)
+    result = _Result(todo, config, family, table, dtype, block_size, scale_fmt)
+    entries = result.entries()
+    values = render_config(config, Path(target) / CONFIG)
+    values |= {"architectures": [family.architecture], **result.storage(entries)}
+    _write(todo, target, entries, result.value, values, max_shard_bytes, progress, "converting", table=table)
+
+
+def cut(
+    source: str | PathLike[str],
+    target: str | PathLike[str],
+    *,
+    layers: Sequence[int],
+    experts: Sequence[int],
+    compare: bool = True,
+    max_shard_bytes: int = 5 * 2**30,
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """Write a smaller checkpoint of some layers and some experts of each of them, reading only their bytes.
+
+    Layers and experts keep their order and are counted anew; the router keeps the rows of those experts. Every byte is
+    one of the source, quantised or not. MTP modules are left out. Returns the receipt, which is also in the folder as
+    cut.json: what was kept, and with `compare` how far the result's logits are from the source's on a fixed input, if
+    the source fits into memory.
+
+    Raises ConfigError for layers and experts that are not there or twice; CheckpointError where the family cannot
+    express the result: experts in groups must be as many in each group that has any.
+    """
+    todo = plan(find(source))
+    todo.check()
+    check_dtypes(todo)
+    config = cut_config(todo.config, layers, experts, todo.folder)
+    family = family_of(config.model_type, todo.folder)
+    slots = {name: slot for name, slot in layout(config, todo.table).items() if slot.written}
+    by_key = _by_key(todo)
+    takes: dict[str, tuple[TensorInfo, Sequence[int] | None]] = {}
+
+    def origin(slot: Slot) -> TensorInfo:
+        parameter, index = slot.parameter, slot.index
+        if parameter.startswith("layers."):
+            _, layer, rest = parameter.split(".", 2)
+            parameter = f"layers.{layers[int(layer)]}.{rest}"
+        if index and isinstance(index[0], int):
+            index = (experts[index[0]], *index[1:])
+        return todo.tensors[by_key[parameter, _hashable(index), slot.repeat]]
+
+    slots = {n: s for n, s in slots.items() if not s.repeat}
+    fp8 = [name for name, slot in slots.items() if origin(slot).dtype == "F8_E4M3"]
+    if fp8:
+        assert todo.quantization is not None and todo.quantization.block_size is not None
+        slots = with_scales(slots, family.tables[todo.table], todo.quantization.block_size, fp8)
+    entries = []
+    for name, slot in slots.items():
+        info = origin(slot)
+        takes[name] = (info, experts if _has_rows_of_experts(slot) else None)
+        entries.append(Entry(name, info.dtype, slot.shape))
+
+    values = render_config(config, Path(target) / CONFIG)
+    named = str(_common(entries)).removeprefix("torch.")
+    values |= {"architectures": [family.architecture], "dtype": named, "torch_dtype": named}
+    if todo.quantization is not None:
+        values["quantization_config"] = dict(todo.quantization.raw)
+
+    def value(files: Files, entry: Entry) -> Tensor:
+        info, rows = takes[entry.name]
+        if rows is None:
+            return _raw(files, info)
+        return torch.cat([files.read(info, range(row, row + 1)).clone() for row in rows])
+
+    receipt: dict[str, Any] = {
+        "layers": list(layers),
+        "experts": list(experts),
+        "of_layers": todo.config.num_hidden_layers,
+    }
+    receipt |= {"of_experts": todo.config.n_routed_experts, "tensors": len(entries)}
+    receipt |= {"bytes": sum(entry.nbytes for entry in entries), "model_type": config.model_type}
+
+    def finish(folder: Path) -> None:
+        if compare:
+            receipt.update(_difference(todo.folder, folder))
+        (folder / RECEIPT).write_bytes(as_json(receipt))
+
+    _write(todo, target, entries, value, values, max_shard_bytes, progress, "cutting", table=todo.table, finish=finish)
+    return receipt
+
+
+def _difference(source: Path, part: Path) -> dict[str, Any]:
+    """The logits of the part against the source's, on token ids 0, 7919, 15838 ... modulo the vocabulary."""
+    small = load(part, progress=False)
+    ids = (torch.arange(COMPARED) * 7919 % small.config.vocab_size)[None]
+    facts: dict[str, Any] = {"token_ids": ids[0].tolist()}
+    with torch.no_grad():
+        found = small(ids).logits.double()
+        try:
+            exact = load(source, progress=False)(ids).logits.double()
+        except CheckpointError as error:
+            return facts | {"not_compared": str(error)}
+    facts["relative_difference"] = float((found - exact).norm() / exact.norm())
+    facts["same_first_choice"] = float((found.argmax(-1) == exact.argmax(-1)).double().mean())
+    return facts
+
+
+def cut_config(config: ModelConfig, layers: Sequence[int], experts: Sequence[int], folder: Path) -> ModelConfig:
+    """The configuration of some layers and experts of `config`. `folder` is for messages."""
+    for name, chosen, count in (
+        ("layers", layers, config.num_hidden_layers),
+        ("experts", experts, config.n_routed_experts),
+    ):
+        if not chosen or list(chosen) != sorted(set(chosen)) or not 0 <= chosen[0] <= chosen[-1] < count:
+            raise ConfigError(name, list(chosen), f"ascending numbers from 0 to {count - 1}, none twice")
+    size = config.n_routed_experts // config.n_group
+    groups = [sum(expert // size == group for expert in experts) for group in range(config.n_group)]
+    kept = [count for count in groups if count]
+    if len(set(kept)) > 1:
+        problem = "experts: routing is limited to groups, which must stay equal"
+        found = " ".join(map(str, groups))
+        raise CheckpointError(folder, problem, expected="as many experts of each group that has any", found=found)
+    topk_group = min(config.topk_group, len(kept))
+    dense = [not config.is_moe_layer(layer) for layer in layers]
+    leading = next((i for i, d in enumerate(dense) if not d), len(dense))
+    others = tuple(i for i, d in enumerate(dense) if d and i >= leading)
+    types = config.layer_types
+    return dataclasses.replace(
+        config,
+        num_hidden_layers=len(layers),
+        n_routed_experts=len(experts),
+        n_group=len(kept),
+        topk_group=topk_group,
+        num_experts_per_tok=min(config.num_experts_per_tok, topk_group * kept[0]),
+        num_nextn_predict_layers=0,
+        decoder_sparse_step=1,
+        first_k_dense_replace=leading if config.first_k_dense_replace else 0,
+        mlp_only_layers=others if config.first_k_dense_replace else tuple(i for i, d in enumerate(dense) if d),
+        layer_types=None if types is None else tuple(types[layer] for layer in layers),
+    )
+
+
+def _has_rows_of_experts(slot: Slot) -> bool:
+    """Whether the first axis of the file's tensor counts experts: the router's, and stacked ones."""
+    return ".mlp.gate." in slot.parameter or (".mlp.experts." in slot.parameter and not slot.index)
+
+
+def _write(
+    todo: Plan,
+    target: str | PathLike[str],
+    entries: Sequence[Entry],
+    value: Callable[[Files, Entry], Tensor],
+    config: Mapping[str, Any],
+    max_shard_bytes: int,
+    progress: bool | None,
+    doing: str,
+    *,
+    table: str,
+    finish: Callable[[Path], object] = lambda folder: None,
+) -> None:
+    carried, manifest = read_carried(todo.folder), Manifest()
+    single = DEEPSEEK_FILE if table == "deepseek" else SINGLE
+    limit = 2**63 if table == "deepseek" else max_shard_bytes
+    with replacing(target, manifest) as new, Progress(doing, sum(e.nbytes for e in entries), progress) as bar:
+        with Files(Progress("", 0, False)) as files:
+            write_shards(
+                new, entries, lambda entry: value(files, entry), limit, manifest, single=single, wrote=bar.advance
+            )
+        for name, content in carried.items():
+            (new / name).write_bytes(content)
+        (new / CONFIG).write_bytes(as_json(config))
+        finish(new)
+
+
+def _by_key(todo: Plan) -> dict[Key, str]:
+    """What a file tensor fills -> its name."""
+    return {
+        (slot.parameter, _hashable(slot.index), slot.repeat): name
+        for name, slot in todo.slots.items()
+        if name in todo.tensors
+    }
+
+
+def _hashable(index: tuple[int | slice, ...]) -> tuple[Any, ...]:
+    return tuple((i.start, i.stop) if isinstance(i, slice) else i for i in index)
+
+
+def _raw(files: Files, info: TensorInfo) -> Tensor:
+    tensor = torch.empty(info.shape, dtype=STORED[info.dtype])
+    if tensor.numel():
+        files.read_into(info, 0, tensor)
+    return tensor
+
+
+def _common(entries: Iterable[Entry]) -> torch.dtype:
+    """The floating dtype of most values; of quantised ones, what they become."""
+    sizes: dict[str, int] = {}
+    for entry in entries:
+        kind = "BF16" if entry.dtype in ("F8_E4M3", "U8") else entry.dtype
+        if kind in DTYPES:
+            sizes[kind] = sizes.get(kind, 0) + entry.nbytes
+    return DTYPES[max(sizes, key=lambda kind: sizes[kind])]
+
+
+@dataclass
+class _Result:
+    """What `convert` writes, and how each tensor comes about."""
+
+    todo: Plan
+    config: ModelConfig
+    family: Family
+    table: str
+    dtype: str | None
+    block_size: tuple[int, int]
+    scale_fmt: Literal["ue8m0"] | None
+
+    def __post_init__(self) -> None:
+        todo = self.todo
+        self.names = self.family.tables[self.table]
+        self.source = _by_key(todo)
+        self.made: tuple[str, Tensor] | None = None  # scales, made with the tensor that they belong to
+        self.read: tuple[tuple[str, range], Tensor] | None = None  # the parameter that was read last
+        self.pieces: dict[str, list[Piece]] = {}
+        slots = layout(self.config, self.table)
+        repeats = any(slot.repeat and name in todo.tensors for name, slot in todo.slots.items())
+        slots = {name: slot for name, slot in slots.items() if slot.written and (repeats or not slot.repeat)}
+        quantization = todo.quantization
+        if self.dtype == "fp8":
+            slots = with_scales(slots, self.names, self.block_size, fp8_names(slots))
+        elif self.dtype is None and quantization is not None and quantization.block_size is not None:
+            self.block_size = quantization.block_size
+            kept = [
+                name
+                for name, slot in slots.items()
+                if (info := self._same(slot)) is not None and info.dtype == "F8_E4M3"
+            ]
+            slots = with_scales(slots, self.names, self.block_size, kept)
+        self.slots = slots
+
+    def entries(self) -> list[Entry]:
+        return [Entry(name, self._dtype_of(slot), slot.shape) for name, slot in self.slots.items()]
+
+    def storage(self, entries: list[Entry]) -> dict[str, Any]:
+        """The keys of config.json that describe the files."""
+        named = str(_common(entries)).removeprefix("torch.")
+        keys: dict[str, Any] = {"dtype": named, "torch_dtype": named}
+        if any(entry.dtype == "F8_E4M3" for entry in entries):
+            raw: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+            raw |= {"weight_block_size": list(self.block_size)}
+            raw |= {"scale_fmt": self.scale_fmt} if self.scale_fmt else {}
+            kept = self.todo.quantization if self.dtype is None else None
+            keys["quantization_config"] = dict(kept.raw) if kept else raw
+        elif self.table == "mxfp4":
+            kept = self.todo.quantization
+            keys["quantization_config"] = dict(kept.raw) if kept else {"quant_method": "mxfp4"}
+        return keys
+
+    def _same(self, slot: Slot) -> TensorInfo | None:
+        """The tensor of the source that fills exactly the same."""
+        name = self.source.get((slot.parameter, _hashable(slot.index), slot.repeat))
+        if name is None or self.todo.slots[name].axes != slot.axes:
+            return None
+        return self.todo.tensors[name]
+
+    def _dtype_of(self, slot: Slot) -> str:
+        same = self._same(slot)
+        if slot.parameter.endswith(("_blocks", "_scales")):
+            return "U8"
+        if slot.parameter.endswith(BIAS):
+            return same.dtype if same else "F32"
+        if self.dtype == "fp8":
+            if slot.scale_of is not None:
+                return "F32"
+            scaled = self.slots.get(slot.name.removesuffix(self.names.scale[0]) + self.names.scale[1])
+            if scaled is not None and scaled.scale_of == slot.name:
+                return "F8_E4M3"
+            return same.dtype if same and same.dtype in DTYPES else "BF16"
+        if self.dtype is not None:
+            return self.dtype
+        if same is not None:
+            return same.dtype
+        stored = next(p.info.dtype for p in self._pieces(slot.parameter))
+        return stored if stored in DTYPES else "BF16"
+
+    def value(self, files: Files, entry: Entry) -> Tensor:
+        slot, same = self.slots[entry.name], self._same(self.slots[entry.name])
+        made = self.dtype == "fp8" and (slot.scale_of is not None or entry.dtype == "F8_E4M3")
+        if same is not None and same.dtype == entry.dtype and not made:
+            tensor = _raw(files, same)
+            if slot.scale_of is not None:
+                check_scales(same, tensor)
+            return tensor
+        if slot.scale_of is not None:
+            if self.made is None or self.made[0] != entry.name:  # wide dtypes come first in a file, scales before codes
+                self._quantise(files, self.slots[slot.scale_of])
+            assert self.made is not None
+            return self.made[1]
+        if entry.dtype in ("F8_E4M3", "U8"):
+            return self._quantise(files, slot)
+        return self._values(files, slot, STORED[entry.dtype])
+
+    def _quantise(self, files: Files, slot: Slot) -> Tensor:
+        """The codes; their scales are kept for the next call."""
+        if slot.parameter.endswith("_blocks"):
+            parameter = slot.parameter.removesuffix("_blocks")
+            blocks, scales = quantize_mxfp4(self._whole(files, parameter, torch.float32))
+            scale_slot = self.slots[slot.name.removesuffix("_blocks") + "_scales"]
+            self.made = (scale_slot.name, scale_slot.stored(scales))
+            return slot.stored(blocks)
+        values = self._values(files, slot, torch.float32)
+        codes, scale = quantize_blocks(values, self.block_size, scale_fmt=self.scale_fmt)
+        self.made = (slot.name.removesuffix(self.names.scale[0]) + self.names.scale[1], scale)
+        return codes
+
+    def _values(self, files: Files, slot: Slot, dtype: torch.dtype) -> Tensor:
+        if slot.index and isinstance(slot.index[0], int):
+            one = self._whole(files, slot.parameter, dtype, range(slot.index[0], slot.index[0] + 1))
+            return dataclasses.replace(slot, index=(0, *slot.index[1:])).stored(one)
+        return slot.stored(self._whole(files, slot.parameter, dtype))
+
+    def _whole(self, files: Files, parameter: str, dtype: torch.dtype, experts: range | None = None) -> Tensor:
+        """A parameter, or of some experts, dequantised; the last one is remembered, for gate and up come in turn."""
+        experts = range(self.todo.config.n_routed_experts) if experts is None else experts
+        if self.read is not None and self.read[0] == (f"{parameter} {dtype}", experts):
+            return self.read[1]
+        shape = parameter_shapes(self.todo.config)[parameter]
+        if ".mlp.experts." in parameter:
+            shape = (len(experts), *shape[1:])
+        self.read = None
+        whole = torch.empty(shape, dtype=dtype)
+        for piece in self._pieces(parameter):
+            mine = piece.of(experts)
+            if mine is not None:
+                fill(files, mine, whole[mine.index], self.todo)
+        self.read = (f"{parameter} {dtype}", experts), whole
+        return whole
+
+    def _pieces(self, parameter: str) -> list[Piece]:
+        if not self.pieces:
+            for piece in pieces(self.todo, keep=False):
+                self.pieces.setdefault(piece.parameter, []).append(piece)
+        return self.pieces[parameter]

@@ -1,0 +1,65 @@
+"""`moesmith cut`: a small checkpoint of real weights, from some layers and experts of a large one."""
+
+import json
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from moe.checkpoint.sizes import parse_size
+from moe.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Args:
+    """Write a small checkpoint of some layers and experts, reading only their bytes.
+
+    Prints the receipt, which is also in OUT as cut.json: what was kept, and how far the logits are from the source's.
+    """
+
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    """A checkpoint folder, or a name on the Hugging Face Hub."""
+    out: str
+    """The folder to write."""
+    layers: str
+    """Such as 0,1,3 or 0-2,60."""
+    experts: str
+    """Of each layer, such as 0-7; with routing limited to groups, as many of each group that has any."""
+    compare: bool = True
+    """Run the result and, if it fits into memory, the source, on a fixed input."""
+    max_shard_size: str = "5GB"
+    """Of data in one file."""
+    progress: bool | None = None
+    """A bar on stderr; by default if that is a terminal."""
+
+
+def run(args: Args) -> int:
+    layers, experts = parse_ranges(args.layers, "--layers"), parse_ranges(args.experts, "--experts")
+    limit = parse_size(args.max_shard_size, "--max-shard-size")
+    from moe.checkpoint.convert import cut
+
+    receipt = cut(
+        args.folder,
+        args.out,
+        layers=layers,
+        experts=experts,
+        compare=args.compare,
+        max_shard_bytes=limit,
+        progress=args.progress,
+    )
+    print(json.dumps(receipt))
+    return 0
+
+
+def parse_ranges(text: str, field: str) -> list[int]:
+    """ "0-2,60" is [0, 1, 2, 60]."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        ends = (first, last) if dash else (first, first)
+        if not all(end.isascii() and end.isdecimal() and len(end) < 9 for end in ends):
+            raise ConfigError(field, text, "numbers and ranges such as 0,1,3 or 0-7")
+        numbers += range(int(ends[0]), int(ends[1]) + 1)
+        if len(numbers) > 2**20:
+            raise ConfigError(field, text, "fewer numbers")
+    return numbers
