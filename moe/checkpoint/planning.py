@@ -1,0 +1,192 @@
+"""What a model weighs on disk and on each GPU of a group, by arithmetic: no torch, no weights."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from moe.checkpoint.families import family_of
+from moe.checkpoint.folder import CONFIG
+from moe.checkpoint.layout import Slot, fp8_names, layout, with_scales
+from moe.config import ModelConfig
+from moe.counts import count_parameters
+from moe.errors import ConfigError
+
+Dtype = Literal["fp8", "bf16", "fp32"]
+BYTES = {"fp8": 1, "bf16": 2, "fp32": 4}
+FP8_BLOCK = (128, 128)
+BIAS = "e_score_correction_bias"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint's tensors: how many, values and bytes by safetensors' dtype."""
+
+    tensors: int
+    values: Mapping[str, int]
+    bytes: int
+
+
+def stored(config: ModelConfig, dtype: Dtype, block_size: tuple[int, int] = FP8_BLOCK) -> Stored:
+    """The checkpoint of a configuration in its family's own layout, MTP modules' repeated embeddings included."""
+    family = family_of(config.model_type, CONFIG)
+    slots = {name: slot for name, slot in layout(config).items() if slot.written}
+    quantised: list[str] = []
+    if dtype == "fp8":
+        quantised = fp8_names(slots)
+        slots = with_scales(slots, next(iter(family.tables.values())), block_size, quantised)
+    values: dict[str, int] = {}
+    codes = set(quantised)
+    for name, slot in slots.items():
+        kind = _kind(name, slot, codes, dtype)
+        values[kind] = values.get(kind, 0) + math.prod(slot.shape)
+    sizes = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
+    return Stored(len(slots), values, sum(sizes[kind] * number for kind, number in values.items()))
+
+
+def _kind(name: str, slot: Slot, codes: set[str], dtype: Dtype) -> str:
+    if name in codes:
+        return "F8_E4M3"
+    if slot.scale_of is not None or slot.parameter.endswith(BIAS):
+        return "F32"
+    return "F32" if dtype == "fp32" else "BF16"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a model is spread over GPUs.
+
+    `gpus` hold it together; the experts of each layer are divided among groups of `ep`. Training shards parameters,
+    gradients and optimizer over all GPUs that hold the same (FSDP): `gpus` for what is not an expert's, `gpus / ep`
+    for experts. `tokens` a GPU stand in its cache, or go through it in one training step.
+    """
+
+    gpus: int
+    ep: int
+    dtype: Dtype
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one GPU by part, and what they are assumed to be. `experts` is its share of each layer's."""
+
+    experts: int
+    parts: Mapping[str, int]
+    assumptions: tuple[str, ...]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def check(config: ModelConfig, placement: Placement) -> None:
+    """Raise `ConfigError` for a placement that cannot be, naming the numbers."""
+    for name in ("gpus", "ep", "tokens"):
+        if getattr(placement, name) < 1:
+            raise ConfigError(name, getattr(placement, name), "a positive integer")
+    if placement.gpus % placement.ep:
+        raise ConfigError("ep", placement.ep, f"a divisor of the {placement.gpus} GPUs")
+    if placement.ep > config.n_routed_experts:
+        raise ConfigError("ep", placement.ep, f"at most the {config.n_routed_experts} experts of a layer")
+
+
+def inference(config: ModelConfig, placement: Placement) -> Estimate:
+    """Weights, cache and the largest activations of a forward pass, on the GPU that holds most."""
+    check(config, placement)
+    weights = _weights(config, placement.ep, placement.dtype)
+    size = 2  # of activations and cache, whatever the weights are
+    cache = placement.tokens * config.num_hidden_layers * _cache_values(config) * size
+    parts = {"experts": weights[0], "other weights": weights[1], "cache": cache}
+    parts["activations"] = _forward_values(config, placement.ep, min(placement.tokens, 8192)) * size
+    assumptions = (
+        f"weights {placement.dtype}; what is not an expert's is on every GPU (no tensor parallelism)",
+        "FP8: projections in blocks of 128 x 128 with fp32 scales, the rest bf16" if placement.dtype == "fp8" else "",
+        f"cache and activations bf16; cache for {placement.tokens:,} tokens a GPU, {_cache_values(config):,} values a "
+        "token and layer",
+        "prefill in chunks of at most 8,192 tokens, experts balanced",
+    )
+    return Estimate(_share(config, placement.ep), parts, tuple(filter(None, assumptions)))
+
+
+def training(config: ModelConfig, placement: Placement) -> Estimate:
+    """Parameters, gradients, AdamW and activations under recomputation, on the GPU that holds most."""
+    check(config, placement)
+    counts = count_parameters(config)
+    share = _share(config, placement.ep)
+    experts = math.ceil(_experts(config) * share / config.n_routed_experts / (placement.gpus // placement.ep))
+    others = math.ceil((counts.with_mtp - _experts(config)) / placement.gpus)
+    mine = experts + others
+    blocks = config.num_hidden_layers + config.num_nextn_predict_layers
+    largest = _layer(config, share)
+    logits = placement.tokens * config.vocab_size * 4 * 2
+    saved = placement.tokens * config.hidden_size * blocks * 2
+    parts = {
+        "parameters": mine * 4,
+        "gradients": mine * 4,
+        "optimizer": mine * 8,
+        "a gathered block": largest * 2,
+        "saved activations": saved,
+        "a block's activations": 3 * _forward_values(config, placement.ep, placement.tokens) * 2,
+        "logits": logits,
+    }
+    assumptions = (
+        "parameters, gradients and both moments of AdamW in fp32, sharded over all GPUs that hold the same",
+        "one block gathered in bf16 while it is computed",
+        f"{placement.tokens:,} tokens a GPU and micro-batch; each block's input is kept in bf16, the rest recomputed",
+        "logits and their gradient in fp32, not in chunks; experts balanced",
+    )
+    return Estimate(share, parts, assumptions)
+
+
+def _share(config: ModelConfig, ep: int) -> int:
+    return math.ceil(config.n_routed_experts / ep)
+
+
+def _experts(config: ModelConfig) -> int:
+    """Parameters of all routed experts, MTP modules' included."""
+    each = 3 * config.hidden_size * config.moe_intermediate_size
+    each += (2 * config.moe_intermediate_size + config.hidden_size) if config.expert_bias else 0
+    return each * config.n_routed_experts * (config.num_moe_layers + config.num_nextn_predict_layers)
+
+
+def _weights(config: ModelConfig, ep: int, dtype: Dtype) -> tuple[int, int]:
+    """Bytes of a GPU's experts, and of everything else; embeddings that files repeat count once."""
+    total = experts = 0
+    slots = {name: slot for name, slot in layout(config).items() if slot.written and not slot.repeat}
+    family = family_of(config.model_type, CONFIG)
+    codes: set[str] = set()
+    if dtype == "fp8":
+        codes = set(fp8_names(slots))
+        slots = with_scales(slots, next(iter(family.tables.values())), FP8_BLOCK, codes)
+    sizes = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
+    for name, slot in slots.items():
+        nbytes = math.prod(slot.shape) * sizes[_kind(name, slot, codes, dtype)]
+        total += nbytes
+        experts += nbytes if ".mlp.experts." in slot.parameter else 0
+    return math.ceil(experts * _share(config, ep) / config.n_routed_experts), total - experts
+
+
+def _cache_values(config: ModelConfig) -> int:
+    """Of one token in one layer; windows are not taken off."""
+    if config.kv_lora_rank is not None:
+        return config.kv_lora_rank + config.rope_dim
+    return 2 * (config.num_key_value_heads or config.num_attention_heads) * config.qk_head_dim
+
+
+def _layer(config: ModelConfig, share: int) -> int:
+    """Parameters of the largest block of a GPU."""
+    counts = count_parameters(config)
+    each = 3 * config.hidden_size * config.moe_intermediate_size
+    sparse = share * each + 3 * config.hidden_size * config.shared_width + config.n_routed_experts * config.hidden_size
+    dense = 3 * config.hidden_size * config.intermediate_size
+    attention = counts.attention // config.num_hidden_layers
+    return attention + max(sparse if config.num_moe_layers else 0, dense)
+
+
+def _forward_values(config: ModelConfig, ep: int, tokens: int) -> int:
+    """Activations of the widest place of a block for so many tokens a GPU: a MoE layer's routed rows."""
+    rows = tokens * config.num_experts_per_tok
+    routed = rows * (2 * config.hidden_size + 3 * config.moe_intermediate_size)
+    attention = tokens * config.num_attention_heads * config.qk_head_dim * 4
+    return 4 * tokens * config.hidden_size + max(routed, attention)
