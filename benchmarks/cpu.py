@@ -24,6 +24,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,8 @@ class Theirs:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        # transformers 5.24 renames past_key_values.
+        self.cache = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
     def use(self, backend: str) -> None:
         self.model.set_experts_implementation(backend)
@@ -104,11 +107,11 @@ class Theirs:
 
         self.model.eval()
         cache = DynamicCache(config=self.model.config)
-        return self.model(ids, past_key_values=cache, logits_to_keep=logits_to_keep).logits, cache
+        return self.model(ids, **{self.cache: cache}, logits_to_keep=logits_to_keep).logits, cache
 
     @torch.inference_mode()
     def decode(self, ids: Tensor, cache: Any) -> Tensor:
-        logits = [self.model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(ids.shape[1])]
+        logits = [self.model(ids[:, i : i + 1], **{self.cache: cache}).logits for i in range(ids.shape[1])]
         cache.crop(-ids.shape[1])
         return torch.cat(logits, dim=1)
 

@@ -29,14 +29,19 @@ def softmax_scale(config: ModelConfig) -> float:
     return scale
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """softmax(q k^T scale + mask) v for q [B, S, H, d], k [B, S_total, H, d], v [B, S_total, H, dv] -> [B, S, H dv]."""
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, sinks: Tensor | None = None) -> Tensor:
+    """softmax(q k^T scale + mask) v for q [B, S, H, d], k [B, S_total, H, d], v [B, S_total, H, dv] -> [B, S, H dv].
+
+    sinks [H] are one more logit of each query's softmax, without a value.
+    """
     width = v.shape[-1]
     on_cpu = q.device.type == "cpu"
+    if sinks is not None:
+        return _attend_in_blocks(q, k, v, mask, scale, sinks)
     # A compiled graph is for all lengths, and training on long sequences must not keep S^2 probabilities.
     in_blocks = on_cpu and mask is None and not torch.compiler.is_compiling()
     if in_blocks and q.shape[1] > 1 and (q.shape[1] <= 1024 or not torch.is_grad_enabled()):
-        return _attend_in_blocks(q, k, v, scale)
+        return _attend_in_blocks(q, k, v, None, scale, None)
     if on_cpu and width < q.shape[-1]:
         # The CPU's flash kernel refuses unequal head sizes; the unfused fallback is an order of magnitude slower.
         v = F.pad(v, (0, q.shape[-1] - width))
@@ -48,21 +53,34 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
     return rearrange(out[..., :width], "b h s d -> b s (h d)")
 
 
-def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """As `attend`, causal: a block of queries at a time, with the keys that it may see and no others.
+def _attend_in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, sinks: Tensor | None
+) -> Tensor:
+    """As `attend`, a block of queries at a time; without a mask, with the keys that it may see and no others.
 
     On CPU this takes 0.5 (bf16) to 0.9 (fp32) of the flash kernel's time, forward and backward, at 512 to 1,024 tokens.
+    A compiled graph, which is for all lengths, has one block.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
+    queries, past = q.shape[1], k.shape[1] - q.shape[1]
     q, k, v = q.transpose(1, 2), k.permute(0, 2, 3, 1), v.transpose(1, 2)
+    size = queries if torch.compiler.is_compiling() else QUERY_BLOCK
     out = []
-    for start in range(0, q.shape[2], QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, q.shape[2])
-        scores = torch.matmul(q[:, :, start:end], k[..., :end]).to(wide) * scale
-        later = torch.ones(end - start, end, dtype=torch.bool, device=q.device).triu(start + 1)
-        attn = scores.masked_fill_(later, float("-inf")).softmax(dim=-1).to(v.dtype)
-        out.append(torch.matmul(attn, v[:, :, :end]))
-    return rearrange(torch.cat(out, dim=2), "b h s d -> b s (h d)")
+    for start in range(0, queries, size) if size else ():
+        end = min(start + size, queries)
+        keys = past + end if mask is None else k.shape[-1]
+        scores = torch.matmul(q[:, :, start:end], k[..., :keys]).to(wide) * scale
+        if mask is None:
+            later = torch.ones(end - start, keys, dtype=torch.bool, device=q.device).triu(past + start + 1)
+            scores = scores.masked_fill_(later, float("-inf"))
+        else:
+            scores = scores.masked_fill(~mask[:, :, start:end], float("-inf"))
+        if sinks is not None:
+            sink = sinks.to(wide).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+            scores = torch.cat((scores, sink), dim=-1)
+        attn = scores.softmax(dim=-1)[..., :keys].to(v.dtype)
+        out.append(torch.matmul(attn, v[:, :, :keys]))
+    return rearrange(torch.cat(out, dim=2) if out else v[:, :, :0], "b h s d -> b s (h d)")
 
 
 class MLA(nn.Module):
@@ -146,7 +164,12 @@ class MLA(nn.Module):
 
 
 class GQA(nn.Module):
-    """Grouped-query attention, with RMS norms on query and key heads when `qk_norm` (Qwen3)."""
+    """Grouped-query attention.
+
+    With `qk_norm`, RMS norms on each query and key head (Qwen3) or on all heads of a token together (OLMoE). With
+    `attention_sinks`, each head has a learnt logit that takes part in the softmax and has no value (gpt-oss). The first
+    `rope_dim` dimensions of a head rotate.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -155,29 +178,40 @@ class GQA(nn.Module):
         self.interleave = config.rope_interleave
         self.scale = softmax_scale(config)
         self.qk_norm = config.qk_norm
+        self.rope_dim = config.rope_dim
 
         width, dim, bias = config.hidden_size, config.qk_head_dim, config.attention_bias
         self.q_proj = nn.Linear(width, self.heads * dim, bias=bias)
         self.k_proj = nn.Linear(width, self.kv_heads * dim, bias=bias)
         self.v_proj = nn.Linear(width, self.kv_heads * dim, bias=bias)
-        self.o_proj = nn.Linear(self.heads * dim, width, bias=bias)
-        if self.qk_norm:
-            self.q_norm = RMSNorm(dim, eps=config.rms_norm_eps)
-            self.k_norm = RMSNorm(dim, eps=config.rms_norm_eps)
+        self.o_proj = nn.Linear(self.heads * dim, width, bias=config.output_bias)
+        if self.qk_norm != "none":
+            whole = self.qk_norm == "whole"
+            self.q_norm = RMSNorm(dim * (self.heads if whole else 1), eps=config.rms_norm_eps)
+            self.k_norm = RMSNorm(dim * (self.kv_heads if whole else 1), eps=config.rms_norm_eps)
+        self.sinks = nn.Parameter(torch.empty(self.heads)) if config.attention_sinks else None
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: LayerCache | None, past: int
     ) -> Tensor:
         """x [B, S, D] -> [B, S, D]; `past` tokens are already in `cache`."""
-        q = rearrange(self.q_proj(x), "b s (h d) -> b s h d", h=self.heads)
-        k = rearrange(self.k_proj(x), "b s (h d) -> b s h d", h=self.kv_heads)
-        v = rearrange(self.v_proj(x), "b s (h d) -> b s h d", h=self.kv_heads)
-        if self.qk_norm:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.qk_norm == "whole":
             q, k = self.q_norm(q), self.k_norm(k)
-        q = apply_rope(q, *rope, interleave=self.interleave)
-        k = apply_rope(k, *rope, interleave=self.interleave)
+        q = rearrange(q, "b s (h d) -> b s h d", h=self.heads)
+        k = rearrange(k, "b s (h d) -> b s h d", h=self.kv_heads)
+        v = rearrange(v, "b s (h d) -> b s h d", h=self.kv_heads)
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self._rotate(q, rope), self._rotate(k, rope)
         if cache is not None:
             k, v = cache.append(past, k, v)
         group = self.heads // self.kv_heads
         k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
-        return self.o_proj(attend(q, k, v, mask, self.scale))
+        return self.o_proj(attend(q, k, v, mask, self.scale, self.sinks))
+
+    def _rotate(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        rotated = apply_rope(x[..., : self.rope_dim], *rope, interleave=self.interleave)
+        if self.rope_dim == x.shape[-1]:
+            return rotated
+        return torch.cat((rotated, x[..., self.rope_dim :]), dim=-1)

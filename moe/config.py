@@ -9,13 +9,15 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from moe.errors import ConfigError
 
 ScoringFunc = Literal["sigmoid", "softmax"]
 TopkMethod = Literal["noaux_tc", "group_limited_greedy", "greedy"]
 RopeType = Literal["default", "yarn"]
+QkNorm = Literal["none", "head", "whole"]
+LayerType = Literal["full_attention", "sliding_attention"]
 
 MAX_SIZE = 2**24  # any single dimension; far above every released model, far below int32 overflow in a product of two
 MAX_PARAMETERS = 2**46  # a hundred times the largest released model
@@ -28,6 +30,7 @@ class RopeParameters:
     rope_type "yarn" is always on when configured (DeepSeek's own code applies it only past the original length).
     attention_factor multiplies cos and sin; None derives it from factor, mscale and mscale_all_dim.
     mscale_all_dim also raises the softmax scale of MLA by (0.1 * mscale_all_dim * ln(factor) + 1)^2.
+    partial_rotary_factor is the share of a head's dimensions, the first ones, that rotate (grouped-query attention).
     """
 
     rope_theta: float = 10000.0
@@ -40,10 +43,12 @@ class RopeParameters:
     mscale_all_dim: float | None = None
     attention_factor: float | None = None
     truncate: bool = True
+    partial_rotary_factor: float = 1.0
 
     def __post_init__(self) -> None:
         _check_types(self, "rope_parameters.")
         self._require("rope_theta", self.rope_theta > 1, "a number above 1")
+        self._require("partial_rotary_factor", 0 < self.partial_rotary_factor <= 1, "a number above 0, at most 1")
         for name in ("beta_fast", "beta_slow"):
             self._require(name, getattr(self, name) > 0, "a number above 0")
         for name in ("mscale", "mscale_all_dim", "attention_factor"):
@@ -71,7 +76,17 @@ class ModelConfig:
 
     Attention is MLA when `kv_lora_rank` is a number and grouped-query attention when it is None.
     MLA uses q_lora_rank (None: no compression of q), qk_nope_head_dim, qk_rope_head_dim and v_head_dim;
-    grouped-query attention uses num_key_value_heads, head_dim and qk_norm.
+    grouped-query attention uses num_key_value_heads, head_dim, qk_norm ("head": each query and key head is normalised;
+    "whole": all heads of a token together), attention_sinks (a learnt logit for each head that takes attention and
+    gives nothing) and sliding_window: a query sees that many tokens, itself included, in the layers that `layer_types`
+    calls "sliding_attention" (None: in all). attention_bias is of the projections of q, k and v;
+    attention_output_bias of the output's (None: as attention_bias).
+
+    MLP. Layer i has experts if i >= first_k_dense_replace, it is not in mlp_only_layers and i + 1 is a multiple of
+    decoder_sparse_step. The shared expert has the width n_shared_experts * moe_intermediate_size, or
+    shared_expert_intermediate_size; with shared_expert_gate its output is multiplied by a sigmoid of the token.
+    router_bias and expert_bias add biases to their projections; swiglu_limit, swiglu_alpha and swiglu_beta are those of
+    `moe.ops.swiglu`, for routed experts.
 
     Routing. `topk_method` decides selection as in DeepSeek's configs:
 
@@ -95,6 +110,14 @@ class ModelConfig:
     num_experts_per_tok: int
     n_shared_experts: int = 0
     first_k_dense_replace: int = 0
+    mlp_only_layers: tuple[int, ...] = ()
+    decoder_sparse_step: int = 1
+    shared_expert_intermediate_size: int | None = None
+    shared_expert_gate: bool = False
+    expert_bias: bool = False
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.0
+    swiglu_beta: float = 0.0
 
     kv_lora_rank: int | None = None
     q_lora_rank: int | None = None
@@ -103,8 +126,12 @@ class ModelConfig:
     v_head_dim: int | None = None
     num_key_value_heads: int | None = None
     head_dim: int | None = None
-    qk_norm: bool = False
+    qk_norm: QkNorm = "none"
     attention_bias: bool = False
+    attention_output_bias: bool | None = None
+    attention_sinks: bool = False
+    sliding_window: int | None = None
+    layer_types: tuple[LayerType, ...] | None = None
     rope_parameters: RopeParameters = field(default_factory=RopeParameters)
     rope_interleave: bool = False
     max_position_embeddings: int = 4096
@@ -115,6 +142,7 @@ class ModelConfig:
     topk_group: int = 1
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
+    router_bias: bool = False
 
     num_nextn_predict_layers: int = 0
     tie_word_embeddings: bool = False
@@ -130,6 +158,9 @@ class ModelConfig:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("mlp_only_layers", "layer_types"):  # JSON has lists
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         self.validate()
 
     @classmethod
@@ -174,22 +205,44 @@ class ModelConfig:
     @property
     def rope_dim(self) -> int:
         """How many of a head's dimensions rotate."""
-        return (self.qk_rope_head_dim or 0) if self.is_mla else self.qk_head_dim
+        if self.is_mla:
+            return self.qk_rope_head_dim or 0
+        return int(self.qk_head_dim * self.rope_parameters.partial_rotary_factor)
+
+    @property
+    def output_bias(self) -> bool:
+        """Whether attention's output projection has a bias."""
+        return self.attention_bias if self.attention_output_bias is None else self.attention_output_bias
+
+    @property
+    def shared_width(self) -> int:
+        """Hidden width of the shared expert; 0 for none."""
+        if self.shared_expert_intermediate_size is not None:
+            return self.shared_expert_intermediate_size
+        return self.n_shared_experts * self.moe_intermediate_size
 
     @property
     def num_moe_layers(self) -> int:
         """Layers with routed experts, without those of the MTP modules."""
-        return self.num_hidden_layers - self.first_k_dense_replace
+        return sum(self.is_moe_layer(i) for i in range(self.num_hidden_layers))
 
     def is_moe_layer(self, index: int) -> bool:
-        return index >= self.first_k_dense_replace
+        dense = index < self.first_k_dense_replace or index in self.mlp_only_layers
+        return not dense and (index + 1) % self.decoder_sparse_step == 0
+
+    def is_sliding_layer(self, index: int) -> bool:
+        if self.sliding_window is None:
+            return False
+        return self.layer_types is None or self.layer_types[index] == "sliding_attention"
 
     def validate(self) -> None:
         """Raise `ConfigError` for the first field that makes no sense. Allocates nothing."""
         _check_types(self, "")
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
         sizes += ("moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group")
+        sizes += ("decoder_sparse_step",)
         optional = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "v_head_dim", "num_key_value_heads", "head_dim")
+        optional += ("sliding_window", "shared_expert_intermediate_size")
         for name in sizes:
             self._require(name, 1 <= getattr(self, name) <= MAX_SIZE, f"an integer from 1 to {MAX_SIZE}")
         for name in optional:
@@ -237,7 +290,12 @@ class ModelConfig:
             self._require(
                 "head_dim", self.head_dim is None, "None with MLA (qk_nope_head_dim and qk_rope_head_dim decide)"
             )
-            self._require("qk_norm", not self.qk_norm, "False with MLA (its latents are normalised)")
+            self._require("qk_norm", self.qk_norm == "none", "'none' with MLA (its latents are normalised)")
+            self._require("attention_sinks", not self.attention_sinks, "False with MLA")
+            self._require("sliding_window", self.sliding_window is None, "None with MLA")
+            partial = self.rope_parameters.partial_rotary_factor
+            if partial != 1:
+                raise ConfigError("rope_parameters.partial_rotary_factor", partial, "1 with MLA")
         else:
             for name in ("q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
                 self._require(name, getattr(self, name) is None, "None without kv_lora_rank (grouped-query attention)")
@@ -251,7 +309,14 @@ class ModelConfig:
                 "hidden_size", fits, f"a multiple of num_attention_heads ({self.num_attention_heads}), or a head_dim"
             )
         name = "qk_rope_head_dim" if self.is_mla else ("head_dim" if self.head_dim is not None else "hidden_size")
-        self._require(name, self.rope_dim % 2 == 0, f"an even rotary dimension; it is {self.rope_dim}")
+        even = self.rope_dim % 2 == 0 and self.rope_dim > 0
+        self._require(name, even, f"an even rotary dimension; it is {self.rope_dim}")
+        types, layers = self.layer_types, self.num_hidden_layers
+        self._require(
+            "layer_types", types is None or len(types) == layers, f"None or {layers} entries, one for each layer"
+        )
+        slides = types is None or "sliding_attention" not in types or self.sliding_window is not None
+        self._require("sliding_window", slides, "a size, because layer_types has sliding_attention")
 
     def _validate_routing(self) -> None:
         experts, groups = self.n_routed_experts, self.n_group
@@ -273,7 +338,17 @@ class ModelConfig:
         self._require(
             "first_k_dense_replace", 0 <= dense <= layers, f"an integer from 0 to num_hidden_layers ({layers})"
         )
+        inside = all(0 <= i < layers for i in self.mlp_only_layers) and len(set(self.mlp_only_layers)) == len(
+            self.mlp_only_layers
+        )
+        self._require("mlp_only_layers", inside, f"distinct layers from 0 to {layers - 1}")
         self._require("routed_scaling_factor", self.routed_scaling_factor > 0, "a number above 0")
+        self._require("swiglu_limit", self.swiglu_limit is None or self.swiglu_limit > 0, "None or a number above 0")
+        if self.shared_expert_intermediate_size is not None:
+            self._require("n_shared_experts", self.n_shared_experts == 1, "1 with shared_expert_intermediate_size")
+        self._require(
+            "shared_expert_gate", self.shared_width > 0 or not self.shared_expert_gate, "False without shared experts"
+        )
 
     def _require(self, name: str, ok: bool, allowed: str) -> None:
         if not ok:
@@ -285,11 +360,19 @@ def _check_types(config: Any, prefix: str) -> None:
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         choices = get_args(f.type)
-        if f.type in (ScoringFunc, TopkMethod, RopeType):
+        if get_origin(f.type) is Literal:
             if not isinstance(value, str) or value not in choices:
                 raise ConfigError(prefix + f.name, value, f"one of {', '.join(choices)}")
             continue
         if value is None and type(None) in choices:
+            continue
+        if f.name == "mlp_only_layers":
+            if not isinstance(value, tuple) or not all(type(i) is int for i in value):
+                raise ConfigError(prefix + f.name, value, "a list of integers")
+            continue
+        if f.name == "layer_types":
+            if not isinstance(value, tuple) or not all(kind in get_args(LayerType) for kind in value):
+                raise ConfigError(prefix + f.name, value, f"None or a list of {' and '.join(get_args(LayerType))}")
             continue
         kinds = [c for c in choices if c is not type(None)] if type(None) in choices else [f.type]
         kind = kinds[0]

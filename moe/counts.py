@@ -68,7 +68,7 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     """Counts from the shapes, without building the model."""
     parts = dict.fromkeys(_COMPONENTS.values(), 0)
     blocks = (
-        (config.first_k_dense_replace, _block(config, has_experts=False)),
+        (config.num_hidden_layers - config.num_moe_layers, _block(config, has_experts=False)),
         (config.num_moe_layers, _block(config, has_experts=True)),
     )
     for layers, block in blocks:
@@ -99,6 +99,7 @@ _COMPONENTS = {
     "mlp": "dense_mlp",
     "mlp.experts": "routed_experts",
     "mlp.shared_experts": "shared_experts",
+    "mlp.shared_expert_gate": "shared_experts",
     "mlp.gate": "routers",
     "input_layernorm": "norms",
     "post_attention_layernorm": "norms",
@@ -148,12 +149,14 @@ def _attention(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
         kv = (config.num_key_value_heads or heads) * dim
         biased = {"q_proj": (heads * dim, width), "k_proj": (kv, width), "v_proj": (kv, width)}
         biased["o_proj"] = (width, heads * dim)
-        if config.qk_norm:
-            yield "q_norm.weight", (dim,)
-            yield "k_norm.weight", (dim,)
+        if config.qk_norm != "none":
+            yield "q_norm.weight", (dim,) if config.qk_norm == "head" else (heads * dim,)
+            yield "k_norm.weight", (dim,) if config.qk_norm == "head" else (kv,)
+        if config.attention_sinks:
+            yield "sinks", (heads,)
     for name, shape in biased.items():
         yield f"{name}.weight", shape
-        if config.attention_bias:
+        if config.output_bias if name == "o_proj" else config.attention_bias:
             yield f"{name}.bias", shape[:1]
 
 
@@ -167,9 +170,16 @@ def _mlp(config: ModelConfig, prefix: str = "", hidden: int | None = None) -> It
 def _experts(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     width, hidden, experts = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
     yield "gate.weight", (experts, width)
+    if config.router_bias:
+        yield "gate.bias", (experts,)
     if config.topk_method == "noaux_tc":
         yield "gate.e_score_correction_bias", (experts,)
     yield "experts.gate_up_proj", (experts, 2 * hidden, width)
     yield "experts.down_proj", (experts, width, hidden)
-    if config.n_shared_experts:
-        yield from _mlp(config, "shared_experts.", config.n_shared_experts * hidden)
+    if config.expert_bias:
+        yield "experts.gate_up_proj_bias", (experts, 2 * hidden)
+        yield "experts.down_proj_bias", (experts, width)
+    if config.shared_width:
+        yield from _mlp(config, "shared_experts.", config.shared_width)
+        if config.shared_expert_gate:
+            yield "shared_expert_gate.weight", (1, width)

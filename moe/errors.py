@@ -3,6 +3,22 @@
 from typing import Any
 
 
+def one_line(value: Any, limit: int = 300) -> str:
+    """`value` as text for a message: what does not print is escaped, and of what is too long the middle left out.
+
+    Names and values come from strangers' files, and may hold line breaks, terminal commands or a megabyte.
+    """
+    try:
+        text = str(value)
+    except ValueError:  # an integer with more digits than Python prints
+        text = f"a number of {value.bit_length()} bits"
+    if len(text) > limit:
+        text = f"{text[: limit - 20]}…{text[-19:]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class ConfigError(ValueError):
     """A configuration value that makes no sense. Raised before anything is allocated.
 
@@ -21,7 +37,8 @@ class ConfigError(ValueError):
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read or written as asked. Nothing has been loaded or replaced.
 
-    Attributes: path (file or folder), tensor (name or None), expected, found (texts or None).
+    Attributes: path (file or folder), tensor (name or None), expected, found (texts or None). They are as they were
+    found; the message has them escaped and shortened to one line.
     """
 
     def __init__(
@@ -34,13 +51,14 @@ class CheckpointError(ValueError):
         found: Any = None,
     ) -> None:
         self.path, self.tensor, self.expected, self.found = path, tensor, expected, found
-        message = f"{path}: {problem}"
+        where = one_line(path, 1000)
         if tensor is not None:
-            message = f"{path}: {tensor}: {problem}"
+            where += f": {one_line(tensor)}"
+        message = f"{where}: {one_line(problem, 500)}"
         if expected is not None:
-            message += f"; expected {expected}"
+            message += f"; expected {one_line(expected)}"
         if found is not None:
-            message += f"; found {found}"
+            message += f"; found {one_line(found)}"
         super().__init__(message)
 
 

@@ -91,6 +91,7 @@ class Router(nn.Module):
         topk_group: int,
         norm_topk_prob: bool,
         routed_scaling_factor: float,
+        router_bias: bool = False,
     ) -> None:
         super().__init__()
         self.num_experts = n_routed_experts
@@ -104,6 +105,7 @@ class Router(nn.Module):
             "routed_scaling_factor": routed_scaling_factor,
         }
         self.weight = nn.Parameter(torch.empty(n_routed_experts, hidden_size))
+        self.bias = nn.Parameter(torch.empty(n_routed_experts)) if router_bias else None
         bias = torch.zeros(n_routed_experts, dtype=torch.float32) if topk_method == "noaux_tc" else None
         self.register_buffer("e_score_correction_bias", bias)
         # Set by balance.attach: a leaf whose gradient is the load of the step, and the group of the global batch.
@@ -115,7 +117,7 @@ class Router(nn.Module):
         """x [T, D] -> [T, E]."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(dtype), self.weight.to(dtype))
+            return F.linear(x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
     def route(self, logits: Tensor) -> Routing:
         return ops.route(logits, self.e_score_correction_bias, **self.selection)
@@ -147,16 +149,40 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """All routed experts, stacked: gate_up_proj [E, 2F, D] (gate rows first) and down_proj [E, D, F]."""
+    """All routed experts, stacked: gate_up_proj [E, 2F, D] (gate rows first) and down_proj [E, D, F], with `bias` also
+    gate_up_proj_bias [E, 2F] and down_proj_bias [E, D]; the activation is `moe.ops.swiglu` with limit, alpha, beta."""
 
-    def __init__(self, num_experts: int, width: int, hidden: int) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        width: int,
+        hidden: int,
+        *,
+        bias: bool = False,
+        limit: float | None = None,
+        alpha: float = 1.0,
+        beta: float = 0.0,
+    ) -> None:
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * hidden, width))
         self.down_proj = nn.Parameter(torch.empty(num_experts, width, hidden))
+        self.gate_up_proj_bias = nn.Parameter(torch.empty(num_experts, 2 * hidden)) if bias else None
+        self.down_proj_bias = nn.Parameter(torch.empty(num_experts, width)) if bias else None
+        self.limit, self.alpha, self.beta = limit, alpha, beta
 
     def forward(self, x: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
-        # Literals: torch <= 2.13 compiles a default float, read in two checkpointed regions, wrongly.
-        return ops.moe_mlp(x, self.gate_up_proj, self.down_proj, weights, expert_ids, swiglu_alpha=1.0, swiglu_beta=0.0)
+        return ops.moe_mlp(
+            x,
+            self.gate_up_proj,
+            self.down_proj,
+            weights,
+            expert_ids,
+            gate_up_bias=self.gate_up_proj_bias,
+            down_bias=self.down_proj_bias,
+            swiglu_limit=self.limit,
+            swiglu_alpha=self.alpha,
+            swiglu_beta=self.beta,
+        )
 
 
 def local_dispatcher(x: Tensor, routing: Routing, experts: Experts) -> Tensor:
@@ -193,7 +219,9 @@ class MoELayer(nn.Module):
         hidden_size, moe_intermediate_size: D and F.
         n_routed_experts, num_experts_per_tok: E and K.
         n_shared_experts: width of the always-on expert in units of F; 0 for none.
-        scoring_func, topk_method, n_group, topk_group, norm_topk_prob, routed_scaling_factor: see `ModelConfig`.
+        shared_expert_intermediate_size, shared_expert_gate, expert_bias, swiglu_limit, swiglu_alpha, swiglu_beta,
+        scoring_func, topk_method, n_group, topk_group, norm_topk_prob, routed_scaling_factor, router_bias: see
+            `ModelConfig`.
         aux_loss_alpha, seq_aux, router_z_loss_coef: coefficients of the losses of `moe.balance`.
         initializer_range, seed: see `initialize`; without a seed, each layer draws one from torch's generator.
 
@@ -209,12 +237,19 @@ class MoELayer(nn.Module):
         num_experts_per_tok: int,
         *,
         n_shared_experts: int = 0,
+        shared_expert_intermediate_size: int | None = None,
+        shared_expert_gate: bool = False,
+        expert_bias: bool = False,
+        swiglu_limit: float | None = None,
+        swiglu_alpha: float = 1.0,
+        swiglu_beta: float = 0.0,
         scoring_func: ScoringFunc = "sigmoid",
         topk_method: TopkMethod = "noaux_tc",
         n_group: int = 1,
         topk_group: int = 1,
         norm_topk_prob: bool = True,
         routed_scaling_factor: float = 1.0,
+        router_bias: bool = False,
         aux_loss_alpha: float = 0.0,
         seq_aux: bool = True,
         router_z_loss_coef: float = 0.0,
@@ -222,7 +257,7 @@ class MoELayer(nn.Module):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        ModelConfig(  # the same checks, with the same words
+        config = ModelConfig(  # the same checks, with the same words
             vocab_size=1,
             hidden_size=hidden_size,
             num_hidden_layers=1,
@@ -233,12 +268,19 @@ class MoELayer(nn.Module):
             n_routed_experts=n_routed_experts,
             num_experts_per_tok=num_experts_per_tok,
             n_shared_experts=n_shared_experts,
+            shared_expert_intermediate_size=shared_expert_intermediate_size,
+            shared_expert_gate=shared_expert_gate,
+            expert_bias=expert_bias,
+            swiglu_limit=swiglu_limit,
+            swiglu_alpha=swiglu_alpha,
+            swiglu_beta=swiglu_beta,
             scoring_func=scoring_func,
             topk_method=topk_method,
             n_group=n_group,
             topk_group=topk_group,
             norm_topk_prob=norm_topk_prob,
             routed_scaling_factor=routed_scaling_factor,
+            router_bias=router_bias,
             aux_loss_alpha=aux_loss_alpha,
             seq_aux=seq_aux,
             router_z_loss_coef=router_z_loss_coef,
@@ -258,10 +300,19 @@ class MoELayer(nn.Module):
                 topk_group=topk_group,
                 norm_topk_prob=norm_topk_prob,
                 routed_scaling_factor=routed_scaling_factor,
+                router_bias=router_bias,
             )
-            self.experts = Experts(n_routed_experts, hidden_size, moe_intermediate_size)
-            shared = n_shared_experts * moe_intermediate_size
-            self.shared_experts = MLP(hidden_size, shared) if shared else None
+            self.experts = Experts(
+                n_routed_experts,
+                hidden_size,
+                moe_intermediate_size,
+                bias=expert_bias,
+                limit=swiglu_limit,
+                alpha=swiglu_alpha,
+                beta=swiglu_beta,
+            )
+            self.shared_experts = MLP(hidden_size, config.shared_width) if config.shared_width else None
+            self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False) if shared_expert_gate else None
         materialize(self, std=initializer_range, seed=seed)
 
     @overload
@@ -331,7 +382,8 @@ class MoELayer(nn.Module):
             chosen = Routing(weights, chosen.expert_ids, chosen.scores)
         y = self.dispatcher(rows, chosen, self.experts)
         if self.shared_experts is not None:
-            y = y + self.shared_experts(rows)
+            shared = self.shared_experts(rows)
+            y = y + (shared if self.shared_expert_gate is None else self.shared_expert_gate(rows).sigmoid() * shared)
         y = y.view(x.shape)
         return (y, stats) if return_stats else y
 

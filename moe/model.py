@@ -2,12 +2,14 @@
 
     h = embed(ids);  for each block: h += attention(norm(h)); h += mlp(norm(h));  logits = head(norm(h))
 
-where `mlp` is a dense MLP in the first `first_k_dense_replace` blocks and a `MoELayer` in the others. Multi-token
+where `mlp` is a dense MLP in some blocks, as the config says, and a `MoELayer` in the others. Multi-token
 prediction modules (DeepSeek-V3, arXiv 2412.19437, section 2.2) stand behind the last block and are used in training.
 """
 
 from dataclasses import dataclass, field
+from inspect import signature
 from os import PathLike
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +48,10 @@ class Output:
     load: Tensor | None = None
 
 
+# What a MoE layer takes of the config, by the same names.
+MOE_FIELDS = tuple(name for name in signature(MoELayer).parameters if name != "seed")
+
+
 class Block(nn.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
@@ -57,23 +63,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(width, eps=config.rms_norm_eps)
         self.mlp: MLP | MoELayer
         if has_experts:
-            self.mlp = MoELayer(
-                width,
-                config.moe_intermediate_size,
-                config.n_routed_experts,
-                config.num_experts_per_tok,
-                n_shared_experts=config.n_shared_experts,
-                scoring_func=config.scoring_func,
-                topk_method=config.topk_method,
-                n_group=config.n_group,
-                topk_group=config.topk_group,
-                norm_topk_prob=config.norm_topk_prob,
-                routed_scaling_factor=config.routed_scaling_factor,
-                aux_loss_alpha=config.aux_loss_alpha,
-                seq_aux=config.seq_aux,
-                router_z_loss_coef=config.router_z_loss_coef,
-                initializer_range=config.initializer_range,
-            )
+            self.mlp = MoELayer(**{name: getattr(config, name) for name in MOE_FIELDS})
         else:
             self.mlp = MLP(width, config.intermediate_size)
 
@@ -123,12 +113,14 @@ class Transformer(nn.Module):
     Attributes:
         carried_files: file name -> content of tokenizer files and the like that came with a loaded checkpoint; `save`
             writes them beside the weights.
+        origin: what `moe.load` remembers of the files, so that a save writes the same tensors; None for a new model.
     """
 
     def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
         super().__init__()
         self.config = config
         self.carried_files: dict[str, bytes] = {}
+        self.origin: Any = None
         self.activation_checkpointing = False
         self.has_balance_losses = bool(config.aux_loss_alpha or config.router_z_loss_coef)
         self._load: Tensor | None = None
@@ -172,7 +164,7 @@ class Transformer(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(past, past + length, device=input_ids.device).expand(batch, length)
         real = attention_mask.bool() if attention_mask is not None else None
-        mask = attention_scope(length, past, real, document_ids, input_ids.device)
+        masks = self._masks(length, past, real, document_ids, input_ids.device)
         token_mask = real[:, past:] if real is not None else None
 
         h = self.embed_tokens(input_ids)
@@ -180,6 +172,7 @@ class Transformer(nn.Module):
         stats: list[MoEStats] = []
         for i, block in enumerate(self.layers):
             layer_cache = cache.layers[i] if cache is not None else None
+            mask = masks[self.config.is_sliding_layer(i)]
             h, block_stats = self._run(block, h, rope, mask, token_mask, layer_cache, past)
             if block_stats is not None:
                 stats.append(block_stats)
@@ -242,6 +235,16 @@ class Transformer(nn.Module):
         if reset:
             self._load = None
         return LoadReport(names, load)
+
+    def _masks(
+        self, length: int, past: int, real: Tensor | None, document_ids: Tensor | None, device: torch.device
+    ) -> dict[bool, Tensor | None]:
+        """The attention masks of full and (True) of sliding layers, each made only if some layer needs it."""
+        config, masks = self.config, {}
+        for slides in {config.is_sliding_layer(i) for i in range(config.num_hidden_layers)}:
+            window = config.sliding_window if slides else None
+            masks[slides] = attention_scope(length, past, real, document_ids, device, window)
+        return masks
 
     def _run(self, block: nn.Module, *args: object) -> tuple[Tensor, MoEStats | None]:
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
@@ -316,17 +319,25 @@ class Transformer(nn.Module):
 
 
 def attention_scope(
-    length: int, past: int, real: Tensor | None, document_ids: Tensor | None, device: torch.device
+    length: int,
+    past: int,
+    real: Tensor | None,
+    document_ids: Tensor | None,
+    device: torch.device,
+    window: int | None = None,
 ) -> Tensor | None:
     """The attention mask, bool [B or 1, 1, S, S_total], or None where the attention's own causal rule says it all.
 
+    With a window, a query sees that many tokens, itself included.
     A query always sees itself: a padded query that saw nothing would be 0/0.
     """
-    if real is None and document_ids is None and (past == 0 or length == 1):
+    if window is None and real is None and document_ids is None and (past == 0 or length == 1):
         return None
     query = torch.arange(past, past + length, device=device)[:, None]
     key = torch.arange(past + length, device=device)[None, :]
     scope = (key <= query)[None, None]
+    if window is not None:
+        scope = scope & (key > query - window)
     if real is not None:
         scope = scope & real[:, None, None, :]
     if document_ids is not None:

@@ -1,8 +1,9 @@
 """Complete configurations, as data."""
 
 import difflib
+from dataclasses import replace
 
-from moe.config import ModelConfig, RopeParameters
+from moe.config import LayerType, ModelConfig, RopeParameters
 from moe.errors import ConfigError
 
 _YARN_V3 = RopeParameters(
@@ -10,6 +11,43 @@ _YARN_V3 = RopeParameters(
 )
 _YARN_V2_LITE = RopeParameters(
     rope_type="yarn", factor=40.0, original_max_position_embeddings=4096, mscale=0.707, mscale_all_dim=0.707
+)
+
+
+def _alternating(layers: int) -> tuple[LayerType, ...]:
+    return tuple("full_attention" if i % 2 else "sliding_attention" for i in range(layers))
+
+
+_GPT_OSS = ModelConfig(
+    model_type="gpt_oss",
+    vocab_size=201088,
+    hidden_size=2880,
+    num_hidden_layers=24,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+    head_dim=64,
+    attention_bias=True,
+    attention_sinks=True,
+    sliding_window=128,
+    layer_types=_alternating(24),
+    intermediate_size=2880,
+    moe_intermediate_size=2880,
+    n_routed_experts=32,
+    num_experts_per_tok=4,
+    expert_bias=True,
+    router_bias=True,
+    swiglu_limit=7.0,
+    swiglu_alpha=1.702,
+    swiglu_beta=1.0,
+    rope_parameters=RopeParameters(
+        rope_theta=150000.0, rope_type="yarn", factor=32.0, original_max_position_embeddings=4096, truncate=False
+    ),
+    max_position_embeddings=131072,
+    rms_norm_eps=1e-5,
+    scoring_func="softmax",
+    topk_method="greedy",
+    aux_loss_alpha=0.001,
+    seq_aux=False,
 )
 
 PRESETS: dict[str, ModelConfig] = {
@@ -179,7 +217,7 @@ PRESETS: dict[str, ModelConfig] = {
         num_attention_heads=32,
         num_key_value_heads=4,
         head_dim=128,
-        qk_norm=True,
+        qk_norm="head",
         intermediate_size=6144,
         moe_intermediate_size=768,
         n_routed_experts=128,
@@ -190,6 +228,124 @@ PRESETS: dict[str, ModelConfig] = {
         topk_method="greedy",
         aux_loss_alpha=0.001,
         seq_aux=False,
+    ),
+    "qwen1_5_moe_a2_7b": ModelConfig(
+        model_type="qwen2_moe",
+        vocab_size=151936,
+        hidden_size=2048,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        attention_bias=True,
+        attention_output_bias=False,
+        intermediate_size=5632,
+        moe_intermediate_size=1408,
+        n_routed_experts=60,
+        num_experts_per_tok=4,
+        n_shared_experts=1,
+        shared_expert_intermediate_size=5632,
+        shared_expert_gate=True,
+        rope_parameters=RopeParameters(rope_theta=1e6),
+        max_position_embeddings=8192,
+        scoring_func="softmax",
+        topk_method="greedy",
+        norm_topk_prob=False,
+        aux_loss_alpha=0.001,
+        seq_aux=False,
+    ),
+    "olmoe_1b_7b": ModelConfig(
+        model_type="olmoe",
+        vocab_size=50304,
+        hidden_size=2048,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        qk_norm="whole",
+        intermediate_size=1024,
+        moe_intermediate_size=1024,
+        n_routed_experts=64,
+        num_experts_per_tok=8,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        scoring_func="softmax",
+        topk_method="greedy",
+        norm_topk_prob=False,
+        aux_loss_alpha=0.01,
+        seq_aux=False,
+    ),
+    "glm_4_5_air": ModelConfig(
+        model_type="glm4_moe",
+        vocab_size=151552,
+        hidden_size=4096,
+        num_hidden_layers=46,
+        num_attention_heads=96,
+        num_key_value_heads=8,
+        head_dim=128,
+        attention_bias=True,
+        attention_output_bias=False,
+        intermediate_size=10944,
+        moe_intermediate_size=1408,
+        n_routed_experts=128,
+        n_shared_experts=1,
+        num_experts_per_tok=8,
+        first_k_dense_replace=1,
+        rope_parameters=RopeParameters(rope_theta=1e6, partial_rotary_factor=0.5),
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        num_nextn_predict_layers=1,
+    ),
+    "gpt_oss_20b": _GPT_OSS,
+    "gpt_oss_120b": replace(_GPT_OSS, num_hidden_layers=36, n_routed_experts=128, layer_types=_alternating(36)),
+    "minimax_m2": ModelConfig(
+        model_type="minimax_m2",
+        vocab_size=200064,
+        hidden_size=3072,
+        num_hidden_layers=62,
+        num_attention_heads=48,
+        num_key_value_heads=8,
+        head_dim=128,
+        qk_norm="whole",
+        intermediate_size=1536,
+        moe_intermediate_size=1536,
+        n_routed_experts=256,
+        num_experts_per_tok=8,
+        rope_parameters=RopeParameters(rope_theta=5e6, partial_rotary_factor=0.5),
+        max_position_embeddings=196608,
+        rms_norm_eps=1e-6,
+        aux_loss_alpha=0.001,
+        seq_aux=False,
+    ),
+    "kimi_k2": ModelConfig(
+        model_type="kimi_k2",
+        vocab_size=163840,
+        hidden_size=7168,
+        num_hidden_layers=61,
+        num_attention_heads=64,
+        intermediate_size=18432,
+        moe_intermediate_size=2048,
+        n_routed_experts=384,
+        n_shared_experts=1,
+        num_experts_per_tok=8,
+        first_k_dense_replace=1,
+        kv_lora_rank=512,
+        q_lora_rank=1536,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        rope_parameters=RopeParameters(
+            rope_theta=50000.0,
+            rope_type="yarn",
+            factor=32.0,
+            original_max_position_embeddings=4096,
+            beta_fast=1.0,
+            beta_slow=1.0,
+            mscale=1.0,
+            mscale_all_dim=1.0,
+        ),
+        rope_interleave=True,
+        max_position_embeddings=131072,
+        routed_scaling_factor=2.827,
+        aux_loss_alpha=0.001,
     ),
 }
 

@@ -84,7 +84,7 @@ def configs(draw: st.DrawFn, model_type: str | None = None) -> ModelConfig:
         values |= dict(
             num_key_value_heads=draw(st.sampled_from([None, 1])),
             head_dim=draw(st.sampled_from([None, 6])),
-            qk_norm=draw(st.booleans()),
+            qk_norm=draw(st.sampled_from(["none", "head", "whole"])),
         )
     if model_type == "deepseek_v2":
         values |= dict(model_type=model_type, scoring_func="softmax", norm_topk_prob=False, rope_interleave=True)

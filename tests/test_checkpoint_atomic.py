@@ -21,7 +21,7 @@ import pytest
 
 import moe
 from moe import CheckpointError, Transformer
-from moe.checkpoint import atomic, save, writing
+from moe.checkpoint import atomic, save, shards
 from moe.checkpoint.folder import MANIFEST
 from moe.checkpoint.manifest import Manifest, verify
 from tests.checkpoint_cases import V3, assert_same, build
@@ -48,12 +48,12 @@ class Faults:
     def __init__(self, root: Path, at: int, how: str, fallback: bool) -> None:
         self.root, self.at, self.how = str(root), at, how
         self.calls: list[list[str]] = []
-        self.original = {"fsync": os.fsync, "write": Path.write_bytes, "save_file": writing.save_file}
+        self.original = {"fsync": os.fsync, "write": Path.write_bytes, "put": shards._put}
         self.swap = (lambda a, b: False) if fallback else atomic._swap
         os.fsync = self._fsync
         plain = lambda path, content: self._write_bytes(path, content)  # noqa: E731 - a bound method does not bind again
         Path.write_bytes = plain  # pyright: ignore[reportAttributeAccessIssue]
-        writing.save_file = self._save_file
+        shards._put = self._put
         atomic._swap = self._swap
         sys.addaudithook(self._audit)
 
@@ -91,13 +91,12 @@ class Faults:
             self.fail()
         return self.original["write"](path, content)
 
-    def _save_file(self, tensors: Any, path: Path, metadata: Any) -> None:
-        if self.due("save_file", path):
+    def _put(self, file: Any, part: memoryview) -> None:
+        if self.due("put", file.name):
+            self.original["put"](file, part[: len(part) // 2])
+            file.flush()
             self.fail()
-        self.original["save_file"](tensors, path, metadata=metadata)
-        if self.due("save_file, half", path):
-            os.truncate(path, path.stat().st_size // 2)
-            self.fail()
+        self.original["put"](file, part)
 
     def _swap(self, a: Path, b: Path) -> bool:
         if self.due("exchange", b):
@@ -211,7 +210,7 @@ def test_every_crash_point(tmp_path: Path, path: str, how: str) -> None:
         assert names(target.parent) == ["model"], point
         recovered += 1
     print(f"{at - 1} crash points, {recovered} recovered")
-    assert seen >= {"open", "write", "save_file", "save_file, half", "fsync", "os.mkdir", "os.chmod", "fcntl.flock"}
+    assert seen >= {"open", "write", "put", "fsync", "os.mkdir", "os.chmod", "fcntl.flock"}
     assert ("exchange" in seen) == replacing
     assert ("os.rename" in seen) == (path != "exchange")
     assert at > 30
@@ -234,12 +233,15 @@ def test_the_order_of_calls(tmp_path: Path, fallback: bool) -> None:
         assert len(found) == 1, (name, path, found)
         return found[0]
 
+    def last(name: str, path: str) -> int:
+        return max(i for i, call in enumerate(calls) if call[0] == name and call[1].endswith(path))
+
     mkdir = next(i for i, call in enumerate(calls) if call[0] == "os.mkdir")
     new = calls[mkdir][1]
     manifest = at("write", f"{new}/{MANIFEST}")
     for name in files - {MANIFEST}:
         weights = name.endswith(".safetensors")
-        written = at("save_file, half" if weights else "write", f"{new}/{name}")
+        written = last("put", f"{new}/{name}") if weights else at("write", f"{new}/{name}")
         assert mkdir < written < at("os.chmod", f"{new}/{name}") < at("fsync", f"{new}/{name}") < manifest
     parent = next(i for i, call in enumerate(calls) if call == ["fsync", ""])
     replaced = at("os.rename", "/model") if fallback else at("exchange", new)

@@ -171,7 +171,10 @@ def test_theta_alone() -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown family": ({**V3_FILE, "model_type": "llama"}, "model_type; expected one of deepseek_v3, deepseek_v2"),
+    "unknown family": (
+        {**V3_FILE, "model_type": "llama"},
+        "model_type; expected one of deepseek_v3, kimi_k2, deepseek_v2",
+    ),
     "no family": (without(V3_FILE, "model_type"), "model_type"),
     "family is a list": ({**V3_FILE, "model_type": ["deepseek_v3"]}, "model_type"),
     "activation": ({**V3_FILE, "hidden_act": "gelu"}, "hidden_act"),
@@ -275,7 +278,8 @@ GQA = dataclasses.replace(
         (dataclasses.replace(V2, norm_topk_prob=True), "norm_topk_prob"),
         (dataclasses.replace(V2, rope_interleave=False), "rope_interleave"),
         (dataclasses.replace(V3_MTP, model_type="deepseek_v2", norm_topk_prob=False), "scoring_func"),
-        (dataclasses.replace(V3, model_type="mixtral"), "model_type"),
+        (dataclasses.replace(V3, model_type="llama"), "model_type"),
+        (dataclasses.replace(V3, model_type="mixtral"), "intermediate_size"),
         (dataclasses.replace(V3, extra={"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
     ],
 )

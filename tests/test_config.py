@@ -44,7 +44,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"qk_nope_head_dim": None}, "qk_nope_head_dim", "kv_lora_rank asks for MLA"),
     ({"head_dim": 64}, "head_dim", "None with MLA"),
     ({"num_key_value_heads": 8}, "num_key_value_heads", "num_attention_heads (128)"),
-    ({"qk_norm": True}, "qk_norm", "False with MLA"),
+    ({"qk_norm": "head"}, "qk_norm", "'none' with MLA"),
     ({"kv_lora_rank": None}, "q_lora_rank", "None without kv_lora_rank"),
     ({"aux_loss_alpha": -1e-4}, "aux_loss_alpha", "0 up"),
     ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers", "0 to 1024"),

@@ -42,6 +42,21 @@ def test_deepseek_v2(name: str, total: int, activated: int) -> None:
     assert counts.released == counts.with_mtp == total
 
 
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [  # as the safetensors headers of the released files add up, or as their model cards say
+        ("mixtral_8x7b", 46_702_792_704),
+        ("qwen3_30b_a3b", 30_532_122_624),
+        ("qwen1_5_moe_a2_7b", 14_315_784_192),
+        ("olmoe_1b_7b", 6_919_161_856),
+        ("gpt_oss_20b", 20_914_757_184),
+        ("gpt_oss_120b", 116_829_156_672),
+    ],
+)
+def test_other_released_models(name: str, total: int) -> None:
+    assert count_parameters(moe.preset(name)).total == total
+
+
 def test_tied_embeddings_count_once_and_stay_the_head() -> None:
     untied, tied = count_parameters(V3), count_parameters(dataclasses.replace(V3, tie_word_embeddings=True))
     embedding = V3.vocab_size * V3.hidden_size

@@ -122,6 +122,7 @@ WANTS: dict[str, dict[str, Any]] = {
     "Glm4vMoeTextModel": {"head_dim": 128, "attention_bias": False},
     "Glm5NextTextModel": {**DEEPER, "qk_rope_head_dim": 0, "layer_types": ["full_attention"] * 4},
     "GraniteMoeHybridForCausalLM": {"layer_types": ["attention"] * 2, "mamba_n_heads": 8},
+    "HYV4VLTextModel": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
     "JambaForCausalLM": {"attn_layer_period": 1, "attn_layer_offset": 0},
     "KimiLinearForCausalLM": ATTENTION,
     "Lfm2MoeForCausalLM": {"layer_types": ["full_attention", "conv"], "num_dense_layers": 1},

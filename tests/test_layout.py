@@ -15,7 +15,7 @@ LEVELS = [
     {"moe.config"},
     {"moe.presets", "moe.counts"},
     {"moe.ops", "moe.norm", "moe.loss"},
-    {"moe.attention", "moe.layer", "moe.rope", "moe.cache", "moe.balance"},
+    {"moe.attention", "moe.layer", "moe.rope", "moe.cache", "moe.balance", "moe.quantized"},
     {"moe.model"},
     {"moe.checkpoint", "moe.offload", "moe.lora", "moe.integrations", "moe.parallel"},
     {"moe.generation", "moe.trace", "moe.train"},

@@ -51,7 +51,7 @@ GROUPED = dataclasses.replace(
     v_head_dim=None,
     num_key_value_heads=1,
     head_dim=6,
-    qk_norm=True,
+    qk_norm="head",
     rope_interleave=False,
 )
 SHAPES = {
@@ -60,7 +60,7 @@ SHAPES = {
     "mla-yarn": dataclasses.replace(SMALL, rope_parameters=YARN),
     "mla-wide-v": dataclasses.replace(SMALL, v_head_dim=16, kv_lora_rank=40),
     "gqa": GROUPED,
-    "gqa-tied": dataclasses.replace(GROUPED, tie_word_embeddings=True, qk_norm=False, attention_bias=True),
+    "gqa-tied": dataclasses.replace(GROUPED, tie_word_embeddings=True, qk_norm="none", attention_bias=True),
 }
 
 
@@ -308,7 +308,7 @@ def family(name: str) -> tuple[moe.ModelConfig, nn.Module]:
         return common, MixtralForCausalLM(theirs)
     shape |= {"head_dim": 8}  # not a declared parameter of the class
     theirs = Qwen3MoeConfig(**shape, moe_intermediate_size=20, num_experts=6, norm_topk_prob=True, rope_parameters=rope)
-    return dataclasses.replace(common, head_dim=8, qk_norm=True), Qwen3MoeForCausalLM(theirs)
+    return dataclasses.replace(common, head_dim=8, qk_norm="head"), Qwen3MoeForCausalLM(theirs)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])

@@ -37,6 +37,8 @@ def samples(case: Case, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
     pre = torch.randn(len(rows), 2 * case.hidden).to(dtype)
     mlp_leaves = (leaves.x, leaves.gate_up, leaves.down, leaves.weights, leaves.expert_ids)
     mlp_plain = (plain.x, *experts, plain.weights, plain.expert_ids)
+    codes, scale_inv = ops.quantize_blocks(plain.gate_up, (2, 3), halves=2)
+    packed = ops.quantize_mxfp4(plain.x.repeat(1, 8))
     return {
         "swiglu": [(leaves.gate_up, None, 1.0, 0.0), (leaves.gate_up, 0.5, 1.702, 1.0)],
         "swiglu_backward": [(plain.gate_up[..., : case.hidden, :].mT, plain.gate_up.mT, 0.5, 1.0, 0.5)],
@@ -74,6 +76,8 @@ def samples(case: Case, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
             (plain.x, *mlp_plain, *biases, pre, None, 1.0, 0.0, [True] * 6, "auto"),
             (plain.x, *mlp_plain, None, None, pre, 0.5, 1.0, 0.5, [False, True, False, True, False, False], "auto"),
         ],
+        "dequantize_blocks": [(codes.view(torch.uint8), scale_inv, [2, 3], 2, torch.bfloat16)],
+        "dequantize_mxfp4": [(*packed, dtype)],
     }
 
 

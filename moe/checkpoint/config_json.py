@@ -6,7 +6,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from moe.checkpoint.families import family_of
+from moe.checkpoint.families import Family, family_of
 from moe.checkpoint.folder import CONFIG, locate, read_config_values
 from moe.config import ModelConfig, RopeParameters
 from moe.errors import CheckpointError, ConfigError
@@ -15,7 +15,7 @@ from moe.errors import CheckpointError, ConfigError
 STORAGE_KEYS = ("architectures", "dtype", "torch_dtype", "quantization_config", "compression_config")
 
 # What null means, where it means something other than None.
-_NULL = {"n_group": 1, "topk_group": 1, "n_shared_experts": 0}
+_NULL = {"n_group": 1, "topk_group": 1, "n_shared_experts": 0, "mlp_only_layers": ()}
 
 
 def read_config(folder: str | PathLike[str]) -> ModelConfig:
@@ -53,17 +53,20 @@ def render_config(config: ModelConfig, path: Path) -> dict[str, Any]:
         mine, back = getattr(wanted, f.name), getattr(found, f.name)
         if mine != back:
             raise CheckpointError(path, f"{f.name}: {config.model_type} cannot express it", expected=back, found=mine)
-    derived = family_of(config.model_type, path).derived
+    family = family_of(config.model_type, path)
+    ours = {key for name in family.keys for key in family.keys_of(name)} | {
+        k for form in family.forms for k in form.keys
+    }
     for key, value in config.extra.items():
         if key in STORAGE_KEYS:
             continue
         candidate = {**values, key: value}
-        if key in derived:
-            candidate[key] = derived[key](config)
+        if key in family.derived:
+            candidate[key] = family.derived[key](config)
         try:
             agrees = _canonical(_understand(candidate, path)) == wanted
         except CheckpointError:
-            if key not in values:
+            if key not in values and key not in ours:
                 raise
             agrees = False  # the field has changed since the key was read
         if agrees:
@@ -76,29 +79,46 @@ def _canonical(config: ModelConfig) -> ModelConfig:
     heads = None if config.is_mla else config.num_key_value_heads or config.num_attention_heads
     rope = config.rope_parameters
     if rope.rope_type == "default":
-        rope = RopeParameters(rope_theta=rope.rope_theta)
-    return dataclasses.replace(config, num_key_value_heads=heads, rope_parameters=rope, extra={})
+        rope = RopeParameters(rope_theta=rope.rope_theta, partial_rotary_factor=rope.partial_rotary_factor)
+    types = tuple(config.is_sliding_layer(i) for i in range(config.num_hidden_layers))
+    return dataclasses.replace(
+        config,
+        num_key_value_heads=heads,
+        head_dim=None if config.is_mla else config.qk_head_dim,
+        rope_parameters=rope,
+        attention_output_bias=config.output_bias,
+        mlp_only_layers=tuple(sorted(config.mlp_only_layers)),
+        sliding_window=config.sliding_window if any(types) else None,
+        layer_types=tuple("sliding_attention" if s else "full_attention" for s in types) if any(types) else None,
+        extra={},
+    )
 
 
 def _understand(values: Mapping[str, Any], path: Path) -> ModelConfig:
     family = family_of(values.get("model_type"), path)
     for key, harmless in family.fixed.items():
-        if key in values and values[key] not in harmless:
+        if key in values and not _is_one_of(values[key], harmless):
             raise CheckpointError(path, f"{key} is not supported", expected=harmless[0], found=repr(values[key])[:80])
-    fields: dict[str, Any] = {"model_type": family.model_type}
-    for name, key in family.keys.items():
-        if name in family.required and values.get(key) is None:
-            found = "null" if key in values else "no such key"
+    fields: dict[str, Any] = {"model_type": family.model_type, **family.implied}
+    for name in family.keys:
+        given = {key: values[key] for key in family.keys_of(name) if key in values}
+        key = next(iter(given), family.keys_of(name)[0])
+        if len({repr(value) for value in given.values()}) > 1:
+            raise CheckpointError(path, f"{' and '.join(given)} disagree", found=repr(given)[:80])
+        if name in family.required and given.get(key) is None:
+            found = "null" if given else "no such key"
             raise CheckpointError(path, f"{key}: {family.model_type} needs a value", found=found)
-        if key in values:
-            fields[name] = _NULL.get(name) if values[key] is None else values[key]
+        if given:
+            fields[name] = _NULL.get(name) if given[key] is None else given[key]
         elif name in family.absent:
             fields[name] = family.absent[name]
+    for form in family.forms:
+        fields |= form.read(values)
     for name, allowed in family.allowed.items():
         value = fields.get(name, allowed[0])
-        if value not in allowed:
+        if not _is_one_of(value, allowed):
             expected = " or ".join(map(str, allowed))
-            problem = f"{family.keys[name]}: readers of {family.model_type} do not agree on it"
+            problem = f"{family.keys_of(name)[0]}: readers of {family.model_type} do not agree on it"
             raise CheckpointError(path, problem, expected=expected, found=repr(value)[:80])
     dense, layers = fields.get("first_k_dense_replace"), fields["num_hidden_layers"]
     if type(dense) is int and type(layers) is int:
@@ -106,7 +126,7 @@ def _understand(values: Mapping[str, Any], path: Path) -> ModelConfig:
     if fields["topk_method"] == "greedy":
         fields |= {"n_group": 1, "topk_group": 1}  # files carry numbers here that no reader looks at
     try:
-        config = ModelConfig.from_dict({**fields, "rope_parameters": _understand_rope(values, path)})
+        config = ModelConfig.from_dict({**fields, "rope_parameters": _understand_rope(family, values, path)})
     except ConfigError as error:
         raise CheckpointError(path, str(error)) from error
     for key, derive in family.derived.items():
@@ -116,34 +136,48 @@ def _understand(values: Mapping[str, Any], path: Path) -> ModelConfig:
     return config
 
 
-def _understand_rope(values: Mapping[str, Any], path: Path) -> RopeParameters:
+def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
+    """Whether it is equal to one of them. To Python true is 1 and false is 0; in a config.json they are mistakes."""
+    return any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed)
+
+
+def _understand_rope(family: Family, values: Mapping[str, Any], path: Path) -> RopeParameters:
     """`rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (older); what is there must agree."""
     outside = {"rope_theta": values.get("rope_theta")}
     if values.get("original_max_position_embeddings") is not None:  # transformers lets this one win
         outside["original_max_position_embeddings"] = values["original_max_position_embeddings"]
+    if "partial_rotary_factor" not in family.fixed:
+        outside["partial_rotary_factor"] = values.get("partial_rotary_factor")
+        rotary, head = values.get("rotary_dim"), values.get("head_dim", family.absent.get("head_dim"))
+        if type(rotary) is int and type(head) is int and head > 0 and outside["partial_rotary_factor"] is None:
+            outside["partial_rotary_factor"] = rotary / head
     found: dict[str, RopeParameters] = {}
     for key in ("rope_parameters", "rope_scaling"):
         form = values.get(key) or {}
         if not isinstance(form, dict):
             raise CheckpointError(path, key, expected="an object or null", found=repr(form)[:80])
         if form:
-            found[key] = _rope(key, form, outside, path)
+            found[key] = _rope(family, key, form, outside, path)
     if len(set(found.values())) > 1:
         raise CheckpointError(path, "rope_parameters and rope_scaling disagree", found=" and ".join(map(str, found)))
-    return next(iter(found.values()), None) or _rope("rope_theta", {}, outside, path)
+    default = {name: value for name, value in family.rope.items() if outside.get(name) is None}
+    return next(iter(found.values()), None) or _rope(family, "rope_theta", default, outside, path)
 
 
-def _rope(key: str, form: Mapping[str, Any], outside: Mapping[str, Any], path: Path) -> RopeParameters:
+def _rope(family: Family, key: str, form: Mapping[str, Any], outside: Mapping[str, Any], path: Path) -> RopeParameters:
     known = {f.name for f in dataclasses.fields(RopeParameters)}
     fields: dict[str, Any] = {}
     for name, value in [*form.items(), *outside.items()]:
         name = "rope_type" if name == "type" else name
-        if value is None or (name == "partial_rotary_factor" and value == 1):
+        if value is None or (name == "partial_rotary_factor" and value == 1 and name in family.fixed):
             continue
         if name not in known:
             raise CheckpointError(path, f"{key}.{name} is not supported", found=repr(value)[:80])
         if fields.setdefault(name, value) != value:
             raise CheckpointError(path, f"{key}: {name} is given twice", expected=fields[name], found=value)
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in family.rope:
+            fields.setdefault(name, family.rope[name])
     if fields.get("rope_type", "default") == "default" and fields.get("factor", 1) != 1:
         raise CheckpointError(path, f"{key}: factor without a rope_type that has one", found=fields["factor"])
     return RopeParameters(**fields)
@@ -151,14 +185,24 @@ def _rope(key: str, form: Mapping[str, Any], outside: Mapping[str, Any], path: P
 
 def _render(config: ModelConfig) -> dict[str, Any]:
     family = family_of(config.model_type, CONFIG)
-    values = {key: getattr(config, name) for name, key in family.keys.items()}
+    values = {family.keys_of(name)[0]: getattr(config, name) for name in family.keys}
     if config.num_key_value_heads is None:
-        values[family.keys["num_key_value_heads"]] = config.num_attention_heads
+        values["num_key_value_heads"] = config.num_attention_heads
+    if "mlp_only_layers" in values:
+        values["mlp_only_layers"] = list(config.mlp_only_layers)
+    if "head_dim" in values:  # transformers' defaults differ from family to family
+        values["head_dim"] = config.qk_head_dim
+    for form in family.forms:
+        values |= form.write(config)
     values |= {key: harmless[0] for key, harmless in family.fixed.items() if harmless[0] is not None}
     rope = {name: value for name, value in dataclasses.asdict(config.rope_parameters).items() if value is not None}
     theta = rope.pop("rope_theta")
     if rope["rope_type"] == "default":
-        rope = {"rope_type": "default"}
+        rope = {"rope_type": "default", "partial_rotary_factor": rope["partial_rotary_factor"]}
+    if rope["partial_rotary_factor"] == family.rope.get("partial_rotary_factor", 1.0) == 1.0:
+        del rope["partial_rotary_factor"]
+    else:
+        values["partial_rotary_factor"] = rope["partial_rotary_factor"]
     if rope.get("truncate"):
         del rope["truncate"]  # the default, and older readers warn about a key that they do not know
     values["rope_parameters"] = {**rope, "rope_theta": theta}

@@ -5,20 +5,84 @@ A name table maps each tensor of the model to the tensors of the files that fill
     "norm.weight": "model.norm.weight"                 one to one
     "gate_up": ("gate.weight", "up.weight")            the files' tensors stand one after the other along the rows
     "experts": "experts.{expert}.weight"               one file tensor for each slice along the first dimension
+    "experts": Reordered("experts", "e d f two", "e two f d")      one, with its axes in another order
+    "experts": MXFP4("experts")                        one, as experts_blocks and experts_scales
 
-The table reads and writes: every tensor of the model has exactly one entry, and entries tile what they fill.
-`layout.py` expands it for a configuration.
+The table reads and writes: every tensor of the model has exactly one entry, and entries tile what they fill. A family
+has several where its files come in several layouts; the names in the files decide. `layout.py` expands a table for a
+configuration.
+
+A configuration maps key by key, by `keys`; what one key does not say alone has a `Form`.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moe.checkpoint.folder import CONFIG
 from moe.config import ModelConfig
 from moe.errors import CheckpointError
 
-Names = Mapping[str, str | tuple[str, ...]]
+
+@dataclass(frozen=True)
+class Reordered:
+    """A file tensor `name` whose axes, as einops names them, are `file` where the model's are `model`.
+
+    "two" is the gate and the up half, an axis on its own in both; other axes are told by the model's sizes.
+    """
+
+    name: str
+    file: str
+    model: str
+
+
+@dataclass(frozen=True)
+class MXFP4:
+    """`name`_blocks [E, rows, columns / 32, 16] and `name`_scales [E, rows, columns / 32], uint8; in the files gate and
+    up rows stand in turn if `interleaved`."""
+
+    name: str
+    interleaved: bool = False
+
+
+Names = Mapping[str, str | tuple[str, ...] | Reordered | MXFP4]
+
+
+@dataclass(frozen=True)
+class Table:
+    """The names of one layout.
+
+    Attributes:
+        top: names of what stands outside the layers.
+        layer_prefix: of the names in `block`, `mtp` and `mtp_repeats` in the files; MTP modules count on from the last
+            layer.
+        block: names within a layer.
+        mtp: names of an MTP module outside its block.
+        mtp_repeats: what each MTP module's layer holds again, as written by DeepSeek: tensor of the model -> name.
+        scale: what the name of a tensor in FP8 blocks ends in, and what its scale's name ends in instead.
+    """
+
+    top: Names
+    layer_prefix: str
+    block: Names
+    mtp: Names = field(default_factory=dict)
+    mtp_repeats: Mapping[str, str] = field(default_factory=dict)
+    scale: tuple[str, str] = (".weight", ".weight_scale_inv")
+
+
+@dataclass(frozen=True)
+class Form:
+    """Fields and keys that correspond in another way than one to one.
+
+    Attributes:
+        keys: all that `read` looks at and `write` writes.
+        read: the object of config.json -> fields; a field that is not there keeps its default. Values are not checked.
+        write: the inverse.
+    """
+
+    keys: tuple[str, ...]
+    read: Callable[[Mapping[str, Any]], dict[str, Any]]
+    write: Callable[[ModelConfig], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -27,35 +91,54 @@ class Family:
 
     Attributes:
         architecture: the class in transformers.
-        top: names of what stands outside the layers.
-        layer_prefix: of the names in `block`, `mtp` and `mtp_repeats` in the files; MTP modules count on from the last
-            layer.
-        block: names within a layer.
-        mtp: names of an MTP module outside its block.
-        mtp_repeats: what each MTP module's layer holds again, as written by DeepSeek: tensor of the model -> name.
-        keys: fields of `ModelConfig` -> their keys in config.json.
+        tables: the layouts of its files by name; the first is that of a new checkpoint.
+        keys: fields of `ModelConfig` -> their keys in config.json; of several, the first is written and any is read.
         required: fields that a file must give and that are not null.
         absent: fields -> value where the file does not give them, which is what transformers assumes.
+        implied: fields that no key tells -> their value in this family.
         allowed: fields -> the values that this family's readers implement. Others ignore the key, or compute
             something else, without a word.
         fixed: keys that no field holds -> the values that leave the model's function as it is; the first is
             written, unless it is None.
         derived: keys that repeat what fields say -> how. transformers writes them, and computes with what it reads.
+        forms: see `Form`.
+        rope: `rope_parameters` where the file has none. Its rope_theta and partial_rotary_factor stand in, too, where
+            the file's rope_parameters lack them.
     """
 
     model_type: str
     architecture: str
-    top: Names
-    layer_prefix: str
-    block: Names
-    keys: Mapping[str, str]
+    tables: Mapping[str, Table]
+    keys: Mapping[str, str | tuple[str, ...]]
     required: tuple[str, ...]
-    absent: Mapping[str, Any]
-    allowed: Mapping[str, tuple[Any, ...]]
-    fixed: Mapping[str, tuple[Any, ...]]
+    absent: Mapping[str, Any] = field(default_factory=dict)
+    implied: Mapping[str, Any] = field(default_factory=dict)
+    allowed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     derived: Mapping[str, Callable[[ModelConfig], Any]] = field(default_factory=dict)
-    mtp: Names = field(default_factory=dict)
-    mtp_repeats: Mapping[str, str] = field(default_factory=dict)
+    forms: tuple[Form, ...] = ()
+    rope: Mapping[str, Any] = field(default_factory=dict)
+
+    def keys_of(self, name: str) -> tuple[str, ...]:
+        keys = self.keys[name]
+        return (keys,) if isinstance(keys, str) else keys
+
+
+def same(*names: str) -> dict[str, str]:
+    return {name: name for name in names}
+
+
+def under(prefix: str, names: Names) -> dict[str, Any]:
+    """The same names in the model, others in the files: `prefix` replaces "mlp."."""
+
+    def moved(name: str) -> str:
+        return prefix + name.removeprefix("mlp.") if name.startswith("mlp.") else name
+
+    return {
+        key: tuple(map(moved, value)) if isinstance(value, tuple) else moved(value)
+        for key, value in names.items()
+        if isinstance(value, str | tuple)
+    }
 
 
 _TOP = {
@@ -63,61 +146,166 @@ _TOP = {
     "norm.weight": "model.norm.weight",
     "lm_head.weight": "lm_head.weight",
 }
+_NORMS = same("input_layernorm.weight", "post_attention_layernorm.weight")
+_GQA = same(
+    *(f"self_attn.{name}_proj.{kind}" for name in "qkvo" for kind in ("weight", "bias")),
+    *("self_attn.q_norm.weight", "self_attn.k_norm.weight", "self_attn.sinks"),
+)
+_MLA = same(
+    *(
+        f"self_attn.{name}.weight"
+        for name in ("q_proj", "q_a_proj", "q_a_layernorm", "q_b_proj", "kv_b_proj", "o_proj")
+    ),
+    *(f"self_attn.{name}.weight" for name in ("kv_a_proj_with_mqa", "kv_a_layernorm")),
+    *(f"self_attn.{name}.bias" for name in ("q_a_proj", "kv_a_proj_with_mqa", "o_proj")),
+)
+_DENSE = same(*(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")))
+_ROUTER = same("mlp.gate.weight", "mlp.gate.e_score_correction_bias")
+_SHARED = same(*(f"mlp.shared_experts.{name}_proj.weight" for name in ("gate", "up", "down")))
 
-_DEEPSEEK_BLOCK: dict[str, str | tuple[str, ...]] = {
-    **{
-        name: name
-        for name in (
-            "input_layernorm.weight",
-            "post_attention_layernorm.weight",
-            "self_attn.q_proj.weight",
-            "self_attn.q_a_proj.weight",
-            "self_attn.q_a_proj.bias",
-            "self_attn.q_a_layernorm.weight",
-            "self_attn.q_b_proj.weight",
-            "self_attn.kv_a_proj_with_mqa.weight",
-            "self_attn.kv_a_proj_with_mqa.bias",
-            "self_attn.kv_a_layernorm.weight",
-            "self_attn.kv_b_proj.weight",
-            "self_attn.o_proj.weight",
-            "self_attn.o_proj.bias",
-            "mlp.gate_proj.weight",
-            "mlp.up_proj.weight",
-            "mlp.down_proj.weight",
-            "mlp.gate.weight",
-            "mlp.gate.e_score_correction_bias",
-            "mlp.shared_experts.gate_proj.weight",
-            "mlp.shared_experts.up_proj.weight",
-            "mlp.shared_experts.down_proj.weight",
-        )
-    },
+# Experts one by one, as most files have them, and stacked, as transformers has them in memory.
+_EACH: dict[str, Any] = {
     "mlp.experts.gate_up_proj": ("mlp.experts.{expert}.gate_proj.weight", "mlp.experts.{expert}.up_proj.weight"),
     "mlp.experts.down_proj": "mlp.experts.{expert}.down_proj.weight",
 }
+_STACKED = same("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+
+def _tables(block: Names, each: Names = _EACH, **rest: Any) -> dict[str, Table]:
+    """A layout with each expert alone, and one with all of them stacked."""
+    rest = {"top": _TOP, "layer_prefix": "model.layers.{layer}.", **rest}
+    return {"experts": Table(block={**block, **each}, **rest), "stacked": Table(block={**block, **_STACKED}, **rest)}
+
+
+_MTP: dict[str, Any] = {
+    "mtp": same("enorm.weight", "hnorm.weight", "eh_proj.weight") | {"norm.weight": "shared_head.norm.weight"},
+    "mtp_repeats": {"embed_tokens.weight": "embed_tokens.weight", "lm_head.weight": "shared_head.head.weight"},
+}
+
+_DEEPSEEK_BLOCK = _NORMS | _MLA | _DENSE | _ROUTER | _SHARED
+
+# The names of DeepSeek's own inference code.
+_OFFICIAL_BLOCK: dict[str, Any] = {
+    "input_layernorm.weight": "attn_norm.weight",
+    "post_attention_layernorm.weight": "ffn_norm.weight",
+    "self_attn.q_proj.weight": "attn.wq.weight",
+    "self_attn.q_a_proj.weight": "attn.wq_a.weight",
+    "self_attn.q_a_layernorm.weight": "attn.q_norm.weight",
+    "self_attn.q_b_proj.weight": "attn.wq_b.weight",
+    "self_attn.kv_a_proj_with_mqa.weight": "attn.wkv_a.weight",
+    "self_attn.kv_a_layernorm.weight": "attn.kv_norm.weight",
+    "self_attn.kv_b_proj.weight": "attn.wkv_b.weight",
+    "self_attn.o_proj.weight": "attn.wo.weight",
+    "mlp.gate_proj.weight": "ffn.w1.weight",
+    "mlp.down_proj.weight": "ffn.w2.weight",
+    "mlp.up_proj.weight": "ffn.w3.weight",
+    "mlp.gate.weight": "ffn.gate.weight",
+    "mlp.gate.e_score_correction_bias": "ffn.gate.bias",
+    "mlp.shared_experts.gate_proj.weight": "ffn.shared_experts.w1.weight",
+    "mlp.shared_experts.down_proj.weight": "ffn.shared_experts.w2.weight",
+    "mlp.shared_experts.up_proj.weight": "ffn.shared_experts.w3.weight",
+    "mlp.experts.gate_up_proj": ("ffn.experts.{expert}.w1.weight", "ffn.experts.{expert}.w3.weight"),
+    "mlp.experts.down_proj": "ffn.experts.{expert}.w2.weight",
+}
+_OFFICIAL = Table(
+    top={"embed_tokens.weight": "embed.weight", "norm.weight": "norm.weight", "lm_head.weight": "head.weight"},
+    layer_prefix="layers.{layer}.",
+    block=_OFFICIAL_BLOCK,
+    scale=(".weight", ".scale"),
+)
+
+_MIXTRAL_EACH: dict[str, Any] = {
+    "mlp.experts.gate_up_proj": ("mlp.experts.{expert}.w1.weight", "mlp.experts.{expert}.w3.weight"),
+    "mlp.experts.down_proj": "mlp.experts.{expert}.w2.weight",
+}
+
+
+def _mixtral_tables(router: dict[str, str]) -> dict[str, Table]:
+    block = _NORMS | _GQA | router
+    tables = _tables(block, _MIXTRAL_EACH)
+    return tables | {
+        "experts": replace(tables["experts"], block=under("block_sparse_moe.", {**block, **_MIXTRAL_EACH}))
+    }
+
+
+# gpt-oss has its experts' inputs first, and gate and up rows in turn.
+_GPT_OSS_BLOCK: dict[str, Any] = {
+    **_NORMS,
+    **_GQA,
+    "mlp.gate.weight": "mlp.router.weight",
+    "mlp.gate.bias": "mlp.router.bias",
+    "mlp.experts.gate_up_proj_bias": Reordered("mlp.experts.gate_up_proj_bias", "e f two", "e two f"),
+    "mlp.experts.down_proj_bias": "mlp.experts.down_proj_bias",
+}
+_GPT_OSS_EXPERTS: dict[str, Any] = {
+    "mlp.experts.gate_up_proj": Reordered("mlp.experts.gate_up_proj", "e d f two", "e two f d"),
+    "mlp.experts.down_proj": Reordered("mlp.experts.down_proj", "e f d", "e d f"),
+}
+_GPT_OSS_MXFP4: dict[str, Any] = {
+    "mlp.experts.gate_up_proj": MXFP4("mlp.experts.gate_up_proj", interleaved=True),
+    "mlp.experts.down_proj": MXFP4("mlp.experts.down_proj"),
+}
+
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_experts_per_tok")
+_COMMON_KEYS = same(
+    *_SIZES,
+    *("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "initializer_range", "tie_word_embeddings"),
+)
+_GQA_KEYS = {**_COMMON_KEYS, "head_dim": "head_dim", "aux_loss_alpha": "router_aux_loss_coef"}
+_EXPERT_COUNT = ("num_experts", "num_local_experts")
+_ONE_WIDTH = {"intermediate_size": "intermediate_size", "moe_intermediate_size": "intermediate_size"}
+_SILU = {"hidden_act": ("silu",), "attention_dropout": (0.0, None)}
+_SOFTMAX = {"scoring_func": "softmax", "topk_method": "greedy", "seq_aux": False}
+_AUX = {"aux_loss_alpha": 0.001}
+
+
+def _window_read(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Qwen's way: a window only where use_sliding_window says so; transformers writes 0 or null without."""
+    if not values.get("use_sliding_window"):
+        return {}
+    return {"sliding_window": values.get("sliding_window", 4096)}
+
+
+def _window_write(config: ModelConfig) -> dict[str, Any]:
+    return {"use_sliding_window": config.sliding_window is not None, "sliding_window": config.sliding_window}
+
+
+def _alternating_read(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Qwen2's: of the first max_window_layers every other one slides, unless layer_types says which."""
+    if not values.get("use_sliding_window"):
+        return {}
+    types = values.get("layer_types")
+    layers, most = values.get("num_hidden_layers"), values.get("max_window_layers", 28)
+    if types is None and type(layers) is int and type(most) is int and 0 <= layers <= 10_000:
+        types = tuple("sliding_attention" if i % 2 == 0 and i < most else "full_attention" for i in range(layers))
+    return {**_window_read(values), "layer_types": types}
+
+
+def _layer_types(config: ModelConfig) -> list[str]:
+    slides = (config.is_sliding_layer(i) for i in range(config.num_hidden_layers))
+    return ["sliding_attention" if s else "full_attention" for s in slides]
+
+
+def _alternating_write(config: ModelConfig) -> dict[str, Any]:
+    return {**_window_write(config), "layer_types": _layer_types(config)}
+
 
 _DEEPSEEK_SIZES = (
-    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
-    *("moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "kv_lora_rank", "qk_nope_head_dim"),
+    *(*_SIZES, "intermediate_size", "moe_intermediate_size", "n_routed_experts", "kv_lora_rank", "qk_nope_head_dim"),
     *("qk_rope_head_dim", "v_head_dim"),
 )
-_DEEPSEEK_KEYS = {
-    name: name
-    for name in (
-        *_DEEPSEEK_SIZES,
-        *("q_lora_rank", "num_key_value_heads", "max_position_embeddings", "n_shared_experts", "first_k_dense_replace"),
-        *("scoring_func", "topk_method", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor"),
-        *("attention_bias", "rope_interleave", "rms_norm_eps", "initializer_range", "tie_word_embeddings"),
-        *("num_nextn_predict_layers", "aux_loss_alpha", "seq_aux", "router_z_loss_coef", "mtp_loss_weight"),
-    )
-}
-_DEEPSEEK_FIXED = {
-    "hidden_act": ("silu",),
-    "attention_dropout": (0.0, None),
+_DEEPSEEK_KEYS = _COMMON_KEYS | same(
+    *_DEEPSEEK_SIZES,
+    *("q_lora_rank", "n_shared_experts", "first_k_dense_replace"),
+    *("scoring_func", "topk_method", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor"),
+    *("attention_bias", "rope_interleave"),
+    *("num_nextn_predict_layers", "aux_loss_alpha", "seq_aux", "router_z_loss_coef", "mtp_loss_weight"),
+)
+_DEEPSEEK_FIXED = _SILU | {
     "mlp_bias": (False, None),
     "moe_layer_freq": (1, None),
     "partial_rotary_factor": (None, 1.0),
 }
-
 _DEEPSEEK_DERIVED: dict[str, Callable[[ModelConfig], Any]] = {
     "head_dim": lambda config: config.qk_rope_head_dim,
     "qk_head_dim": lambda config: config.qk_head_dim,
@@ -126,16 +314,7 @@ _DEEPSEEK_DERIVED: dict[str, Callable[[ModelConfig], Any]] = {
 DEEPSEEK_V3 = Family(
     model_type="deepseek_v3",
     architecture="DeepseekV3ForCausalLM",
-    top=_TOP,
-    layer_prefix="model.layers.{layer}.",
-    block=_DEEPSEEK_BLOCK,
-    mtp={
-        "enorm.weight": "enorm.weight",
-        "hnorm.weight": "hnorm.weight",
-        "eh_proj.weight": "eh_proj.weight",
-        "norm.weight": "shared_head.norm.weight",
-    },
-    mtp_repeats={"embed_tokens.weight": "embed_tokens.weight", "lm_head.weight": "shared_head.head.weight"},
+    tables=_tables(_DEEPSEEK_BLOCK, **_MTP) | {"deepseek": _OFFICIAL},
     keys=_DEEPSEEK_KEYS,
     required=_DEEPSEEK_SIZES,
     absent={
@@ -155,12 +334,13 @@ DEEPSEEK_V3 = Family(
     derived=_DEEPSEEK_DERIVED,
 )
 
+# Kimi-K2: DeepSeek-V3's code and names, other sizes.
+KIMI_K2 = replace(DEEPSEEK_V3, model_type="kimi_k2")
+
 DEEPSEEK_V2 = Family(
     model_type="deepseek_v2",
     architecture="DeepseekV2ForCausalLM",
-    top=_TOP,
-    layer_prefix="model.layers.{layer}.",
-    block=_DEEPSEEK_BLOCK,
+    tables=_tables(_DEEPSEEK_BLOCK) | {"deepseek": _OFFICIAL},
     keys=_DEEPSEEK_KEYS,
     required=_DEEPSEEK_SIZES,
     absent={
@@ -183,7 +363,171 @@ DEEPSEEK_V2 = Family(
     derived=_DEEPSEEK_DERIVED,
 )
 
-FAMILIES = {family.model_type: family for family in (DEEPSEEK_V3, DEEPSEEK_V2)}
+MIXTRAL = Family(
+    model_type="mixtral",
+    architecture="MixtralForCausalLM",
+    tables=_mixtral_tables(same("mlp.gate.weight")),
+    keys=_GQA_KEYS | _ONE_WIDTH | {"n_routed_experts": _EXPERT_COUNT[::-1], "sliding_window": "sliding_window"},
+    required=(*_SIZES, "moe_intermediate_size", "n_routed_experts"),
+    absent=_AUX | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5},
+    implied=_SOFTMAX,
+    fixed=_SILU,
+    rope={"rope_theta": 1e6},
+)
+
+QWEN2_MOE = Family(
+    model_type="qwen2_moe",
+    architecture="Qwen2MoeForCausalLM",
+    tables=_tables(
+        _NORMS
+        | _GQA
+        | _DENSE
+        | same("mlp.gate.weight", "mlp.shared_expert_gate.weight")
+        | {name: file.replace("shared_experts", "shared_expert") for name, file in _SHARED.items()}
+    ),
+    keys=_GQA_KEYS
+    | same("intermediate_size", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers")
+    | same("shared_expert_intermediate_size")
+    | {"n_routed_experts": _EXPERT_COUNT, "attention_bias": "qkv_bias"},
+    required=(
+        *_SIZES,
+        "intermediate_size",
+        "moe_intermediate_size",
+        "n_routed_experts",
+        "shared_expert_intermediate_size",
+    ),
+    absent=_AUX | {"norm_topk_prob": False, "attention_bias": True, "max_position_embeddings": 32768},
+    implied=_SOFTMAX | {"n_shared_experts": 1, "shared_expert_gate": True, "attention_output_bias": False},
+    fixed=_SILU,
+    forms=(
+        Form(
+            ("use_sliding_window", "sliding_window", "layer_types", "max_window_layers"),
+            _alternating_read,
+            _alternating_write,
+        ),
+    ),
+)
+
+QWEN3_MOE = Family(
+    model_type="qwen3_moe",
+    architecture="Qwen3MoeForCausalLM",
+    tables=_tables(_NORMS | _GQA | _DENSE | same("mlp.gate.weight")),
+    keys=_GQA_KEYS
+    | same("intermediate_size", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers")
+    | {"n_routed_experts": _EXPERT_COUNT, "attention_bias": "attention_bias"},
+    required=(*_SIZES, "intermediate_size", "moe_intermediate_size", "n_routed_experts"),
+    absent=_AUX | {"norm_topk_prob": False, "num_key_value_heads": 4, "max_position_embeddings": 32768},
+    implied=_SOFTMAX | {"qk_norm": "head"},
+    fixed=_SILU,
+    forms=(Form(("use_sliding_window", "sliding_window"), _window_read, _window_write),),
+)
+
+GLM4_MOE = Family(
+    model_type="glm4_moe",
+    architecture="Glm4MoeForCausalLM",
+    tables=_tables(_NORMS | _GQA | _DENSE | _ROUTER | _SHARED, **_MTP),
+    keys=_COMMON_KEYS
+    | same("intermediate_size", "moe_intermediate_size", "n_routed_experts", "n_shared_experts", "head_dim")
+    | same("first_k_dense_replace", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
+    | same("attention_bias", "num_nextn_predict_layers"),
+    required=(*_SIZES, "intermediate_size", "moe_intermediate_size", "n_routed_experts"),
+    absent={
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 1,
+    },
+    implied={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "attention_output_bias": False},
+    fixed=_SILU,
+    forms=(
+        Form(
+            ("use_qk_norm",),
+            lambda values: {"qk_norm": "head" if values.get("use_qk_norm") else "none"},
+            lambda config: {"use_qk_norm": config.qk_norm == "head"},
+        ),
+    ),
+    rope={"partial_rotary_factor": 0.5},
+)
+
+GPT_OSS = Family(
+    model_type="gpt_oss",
+    architecture="GptOssForCausalLM",
+    tables={
+        name: Table(_TOP, "model.layers.{layer}.", {**_GPT_OSS_BLOCK, **experts})
+        for name, experts in (("stacked", _GPT_OSS_EXPERTS), ("mxfp4", _GPT_OSS_MXFP4))
+    },
+    keys=_GQA_KEYS
+    | _ONE_WIDTH
+    | same("attention_bias", "sliding_window", "swiglu_limit", "swiglu_alpha")
+    | {"n_routed_experts": _EXPERT_COUNT[::-1]},
+    required=(*_SIZES, "moe_intermediate_size", "n_routed_experts"),
+    absent=_AUX
+    | {"attention_bias": True, "sliding_window": 128, "swiglu_limit": 7.0, "swiglu_alpha": 1.702, "head_dim": 64}
+    | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5},
+    implied=_SOFTMAX | {"attention_sinks": True, "router_bias": True, "expert_bias": True, "swiglu_beta": 1.0},
+    fixed=_SILU,
+    forms=(
+        Form(
+            ("layer_types",),
+            lambda values: {"layer_types": values.get("layer_types") or _every_other(values.get("num_hidden_layers"))},
+            lambda config: {"layer_types": _layer_types(config)},
+        ),
+    ),
+    rope={
+        "rope_theta": 150000.0,
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+)
+
+
+def _every_other(layers: Any) -> tuple[str, ...] | None:
+    if type(layers) is not int or not 0 <= layers <= 10_000:
+        return None
+    return tuple("full_attention" if i % 2 else "sliding_attention" for i in range(layers))
+
+
+OLMOE = Family(
+    model_type="olmoe",
+    architecture="OlmoeForCausalLM",
+    tables=_tables(_NORMS | _GQA | same("mlp.gate.weight")),
+    keys=_GQA_KEYS | _ONE_WIDTH | same("norm_topk_prob", "attention_bias") | {"n_routed_experts": _EXPERT_COUNT},
+    required=(*_SIZES, "moe_intermediate_size", "n_routed_experts"),
+    absent={"aux_loss_alpha": 0.01, "norm_topk_prob": False, "rms_norm_eps": 1e-5},
+    implied=_SOFTMAX | {"qk_norm": "whole"},
+    fixed=_SILU | {"clip_qkv": (None,)},
+)
+
+MINIMAX_M2 = Family(
+    model_type="minimax_m2",
+    architecture="MiniMaxM2ForCausalLM",
+    tables=_mixtral_tables(
+        {"mlp.gate.weight": "mlp.gate.weight", "mlp.gate.e_score_correction_bias": "mlp.e_score_correction_bias"}
+    ),
+    keys=_GQA_KEYS | _ONE_WIDTH | {"n_routed_experts": _EXPERT_COUNT[::-1]},
+    required=(*_SIZES, "moe_intermediate_size", "n_routed_experts"),
+    absent=_AUX | {"num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 196608},
+    implied={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "seq_aux": False, "qk_norm": "whole"},
+    fixed=_SILU
+    | {"use_qk_norm": (None, True), "qk_norm_type": (None, "per_layer"), "scoring_func": (None, "sigmoid")}
+    | {"use_routing_bias": (None, True), "shared_intermediate_size": (None, 0)},
+    # Other readers have the rotating dimensions from this key; it is read with the rest of RoPE.
+    forms=(Form(("rotary_dim",), lambda values: {}, lambda config: {"rotary_dim": config.rope_dim}),),
+    rope={"rope_theta": 5e6},
+)
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        *(DEEPSEEK_V3, KIMI_K2, DEEPSEEK_V2, MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE, GPT_OSS, OLMOE, MINIMAX_M2),
+    )
+}
 
 
 def family_of(model_type: Any, path: Any) -> Family:

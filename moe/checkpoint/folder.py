@@ -1,11 +1,16 @@
 """A checkpoint folder: which files hold its tensors, and where each tensor is."""
 
+import os
+import re
+import stat
+from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from moe.checkpoint.header import TensorInfo, read_bounded, read_header
-from moe.checkpoint.strict_json import parse_json
+from moe.checkpoint.files import open_regular, read_bounded, read_exactly, recognise
+from moe.checkpoint.header import MAX_HEADER_BYTES, TensorInfo, read_header
+from moe.checkpoint.strict_json import CHARACTERS, KEY, NEXT, Scanner, decode_string, parse_json
 from moe.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -15,7 +20,9 @@ MANIFEST = "moesmith.manifest.json"  # of what a save wrote; loading does not re
 
 MAX_CONFIG_BYTES = 2**20
 MAX_INDEX_BYTES = 64 * 2**20
+MAX_INDEX_TENSORS = 2**18  # nearly three times as many as DeepSeek-V3 has in FP8
 MAX_CARRIED_BYTES = 64 * 2**20
+MAX_FILE_NAME_BYTES = 255
 
 # Files that belong to a model but are not read here: they travel with it from load to save.
 CARRIED = (
@@ -30,6 +37,11 @@ CARRIED = (
     "chat_template.jinja",
 )
 
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*/*.pth")
+_OTHERS = ("*.safetensors", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.npz")
+_ENTRY = re.compile(KEY + rb'"(' + CHARACTERS + rb')"' + NEXT)
+_SHARD = re.compile(r"model-(\d{1,6})-of-(\d{1,6})\.safetensors")
+
 
 def previous_folder(folder: Path) -> Path:
     """Where `save` moves an old checkpoint for the moment in which it cannot swap two folders in one step."""
@@ -37,18 +49,77 @@ def previous_folder(folder: Path) -> Path:
 
 
 def locate(folder: str | PathLike[str]) -> Path:
-    """`folder` as a path; or, where a save died between its two renames, the checkpoint that it had put aside."""
+    """`folder` as a path.
+
+    Where a save died between its two renames, the checkpoint that it had put aside; and of a repository in Hugging
+    Face's cache (`models--ORG--NAME`), the snapshot that its refs/main names.
+    """
     path = Path(folder)
-    if not path.exists() and previous_folder(path).is_dir():
-        return previous_folder(path)
-    if not path.is_dir():
-        raise CheckpointError(path, "not a folder" if path.exists() else "no such folder")
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        if path.name and os.path.isdir(previous_folder(path)):
+            return previous_folder(path)
+        raise CheckpointError(path, "no such folder") from None
+    except (OSError, ValueError) as error:  # a link to itself, a NUL, a name too long
+        raise CheckpointError(path, f"cannot be read: {getattr(error, 'strerror', error)}") from error
+    if not stat.S_ISDIR(mode):
+        raise CheckpointError(path, "not a folder")
+    if not os.path.lexists(path / CONFIG) and os.path.isdir(path / "refs") and os.path.isdir(path / "snapshots"):
+        return _snapshot(path)
     return path
+
+
+def _snapshot(repository: Path) -> Path:
+    ref = repository / "refs" / "main"
+    _check_inside(ref, [Path(os.path.realpath(repository))])
+    revision = read_bounded(ref, 1024).decode("utf-8", "replace").strip()
+    if not re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z._-]{0,254}", revision):
+        raise CheckpointError(ref, "no revision", expected="a commit", found=repr(revision[:80]))
+    path = repository / "snapshots" / revision
+    if not os.path.isdir(path):
+        there = ", ".join(sorted(p.name for p in (repository / "snapshots").iterdir())[:5]) or "none"
+        raise CheckpointError(ref, "its snapshot is not in the cache", expected=revision, found=there)
+    _check_inside(path, [Path(os.path.realpath(repository))])
+    return path
+
+
+def member(folder: Path, name: str) -> Path:
+    """`folder / name`, unless that is a symbolic link that leads out of the checkpoint.
+
+    In Hugging Face's cache the files of a snapshot are links to the blobs of the same repository, and these may be
+    links to the store that all repositories of the cache share. The folder itself may be given by a link: what counts
+    is where it is.
+    """
+    path = folder / name
+    if os.path.islink(path):
+        _check_inside(path, _roots(folder))
+    return path
+
+
+def _check_inside(path: Path, roots: list[Path]) -> None:
+    real = Path(os.path.realpath(path))
+    if not any(real.is_relative_to(root) for root in roots):
+        problem = "a symbolic link that leads out of the checkpoint"
+        raise CheckpointError(path, problem, expected=f"a place in {roots[0]}", found=str(real))
+
+
+def _roots(folder: Path) -> list[Path]:
+    """The folders that the files of `folder` may lie in."""
+    real = Path(os.path.realpath(folder))
+    for repository in real.parents:
+        if repository.name.startswith("models--") and real.is_relative_to(repository / "snapshots"):
+            shared = repository.parent / "blobs"
+            return [repository, shared] if (shared / ".huggingface-shared-blobs").is_file() else [repository]
+    return [real]
 
 
 def read_config_values(folder: Path) -> dict[str, Any]:
     """The object in config.json, as it stands there."""
-    path = folder / CONFIG
+    path = member(folder, CONFIG)
+    if not os.path.lexists(path):
+        expected = f"{CONFIG} and {SINGLE}, or its shards"
+        raise CheckpointError(path, "No such file", expected=expected, found=_what_is_there(folder))
     values = parse_json(read_bounded(path, MAX_CONFIG_BYTES), path)
     if not isinstance(values, dict):
         raise CheckpointError(path, "wrong JSON value", expected="an object", found=type(values).__name__)
@@ -57,29 +128,34 @@ def read_config_values(folder: Path) -> dict[str, Any]:
 
 def read_carried(folder: Path) -> dict[str, bytes]:
     """Name -> content of the tokenizer files and the like."""
-    return {name: read_bounded(folder / name, MAX_CARRIED_BYTES) for name in CARRIED if (folder / name).exists()}
+    present = [name for name in CARRIED if os.path.lexists(folder / name)]
+    return {name: read_bounded(member(folder, name), MAX_CARRIED_BYTES) for name in present}
 
 
-def read_tensors(folder: Path) -> dict[str, TensorInfo]:
+def read_tensors(folder: Path, *, max_header_bytes: int = MAX_HEADER_BYTES) -> dict[str, TensorInfo]:
     """Every tensor of the folder, from headers alone.
 
-    With an index, its files hold exactly the tensors that it lists for them. Without one, all `model*.safetensors`
-    count. A tensor in two files is refused.
+    With an index, its files hold exactly the tensors that it lists for them, and as many bytes as it says. Without
+    one, all `model*.safetensors` count, and files that number themselves are all there. A tensor in two files is
+    refused. `max_header_bytes` is for each file's header.
     """
     index = folder / INDEX
-    weight_map = _read_index(index) if index.exists() else None
-    if weight_map is not None:
-        files = sorted({folder / name for name in weight_map.values()})
-    else:
-        files = sorted(folder.glob("model*.safetensors"))
-    if not files:
+    weight_map, total = _read_index(member(folder, INDEX)) if os.path.lexists(index) else (None, None)
+    names = set(weight_map.values()) if weight_map is not None else {p.name for p in folder.glob("model*.safetensors")}
+    if not names:
         raise CheckpointError(folder, "no tensors", expected=f"{SINGLE}, or {INDEX}", found=_what_is_there(folder))
-    if weight_map is not None and (folder / SINGLE).exists() and folder / SINGLE not in files:
+    if weight_map is None:
+        _check_complete(folder, names)
+    elif SINGLE not in names and os.path.lexists(folder / SINGLE):
         raise CheckpointError(index, f"ambiguous: {SINGLE} lies beside it and it does not list that file")
 
+    for name in sorted(names):
+        if not os.path.lexists(folder / name):
+            raise CheckpointError(folder / name, "No such file", expected=f"a file, because {INDEX} lists it")
+
     tensors: dict[str, TensorInfo] = {}
-    for file in files:
-        for name, tensor in read_header(file).items():
+    for file in (member(folder, name) for name in sorted(names)):
+        for name, tensor in read_header(file, max_header_bytes=max_header_bytes).items():
             if name in tensors:
                 raise CheckpointError(file, "in two files", tensor=name, found=f"also in {tensors[name].path.name}")
             if weight_map is not None and weight_map.get(name) != file.name:
@@ -89,26 +165,110 @@ def read_tensors(folder: Path) -> dict[str, TensorInfo]:
     for name, file in (weight_map or {}).items():
         if name not in tensors:
             raise CheckpointError(folder / file, "missing: the index lists it for this file", tensor=name)
+    if total is not None:
+        _check_total(total, index, tensors, names)
     return tensors
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> file name. A file name is bare: nothing outside the folder can be named."""
-    index = parse_json(read_bounded(path, MAX_INDEX_BYTES), path)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict):
+def _check_complete(folder: Path, names: Iterable[str]) -> None:
+    for name in sorted(names):
+        if found := _SHARD.fullmatch(name):
+            _, count = found.groups()
+            for i in range(1, int(count) + 1):
+                other = f"model-{i:0{len(count)}}-of-{count}.safetensors"
+                if other not in names:
+                    raise CheckpointError(folder / other, "No such file", expected=f"all that {name} counts")
+
+
+def _check_total(total: int, index: Path, tensors: dict[str, TensorInfo], names: Iterable[str]) -> None:
+    data = sum(tensor.nbytes for tensor in tensors.values())
+    if total != data and total != (whole := sum(os.stat(index.with_name(name)).st_size for name in names)):
+        expected = f"{data}, the tensors' bytes (or {whole}, the files')"
+        raise CheckpointError(index, "metadata.total_size disagrees with the files", expected=expected, found=total)
+
+
+def _read_index(path: Path) -> tuple[dict[str, str], int | None]:
+    """Tensor name -> file name, and the bytes that they have in all. A file name is bare: it names nothing outside."""
+    file, size = open_regular(path)
+    with file:
+        if size > MAX_INDEX_BYTES:
+            raise CheckpointError(path, "file too large", expected=f"at most {MAX_INDEX_BYTES} bytes", found=size)
+        known = recognise(read_exactly(file, min(size, 512), path))
+        if known is not None:
+            raise CheckpointError(path, "not valid JSON", expected="an index", found=known)
+        file.seek(0)
+        scan = Scanner(file, size, path)
+        weight_map: dict[str, str] | None = None
+        total: int | None = None
+        seen: set[str] = set()
+        going = scan.object()
+        while going:
+            key = scan.key()
+            if key in seen or len(seen) > 64:
+                found = f"{key[:80]!r} twice" if key in seen else f"{len(seen)} keys"
+                raise CheckpointError(path, "keys of the index", expected="metadata and weight_map", found=found)
+            seen.add(key)
+            if key == "weight_map":
+                weight_map = _read_weight_map(scan)
+            else:
+                value = scan.value()
+                total = _total_size(value, path) if key == "metadata" else total
+            going = scan.more()
+        scan.end()
+    if weight_map is None:
         raise CheckpointError(path, "no weight_map", expected="an object with tensor names and file names")
-    for name, file in weight_map.items():
-        bare = isinstance(file, str) and file.endswith(".safetensors") and not set(file) & set("/\\\0")
-        if not bare:
-            raise CheckpointError(
-                path, "file name", tensor=name, expected="a .safetensors file in this folder", found=repr(file)[:200]
-            )
-    return weight_map
+    return weight_map, total
+
+
+def _read_weight_map(scan: Scanner) -> dict[str, str]:
+    if not scan.rest().startswith("{"):
+        expected = "an object with tensor names and file names"
+        raise CheckpointError(scan.path, "no weight_map", expected=expected, found=scan.rest())
+    weight_map: dict[str, str] = {}
+    files: dict[bytes, str] = {}  # each name once in memory
+    if not scan.object():
+        return weight_map
+    for found in scan.run(_ENTRY):
+        name, file = decode_string(found[1]), files.get(found[2])
+        if file is None:
+            file = files[found[2]] = _bare(decode_string(found[2]), name, scan.path)
+        if name in weight_map:
+            raise CheckpointError(scan.path, "twice in the index", tensor=name, expected="one file", found="two")
+        if len(weight_map) == MAX_INDEX_TENSORS:
+            expected = f"at most {MAX_INDEX_TENSORS}"
+            raise CheckpointError(scan.path, "tensors in the index", tensor=name, expected=expected, found="more")
+        weight_map[name] = file
+        if found[3] == b"}":
+            return weight_map
+    name = scan.key()
+    expected = "the name of a .safetensors file"
+    raise CheckpointError(scan.path, "file name", tensor=name, expected=expected, found=scan.rest())
+
+
+def _bare(file: str, name: str, path: Path) -> str:
+    fits = len(file.encode("utf-8")) <= MAX_FILE_NAME_BYTES and file.isprintable()
+    if not (fits and file.endswith(".safetensors") and not set(file) & set("/\\")):
+        expected = "a .safetensors file in this folder"
+        raise CheckpointError(path, "file name", tensor=name, expected=expected, found=repr(file[:300]))
+    return file
+
+
+def _total_size(metadata: Any, path: Path) -> int | None:
+    if metadata is not None and not isinstance(metadata, dict):
+        raise CheckpointError(path, "metadata", expected="an object", found=repr(metadata)[:200])
+    total = (metadata or {}).get("total_size")
+    if total is None:
+        return None
+    if isinstance(total, bool) or not isinstance(total, int | float) or total < 0 or total != int(total):
+        raise CheckpointError(path, "metadata.total_size", expected="a number of bytes", found=repr(total)[:200])
+    return int(total)
 
 
 def _what_is_there(folder: Path) -> str:
-    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
+    pickles = sorted(str(p.relative_to(folder)) for pattern in _PICKLES for p in folder.glob(pattern))
     if pickles:
         return f"{pickles[0]}, a pickle: it can run code and is never read; convert it to safetensors first"
-    return "none of these"
+    if os.path.lexists(folder / "adapter_model.safetensors"):
+        return "adapter_model.safetensors: an adapter, which needs its model"
+    others = sorted(p.name for pattern in _OTHERS for p in folder.glob(pattern))
+    return f"{others[0]}" if others else "none of these"

@@ -8,18 +8,24 @@ with offsets from the start of the data. The safetensors library accepts everyth
 """
 
 import math
-import os
-import stat
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe.checkpoint.strict_json import parse_json
+from moe.checkpoint.files import open_regular, read_exactly, recognise
+from moe.checkpoint.strict_json import KEY, NEXT, WS, Scanner, decode_string
 from moe.errors import CheckpointError
 
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_NAME_BYTES = 1024
 MAX_DIMENSIONS = 8
+
+LARGEST_MAX_HEADER_BYTES = 100 * 2**20
+_LIBRARY_MAX_HEADER_BYTES = 100_000_000
+_BYTES_PER_TENSOR = 128  # of the bound on headers: a real entry has that many, a made-up one half, and costs the same
+
+METADATA = "__metadata__"
 
 DTYPE_BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -47,34 +53,110 @@ class TensorInfo:
         return math.prod(self.shape)
 
 
-def read_bounded(path: Path, limit: int) -> bytes:
-    """The content of a regular file of at most `limit` bytes."""
-    size = _regular_size(path)
-    if size > limit:
-        raise CheckpointError(path, "file too large", expected=f"at most {limit} bytes", found=size)
-    return path.read_bytes()
+def read_header(path: Path, *, max_header_bytes: int = MAX_HEADER_BYTES) -> dict[str, TensorInfo]:
+    """Name -> `TensorInfo` for every tensor of the file, in the order of their bytes.
+
+    A header of more than `max_header_bytes`, at most 100 MiB, is refused, and so is one of more tensors than one for
+    each 128 of these bytes.
+    """
+    if not 2 <= max_header_bytes <= LARGEST_MAX_HEADER_BYTES:
+        allowed = f"2 to {LARGEST_MAX_HEADER_BYTES}"
+        raise ValueError(f"max_header_bytes = {max_header_bytes}: expected {allowed}")
+    file, size = open_regular(path)
+    with file:
+        head = read_exactly(file, min(size, 512), path)
+        if size < 8:
+            found = recognise(head) or f"{size} bytes"
+            raise CheckpointError(path, "truncated before the header", expected="8 bytes of length", found=found)
+        length = int.from_bytes(head[:8], "little")
+        limit = min(max_header_bytes, _LIBRARY_MAX_HEADER_BYTES)
+        if length > min(limit, size - 8):
+            allowed = f"at most {limit}, and {size - 8} bytes follow"
+            found = recognise(head) or length
+            raise CheckpointError(path, "not a safetensors file: header length", expected=allowed, found=found)
+        if not length or head[8:9] != b"{":
+            found = recognise(head) or (repr(head[8 : min(16, 8 + length)]) if length else "a length of 0")
+            raise CheckpointError(path, "not a safetensors file: header", expected="'{' first", found=found)
+        file.seek(8)
+        tensors = _read(Scanner(file, length, path), 8 + length, max_header_bytes // _BYTES_PER_TENSOR)
+    return _in_order(tensors, path, 8 + length, size)
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Name -> `TensorInfo` for every tensor of the file, in the order of their bytes."""
-    size = _regular_size(path)
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise CheckpointError(path, "truncated before the header", expected="8 bytes of length", found=len(prefix))
-        length = int.from_bytes(prefix, "little")
-        if length > min(MAX_HEADER_BYTES, size - 8):
-            allowed = f"at most {MAX_HEADER_BYTES}, and {size - 8} bytes follow"
-            raise CheckpointError(path, "not a safetensors file: header length", expected=allowed, found=length)
-        text = file.read(length)
-    if not text.startswith(b"{"):
-        raise CheckpointError(path, "not a safetensors file: header", expected="'{' first", found=repr(text[:8]))
-    header = parse_json(text, path)
-    _check_metadata(header.pop("__metadata__", {}), path)
-    start = 8 + length
-    tensors = sorted((_tensor(name, entry, path, start) for name, entry in header.items()), key=_extent)
+def _read(scan: Scanner, start: int, limit: int) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    has_metadata = False
+    going = scan.object()
+    while going:
+        going = _read_plain(scan, start, limit, tensors)
+        if not going:
+            break
+        name = scan.key()
+        if name == METADATA:
+            if has_metadata:
+                raise CheckpointError(scan.path, f"{METADATA} twice in the header", expected="one", found="two")
+            has_metadata = True
+            _skip_metadata(scan, limit)
+        else:
+            _check_name(name, scan.path)
+            _add(tensors, _tensor(name, scan, start), limit)
+        going = scan.more()
+    scan.end()
+    return tensors
+
+
+def _add(tensors: dict[str, TensorInfo], tensor: TensorInfo, limit: int) -> None:
+    name = tensor.name
+    if name in tensors:
+        raise CheckpointError(tensor.path, "twice in the header", tensor=name, expected="one", found="two")
+    if len(tensors) == limit:
+        raise CheckpointError(
+            tensor.path, "tensors in one file", tensor=name, expected=f"at most {limit}", found="more"
+        )
+    tensors[name] = tensor
+
+
+def _read_plain(scan: Scanner, start: int, limit: int, tensors: dict[str, TensorInfo]) -> bool:
+    """Add entries as long as they are valid, several times as fast as `_tensor`; whether anything is left."""
+    path = scan.path
+    # What was found for a dtype and a shape before: most tensors of a model are alike.
+    known: dict[tuple[bytes, bytes], tuple[str, tuple[int, ...], int]] = {}
+    for found in scan.run(_PLAIN):
+        raw, dtype, shape, begin, end, after = found.groups()
+        name = decode_string(raw)
+        size = known.get((dtype, shape))
+        if size is None:
+            if len(known) >= 1024:
+                known.clear()
+            size = known[dtype, shape] = _size(dtype, shape)
+        offset = int(begin)
+        is_name = 0 < len(raw) <= MAX_NAME_BYTES and name.isprintable() and name != METADATA
+        if not is_name or int(end) - offset != size[2]:
+            scan.back(found)
+            return True
+        _add(tensors, TensorInfo(name, path, size[0], size[1], start + offset, size[2]), limit)
+        if after == b"}":
+            return False
+    return True
+
+
+def _size(dtype: bytes | None, shape: bytes | None) -> tuple[str, tuple[int, ...], int]:
+    """dtype, shape and bytes; -1 bytes where they make no tensor, or a key stands twice and another is missing."""
+    if dtype is None or shape is None:
+        return "", (), -1
+    name, sizes = dtype.decode(), tuple(map(int, shape.split(b","))) if shape else ()
+    bits = math.prod(sizes) * DTYPE_BITS.get(name, 1)
+    fits = name in DTYPE_BITS and math.prod(filter(None, sizes)) < 2**63 and bits % 8 == 0
+    return name, sizes, bits // 8 if fits else -1
+
+
+def _in_order(tensors: dict[str, TensorInfo], path: Path, start: int, size: int) -> dict[str, TensorInfo]:
     end = start
-    for tensor in tensors:
+    ordered = sorted(tensors.values(), key=_extent)
+    for tensor in ordered:
+        if tensor.offset + tensor.nbytes > size:
+            problem, found = "truncated, or offsets that lead beyond the file", tensor.offset + tensor.nbytes - start
+            raise CheckpointError(path, problem, tensor=tensor.name, expected=f"at most {size - start}", found=found)
+    for tensor in ordered:
         if tensor.offset != end:
             problem = "data overlaps another tensor's" if tensor.offset < end else "unused bytes before the data"
             raise CheckpointError(
@@ -82,41 +164,64 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             )
         end += tensor.nbytes
     if end != size:
-        problem = "truncated" if end > size else "trailing bytes"
-        raise CheckpointError(path, problem, expected=f"{end} bytes by its header", found=size)
-    return {tensor.name: tensor for tensor in tensors}
-
-
-def _regular_size(path: Path) -> int:
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise CheckpointError(path, error.strerror or "cannot be read") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(path, "not a regular file")
-    return status.st_size
+        raise CheckpointError(path, "trailing bytes", expected=f"{end} bytes by its header", found=size)
+    return {tensor.name: tensor for tensor in ordered}
 
 
 def _extent(tensor: TensorInfo) -> tuple[int, int]:
     return tensor.offset, tensor.nbytes
 
 
-def _check_metadata(metadata: Any, path: Path) -> None:
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(path, "__metadata__", expected="an object of strings")
+def _skip_metadata(scan: Scanner, limit: int) -> None:
+    def fail(expected: str, found: str) -> CheckpointError:
+        return CheckpointError(scan.path, METADATA, expected=expected, found=found)
+
+    if not scan.rest().startswith("{"):
+        raise fail("an object of strings", scan.rest())
+    keys: set[str] = set()
+    going = scan.object()
+    while going:
+        key = scan.key()
+        if key in keys:
+            raise fail("each key once", f"{key[:80]!r} twice")
+        keys.add(key)
+        if len(keys) > limit:
+            raise fail(f"at most {limit} keys", "more")
+        if not scan.skip_string():
+            raise fail("an object of strings", f"{key[:80]!r}: {scan.rest()}")
+        going = scan.more()
 
 
-def _tensor(name: str, entry: Any, path: Path, start: int) -> TensorInfo:
+def _check_name(name: str, path: Path) -> None:
+    length = len(name.encode("utf-8"))
+    if not name or length > MAX_NAME_BYTES or not name.isprintable():
+        found = "an empty name" if not name else f"{length} bytes" if name.isprintable() else repr(name[:80])
+        expected = f"1 to {MAX_NAME_BYTES} bytes of printable characters"
+        raise CheckpointError(path, "tensor name", tensor=name, expected=expected, found=found)
+
+
+_NATURAL = rb"(?:0|[1-9][0-9]{0,17}+)"
+_COMMA = WS + rb"," + WS
+_COLON = WS + rb":" + WS
+_MEMBER = (
+    (rb'(?:"dtype"' + _COLON + rb'"([A-Z0-9_]++)"|"shape"' + _COLON + rb"\[" + WS)
+    + (rb"((?:" + _NATURAL + rb"(?:" + _COMMA + _NATURAL + rb"){0,7}+)?+)" + WS + rb'\]|"data_offsets"' + _COLON)
+    + (rb"\[" + WS + rb"(" + _NATURAL + rb")" + _COMMA + rb"(" + _NATURAL + rb")" + WS + rb"\])")
+)
+# Three members: where each of the three has been found, each stands once.
+_PLAIN = re.compile(
+    KEY + rb"\{" + WS + rb"(?:" + _MEMBER + rb"(?:" + _COMMA + rb"(?!\})|" + WS + rb"(?=\}))){3}\}" + NEXT
+)
+
+
+def _tensor(name: str, scan: Scanner, start: int) -> TensorInfo:
     def fail(problem: str, expected: Any, found: Any) -> CheckpointError:
-        shown = repr(found)
-        return CheckpointError(
-            path, problem, tensor=name, expected=expected, found=shown if len(shown) < 200 else shown[:200] + "…"
-        )
+        return CheckpointError(scan.path, problem, tensor=name, expected=expected, found=repr(found)[:200])
 
-    encoded = name.encode("utf-8", "surrogatepass")
-    if not encoded or len(encoded) > MAX_NAME_BYTES or not name.isprintable():
-        shown = repr(name[:40])
-        raise CheckpointError(path, "tensor name", expected=f"1 to {MAX_NAME_BYTES} printable characters", found=shown)
+    try:
+        entry = scan.value()
+    except CheckpointError as error:
+        raise fail(f"entry: {error.__cause__}", "exactly dtype, shape and data_offsets", scan.rest()) from error
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise fail("entry", "exactly dtype, shape and data_offsets", entry)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -130,7 +235,7 @@ def _tensor(name: str, entry: Any, path: Path, start: int) -> TensorInfo:
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if 8 * (end - begin) != bits:
         raise fail("data_offsets", f"{-(-bits // 8)} bytes for {dtype} {shape}", end - begin)
-    return TensorInfo(name, path, dtype, tuple(shape), start + begin, end - begin)
+    return TensorInfo(name, scan.path, dtype, tuple(shape), start + begin, end - begin)
 
 
 def _is_sizes(value: Any) -> bool:

@@ -2,15 +2,20 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from moe.checkpoint.config_json import parse_config
-from moe.checkpoint.families import FAMILIES, Family, Names, family_of
+from moe.checkpoint.families import MXFP4, Family, Names, Reordered, Table, family_of
 from moe.checkpoint.folder import CONFIG, locate, read_config_values, read_tensors
-from moe.checkpoint.header import TensorInfo
+from moe.checkpoint.header import MAX_HEADER_BYTES, TensorInfo
+from moe.checkpoint.quantization import Quantization, parse_quantization
+from moe.checkpoint.roles import check_experts
 from moe.config import ModelConfig
 from moe.counts import Shape, parameter_shapes
 from moe.errors import CheckpointError
@@ -18,14 +23,17 @@ from moe.errors import CheckpointError
 logger = logging.getLogger("moe")
 
 MAX_EXPERTS = 2**18  # ten times the largest released model; a config.json from a stranger may ask for billions
+MXFP4_BLOCK = 32  # values that share a scale, in 16 bytes
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A tensor of the files, and what it fills: `state_dict()[parameter][index]`, which has `shape`.
+    """A tensor of the files, and what it fills: `state_dict()[parameter][index]`.
 
+    Its values stand in the file in `shape`. Where `axes` is not None, that shape with its axes told apart is `split`,
+    and `split` permuted by `axes` is what fills the parameter's part (whose sizes then multiply to the same).
     A repeat is one more copy of a parameter that has a slot of its own; where the files have it, it must be equal.
-    `written` says whether a save writes it.
+    `written` says whether a save writes it. A `scale` belongs to the slot of the quantised tensor of that name.
     """
 
     name: str
@@ -34,46 +42,71 @@ class Slot:
     shape: Shape
     repeat: bool = False
     written: bool = True
+    split: Shape = ()
+    axes: tuple[int, ...] | None = None
+    scale_of: str | None = None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def stored(self, parameter: Any) -> Any:
+        """The values of this slot as they stand in the file, from the whole parameter (a torch tensor)."""
+        part = parameter[self.index]
+        if self.axes is None:
+            return part
+        apart = part.reshape([self.split[axis] for axis in self.axes])
+        return apart.permute([self.axes.index(axis) for axis in range(len(self.axes))]).reshape(self.shape)
 
 
-def layout(config: ModelConfig) -> dict[str, Slot]:
-    """File tensor name -> `Slot`, for every tensor that a checkpoint of `config` can have.
+def layout(config: ModelConfig, table: str | None = None, path: Path = Path(CONFIG)) -> dict[str, Slot]:
+    """File tensor name -> `Slot`, for every tensor that a checkpoint of `config` can have in the layout called `table`.
 
-    The slots without repeats tile the parameters: each value of the model has exactly one place in the files.
+    The slots without repeats tile the parameters: each value of the model has exactly one place in the files. None is
+    the layout of a new checkpoint; `path` is for messages.
     """
-    family = family_of(config.model_type, CONFIG)
+    family = family_of(config.model_type, path)
+    names = family.tables[table or next(iter(family.tables))]
     experts = config.n_routed_experts * (config.num_moe_layers + config.num_nextn_predict_layers)
     if experts > MAX_EXPERTS:
-        raise CheckpointError(CONFIG, "experts in all layers", expected=f"at most {MAX_EXPERTS}", found=experts)
+        raise CheckpointError(path, "experts in all layers", expected=f"at most {MAX_EXPERTS}", found=experts)
     slots = {}
     for parameter, shape in parameter_shapes(config).items():
-        prefix, local, names = _table(family, config, parameter)
-        if local not in names:
-            raise CheckpointError(CONFIG, f"{family.model_type} has no name for it", tensor=parameter)
-        for slot in _expand(prefix, names[local], parameter, shape):
+        prefix, local, part = _part(names, config, parameter)
+        if local not in part:
+            raise CheckpointError(path, f"{family.model_type} has no name for it", tensor=parameter)
+        for slot in _expand(prefix, part[local], parameter, shape):
             slots[slot.name] = slot
-    slots.update((slot.name, slot) for slot in _repeats(family, config))
+    slots.update((slot.name, slot) for slot in _repeats(names, config))
     return slots
 
 
-def _table(family: Family, config: ModelConfig, parameter: str) -> tuple[str, str, Names]:
-    """Prefix in the files, name within the table, and the table that names `parameter`."""
+def _part(table: Table, config: ModelConfig, parameter: str) -> tuple[str, str, Names]:
+    """Prefix in the files, name within the part of the table, and the part that names `parameter`."""
     match parameter.split("."):
         case ["layers", layer, *rest]:
-            return family.layer_prefix.format(layer=layer), ".".join(rest), family.block
+            return table.layer_prefix.format(layer=layer), ".".join(rest), table.block
         case ["mtp", module, "block", *rest]:
-            return _mtp_prefix(family, config, int(module)), ".".join(rest), family.block
+            return _mtp_prefix(table, config, int(module)), ".".join(rest), table.block
         case ["mtp", module, *rest]:
-            return _mtp_prefix(family, config, int(module)), ".".join(rest), family.mtp
+            return _mtp_prefix(table, config, int(module)), ".".join(rest), table.mtp
         case _:
-            return "", parameter, family.top
+            return "", parameter, table.top
 
 
-def _mtp_prefix(family: Family, config: ModelConfig, module: int) -> str:
-    return family.layer_prefix.format(layer=config.num_hidden_layers + module)
+def _mtp_prefix(table: Table, config: ModelConfig, module: int) -> str:
+    return table.layer_prefix.format(layer=config.num_hidden_layers + module)
 
 
-def _expand(prefix: str, names: str | tuple[str, ...], parameter: str, shape: Shape) -> Iterator[Slot]:
+def _expand(
+    prefix: str, names: str | tuple[str, ...] | Reordered | MXFP4, parameter: str, shape: Shape
+) -> Iterator[Slot]:
+    if isinstance(names, MXFP4):
+        yield from _expand_mxfp4(prefix, names, parameter, shape)
+        return
+    if isinstance(names, Reordered):
+        yield _reordered(prefix + names.name, names.file, names.model, parameter, shape)
+        return
     names = (names,) if isinstance(names, str) else names
     stacked = "{expert}" in names[0]
     rows, *rest = shape[1:] if stacked else shape
@@ -86,19 +119,83 @@ def _expand(prefix: str, names: str | tuple[str, ...], parameter: str, shape: Sh
             yield Slot(prefix + name.format(expert=expert), parameter, index, (part, *rest))
 
 
-def _repeats(family: Family, config: ModelConfig) -> Iterator[Slot]:
+def _reordered(name: str, file: str, model: str, parameter: str, shape: Shape) -> Slot:
+    """`shape` is the model's, in which "two" and the axis after it are one."""
+    mine, theirs = model.split(), file.split()
+    sizes = list(shape)
+    if "two" in mine:
+        at = mine.index("two")
+        sizes[at : at + 1] = [2, shape[at] // 2]
+    size = dict(zip(mine, sizes, strict=True))
+    split = tuple(size[axis] for axis in theirs)
+    joined = split if "two" not in theirs else _joined(theirs, size)
+    return Slot(name, parameter, (), joined, split=split, axes=tuple(theirs.index(axis) for axis in mine))
+
+
+def _joined(axes: list[str], size: Mapping[str, int]) -> Shape:
+    """The shape in the files: "two" and the axis before it are one."""
+    at = axes.index("two")
+    sizes = [size[axis] for axis in axes]
+    return (*sizes[: at - 1], 2 * sizes[at - 1], *sizes[at + 1 :])
+
+
+def _expand_mxfp4(prefix: str, names: MXFP4, parameter: str, shape: Shape) -> Iterator[Slot]:
+    experts, rows, columns = shape
+    if columns % MXFP4_BLOCK:
+        problem = f"MXFP4 needs a multiple of {MXFP4_BLOCK} columns"
+        raise CheckpointError(CONFIG, problem, tensor=parameter, found=columns)
+    blocks = columns // MXFP4_BLOCK
+    rows_in, rows_out = ("f two", "two f") if names.interleaved else ("f", "f")
+    name = prefix + names.name + "_blocks"
+    for kind, last in (("_blocks", (blocks, MXFP4_BLOCK // 2)), ("_scales", (blocks,))):
+        axes = " ".join(("b", "c")[: len(last)])
+        part = _reordered(
+            prefix + names.name + kind,
+            f"e {rows_in} {axes}",
+            f"e {rows_out} {axes}",
+            parameter + kind,
+            (experts, rows, *last),
+        )
+        yield dataclasses.replace(part, scale_of=name if kind == "_scales" else None)
+
+
+def _repeats(table: Table, config: ModelConfig) -> Iterator[Slot]:
     shape = (config.vocab_size, config.hidden_size)
     head = "lm_head.weight"
     source = {head: "embed_tokens.weight"} if config.tie_word_embeddings else {}
     for module in range(config.num_nextn_predict_layers):
-        prefix = _mtp_prefix(family, config, module)
-        for parameter, name in family.mtp_repeats.items():
+        prefix = _mtp_prefix(table, config, module)
+        for parameter, name in table.mtp_repeats.items():
             yield Slot(prefix + name, source.get(parameter, parameter), (), shape, repeat=True)
     if config.tie_word_embeddings:
-        name = family.top[head]
+        name = table.top[head]
         assert isinstance(name, str)
         # transformers leaves it out as well
         yield Slot(name, "embed_tokens.weight", (), shape, repeat=True, written=False)
+
+
+def with_scales(
+    slots: Mapping[str, Slot], table: Table, block_size: tuple[int, int], quantised: Iterable[str]
+) -> dict[str, Slot]:
+    """The slots, and one for the scales of each of the `quantised` tensors, which are matrices in FP8 blocks.
+
+    The scales of a parameter are those of its parts, one after the other: of [E, 2F, D] they are
+    [E, 2 ceil(F / b), ceil(D / b)], each half with blocks of its own.
+    """
+    result = dict(slots)
+    ending, scale_ending = table.scale
+    for name in quantised:
+        slot = slots[name]
+        shape = tuple(-(-size // block) for size, block in zip(slot.shape, block_size, strict=True))
+        index = tuple(
+            slice(i.start // slot.shape[0] * shape[0], i.stop // slot.shape[0] * shape[0])
+            if isinstance(i, slice)
+            else i
+            for i in slot.index
+        )
+        scale = name.removesuffix(ending) + scale_ending
+        result[scale] = Slot(scale, slot.parameter + "_scale_inv", index, shape, slot.repeat, scale_of=name)
+    return result
 
 
 @dataclass(frozen=True)
@@ -107,6 +204,8 @@ class Plan:
 
     Attributes:
         config: without MTP modules where the files have none of their tensors, whatever config.json says.
+        table: the layout of the files, by its name in the family.
+        quantization: how their quantised tensors are to be read, or None.
         tensors: all that the files hold.
         slots: what they should hold.
         missing, unexpected, misshaped: names; repeats are never missing.
@@ -114,6 +213,8 @@ class Plan:
 
     folder: Path
     config: ModelConfig
+    table: str
+    quantization: Quantization | None
     tensors: dict[str, TensorInfo]
     slots: dict[str, Slot]
     missing: tuple[str, ...]
@@ -137,32 +238,76 @@ class Plan:
             )
 
 
-def plan(folder: str | PathLike[str]) -> Plan:
+def plan(folder: str | PathLike[str], *, max_header_bytes: int = MAX_HEADER_BYTES) -> Plan:
     """Read config.json and the headers of `folder`, and compare them."""
     path = locate(folder)
     values = read_config_values(path)
     config = parse_config(values, path / CONFIG)
-    tensors = read_tensors(path)
-    config = _with_mtp_of_files(config, tensors)
-    slots = layout(config)
+    quantization = parse_quantization(values, path / CONFIG)
+    tensors = read_tensors(path, max_header_bytes=max_header_bytes)
+    family = family_of(config.model_type, path)
+    table = _table_of(family, tensors)
+    names = family.tables[table]
+    config = _with_mtp_of_files(names, config, tensors)
+    if table == "experts":
+        modules = config.num_moe_layers + config.num_nextn_predict_layers
+        check_experts(config.n_routed_experts * modules, tensors, path / CONFIG)
+    slots = layout(config, table, path / CONFIG)
+    if quantization is not None and quantization.block_size is not None:
+        fp8 = (n for n, info in tensors.items() if info.dtype == "F8_E4M3" and n in slots and len(slots[n].shape) == 2)
+        slots = with_scales(slots, names, quantization.block_size, fp8)
     return Plan(
         folder=path,
         config=config,
+        table=table,
+        quantization=quantization,
         tensors=tensors,
         slots=slots,
-        missing=tuple(name for name, slot in slots.items() if not slot.repeat and name not in tensors),
+        missing=tuple(name for name, slot in slots.items() if name not in tensors and _is_needed(slot, tensors)),
         # Nothing is lost with a tensor that holds nothing: transformers writes shared experts of width 0.
         unexpected=tuple(name for name in tensors if name not in slots and tensors[name].numel),
         misshaped=tuple(name for name in tensors if name in slots and tensors[name].shape != slots[name].shape),
     )
 
 
-def _with_mtp_of_files(config: ModelConfig, tensors: dict[str, TensorInfo]) -> ModelConfig:
+def _is_needed(slot: Slot, tensors: Mapping[str, TensorInfo]) -> bool:
+    return not slot.repeat or slot.scale_of in tensors
+
+
+def _table_of(family: Family, tensors: Mapping[str, TensorInfo]) -> str:
+    """The layout with most of the kinds of names in the files: of a damaged checkpoint, too, the error is about what is
+    missing."""
+    found = {_NUMBER.sub("#", name) for name in tensors}
+    return max(family.tables, key=lambda name: len(found & _kinds(family.tables[name])))
+
+
+_NUMBER = re.compile(r"\d+")
+
+
+def _kinds(table: Table) -> set[str]:
+    """The names of a layout with "#" for every number."""
+    kinds: set[str] = set()
+    for prefix, names in (("", table.top), (table.layer_prefix, table.block), (table.layer_prefix, table.mtp)):
+        for entry in names.values():
+            match entry:
+                case MXFP4():
+                    found = (entry.name + "_blocks", entry.name + "_scales")
+                case Reordered():
+                    found = (entry.name,)
+                case str():
+                    found = (entry,)
+                case _:
+                    found = entry
+            kinds |= {_NUMBER.sub("#", (prefix + name).format(layer="#", expert="#")) for name in found}
+    return kinds
+
+
+def _with_mtp_of_files(table: Table, config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> ModelConfig:
     """transformers writes num_nextn_predict_layers: 1 and no such layer; then the model has none."""
     modules = config.num_nextn_predict_layers
     if not modules:
         return config
-    prefixes = tuple(_mtp_prefix(FAMILIES[config.model_type], config, k) for k in range(modules))
+    prefixes = tuple(_mtp_prefix(table, config, k) for k in range(modules))
     if any(name.startswith(prefixes) for name in tensors):
         return config
     logger.warning(

@@ -21,8 +21,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
+from moe.checkpoint.files import read_bounded
 from moe.checkpoint.folder import CARRIED, CONFIG, INDEX, MANIFEST, locate
-from moe.checkpoint.header import TensorInfo, read_bounded, read_header
+from moe.checkpoint.header import TensorInfo, read_header
 from moe.checkpoint.strict_json import parse_json
 from moe.errors import CheckpointError
 

@@ -1,73 +1,153 @@
 """`load`: from a folder of safetensors straight into the parameters of a new model."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, Self
 
 import torch
 from torch import Tensor
 
-from moe.checkpoint.folder import CONFIG, locate, read_carried, read_config_values
-from moe.checkpoint.header import TensorInfo
+from moe.checkpoint.files import open_regular, read_exactly
+from moe.checkpoint.folder import CONFIG, read_carried
+from moe.checkpoint.header import MAX_HEADER_BYTES, TensorInfo
+from moe.checkpoint.hub import find
 from moe.checkpoint.layout import Plan, Slot, plan
-from moe.counts import parameter_shapes
+from moe.checkpoint.memory import check_fits
+from moe.checkpoint.progress import Progress
+from moe.checkpoint.roles import check_dtype, check_scales
+from moe.counts import Shape, parameter_shapes
 from moe.errors import CheckpointError
+from moe.layer import Experts
 from moe.model import Transformer
+from moe.ops import dequantize_blocks, dequantize_mxfp4
+from moe.quantized import FP8Experts, FP8Linear, MXFP4Experts
 
 # safetensors names of the dtypes that weights may have
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SCALES = {"F32": torch.float32, "F8_E8M0": torch.float8_e8m0fnu}
+STORED = DTYPES | SCALES | {"F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8}
 
-_CHUNK = 64 * 2**20
+BIAS = "e_score_correction_bias"  # fp32 in every model
+
+_CHUNK = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a model remembers of the folder that it was loaded from, so that a save writes the same tensors.
+
+    Attributes:
+        table: the layout of its files.
+        omitted: repeats that the files did without.
+        biases: correction bias -> the narrower dtype that it was stored in.
+        quantization: the object in config.json, if quantised tensors were kept.
+        block_size: of FP8 that was kept.
+    """
+
+    table: str
+    omitted: frozenset[str]
+    biases: Mapping[str, torch.dtype]
+    quantization: Mapping[str, Any] | None
+    block_size: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of the files and the part of a parameter that it fills.
+
+    `rows` are those of the tensor's first dimension that are read. `scale` is the tensor of scales with which a
+    quantised one is dequantised; None if its bytes are copied.
+    """
+
+    info: TensorInfo
+    slot: Slot
+    parameter: str
+    index: tuple[int | slice, ...]
+    rows: range
+    scale: TensorInfo | None
+
+    def of(self, experts: range) -> "Piece | None":
+        """The part of it that is of these experts, where the parameter has no others; None if there is none."""
+        if ".mlp.experts." not in self.parameter:
+            return self
+        if not self.index:
+            return replace(self, rows=experts)
+        if self.index[0] not in experts:
+            return None
+        return replace(self, index=(int(self.index[0]) - experts.start, *self.index[1:]))  # pyright: ignore
+
+    @property
+    def row_bytes(self) -> int:
+        return self.info.nbytes // max(self.info.shape[0] if self.info.shape else 1, 1)
 
 
 def load(
     folder: str | PathLike[str],
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | Literal["auto"] = "auto",
+    dtype: torch.dtype | Literal["auto", "keep"] = "auto",
+    *,
+    experts: range | None = None,
+    max_header_bytes: int = MAX_HEADER_BYTES,
+    progress: bool | None = None,
 ) -> Transformer:
     """The model in a Hugging Face checkpoint folder, in eval mode.
 
-    Everything that headers can tell is checked before anything is allocated. Bytes go straight into the final
-    parameters; what is converted or sent to another device goes through one buffer of 64 MiB.
+    Everything that headers can tell is checked before anything is allocated, and a model that does not fit into the
+    device's free memory is refused. Bytes go straight into the final parameters; what is converted or sent to another
+    device goes through a buffer of 16 MiB.
 
     Args:
-        folder: config.json and safetensors; pickles are never read.
+        folder: config.json and safetensors; pickles are never read. A name like "org/model" that is no folder here is
+            looked up with huggingface_hub, if that is installed: in its cache, and online where it may be.
         device: where the parameters shall be.
         dtype: "auto" keeps each tensor as stored, and the parts of one parameter (all experts of a layer) must then be
-            stored alike. A floating dtype converts everything but the router's correction bias, which is fp32 always
-            (a bf16 or fp16 one is widened, exactly).
+            stored alike; quantised tensors (FP8 blocks, MXFP4) are dequantised to bfloat16. "keep" is the same but
+            leaves quantised tensors as they are, frozen: each use dequantises them, and a save writes the same bytes. A
+            floating dtype converts everything but the router's correction bias, which is fp32 always (a bf16 or fp16
+            one is widened, exactly).
+        experts: read and hold only these routed experts of each layer, a rank's share; such a model runs only under a
+            dispatcher that knows where the others are.
+        max_header_bytes: of one file; a released checkpoint's are far below the default of 16 MiB. At most 100 MiB.
+        progress: a bar on stderr; None: if that is a terminal.
 
     Raises:
         CheckpointError: naming file, tensor, what was expected and what was found. A tensor is missing, unexpected or
             mis-shaped; or has a dtype that is not for weights; or a repeated embedding or head differs from the
-            model's own; or the folder is quantised or of an unknown family, or malformed.
+            model's own; or the folder is of an unknown family or quantisation, too large, or malformed.
     """
-    if dtype != "auto" and dtype not in DTYPES.values():
-        raise ValueError(f"dtype = {dtype!r}: expected 'auto' or one of {', '.join(map(str, DTYPES.values()))}")
-    path = locate(folder)
+    if dtype not in ("auto", "keep", *DTYPES.values()):
+        raise ValueError(f"dtype = {dtype!r}: expected 'auto', 'keep' or one of {', '.join(map(str, DTYPES.values()))}")
+    path = find(folder)
     identity = _identity(path)
-    todo = plan(path)
-    _refuse_quantised(path)
+    todo = plan(path, max_header_bytes=max_header_bytes)
     todo.check()
-    dtypes = _dtypes(todo, dtype)
+    check_dtypes(todo)
+    mine = _experts(todo, experts)
+    found = [part for piece in pieces(todo, keep=dtype == "keep") if (part := piece.of(mine)) is not None]
+    dtypes = _dtypes(found, dtype)
+    shapes = _shapes(todo, found, experts)
+    check_fits(path, sum(math.prod(s) * dtypes[name].itemsize for name, s in shapes.items()), torch.device(device))
     _check_repeats(todo)
     carried = read_carried(path)
 
     with torch.device("meta"):
         model = Transformer(todo.config)
-    shapes = parameter_shapes(todo.config)
-    state = {name: torch.empty(shapes[name], dtype=dtypes[name], device=device) for name in shapes}
-    staging = torch.empty(0, dtype=torch.uint8)
-    for file, tensors in _by_file(todo).items():
-        with file.open("rb", buffering=0) as opened:
-            for info, slot in tensors:
-                staging = _read(opened, info, state[slot.parameter][slot.index], staging)
+    state = {name: torch.empty(shape, dtype=dtypes[name], device=device) for name, shape in shapes.items()}
+    with Progress("loading", sum(p.row_bytes * len(p.rows) for p in found), progress) as bar, Files(bar) as files:
+        for piece in found:
+            destination = state[piece.parameter][piece.index]
+            fill(files, piece, destination, todo)
+            if piece.slot.scale_of is not None:
+                check_scales(piece.info, destination)
     if _identity(path) != identity:
         # A save swaps the whole folder: headers and bytes may be of two checkpoints.
         raise CheckpointError(path, "replaced by another checkpoint while it was read; load it again")
-    model.load_state_dict(state, strict=True, assign=True)
+    _adopt(model, state, todo)
     model.carried_files = carried
+    model.origin = _origin(todo, kept=dtype == "keep")
     return model.eval()
 
 
@@ -77,40 +157,98 @@ def _identity(folder: Path) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, config.stat().st_mtime_ns if config.exists() else 0
 
 
-def _refuse_quantised(folder: Path) -> None:
-    values = read_config_values(folder)
-    for key in ("quantization_config", "compression_config"):
-        if values.get(key) is not None:
-            raise CheckpointError(folder / CONFIG, f"{key}: quantised weights cannot be loaded yet", expected="null")
+def _experts(todo: Plan, experts: range | None) -> range:
+    count = todo.config.n_routed_experts
+    if experts is None:
+        return range(count)
+    if experts.step != 1 or not 0 <= experts.start < experts.stop <= count:
+        raise ValueError(f"experts = {experts}: expected a range within the {count} experts, step 1, not empty")
+    return experts
 
 
-def _dtypes(todo: Plan, dtype: torch.dtype | Literal["auto"]) -> dict[str, torch.dtype]:
+def pieces(todo: Plan, *, keep: bool) -> Iterator[Piece]:
+    """What is read for all experts, file by file and from front to back; with `keep`, as it is."""
+    scales = {slot.scale_of: todo.tensors[name] for name, slot in todo.slots.items() if slot.scale_of in todo.tensors}
+    for name, info in todo.tensors.items():
+        slot = todo.slots.get(name)
+        if slot is None or slot.repeat or (slot.scale_of is not None and not keep):
+            continue
+        scale = None if keep else scales.get(name)
+        parameter = slot.parameter
+        if scale is not None and slot.axes is not None:
+            parameter = parameter.removesuffix("_blocks")
+        yield Piece(info, slot, parameter, slot.index, range(info.shape[0] if info.shape else 1), scale)
+
+
+def _dtypes(pieces: list[Piece], dtype: torch.dtype | Literal["auto", "keep"]) -> dict[str, torch.dtype]:
     """Parameter -> the dtype that it shall have."""
+    result: dict[str, torch.dtype] = {}
     stored: dict[str, TensorInfo] = {}
+    for piece in pieces:
+        info, name = piece.info, piece.parameter
+        first = stored.setdefault(name, info)
+        if dtype in ("auto", "keep") and info.dtype != first.dtype:
+            problem = f"dtype differs within {name}; load with dtype=torch.float32 or another to convert"
+            expected = f"{first.dtype}, as {first.name} has"
+            raise CheckpointError(info.path, problem, tensor=info.name, expected=expected, found=info.dtype)
+        if name.endswith(BIAS):
+            result[name] = torch.float32
+        elif isinstance(dtype, torch.dtype):
+            result[name] = dtype
+        else:
+            result[name] = torch.bfloat16 if piece.scale is not None else STORED[info.dtype]
+    return result
+
+
+def check_dtypes(todo: Plan) -> None:
+    """Raise for what a tensor's role does not allow."""
+    scaled = {slot.scale_of for slot in todo.slots.values()}
     for name, slot in todo.slots.items():
         info = todo.tensors.get(name)
         if info is None:
             continue
-        is_bias = slot.parameter.endswith("e_score_correction_bias")
-        allowed = [d for d in DTYPES if not (is_bias and d == "F64")]
-        if info.dtype not in allowed:
-            raise CheckpointError(info.path, "dtype", tensor=name, expected=" or ".join(allowed), found=info.dtype)
-        if slot.repeat:
-            continue
-        first = stored.setdefault(slot.parameter, info)
-        if dtype == "auto" and info.dtype != first.dtype:
-            problem = f"dtype differs within {slot.parameter}; load with dtype=torch.float32 or another to convert"
-            expected = f"{first.dtype}, as {first.name} has"
-            raise CheckpointError(info.path, problem, tensor=name, expected=expected, found=info.dtype)
-    dtypes = {name: DTYPES[info.dtype] if dtype == "auto" else dtype for name, info in stored.items()}
-    return {n: torch.float32 if n.endswith("e_score_correction_bias") else d for n, d in dtypes.items()}
+        if slot.parameter.endswith(("_blocks", "_scales")):
+            _only(info, "U8")
+        elif slot.scale_of is not None:
+            _only(info, *SCALES)
+        else:
+            check_dtype(info, slot.parameter, quantised=("F8_E4M3",) if name in scaled else ())
+
+
+def _only(info: TensorInfo, *allowed: str) -> None:
+    if info.dtype not in allowed:
+        raise CheckpointError(info.path, "dtype", tensor=info.name, expected=" or ".join(allowed), found=info.dtype)
+
+
+def _shapes(todo: Plan, pieces: list[Piece], experts: range | None) -> dict[str, Shape]:
+    """Parameter -> shape, of all that the pieces fill."""
+    known = parameter_shapes(todo.config)
+    shapes: dict[str, Shape] = {}
+    for piece in pieces:
+        name = piece.parameter
+        if name in known:
+            shapes[name] = known[name]
+            if experts is not None and ".mlp.experts." in name:
+                shapes[name] = (len(experts), *known[name][1:])
+        else:  # scales and blocks that are kept: as far as their pieces reach
+            inner = (len(piece.rows), *piece.info.shape[1:])
+            shapes[name] = _reach(shapes.get(name, ()), piece.index, inner)
+    return shapes
+
+
+def _reach(so_far: Shape, index: tuple[int | slice, ...], inner: Shape) -> Shape:
+    """The smallest shape that holds `so_far` and `inner` at `index`."""
+    ends = [i.stop if isinstance(i, slice) else i + 1 for i in index]
+    slices = sum(isinstance(i, slice) for i in index)
+    reach = (*ends, *inner[slices:])
+    return tuple(map(max, so_far, reach)) if so_far else reach
 
 
 def _check_repeats(todo: Plan) -> None:
     """A repeat that is not bit-equal to the tensor that the model has would be lost without a word."""
     originals = {slot.parameter: name for name, slot in todo.slots.items() if not slot.repeat and not slot.index}
     for name, slot in todo.slots.items():
-        if not slot.repeat or name not in todo.tensors:
+        if not slot.repeat or name not in todo.tensors or slot.parameter not in originals:
             continue
         info, original = todo.tensors[name], todo.tensors[originals[slot.parameter]]
         equal = info.dtype == original.dtype and all(
@@ -126,52 +264,185 @@ def _check_repeats(todo: Plan) -> None:
 
 
 def _chunks(info: TensorInfo) -> Iterator[bytes]:
-    with info.path.open("rb") as file:
+    file, _ = open_regular(info.path)
+    with file:
         file.seek(info.offset)
         for begin in range(0, info.nbytes, _CHUNK):
-            chunk = file.read(min(_CHUNK, info.nbytes - begin))
-            if not chunk:
+            yield read_exactly(file, min(_CHUNK, info.nbytes - begin), info.path)
+
+
+class Files:
+    """Reads parts of tensors; keeps one file of weights and one of scales open, and one buffer."""
+
+    def __init__(self, bar: Progress) -> None:
+        self.bar = bar
+        self.open: dict[Path, BinaryIO] = {}
+        self.staging = torch.empty(0, dtype=torch.uint8)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self.open.values():
+            file.close()
+
+    def read_into(self, info: TensorInfo, begin: int, buffer: Tensor) -> None:
+        """Fill the contiguous CPU tensor `buffer` with the tensor's bytes from `begin` on."""
+        file = self._file(info.path)
+        file.seek(info.offset + begin)
+        view = buffer.view(-1).view(torch.uint8).numpy().data
+        while view:
+            count = file.readinto(view)  # pyright: ignore[reportAttributeAccessIssue]
+            if not count:
                 raise _shortened(info)
-            yield chunk
+            view = view[count:]
+            self.bar.advance(count)
+
+    def read(self, info: TensorInfo, rows: range) -> Tensor:
+        """Some of the tensor's rows, in the buffer: good until the next call."""
+        row = info.nbytes // max(info.shape[0], 1)
+        if self.staging.numel() < row * len(rows):
+            self.staging = torch.empty(row * len(rows), dtype=torch.uint8)
+        part = self.staging[: row * len(rows)].view(STORED[info.dtype]).view(len(rows), *info.shape[1:])
+        self.read_into(info, rows.start * row, part)
+        return part
+
+    def _file(self, path: Path) -> BinaryIO:
+        if path not in self.open:
+            while len(self.open) > 1:
+                self.open.pop(next(iter(self.open))).close()
+            self.open[path], _ = open_regular(path)
+        return self.open[path]
 
 
-def _by_file(todo: Plan) -> dict[Path, list[tuple[TensorInfo, Slot]]]:
-    """The tensors to read, each file once and from front to back."""
-    files: dict[Path, list[tuple[TensorInfo, Slot]]] = {}
-    for name, info in todo.tensors.items():  # in the order of their bytes
-        if name in todo.slots and not todo.slots[name].repeat:
-            files.setdefault(info.path, []).append((info, todo.slots[name]))
-    return files
+def fill(files: Files, piece: Piece, destination: Tensor, todo: Plan) -> None:
+    """Fill `destination`, a contiguous part of a parameter."""
+    info, slot = piece.info, piece.slot
+    if piece.scale is None and slot.axes is None:
+        if destination.is_cpu and destination.dtype == STORED[info.dtype]:
+            if destination.numel():
+                files.read_into(info, piece.rows.start * piece.row_bytes, destination)
+            return
+        flat = destination.view(len(piece.rows), -1) if info.shape else destination.view(1, 1)
+        for begin, rows in _steps(piece, 1):
+            flat[begin : begin + len(rows)].copy_(files.read(_as_matrix(info), rows).view(len(rows), -1))
+    elif slot.axes is not None:
+        _fill_reordered(files, piece, destination)
+    else:
+        assert todo.quantization is not None and todo.quantization.block_size is not None
+        _fill_from_blocks(files, piece, destination, todo.quantization.block_size)
 
 
-def _read(file: BinaryIO, info: TensorInfo, destination: Tensor, staging: Tensor) -> Tensor:
-    """Fill `destination`, a contiguous part of a parameter; returns the staging buffer, grown if it was needed."""
-    file.seek(info.offset)
-    stored = DTYPES[info.dtype]
-    flat = destination.view(-1)
-    if flat.is_cpu and flat.dtype == stored:
-        _fill(file, info, flat.view(torch.uint8))
-        return staging
-    step = _CHUNK // stored.itemsize
-    for begin in range(0, flat.numel(), step):
-        part = flat[begin : begin + step]
-        nbytes = part.numel() * stored.itemsize
-        if staging.numel() < nbytes:
-            staging = torch.empty(nbytes, dtype=torch.uint8)
-        _fill(file, info, staging[:nbytes])
-        part.copy_(staging[:nbytes].view(stored))
-    return staging
+def _as_matrix(info: TensorInfo) -> TensorInfo:
+    return info if info.shape else TensorInfo(info.name, info.path, info.dtype, (1,), info.offset, info.nbytes)
 
 
-def _fill(file: BinaryIO, info: TensorInfo, buffer: Tensor) -> None:
-    """Read as many bytes as the CPU tensor `buffer`, uint8, has room for."""
-    view = buffer.numpy().data
-    while view:
-        count = file.readinto(view)  # pyright: ignore[reportAttributeAccessIssue]
-        if not count:
-            raise _shortened(info)
-        view = view[count:]
+def _steps(piece: Piece, multiple: int) -> Iterator[tuple[int, range]]:
+    """(first row of the destination, rows of the tensor) in chunks; all but the last a multiple of so many rows."""
+    count = max(_CHUNK // max(piece.row_bytes * multiple, 1), 1) * multiple
+    for begin in range(0, len(piece.rows), count):
+        yield begin, piece.rows[begin : begin + count]
+
+
+def _fill_from_blocks(files: Files, piece: Piece, destination: Tensor, block_size: tuple[int, int]) -> None:
+    assert piece.scale is not None
+    scale = torch.empty(piece.scale.shape, dtype=STORED[piece.scale.dtype])
+    files.read_into(piece.scale, 0, scale)
+    check_scales(piece.scale, scale)
+    for begin, rows in _steps(piece, block_size[0]):
+        blocks = scale[begin // block_size[0] : -(-(begin + len(rows)) // block_size[0])]
+        codes = files.read(piece.info, rows).to(destination.device)
+        dequantize_blocks(codes, blocks.to(destination.device), block_size, out=destination[begin : begin + len(rows)])
+
+
+def _fill_reordered(files: Files, piece: Piece, destination: Tensor) -> None:
+    """Expert by expert, whose axis comes first in file and model."""
+    slot = piece.slot
+    assert slot.axes is not None
+    split, axes = slot.split[1:], [axis - 1 for axis in slot.axes[1:]]
+    for place, expert in enumerate(piece.rows):
+        values = files.read(piece.info, range(expert, expert + 1))[0].to(destination.device)
+        if piece.scale is not None:
+            scales = torch.empty(piece.scale.shape[1:], dtype=torch.uint8)
+            files.read_into(piece.scale, expert * scales.numel(), scales)
+            check_scales(piece.scale, scales)
+            values = dequantize_mxfp4(values, scales.to(destination.device), destination.dtype)
+            values, order = values.view(*split[:-2], values.shape[-1]), axes[:-1]
+        else:
+            values, order = values.view(split), axes
+        values = values.permute(order)
+        destination[place].view(values.shape).copy_(values)
 
 
 def _shortened(info: TensorInfo) -> CheckpointError:
     return CheckpointError(info.path, "the file was shortened while it was read", tensor=info.name)
+
+
+def _adopt(model: Transformer, state: dict[str, Tensor], todo: Plan) -> None:
+    """Gives the model, which is on the meta device, its parameters, and modules for those that are quantised."""
+    for name in state:
+        parent, _, leaf = name.rpartition(".")
+        module: Any = model.get_submodule(parent)
+        bias = {kind: state.get(f"{parent}.{kind}_proj_bias") for kind in ("gate_up", "down")}
+        if leaf == "weight_scale_inv":
+            assert todo.quantization is not None and todo.quantization.block_size is not None
+            made = FP8Linear.from_parts(
+                state[f"{parent}.weight"],
+                state[name],
+                state.get(f"{parent}.bias"),
+                block_size=todo.quantization.block_size,
+            )
+        elif leaf in ("gate_up_proj_scale_inv", "gate_up_proj_scales"):
+            made = _experts_of(module, parent, state, bias, todo)
+        elif leaf == "gate_up_proj" and len(state[name]) < todo.config.n_routed_experts:
+            made = _some_of(module, len(state[name]))
+        else:
+            continue
+        model.set_submodule(parent, made)
+    model.load_state_dict(state, strict=True, assign=True)
+
+
+def _some_of(module: Experts, count: int) -> Experts:
+    (_, twice, width), bias = module.gate_up_proj.shape, module.gate_up_proj_bias is not None
+    settings: dict[str, Any] = {"limit": module.limit, "alpha": module.alpha, "beta": module.beta}
+    with torch.device("meta"):
+        return Experts(count, width, twice // 2, bias=bias, **settings)
+
+
+def _experts_of(
+    module: Experts, parent: str, state: Mapping[str, Tensor], bias: Mapping[str, Tensor | None], todo: Plan
+) -> FP8Experts | MXFP4Experts:
+    settings: dict[str, Any] = {
+        "gate_up_bias": bias["gate_up"],
+        "down_bias": bias["down"],
+        "swiglu_limit": module.limit,
+        "swiglu_alpha": module.alpha,
+        "swiglu_beta": module.beta,
+    }
+    block_size = todo.quantization.block_size if todo.quantization else None
+    kind = FP8Experts if block_size is not None else MXFP4Experts
+    parts = [state.get(f"{parent}.{name}") for name in kind.quantized]
+    if any(part is None for part in parts):
+        raise CheckpointError(todo.folder / CONFIG, f"{parent}: some of its tensors are quantised and others are not")
+    if block_size is not None:
+        settings["block_size"] = block_size
+    return kind.from_parts(*parts, **settings)  # pyright: ignore[reportArgumentType]
+
+
+def _origin(todo: Plan, *, kept: bool) -> Origin:
+    biases = {
+        slot.parameter: STORED[todo.tensors[name].dtype]
+        for name, slot in todo.slots.items()
+        if slot.parameter.endswith(BIAS) and name in todo.tensors and todo.tensors[name].dtype != "F32"
+    }
+    quantization = todo.quantization if kept else None
+    table = todo.table
+    if table == "mxfp4" and not kept:
+        table = "stacked"
+    return Origin(
+        table=table,
+        omitted=frozenset(n for n, slot in todo.slots.items() if slot.repeat and n not in todo.tensors),
+        biases=biases,
+        quantization=quantization.raw if quantization else None,
+        block_size=quantization.block_size if quantization else None,
+    )

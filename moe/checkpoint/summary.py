@@ -73,7 +73,7 @@ def read_summary(folder: str | PathLike[str]) -> CheckpointSummary:
         )
     fit: dict[str, Any] = {}
     if known:
-        owned = {name for name, slot in known.slots.items() if not slot.repeat}
+        owned = {name for name, slot in known.slots.items() if not slot.repeat and slot.scale_of is None}
         fit = dict(
             config=known.config,
             parameters=sum(tensor.numel for name, tensor in tensors.items() if name in owned),

@@ -1,24 +1,21 @@
 """`save`: a model as a Hugging Face checkpoint folder, whole or not at all."""
 
-import json
-import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from moe.checkpoint.atomic import replacing
 from moe.checkpoint.config_json import render_config
 from moe.checkpoint.families import family_of
-from moe.checkpoint.folder import CARRIED, CONFIG, INDEX, SINGLE, read_carried
-from moe.checkpoint.layout import Slot, layout
+from moe.checkpoint.folder import CARRIED, CONFIG, read_carried
+from moe.checkpoint.layout import Slot, layout, with_scales
 from moe.checkpoint.manifest import Manifest
-from moe.checkpoint.reading import DTYPES
+from moe.checkpoint.reading import BIAS, DTYPES, STORED, Origin
+from moe.checkpoint.shards import Entry, as_json, entry_of, write_shards
 from moe.counts import parameter_shapes
 from moe.errors import CheckpointError
 from moe.model import Transformer
@@ -47,19 +44,37 @@ def save(model: Transformer, folder: str | PathLike[str], *, max_shard_bytes: in
     for name in model.carried_files:
         if name not in CARRIED:
             raise CheckpointError(target, f"carried file {name!r}", expected=f"one of {', '.join(CARRIED)}")
+    entries = [entry_of(name, state[slot.parameter], slot.shape) for name, slot in slots.items()]
     manifest = Manifest()
+
+    def value(entry: Entry) -> Tensor:
+        slot = slots[entry.name]
+        return slot.stored(state[slot.parameter])
+
     with replacing(target, manifest) as new:
-        _write_tensors(new, state, slots, max_shard_bytes, manifest)
+        write_shards(new, entries, value, max_shard_bytes, manifest)
         carried = {**(read_carried(target) if target.exists() else {}), **model.carried_files}
         for name, content in {**carried, CONFIG: config}.items():
             (new / name).write_bytes(content)
 
 
-def _checked_state(model: Transformer, target: Path) -> tuple[dict[str, Tensor], list[Slot]]:
+def _checked_state(model: Transformer, target: Path) -> tuple[dict[str, Tensor], dict[str, Slot]]:
     """The model's tensors, and where they go in the files; refuses what a reader of the files would refuse."""
-    slots = [slot for slot in layout(model.config).values() if slot.written]
     state: dict[str, Tensor] = dict(model.state_dict())
-    shapes = parameter_shapes(model.config)
+    origin: Origin | None = model.origin
+    slots = {n: slot for n, slot in layout(model.config, origin and origin.table).items() if slot.written}
+    if origin is not None:
+        slots = {name: slot for name, slot in slots.items() if name not in origin.omitted}
+        if origin.block_size is not None:
+            family = family_of(model.config.model_type, target)
+            kept = [n for n, slot in slots.items() if state[slot.parameter].dtype == torch.float8_e4m3fn]
+            slots = with_scales(slots, family.tables[origin.table], origin.block_size, kept)
+    shapes = parameter_shapes(model.config) | {
+        slot.parameter: tuple(state[slot.parameter].shape)
+        for slot in slots.values()
+        if slot.parameter.endswith(("_scale_inv", "_blocks", "_scales")) and slot.parameter in state
+    }
+    shapes = {name: shape for name, shape in shapes.items() if name in {slot.parameter for slot in slots.values()}}
     for name in sorted(state.keys() | shapes.keys()):
         found = tuple(state[name].shape) if name in state else "no such tensor"
         expected = shapes.get(name, "no such tensor")
@@ -68,72 +83,34 @@ def _checked_state(model: Transformer, target: Path) -> tuple[dict[str, Tensor],
                 target, "the model is not the one of its config", tensor=name, expected=expected, found=found
             )
         tensor = state[name]
-        if tensor.is_meta or tensor.dtype not in DTYPES.values():
+        if tensor.is_meta or tensor.dtype not in STORED.values():
             found = "the meta device" if tensor.is_meta else tensor.dtype
             raise CheckpointError(target, "no floating-point values", tensor=name, found=found)
-        if name.endswith("e_score_correction_bias"):
-            state[name] = tensor.float()
+        if name.endswith(BIAS):
+            state[name] = _as_stored(tensor.float(), origin.biases.get(name) if origin else None)
     return state, slots
+
+
+def _as_stored(bias: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """In the dtype of the files that it came from, as long as that holds every value: bf16 holds no update of 0.001."""
+    return bias.to(dtype) if dtype is not None and torch.equal(bias.to(dtype).float(), bias) else bias
 
 
 def _config_bytes(model: Transformer, state: Mapping[str, Tensor], target: Path) -> bytes:
     sizes: dict[torch.dtype, int] = {}
     for tensor in state.values():
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
-    # Readers take the one dtype named here for all, so it is that of most values.
-    dtype = str(max(sizes, key=lambda d: sizes[d])).removeprefix("torch.")
+        if tensor.dtype in DTYPES.values():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+    # Readers take the one dtype named here for all, so it is that of most values; of quantised ones, what they become.
+    quantization = model.origin.quantization if model.origin else None
+    dtype = torch.bfloat16 if quantization else max(sizes, key=lambda d: sizes[d])
+    named = str(dtype).removeprefix("torch.")
     values = render_config(model.config, target / CONFIG)
     architecture = family_of(model.config.model_type, target).architecture
-    values |= {"architectures": [architecture], "dtype": dtype, "torch_dtype": dtype}
+    values |= {"architectures": [architecture], "dtype": named, "torch_dtype": named}
+    if quantization:
+        values["quantization_config"] = dict(quantization)
     try:
-        return _json(values)
+        return as_json(values)
     except (TypeError, ValueError) as error:
         raise CheckpointError(target / CONFIG, f"extra: not JSON: {error}") from error
-
-
-def _json(values: Any) -> bytes:
-    return (json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
-
-
-def _write_tensors(
-    new: Path, state: Mapping[str, Tensor], slots: list[Slot], max_shard_bytes: int, manifest: Manifest
-) -> None:
-    shards = list(_shards(state, slots, max_shard_bytes))
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards, 1):
-        file = new / (SINGLE if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors")
-        tensors = {}
-        for slot in shard:
-            tensor = state[slot.parameter][slot.index].cpu().contiguous()
-            # The library refuses two names for one memory; slices that do not overlap pass without a copy.
-            tensors[slot.name] = tensor.clone() if slot.repeat else tensor
-        manifest.add({name: _bytes(tensor) for name, tensor in tensors.items()})
-        save_file(tensors, file, metadata={"format": "pt"})
-        del tensors
-        weight_map |= dict.fromkeys((slot.name for slot in shard), file.name)
-    if len(shards) > 1:
-        total = sum(_nbytes(state, slot) for slot in slots)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (new / INDEX).write_bytes(_json(index))
-
-
-def _shards(state: Mapping[str, Tensor], slots: list[Slot], max_shard_bytes: int) -> Iterator[list[Slot]]:
-    shard: list[Slot] = []
-    size = 0
-    for slot in slots:
-        nbytes = _nbytes(state, slot)
-        if shard and size + nbytes > max_shard_bytes:
-            yield shard
-            shard, size = [], 0
-        shard.append(slot)
-        size += nbytes
-    yield shard
-
-
-def _nbytes(state: Mapping[str, Tensor], slot: Slot) -> int:
-    return math.prod(slot.shape) * state[slot.parameter].element_size()
-
-
-def _bytes(tensor: Tensor) -> Any:
-    """The memory of a contiguous CPU tensor as a buffer."""
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy()

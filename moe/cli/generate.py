@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from moe.checkpoint.files import read_bounded
 from moe.checkpoint.folder import CONFIG, MAX_CONFIG_BYTES, locate
-from moe.checkpoint.header import read_bounded
 from moe.checkpoint.strict_json import parse_json
 from moe.errors import CheckpointError, ConfigError
 

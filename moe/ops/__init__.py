@@ -8,6 +8,20 @@ from moe.ops.activation import swiglu
 from moe.ops.grouped_gemm import grouped_mm
 from moe.ops.mlp import moe_mlp
 from moe.ops.permutation import Permuted, permute, unpermute
+from moe.ops.quantization import dequantize_blocks, dequantize_mxfp4, quantize_blocks, quantize_mxfp4
 from moe.ops.routing import Routing, route
 
-__all__ = ["Permuted", "Routing", "grouped_mm", "moe_mlp", "permute", "route", "swiglu", "unpermute"]
+__all__ = [
+    "Permuted",
+    "Routing",
+    "dequantize_blocks",
+    "dequantize_mxfp4",
+    "grouped_mm",
+    "moe_mlp",
+    "permute",
+    "quantize_blocks",
+    "quantize_mxfp4",
+    "route",
+    "swiglu",
+    "unpermute",
+]

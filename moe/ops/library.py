@@ -23,11 +23,13 @@ LIBRARY = torch.library.Library("moesmith", "DEF")
 Tier = Literal["auto", "triton", "reference"]
 
 
-def define(schema: str, *, page: str, cpu: Callable[..., Any], fake: Callable[..., Any], tiered: bool = False) -> Any:
+def define(
+    schema: str, *, page: str | None, cpu: Callable[..., Any], fake: Callable[..., Any], tiered: bool = False
+) -> Any:
     """Adds the operator and returns its overload. No output may alias an input, however small the shapes.
 
-    `page` is the module of moe_triton that has kernels of the operator's name and arguments. A `tiered` operator has
-    one argument more, the tier, at the end.
+    `page` is the module of moe_triton that has kernels of the operator's name and arguments; without one, torch's
+    operators do it on every device. A `tiered` operator has one argument more, the tier, at the end.
     """
     name = schema.partition("(")[0]
 
@@ -35,7 +37,7 @@ def define(schema: str, *, page: str, cpu: Callable[..., Any], fake: Callable[..
         tier = args[-1] if tiered else "auto"
         args = args[:-1] if tiered else args
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        kernels = kernels_for(page, tensors, tier)
+        kernels = None if page is None else kernels_for(page, tensors, tier)
         if kernels is None:
             return cpu(*args)
         with torch.cuda.device_of(tensors[0]):

@@ -1,0 +1,63 @@
+"""Whether a model fits, before the first byte of it is allocated."""
+
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe.errors import CheckpointError
+
+
+def check_fits(folder: Path, nbytes: int, device: torch.device) -> None:
+    """Raise `CheckpointError` if `nbytes` are more than the device has free."""
+    free, what = free_bytes(device)
+    if nbytes > free:
+        problem = f"the model does not fit into {what}"
+        raise CheckpointError(
+            folder, problem, expected=f"at most {free:,} bytes, which are free", found=f"{nbytes:,} bytes"
+        )
+
+
+def free_bytes(device: torch.device) -> tuple[int, str]:
+    """Free bytes, and of what: of the tightest limit there is. Devices that do not say have any number."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0], f"the memory of {torch.cuda.get_device_name(device)}"
+    if device.type != "cpu":
+        return 2**63, str(device)
+    return min(_host_limits(), default=(2**63, "memory"))
+
+
+def _host_limits() -> Iterator[tuple[int, str]]:
+    meminfo = _lines("/proc/meminfo")
+    for line in meminfo:
+        if line.startswith("MemAvailable:"):
+            yield int(line.split()[1]) * 1024, "this machine's memory"
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        pages = int(next(iter(_lines("/proc/self/statm")), "0").split()[0])
+        yield max(limit - pages * resource.getpagesize(), 0), "the address space of this process (ulimit -v)"
+    for most, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        numbers: list[Any] = [next(iter(_lines(path)), "") for path in (most, used)]
+        if all(number.isdecimal() for number in numbers):
+            cached = _cached(Path(most).with_name("memory.stat"))
+            yield max(int(numbers[0]) - int(numbers[1]) + cached, 0), "the memory of this container"
+
+
+def _cached(stat: Path) -> int:
+    """Bytes of the container's files in memory, which make room when they are wanted."""
+    for line in _lines(str(stat)):
+        if line.startswith(("inactive_file ", "total_inactive_file ")):
+            return int(line.split()[1])
+    return 0
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []

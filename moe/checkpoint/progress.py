@@ -1,0 +1,33 @@
+"""A bar on stderr for what takes long: bytes done, bytes a second, time left."""
+
+import sys
+from typing import Any, Self
+
+
+class Progress:
+    """`shown` None: if stderr is a terminal. rich is imported only for a bar that is shown."""
+
+    def __init__(self, what: str, total: int, shown: bool | None) -> None:
+        self.what, self.total = what, total
+        self.shown = sys.stderr.isatty() if shown is None else shown
+        self.bar: Any = None
+
+    def __enter__(self) -> Self:
+        if self.shown:
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+            from rich.progress import Progress as Bar
+
+            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+            self.bar = Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+            self.task = self.bar.add_task(self.what, total=self.total)
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def advance(self, nbytes: int) -> None:
+        if self.bar is not None:
+            self.bar.advance(self.task, nbytes)

@@ -1,0 +1,528 @@
+"""Modules that keep quantised weights in memory and turn them into numbers when they are used.
+
+Their results are, bit for bit, those of `nn.Linear` and `moe.layer.Experts` with the dequantised weights in x's dtype.
+Quantised weights are frozen: gradients flow to x, to the routing weights and to biases. Dequantised weights live within
+one forward or backward pass and are computed again in the latter; no graph keeps them.
+
+A cast is refused. torch would round FP8 codes to the new dtype and leave their scales, or cast the scales as well, and
+in either case the weights would be others without a word. Call the modules with x in the dtype to compute in instead.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from moe import ops
+from moe.ops.library import autocast
+from moe.ops.permutation import check_ids, check_weights
+from moe.ops.quantization import MX_BLOCK, scale_shape
+
+Decode = Callable[[Tensor, Tensor, torch.dtype, Tensor | None], Tensor]
+
+
+class Quantized(nn.Module):
+    """A module some of whose tensors, named in `quantized`, are codes and scales that no cast may touch."""
+
+    quantized: tuple[str, ...] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for name in self.quantized:
+            tensor = getattr(self, name)
+            dtype = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device)).dtype
+            if dtype != tensor.dtype:
+                raise TypeError(
+                    f"{type(self).__name__}.{name}: a cast from {tensor.dtype} to {dtype} would lose the quantised "
+                    "weights; give it x in the dtype to compute in, or load the model dequantised to that dtype"
+                )
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # torch's own loading casts to the dtype of the parameter: numbers would become codes, or codes numbers.
+        wrong = []
+        for name in self.quantized:
+            given, own = state_dict.get(prefix + name), getattr(self, name)
+            if isinstance(given, Tensor) and given.dtype != own.dtype:
+                wrong.append(f"dtype of {prefix}{name}: expected {own.dtype}, found {given.dtype}")
+        error_msgs += wrong
+        if not wrong:
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch cannot unpickle FP8: it travels as bytes.
+        state = {**self.__dict__, "_parameters": {**self._parameters}, "_buffers": {**self._buffers}}
+        dtypes = {name: getattr(self, name).dtype for name in self.quantized}
+        for name in self.quantized:
+            tensors = state["_parameters" if name in self._parameters else "_buffers"]
+            tensors[name] = tensors[name].detach().view(torch.uint8) if dtypes[name].itemsize == 1 else tensors[name]
+        return {**state, "_dtypes": dtypes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        dtypes = state.pop("_dtypes")
+        super().__setstate__(state)
+        for name, dtype in dtypes.items():
+            if name in self._parameters:
+                self._parameters[name] = _frozen(self._parameters[name].view(dtype))  # pyright: ignore
+            else:
+                self._buffers[name] = self._buffers[name].view(dtype)  # pyright: ignore
+
+
+def _frozen(data: Tensor) -> nn.Parameter:
+    return nn.Parameter(data.detach(), requires_grad=False)
+
+
+def _bias(shape: tuple[int, ...], bias: bool) -> nn.Parameter | None:
+    return nn.Parameter(torch.empty(shape)) if bias else None
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """F.linear with a weight that has no gradient and is not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Any:
+        ctx.save_for_backward(weight, scale)
+        ctx.block, ctx.dtype = block, x.dtype
+        return F.linear(x, ops.dequantize_blocks(weight, scale, block, x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        weight, scale = ctx.saved_tensors
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ ops.dequantize_blocks(weight, scale, ctx.block, ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
+        return grad_x, grad_bias, None, None, None
+
+
+class FP8Linear(Quantized):
+    """`nn.Linear` with FP8 weights: y = x @ W.T + bias, W = `ops.dequantize_blocks(weight, weight_scale_inv)`.
+
+    weight [out, in] is a frozen float8_e4m3fn parameter, weight_scale_inv [ceil(out / bn), ceil(in / bk)] a float32 (or
+    float8_e8m0fnu) buffer, bias [out] a parameter of any dtype. W is computed in x's dtype, autocast's if that is on,
+    and so is y; the bias is cast to it.
+    """
+
+    quantized = ("weight", "weight_scale_inv")
+    weight_scale_inv: Tensor
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = False, *, block_size: tuple[int, int] = (128, 128)
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.block_size = in_features, out_features, block_size
+        scales = scale_shape((out_features, in_features), block_size)
+        self.weight = _frozen(torch.empty(out_features, in_features, dtype=torch.float8_e4m3fn))
+        self.register_buffer("weight_scale_inv", torch.empty(scales, dtype=torch.float32))
+        self.bias = _bias((out_features,), bias)
+
+    @classmethod
+    def from_parts(
+        cls, weight: Tensor, scale_inv: Tensor, bias: Tensor | None = None, *, block_size: tuple[int, int]
+    ) -> Self:
+        """A module around these tensors, which are not copied; errors as those of `ops.dequantize_blocks`."""
+        _check_parts(weight, scale_inv, block_size)
+        with torch.device("meta"):
+            made = cls(weight.shape[1], weight.shape[0], bias is not None, block_size=block_size)
+        made.weight, made.weight_scale_inv = _frozen(weight), scale_inv.detach()
+        made.bias = _own(bias, (weight.shape[0],), "bias")
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        (x,) = autocast(x)  # pyright: ignore[reportAssignmentType]
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return _FrozenLinear.apply(x, bias, self.weight, self.weight_scale_inv, self.block_size)  # pyright: ignore
+
+    def extra_repr(self) -> str:
+        shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{shape}, block_size={self.block_size}"
+
+
+def _check_parts(weight: Tensor, scale_inv: Tensor, block_size: tuple[int, int], halves: int = 1) -> None:
+    """As `dequantize_blocks` does, at no cost."""
+    ops.dequantize_blocks(weight.to("meta"), scale_inv.to("meta"), block_size, halves=halves)
+
+
+def _own(bias: Tensor | None, shape: tuple[int, ...], name: str) -> nn.Parameter | None:
+    if bias is None:
+        return None
+    if bias.shape != shape:
+        raise ValueError(f"{name}: expected {list(shape)}, got {tuple(bias.shape)}")
+    return nn.Parameter(bias.detach())
+
+
+class _FrozenMLP(torch.autograd.Function):
+    """`ops.moe_mlp` with expert weights that have no gradient and are not kept.
+
+    The operators beneath it are called by name: their forward gives the pre-activation, the only thing of size R that
+    the backward pass needs, and no product is computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor,
+        expert_ids: Tensor,
+        gate_up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        gate_up: Tensor,
+        gate_up_scale: Tensor,
+        down: Tensor,
+        down_scale: Tensor,
+        decode_gate_up: Decode,
+        decode_down: Decode,
+        chosen: list[int] | None,
+        settings: tuple[float | None, float, float],
+    ) -> Any:
+        ctx.decode_gate_up, ctx.decode_down, ctx.chosen, ctx.settings = decode_gate_up, decode_down, chosen, settings
+        y, pre = torch.ops.moesmith.moe_mlp_forward.default(
+            x,
+            _decode(decode_gate_up, gate_up, gate_up_scale, x.dtype, chosen),
+            _decode(decode_down, down, down_scale, x.dtype, chosen),
+            weights,
+            expert_ids,
+            gate_up_bias,
+            down_bias,
+            *settings,
+            True,
+            "auto",
+        )
+        ctx.save_for_backward(
+            x, weights, expert_ids, gate_up_bias, down_bias, gate_up, gate_up_scale, down, down_scale, pre
+        )
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weights, expert_ids, gate_up_bias, down_bias, *stored, pre = ctx.saved_tensors
+        gate_up, gate_up_scale, down, down_scale = stored
+        need_x, need_weights, _, need_gate_up_bias, need_down_bias = needed = ctx.needs_input_grad[:5]
+        results = torch.ops.moesmith.moe_mlp_backward.default(
+            grad,
+            x,
+            _decode(ctx.decode_gate_up, gate_up, gate_up_scale, x.dtype, ctx.chosen),
+            _decode(ctx.decode_down, down, down_scale, x.dtype, ctx.chosen),
+            weights,
+            expert_ids,
+            gate_up_bias,
+            down_bias,
+            pre,
+            *ctx.settings,
+            [need_x, False, False, need_weights, need_gate_up_bias, need_down_bias],
+            "auto",
+        )
+        grad_x, _, _, grad_weights, grad_gate_up_bias, grad_down_bias = results
+        grads = (grad_x, grad_weights, None, grad_gate_up_bias, grad_down_bias)
+        return *(g if need else None for g, need in zip(grads, needed, strict=True)), *[None] * 8
+
+
+def _decode(decode: Decode, codes: Tensor, scale: Tensor, dtype: torch.dtype, chosen: list[int] | None) -> Tensor:
+    """The matrices of the chosen experts, one on another; all of them for None."""
+    if chosen is None:
+        return decode(codes, scale, dtype, None)
+    none = decode(codes[:0], scale[:0], dtype, None)
+    out = none.new_empty(len(chosen), *none.shape[1:])
+    for expert, matrix in zip(chosen, out, strict=True):
+        decode(codes[expert], scale[expert], dtype, matrix)
+    return out
+
+
+def _decode_blocks(
+    weight: Tensor,
+    scale_inv: Tensor,
+    dtype: torch.dtype,
+    out: Tensor | None,
+    block_size: tuple[int, int],
+    halves: int,
+) -> Tensor:
+    return ops.dequantize_blocks(weight, scale_inv, block_size, dtype, halves=halves, out=out)
+
+
+def _decode_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    return ops.dequantize_mxfp4(blocks, scales, dtype, out=out)
+
+
+class QuantizedExperts(Quantized):
+    """What FP8Experts and MXFP4Experts share: forward, biases, and which experts are dequantised.
+
+    The interface is that of `moe.layer.Experts`. Under autocast x and the biases are cast, as in `ops.moe_mlp`, and the
+    weights are dequantised to autocast's dtype; otherwise to x's.
+
+    On CPU the experts that a batch uses are dequantised and no others: K of them for one token. Everywhere else, and
+    in a compiled graph, which is for all batches, it is all of them, because finding out which would make the host wait
+    for the device. One layer's experts in x's dtype are then in memory, and only while the layer runs.
+    """
+
+    gate_up_proj_bias: nn.Parameter | None
+    down_proj_bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_experts: int,
+        width: int,
+        hidden: int,
+        *,
+        bias: bool,
+        swiglu_limit: float | None,
+        swiglu_alpha: float,
+        swiglu_beta: float,
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.width, self.hidden = num_experts, width, hidden
+        self.swiglu_limit, self.swiglu_alpha, self.swiglu_beta = swiglu_limit, swiglu_alpha, swiglu_beta
+        self.gate_up_proj_bias = _bias((num_experts, 2 * hidden), bias)
+        self.down_proj_bias = _bias((num_experts, width), bias)
+
+    def _own_biases(self, gate_up_bias: Tensor | None, down_bias: Tensor | None) -> None:
+        self.gate_up_proj_bias = _own(gate_up_bias, (self.num_experts, 2 * self.hidden), "gate_up_bias")
+        self.down_proj_bias = _own(down_bias, (self.num_experts, self.width), "down_bias")
+
+    def _decoders(self) -> tuple[Decode, Decode]:
+        """Of gate_up_proj and of down_proj."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
+        """x [T, D], weights [T, K] and expert_ids [T, K] -> [T, D], as `ops.moe_mlp`, with its errors."""
+        (x,) = autocast(x)  # pyright: ignore[reportAssignmentType]
+        check_ids(x, expert_ids)
+        check_weights(weights, expert_ids)
+        if x.shape[1] != self.width:
+            raise ValueError(f"x: expected [T, {self.width}], got {tuple(x.shape)}")
+        gate_up_bias, down_bias = (
+            None if bias is None else bias.to(x.dtype) for bias in (self.gate_up_proj_bias, self.down_proj_bias)
+        )
+        chosen: list[int] | None = None
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            chosen, expert_ids = self._choose(expert_ids)
+            index = torch.tensor(chosen, dtype=torch.int64, device=x.device)
+            gate_up_bias, down_bias = (
+                None if bias is None else bias.index_select(0, index) for bias in (gate_up_bias, down_bias)
+            )
+        stored = [getattr(self, name) for name in self.quantized]
+        decoders = self._decoders()
+        settings = (self.swiglu_limit, self.swiglu_alpha, self.swiglu_beta)
+        leaves = (x, weights, gate_up_bias, down_bias)
+        if torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves):
+            return _FrozenMLP.apply(  # pyright: ignore[reportReturnType]
+                x, weights, expert_ids, gate_up_bias, down_bias, *stored, *decoders, chosen, settings
+            )
+        gate_up, gate_up_scale, down, down_scale = stored
+        return ops.moe_mlp(
+            x,
+            _decode(decoders[0], gate_up, gate_up_scale, x.dtype, chosen),
+            _decode(decoders[1], down, down_scale, x.dtype, chosen),
+            weights,
+            expert_ids,
+            gate_up_bias=gate_up_bias,
+            down_bias=down_bias,
+            swiglu_limit=settings[0],
+            swiglu_alpha=settings[1],
+            swiglu_beta=settings[2],
+        )
+
+    def _choose(self, expert_ids: Tensor) -> tuple[list[int], Tensor]:
+        """The experts that are used, in order, and the ids as places among them; -1 stays."""
+        used = expert_ids.unique().tolist()
+        for expert in used[:1] + used[-1:]:
+            if not -1 <= expert < self.num_experts:
+                raise IndexError(f"expert_ids: {expert} is neither -1 nor in [0, {self.num_experts})")
+        chosen = [expert for expert in used if expert != -1]
+        place = expert_ids.new_full((self.num_experts + 1,), -1)  # the last is for id -1
+        place[chosen] = torch.arange(len(chosen), device=place.device)
+        return chosen, place[expert_ids]
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, width={self.width}, hidden={self.hidden}"
+
+
+class FP8Experts(QuantizedExperts):
+    """All routed experts in FP8 blocks; see `QuantizedExperts`, and `ops.dequantize_blocks` for the format.
+
+    Frozen float8_e4m3fn parameters gate_up_proj [E, 2F, D], gate rows first, and down_proj [E, D, F]; float32 (or
+    float8_e8m0fnu) buffers gate_up_proj_scale_inv [E, 2 ceil(F / bn), ceil(D / bk)], where the blocks of the gate and
+    of the up half begin anew, and down_proj_scale_inv [E, ceil(D / bn), ceil(F / bk)]. Biases gate_up_proj_bias
+    [E, 2F] and down_proj_bias [E, D], if any, are ordinary parameters.
+    """
+
+    quantized = ("gate_up_proj", "gate_up_proj_scale_inv", "down_proj", "down_proj_scale_inv")
+    gate_up_proj_scale_inv: Tensor
+    down_proj_scale_inv: Tensor
+
+    def __init__(
+        self,
+        num_experts: int,
+        width: int,
+        hidden: int,
+        *,
+        block_size: tuple[int, int] = (128, 128),
+        bias: bool = False,
+        swiglu_limit: float | None = None,
+        swiglu_alpha: float = 1.0,
+        swiglu_beta: float = 0.0,
+    ) -> None:
+        super().__init__(
+            num_experts,
+            width,
+            hidden,
+            bias=bias,
+            swiglu_limit=swiglu_limit,
+            swiglu_alpha=swiglu_alpha,
+            swiglu_beta=swiglu_beta,
+        )
+        self.block_size = block_size
+        gate_up, down = (num_experts, 2 * hidden, width), (num_experts, width, hidden)
+        self.gate_up_proj = _frozen(torch.empty(gate_up, dtype=torch.float8_e4m3fn))
+        self.down_proj = _frozen(torch.empty(down, dtype=torch.float8_e4m3fn))
+        gate_up, down = scale_shape(gate_up, block_size, halves=2), scale_shape(down, block_size)
+        self.register_buffer("gate_up_proj_scale_inv", torch.empty(gate_up, dtype=torch.float32))
+        self.register_buffer("down_proj_scale_inv", torch.empty(down, dtype=torch.float32))
+
+    @classmethod
+    def from_parts(
+        cls,
+        gate_up: Tensor,
+        gate_up_scale_inv: Tensor,
+        down: Tensor,
+        down_scale_inv: Tensor,
+        *,
+        block_size: tuple[int, int],
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+        swiglu_limit: float | None = None,
+        swiglu_alpha: float = 1.0,
+        swiglu_beta: float = 0.0,
+    ) -> Self:
+        """A module around these tensors, which are not copied; errors as those of `ops.dequantize_blocks`."""
+        _check_parts(gate_up, gate_up_scale_inv, block_size, halves=2)
+        _check_parts(down, down_scale_inv, block_size)
+        _check_shapes(gate_up.shape, down.shape)
+        with torch.device("meta"):
+            made = cls(
+                len(gate_up),
+                gate_up.shape[2],
+                gate_up.shape[1] // 2,
+                block_size=block_size,
+                swiglu_limit=swiglu_limit,
+                swiglu_alpha=swiglu_alpha,
+                swiglu_beta=swiglu_beta,
+            )
+        made.gate_up_proj, made.down_proj = _frozen(gate_up), _frozen(down)
+        made.gate_up_proj_scale_inv, made.down_proj_scale_inv = gate_up_scale_inv.detach(), down_scale_inv.detach()
+        made._own_biases(gate_up_bias, down_bias)
+        return made
+
+    def _decoders(self) -> tuple[Decode, Decode]:
+        return (
+            partial(_decode_blocks, block_size=self.block_size, halves=2),
+            partial(_decode_blocks, block_size=self.block_size, halves=1),
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, block_size={self.block_size}"
+
+
+class MXFP4Experts(QuantizedExperts):
+    """All routed experts in MXFP4; see `QuantizedExperts`, and `ops.dequantize_mxfp4` for the format.
+
+    Frozen uint8 parameters gate_up_proj_blocks [E, 2F, D/32, 16], gate rows first, and down_proj_blocks
+    [E, D, F/32, 16]; uint8 buffers gate_up_proj_scales [E, 2F, D/32] and down_proj_scales [E, D, F/32]. Biases
+    gate_up_proj_bias [E, 2F] and down_proj_bias [E, D], if any, are ordinary parameters. gpt-oss has gate and up rows
+    in turn: blocks lie along a row, so rows of blocks, scales and biases can be put in order without loss.
+
+    A cast to a floating dtype leaves uint8 alone and reaches the biases only; it is refused for FP8 and harmless here.
+    """
+
+    quantized = ("gate_up_proj_blocks", "gate_up_proj_scales", "down_proj_blocks", "down_proj_scales")
+    gate_up_proj_scales: Tensor
+    down_proj_scales: Tensor
+
+    def __init__(
+        self,
+        num_experts: int,
+        width: int,
+        hidden: int,
+        *,
+        bias: bool = False,
+        swiglu_limit: float | None = None,
+        swiglu_alpha: float = 1.0,
+        swiglu_beta: float = 0.0,
+    ) -> None:
+        super().__init__(
+            num_experts,
+            width,
+            hidden,
+            bias=bias,
+            swiglu_limit=swiglu_limit,
+            swiglu_alpha=swiglu_alpha,
+            swiglu_beta=swiglu_beta,
+        )
+        for name, size in (("width", width), ("hidden", hidden)):
+            if size % MX_BLOCK:
+                raise ValueError(f"{name} = {size}: expected a multiple of {MX_BLOCK}")
+        gate_up, down = (num_experts, 2 * hidden, width // MX_BLOCK), (num_experts, width, hidden // MX_BLOCK)
+        self.gate_up_proj_blocks = _frozen(torch.empty(*gate_up, MX_BLOCK // 2, dtype=torch.uint8))
+        self.down_proj_blocks = _frozen(torch.empty(*down, MX_BLOCK // 2, dtype=torch.uint8))
+        self.register_buffer("gate_up_proj_scales", torch.empty(gate_up, dtype=torch.uint8))
+        self.register_buffer("down_proj_scales", torch.empty(down, dtype=torch.uint8))
+
+    @classmethod
+    def from_parts(
+        cls,
+        gate_up_blocks: Tensor,
+        gate_up_scales: Tensor,
+        down_blocks: Tensor,
+        down_scales: Tensor,
+        *,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+        swiglu_limit: float | None = None,
+        swiglu_alpha: float = 1.0,
+        swiglu_beta: float = 0.0,
+    ) -> Self:
+        """A module around these tensors, which are not copied; errors as those of `ops.dequantize_mxfp4`."""
+        gate_up = ops.dequantize_mxfp4(gate_up_blocks.to("meta"), gate_up_scales.to("meta"))
+        down = ops.dequantize_mxfp4(down_blocks.to("meta"), down_scales.to("meta"))
+        _check_shapes(gate_up.shape, down.shape)
+        with torch.device("meta"):
+            made = cls(
+                len(gate_up),
+                gate_up.shape[2],
+                gate_up.shape[1] // 2,
+                swiglu_limit=swiglu_limit,
+                swiglu_alpha=swiglu_alpha,
+                swiglu_beta=swiglu_beta,
+            )
+        made.gate_up_proj_blocks, made.down_proj_blocks = _frozen(gate_up_blocks), _frozen(down_blocks)
+        made.gate_up_proj_scales, made.down_proj_scales = gate_up_scales.detach(), down_scales.detach()
+        made._own_biases(gate_up_bias, down_bias)
+        return made
+
+    def _decoders(self) -> tuple[Decode, Decode]:
+        return _decode_mxfp4, _decode_mxfp4
+
+
+def _check_shapes(gate_up: tuple[int, ...], down: tuple[int, ...]) -> None:
+    if len(gate_up) != 3 or gate_up[1] % 2:
+        raise ValueError(f"gate_up: expected [E, 2F, D], got {tuple(gate_up)}")
+    expected = (gate_up[0], gate_up[2], gate_up[1] // 2)
+    if tuple(down) != expected:
+        raise ValueError(f"down: expected {list(expected)}, got {tuple(down)}")

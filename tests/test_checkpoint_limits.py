@@ -1,0 +1,295 @@
+"""What the largest of hostile files costs, the caps, and the values that a role does not allow."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe import CheckpointError
+from moe.checkpoint import files, read_config
+from moe.checkpoint.config_json import parse_config, render_config
+from moe.checkpoint.folder import read_tensors
+from moe.checkpoint.header import MAX_HEADER_BYTES, read_header
+from moe.checkpoint.layout import layout
+from moe.checkpoint.roles import check_bool_bytes, check_dtype, check_experts, check_scales, role_of
+from moe.errors import one_line
+from tests.checkpoint_cases import V2, V3, V3_MTP
+
+MEBI = 2**20
+EMPTY = b'{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+
+
+def entries(count: int, entry: bytes = EMPTY) -> bytes:
+    name = b'"model.layers.%d.mlp.experts.%d.down_proj.weight":%b'
+    return b",".join(name % (i // 256, i % 256, entry) for i in range(count))
+
+
+def single(header: bytes, size: int = 0) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        path = folder / "model.safetensors"
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
+        if size:
+            os.truncate(path, size)
+        return path
+
+    return make
+
+
+def file(name: str, content: bytes) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        (folder / name).write_bytes(content)
+        return folder / name
+
+    return make
+
+
+INDEX = "model.safetensors.index.json"
+LARGE: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "a hundred thousand tensors and a hole": (
+        single(b"{" + entries(100_000) + b',"z":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}', 12 * MEBI),
+        "unused bytes",
+    ),
+    "more tensors than bytes for them": (single(b"{" + entries(2**17 + 1) + b"}"), "tensors in one file"),
+    "the last name twice": (single(b"{" + entries(120_000) + b"," + entries(1) + b"}"), "twice in the header"),
+    "lists": (single(b'{"a":[' + b"[]," * (5 * MEBI) + b"0]}"), "a: entry"),
+    "nested": (single(b'{"a":' + b"[" * (15 * MEBI)), "a: entry"),
+    "a name": (single(b'{"' + b"a" * (15 * MEBI) + b'"}'), "a key of at most"),
+    "wide characters": (
+        single(b'{"__metadata__":{"a":"' + "🙂".encode() * (3 * MEBI) + b'"},"b":1}'),
+        "b: entry",
+    ),
+    "escapes": (single(b'{"__metadata__":{"a":"' + rb"\ud83d\ude00" * MEBI + b'"},"b":1}'), "b: entry"),
+    "metadata of many keys": (
+        single(b'{"__metadata__":{' + b",".join(b'"%d":""' % i for i in range(MEBI)) + b"}}"),
+        "__metadata__",
+    ),
+    "an index of many tensors": (
+        file(INDEX, b'{"weight_map":{' + b",".join(b'"%d":"a.safetensors"' % i for i in range(2**18 + 1)) + b"}}"),
+        "tensors in the index",
+    ),
+    "an index of lists": (file(INDEX, b'{"metadata":[' + b"[]," * (20 * MEBI) + b"0]}"), "65536 bytes"),
+    "an index of one name": (file(INDEX, b'{"weight_map":{"' + b"a" * (60 * MEBI) + b'":0}}'), "a key of at most"),
+    "a configuration of lists": (file("config.json", b'{"a":[' + b"[]," * (MEBI // 3 - 10) + b"0]}"), "model_type"),
+    "a configuration of keys": (
+        file("config.json", b"{" + b",".join(b'"%d":1' % i for i in range(90_000)) + b"}"),
+        "model_type",
+    ),
+    "a configuration that is nested": (file("config.json", b"[" * MEBI), "in each other"),
+}
+
+
+def terabyte(folder: Path) -> Path:
+    path = folder / "model.safetensors"
+    path.write_bytes((2**40).to_bytes(8, "little") + b"{")
+    os.truncate(path, 2**40 + 100)  # a hole, on the disk as well
+    return path
+
+
+LARGE["a header of a terabyte"] = (terabyte, "header length")
+
+MEASURE = """
+import resource, sys, time
+from pathlib import Path
+from moe import CheckpointError
+from moe.checkpoint.layout import plan
+
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 64 * 2**20, resource.RLIM_INFINITY))
+started = time.process_time()
+try:
+    plan(sys.argv[1])
+except CheckpointError as error:
+    print(time.process_time() - started)
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_the_largest_is_refused_in_a_second_and_64_mib(tmp_path: Path, case: str) -> None:
+    make, message = LARGE[case]
+    (tmp_path / "config.json").write_text(json.dumps(render_config(V3, Path("config.json"))))
+    path = make(tmp_path)
+    done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1000:]
+    seconds, error = done.stdout.splitlines()
+    assert error.startswith(str(path)) and message in error
+    assert float(seconds) < 1
+
+
+def test_a_pipe_that_takes_a_files_place_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, regular = tmp_path / "model.safetensors", os.stat(__file__)
+    os.mkfifo(path)
+
+    def late(*args: Any) -> None:
+        raise AssertionError("it waits for the pipe's other end")
+
+    previous = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, 5)
+    try:
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(CheckpointError, match="not a regular file; expected a file; found a pipe"),
+        ):
+            patch.setattr(files.os, "stat", lambda path: regular)  # as it was a moment before
+            files.open_regular(path)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def test_the_cap_of_headers_is_an_argument(tmp_path: Path) -> None:
+    path = single(b"{" + entries(1) + b" " * MAX_HEADER_BYTES + b"}")(tmp_path)
+    for read in (lambda **cap: read_header(path, **cap), lambda **cap: read_tensors(tmp_path, **cap)):
+        with pytest.raises(CheckpointError, match=f"expected at most {MAX_HEADER_BYTES}"):
+            read()
+        assert len(read(max_header_bytes=2 * MAX_HEADER_BYTES)) == 1
+        for cap in (100 * MEBI + 1, 0, -1):
+            with pytest.raises(ValueError, match="max_header_bytes"):
+                read(max_header_bytes=cap)
+
+
+def test_what_the_library_refuses_is_refused_under_any_cap(tmp_path: Path) -> None:
+    """Its cap is a hundred megabytes, which is less than 100 MiB."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes((100_000_001).to_bytes(8, "little") + b"{}")
+    os.truncate(path, 110 * MEBI)
+    with pytest.raises(CheckpointError, match="expected at most 100000000"):
+        read_header(path, max_header_bytes=100 * MEBI)
+
+
+def test_headers_longer_than_the_window(tmp_path: Path) -> None:
+    """Tokens lie across its edges, at every place, whatever their spelling."""
+    for padding in (0, 1, 7, 30_001):
+        header = b'{"__metadata__":{"a":"' + b"x" * padding + b'"},' + entries(9_000) + b"}"
+        path = single(header)(tmp_path)
+        plain = read_header(path)
+        assert len(plain) == 9_000
+        single(header.replace(b"down_proj", rb"d\u006fwn_proj"))(tmp_path)
+        assert read_header(path).keys() == plain.keys()
+
+
+ODD: tuple[Any, ...] = (None, True, False, -1, 0, 1, 1.5, 10**400, "", "1", "a\nb", [], [1], {}, {"a": 1}, [[[[1]]]])
+
+
+@pytest.mark.parametrize("config", [V3_MTP, V2], ids=["v3", "v2"])
+def test_any_value_of_any_key_is_understood_or_refused(config: Any) -> None:
+    values = json.loads(json.dumps(render_config(config, Path("config.json"))))
+    keys = {*values, "head_dim", "quantization_config", "auto_map", "torch_dtype", "partial_rotary_factor", "rope_type"}
+    refused = 0
+    for key in sorted(keys):
+        for odd in ODD:
+            try:
+                parse_config({**values, key: odd}, Path("config.json"))
+            except CheckpointError as error:
+                refused += 1
+                assert str(error).isprintable()
+    for key in ("rope_theta", "rope_type", "factor", "original_max_position_embeddings", "beta_fast", "truncate", "\n"):
+        for form in ("rope_parameters", "rope_scaling"):
+            for odd in ODD:
+                yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16, key: odd}
+                try:
+                    parse_config({**values, "rope_parameters": None, "rope_scaling": None, form: yarn}, Path("c"))
+                except CheckpointError as error:
+                    refused += 1
+                    assert str(error).isprintable()
+    assert refused > 300
+
+
+@pytest.mark.parametrize("text", ["[1, 2", "{'a': 1}", "NaN", '"text"', "1", "\ufeff{}", '{"a": "\\ud800"}'])
+def test_a_config_that_is_no_object(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError) as caught:
+        read_config(tmp_path)
+    assert caught.value.path == tmp_path / "config.json" and str(caught.value).isprintable()
+
+
+def test_messages_are_one_line_whatever_they_tell() -> None:
+    evil = "a\nb\r\x1b[2J\u202e\u2028\ud800é" + "x" * 10_000
+    error = CheckpointError(Path("p\nq"), "prob\nlem", tensor=evil, expected=["\n"], found=evil)
+    assert str(error).isprintable() and len(str(error)) < 1000
+    assert (error.tensor, error.found, error.expected) == (evil, evil, ["\n"])
+    assert r"a\nb\r\x1b[2J\u202e\u2028\ud800é" in str(error)
+    assert one_line(10**5000) == "a number of 16610 bits"
+    assert one_line("x" * 300) == "x" * 300 and len(one_line("x" * 301)) == 300
+
+
+# Roles
+
+
+def info(folder: Path, dtype: str, data: bytes, name: str = "t") -> Any:
+    header = json.dumps({name: {"dtype": dtype, "shape": [len(data)], "data_offsets": [0, len(data)]}}).encode()
+    path = folder / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    return read_header(path)[name]
+
+
+def test_bools_are_zero_or_one(tmp_path: Path) -> None:
+    check_bool_bytes(info(tmp_path, "BOOL", b"\0\1" * 2**20))
+    check_bool_bytes(info(tmp_path, "U8", b"\2"))
+    with pytest.raises(CheckpointError, match=r"flags: bool; expected bytes 0 and 1; found 2 at byte 1500000"):
+        check_bool_bytes(info(tmp_path, "BOOL", b"\1" * 1_500_000 + b"\2\1", "flags"))
+
+
+@pytest.mark.parametrize("bad", [0.0, -0.0, -1.0, float("inf"), float("nan")])
+def test_scales_are_positive_and_finite(tmp_path: Path, bad: float) -> None:
+    tensor = info(tmp_path, "U8", b"\0", "w_scale_inv")
+    check_scales(tensor, torch.tensor([[1e-38, 3.0], [2.0, 1e38]]))
+    check_scales(tensor, torch.empty(0, 3))
+    with pytest.raises(CheckpointError, match="w_scale_inv: scale; expected finite numbers above 0") as caught:
+        check_scales(tensor, torch.tensor([[1.0, 2.0], [bad, 3.0]]))
+    assert caught.value.found == f"{bad} at index 2"
+
+
+def test_only_projections_may_be_quantised(tmp_path: Path) -> None:
+    int8 = info(tmp_path, "I8", b"\0", "t")
+    quantisable = set()
+    for slot in layout(V3_MTP).values():
+        with pytest.raises(CheckpointError, match="t: dtype; expected F"):
+            check_dtype(int8, slot.parameter)
+        try:
+            check_dtype(int8, slot.parameter, quantised=("I8",))
+        except CheckpointError:
+            continue
+        quantisable.add(".".join(part for part in slot.parameter.split(".") if not part.isdecimal()))
+    released = {"layers.self_attn." + name for name in ("q_a_proj", "q_b_proj", "kv_b_proj", "o_proj")}
+    released |= {
+        "layers.mlp." + prefix + name for prefix in ("", "shared_experts.") for name in ("gate_proj", "up_proj")
+    }
+    released |= {"layers.mlp.down_proj", "layers.mlp.shared_experts.down_proj", "layers.self_attn.kv_a_proj_with_mqa"}
+    released = {name + ".weight" for name in released}
+    released |= {"layers.mlp.experts.gate_up_proj", "layers.mlp.experts.down_proj"}
+    modules = {name for name in quantisable if name.startswith("mtp.")}
+    assert quantisable - modules == released
+    assert modules < {name.replace("layers.", "mtp.block.", 1) for name in released}
+
+
+def test_far_more_experts_than_tensors() -> None:
+    path = Path("config.json")
+    check_experts(2**14, (), path)
+    check_experts(256 * 59, {str(i) for i in range(91_991)}, path)
+    with pytest.raises(CheckpointError, match=r"n_routed_experts in all layers; .*; found 16386"):
+        check_experts(2**14 + 2, {"one"}, path)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "role"),
+    [
+        ("layers.1.mlp.gate.weight", "router"),
+        ("mtp.0.block.mlp.gate.weight", "router"),
+        ("layers.1.mlp.gate.e_score_correction_bias", "correction bias"),
+        ("layers.0.mlp.gate_proj.weight", "projection"),
+        ("layers.1.input_layernorm.weight", "plain"),
+        ("mtp.0.eh_proj.weight", "plain"),
+        ("layers.0.self_attn.q_proj.bias", "plain"),
+        ("embed_tokens.weight", "plain"),
+    ],
+)
+def test_roles(parameter: str, role: str) -> None:
+    assert role_of(parameter) == role

@@ -1,0 +1,342 @@
+"""Checkpoints whose weights are FP8 in blocks or MXFP4: dequantised exactly, or kept byte for byte."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import moe
+from moe import CheckpointError, ModelConfig, RopeParameters
+from moe.checkpoint import read_summary
+from moe.ops import quantize_blocks, quantize_mxfp4
+from tests.checkpoint_cases import V2, V3_MTP
+
+BLOCK = (8, 16)  # no size of the model is a multiple of both
+IDS = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(0))
+
+GPT_OSS = ModelConfig(
+    vocab_size=61,
+    hidden_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=10,
+    intermediate_size=64,
+    moe_intermediate_size=64,
+    n_routed_experts=6,
+    num_experts_per_tok=2,
+    attention_bias=True,
+    attention_sinks=True,
+    sliding_window=4,
+    layer_types=("sliding_attention", "full_attention"),
+    expert_bias=True,
+    router_bias=True,
+    swiglu_limit=7.0,
+    swiglu_alpha=1.702,
+    swiglu_beta=1.0,
+    rope_parameters=RopeParameters(
+        rope_theta=150000.0, rope_type="yarn", factor=32.0, original_max_position_embeddings=4096, truncate=False
+    ),
+    scoring_func="softmax",
+    topk_method="greedy",
+    seq_aux=False,
+    model_type="gpt_oss",
+)
+
+
+def is_quantised(name: str) -> bool:
+    """In DeepSeek's FP8 files: every projection of attention, MLPs and experts."""
+    return name.endswith(("_proj.weight", "kv_a_proj_with_mqa.weight")) and "eh_proj" not in name
+
+
+def dequantised(codes: Tensor, scale: Tensor) -> Tensor:
+    """By the definition, in float64 (exact) and rounded once to float32, then to bfloat16 as stored."""
+    result = torch.empty(codes.shape, dtype=torch.float32)
+    for i in range(codes.shape[0]):
+        for j in range(codes.shape[1]):
+            result[i, j] = codes[i, j].double() * scale[i // BLOCK[0], j // BLOCK[1]].double()
+    return result.bfloat16()
+
+
+def noisy(config: ModelConfig) -> moe.Transformer:
+    model = moe.Transformer(config, seed=1)
+    g = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.add_(torch.randn(tensor.shape, generator=g) * 0.2)
+    return model.bfloat16()
+
+
+@dataclasses.dataclass
+class Folders:
+    """The same model in FP8, weights and scales in shards of their own, and dequantised by the definition."""
+
+    fp8: Path
+    plain: Path
+
+    def tensors(self) -> dict[str, Tensor]:
+        return load_file(self.fp8 / "model-00001-of-00002.safetensors") | load_file(
+            self.fp8 / "model-00002-of-00002.safetensors"
+        )
+
+    def write(self, tensors: dict[str, Tensor]) -> None:
+        weight_map = {}
+        for i in (1, 2):
+            file = f"model-0000{i}-of-00002.safetensors"
+            part = {n: t for n, t in tensors.items() if n.endswith("_scale_inv") == (i == 2)}
+            save_file(part, self.fp8 / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(part, file)
+        total = sum(t.nbytes for t in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (self.fp8 / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def configured(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def make_fp8(root: Path, config: ModelConfig) -> Folders:
+    folders = Folders(root / "fp8", root / "plain")
+    noisy(config).save(folders.plain)
+    noisy(config).save(folders.fp8)
+    (folders.fp8 / "model.safetensors").rename(root / "saved")
+    plain, tensors = load_file(root / "saved"), {}
+    for name, tensor in list(plain.items()):
+        if not is_quantised(name):
+            tensors[name] = tensor
+            continue
+        codes, scale = quantize_blocks(tensor, BLOCK)
+        tensors |= {name: codes, name + "_scale_inv": scale}
+        plain[name] = dequantised(codes, scale)
+    folders.write(tensors)
+    quantization = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [*BLOCK]}
+    configured(folders.fp8, quantization_config=quantization)
+    save_file(plain, folders.plain / "model.safetensors", metadata={"format": "pt"})
+    return folders
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    return make_fp8(tmp_path_factory.mktemp("fp8"), V3_MTP)
+
+
+@pytest.fixture
+def fp8(made: Folders, tmp_path: Path) -> Folders:
+    """A copy to damage."""
+    folders = Folders(tmp_path / "fp8", made.plain)
+    folders.fp8.mkdir()
+    (folders.fp8 / "config.json").write_bytes((made.fp8 / "config.json").read_bytes())
+    folders.write(made.tensors())
+    return folders
+
+
+def assert_same_state(a: moe.Transformer, b: moe.Transformer) -> None:
+    left, right = a.state_dict(), b.state_dict()
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert tensor.dtype == right[name].dtype and torch.equal(tensor, right[name]), name
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+@pytest.mark.parametrize("config", [V3_MTP, V2], ids=["v3", "v2"])
+def test_fp8_is_dequantised_exactly(tmp_path: Path, config: ModelConfig) -> None:
+    folders = make_fp8(tmp_path, config)
+    assert_same_state(moe.load(folders.fp8), moe.load(folders.plain))
+    wide = moe.load(folders.fp8, dtype=torch.float32).state_dict()
+    tensors = folders.tensors()
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    codes, scale = tensors[name].double(), tensors[name + "_scale_inv"].double()
+    full = scale.repeat_interleave(BLOCK[0], 0)[: codes.shape[0]].repeat_interleave(BLOCK[1], 1)[:, : codes.shape[1]]
+    half = config.moe_intermediate_size
+    assert torch.equal(wide["layers.1.mlp.experts.gate_up_proj"][3, half:], (codes * full).float())
+
+
+def test_fp8_that_is_kept_computes_the_same(made: Folders) -> None:
+    kept, plain = moe.load(made.fp8, dtype="keep"), moe.load(made.plain)
+    experts = kept.state_dict()["layers.1.mlp.experts.gate_up_proj"]
+    assert experts.dtype == torch.float8_e4m3fn
+    scale = kept.state_dict()["layers.1.mlp.experts.gate_up_proj_scale_inv"]
+    assert scale.shape == (12, 2 * 3, 3)  # 20 rows of gate and 20 of up are 3 blocks each, not 5 together
+    assert kept.state_dict()["layers.0.self_attn.kv_a_proj_with_mqa.weight_scale_inv"].shape == (3, 3)  # of 22 x 42
+    with torch.no_grad():
+        assert torch.equal(kept(IDS).logits, plain(IDS).logits)
+    assert torch.equal(
+        moe.generate(kept, IDS, max_new_tokens=3)[:, :9], moe.generate(plain, IDS, max_new_tokens=3)[:, :9]
+    )
+    with pytest.raises(TypeError, match=r"a cast from torch\.float8_e4m3fn"):
+        kept.to(torch.bfloat16)
+
+
+def test_fp8_that_is_kept_is_saved_byte_for_byte(made: Folders, tmp_path: Path) -> None:
+    moe.load(made.fp8, dtype="keep").save(tmp_path / "again")
+    before, after = made.tensors(), load_file(tmp_path / "again" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype and torch.equal(bits(tensor), bits(after[name])), name
+    one, two = (json.loads((folder / "config.json").read_text()) for folder in (made.fp8, tmp_path / "again"))
+    assert one.items() <= two.items()
+    assert_same_state(moe.load(tmp_path / "again"), moe.load(made.fp8))
+    assert read_summary(tmp_path / "again").agrees
+    # Dequantised, it is saved as what it is.
+    moe.load(made.fp8).save(tmp_path / "wide")
+    assert "quantization_config" not in json.loads((tmp_path / "wide" / "config.json").read_text())
+    assert_same_state(moe.load(tmp_path / "wide"), moe.load(made.plain))
+
+
+def test_training_the_rest_leaves_fp8_as_it_is(made: Folders, tmp_path: Path) -> None:
+    model = moe.load(made.fp8, dtype="keep").train()
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained and not any(is_quantised(n) for n in trained if "mlp.gate" not in n)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model(IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    model.save(tmp_path / "trained")
+    before, after = made.tensors(), load_file(tmp_path / "trained" / "model.safetensors")
+    changed = {name for name, tensor in before.items() if not torch.equal(bits(tensor), bits(after[name]))}
+    assert changed and not any(is_quantised(name) or name.endswith("_scale_inv") for name in changed)
+    assert "model.layers.1.mlp.gate.weight" in changed and "model.embed_tokens.weight" in changed
+
+
+WEIGHT = "model.layers.1.mlp.experts.7.down_proj.weight"  # [42, 20]: 6 x 2 blocks
+SCALE = WEIGHT + "_scale_inv"
+
+
+def changed(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], None]:
+    def apply(tensors: dict[str, Tensor]) -> None:
+        tensors[name] = change(tensors[name].clone())
+
+    return apply
+
+
+def with_value(value: float) -> Callable[[Tensor], Tensor]:
+    def change(scale: Tensor) -> Tensor:
+        scale[1, 0] = value
+        return scale
+
+    return change
+
+
+DAMAGED: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str, str]] = {
+    "scale missing": (lambda t: t.pop(SCALE), SCALE, "missing"),
+    "weight missing": (lambda t: t.pop(WEIGHT), WEIGHT, "missing"),
+    "scale transposed": (changed(SCALE, lambda s: s.t().contiguous()), SCALE, r"expected \[6, 2\]; found \[2, 6\]"),
+    "scale of another block size": (changed(SCALE, lambda s: s[:5].contiguous()), SCALE, r"expected \[6, 2\]"),
+    "scale zero": (changed(SCALE, with_value(0.0)), SCALE, "above 0"),
+    "scale negative": (changed(SCALE, with_value(-1.0)), SCALE, "above 0"),
+    "scale infinite": (changed(SCALE, with_value(float("inf"))), SCALE, "finite"),
+    "scale NaN": (changed(SCALE, with_value(float("nan"))), SCALE, "finite"),
+    "scale of the wrong dtype": (changed(SCALE, Tensor.bfloat16), SCALE, "expected F32 or F8_E8M0; found BF16"),
+    "weight not quantised but scaled": (changed(WEIGHT, Tensor.bfloat16), SCALE, "unexpected"),
+    "weight in another FP8": (changed(WEIGHT, lambda w: w.float().to(torch.float8_e5m2)), "", "F8_E5M2|unexpected"),
+    "router quantised": (
+        changed("model.layers.1.mlp.gate.weight", lambda w: w.to(torch.int8)),
+        "model.layers.1.mlp.gate.weight",
+        "found I8",
+    ),
+}
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["auto", "keep"])
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_fp8_is_refused(fp8: Folders, name: str, keep: bool) -> None:
+    damage, tensor, message = DAMAGED[name]
+    tensors = fp8.tensors()
+    damage(tensors)
+    fp8.write(tensors)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        moe.load(fp8.fp8, dtype="keep" if keep else "auto")
+    if tensor:
+        assert caught.value.tensor == tensor
+
+
+def test_fp8_without_a_word_in_the_config_is_refused(fp8: Folders) -> None:
+    configured(fp8.fp8, quantization_config=None)
+    with pytest.raises(CheckpointError, match="unexpected"):
+        moe.load(fp8.fp8)
+    fp8.write({name: tensor for name, tensor in fp8.tensors().items() if not name.endswith("_scale_inv")})
+    with pytest.raises(CheckpointError, match="dtype; expected F64 or F32 or F16 or BF16; found F8_E4M3"):
+        moe.load(fp8.fp8)
+
+
+def test_the_block_size_is_the_configs_and_not_guessed(fp8: Folders) -> None:
+    raw = json.loads((fp8.fp8 / "config.json").read_text())["quantization_config"]
+    configured(fp8.fp8, quantization_config=raw | {"weight_block_size": [16, 8]})
+    with pytest.raises(CheckpointError, match="shape"):
+        moe.load(fp8.fp8)
+
+
+def make_mxfp4(root: Path) -> tuple[Path, dict[str, Tensor]]:
+    """gpt-oss as released: experts in MXFP4, gate and up rows in turn; and what transformers makes of them."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    noisy(GPT_OSS).save(root / "wide")
+    tensors, theirs = load_file(root / "wide" / "model.safetensors"), {}
+    for name in [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        # In the files [E, in, out]; blocks are [E, out, in / 32, 16].
+        blocks, scales = quantize_mxfp4(tensors.pop(name).transpose(1, 2).contiguous())
+        tensors |= {name + "_blocks": blocks, name + "_scales": scales}
+        theirs[name] = convert_moe_packed_tensors(blocks, scales)  # [E, in, out] again
+    folder = root / "mxfp4"
+    noisy(GPT_OSS).save(folder)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    configured(folder, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.mlp"]})
+    return folder, tensors | theirs
+
+
+def test_mxfp4_is_dequantised_as_transformers_does(tmp_path: Path) -> None:
+    folder, tensors = make_mxfp4(tmp_path)
+    wide = {name: tensor for name, tensor in tensors.items() if not name.endswith(("_blocks", "_scales"))}
+    save_file({n: t.contiguous() for n, t in wide.items()}, tmp_path / "wide" / "model.safetensors")
+    assert_same_state(moe.load(folder), moe.load(tmp_path / "wide"))
+    kept = moe.load(folder, dtype="keep")
+    assert kept.state_dict()["layers.0.mlp.experts.gate_up_proj_blocks"].shape == (6, 128, 3, 16)
+    with torch.no_grad():
+        assert torch.equal(kept(IDS).logits, moe.load(folder)(IDS).logits)
+
+
+def test_mxfp4_that_is_kept_is_saved_byte_for_byte(tmp_path: Path) -> None:
+    folder, _ = make_mxfp4(tmp_path)
+    moe.load(folder, dtype="keep").save(tmp_path / "again")
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(bits(t), bits(after[n])) and t.dtype == after[n].dtype for n, t in before.items())
+    one, two = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "again"))
+    assert one.items() <= two.items()
+    moe.load(folder).save(tmp_path / "wide_again")  # and dequantised, in the layout that has room for it
+    assert_same_state(moe.load(tmp_path / "wide_again"), moe.load(folder))
+
+
+def test_a_scale_of_mxfp4_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    folder, _ = make_mxfp4(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.experts.down_proj_scales"
+    tensors[name][3, 5, 0] = 255
+    save_file(tensors, folder / "model.safetensors")
+    for dtype in ("auto", "keep"):
+        with pytest.raises(CheckpointError, match="finite") as caught:
+            moe.load(folder, dtype=dtype)
+        assert caught.value.tensor == name
+
+
+def test_experts_of_a_rank_are_its_part(made: Folders, tmp_path: Path) -> None:
+    mxfp4, _ = make_mxfp4(tmp_path)
+    for folder, part in ((made.fp8, range(4, 9)), (made.plain, range(1)), (mxfp4, range(2, 6))):
+        for dtype in ("auto", "keep"):
+            whole, mine = moe.load(folder, dtype=dtype), moe.load(folder, dtype=dtype, experts=part)
+            for name, tensor in whole.state_dict().items():
+                expected = tensor[part.start : part.stop] if ".mlp.experts." in name else tensor
+                found = mine.state_dict()[name]
+                assert found.dtype == expected.dtype and torch.equal(bits(found), bits(expected)), name
+    for wrong in (range(0), range(3, 13), range(0, 4, 2)):
+        with pytest.raises(ValueError, match="experts = range"):
+            moe.load(made.fp8, experts=wrong)
