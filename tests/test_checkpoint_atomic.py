@@ -353,6 +353,26 @@ def test_two_who_save_at_once_and_one_who_loads(tmp_path: Path) -> None:
     assert loads and names(tmp_path) == ["model"]
 
 
+def test_a_lock_that_its_holder_removes_in_the_last_moment_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening the file and locking it: the lock would be on a file that nobody else can see."""
+    lock, original, calls = tmp_path / ".model.lock", fcntl.flock, []
+
+    def flock(descriptor: int, operation: int) -> None:
+        calls.append(operation)
+        if len(calls) == 1:
+            lock.unlink()
+        original(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(KeyError), atomic.replacing(tmp_path / "model", Manifest()):
+        with pytest.raises(CheckpointError, match="another save to this folder"):
+            NEW.save(tmp_path / "model")
+        raise KeyError
+    assert names(tmp_path) == []
+
+
 def test_without_locks_saving_works_and_nothing_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locks(descriptor: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")

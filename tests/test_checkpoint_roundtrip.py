@@ -400,8 +400,10 @@ def test_saving_over_other_things(saved: Path, tmp_path: Path) -> None:
     assert_same(moe.load(tmp_path / "empty"), build(V3))
 
 
-def test_a_save_during_a_load_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Headers of one checkpoint and bytes of another would be a third model that nobody trained."""
+@pytest.mark.parametrize("same_inode", [False, True])
+def test_a_save_during_a_load_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_inode: bool) -> None:
+    """Headers of one checkpoint and bytes of another would be a third model that nobody trained. The folder of a later
+    save can have the inode number of the one that was there first."""
     old, new, target = build(V3, seed=1), build(V3, seed=2), tmp_path / "model"
     save(old, target, max_shard_bytes=20_000)
     original, reads = reading.fill, []
@@ -409,7 +411,9 @@ def test_a_save_during_a_load_is_noticed(tmp_path: Path, monkeypatch: pytest.Mon
     def swapped(*args: Any) -> Any:
         reads.append(args)
         if len(reads) == 10:
-            save(new, target, max_shard_bytes=20_000)
+            save(new, tmp_path / "other" if same_inode else target, max_shard_bytes=20_000)
+            for file in (tmp_path / "other").glob("*"):
+                os.replace(file, target / file.name)
         return original(*args)
 
     monkeypatch.setattr(reading, "fill", swapped)

@@ -151,9 +151,10 @@ def load(
     return model.eval()
 
 
-def _identity(folder: Path) -> tuple[int, int]:
-    found = folder.stat()
-    return found.st_dev, found.st_ino
+def _identity(folder: Path) -> tuple[int, ...]:
+    """Of the checkpoint that stands there. The folder's inode number alone comes again with a later save's folder."""
+    found, config = folder.stat(), folder / CONFIG
+    return found.st_dev, found.st_ino, config.stat().st_mtime_ns if config.exists() else 0
 
 
 def _experts(todo: Plan, experts: range | None) -> range:
