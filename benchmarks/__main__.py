@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import NoReturn
 
-from benchmarks import cpu, layer
+from benchmarks import cpu, layer, load
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, module, help_ in (
         ("layer", layer, "one MoE layer and its operations beside their peers, on a GPU or a CPU"),
         ("cpu", cpu, "a whole model beside transformers' on the CPU"),
+        ("load", load, "loading a checkpoint beside other readers of the same files"),
     ):
         command = commands.add_parser(
             name, help=help_, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
