@@ -125,7 +125,9 @@ class Transformer(nn.Module):
         self.has_balance_losses = bool(config.aux_loss_alpha or config.router_z_loss_coef)
         self._load: Tensor | None = None
         with torch.device("meta"):
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+            # Not nn.Embedding(V, D): its normal_ on the meta device imports torch's compiler, which takes seconds.
+            embedding = torch.empty(config.vocab_size, config.hidden_size)
+            self.embed_tokens = nn.Embedding.from_pretrained(embedding, freeze=False)
             self.layers = nn.ModuleList(
                 Block(config, has_experts=config.is_moe_layer(i)) for i in range(config.num_hidden_layers)
             )

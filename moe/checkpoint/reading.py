@@ -74,9 +74,11 @@ class Piece:
         if ".mlp.experts." not in self.parameter:
             return self
         if not self.index:
-            return replace(self, rows=experts)
+            return self if experts == self.rows else replace(self, rows=experts)
         if self.index[0] not in experts:
             return None
+        if experts.start == 0:
+            return self
         return replace(self, index=(int(self.index[0]) - experts.start, *self.index[1:]))  # pyright: ignore
 
     @property
