@@ -19,7 +19,7 @@ class Progress:
             from rich.progress import Progress as Bar
 
             columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-            self.bar = Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+            self.bar = Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=sys.stderr.isatty())
             self.task = self.bar.add_task(self.what, total=self.total)
             self.bar.start()
         return self
