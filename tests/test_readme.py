@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import moe
+from moe.checkpoint.families import FAMILIES
 from moe.cli import main
 from moe.counts import count_parameters
 
@@ -33,7 +34,7 @@ def test_there_are_examples_of_ten_lines() -> None:
 
 def test_every_command_of_the_table_exists(capsys: pytest.CaptureFixture[str]) -> None:
     commands = set(re.findall(r"^\| `moesmith (\w+)", README, re.MULTILINE))
-    assert commands == {"train", "generate", "inspect", "doctor"}
+    assert commands == {"train", "generate", "inspect", "plan", "convert", "cut", "doctor"}
     for command in commands:
         try:
             status: Any = main([command, "--help"])
@@ -51,6 +52,21 @@ def test_the_two_commands_a_newcomer_types() -> None:
     ]
 
 
+def test_the_error_of_a_truncated_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    moe.Transformer(moe.preset("tiny")).save("checkpoint")
+    shard = Path("checkpoint/model.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(moe.CheckpointError) as caught:
+        moe.load("checkpoint")
+    assert f"\n{caught.value}\n" in README
+
+
+def test_the_families_in_the_table() -> None:
+    table = README[README.index("| family |") :].partition("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", table)) == set(FAMILIES)
+
+
 def test_counts_in_the_text() -> None:
     counts = count_parameters(moe.preset("deepseek_v3"))
     for number in (counts.total, counts.activated, counts.activated_without_embedding):
@@ -59,7 +75,7 @@ def test_counts_in_the_text() -> None:
 
 def test_every_name_of_a_benchmark_command_exists() -> None:
     commands = set(re.findall(r"python -m benchmarks (\w+)", README))
-    assert commands == {"cpu", "layer"}
+    assert commands == {"cpu", "layer", "load"}
     for command in commands:
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks", command, "--help"],
