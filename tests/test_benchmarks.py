@@ -73,9 +73,47 @@ def test_wrong_gradients_refuse_training_only(exact):
     assert {r["work"]: "ratio" in r for r in records} == {"train": False, "prefill": True, "decode": True}
 
 
-def test_nan_is_not_acceptable():
-    assert not cpu.acceptable((float("nan"),), (1.0,))
-    assert cpu.acceptable((2.0, 0.5), (1.0, 1.0)) and not cpu.acceptable((2.1, 0.5), (1.0, 1.0))
+def test_what_is_acceptable():
+    theirs = {"logits": 0.1, "logits, quartile": 0.2, "logits, largest": 0.5, "gradients": 0.2}
+    assert cpu.acceptable(theirs, theirs, torch.bfloat16)
+    for name, error in theirs.items():
+        assert cpu.acceptable({name: 2 * error}, theirs, torch.bfloat16)
+        for wrong in (2.01 * error, float("nan"), float("inf")):
+            assert not cpu.acceptable({**theirs, name: wrong}, theirs, torch.bfloat16)
+    for name, most in (("logits", 64 * 2**-8), ("gradients", 128 * 2**-8)):  # whatever theirs is
+        assert cpu.acceptable({name: most}, {name: 1e9}, torch.bfloat16)
+        assert not cpu.acceptable({name: most * 1.01}, {name: 1e9}, torch.bfloat16)
+        assert not cpu.acceptable({name: most}, {name: 1e9}, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def in_bf16() -> tuple[Transformer, torch.Tensor, cpu.Reference]:
+    """One token of these is routed otherwise in bfloat16 than in float64."""
+    model = Transformer(dataclasses.replace(preset("tiny"), num_nextn_predict_layers=0, aux_loss_alpha=0.0)).bfloat16()
+    ids = torch.randint(2048, (1, SIZES.prefill + SIZES.decode), generator=torch.Generator().manual_seed(0))
+    return model, ids, cpu.reference(model, ids, SIZES)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        None,
+        lambda x, up, down, w, ids, **settings: moe_mlp(x, up, down, w * 0, ids, **settings),
+        lambda x, up, down, w, ids, **settings: moe_mlp(x, up, down, w * 0.5, ids, **settings),
+        lambda x, up, down, w, ids, **settings: moe_mlp(x, up, down, w, (ids + 1) % len(up), **settings),
+        lambda x, up, down, w, ids, **settings: moe_mlp(x, up.roll(up.shape[1] // 2, 1), down, w, ids, **settings),
+    ],
+    ids=["right", "no weights", "half the weights", "the next expert", "gate and up swapped"],
+)
+def test_a_wrong_layer_gets_no_ratio_in_bf16_either(in_bf16, wrong, monkeypatch):
+    """Beside a token that is routed otherwise, whose error is as large as a wrong layer's."""
+    model, ids, reference = in_bf16
+    theirs = cpu.peer(model, torch.bfloat16)
+    assert cpu.errors(theirs, ids, reference, SIZES)["prefill"]["logits, largest"] > 0.3
+    if wrong is not None:
+        monkeypatch.setattr("moe.ops.moe_mlp", wrong)
+    found = {r["work"]: "ratio" in r for r in cpu.compare(cpu.Ours(model), theirs, ids, reference, SIZES)}
+    assert found == dict.fromkeys(("train", "prefill", "decode"), wrong is None)
 
 
 def test_limits_count_what_the_docstring_says():
