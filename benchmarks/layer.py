@@ -160,6 +160,8 @@ def _judge(candidate: Candidate, result: Any, job: Job) -> None:
             "row": min(v.row_error, largest),
             "limit": v.limit,
             "row_limit": v.row_limit,
+            "scale": min(v.scale_error, largest),
+            "scale_limit": min(v.scale_limit, largest),
         }
         for name, v in verdicts.items()
     }

@@ -18,7 +18,7 @@ from benchmarks.__main__ import main
 from benchmarks.harness import ROOT, interleave
 from benchmarks.limits import Ceilings, Phase, activated, work
 from benchmarks.peers import OURS, PEERS, LayerInputs, Peer, RouteInputs
-from benchmarks.shapes import SHAPES, Shape
+from benchmarks.shapes import SHAPES, Shape, small
 from moe import Transformer, preset
 from moe.counts import count_parameters
 from moe.ops import grouped_mm, moe_mlp
@@ -308,15 +308,58 @@ def test_a_wrong_peer_gets_no_number(peer_file, tmp_path, capsys, dtype):
 
 def test_one_wrong_row_of_many_is_seen():
     """The error of the whole is too small to show it."""
-    values = torch.randn(10_000, 16, dtype=torch.float64)
-    every = torch.ones(10_000, dtype=torch.bool)
-    exact = gate.Exact((10_000, 16), torch.arange(10_000), values, every, inner=64, independent=16)
-    assert gate.judge(values.bfloat16(), exact, torch.bfloat16).right
+    rows = 100_000
+    values = torch.randn(rows, 16, dtype=torch.float64)
+    right, every = values.bfloat16(), torch.ones(rows, dtype=torch.bool)
+    exact = gate.Exact(
+        (rows, 16), torch.arange(rows), values, right, every, inner=64, independent=16, errors=values.numel()
+    )
+    assert gate.judge(right, exact, torch.bfloat16).right
     for factor in (0, -1, 0.8):
-        found = values.bfloat16()
+        found = right.clone()
         found[77] *= factor
         verdict = gate.judge(found, exact, torch.bfloat16)
         assert not verdict.right and verdict.error < 2 * verdict.limit and verdict.row_error > verdict.row_limit
+
+
+def made_inputs(entry: jobs.Entry) -> Any:
+    made: list[Any] = []
+    peer = dataclasses.replace(OURS, layer=lambda inputs: made.append(inputs) or (lambda: inputs.x))
+    jobs.prepare(entry, "cpu", 0).build(peer)
+    return made[0]
+
+
+@pytest.mark.parametrize("dtype", list(jobs.DTYPES))
+def test_small_defects_are_seen_in_every_dtype(dtype):
+    """A factor of 1.01 in any tensor, and the least of a token's experts left out, in every shape of the registry."""
+    for shape in map(small, SHAPES.values()):
+        i = made_inputs(jobs.Entry("train", shape, 33, "uniform", dtype))
+        exact = gate.layer(i, 1e12)
+
+        def judged(name: str, found: torch.Tensor, exact: Any = exact, i: Any = i) -> bool:
+            return gate.judge(found, exact[name], i.x.dtype).right
+
+        y = moe_mlp(i.x, i.gate_up, i.down, i.weights, i.expert_ids)
+        found = dict(zip(exact, (y, *torch.autograd.grad(y, i.leaves, i.grad)), strict=True))
+        for name, tensor in found.items():
+            assert judged(name, tensor), (shape.name, name)
+            for factor in (1.01, 0.99):
+                assert not judged(name, (tensor.double() * factor).to(tensor.dtype)), (shape.name, name)
+        ids = i.expert_ids.clone()
+        ids[7, int(i.weights[7].argmin())] = -1
+        assert not judged("y", moe_mlp(i.x, i.gate_up, i.down, i.weights, ids)), shape.name
+
+
+@pytest.mark.parametrize("dtype", list(jobs.DTYPES))
+def test_a_factor_of_1004_is_seen(dtype):
+    shape = Shape("", 128, 64, 8, 2)
+    i = made_inputs(jobs.Entry("forward", shape, 256, "uniform", dtype))
+    exact = gate.layer(i, 1e12)["y"]
+    y = moe_mlp(i.x, i.gate_up, i.down, i.weights, i.expert_ids)
+    assert gate.judge(y, exact, y.dtype).right
+    for factor in (1.004, 0.996):
+        verdict = gate.judge((y.double() * factor).to(y.dtype), exact, y.dtype)
+        assert verdict.scale_error > verdict.scale_limit and "of the scale" in str(verdict)
 
 
 def test_wrong_gradients_get_no_number(peer_file, tmp_path):
@@ -356,10 +399,8 @@ def test_products_are_judged_in_every_form(op, budget):
 
 def test_a_sample_of_the_layer_sees_what_the_whole_sees():
     shape = Shape("", 32, 16, 8, 2)
-    made: list[Any] = []
-    peer = dataclasses.replace(OURS, layer=lambda inputs: made.append(inputs) or (lambda: inputs.x))
-    jobs.prepare(jobs.Entry("train", shape, 90, "zipf", "fp32"), "cpu", 0).build(peer)
-    sampled, whole = gate.layer(made[0], 0.0), gate.layer(made[0], 1e12)
+    inputs = made_inputs(jobs.Entry("train", shape, 90, "zipf", "fp32"))
+    sampled, whole = gate.layer(inputs, 0.0), gate.layer(inputs, 1e12)
     for name, part in sampled.items():
         assert 0 < part.index.numel() < whole[name].index.numel() == part.shape[0]
         torch.testing.assert_close(part.values, whole[name].values[part.index])
