@@ -19,6 +19,7 @@ Exit status: 0; 1 if ours is wrong, fails, or is slower than --compare allows; 2
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
 import math
@@ -94,7 +95,8 @@ def measure(entry: Entry, run: Run) -> list[dict[str, Any]]:
     with torch.set_grad_enabled(entry.op == "train"):
         pool = torch.cuda.graph_pool_handle() if run.device == "cuda" else None
         candidates = [_try(peer, job, pool) for peer in run.peers if able(peer, entry.op)]
-        times = _time([c for c in candidates if not c.fault], run)
+        times = _time([c for c in candidates if not c.fault], job, run)
+        _judge_again([c for c in candidates if not c.fault], job)
     limit = job.work.seconds(run.ceilings[entry.dtype])
     d, n, experts, top_k = entry.shape.sizes
     about = {
@@ -120,7 +122,7 @@ def measure(entry: Entry, run: Run) -> list[dict[str, Any]]:
     for c in candidates:
         record = {**about, "candidate": c.peer.name, "ours": c.peer.ours, "status": c.status}
         record |= {"reason": c.fault or None, "errors": c.errors, "peak_bytes": c.peak_bytes}
-        if c.peer.name in times:
+        if c.peer.name in times and not c.fault:
             record |= times[c.peer.name]
             best = min(record[mode]["median_s"] for mode in ("eager", "graph") if record[mode])
             record |= {"tflops": job.work.flops / best / 1e12, "gbytes": job.work.bytes / best / 1e9}
@@ -129,10 +131,23 @@ def measure(entry: Entry, run: Run) -> list[dict[str, Any]]:
     return records
 
 
+@contextlib.contextmanager
+def _guarded(candidate: Candidate, job: Job, changed: Callable[[], list[str]], when: str = "") -> Iterator[None]:
+    """Peers fail in ways of their own, which is no reason to stop, and no other candidate is to suffer from."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        candidate.failed("failed", f"{when}{type(error).__name__}: {one_line(error)}")
+    names = changed()
+    if names:
+        candidate.failed("wrong", f"{when}it changes its inputs: {', '.join(names)}")
+        job.inputs.restore()
+
+
 def _try(peer: Peer, job: Job, pool: Any) -> Candidate:
     """Builds, runs and judges one candidate; with a memory pool for graphs, on a GPU, captures it as well."""
     candidate = Candidate(peer)
-    try:
+    with _guarded(candidate, job, job.inputs.changed):
         candidate.call = job.build(peer)
         if pool is not None:
             cuda.poison(int(job.work.bytes))
@@ -142,8 +157,6 @@ def _try(peer: Peer, job: Job, pool: Any) -> Candidate:
         if not candidate.fault and pool is not None:
             candidate.peak_bytes = cuda.peak_bytes(candidate.call)
             _capture(candidate, job, pool)
-    except Exception as error:  # peers fail in ways of their own, which is no reason to stop
-        candidate.failed("failed", f"{type(error).__name__}: {one_line(error)}")
     return candidate
 
 
@@ -183,20 +196,51 @@ def _capture(candidate: Candidate, job: Job, pool: Any) -> None:
     candidate.replay = captured.replay
 
 
-def _time(candidates: list[Candidate], run: Run) -> dict[str, dict[str, Any]]:
+def _time(candidates: list[Candidate], job: Job, run: Run) -> dict[str, dict[str, Any]]:
     """Eager and graph times of each, all of them taking turns, `seconds` for each on average."""
     calls: dict[str, Callable[[], Any]] = {}
+    of: dict[Callable[[], Any], Candidate] = {}
     for c in candidates:
-        calls[f"eager {c.peer.name}"] = c.call
-        if c.replay:
-            calls[f"graph {c.peer.name}"] = c.replay
+        for mode, call in (("eager", c.call), ("graph", c.replay)):
+            if call is not None:
+                calls[f"{mode} {c.peer.name}"], of[call] = call, c
     if not calls:
         return {}
-    one_round = sum(run.timer(call) for call in calls.values())
-    rounds = math.ceil(run.seconds * len(calls) / one_round)
-    seconds = interleave(calls, max(ROUNDS.start, min(rounds, ROUNDS[-1])), run.timer)
+
+    def timer(call: Callable[[], Any]) -> float:
+        """Infinite for what fails, then or earlier."""
+        took = math.inf
+        if not of[call].fault:
+            with _guarded(of[call], job, job.inputs.touched, "while it was timed: "):
+                took = run.timer(call)
+        return took
+
+    one_round = sum(took for took in map(timer, calls.values()) if took < math.inf)
+    rounds = math.ceil(run.seconds * len(calls) / one_round) if one_round else 0
+    seconds = interleave(calls, max(ROUNDS.start, min(rounds, ROUNDS[-1])), timer)
     times = {key: summary(found) for key, found in seconds.items()}
     return {c.peer.name: {mode: times.get(f"{mode} {c.peer.name}") for mode in ("eager", "graph")} for c in candidates}
+
+
+def _judge_again(candidates: list[Candidate], job: Job) -> None:
+    """With other values in the same inputs, so that no result of an earlier call will do.
+
+    If the inputs were changed while all took turns, behind torch's back, and nobody does so now, it can have been
+    anybody but ours.
+    """
+    spoiled = job.inputs.changed()
+    if spoiled:
+        job.inputs.restore()
+    job.renew()
+    for c in candidates:
+        with _guarded(c, job, job.inputs.changed, "on a later call: "):
+            _judge(c, c.call(), job)
+            if c.fault:
+                c.fault = f"with other values of its inputs: {c.fault}"
+    if spoiled and not any(c.fault for c in candidates):
+        for c in candidates:
+            if not c.peer.ours:
+                c.failed("failed", f"some candidate changed the inputs while all were timed: {', '.join(spoiled)}")
 
 
 def entries(args: argparse.Namespace, shapes: list[Shape]) -> Iterator[Entry]:

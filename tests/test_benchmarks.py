@@ -277,6 +277,53 @@ def wrong_shape(i):
 def fails(i):
     raise RuntimeError("of its own")
 
+calls = {}
+
+def fails_later(i):
+    calls["later"] = calls.get("later", 0) + 1
+    if calls["later"] > 3:
+        raise RuntimeError("the fourth time")
+    return right(i)
+
+def leaves(i):
+    raise SystemExit(0)
+
+def remembers(i):
+    calls["y"] = calls.get("y", right(i))
+    return calls["y"]
+
+def remembers_detached(i):
+    calls["z"] = calls.get("z", right(i).detach().clone())
+    return calls["z"]
+
+def doubles_x(i):
+    y = right(i)
+    i.x.data.mul_(2)
+    return y
+
+def turns_x_around(i):
+    y = right(i)
+    i.x.copy_(i.x.flip(0))
+    return y
+
+def scales_weights_later(i):
+    calls["weights"] = calls.get("weights", 0) + 1
+    if calls["weights"] == 4:
+        i.weights.mul_(2)
+    return right(i)
+
+def fills_in_secret_later(i):
+    calls["secret"] = calls.get("secret", 0) + 1
+    if calls["secret"] == 4:
+        i.x.numpy()[:] = 0
+    return right(i)
+
+def shrinks_and_freezes_x(i):
+    y = right(i)
+    i.x.requires_grad_(not i.x.requires_grad)
+    i.x.resize_(1, 1)
+    return y
+
 def right_forward_only(i):
     y = right(i)
     return y + (y * 0.02 - (y * 0.02).detach())
@@ -304,6 +351,39 @@ def test_a_wrong_peer_gets_no_number(peer_file, tmp_path, capsys, dtype):
         assert by_name[name]["status"] == ("failed" if name == "fails" else "wrong"), name
         assert not {"eager", "graph", "tflops", "share"} & set(by_name[name])
     assert "is failed: RuntimeError: of its own" in shown and "in the worst row 1.0e+00" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "reason"),
+    [
+        ("fails_later", "failed", "while it was timed: RuntimeError: the fourth time"),
+        ("leaves", "failed", "SystemExit: 0"),
+        ("remembers_detached", "wrong", "with other values of its inputs: y: error"),
+        ("doubles_x", "wrong", "it changes its inputs: x"),
+        ("turns_x_around", "wrong", "it changes its inputs: x"),
+        ("scales_weights_later", "wrong", "while it was timed: it changes its inputs: weights"),
+        ("fills_in_secret_later", "failed", "some candidate changed the inputs while all were timed: x"),
+        ("shrinks_and_freezes_x", "failed", ""),
+    ],
+)
+def test_a_peer_spoils_nothing_but_its_own_result(peer_file, tmp_path, name, status, reason):
+    out = tmp_path / "out.jsonl"
+    options = ("--op", "forward", "--peers", "--peer", f"{peer_file}:{name}", "--peer", f"{peer_file}:right")
+    assert layer_run("--shape", LAYER, *options, "--json", str(out)) == 0
+    ours, wrong, right = records_of(out)
+    assert ours["status"] == "right" and ours["eager"]
+    assert wrong["status"] == status and reason in wrong["reason"] and "eager" not in wrong
+    # Nobody can tell which of the two it was that wrote past torch.
+    assert right["status"] == ("failed" if name == "fills_in_secret_later" else "right")
+
+
+def test_a_peer_that_goes_back_twice_through_its_graph_fails_alone(peer_file, tmp_path):
+    out = tmp_path / "out.jsonl"
+    options = ("--op", "train", "--peers", "loop", "--peer", f"{peer_file}:remembers", "--json", str(out))
+    assert layer_run("--shape", LAYER, *options) == 0
+    ours, loop, peer = records_of(out)
+    assert ours["status"] == loop["status"] == "right"
+    assert peer["status"] == "failed" and "backward through the graph a second time" in peer["reason"]
 
 
 def test_one_wrong_row_of_many_is_seen():
