@@ -26,6 +26,7 @@ be finite and, where tokens reach it, not zero.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,11 +91,11 @@ def tolerance(dtype: torch.dtype, inner: int) -> float:
     return 4 * torch.finfo(dtype).eps / 2 + accumulation(inner)
 
 
-def judge(found: Tensor, exact: Exact, dtype: torch.dtype) -> Verdict:
+def judge(found: Any, exact: Exact, dtype: torch.dtype) -> Verdict:
     limit, accumulated = tolerance(dtype, exact.inner), accumulation(exact.inner)
     row_limit = limit * (1 + 5 / math.sqrt(exact.independent))
-    if tuple(found.shape) != exact.shape:
-        fault = f"shape {tuple(found.shape)} instead of {exact.shape}"
+    fault = _misfit(found, exact.shape)
+    if fault:
         return Verdict(math.inf, math.inf, limit, row_limit, fault=fault)
     found = found.detach()
     eager, eager_row, _ = _errors(exact.eager, exact.values)
@@ -109,6 +110,17 @@ def judge(found: Tensor, exact: Exact, dtype: torch.dtype) -> Verdict:
         torch.finfo(dtype).eps / 4 + accumulated + 5 * eager / math.sqrt(max(exact.errors, 1)),
         _fault_elsewhere(found, exact),
     )
+
+
+def _misfit(found: Any, shape: tuple[int, ...], floating: bool = True) -> str:
+    """What is no result at all; empty if it is a tensor of that shape and of real numbers, or of integers."""
+    if not isinstance(found, Tensor):
+        return f"{type(found).__name__} instead of a tensor"
+    if tuple(found.shape) != shape:
+        return f"shape {tuple(found.shape)} instead of {shape}"
+    if found.is_floating_point() != floating or found.is_complex() or found.dtype == torch.bool:
+        return f"{found.dtype} instead of {'a floating point type' if floating else 'an integer type'}"
+    return ""
 
 
 def _errors(found: Tensor, exact: Tensor) -> tuple[float, float, float]:
@@ -225,14 +237,14 @@ def gemm(inputs: GemmInputs, budget: float) -> dict[str, Exact]:
     return {"out": Exact(shape, sample, values, eager, every, b.shape[1], b.shape[2], values.numel())}
 
 
-def judge_route(found: tuple[Tensor, Tensor], inputs: RouteInputs) -> Verdict:
+def judge_route(found: Any, inputs: RouteInputs) -> Verdict:
     """weights and ids: K distinct experts, none with a better one left out, and the weights that belong to them."""
-    weights, ids = found
     limit = tolerance(torch.float32, inputs.logits.shape[1])
     row_limit = limit * (1 + 5 / math.sqrt(inputs.top_k))
     shape = (inputs.logits.shape[0], inputs.top_k)
-    if tuple(weights.shape) != shape or tuple(ids.shape) != shape:
-        fault = f"shapes {tuple(weights.shape)} and {tuple(ids.shape)} instead of {shape}"
+    weights, ids = found
+    fault = _misfit(weights, shape) or _misfit(ids, shape, floating=False)
+    if fault:
         return Verdict(math.inf, math.inf, limit, row_limit, fault=fault)
     scores, ids = inputs.logits.double().softmax(dim=1), ids.long()
     ordered = ids.sort(dim=1).values

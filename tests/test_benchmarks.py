@@ -318,6 +318,15 @@ def fills_in_secret_later(i):
         i.x.numpy()[:] = 0
     return right(i)
 
+def complex_numbers(i):
+    return right(i) + 0j
+
+def integers(i):
+    return right(i).long()
+
+def nothing(i):
+    return None
+
 def shrinks_and_freezes_x(i):
     y = right(i)
     i.x.requires_grad_(not i.x.requires_grad)
@@ -357,6 +366,9 @@ def test_a_wrong_peer_gets_no_number(peer_file, tmp_path, capsys, dtype):
     ("name", "status", "reason"),
     [
         ("fails_later", "failed", "while it was timed: RuntimeError: the fourth time"),
+        ("complex_numbers", "wrong", "y: torch.complex64 instead of a floating point type"),
+        ("integers", "wrong", "y: torch.int64 instead of a floating point type"),
+        ("nothing", "wrong", "y: NoneType instead of a tensor"),
         ("leaves", "failed", "SystemExit: 0"),
         ("remembers_detached", "wrong", "with other values of its inputs: y: error"),
         ("doubles_x", "wrong", "it changes its inputs: x"),
