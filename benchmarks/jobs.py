@@ -32,6 +32,13 @@ class Entry:
         sizes = f"T {self.tokens}, d {d}, n {n}, E {experts}, K {top_k}"
         return f"{self.op} {self.shape.name} ({sizes}), {self.routing}, {self.dtype}"
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """How it stands in the JSON lines."""
+        d, n, experts, top_k = self.shape.sizes
+        sizes = {"tokens": self.tokens, "d": d, "n": n, "experts": experts, "top_k": top_k}
+        return {"op": self.op, "shape": self.shape.name, **sizes, "routing": self.routing, "dtype": self.dtype}
+
 
 @dataclass(frozen=True)
 class Job:

@@ -98,19 +98,10 @@ def measure(entry: Entry, run: Run) -> list[dict[str, Any]]:
         times = _time([c for c in candidates if not c.fault], job, run)
         _judge_again([c for c in candidates if not c.fault], job)
     limit = job.work.seconds(run.ceilings[entry.dtype])
-    d, n, experts, top_k = entry.shape.sizes
     about = {
         **run.about,
-        "op": entry.op,
-        "shape": entry.shape.name,
-        "tokens": entry.tokens,
-        "d": d,
-        "n": n,
-        "experts": experts,
-        "top_k": top_k,
-        "routing": entry.routing,
+        **entry.record,
         "activated_experts": job.active,
-        "dtype": entry.dtype,
         "seed": run.seed,
         "matmul_flops": run.ceilings[entry.dtype].matmul,
         "copy_bytes": run.ceilings[entry.dtype].copy,
@@ -326,11 +317,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--peer", action="append", default=[], metavar="FILE.py:FUNCTION", help="your own: LayerInputs -> y")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     add("--small", action="store_true", help="small shapes, to see that it works; on a CPU they always are")
-    add("--seconds", type=_seconds, help="time for each candidate's repetitions; default: 0.5, small: 0.01")
+    add("--seconds", type=_not_negative, help="time for each candidate's repetitions; default: 0.5, small: 0.01")
     add("--seed", type=int, default=0, help="of all inputs")
     add("--json", nargs="?", type=Path, const=RESULTS / "layer.jsonl", help="append a line a measurement to this file")
     add("--compare", type=Path, metavar="OLD.jsonl", help="exit with 1 if ours got slower or wrong")
-    add("--tolerance", type=float, default=0.1, help="what --compare takes for noise; default: 0.1")
+    add("--tolerance", type=_not_negative, default=0.1, help="what --compare takes for noise; default: 0.1")
     add("--plot", type=Path, metavar="FILE.png", help="shares of the limit as bars")
     add("--profile", action="store_true", help="which kernels our time goes to")
 
@@ -341,13 +332,13 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _seconds(text: str) -> float:
+def _not_negative(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number from 0")
     return value
 
 
@@ -410,8 +401,17 @@ def _run(args: argparse.Namespace) -> int:
             assign(entry.routing, entry.tokens, entry.shape.experts, entry.shape.top_k, torch.Generator())
     seconds = args.seconds if args.seconds is not None else 0.01 if reduced else 0.5
     timer = cuda.timer() if device == "cuda" else once
+    origin = about(device)
+    planned = [
+        {**entry.record, "device": origin["device"], "candidate": peer.name}
+        for entry in todo
+        for peer in peers
+        if able(peer, entry.op)
+    ]
+    if args.compare and not {report.key_of(plan) for plan in planned} & {report.key_of(record) for record in old}:
+        raise BadInput(f"--compare {args.compare}: has none of what would be measured now: {', '.join(report.KEY)}")
     found = ceilings({entry.dtype for entry in todo}, device, timer, reduced)
-    this = Run(device, seconds, args.seed, timer, tuple(peers), found, about(device))
+    this = Run(device, seconds, args.seed, timer, tuple(peers), found, origin)
     records: list[dict[str, Any]] = []
     report.show_run(this.about, found)
     status = done = 0
@@ -440,5 +440,5 @@ def _run(args: argparse.Namespace) -> int:
     if status:
         return status
     bad = any(r["ours"] and r["status"] in ("wrong", "failed") for r in records)
-    worse = report.compare(records, old, args.tolerance) if args.compare else False
+    worse = report.compare(records, old, args.tolerance, planned) if args.compare else False
     return 1 if bad or worse else 0

@@ -567,16 +567,66 @@ def test_compare(tmp_path, capsys, peer_file):
     assert against(0.001) == 1
     assert "slower" in capsys.readouterr().out
     assert against(0.001, "--tolerance", "1e9") == 0
+    capsys.readouterr()
     assert against(1, "--tokens", "5") == 2
-    assert "nothing that was measured now" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "has none of what would be measured now" in shown.err and not shown.out  # said before anything is measured
+    assert against(1, "--op", "forward", "decode", "--tokens", "12", "24") in (0, 1)  # what is new is not worse
     wrong = {**record, "status": "wrong", "reason": "y: of the test"}
     assert report.compare([wrong], [record], tolerance=0.1)
     assert not report.compare([{**wrong, "ours": False}], [record], tolerance=0.1)
-    for text in ("", "{", "[]\n", '{"op": "forward"}\n'):
+    good = json.dumps(record)
+    capsys.readouterr()
+    for text, says in {
+        "": "no records",
+        "{": "line 1 is no record of `layer --json`: not a JSON object",
+        "[]\n": "not a JSON object",
+        "[" * 100_000: "not a JSON object",
+        '{"op": "forward"}\n': "shape is not of type str",
+        good + "\n1": "line 2 is no record",
+        json.dumps({**record, "tokens": "24"}): "tokens is not of type int",
+        json.dumps({**record, "op": ["forward"]}): "op is not of type str",
+        json.dumps({**record, "ours": 1}): "ours is not of type bool",
+        json.dumps({**record, "eager": 3}): "the median_s of eager is not a positive number",
+        json.dumps({**record, "graph": {}}): "the median_s of graph",
+        **{
+            json.dumps({**record, "eager": {"median_s": wrong}}): "the median_s of eager"
+            for wrong in (0, -1, "1", None, float("nan"), float("inf"), 10**400, True)
+        },
+    }.items():
         out.write_text(text)
         assert layer_run(*options, "--compare", str(out)) == 2
+        shown = capsys.readouterr()
+        assert says in shown.err and shown.err.count("\n") == 1 and not shown.out, text[:200]
     assert layer_run(*options, "--compare", str(tmp_path / "none.jsonl")) == 2
     assert "cannot be read" in capsys.readouterr().err
+
+
+def test_what_could_be_measured_and_cannot_now_is_worse(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "old.jsonl"
+    options = ("--shape", LAYER, "--op", "forward", "--peers")
+    assert layer_run(*options, "--tokens", "4", "5", "--json", str(out)) == 0
+    old, later = records_of(out)
+    with_graph = {**old, "graph": old["eager"]}
+    assert report.compare([old], [with_graph], tolerance=1e9)
+    assert "forward 32x16x8x2 T 4 uniform fp32, moesmith: had a time, now none: graph\n" in capsys.readouterr().out
+    assert not report.compare([{**old, "ours": False}], [{**with_graph, "ours": False}], tolerance=1e9)
+    assert not report.compare([with_graph], [old], tolerance=1e9)
+    assert not report.compare([old], [old, later], tolerance=1e9)  # which was not asked for
+    assert report.compare([old], [old, later], tolerance=1e9, planned=[old, later])
+    assert "T 5 uniform fp32, moesmith: had a time, now none: eager\n" in capsys.readouterr().out
+
+    measure = layer.measure
+
+    def too_large(entry: jobs.Entry, run: layer.Run) -> Any:
+        if entry.tokens == 5:
+            raise torch.OutOfMemoryError("of the test")
+        return measure(entry, run)
+
+    monkeypatch.setattr(layer, "measure", too_large)
+    more = ("--compare", str(out), "--tolerance", "1e9")
+    assert layer_run(*options, "--tokens", "4", *more) == 0
+    assert layer_run(*options, "--tokens", "4", "5", *more) == 1
 
 
 def test_ours_wrong_is_status_1(monkeypatch, capsys):
@@ -610,7 +660,10 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, capsys):
         (["--shape", "1,2,3,4,5"], "5 experts for each token, of 4"),
         (["--peers", "cublas"], "--peers cublas: expected some of dense"),
         (["--tokens", "0"], "'0' is not a positive integer"),
-        (["--seconds", "-1"], "'-1' is not a number of seconds"),
+        (["--seconds", "-1"], "'-1' is not a finite number from 0"),
+        (["--tolerance", "-0.1"], "'-0.1' is not a finite number from 0"),
+        (["--tolerance", "nan"], "'nan' is not a finite number from 0"),
+        (["--tolerance", "inf"], "'inf' is not a finite number from 0"),
         (["--op", "fly"], "invalid choice: 'fly'"),
         (["--routing", "zipff"], "--routing zipff: no such file; expected uniform, zipf, one-hot or"),
         (["--plot", "out.jpg"], "--plot out.jpg: expected a name that ends in .png"),
