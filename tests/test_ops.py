@@ -306,6 +306,13 @@ def test_permute_and_unpermute(case: Case, dtype: torch.dtype) -> None:
     assert torch.equal(plain, ones)
 
 
+def test_permute_without_experts() -> None:
+    x, ids = torch.randn(5, 4), torch.full((5, 2), -1)
+    for permuted in (ops.permute(x, ids, 0), permute_reference(x, ids, 0)):
+        assert torch.equal(permuted.rows, torch.zeros(10, 4)) and permuted.offsets.shape == (0,)
+        assert torch.equal(permuted.position, ids)
+
+
 @each_dtype
 @pytest.mark.parametrize(
     ("limit", "alpha", "beta"),

@@ -298,6 +298,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         IndexError,
         "8",
     ),
+    "negative experts": (lambda: ops.permute(GOOD.x, GOOD.expert_ids, -1), ValueError, "num_experts = -1: expected 0"),
     "id in permute": (lambda: ops.permute(GOOD.x, with_id(77), 8), IndexError, "77 is neither"),
     "int32 ids": (changed(expert_ids=GOOD.expert_ids.int()), TypeError, "expert_ids: expected int64, got torch.int32"),
     "ids of other tokens": (changed(expert_ids=GOOD.expert_ids[1:]), ValueError, r"expert_ids: expected \[61, K\]"),

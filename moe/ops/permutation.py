@@ -28,14 +28,17 @@ def permute(x: Tensor, expert_ids: Tensor, num_experts: int) -> Permuted:
     """Copies the rows of x [T, D] into expert order, one for each of the R = T * K slots of expert_ids [T, K] int64.
 
     The order is stable: by expert, then token, then k. A slot with id -1 ("not here") has position -1; as many rows
-    past the last offset are zero, so that R does not depend on the ids. Empty T, K = 0 and experts without tokens are
-    fine. Differentiable in x: the gradient of a token is the sum of its rows' in order of k, accumulated in float32 or
-    wider. Raises IndexError for an id below -1 or >= E (on CPU; a device assertion on CUDA).
+    past the last offset are zero, so that R does not depend on the ids. Empty T, K = 0, E = 0 and experts without tokens
+    are fine. Differentiable in x: the gradient of a token is the sum of its rows' in order of k, accumulated in float32 or
+    wider. Raises ValueError for num_experts < 0, IndexError for an id below -1 or >= E (on CPU; a device assertion on
+    CUDA).
 
     Source: the "unpermute/permute" pair of Megatron-LM and torchtitan, with counting offsets as in MegaBlocks
     (arXiv 2211.15841).
     """
     check_ids(x, expert_ids)
+    if num_experts < 0:
+        raise ValueError(f"num_experts = {num_experts}: expected 0 or more")
     rows, position, offsets = _PERMUTE(x, expert_ids, num_experts)
     return Permuted(rows, position, offsets)
 
@@ -176,8 +179,7 @@ def combine(rows: Tensor, position: Tensor, weights: Tensor | None) -> Tensor:
 def _permute(x: Tensor, expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     order = sort_slots(expert_ids, num_experts)
     rows = x.index_select(0, order.slots // max(expert_ids.shape[1], 1))
-    if num_experts:
-        rows[int(order.offsets[-1]) :] = 0
+    rows[int(order.offsets[-1]) if num_experts else 0 :] = 0
     return rows, order.position, order.offsets
 
 
