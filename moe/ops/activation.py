@@ -22,8 +22,9 @@ def swiglu(gate_up: Tensor, limit: float | None = None, alpha: float = 1.0, beta
 
     Any floating dtype, any number of leading dimensions, any strides; the output is contiguous and of the same dtype,
     within four roundings of it (0 where exp(-gate) exceeds float32); computed in float32 or wider when `limit`,
-    `alpha` or `beta` is used. Empty inputs give empty outputs. Raises ValueError for an odd last dimension or a limit
-    that is not positive.
+    `alpha` or `beta` is used. Where alpha is not 1, alpha * gate is rounded as well, in that wider dtype, of which the
+    exponential makes a relative error of up to 2 u |alpha * gate| more, u being its unit roundoff. Empty inputs give
+    empty outputs. Raises ValueError for an odd last dimension or a limit that is not positive.
 
     Source: Shazeer, GLU variants improve Transformer (arXiv 2002.05202); limit, alpha and beta: openai/gpt-oss.
     """
