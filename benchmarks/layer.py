@@ -46,12 +46,13 @@ from benchmarks.harness import (
     interleave,
     matmul_rate,
     once,
+    one_line,
     say,
     summary,
 )
 from benchmarks.jobs import DTYPES, OPS, Entry, Job, able, prepare
 from benchmarks.limits import Ceilings
-from benchmarks.peers import DESCRIPTIONS, OURS, PEERS, Peer, load_peer, one_line
+from benchmarks.peers import DESCRIPTIONS, OURS, PEERS, Peer, load_peer
 from benchmarks.routings import NAMES, assign, tokens_in
 from benchmarks.shapes import SHAPES, Shape, parse_shape, small
 

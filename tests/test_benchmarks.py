@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ pytest.importorskip("transformers")
 
 from benchmarks import cpu, gate, jobs, layer, report, routings
 from benchmarks.__main__ import main
-from benchmarks.harness import ROOT, interleave
+from benchmarks.harness import ROOT, BadInput, interleave
 from benchmarks.limits import Ceilings, Phase, activated, work
 from benchmarks.peers import OURS, PEERS, LayerInputs, Peer, RouteInputs
 from benchmarks.shapes import SHAPES, Shape, small
@@ -235,6 +236,13 @@ def test_a_routing_file_is_taken_as_it_is(tmp_path):
         ({"expert_ids": np.zeros((4, 2), int), "weights": np.zeros((4, 1))}, "weights: found shape (4, 1)"),
         ({"expert_ids": np.zeros((4, 2), int), "weights": np.full((4, 2), np.nan)}, "weights: expected finite"),
         ({"expert_ids": np.array([[None, 1]])}, "expert_ids: not readable"),
+        ({"expert_ids": np.zeros((0, 2), int)}, "expert_ids: found shape (0, 2), expected some tokens"),
+        ({"expert_ids": np.zeros((4, 0), int)}, "expert_ids: found shape (4, 0), expected some tokens"),
+        ({"expert_ids": np.zeros((4, 2), "m8[s]")}, "expert_ids: found timedelta64[s], expected integers"),
+        ({"expert_ids": np.full((4, 2), 2**64 - 1, np.uint64)}, "expected 0 to 7"),
+        ({"expert_ids": np.zeros((4, 2), bool)}, "expert_ids: found bool, expected integers"),
+        ({"expert_ids": np.zeros((4, 2), int), "weights": np.full((4, 2), 1e39)}, "in float32's range"),
+        ({"expert_ids": np.zeros((4, 2), int), "weights": np.full((4, 2), -np.inf)}, "in float32's range"),
     ],
 )
 def test_a_routing_file_that_does_not_fit(tmp_path, capsys, arrays, says):
@@ -243,6 +251,54 @@ def test_a_routing_file_that_does_not_fit(tmp_path, capsys, arrays, says):
     assert layer_run("--shape", LAYER, "--op", "forward", "--routing", str(file)) == 2
     error = capsys.readouterr().err
     assert says in error and str(file) in error and error.count("\n") == 1
+
+
+def npy(shape: str, size: int = 64, version: bytes = b"\x01\x00") -> bytes:
+    header = f"{{'descr': '<i8', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    return b"\x93NUMPY" + version + len(header).to_bytes(2, "little") + header + bytes(size)
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        b"",
+        b"not npy at all",
+        b"\x93NUMPY\x07\x00",
+        b"\x93NUMPY\x01\x00\xff\xff{",
+        npy("(4, 2)", size=63),
+        npy("(4, 2)", version=b"\x09\x00"),
+        npy("(1000000000000, 2)"),
+        npy("(-4, 2)"),
+        npy("(4, 2"),
+        npy("[4, 2]"),
+        npy("(" * 5000),
+    ],
+    ids=range(11),
+)
+def test_a_routing_file_whose_member_is_no_array(tmp_path, capsys, member):
+    file = tmp_path / "routing.npz"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("expert_ids.npy", member)
+    assert layer_run("--shape", LAYER, "--op", "forward", "--routing", str(file)) == 2
+    shown = capsys.readouterr()
+    assert f"--routing {file}: expert_ids: not readable (" in shown.err and shown.err.count("\n") == 1 and not shown.out
+
+
+def test_a_routing_file_that_is_damaged(tmp_path, capsys):
+    file = tmp_path / "routing.npz"
+    np.savez_compressed(file, expert_ids=np.arange(4000).reshape(2000, 2) % 8)
+    whole = file.read_bytes()
+    for at in (*range(0, 64, 3), len(whole) // 2, *range(len(whole) - 90, len(whole), 7)):
+        for damaged in (whole[:at], whole[:at] + bytes([whole[at] ^ 0x5A]) + whole[at + 1 :]):
+            file.write_bytes(damaged)
+            try:
+                assert routings.tokens_in(file) == 2000
+            except BadInput as error:
+                assert "\n" not in str(error) and str(file) in str(error)
+    file.unlink()
+    file.mkdir()
+    assert layer_run("--shape", LAYER, "--routing", str(file)) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 WRONG = """
