@@ -1,16 +1,23 @@
 """What a result must be before it gets a number: near float64 on the same rounded inputs, in every row.
 
-A result is judged tensor by tensor. Two relative errors, with the norms of float64's values below:
+A result is judged tensor by tensor. Three relative errors, with the norms of float64's values below:
 
-    whole  ||found - exact|| / ||exact||             at most t = 4 u + 8 sqrt(inner) 2^-24
+    whole  ||found - exact|| / ||exact||             at most t = 4 u + a, a = 8 sqrt(inner) 2^-24
     row    the same of each row, its worst           at most t (1 + 5 / sqrt(L)), L independent errors in a row
+    scale  |<found, exact> / <exact, exact> - 1|     at most u / 2 + a + 5 e / sqrt(N), N independent errors in all
+
+and the first two at most twice those of plain eager PyTorch in the same dtype, the row's times 1 + 1 / sqrt(L), plus a;
+e is eager's first.
 
 u is the dtype's unit roundoff: a chain rounds the pre-activation, the hidden values, the rows and their sum, and
-accumulates over `inner` products in float32. Few errors scatter more, which the row's limit allows for; a row of an
-expert's gradient is a sum over its tokens, and all its elements share theirs. A row is
+accumulates over `inner` products in float32, in an order of its own. Few errors scatter more, which the row's limit
+allows for; a row of an expert's gradient is a sum over its tokens, and all its elements share theirs. A row is
 measured by its own norm or the typical one of its kind (of all tokens; of one expert), whichever is larger: what is
-small because it cancels has an error like its neighbours'. So a row of zeros or of flipped signs fails in every dtype,
-a factor of 1.02 in float32 and bfloat16, and products in TF32 are wrong for float32.
+small because it cancels has an error like its neighbours'. Roundings point in no direction, so that the scale shows
+what is systematic: u / 2 is what one weight in the dtype, the same for a whole row, may be off.
+
+So a row of zeros or of flipped signs fails in every dtype, one of a token's experts left out, a factor of 1.004, and
+products in TF32 are wrong for float32.
 
 Where float64 over everything would take too long, a sample of tokens and of experts is compared; every other row must
 be finite and, where tokens reach it, not zero.
@@ -19,6 +26,7 @@ be finite and, where tokens reach it, not zero.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,17 +42,20 @@ MOST_ELEMENTS = 2**30
 
 @dataclass(frozen=True)
 class Exact:
-    """`values` float64 at `index` of dimension 0; `reached` [dim 0] tells which entries cannot be zero.
+    """`values` float64 at `index` of dimension 0, `eager` the same in the dtype that is judged.
 
-    `inner` products are summed for an element, and a row has `independent` errors.
+    `reached` [dim 0] tells which entries cannot be zero. `inner` products are summed for an element; a row has
+    `independent` errors, the whole `errors`.
     """
 
     shape: tuple[int, ...]
     index: Tensor
     values: Tensor
+    eager: Tensor
     reached: Tensor
     inner: int
     independent: int
+    errors: int
 
 
 @dataclass(frozen=True)
@@ -55,41 +66,74 @@ class Verdict:
     row_error: float
     limit: float
     row_limit: float
+    scale_error: float = 0.0
+    scale_limit: float = math.inf
     fault: str = ""
 
     @property
     def right(self) -> bool:
-        return not self.fault and self.error <= self.limit and self.row_error <= self.row_limit
+        within = self.error <= self.limit and self.row_error <= self.row_limit and self.scale_error <= self.scale_limit
+        return not self.fault and within
 
     def __str__(self) -> str:
         if self.fault:
             return self.fault
-        whole, row = (
-            f"error {self.error:.1e} (at most {self.limit:.1e})",
-            f"{self.row_error:.1e} ({self.row_limit:.1e})",
-        )
-        return f"{whole}, in the worst row {row}"
+        whole = f"error {self.error:.1e} (at most {self.limit:.1e})"
+        row = f"in the worst row {self.row_error:.1e} ({self.row_limit:.1e})"
+        return f"{whole}, {row}, of the scale {self.scale_error:.1e} ({self.scale_limit:.1e})"
+
+
+def accumulation(inner: int) -> float:
+    return 8 * math.sqrt(inner) * 2.0**-24
 
 
 def tolerance(dtype: torch.dtype, inner: int) -> float:
-    return 4 * torch.finfo(dtype).eps / 2 + 8 * math.sqrt(inner) * 2.0**-24
+    return 4 * torch.finfo(dtype).eps / 2 + accumulation(inner)
 
 
-def judge(found: Tensor, exact: Exact, dtype: torch.dtype) -> Verdict:
-    limit = tolerance(dtype, exact.inner)
+def judge(found: Any, exact: Exact, dtype: torch.dtype) -> Verdict:
+    limit, accumulated = tolerance(dtype, exact.inner), accumulation(exact.inner)
     row_limit = limit * (1 + 5 / math.sqrt(exact.independent))
-    if tuple(found.shape) != exact.shape:
-        fault = f"shape {tuple(found.shape)} instead of {exact.shape}"
-        return Verdict(math.inf, math.inf, limit, row_limit, fault)
+    fault = _misfit(found, exact.shape)
+    if fault:
+        return Verdict(math.inf, math.inf, limit, row_limit, fault=fault)
     found = found.detach()
-    difference = found.index_select(0, exact.index).double() - exact.values
-    norms = exact.values.norm(dim=-1)
+    eager, eager_row, _ = _errors(exact.eager, exact.values)
+    eager_row *= 1 + 1 / math.sqrt(exact.independent)
+    whole, row, scale = _errors(found.index_select(0, exact.index), exact.values)
+    return Verdict(
+        whole,
+        row,
+        min(limit, 2 * eager + accumulated),
+        min(row_limit, 2 * eager_row + accumulated),
+        scale,
+        torch.finfo(dtype).eps / 4 + accumulated + 5 * eager / math.sqrt(max(exact.errors, 1)),
+        _fault_elsewhere(found, exact),
+    )
+
+
+def _misfit(found: Any, shape: tuple[int, ...], floating: bool = True) -> str:
+    """What is no result at all; empty if it is a tensor of that shape and of real numbers, or of integers."""
+    if not isinstance(found, Tensor):
+        return f"{type(found).__name__} instead of a tensor"
+    if tuple(found.shape) != shape:
+        return f"shape {tuple(found.shape)} instead of {shape}"
+    if found.is_floating_point() != floating or found.is_complex() or found.dtype == torch.bool:
+        return f"{found.dtype} instead of {'a floating point type' if floating else 'an integer type'}"
+    return ""
+
+
+def _errors(found: Tensor, exact: Tensor) -> tuple[float, float, float]:
+    """Of the whole, of the worst row, and of the scale; infinite where one is NaN."""
+    difference = found.double() - exact
+    norms = exact.norm(dim=-1)
     typical = norms.square().mean(dim=-1, keepdim=True).sqrt()
     tiny = torch.finfo(torch.float64).tiny
     rows = difference.norm(dim=-1) / torch.maximum(norms, typical).clamp_min(tiny)
-    whole = difference.norm() / exact.values.norm().clamp_min(tiny)
+    whole = difference.norm() / exact.norm().clamp_min(tiny)
     worst = rows.nan_to_num(math.inf).max() if rows.numel() else rows.new_zeros(())
-    return Verdict(float(whole.nan_to_num(math.inf)), float(worst), limit, row_limit, _fault_elsewhere(found, exact))
+    scale = ((difference * exact).sum() / exact.square().sum().clamp_min(tiny)).abs()
+    return float(whole.nan_to_num(math.inf)), float(worst), float(scale.nan_to_num(math.inf))
 
 
 def _fault_elsewhere(found: Tensor, exact: Exact) -> str:
@@ -113,11 +157,15 @@ def layer(inputs: LayerInputs, budget: float) -> dict[str, Exact]:
     place = torch.full((tokens,), -1, device=device)
     place[sample] = torch.arange(sample.numel(), device=device)
 
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(*shape, dtype=torch.float64, device=device)
+    def zeros(dtype: torch.dtype) -> list[Tensor]:
+        """y, dx, dgate_up, ddown, dweights"""
+        token, own = (sample.numel(), d), len(chosen)
+        shapes = (token, token, (own, 2 * n, d), (own, d, n), (sample.numel() * top_k,))
+        wide = torch.promote_types(dtype, torch.float32)
+        return [torch.zeros(shape, dtype=wide if len(shape) == 1 else dtype, device=device) for shape in shapes]
 
-    y, dx, dweights = zeros(sample.numel(), d), zeros(sample.numel(), d), zeros(sample.numel() * top_k)
-    dgate_up, ddown = zeros(len(chosen), 2 * n, d), zeros(len(chosen), d, n)
+    results = {dtype: zeros(dtype) for dtype in (torch.float64, inputs.x.dtype)}
+    chosen_slots = 0
     for expert in range(experts):
         slots = (ids.flatten() == expert).nonzero().squeeze(1)
         at = place[slots // top_k]
@@ -126,30 +174,38 @@ def layer(inputs: LayerInputs, budget: float) -> dict[str, Exact]:
         if slots.numel() == 0:
             continue
         token, here = slots // top_k, at >= 0
-        leaves = [
-            t.detach().double().requires_grad_(inputs.train)
-            for t in (inputs.x[token], inputs.gate_up[expert], inputs.down[expert], inputs.weights.flatten()[slots])
-        ]
-        x, gate_up, down, weights = leaves
-        gate, up = (x @ gate_up.t()).chunk(2, dim=1)
-        rows = (F.silu(gate) * up @ down.t()) * weights[:, None]
-        y.index_add_(0, at[here], rows.detach()[here])
-        if not inputs.train:
-            continue
-        g_x, g_gate_up, g_down, g_weights = torch.autograd.grad(rows, leaves, inputs.grad[token].double())
-        dx.index_add_(0, at[here], g_x[here])
-        dweights[at[here] * top_k + slots[here] % top_k] = g_weights[here]
-        if expert in chosen:
-            dgate_up[chosen.index(expert)], ddown[chosen.index(expert)] = g_gate_up, g_down
+        chosen_slots += slots.numel() if expert in chosen else 0
+        for dtype, (y, dx, dgate_up, ddown, dweights) in results.items():
+            routing = inputs.weights.flatten()[slots].to(dweights.dtype)
+            leaves = [t[i].detach().to(dtype) for t, i in ((inputs.x, token), (inputs.gate_up, expert))]
+            leaves += [inputs.down[expert].detach().to(dtype), routing.detach()]
+            x, gate_up, down, weights = (leaf.requires_grad_(inputs.train) for leaf in leaves)
+            gate, up = (x @ gate_up.t()).chunk(2, dim=1)
+            rows = ((F.silu(gate) * up @ down.t()) * weights[:, None]).to(dtype)
+            y.index_add_(0, at[here], rows.detach()[here])
+            if not inputs.train:
+                continue
+            g_x, g_gate_up, g_down, g_weights = torch.autograd.grad(rows, leaves, inputs.grad[token].to(dtype))
+            dx.index_add_(0, at[here], g_x[here])
+            dweights[at[here] * top_k + slots[here] % top_k] = g_weights[here]
+            if expert in chosen:
+                dgate_up[chosen.index(expert)], ddown[chosen.index(expert)] = g_gate_up, g_down
+    (y, dx, dgate_up, ddown, dweights), eager = results[torch.float64], results[inputs.x.dtype]
     inner, every = max(d, n), torch.ones(tokens, dtype=torch.bool, device=device)
-    exact = {"y": Exact((tokens, d), sample, y, every, inner, d)}
+    errors = sample.numel() * min(d, n)
+    exact = {"y": Exact((tokens, d), sample, y, eager[0], every, inner, d, errors)}
     if inputs.train:
         index, longest = torch.tensor(chosen, device=device), max(inner, int(counts.max()))
-        exact["dx"] = Exact((tokens, d), sample, dx, every, inner, d)
-        fewest = int(counts[counts > 0].min())
-        exact["dgate_up"] = Exact((experts, 2 * n, d), index, dgate_up, counts > 0, longest, min(fewest, d))
-        exact["ddown"] = Exact((experts, d, n), index, ddown, counts > 0, longest, min(fewest, n))
-        exact["dweights"] = Exact((tokens, top_k), sample, dweights.view(-1, top_k), every, inner, top_k)
+        exact["dx"] = Exact((tokens, d), sample, dx, eager[1], every, inner, d, errors)
+        fewest, own = int(counts[counts > 0].min()), chosen_slots * min(d, n)
+        exact["dgate_up"] = Exact(
+            (experts, 2 * n, d), index, dgate_up, eager[2], counts > 0, longest, min(fewest, d), own
+        )
+        exact["ddown"] = Exact((experts, d, n), index, ddown, eager[3], counts > 0, longest, min(fewest, n), own)
+        routing, eager_routing = dweights.view(-1, top_k), eager[4].view(-1, top_k)
+        exact["dweights"] = Exact(
+            (tokens, top_k), sample, routing, eager_routing, every, inner, top_k, dweights.numel()
+        )
     return exact
 
 
@@ -162,35 +218,40 @@ def gemm(inputs: GemmInputs, budget: float) -> dict[str, Exact]:
     if b.dim() == 2:
         size = a.shape[0] * b.shape[1]
         chosen = _sample_experts(counts, budget / (2 * size), size)
-        values = torch.stack([a[:, slice(*spans[e])].double() @ b[slice(*spans[e])].double() for e in chosen])
+        operands = [(a[:, slice(*spans[e])], b[slice(*spans[e])]) for e in chosen]
+        values = torch.stack([left.double() @ right.double() for left, right in operands])
+        eager = torch.stack([left @ right for left, right in operands])
         index = torch.tensor(chosen, device=device)
-        shape = (len(spans), a.shape[0], b.shape[1])
-        return {"out": Exact(shape, index, values, counts > 0, int(counts.max()), b.shape[1])}
+        shape, inner = (len(spans), a.shape[0], b.shape[1]), int(counts.max())
+        return {"out": Exact(shape, index, values, eager, counts > 0, inner, b.shape[1], values.numel())}
     sample = _sample(a.shape[0], int(budget / (2 * b.shape[1] * b.shape[2])), device)
     values = torch.empty(sample.numel(), b.shape[2], dtype=torch.float64, device=device)
+    eager = values.to(a.dtype)
     for expert, (start, end) in enumerate(spans):
         here = ((sample >= start) & (sample < end)).nonzero().squeeze(1)
         if here.numel():
             values[here] = a[sample[here]].double() @ b[expert].double()
+            eager[here] = a[sample[here]] @ b[expert]
     every = torch.ones(a.shape[0], dtype=torch.bool, device=device)
-    return {"out": Exact((a.shape[0], b.shape[2]), sample, values, every, b.shape[1], b.shape[2])}
+    shape = (a.shape[0], b.shape[2])
+    return {"out": Exact(shape, sample, values, eager, every, b.shape[1], b.shape[2], values.numel())}
 
 
-def judge_route(found: tuple[Tensor, Tensor], inputs: RouteInputs) -> Verdict:
+def judge_route(found: Any, inputs: RouteInputs) -> Verdict:
     """weights and ids: K distinct experts, none with a better one left out, and the weights that belong to them."""
-    weights, ids = found
     limit = tolerance(torch.float32, inputs.logits.shape[1])
     row_limit = limit * (1 + 5 / math.sqrt(inputs.top_k))
     shape = (inputs.logits.shape[0], inputs.top_k)
-    if tuple(weights.shape) != shape or tuple(ids.shape) != shape:
-        fault = f"shapes {tuple(weights.shape)} and {tuple(ids.shape)} instead of {shape}"
-        return Verdict(math.inf, math.inf, limit, row_limit, fault)
+    weights, ids = found
+    fault = _misfit(weights, shape) or _misfit(ids, shape, floating=False)
+    if fault:
+        return Verdict(math.inf, math.inf, limit, row_limit, fault=fault)
     scores, ids = inputs.logits.double().softmax(dim=1), ids.long()
     ordered = ids.sort(dim=1).values
     if int(ordered[:, 0].min()) < 0 or int(ordered[:, -1].max()) >= scores.shape[1]:
-        return Verdict(math.inf, math.inf, limit, row_limit, "some ids name no expert")
+        return Verdict(math.inf, math.inf, limit, row_limit, fault="some ids name no expert")
     if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
-        return Verdict(math.inf, math.inf, limit, row_limit, "some tokens name an expert twice")
+        return Verdict(math.inf, math.inf, limit, row_limit, fault="some tokens name an expert twice")
     selected, best = scores.gather(1, ids), scores.topk(inputs.top_k, dim=1).values.sum(dim=1)
     left_out = 1 - selected.sum(dim=1) / best
     expected = selected / selected.sum(dim=1, keepdim=True)

@@ -24,6 +24,11 @@ class BadInput(ValueError):
     """The user's mistake, in one line."""
 
 
+def one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
 def once(call: Callable[[], Any]) -> float:
     """Seconds of one call."""
     start = time.perf_counter()

@@ -1,7 +1,7 @@
 """What is timed: an operation on one shape, with its inputs, its judge and its cost."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,13 +32,26 @@ class Entry:
         sizes = f"T {self.tokens}, d {d}, n {n}, E {experts}, K {top_k}"
         return f"{self.op} {self.shape.name} ({sizes}), {self.routing}, {self.dtype}"
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """How it stands in the JSON lines."""
+        d, n, experts, top_k = self.shape.sizes
+        sizes = {"tokens": self.tokens, "d": d, "n": n, "experts": experts, "top_k": top_k}
+        return {"op": self.op, "shape": self.shape.name, **sizes, "routing": self.routing, "dtype": self.dtype}
+
 
 @dataclass(frozen=True)
 class Job:
-    """How a peer goes to work on an entry's inputs, how its result is judged, what it costs with `active` experts."""
+    """How a peer goes to work on an entry's inputs, how its result is judged, what it costs with `active` experts.
+
+    `renew` gives x (of a product: a; of a routing: the logits) other values in place, with which results are judged
+    from then on: what a candidate remembers of an earlier call is wrong then.
+    """
 
     build: Callable[[Peer], Callable[[], Any]]
     judge: Callable[[Any], dict[str, gate.Verdict]]
+    renew: Callable[[], None]
+    inputs: "Inputs"
     work: Work
     active: float
 
@@ -51,100 +64,165 @@ def able(peer: Peer, op: str) -> bool:
     return peer.layer is not None and (op != "train" or peer.backward)
 
 
-class _Inputs:
-    """Normal random numbers of one seed, on the device."""
+class Inputs:
+    """The tensors that all candidates share, most of them normal random numbers of one seed, on the device.
+
+    A candidate that writes to them would spoil the others' results. Their sums tell, and they can be filled again;
+    copies of them all would not fit beside the weights of the largest shapes.
+    """
 
     def __init__(self, dtype: torch.dtype, device: str, seed: int) -> None:
-        self.dtype, self.device = dtype, device
-        self.on_device, self.on_cpu = torch.Generator(device).manual_seed(seed), torch.Generator().manual_seed(seed)
+        self.dtype, self.device, self.seed = dtype, device, seed
+        self.on_cpu = torch.Generator().manual_seed(seed)
+        self.tensors: dict[str, Tensor] = {}
+        self.fills: dict[str, Callable[[], Any]] = {}
+        self.sums: dict[str, tuple[int, int]] = {}
+        self.versions: dict[str, int] = {}
 
-    def normal(self, *size: int, scale: float = 1.0) -> Tensor:
-        values = torch.randn(*size, generator=self.on_device, device=self.device, dtype=self.dtype)
-        return values.mul_(scale)
+    def normal(self, name: str, *size: int, scale: float = 1.0, again: bool = False) -> Tensor:
+        """`again` gives one that is there other values."""
+        if not again:
+            self.tensors[name] = torch.empty(*size, device=self.device, dtype=self.dtype)
+        seed = 4 * (len(self.fills) + 64 * self.seed) + 2 + again
+        self.fills[name] = lambda: self.tensors[name].normal_(generator=self._generator(seed)).mul_(scale)
+        return self._filled(name)
+
+    def kept(self, name: str, tensor: Tensor) -> Tensor:
+        """A small one, whose values are kept."""
+        self.tensors[name], copy = tensor.to(self.device), tensor.clone()
+        self.fills[name] = lambda: self.tensors[name].copy_(copy)
+        return self._filled(name)
+
+    def _generator(self, seed: int) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(seed)
+
+    @torch.no_grad()
+    def _filled(self, name: str) -> Tensor:
+        self.fills[name]()
+        self.sums[name], self.versions[name] = _sums(self.tensors[name]), self.tensors[name]._version
+        return self.tensors[name]
+
+    def touched(self) -> list[str]:
+        """Names of those that torch's operations have written to: asked after every call, for it costs nothing."""
+        return [name for name, tensor in self.tensors.items() if tensor._version != self.versions[name]]
+
+    def changed(self) -> list[str]:
+        """Names of those that are not what they were, whoever wrote to them."""
+        return [name for name, tensor in self.tensors.items() if _sums(tensor) != self.sums[name]]
+
+    def restore(self) -> None:
+        for name in self.tensors:
+            self._filled(name)
+
+
+def _sums(tensor: Tensor) -> tuple[int, int]:
+    """Of the bits, in rows and in columns, each with its number as a weight."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    matrix = tensor.detach().view(bits).reshape(-1, tensor.shape[-1])
+    each = [matrix.sum(dim=dim, dtype=torch.int64) for dim in (0, 1)]
+    rows, columns = (int((sums * torch.arange(1, len(sums) + 1, device=sums.device)).sum()) for sums in each)
+    return rows, columns
 
 
 def prepare(entry: Entry, device: str, seed: int) -> Job:
     """Raises BadInput for a routing file that does not fit the entry."""
     shape, dtype = entry.shape, DTYPES[entry.dtype]
-    inputs = _Inputs(dtype, device, seed)
+    inputs = Inputs(dtype, device, seed)
     if entry.op == "route":
-        logits = RouteInputs(inputs.normal(entry.tokens, shape.experts), shape.top_k)
-        return _route(logits, work(entry.op, shape, entry.tokens, 0.0, dtype.itemsize))
+        cost = work(entry.op, shape, entry.tokens, 0.0, dtype.itemsize)
+        return _route(RouteInputs(inputs.normal("logits", entry.tokens, shape.experts), shape.top_k), inputs, cost)
     assigned = assign(entry.routing, entry.tokens, shape.experts, shape.top_k, inputs.on_cpu)
     active = activated(shape, entry.tokens)
     if entry.routing != "uniform":
         active = float(assigned.expert_ids.unique().numel())
     cost = work(entry.op, shape, entry.tokens, active, dtype.itemsize)
     if entry.op.startswith("gemm"):
-        return _gemm(_gemm_inputs(entry.op, shape, assigned, inputs), cost, active)
-    return _layer(_layer_inputs(entry, assigned, inputs), cost, active)
+        return _gemm(_gemm_inputs(entry.op, shape, assigned, inputs), inputs, cost, active)
+    return _layer(_layer_inputs(entry, assigned, inputs), inputs, cost, active)
 
 
-def _gemm_inputs(op: str, shape: Shape, assigned: Assignment, inputs: _Inputs) -> GemmInputs:
+def _gemm_inputs(op: str, shape: Shape, assigned: Assignment, inputs: Inputs) -> GemmInputs:
     rows = assigned.expert_ids.numel()
     counts = torch.bincount(assigned.expert_ids.flatten(), minlength=shape.experts)
-    offs = counts.cumsum(0).int().to(inputs.device)
+    offs = inputs.kept("offs", counts.cumsum(0).int())
     if op == "gemm_dw":
-        return GemmInputs(inputs.normal(rows, 2 * shape.n).t(), inputs.normal(rows, shape.d), offs)
-    gate_up = inputs.normal(shape.experts, 2 * shape.n, shape.d, scale=shape.d**-0.5)
+        return GemmInputs(inputs.normal("a", rows, 2 * shape.n).t(), inputs.normal("b", rows, shape.d), offs)
+    gate_up = inputs.normal("b", shape.experts, 2 * shape.n, shape.d, scale=shape.d**-0.5)
     if op == "gemm_dx":
-        return GemmInputs(inputs.normal(rows, 2 * shape.n), gate_up, offs)
-    return GemmInputs(inputs.normal(rows, shape.d), gate_up.transpose(1, 2), offs)
+        return GemmInputs(inputs.normal("a", rows, 2 * shape.n), gate_up, offs)
+    return GemmInputs(inputs.normal("a", rows, shape.d), gate_up.transpose(1, 2), offs)
 
 
-def _layer_inputs(entry: Entry, assigned: Assignment, inputs: _Inputs) -> LayerInputs:
+def _layer_inputs(entry: Entry, assigned: Assignment, inputs: Inputs) -> LayerInputs:
     shape = entry.shape
-    made = LayerInputs(
-        x=inputs.normal(entry.tokens, shape.d),
-        gate_up=inputs.normal(shape.experts, 2 * shape.n, shape.d, scale=shape.d**-0.5),
-        down=inputs.normal(shape.experts, shape.d, shape.n, scale=shape.n**-0.5),
-        weights=assigned.weights.to(inputs.device),
-        expert_ids=assigned.expert_ids.to(inputs.device),
-        grad=inputs.normal(entry.tokens, shape.d),
+    return LayerInputs(
+        x=inputs.normal("x", entry.tokens, shape.d),
+        gate_up=inputs.normal("gate_up", shape.experts, 2 * shape.n, shape.d, scale=shape.d**-0.5),
+        down=inputs.normal("down", shape.experts, shape.d, shape.n, scale=shape.n**-0.5),
+        weights=inputs.kept("weights", assigned.weights),
+        expert_ids=inputs.kept("expert_ids", assigned.expert_ids),
+        grad=inputs.normal("grad", entry.tokens, shape.d),
         train=entry.op == "train",
     )
-    for leaf in made.leaves:
-        leaf.requires_grad_(made.train)
-    return made
 
 
-def _route(inputs: RouteInputs, cost: Work) -> Job:
+def _route(given: RouteInputs, inputs: Inputs, cost: Work) -> Job:
     def build(peer: Peer) -> Callable[[], Any]:
         assert peer.route is not None
-        return peer.route(inputs)
+        return peer.route(RouteInputs(given.logits.detach(), given.top_k))
 
-    return Job(build, lambda found: {"routing": gate.judge_route(found, inputs)}, cost, 0.0)
+    def renew() -> None:
+        inputs.normal("logits", again=True)
+
+    return Job(build, lambda found: {"routing": gate.judge_route(found, given)}, renew, inputs, cost, 0.0)
 
 
-def _gemm(inputs: GemmInputs, cost: Work, active: float) -> Job:
-    exact = gate.gemm(inputs, gate.BUDGET[inputs.a.device.type])["out"]
+def _gemm(given: GemmInputs, inputs: Inputs, cost: Work, active: float) -> Job:
+    exact = gate.gemm(given, gate.BUDGET[given.a.device.type])
 
     def build(peer: Peer) -> Callable[[], Any]:
         assert peer.gemm is not None
-        return peer.gemm(inputs)
+        return peer.gemm(GemmInputs(given.a.detach(), given.b.detach(), given.offs.detach()))
 
-    return Job(build, lambda found: {"out": gate.judge(found, exact, inputs.a.dtype)}, cost, active)
+    def renew() -> None:
+        inputs.normal("a", again=True)
+        exact.clear()
+        exact.update(gate.gemm(given, gate.BUDGET[given.a.device.type]))
+
+    def judge(found: Any) -> dict[str, gate.Verdict]:
+        return {"out": gate.judge(found, exact["out"], given.a.dtype)}
+
+    return Job(build, judge, renew, inputs, cost, active)
 
 
-def _layer(inputs: LayerInputs, cost: Work, active: float) -> Job:
-    exact = gate.layer(inputs, gate.BUDGET[inputs.x.device.type])
+def _layer(given: LayerInputs, inputs: Inputs, cost: Work, active: float) -> Job:
+    exact = gate.layer(given, gate.BUDGET[given.x.device.type])
 
     def build(peer: Peer) -> Callable[[], Any]:
         assert peer.layer is not None
-        forward = peer.layer(inputs)
+        # The values are shared, and what else a candidate may do to a tensor is its own affair.
+        own = replace(given, **{name: tensor.detach() for name, tensor in inputs.tensors.items()})
+        for leaf in own.leaves:
+            leaf.requires_grad_(own.train)
+        forward = peer.layer(own)
         if not peer.same_work:
             return forward
 
         def call() -> tuple[Tensor, ...]:
             y = forward()
-            if not inputs.train:
+            if not own.train:
                 return (y,)
-            return (y, *torch.autograd.grad(y, inputs.leaves, inputs.grad))
+            return (y, *torch.autograd.grad(y, own.leaves, own.grad))
 
         return call
 
+    def renew() -> None:
+        inputs.normal("x", again=True)
+        exact.clear()
+        exact.update(gate.layer(given, gate.BUDGET[given.x.device.type]))
+
     def judge(found: tuple[Tensor, ...]) -> dict[str, gate.Verdict]:
         parts = zip(exact.items(), found, strict=True)
-        return {name: gate.judge(tensor, part, inputs.x.dtype) for (name, part), tensor in parts}
+        return {name: gate.judge(part, tensor, given.x.dtype) for (name, tensor), part in parts}
 
-    return Job(build, judge, cost, active)
+    return Job(build, judge, renew, inputs, cost, active)

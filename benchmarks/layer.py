@@ -19,6 +19,7 @@ Exit status: 0; 1 if ours is wrong, fails, or is slower than --compare allows; 2
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
 import math
@@ -45,12 +46,13 @@ from benchmarks.harness import (
     interleave,
     matmul_rate,
     once,
+    one_line,
     say,
     summary,
 )
 from benchmarks.jobs import DTYPES, OPS, Entry, Job, able, prepare
 from benchmarks.limits import Ceilings
-from benchmarks.peers import DESCRIPTIONS, OURS, PEERS, Peer, load_peer, one_line
+from benchmarks.peers import DESCRIPTIONS, OURS, PEERS, Peer, load_peer
 from benchmarks.routings import NAMES, assign, tokens_in
 from benchmarks.shapes import SHAPES, Shape, parse_shape, small
 
@@ -94,21 +96,13 @@ def measure(entry: Entry, run: Run) -> list[dict[str, Any]]:
     with torch.set_grad_enabled(entry.op == "train"):
         pool = torch.cuda.graph_pool_handle() if run.device == "cuda" else None
         candidates = [_try(peer, job, pool) for peer in run.peers if able(peer, entry.op)]
-        times = _time([c for c in candidates if not c.fault], run)
+        times = _time([c for c in candidates if not c.fault], job, run)
+        _judge_again([c for c in candidates if not c.fault], job)
     limit = job.work.seconds(run.ceilings[entry.dtype])
-    d, n, experts, top_k = entry.shape.sizes
     about = {
         **run.about,
-        "op": entry.op,
-        "shape": entry.shape.name,
-        "tokens": entry.tokens,
-        "d": d,
-        "n": n,
-        "experts": experts,
-        "top_k": top_k,
-        "routing": entry.routing,
+        **entry.record,
         "activated_experts": job.active,
-        "dtype": entry.dtype,
         "seed": run.seed,
         "matmul_flops": run.ceilings[entry.dtype].matmul,
         "copy_bytes": run.ceilings[entry.dtype].copy,
@@ -120,7 +114,7 @@ def measure(entry: Entry, run: Run) -> list[dict[str, Any]]:
     for c in candidates:
         record = {**about, "candidate": c.peer.name, "ours": c.peer.ours, "status": c.status}
         record |= {"reason": c.fault or None, "errors": c.errors, "peak_bytes": c.peak_bytes}
-        if c.peer.name in times:
+        if c.peer.name in times and not c.fault:
             record |= times[c.peer.name]
             best = min(record[mode]["median_s"] for mode in ("eager", "graph") if record[mode])
             record |= {"tflops": job.work.flops / best / 1e12, "gbytes": job.work.bytes / best / 1e9}
@@ -129,10 +123,23 @@ def measure(entry: Entry, run: Run) -> list[dict[str, Any]]:
     return records
 
 
+@contextlib.contextmanager
+def _guarded(candidate: Candidate, job: Job, changed: Callable[[], list[str]], when: str = "") -> Iterator[None]:
+    """Peers fail in ways of their own, which is no reason to stop, and no other candidate is to suffer from."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        candidate.failed("failed", f"{when}{type(error).__name__}: {one_line(error)}")
+    names = changed()
+    if names:
+        candidate.failed("wrong", f"{when}it changes its inputs: {', '.join(names)}")
+        job.inputs.restore()
+
+
 def _try(peer: Peer, job: Job, pool: Any) -> Candidate:
     """Builds, runs and judges one candidate; with a memory pool for graphs, on a GPU, captures it as well."""
     candidate = Candidate(peer)
-    try:
+    with _guarded(candidate, job, job.inputs.changed):
         candidate.call = job.build(peer)
         if pool is not None:
             cuda.poison(int(job.work.bytes))
@@ -142,8 +149,6 @@ def _try(peer: Peer, job: Job, pool: Any) -> Candidate:
         if not candidate.fault and pool is not None:
             candidate.peak_bytes = cuda.peak_bytes(candidate.call)
             _capture(candidate, job, pool)
-    except Exception as error:  # peers fail in ways of their own, which is no reason to stop
-        candidate.failed("failed", f"{type(error).__name__}: {one_line(error)}")
     return candidate
 
 
@@ -160,6 +165,8 @@ def _judge(candidate: Candidate, result: Any, job: Job) -> None:
             "row": min(v.row_error, largest),
             "limit": v.limit,
             "row_limit": v.row_limit,
+            "scale": min(v.scale_error, largest),
+            "scale_limit": min(v.scale_limit, largest),
         }
         for name, v in verdicts.items()
     }
@@ -181,20 +188,51 @@ def _capture(candidate: Candidate, job: Job, pool: Any) -> None:
     candidate.replay = captured.replay
 
 
-def _time(candidates: list[Candidate], run: Run) -> dict[str, dict[str, Any]]:
+def _time(candidates: list[Candidate], job: Job, run: Run) -> dict[str, dict[str, Any]]:
     """Eager and graph times of each, all of them taking turns, `seconds` for each on average."""
     calls: dict[str, Callable[[], Any]] = {}
+    of: dict[Callable[[], Any], Candidate] = {}
     for c in candidates:
-        calls[f"eager {c.peer.name}"] = c.call
-        if c.replay:
-            calls[f"graph {c.peer.name}"] = c.replay
+        for mode, call in (("eager", c.call), ("graph", c.replay)):
+            if call is not None:
+                calls[f"{mode} {c.peer.name}"], of[call] = call, c
     if not calls:
         return {}
-    one_round = sum(run.timer(call) for call in calls.values())
-    rounds = math.ceil(run.seconds * len(calls) / one_round)
-    seconds = interleave(calls, max(ROUNDS.start, min(rounds, ROUNDS[-1])), run.timer)
+
+    def timer(call: Callable[[], Any]) -> float:
+        """Infinite for what fails, then or earlier."""
+        took = math.inf
+        if not of[call].fault:
+            with _guarded(of[call], job, job.inputs.touched, "while it was timed: "):
+                took = run.timer(call)
+        return took
+
+    one_round = sum(took for took in map(timer, calls.values()) if took < math.inf)
+    rounds = math.ceil(run.seconds * len(calls) / one_round) if one_round else 0
+    seconds = interleave(calls, max(ROUNDS.start, min(rounds, ROUNDS[-1])), timer)
     times = {key: summary(found) for key, found in seconds.items()}
     return {c.peer.name: {mode: times.get(f"{mode} {c.peer.name}") for mode in ("eager", "graph")} for c in candidates}
+
+
+def _judge_again(candidates: list[Candidate], job: Job) -> None:
+    """With other values in the same inputs, so that no result of an earlier call will do.
+
+    If the inputs were changed while all took turns, behind torch's back, and nobody does so now, it can have been
+    anybody but ours.
+    """
+    spoiled = job.inputs.changed()
+    if spoiled:
+        job.inputs.restore()
+    job.renew()
+    for c in candidates:
+        with _guarded(c, job, job.inputs.changed, "on a later call: "):
+            _judge(c, c.call(), job)
+            if c.fault:
+                c.fault = f"with other values of its inputs: {c.fault}"
+    if spoiled and not any(c.fault for c in candidates):
+        for c in candidates:
+            if not c.peer.ours:
+                c.failed("failed", f"some candidate changed the inputs while all were timed: {', '.join(spoiled)}")
 
 
 def entries(args: argparse.Namespace, shapes: list[Shape]) -> Iterator[Entry]:
@@ -280,11 +318,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--peer", action="append", default=[], metavar="FILE.py:FUNCTION", help="your own: LayerInputs -> y")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     add("--small", action="store_true", help="small shapes, to see that it works; on a CPU they always are")
-    add("--seconds", type=_seconds, help="time for each candidate's repetitions; default: 0.5, small: 0.01")
+    add("--seconds", type=_not_negative, help="time for each candidate's repetitions; default: 0.5, small: 0.01")
     add("--seed", type=int, default=0, help="of all inputs")
     add("--json", nargs="?", type=Path, const=RESULTS / "layer.jsonl", help="append a line a measurement to this file")
     add("--compare", type=Path, metavar="OLD.jsonl", help="exit with 1 if ours got slower or wrong")
-    add("--tolerance", type=float, default=0.1, help="what --compare takes for noise; default: 0.1")
+    add("--tolerance", type=_not_negative, default=0.1, help="what --compare takes for noise; default: 0.1")
     add("--plot", type=Path, metavar="FILE.png", help="shares of the limit as bars")
     add("--profile", action="store_true", help="which kernels our time goes to")
 
@@ -295,13 +333,13 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _seconds(text: str) -> float:
+def _not_negative(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number from 0")
     return value
 
 
@@ -364,8 +402,17 @@ def _run(args: argparse.Namespace) -> int:
             assign(entry.routing, entry.tokens, entry.shape.experts, entry.shape.top_k, torch.Generator())
     seconds = args.seconds if args.seconds is not None else 0.01 if reduced else 0.5
     timer = cuda.timer() if device == "cuda" else once
+    origin = about(device)
+    planned = [
+        {**entry.record, "device": origin["device"], "candidate": peer.name}
+        for entry in todo
+        for peer in peers
+        if able(peer, entry.op)
+    ]
+    if args.compare and not {report.key_of(plan) for plan in planned} & {report.key_of(record) for record in old}:
+        raise BadInput(f"--compare {args.compare}: has none of what would be measured now: {', '.join(report.KEY)}")
     found = ceilings({entry.dtype for entry in todo}, device, timer, reduced)
-    this = Run(device, seconds, args.seed, timer, tuple(peers), found, about(device))
+    this = Run(device, seconds, args.seed, timer, tuple(peers), found, origin)
     records: list[dict[str, Any]] = []
     report.show_run(this.about, found)
     status = done = 0
@@ -394,5 +441,5 @@ def _run(args: argparse.Namespace) -> int:
     if status:
         return status
     bad = any(r["ours"] and r["status"] in ("wrong", "failed") for r in records)
-    worse = report.compare(records, old, args.tolerance) if args.compare else False
+    worse = report.compare(records, old, args.tolerance, planned) if args.compare else False
     return 1 if bad or worse else 0

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import BadInput
+from benchmarks.harness import BadInput, one_line
 from moe.ops import grouped_mm, moe_mlp, route
 
 # A third of an H200: transformers' batched_mm copies every routed row's own expert.
@@ -90,11 +90,6 @@ class Peer:
         except Exception as error:  # a package may fail in any way while it is imported
             return f"{type(error).__name__}: {one_line(error)}"
         return "needs CUDA" if self.cuda_only and device != "cuda" else ""
-
-
-def one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."
 
 
 def _ours_layer(i: LayerInputs) -> Call:

@@ -106,57 +106,90 @@ def show_profile(kernels: Iterable[Kernel], rows: int = 12) -> None:
     _console().print(table)
 
 
+KEY = {
+    **dict.fromkeys(("op", "shape", "routing", "dtype", "candidate", "device"), str),
+    **dict.fromkeys(("d", "n", "experts", "top_k", "tokens"), int),
+}
+
+
 def read(file: Path) -> list[dict[str, Any]]:
     """The records of earlier runs. Raises BadInput."""
     try:
         lines = file.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise BadInput(f"--compare {file}: cannot be read ({error})") from None
     records = []
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            _key(record)
-            _ = record["status"], record["reason"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise BadInput(f"--compare {file}: line {number} is no record of `layer --json`") from None
+        except (ValueError, RecursionError):
+            record = None
+        fault = _fault(record)
+        if fault:
+            raise BadInput(f"--compare {file}: line {number} is no record of `layer --json`: {fault}")
         records.append(record)
     if not records:
         raise BadInput(f"--compare {file}: no records")
     return records
 
 
-def _key(record: Mapping[str, Any]) -> tuple[Any, ...]:
+def _fault(record: Any) -> str:
+    """What a record lacks that is compared; empty if nothing."""
+    if not isinstance(record, dict):
+        return "not a JSON object"
+    for name, kind in {**KEY, "ours": bool, "status": str}.items():
+        if type(record.get(name)) is not kind:
+            return f"{name} is not of type {kind.__name__}"
+    for mode in MODES:
+        found = record.get(mode)
+        if found is not None:
+            median = found.get("median_s") if isinstance(found, dict) else None
+            if isinstance(median, bool) or not isinstance(median, int | float) or not 0 < median < 1e300:
+                return f"the median_s of {mode} is not a positive number"
+    return ""
+
+
+def key_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
     """What two records must share to be compared; a shape is its sizes, small or not."""
-    names = ("op", "shape", "d", "n", "experts", "top_k", "tokens", "routing", "dtype", "candidate", "device")
-    return tuple(record[name] for name in names)
+    return tuple(record[name] for name in KEY)
 
 
-def compare(new: Sequence[Mapping[str, Any]], old: Sequence[Mapping[str, Any]], tolerance: float) -> bool:
+def compare(
+    new: Sequence[Mapping[str, Any]],
+    old: Sequence[Mapping[str, Any]],
+    tolerance: float,
+    planned: Iterable[Mapping[str, Any]] = (),
+) -> bool:
     """Prints new over old times, of the last record of each kind; whether ours is slower than allowed or went wrong.
 
-    Raises BadInput if nothing can be compared.
+    What it could do and cannot now is worse as well: to have a graph, or a time for something that was `planned` (the
+    values of `KEY`) and has no new record.
     """
-    before = {_key(record): record for record in old}
-    pairs = [(before[_key(record)], record) for record in new if _key(record) in before]
-    if not pairs:
-        raise BadInput("--compare: the file has nothing that was measured now: op, shape, T, routing, dtype, device")
+    after = {key_of(record): record for record in new}
+    wanted = {key_of(plan) for plan in planned} | set(after)
     table = Table(title="time over what it was", title_justify="left")
-    for heading in ("work", "candidate", *MODES, ""):
+    for heading in ("work", "candidate", *MODES):
         table.add_column(heading)
-    worse = False
-    for then, now in pairs:
+    worse, notes = False, []
+    for key, then in {key_of(record): record for record in old if key_of(record) in wanted}.items():
+        now = after.get(key, {})
         ratios = {m: now[m]["median_s"] / then[m]["median_s"] for m in MODES if then.get(m) and now.get(m)}
+        gone = [m for m in MODES if then.get(m) and not now.get(m)]
         note = ""
-        if then["status"] == "right" and now["status"] != "right":
+        if then["status"] == "right" and now and now["status"] != "right":
             note = f"was right, now {now['status']}: {now['reason']}"
+        elif gone:
+            note = f"had a time, now none: {', '.join(gone)}"
         elif any(ratio > 1 + tolerance for ratio in ratios.values()):
             note = "slower"
-        worse = worse or (bool(note) and bool(now["ours"]))
-        work = f"{now['op']} {now['shape']} T {now['tokens']} {now['routing']} {now['dtype']}"
-        cells = [f"{ratios[m]:.2f}" if m in ratios else "" for m in MODES]
-        table.add_row(Text(work), Text(now["candidate"]), *cells, Text(note))
-    _console().print(table)
+        worse = worse or (bool(note) and bool(now.get("ours", then["ours"])))
+        work = f"{then['op']} {then['shape']} T {then['tokens']} {then['routing']} {then['dtype']}"
+        notes += [f"{work}, {then['candidate']}: {note}"] if note else []
+        table.add_row(Text(work), Text(then["candidate"]), *(f"{ratios[m]:.2f}" if m in ratios else "" for m in MODES))
+    console = _console()
+    console.print(table)
+    for note in notes:
+        console.print(Text(note), soft_wrap=True)
     return worse
 
 

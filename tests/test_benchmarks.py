@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ pytest.importorskip("transformers")
 
 from benchmarks import cpu, gate, jobs, layer, report, routings
 from benchmarks.__main__ import main
-from benchmarks.harness import ROOT, interleave
+from benchmarks.harness import ROOT, BadInput, interleave
 from benchmarks.limits import Ceilings, Phase, activated, work
 from benchmarks.peers import OURS, PEERS, LayerInputs, Peer, RouteInputs
-from benchmarks.shapes import SHAPES, Shape
+from benchmarks.shapes import SHAPES, Shape, small
 from moe import Transformer, preset
 from moe.counts import count_parameters
 from moe.ops import grouped_mm, moe_mlp
@@ -73,9 +74,47 @@ def test_wrong_gradients_refuse_training_only(exact):
     assert {r["work"]: "ratio" in r for r in records} == {"train": False, "prefill": True, "decode": True}
 
 
-def test_nan_is_not_acceptable():
-    assert not cpu.acceptable((float("nan"),), (1.0,))
-    assert cpu.acceptable((2.0, 0.5), (1.0, 1.0)) and not cpu.acceptable((2.1, 0.5), (1.0, 1.0))
+def test_what_is_acceptable():
+    theirs = {"logits": 0.1, "logits, quartile": 0.2, "logits, largest": 0.5, "gradients": 0.2}
+    assert cpu.acceptable(theirs, theirs, torch.bfloat16)
+    for name, error in theirs.items():
+        assert cpu.acceptable({name: 2 * error}, theirs, torch.bfloat16)
+        for wrong in (2.01 * error, float("nan"), float("inf")):
+            assert not cpu.acceptable({**theirs, name: wrong}, theirs, torch.bfloat16)
+    for name, most in (("logits", 64 * 2**-8), ("gradients", 128 * 2**-8)):  # whatever theirs is
+        assert cpu.acceptable({name: most}, {name: 1e9}, torch.bfloat16)
+        assert not cpu.acceptable({name: most * 1.01}, {name: 1e9}, torch.bfloat16)
+        assert not cpu.acceptable({name: most}, {name: 1e9}, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def in_bf16() -> tuple[Transformer, torch.Tensor, cpu.Reference]:
+    """One token of these is routed otherwise in bfloat16 than in float64."""
+    model = Transformer(dataclasses.replace(preset("tiny"), num_nextn_predict_layers=0, aux_loss_alpha=0.0)).bfloat16()
+    ids = torch.randint(2048, (1, SIZES.prefill + SIZES.decode), generator=torch.Generator().manual_seed(0))
+    return model, ids, cpu.reference(model, ids, SIZES)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        None,
+        lambda x, up, down, w, ids, **settings: moe_mlp(x, up, down, w * 0, ids, **settings),
+        lambda x, up, down, w, ids, **settings: moe_mlp(x, up, down, w * 0.5, ids, **settings),
+        lambda x, up, down, w, ids, **settings: moe_mlp(x, up, down, w, (ids + 1) % len(up), **settings),
+        lambda x, up, down, w, ids, **settings: moe_mlp(x, up.roll(up.shape[1] // 2, 1), down, w, ids, **settings),
+    ],
+    ids=["right", "no weights", "half the weights", "the next expert", "gate and up swapped"],
+)
+def test_a_wrong_layer_gets_no_ratio_in_bf16_either(in_bf16, wrong, monkeypatch):
+    """Beside a token that is routed otherwise, whose error is as large as a wrong layer's."""
+    model, ids, reference = in_bf16
+    theirs = cpu.peer(model, torch.bfloat16)
+    assert cpu.errors(theirs, ids, reference, SIZES)["prefill"]["logits, largest"] > 0.3
+    if wrong is not None:
+        monkeypatch.setattr("moe.ops.moe_mlp", wrong)
+    found = {r["work"]: "ratio" in r for r in cpu.compare(cpu.Ours(model), theirs, ids, reference, SIZES)}
+    assert found == dict.fromkeys(("train", "prefill", "decode"), wrong is None)
 
 
 def test_limits_count_what_the_docstring_says():
@@ -197,6 +236,13 @@ def test_a_routing_file_is_taken_as_it_is(tmp_path):
         ({"expert_ids": np.zeros((4, 2), int), "weights": np.zeros((4, 1))}, "weights: found shape (4, 1)"),
         ({"expert_ids": np.zeros((4, 2), int), "weights": np.full((4, 2), np.nan)}, "weights: expected finite"),
         ({"expert_ids": np.array([[None, 1]])}, "expert_ids: not readable"),
+        ({"expert_ids": np.zeros((0, 2), int)}, "expert_ids: found shape (0, 2), expected some tokens"),
+        ({"expert_ids": np.zeros((4, 0), int)}, "expert_ids: found shape (4, 0), expected some tokens"),
+        ({"expert_ids": np.zeros((4, 2), "m8[s]")}, "expert_ids: found timedelta64[s], expected integers"),
+        ({"expert_ids": np.full((4, 2), 2**64 - 1, np.uint64)}, "expected 0 to 7"),
+        ({"expert_ids": np.zeros((4, 2), bool)}, "expert_ids: found bool, expected integers"),
+        ({"expert_ids": np.zeros((4, 2), int), "weights": np.full((4, 2), 1e39)}, "in float32's range"),
+        ({"expert_ids": np.zeros((4, 2), int), "weights": np.full((4, 2), -np.inf)}, "in float32's range"),
     ],
 )
 def test_a_routing_file_that_does_not_fit(tmp_path, capsys, arrays, says):
@@ -205,6 +251,54 @@ def test_a_routing_file_that_does_not_fit(tmp_path, capsys, arrays, says):
     assert layer_run("--shape", LAYER, "--op", "forward", "--routing", str(file)) == 2
     error = capsys.readouterr().err
     assert says in error and str(file) in error and error.count("\n") == 1
+
+
+def npy(shape: str, size: int = 64, version: bytes = b"\x01\x00") -> bytes:
+    header = f"{{'descr': '<i8', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    return b"\x93NUMPY" + version + len(header).to_bytes(2, "little") + header + bytes(size)
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        b"",
+        b"not npy at all",
+        b"\x93NUMPY\x07\x00",
+        b"\x93NUMPY\x01\x00\xff\xff{",
+        npy("(4, 2)", size=63),
+        npy("(4, 2)", version=b"\x09\x00"),
+        npy("(1000000000000, 2)"),
+        npy("(-4, 2)"),
+        npy("(4, 2"),
+        npy("[4, 2]"),
+        npy("(" * 5000),
+    ],
+    ids=range(11),
+)
+def test_a_routing_file_whose_member_is_no_array(tmp_path, capsys, member):
+    file = tmp_path / "routing.npz"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("expert_ids.npy", member)
+    assert layer_run("--shape", LAYER, "--op", "forward", "--routing", str(file)) == 2
+    shown = capsys.readouterr()
+    assert f"--routing {file}: expert_ids: not readable (" in shown.err and shown.err.count("\n") == 1 and not shown.out
+
+
+def test_a_routing_file_that_is_damaged(tmp_path, capsys):
+    file = tmp_path / "routing.npz"
+    np.savez_compressed(file, expert_ids=np.arange(4000).reshape(2000, 2) % 8)
+    whole = file.read_bytes()
+    for at in (*range(0, 64, 3), len(whole) // 2, *range(len(whole) - 90, len(whole), 7)):
+        for damaged in (whole[:at], whole[:at] + bytes([whole[at] ^ 0x5A]) + whole[at + 1 :]):
+            file.write_bytes(damaged)
+            try:
+                assert routings.tokens_in(file) == 2000
+            except BadInput as error:
+                assert "\n" not in str(error) and str(file) in str(error)
+    file.unlink()
+    file.mkdir()
+    assert layer_run("--shape", LAYER, "--routing", str(file)) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 WRONG = """
@@ -239,6 +333,62 @@ def wrong_shape(i):
 def fails(i):
     raise RuntimeError("of its own")
 
+calls = {}
+
+def fails_later(i):
+    calls["later"] = calls.get("later", 0) + 1
+    if calls["later"] > 3:
+        raise RuntimeError("the fourth time")
+    return right(i)
+
+def leaves(i):
+    raise SystemExit(0)
+
+def remembers(i):
+    calls["y"] = calls.get("y", right(i))
+    return calls["y"]
+
+def remembers_detached(i):
+    calls["z"] = calls.get("z", right(i).detach().clone())
+    return calls["z"]
+
+def doubles_x(i):
+    y = right(i)
+    i.x.data.mul_(2)
+    return y
+
+def turns_x_around(i):
+    y = right(i)
+    i.x.copy_(i.x.flip(0))
+    return y
+
+def scales_weights_later(i):
+    calls["weights"] = calls.get("weights", 0) + 1
+    if calls["weights"] == 4:
+        i.weights.mul_(2)
+    return right(i)
+
+def fills_in_secret_later(i):
+    calls["secret"] = calls.get("secret", 0) + 1
+    if calls["secret"] == 4:
+        i.x.numpy()[:] = 0
+    return right(i)
+
+def complex_numbers(i):
+    return right(i) + 0j
+
+def integers(i):
+    return right(i).long()
+
+def nothing(i):
+    return None
+
+def shrinks_and_freezes_x(i):
+    y = right(i)
+    i.x.requires_grad_(not i.x.requires_grad)
+    i.x.resize_(1, 1)
+    return y
+
 def right_forward_only(i):
     y = right(i)
     return y + (y * 0.02 - (y * 0.02).detach())
@@ -268,17 +418,96 @@ def test_a_wrong_peer_gets_no_number(peer_file, tmp_path, capsys, dtype):
     assert "is failed: RuntimeError: of its own" in shown and "in the worst row 1.0e+00" in shown
 
 
+@pytest.mark.parametrize(
+    ("name", "status", "reason"),
+    [
+        ("fails_later", "failed", "while it was timed: RuntimeError: the fourth time"),
+        ("complex_numbers", "wrong", "y: torch.complex64 instead of a floating point type"),
+        ("integers", "wrong", "y: torch.int64 instead of a floating point type"),
+        ("nothing", "wrong", "y: NoneType instead of a tensor"),
+        ("leaves", "failed", "SystemExit: 0"),
+        ("remembers_detached", "wrong", "with other values of its inputs: y: error"),
+        ("doubles_x", "wrong", "it changes its inputs: x"),
+        ("turns_x_around", "wrong", "it changes its inputs: x"),
+        ("scales_weights_later", "wrong", "while it was timed: it changes its inputs: weights"),
+        ("fills_in_secret_later", "failed", "some candidate changed the inputs while all were timed: x"),
+        ("shrinks_and_freezes_x", "failed", ""),
+    ],
+)
+def test_a_peer_spoils_nothing_but_its_own_result(peer_file, tmp_path, name, status, reason):
+    out = tmp_path / "out.jsonl"
+    options = ("--op", "forward", "--peers", "--peer", f"{peer_file}:{name}", "--peer", f"{peer_file}:right")
+    assert layer_run("--shape", LAYER, *options, "--json", str(out)) == 0
+    ours, wrong, right = records_of(out)
+    assert ours["status"] == "right" and ours["eager"]
+    assert wrong["status"] == status and reason in wrong["reason"] and "eager" not in wrong
+    # Nobody can tell which of the two it was that wrote past torch.
+    assert right["status"] == ("failed" if name == "fills_in_secret_later" else "right")
+
+
+def test_a_peer_that_goes_back_twice_through_its_graph_fails_alone(peer_file, tmp_path):
+    out = tmp_path / "out.jsonl"
+    options = ("--op", "train", "--peers", "loop", "--peer", f"{peer_file}:remembers", "--json", str(out))
+    assert layer_run("--shape", LAYER, *options) == 0
+    ours, loop, peer = records_of(out)
+    assert ours["status"] == loop["status"] == "right"
+    assert peer["status"] == "failed" and "backward through the graph a second time" in peer["reason"]
+
+
 def test_one_wrong_row_of_many_is_seen():
     """The error of the whole is too small to show it."""
-    values = torch.randn(10_000, 16, dtype=torch.float64)
-    every = torch.ones(10_000, dtype=torch.bool)
-    exact = gate.Exact((10_000, 16), torch.arange(10_000), values, every, inner=64, independent=16)
-    assert gate.judge(values.bfloat16(), exact, torch.bfloat16).right
+    rows = 100_000
+    values = torch.randn(rows, 16, dtype=torch.float64)
+    right, every = values.bfloat16(), torch.ones(rows, dtype=torch.bool)
+    exact = gate.Exact(
+        (rows, 16), torch.arange(rows), values, right, every, inner=64, independent=16, errors=values.numel()
+    )
+    assert gate.judge(right, exact, torch.bfloat16).right
     for factor in (0, -1, 0.8):
-        found = values.bfloat16()
+        found = right.clone()
         found[77] *= factor
         verdict = gate.judge(found, exact, torch.bfloat16)
         assert not verdict.right and verdict.error < 2 * verdict.limit and verdict.row_error > verdict.row_limit
+
+
+def made_inputs(entry: jobs.Entry) -> Any:
+    made: list[Any] = []
+    peer = dataclasses.replace(OURS, layer=lambda inputs: made.append(inputs) or (lambda: inputs.x))
+    jobs.prepare(entry, "cpu", 0).build(peer)
+    return made[0]
+
+
+@pytest.mark.parametrize("dtype", list(jobs.DTYPES))
+def test_small_defects_are_seen_in_every_dtype(dtype):
+    """A factor of 1.01 in any tensor, and the least of a token's experts left out, in every shape of the registry."""
+    for shape in map(small, SHAPES.values()):
+        i = made_inputs(jobs.Entry("train", shape, 33, "uniform", dtype))
+        exact = gate.layer(i, 1e12)
+
+        def judged(name: str, found: torch.Tensor, exact: Any = exact, i: Any = i) -> bool:
+            return gate.judge(found, exact[name], i.x.dtype).right
+
+        y = moe_mlp(i.x, i.gate_up, i.down, i.weights, i.expert_ids)
+        found = dict(zip(exact, (y, *torch.autograd.grad(y, i.leaves, i.grad)), strict=True))
+        for name, tensor in found.items():
+            assert judged(name, tensor), (shape.name, name)
+            for factor in (1.01, 0.99):
+                assert not judged(name, (tensor.double() * factor).to(tensor.dtype)), (shape.name, name)
+        ids = i.expert_ids.clone()
+        ids[7, int(i.weights[7].argmin())] = -1
+        assert not judged("y", moe_mlp(i.x, i.gate_up, i.down, i.weights, ids)), shape.name
+
+
+@pytest.mark.parametrize("dtype", list(jobs.DTYPES))
+def test_a_factor_of_1004_is_seen(dtype):
+    shape = Shape("", 128, 64, 8, 2)
+    i = made_inputs(jobs.Entry("forward", shape, 256, "uniform", dtype))
+    exact = gate.layer(i, 1e12)["y"]
+    y = moe_mlp(i.x, i.gate_up, i.down, i.weights, i.expert_ids)
+    assert gate.judge(y, exact, y.dtype).right
+    for factor in (1.004, 0.996):
+        verdict = gate.judge((y.double() * factor).to(y.dtype), exact, y.dtype)
+        assert verdict.scale_error > verdict.scale_limit and "of the scale" in str(verdict)
 
 
 def test_wrong_gradients_get_no_number(peer_file, tmp_path):
@@ -318,10 +547,8 @@ def test_products_are_judged_in_every_form(op, budget):
 
 def test_a_sample_of_the_layer_sees_what_the_whole_sees():
     shape = Shape("", 32, 16, 8, 2)
-    made: list[Any] = []
-    peer = dataclasses.replace(OURS, layer=lambda inputs: made.append(inputs) or (lambda: inputs.x))
-    jobs.prepare(jobs.Entry("train", shape, 90, "zipf", "fp32"), "cpu", 0).build(peer)
-    sampled, whole = gate.layer(made[0], 0.0), gate.layer(made[0], 1e12)
+    inputs = made_inputs(jobs.Entry("train", shape, 90, "zipf", "fp32"))
+    sampled, whole = gate.layer(inputs, 0.0), gate.layer(inputs, 1e12)
     for name, part in sampled.items():
         assert 0 < part.index.numel() < whole[name].index.numel() == part.shape[0]
         torch.testing.assert_close(part.values, whole[name].values[part.index])
@@ -396,16 +623,66 @@ def test_compare(tmp_path, capsys, peer_file):
     assert against(0.001) == 1
     assert "slower" in capsys.readouterr().out
     assert against(0.001, "--tolerance", "1e9") == 0
+    capsys.readouterr()
     assert against(1, "--tokens", "5") == 2
-    assert "nothing that was measured now" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "has none of what would be measured now" in shown.err and not shown.out  # said before anything is measured
+    assert against(1, "--op", "forward", "decode", "--tokens", "12", "24") in (0, 1)  # what is new is not worse
     wrong = {**record, "status": "wrong", "reason": "y: of the test"}
     assert report.compare([wrong], [record], tolerance=0.1)
     assert not report.compare([{**wrong, "ours": False}], [record], tolerance=0.1)
-    for text in ("", "{", "[]\n", '{"op": "forward"}\n'):
+    good = json.dumps(record)
+    capsys.readouterr()
+    for text, says in {
+        "": "no records",
+        "{": "line 1 is no record of `layer --json`: not a JSON object",
+        "[]\n": "not a JSON object",
+        "[" * 100_000: "not a JSON object",
+        '{"op": "forward"}\n': "shape is not of type str",
+        good + "\n1": "line 2 is no record",
+        json.dumps({**record, "tokens": "24"}): "tokens is not of type int",
+        json.dumps({**record, "op": ["forward"]}): "op is not of type str",
+        json.dumps({**record, "ours": 1}): "ours is not of type bool",
+        json.dumps({**record, "eager": 3}): "the median_s of eager is not a positive number",
+        json.dumps({**record, "graph": {}}): "the median_s of graph",
+        **{
+            json.dumps({**record, "eager": {"median_s": wrong}}): "the median_s of eager"
+            for wrong in (0, -1, "1", None, float("nan"), float("inf"), 10**400, True)
+        },
+    }.items():
         out.write_text(text)
         assert layer_run(*options, "--compare", str(out)) == 2
+        shown = capsys.readouterr()
+        assert says in shown.err and shown.err.count("\n") == 1 and not shown.out, text[:200]
     assert layer_run(*options, "--compare", str(tmp_path / "none.jsonl")) == 2
     assert "cannot be read" in capsys.readouterr().err
+
+
+def test_what_could_be_measured_and_cannot_now_is_worse(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "old.jsonl"
+    options = ("--shape", LAYER, "--op", "forward", "--peers")
+    assert layer_run(*options, "--tokens", "4", "5", "--json", str(out)) == 0
+    old, later = records_of(out)
+    with_graph = {**old, "graph": old["eager"]}
+    assert report.compare([old], [with_graph], tolerance=1e9)
+    assert "forward 32x16x8x2 T 4 uniform fp32, moesmith: had a time, now none: graph\n" in capsys.readouterr().out
+    assert not report.compare([{**old, "ours": False}], [{**with_graph, "ours": False}], tolerance=1e9)
+    assert not report.compare([with_graph], [old], tolerance=1e9)
+    assert not report.compare([old], [old, later], tolerance=1e9)  # which was not asked for
+    assert report.compare([old], [old, later], tolerance=1e9, planned=[old, later])
+    assert "T 5 uniform fp32, moesmith: had a time, now none: eager\n" in capsys.readouterr().out
+
+    measure = layer.measure
+
+    def too_large(entry: jobs.Entry, run: layer.Run) -> Any:
+        if entry.tokens == 5:
+            raise torch.OutOfMemoryError("of the test")
+        return measure(entry, run)
+
+    monkeypatch.setattr(layer, "measure", too_large)
+    more = ("--compare", str(out), "--tolerance", "1e9")
+    assert layer_run(*options, "--tokens", "4", *more) == 0
+    assert layer_run(*options, "--tokens", "4", "5", *more) == 1
 
 
 def test_ours_wrong_is_status_1(monkeypatch, capsys):
@@ -439,7 +716,10 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, capsys):
         (["--shape", "1,2,3,4,5"], "5 experts for each token, of 4"),
         (["--peers", "cublas"], "--peers cublas: expected some of dense"),
         (["--tokens", "0"], "'0' is not a positive integer"),
-        (["--seconds", "-1"], "'-1' is not a number of seconds"),
+        (["--seconds", "-1"], "'-1' is not a finite number from 0"),
+        (["--tolerance", "-0.1"], "'-0.1' is not a finite number from 0"),
+        (["--tolerance", "nan"], "'nan' is not a finite number from 0"),
+        (["--tolerance", "inf"], "'inf' is not a finite number from 0"),
         (["--op", "fly"], "invalid choice: 'fly'"),
         (["--routing", "zipff"], "--routing zipff: no such file; expected uniform, zipf, one-hot or"),
         (["--plot", "out.jpg"], "--plot out.jpg: expected a name that ends in .png"),

@@ -545,3 +545,41 @@ def test_compiled_experts(name: str) -> None:
                 results.append([y, *torch.autograd.grad(y, list(experts.parameters()), grad.to(dtype))])
         experts.float()
         assert all(against_eager(t, p, e, torch.float32).right for t, p, e in zip(*results, strict=True))
+
+
+def graph_of(experts: Any) -> set[str]:
+    """Our operators in the one graph that the experts are compiled to."""
+    experts.config._experts_implementation = "moesmith"
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(experts, fullgraph=True, backend=backend)(torch.randn(29, D), *routing(29))
+    (graph,) = graphs
+    return {getattr(node.target, "__name__", str(node.target)) for node in graph.graph.nodes}
+
+
+@each_kind
+def test_compiled_experts_take_the_operator_that_eager_takes(name: str) -> None:
+    fused = name in ("MixtralExperts", "AriaExperts")
+    assert ("moe_mlp_forward.default" in graph_of(build(name))) == fused
+    experts = build(name)
+    if experts.has_gate:
+        experts._apply_gate = lambda rows: rows.chunk(2, dim=-1)[1]  # of this instance alone
+        assert "moe_mlp_forward.default" not in graph_of(experts)
+
+
+def test_compiled_experts_refuse_interleaved_weights_too() -> None:
+    experts = build("MixtralExperts")
+    experts.is_concatenated = False
+    torch._dynamo.reset()
+    compiled = torch.compile(experts, backend="aot_eager")
+    experts.config._experts_implementation = "moesmith"
+    with pytest.raises(ConfigError, match=r"MixtralExperts\.is_concatenated = False: expected True"):
+        compiled(torch.randn(5, D), *routing(5))
+    with pytest.raises(Exception, match="raise ConfigError"):
+        graph_of(experts)  # one graph has no place for an error: it is the compilation that fails

@@ -203,6 +203,19 @@ def test_every_tile_fits_the_chip(gpu: Gpu) -> None:
             assert tiling.rows_tile(dtype, block_m, shared).block_m == block_m
 
 
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=lambda gpu: gpu.name)
+def test_more_experts_than_shared_memory_counts_are_refused(gpu: Gpu) -> None:
+    def launches(experts: int) -> list[Launch]:
+        x, ids = meta(64, 8, dtype=torch.bfloat16), meta(64, 2, dtype=torch.int64)
+        return record(permutation.permute, x, ids, experts, shared_memory=gpu.shared_memory)
+
+    most = 32766 if gpu.shared_memory >= 4 * 32768 else 16382
+    with pytest.raises(ValueError, match=f"{most + 1} experts, of which a block's shared memory counts at most {most}"):
+        launches(most + 1)
+    count = next(launch for launch in launches(most) if launch.name == "count_kernel")
+    assert dict(count.constants)["GROUPS"] * 4 <= gpu.shared_memory
+
+
 def test_every_operator_has_kernels() -> None:
     for page, names in {
         grouped_gemm: ("grouped_mm",),

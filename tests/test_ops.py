@@ -306,6 +306,25 @@ def test_permute_and_unpermute(case: Case, dtype: torch.dtype) -> None:
     assert torch.equal(plain, ones)
 
 
+@pytest.mark.parametrize(("experts", "top_k"), [(3, 0), (0, 2), (0, 0)])
+def test_the_reference_has_gradients_without_slots(experts: int, top_k: int) -> None:
+    ids, shapes = torch.full((4, top_k), -1), ((4, 8), (experts, 12, 8), (experts, 8, 6), (4, top_k))
+    for tier in ("auto", "reference"):
+        leaves = [torch.randn(shape, requires_grad=True) for shape in (*shapes, (experts, 12), (experts, 8))]
+        x, gate_up, down, w, gate_up_bias, down_bias = leaves
+        y = ops.moe_mlp(x, gate_up, down, w, ids, gate_up_bias=gate_up_bias, down_bias=down_bias, tier=tier)
+        assert torch.equal(y, torch.zeros(4, 8))
+        grads = torch.autograd.grad(y.sum(), leaves)
+        assert all(torch.equal(grad, torch.zeros_like(leaf)) for grad, leaf in zip(grads, leaves, strict=True))
+
+
+def test_permute_without_experts() -> None:
+    x, ids = torch.randn(5, 4), torch.full((5, 2), -1)
+    for permuted in (ops.permute(x, ids, 0), permute_reference(x, ids, 0)):
+        assert torch.equal(permuted.rows, torch.zeros(10, 4)) and permuted.offsets.shape == (0,)
+        assert torch.equal(permuted.position, ids)
+
+
 @each_dtype
 @pytest.mark.parametrize(
     ("limit", "alpha", "beta"),

@@ -174,11 +174,39 @@ def test_routing_gradient_in_float64(case: RoutingCase) -> None:
     assert gradcheck(f, logits)
 
 
-def test_second_derivatives_are_refused() -> None:
-    x = SMALL.inputs(torch.float64).leaves()
-    (grad,) = torch.autograd.grad(mlp(x).square().sum(), x.x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+def differentiable_once() -> dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]]:
+    i = SMALL.inputs(torch.float64).leaves()
+    permuted = ops.permute(i.x.detach(), i.expert_ids, SMALL.experts)
+    rows, logits = permuted.rows.clone().requires_grad_(), torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    return {
+        "moe_mlp": (lambda *_: mlp(i), i.differentiable),
+        "swiglu": (ops.swiglu, (i.gate_up,)),
+        "route": (lambda x: ops.route(x, top_k=3).weights, (logits,)),
+        "scores": (lambda x: ops.route(x, top_k=3).scores[:, :2], (logits,)),
+        "unpermute": (lambda r, w: ops.unpermute(r, permuted.position, w), (rows, i.weights)),
+        "permute": (lambda x: ops.permute(x, i.expert_ids, SMALL.experts).rows, (i.x,)),
+    }
+
+
+@pytest.mark.parametrize("name", differentiable_once())
+@pytest.mark.parametrize("squared", [False, True], ids=["sum", "squares"])
+def test_second_derivatives_are_refused(name: str, squared: bool) -> None:
+    """Whether or not the outgoing gradient has a graph of its own, as that of a sum has not."""
+    function, leaves = differentiable_once()[name]
+    y = function(*leaves)
+    loss = (y.square() if squared else y).sum()
+    grads = torch.autograd.grad(loss, leaves, create_graph=True)
+    plain = torch.autograd.grad(loss, leaves, retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(grads, plain, strict=True))
+    assert not any(grad.requires_grad for grad in plain)
+    if name == "permute" and not squared:  # linear: its gradient is a constant
+        assert not grads[0].requires_grad
+        return
+    for grad in grads:
+        with pytest.raises(RuntimeError, match="differentiable once, and this is a second differentiation"):
+            torch.autograd.grad(grad.sum(), leaves, retain_graph=True)
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            grad.sum().backward(retain_graph=True)
 
 
 @pytest.mark.filterwarnings("ignore:.*jit.script:DeprecationWarning")  # torch's own, in entering forward mode
@@ -302,6 +330,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         IndexError,
         "8",
     ),
+    "negative experts": (lambda: ops.permute(GOOD.x, GOOD.expert_ids, -1), ValueError, "num_experts = -1: expected 0"),
     "id in permute": (lambda: ops.permute(GOOD.x, with_id(77), 8), IndexError, "77 is neither"),
     "int32 ids": (changed(expert_ids=GOOD.expert_ids.int()), TypeError, "expert_ids: expected int64, got torch.int32"),
     "ids of other tokens": (changed(expert_ids=GOOD.expert_ids[1:]), ValueError, r"expert_ids: expected \[61, K\]"),

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_triton import tiling
+
 SLOTS = 128  # in one program of the sort, where each compares its expert with every other's
 COLUMNS = 1024
 
@@ -169,6 +171,11 @@ def layout(
 def sort(expert_ids: Tensor, num_experts: int, *, block_m: int | None, position_dtype: torch.dtype) -> Order:
     expert_ids = expert_ids.contiguous()
     num_slots, device = expert_ids.numel(), expert_ids.device
+    most = tiling.shared_memory(device) // 4
+    if triton.next_power_of_2(num_experts + 2) > most:
+        # The histogram of a block of slots is a power of two of 32-bit counts.
+        most = 2 ** (most.bit_length() - 1) - 2
+        raise ValueError(f"{num_experts} experts, of which a block's shared memory counts at most {most} on {device}")
     if num_slots >= 2**31:
         raise ValueError(f"expert_ids: {num_slots} slots, of which the kernels count fewer than 2^31")
     blocks = triton.cdiv(num_slots, SLOTS)

@@ -68,7 +68,9 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
     if experts.has_bias:
         up_bias = _weight(experts, "gate_up_proj_bias" if experts.has_gate else "up_proj_bias")
         down_bias = _weight(experts, "down_proj_bias")
-    default_gate = experts.has_gate and getattr(experts._apply_gate, "__func__", None) is _default_apply_gate
+    # Asked of the class, since a bound method's __func__ is not there while Dynamo traces.
+    own_gate = "_apply_gate" in vars(experts) or type(experts)._apply_gate is not _default_apply_gate
+    default_gate = experts.has_gate and not own_gate
     if default_gate and not experts.is_concatenated:
         raise ConfigError(
             f"{type(experts).__name__}.is_concatenated", False, "True, or an _apply_gate that takes interleaved rows"

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moe.ops.library import define, define_gradient
 
@@ -18,12 +17,14 @@ def swiglu(gate_up: Tensor, limit: float | None = None, alpha: float = 1.0, beta
         out = gate * sigmoid(alpha * gate) * (up + beta)
 
     With the defaults this is silu(gate) * up; gpt-oss has limit = 7, alpha = 1.702, beta = 1. Clamping stops the
-    gradient strictly outside the limits, as `torch.clamp` does; NaN stays NaN.
+    gradient strictly outside the limits, as `torch.clamp` does; NaN stays NaN. Differentiable once: a second
+    differentiation raises RuntimeError.
 
     Any floating dtype, any number of leading dimensions, any strides; the output is contiguous and of the same dtype,
     within four roundings of it (0 where exp(-gate) exceeds float32); computed in float32 or wider when `limit`,
-    `alpha` or `beta` is used. Empty inputs give empty outputs. Raises ValueError for an odd last dimension or a limit
-    that is not positive.
+    `alpha` or `beta` is used. Where alpha is not 1, alpha * gate is rounded as well, in that wider dtype, of which the
+    exponential makes a relative error of up to 2 u |alpha * gate| more, u being its unit roundoff. Empty inputs give
+    empty outputs. Raises ValueError for an odd last dimension or a limit that is not positive.
 
     Source: Shazeer, GLU variants improve Transformer (arXiv 2002.05202); limit, alpha and beta: openai/gpt-oss.
     """
@@ -129,7 +130,6 @@ def _save(ctx: Any, args: tuple[Any, ...], result: Tensor) -> None:
     ctx.save_for_backward(gate_up)
 
 
-@once_differentiable
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return _SWIGLU_BACKWARD(grad, *ctx.saved_tensors, ctx.limit, ctx.alpha, ctx.beta), None, None, None
 

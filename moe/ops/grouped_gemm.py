@@ -154,4 +154,4 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad_a, grad_b, None
 
 
-define_gradient(_GROUPED_MM, _save, _gradient)
+define_gradient(_GROUPED_MM, _save, _gradient, once=False)

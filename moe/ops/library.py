@@ -81,12 +81,30 @@ def _why_no_kernels(device: torch.device) -> str | None:
     return None
 
 
-def define_gradient(op: Any, save: Callable[[Any, tuple[Any, ...], Any], None], gradient: Callable[..., Any]) -> None:
-    """Makes `op` differentiable.
+class _Once(torch.autograd.Function):
+    """A gradient that may be used and not differentiated again.
+
+    torch's `once_differentiable` says so only where the outgoing gradient is differentiable, and otherwise gives a
+    constant: the second derivative of a sum would be zero. This one hangs on what the first depended on.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, name: str, grad: Tensor, *origins: Tensor) -> Tensor:
+        ctx.name = name
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(f"{ctx.name}: differentiable once, and this is a second differentiation")
+
+
+def define_gradient(
+    op: Any, save: Callable[[Any, tuple[Any, ...], Any], None], gradient: Callable[..., Any], *, once: bool = True
+) -> None:
+    """Makes `op` differentiable: once, a second differentiation raising RuntimeError, or as often as `gradient` is.
 
     `save(ctx, args, result)` keeps what the backward pass needs; `gradient(ctx, *grads)` gives one gradient for each
-    argument, None for those that have none. It is wrapped in `once_differentiable` unless its own operators are
-    differentiable.
+    argument, None for those that have none.
     """
 
     class Differentiable(torch.autograd.Function):
@@ -99,7 +117,15 @@ def define_gradient(op: Any, save: Callable[[Any, tuple[Any, ...], Any], None], 
 
         @staticmethod
         def backward(ctx: Any, *grad_outputs: Any) -> Any:
-            return gradient(ctx, *grad_outputs)
+            if not once:
+                return gradient(ctx, *grad_outputs)
+            with torch.no_grad():
+                grads = gradient(ctx, *grad_outputs)
+            if not torch.is_grad_enabled():
+                return grads
+            tensors = (t for t in (*grad_outputs, *ctx.saved_tensors) if t is not None)
+            origins = [t for t in tensors if t.requires_grad]
+            return tuple(None if grad is None else _Once.apply(op.name(), grad, *origins) for grad in grads)
 
     def autograd(*args: Any) -> Any:
         tensors = [arg for arg in args if isinstance(arg, Tensor)]

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moe.ops.activation import check_limit, swiglu_backward_into, swiglu_into, swiglu_reference
 from moe.ops.library import Tier, autocast, define, define_gradient
@@ -42,9 +41,10 @@ def moe_mlp(
     is zero; T = 0 and K = 0 give what the shapes say. A token's NaN reaches its own row only (and the gradients of the
     experts that it used). Equal input, equal bits, forward and backward: nothing is added atomically.
 
-    Differentiable once in everything but the ids; an expert without a token gets exactly zero gradient. Saved for the
-    backward pass: the arguments and the pre-activation [R, 2F]. Under autocast x and the expert parameters are cast,
-    as for a matrix product, and the output has the cast dtype.
+    Differentiable once in everything but the ids (a second differentiation raises RuntimeError, but for the reference);
+    an expert without a token gets exactly zero gradient. Saved for the backward pass: the arguments and the
+    pre-activation [R, 2F]. Under autocast x and the expert parameters are cast, as for a matrix product, and the output
+    has the cast dtype.
 
     `tier`: "auto" is the fastest implementation for the device; "triton" the Triton kernels, or ValueError where they
     cannot run (CPU tensors need TRITON_INTERPRET=1); "reference" the definition, plain differentiable PyTorch.
@@ -107,6 +107,9 @@ def moe_mlp_reference(
             rows = swiglu_reference(up, swiglu_limit, swiglu_alpha, swiglu_beta) @ down[e].t()
             rows = rows if down_bias is None else rows + down_bias[e]
             out = out.index_add(0, tokens, rows * weights[:, k].index_select(0, tokens)[:, None])
+    # Nothing of each argument, so that each has a gradient, zero, where K or E is 0 as well.
+    for tensor in (x, gate_up, down, weights, gate_up_bias, down_bias):
+        out = out if tensor is None else out + tensor[:0].sum()
     return out.to(x.dtype)
 
 
@@ -391,7 +394,6 @@ def _save(ctx: Any, args: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> Non
     ctx.mark_non_differentiable(result[1])
 
 
-@once_differentiable
 def _gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     # The ids, argument 4, have no gradient; neither have the five settings at the end.
     needed = [need for i, need in enumerate(ctx.needs_input_grad[:7]) if i != 4]

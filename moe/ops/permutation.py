@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moe.ops.library import define, define_gradient
 
@@ -28,14 +27,17 @@ def permute(x: Tensor, expert_ids: Tensor, num_experts: int) -> Permuted:
     """Copies the rows of x [T, D] into expert order, one for each of the R = T * K slots of expert_ids [T, K] int64.
 
     The order is stable: by expert, then token, then k. A slot with id -1 ("not here") has position -1; as many rows
-    past the last offset are zero, so that R does not depend on the ids. Empty T, K = 0 and experts without tokens are
-    fine. Differentiable in x: the gradient of a token is the sum of its rows' in order of k, accumulated in float32 or
-    wider. Raises IndexError for an id below -1 or >= E (on CPU; a device assertion on CUDA).
+    past the last offset are zero, so that R does not depend on the ids. Empty T, K = 0, E = 0 and experts without
+    tokens are fine. Differentiable once in x: the gradient of a token is the sum of its rows' in order of k,
+    accumulated in float32 or wider. Raises ValueError for num_experts < 0, IndexError for an id below -1 or >= E (on
+    CPU; a device assertion on CUDA).
 
     Source: the "unpermute/permute" pair of Megatron-LM and torchtitan, with counting offsets as in MegaBlocks
     (arXiv 2211.15841).
     """
     check_ids(x, expert_ids)
+    if num_experts < 0:
+        raise ValueError(f"num_experts = {num_experts}: expected 0 or more")
     rows, position, offsets = _PERMUTE(x, expert_ids, num_experts)
     return Permuted(rows, position, offsets)
 
@@ -47,8 +49,8 @@ def unpermute(rows: Tensor, position: Tensor, weights: Tensor | None = None) -> 
 
     accumulated in float32 (float64 if rows or weights are float64) and rounded once to the rows' dtype; without
     weights, a plain sum. A slot at -1 contributes nothing, even if its weight is NaN, and gets a zero gradient. A token
-    without any row is zero. Differentiable in rows and weights (float32 or float64, TypeError otherwise). No atomics:
-    equal input, equal bits. Positions are trusted to be those of `permute`: distinct and below R.
+    without any row is zero. Differentiable once in rows and weights (float32 or float64, TypeError otherwise). No
+    atomics: equal input, equal bits. Positions are trusted to be those of `permute`: distinct and below R.
     """
     if weights is not None:
         check_weights(weights, position)
@@ -176,8 +178,7 @@ def combine(rows: Tensor, position: Tensor, weights: Tensor | None) -> Tensor:
 def _permute(x: Tensor, expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     order = sort_slots(expert_ids, num_experts)
     rows = x.index_select(0, order.slots // max(expert_ids.shape[1], 1))
-    if num_experts:
-        rows[int(order.offsets[-1]) :] = 0
+    rows[int(order.offsets[-1]) if num_experts else 0 :] = 0
     return rows, order.position, order.offsets
 
 
@@ -248,7 +249,6 @@ def _permute_save(ctx: Any, args: tuple[Any, ...], result: tuple[Tensor, Tensor,
     ctx.mark_non_differentiable(position, offsets)
 
 
-@once_differentiable
 def _permute_gradient(ctx: Any, grad_rows: Tensor, *_: Any) -> tuple[Any, ...]:
     # The transpose of "copy a token's row to each of its positions" is "sum the rows at its positions".
     return _UNPERMUTE(grad_rows, *ctx.saved_tensors, None), None, None
@@ -258,7 +258,6 @@ def _unpermute_save(ctx: Any, args: tuple[Any, ...], result: Tensor) -> None:
     ctx.save_for_backward(*args)
 
 
-@once_differentiable
 def _unpermute_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
     grad_rows, grad_weights = _UNPERMUTE_BACKWARD(grad, *ctx.saved_tensors, needed)

@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moe.ops.library import define, define_gradient
 
@@ -51,7 +50,8 @@ def route(
     whatever the logits are, and always in the selected groups. A NaN logit reaches only its own row: its weight, and by
     the normalisation its row's weights if it is selected; with softmax the whole row.
 
-    `weights` and `scores` carry gradients to `logits`; `correction_bias` gets none. T = 0 gives empty outputs.
+    `weights` and `scores` carry gradients to `logits`, differentiable once (a second differentiation raises
+    RuntimeError); `correction_bias` gets none. T = 0 gives empty outputs.
 
     Raises TypeError for other dtypes and ValueError for settings that leave a token without top_k candidates:
     top_k > topk_group * (E / n_group), E not divisible by n_group, topk_group > n_group.
@@ -267,7 +267,6 @@ def _save(ctx: Any, args: tuple[Any, ...], result: tuple[Tensor, Tensor, Tensor]
     ctx.set_materialize_grads(False)
 
 
-@once_differentiable
 def _gradient(ctx: Any, grad_weights: Tensor | None, _: None, grad_scores: Tensor | None) -> tuple[Any, ...]:
     grad = None
     if ctx.needs_input_grad[0] and (grad_weights is not None or grad_scores is not None):
