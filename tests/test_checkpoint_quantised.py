@@ -259,6 +259,13 @@ def test_damaged_fp8_is_refused(fp8: Folders, name: str, keep: bool) -> None:
         assert caught.value.tensor == tensor
 
 
+def test_a_summary_names_weights_without_scales(fp8: Folders) -> None:
+    assert read_summary(fp8.fp8).agrees and read_summary(fp8.fp8).unscaled == ()
+    fp8.write({name: tensor for name, tensor in fp8.tensors().items() if name != SCALE})
+    summary = read_summary(fp8.fp8)
+    assert (summary.missing, summary.unscaled, summary.agrees) == ((SCALE,), (WEIGHT,), False)
+
+
 def test_fp8_without_a_word_in_the_config_is_refused(fp8: Folders) -> None:
     configured(fp8.fp8, quantization_config=None)
     with pytest.raises(CheckpointError, match="unexpected"):

@@ -32,6 +32,7 @@ class CheckpointSummary:
         parameters: values in the files that fill the model, repeated embeddings and heads left out.
         expected_parameters: the same by arithmetic.
         missing, unexpected, misshaped: names of tensors in the files.
+        unscaled: quantised tensors whose scales are missing.
     """
 
     folder: str
@@ -47,6 +48,7 @@ class CheckpointSummary:
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     misshaped: tuple[str, ...] = ()
+    unscaled: tuple[str, ...] = ()
 
     @property
     def agrees(self) -> bool:
@@ -81,6 +83,7 @@ def read_summary(folder: str | PathLike[str]) -> CheckpointSummary:
             missing=known.missing,
             unexpected=known.unexpected,
             misshaped=known.misshaped,
+            unscaled=tuple(owner for name in known.missing if (owner := known.slots[name].scale_of) in tensors),
         )
     return CheckpointSummary(
         folder=str(path),
