@@ -134,16 +134,32 @@ NAMED = (
         "weights /= weights.sum(dim=-1, keepdim=True) + 1e-20",
         "weights /= weights.sum(dim=-1, keepdim=True)",
     ),
+    ops(
+        "quantization", "scale of a block of zeros is zero", "torch.where(amax == 0, 127,", "torch.where(amax < 0, 127,"
+    ),
+    ops(
+        "quantization",
+        "nibbles in the other order",
+        "block[rows] = code[..., 0::2] | (code[..., 1::2] << 4)",
+        "block[rows] = code[..., 1::2] | (code[..., 0::2] << 4)",
+    ),
+    ops(
+        "quantization",
+        "scale of the row's last block used for its short one",
+        "divisor = scale[blocks].repeat_interleave(block_size[1], dim=1)[:, : part.shape[1]]",
+        "divisor = scale[blocks].roll(1, 1).repeat_interleave(block_size[1], dim=1)[:, : part.shape[1]]",
+    ),
     router(
         "logits in the dtype of x",
-        "return F.linear(x.to(dtype), self.weight.to(dtype))",
-        "return F.linear(x, self.weight.to(x.dtype)).to(dtype)",
+        "return F.linear(x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))",
+        "return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)).to(dtype)",
     ),
     router(
         "correction bias rounded by a cast",
         "self.e_score_correction_bias = bias.to(moved.device)",
         "self.e_score_correction_bias = moved.to(bias.dtype)",
     ),
+    router("bias of the router forgotten", ", None if self.bias is None else self.bias.to(dtype))", ")"),
     router("an absent expert takes a share", ".masked_fill(expert_ids < 0, 0)", ""),
     kernel(
         "grouped_gemm",

@@ -70,6 +70,7 @@ class Stage:
 
 
 OPS, CONTRACT, ROUTING = "tests/test_ops.py", "tests/test_ops_contract.py", "tests/test_ops_routing.py"
+QUANTIZATION = "tests/test_quantization.py"
 OFFSETS, ANY = "tests/offsets.py", ""
 WITHOUT_A_GPU = Stage(("tests/test_kernels.py",), ("launches", "grid", "compiled_for", "waits", "names_no_expert"))
 
@@ -84,6 +85,7 @@ PLANS: dict[str, tuple[Stage, ...]] = {
     "moe/ops/mlp.py": (Stage((OPS, CONTRACT), ("test_moe_mlp", ANY)),),
     "moe/ops/permutation.py": (Stage((OPS, CONTRACT), ("permute", "test_moe_mlp", ANY)),),
     "moe/ops/product.py": (Stage((OPS, CONTRACT), ("grouped_mm", "test_moe_mlp", ANY)),),
+    "moe/ops/quantization.py": (Stage((QUANTIZATION, CONTRACT)),),
     "moe/ops/routing.py": (Stage((ROUTING, CONTRACT)),),
     "moe/layer.py": (Stage(("tests/test_layer.py", ROUTING, "tests/test_balance.py")),),
     "kernels/moe_triton/activation.py": on_kernels("swiglu", "clamped", "test_moe_mlp["),

@@ -16,6 +16,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"n_shared_experts": 2, "scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False},
     {"scoring_func": "softmax", "topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1},
     {"topk_method": "noaux_tc", "scoring_func": "softmax", "norm_topk_prob": False, "routed_scaling_factor": 16.0},
+    {"n_shared_experts": 1, "shared_expert_intermediate_size": 14, "shared_expert_gate": True, "router_bias": True},
+    {"expert_bias": True, "router_bias": True, "swiglu_limit": 0.5, "swiglu_alpha": 1.702, "swiglu_beta": 1.0},
 ]
 
 
@@ -23,6 +25,10 @@ def biased_layer(options: dict[str, Any]) -> MoELayer:
     layer = MoELayer(24, 10, n_routed_experts=8, num_experts_per_tok=3, initializer_range=0.3, seed=0, **options)
     if layer.gate.e_score_correction_bias is not None:
         layer.gate.e_score_correction_bias.copy_(torch.linspace(-0.4, 0.6, 8))
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if name.endswith("bias"):  # which begin at zero
+                parameter.normal_(0, 0.5, generator=torch.Generator().manual_seed(1))
     return layer
 
 
@@ -31,7 +37,7 @@ def formula(layer: MoELayer, x: Tensor, options: dict[str, Any]) -> Tensor:
     weights = {name: p.double() for name, p in layer.state_dict().items()}
     out = []
     for token in x.double().reshape(-1, 24):
-        logits = weights["gate.weight"] @ token
+        logits = weights["gate.weight"] @ token + weights.get("gate.bias", torch.zeros(8, dtype=torch.float64))
         softmax = options.get("scoring_func") == "softmax"
         scores = logits.softmax(0) if softmax else logits.sigmoid()
         choice = scores + weights.get("gate.e_score_correction_bias", torch.zeros(8, dtype=torch.float64))
@@ -45,13 +51,21 @@ def formula(layer: MoELayer, x: Tensor, options: dict[str, Any]) -> Tensor:
         norm = sum(scores[e] for e in chosen) if options.get("norm_topk_prob", True) else 1.0
         y = torch.zeros(24, dtype=torch.float64)
         for e in chosen:
-            gate, up = (weights["experts.gate_up_proj"][e] @ token).chunk(2)
-            value = weights["experts.down_proj"][e] @ (gate * gate.sigmoid() * up)
+            pre, value = weights["experts.gate_up_proj"][e] @ token, torch.zeros(24, dtype=torch.float64)
+            if options.get("expert_bias"):
+                pre, value = pre + weights["experts.gate_up_proj_bias"][e], weights["experts.down_proj_bias"][e]
+            gate, up = pre.chunk(2)
+            limit = options.get("swiglu_limit", float("inf"))
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit) + options.get("swiglu_beta", 0.0)
+            hidden = gate * (options.get("swiglu_alpha", 1.0) * gate).sigmoid() * up
+            value = value + weights["experts.down_proj"][e] @ hidden
             y = y + scores[e] / norm * options.get("routed_scaling_factor", 1.0) * value
         if options.get("n_shared_experts"):
             gate = weights["shared_experts.gate_proj.weight"] @ token
             up = weights["shared_experts.up_proj.weight"] @ token
-            y = y + weights["shared_experts.down_proj.weight"] @ (gate * gate.sigmoid() * up)
+            shared = weights["shared_experts.down_proj.weight"] @ (gate * gate.sigmoid() * up)
+            weight = weights.get("shared_expert_gate.weight")
+            y = y + (shared if weight is None else (weight @ token).sigmoid() * shared)
         out.append(y)
     return torch.stack(out).view(x.shape)
 
