@@ -4,8 +4,6 @@ import argparse
 import sys
 from typing import NoReturn
 
-from benchmarks import cpu, layer, load
-
 
 class Parser(argparse.ArgumentParser):
     """Answers wrong arguments with one line."""
@@ -15,6 +13,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Its exit status: 2 for bad input and 130 after Ctrl-C, each with one line."""
+    try:
+        return _main(argv)
+    except KeyboardInterrupt:
+        print("benchmarks: interrupted", file=sys.stderr)
+        return 130
+
+
+def _main(argv: list[str] | None) -> int:
+    from benchmarks import cpu, layer, load  # which takes seconds, in which Ctrl-C may come as well
+    from benchmarks.harness import BadInput
+
     parser = Parser(
         prog="python -m benchmarks",
         description="Timings beside peers, correctness first.",
@@ -32,12 +42,16 @@ def main(argv: list[str] | None = None) -> int:
             name, help=help_, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, name=name)
     args = parser.parse_args(argv)
     if "run" not in args:
         parser.print_help(sys.stderr)
         return 2
-    return args.run(args)
+    try:
+        return args.run(args)
+    except BadInput as error:
+        print(f"benchmarks {args.name}: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

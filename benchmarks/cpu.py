@@ -39,7 +39,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import RESULTS, append, environment, interleave, matmul_rate, once, read_rate, say, summary
+from benchmarks.harness import (
+    RESULTS,
+    BadInput,
+    append,
+    environment,
+    interleave,
+    matmul_rate,
+    once,
+    read_rate,
+    say,
+    summary,
+)
 from moe import Transformer
 from moe.cache import Cache
 from moe.checkpoint.config_json import render_config
@@ -369,6 +380,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     sizes = SMALL if args.small else Sizes()
     name = args.preset or ("tiny" if args.small else "bench_400m")
+    try:
+        family = preset(name).model_type
+    except ValueError as error:
+        raise BadInput(f"--preset: {error}") from None
+    if family != "deepseek_v3":
+        raise BadInput(f"--preset {name}: is of family {family}, expected one of deepseek_v3")
+    if args.json:
+        append(args.json, [])
     records = []
     for dtype in args.dtype:
         records += measure(name, dtype, sizes)

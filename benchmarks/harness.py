@@ -107,10 +107,21 @@ def commit() -> str:
 
 
 def append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """One JSON object a line, after those that are there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
+    """One JSON object a line, after those that are there; of none, only sees that it can. Raises BadInput."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+    except OSError as error:
+        raise BadInput(f"--json {path}: {error.strerror}") from None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Also of the CPU's allocator, whose error has no class of its own, and of sizes that no integer holds."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
 def summary(seconds: list[float]) -> dict[str, float]:

@@ -47,6 +47,7 @@ from benchmarks.harness import (
     matmul_rate,
     once,
     one_line,
+    out_of_memory,
     say,
     summary,
 )
@@ -54,7 +55,7 @@ from benchmarks.jobs import DTYPES, OPS, Entry, Job, able, prepare
 from benchmarks.limits import Ceilings
 from benchmarks.peers import DESCRIPTIONS, OURS, PEERS, Peer, load_peer
 from benchmarks.routings import NAMES, assign, tokens_in
-from benchmarks.shapes import SHAPES, Shape, parse_shape, small
+from benchmarks.shapes import LARGEST, SHAPES, Shape, parse_shape, small
 
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "scattermoe", "sonic-moe", "moe-ops", "vllm")
 ROUNDS = range(5, 201)  # how often a candidate is timed, whatever the budget says
@@ -319,7 +320,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     add("--small", action="store_true", help="small shapes, to see that it works; on a CPU they always are")
     add("--seconds", type=_not_negative, help="time for each candidate's repetitions; default: 0.5, small: 0.01")
-    add("--seed", type=int, default=0, help="of all inputs")
+    add("--seed", type=_seed, default=0, help="of all inputs")
     add("--json", nargs="?", type=Path, const=RESULTS / "layer.jsonl", help="append a line a measurement to this file")
     add("--compare", type=Path, metavar="OLD.jsonl", help="exit with 1 if ours got slower or wrong")
     add("--tolerance", type=_not_negative, default=0.1, help="what --compare takes for noise; default: 0.1")
@@ -328,8 +329,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    if not text.isdecimal() or len(text) > 10 or not 1 <= int(text) <= LARGEST:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a positive integer up to {LARGEST}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or len(text) > 10 or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not an integer from 0, below 2^32")
     return int(text)
 
 
@@ -343,13 +350,6 @@ def _not_negative(text: str) -> float:
     return value
 
 
-def _check_json(file: Path) -> None:
-    try:
-        append(file, [])
-    except OSError as error:
-        raise BadInput(f"--json {file}: {error.strerror}") from None
-
-
 def select(names: list[str] | None) -> list[Peer]:
     """Ours, and the peers of these names. Raises BadInput."""
     known = {peer.name: peer for peer in PEERS}
@@ -360,14 +360,6 @@ def select(names: list[str] | None) -> list[Peer]:
 
 
 def run(args: argparse.Namespace) -> int:
-    try:
-        return _run(args)
-    except BadInput as error:
-        say(f"benchmarks layer: {error}")
-        return 2
-
-
-def _run(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: this torch finds no GPU")
@@ -378,12 +370,7 @@ def _run(args: argparse.Namespace) -> int:
             absent[peer.name] = reason
         else:
             peers.append(peer)
-    for spec in args.peer:
-        try:
-            peers.append(load_peer(spec))
-        except BadInput as error:
-            absent[spec] = str(error)
-            say(f"benchmarks layer: {error}")
+    peers += map(load_peer, args.peer)
     if args.list:
         report.show_list(SHAPES.values(), OPS, {p.name: DESCRIPTIONS.get(p.name, "yours") for p in peers}, absent)
         return 0
@@ -395,7 +382,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.plot:
         report.check_plot(args.plot)
     if args.json:
-        _check_json(args.json)
+        append(args.json, [])
     todo = list(entries(args, shapes))
     for entry in todo:
         if entry.routing not in (*NAMES, "-"):  # a file that does not fit is said before anything is timed
@@ -421,7 +408,9 @@ def _run(args: argparse.Namespace) -> int:
             say(f"{number} of {len(todo)}: {entry}")
             try:
                 new = measure(entry, this)
-            except torch.OutOfMemoryError:
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
                 say(f"{entry}: not enough memory for the inputs and the float64 reference")
                 continue
             records, done = records + new, number

@@ -184,17 +184,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     try:
         size = parse_size("16MiB" if args.small else args.size, "--size")
-        if args.rounds < 1:
-            raise BadInput(f"--rounds {args.rounds}: expected a positive number")
         if args.json:
             append(args.json, [])
-        return _run(size, 2 if args.small else args.rounds, args.json)
-    except (BadInput, ConfigError, OSError) as error:
-        say(f"benchmarks load: {error}")
-        return 2
-    except KeyboardInterrupt:
-        say("interrupted")
-        return 130
+    except (ConfigError, OSError) as error:
+        raise BadInput(str(error)) from None
+    if args.rounds < 1:
+        raise BadInput(f"--rounds {args.rounds}: expected a positive number")
+    return _run(size, 2 if args.small else args.rounds, args.json)
 
 
 def _run(size: int, rounds: int, file: Path | None) -> int:

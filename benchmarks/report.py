@@ -203,6 +203,13 @@ def check_plot(file: Path) -> None:
         raise BadInput(f"--plot {file}: expected a name that ends in .png")
     if not file.parent.is_dir():
         raise BadInput(f"--plot {file}: no folder {file.parent}")
+    new = not file.exists()
+    try:
+        file.open("ab").close()
+        if new:
+            file.unlink()
+    except OSError as error:
+        raise BadInput(f"--plot {file}: {error.strerror}") from None
 
 
 def plot(file: Path, records: Sequence[Mapping[str, Any]]) -> None:
@@ -242,7 +249,10 @@ def plot(file: Path, records: Sequence[Mapping[str, Any]]) -> None:
     about = records[0]
     figure.suptitle(f"{about['device']}, commit {about['commit']}", fontsize=9)
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
-    figure.savefig(file, dpi=130)
+    try:
+        figure.savefig(file, dpi=130)
+    except OSError as error:
+        raise BadInput(f"--plot {file}: {error.strerror}") from None
 
 
 def _work(record: Mapping[str, Any]) -> str:

@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 
 from benchmarks.harness import BadInput
 
+LARGEST = 2**31 - 1  # of any size
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -69,8 +71,8 @@ def parse_shape(text: str) -> Shape:
         tokens, d, n, experts, top_k = (int(part) for part in parts)
     except ValueError:
         raise BadInput(f"--shape {text}: expected five integers T,d,n,E,K") from None
-    if min(tokens, d, n, experts, top_k) < 1:
-        raise BadInput(f"--shape {text}: expected positive sizes")
+    if not 1 <= min(tokens, d, n, experts, top_k) <= max(tokens, d, n, experts, top_k) <= LARGEST:
+        raise BadInput(f"--shape {text}: expected positive sizes up to {LARGEST}")
     if top_k > experts:
         raise BadInput(f"--shape {text}: {top_k} experts for each token, of {experts}")
     return Shape(f"{d}x{n}x{experts}x{top_k}", d, n, experts, top_k, (tokens,))

@@ -370,8 +370,9 @@ class Recorder:
 
 def is_numeric(found: pytest.ExceptionInfo) -> bool:
     """Whether it is an assertion of the tests or of torch.testing, and not one of the code under test."""
-    path = Path(found.traceback[-1].path)
-    return found.errisinstance(AssertionError) and ("tests" in path.parts or path.parts[-3:-1] == ("torch", "testing"))
+    path = Path(found.traceback[-1].path).absolute()
+    of_tests = path.is_relative_to(ROOT / "tests")
+    return found.errisinstance(AssertionError) and (of_tests or path.parts[-3:-1] == ("torch", "testing"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -399,25 +400,40 @@ def show(mutant: Mutant, text: str, why: str = "") -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=str(__doc__).partition("\n")[0])
     parser.add_argument("--seed", type=int, default=0, help="of the choice among the random mutants")
-    parser.add_argument("--count", type=int, default=20, help="how many random mutants")
+    parser.add_argument("--count", type=_positive, default=20, help="how many random mutants")
     parser.add_argument("--named", action="store_true", help="the named defects instead, all of them")
     parser.add_argument("--list", action="store_true", help="show the mutants and run nothing")
     parser.add_argument("--file", action="append", help="a part of the files' names, may be repeated; default: all")
-    parser.add_argument("--jobs", type=int, default=2, help="how many at a time")
+    parser.add_argument("--jobs", type=_positive, default=2, help="how many at a time")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        raise SystemExit(campaign(options, Lab(Path(folder))))
+    try:
+        with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+            raise SystemExit(campaign(options, Lab(Path(folder))))
+    except KeyboardInterrupt:
+        print("interrupted")
+        raise SystemExit(130) from None
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or len(text) > 9 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a positive integer below 10^9")
+    return int(text)
 
 
 def campaign(options: argparse.Namespace, lab: Lab) -> int:
-    """Its exit status: 1 where a named defect is not killed."""
+    """Its exit status: 1 where a named defect is not killed, 2 where nothing is selected, 130 after Ctrl-C."""
     texts = {file: (lab.tree / file).read_text() for file in PLANS}
     files = [f for f in texts if not options.file or any(part in f for part in options.file)]
-    if options.named:
+    mutants = []
+    if files and options.named:
         mutants = [m for m in named_mutants(texts) if m.file in files]
-    else:
+    elif files:
         every = [m for f in files for m in random_mutants(f, texts[f])]
         mutants = random.Random(options.seed).sample(every, min(options.count, len(every)))
+    if not mutants:
+        asked = " ".join(options.file or ())
+        print(f"--file {asked}: no mutants, expected a part of {', '.join(texts)}", file=sys.stderr)
+        return 2
     if options.list:
         print(*(show(m, texts[m.file]) for m in mutants), sep="\n")
         return 0
@@ -425,7 +441,7 @@ def campaign(options: argparse.Namespace, lab: Lab) -> int:
     explained = [m for m in mutants if (m.file, *m.lines(texts[m.file])[1:]) in EQUIVALENT]
     mutants = [m for m in mutants if m not in explained]
     outcomes: dict[Mutant, Outcome] = {}
-    pool = ThreadPoolExecutor(options.jobs)
+    pool, interrupted = ThreadPoolExecutor(options.jobs), False
     try:
         futures = {pool.submit(lab.judge, m): m for m in mutants}
         for future in as_completed(futures):
@@ -437,6 +453,7 @@ def campaign(options: argparse.Namespace, lab: Lab) -> int:
             )
     except KeyboardInterrupt:
         print("interrupted")
+        interrupted = True
         pool.shutdown(wait=False, cancel_futures=True)
         lab.stop()
     pool.shutdown()
@@ -448,6 +465,8 @@ def campaign(options: argparse.Namespace, lab: Lab) -> int:
     for mutant in explained:
         reason = EQUIVALENT[mutant.file, *mutant.lines(texts[mutant.file])[1:]]
         print(f"not run, equivalent: {show(mutant, texts[mutant.file], reason)}")
+    if interrupted:
+        return 130
     return int(options.named and len(of["killed"]) < len(mutants))
 
 

@@ -715,7 +715,12 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, capsys):
         (["--shape", "1,2,3,4,0"], "expected positive sizes"),
         (["--shape", "1,2,3,4,5"], "5 experts for each token, of 4"),
         (["--peers", "cublas"], "--peers cublas: expected some of dense"),
-        (["--tokens", "0"], "'0' is not a positive integer"),
+        (["--tokens", "0"], "'0' is not a positive integer up to 2147483647"),
+        (["--tokens", "2147483648"], "'2147483648' is not a positive integer up to 2147483647"),
+        (["--tokens", "9" * 5000], "is not a positive integer up to 2147483647"),
+        (["--shape", "2147483648,2,3,4,1"], "expected positive sizes up to 2147483647"),
+        (["--seed", "-1"], "'-1' is not an integer from 0, below 2^32"),
+        (["--seed", "4294967296"], "'4294967296' is not an integer from 0, below 2^32"),
         (["--seconds", "-1"], "'-1' is not a finite number from 0"),
         (["--tolerance", "-0.1"], "'-0.1' is not a finite number from 0"),
         (["--tolerance", "nan"], "'nan' is not a finite number from 0"),
@@ -724,10 +729,14 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, capsys):
         (["--routing", "zipff"], "--routing zipff: no such file; expected uniform, zipf, one-hot or"),
         (["--plot", "out.jpg"], "--plot out.jpg: expected a name that ends in .png"),
         (["--plot", "no/such/out.png"], "no folder no/such"),
+        (["--plot", "/proc/out.png"], "--plot /proc/out.png: "),
+        (["--plot", "FOLDER.png"], "FOLDER.png: Is a directory"),
         (["--json", "/proc/none.jsonl"], "--json /proc/none.jsonl:"),
     ],
 )
-def test_bad_input_is_one_line(capsys, options, says):
+def test_bad_input_is_one_line(capsys, tmp_path, monkeypatch, options, says):
+    monkeypatch.chdir(tmp_path)
+    Path("FOLDER.png").mkdir()
     try:
         status: Any = layer_run(*options)
     except SystemExit as stop:
@@ -736,21 +745,81 @@ def test_bad_input_is_one_line(capsys, options, says):
     assert status == 2 and says in shown.err and shown.err.count("\n") == 1 and not shown.out
 
 
-def test_a_peer_that_cannot_be_loaded_is_absent(tmp_path, peer_file, capsys):
-    broken = tmp_path / "broken.py"
-    broken.write_text("1 / 0\n")
-    specs = {
-        f"{peer_file}:nothing": f"{peer_file} has no function nothing",
+def test_a_peer_that_cannot_be_loaded_is_bad_input(tmp_path, peer_file, capsys):
+    texts = {"broken": "1 / 0\n", "syntax": "def f(:\n", "leaves": "import sys\nsys.exit(0)\n"}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    for spec, says in {
+        f"{peer_file}:nobody": f"{peer_file} has no function nobody",
         f"{tmp_path}/none.py:f": f"no file {tmp_path}/none.py",
-        f"{broken}:f": "ZeroDivisionError: division by zero",
+        f"{tmp_path}/broken.py:f": "ZeroDivisionError: division by zero",
+        f"{tmp_path}/syntax.py:f": "SyntaxError: ",
+        f"{tmp_path}/leaves.py:f": "SystemExit: 0",
         "nonsense": "expected FILE.py:FUNCTION",
-    }
-    options = [part for spec in specs for part in ("--peer", spec)]
-    assert layer_run("--shape", LAYER, "--op", "forward", "--peers", *options) == 0
+    }.items():
+        assert layer_run("--shape", LAYER, "--op", "forward", "--peer", spec) == 2
+        shown = capsys.readouterr()
+        assert f"benchmarks layer: --peer {spec}: " in shown.err and says in shown.err
+        assert shown.err.count("\n") == 1 and not shown.out
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError, None, RuntimeError])
+def test_what_does_not_fit_is_left_out(monkeypatch, capsys, error):
+    measure = layer.measure
+
+    def too_large(entry: jobs.Entry, run: layer.Run) -> Any:
+        if entry.tokens == 5 and error is None:
+            return torch.empty(2**55)
+        if entry.tokens == 5:
+            raise error("of the test")
+        return measure(entry, run)
+
+    monkeypatch.setattr(layer, "measure", too_large)
+    options = ("--shape", LAYER, "--op", "forward", "--peers", "--tokens", "5", "6")
+    if error is RuntimeError:
+        with pytest.raises(RuntimeError, match="of the test"):
+            layer_run(*options)
+        return
+    assert layer_run(*options) == 0
     shown = capsys.readouterr()
-    for spec, reason in specs.items():
-        assert any(spec in line and reason in line for line in shown.err.splitlines())
-        assert f"absent: {spec}" in shown.out
+    assert "T 5, d 32, n 16, E 8, K 2), uniform, fp32: not enough memory" in shown.err and "(T 6, d 32" in shown.out
+
+
+def test_a_full_disk_is_one_line(capsys):
+    assert layer_run("--shape", LAYER, "--op", "forward", "--peers", "--json", "/dev/full") == 2
+    assert capsys.readouterr().err.endswith("benchmarks layer: --json /dev/full: No space left on device\n")
+
+
+def test_ctrl_c_at_any_time_is_one_line(capsys, monkeypatch):
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    for module, name, arguments in (
+        (layer, "ceilings", ["layer", "--device", "cpu"]),
+        (layer, "parse_shape", ["layer", "--shape", LAYER]),
+        (cpu, "reference", ["cpu", "--small"]),
+        (cpu, "preset", ["cpu"]),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, interrupted)
+            assert main(arguments) == 130
+        assert capsys.readouterr().err.splitlines()[-1] == "benchmarks: interrupted"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--preset", "tinny"], "--preset: preset = 'tinny': expected one of tiny, "),
+        (["--preset", "mixtral_8x7b"], "--preset mixtral_8x7b: is of family mixtral, expected one of deepseek_v3"),
+        (["--small", "--json", "/proc/none.jsonl"], "--json /proc/none.jsonl: "),
+        (["--small", "--json", "/proc"], "--json /proc: Is a directory"),
+    ],
+)
+def test_bad_input_of_cpu_is_one_line(capsys, monkeypatch, options, says):
+    monkeypatch.setattr(cpu, "Transformer", None)  # nothing is built
+    assert main(["cpu", *options]) == 2
+    shown = capsys.readouterr()
+    assert f"benchmarks cpu: {says}" in shown.err and shown.err.count("\n") == 1 and not shown.out
 
 
 def test_list_tells_what_is_here_and_what_is_not(capsys, monkeypatch):

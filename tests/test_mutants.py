@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import mutants
 from tests.defects import EQUIVALENT, NAMED
 from tests.mutants import PLANS, ROOT, Lab, Mutant, Stage, is_numeric, named_mutants, random_mutants, verdict
 
@@ -104,6 +105,48 @@ def test_only_assertions_of_tests_count() -> None:
         with pytest.raises(BaseException) as found:
             function()
         assert is_numeric(found) == expected, function.__name__
+
+
+def test_only_the_tests_of_this_tree_count(tmp_path: Path) -> None:
+    """A checkout below a folder called tests is no test for that."""
+    for path, expected in {
+        tmp_path / "tests" / "mlp.py": False,
+        ROOT / "moe" / "tests" / "mlp.py": False,
+        ROOT / "tests" / "test_ops.py": True,
+    }.items():
+        with pytest.raises(AssertionError) as found:
+            exec(compile("assert False", str(path), "exec"))
+        assert is_numeric(found) == expected, path
+
+
+def campaign_of(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
+    monkeypatch.setattr("sys.argv", ["mutants", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        mutants.main()
+    return stop.value.code
+
+
+def test_bad_arguments_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--named"], [], ["--list"]):
+        assert campaign_of(monkeypatch, *arguments, "--file", "nosuch") == 2
+        shown = capsys.readouterr()
+        assert "--file nosuch: no mutants, expected a part of moe/ops/" in shown.err and not shown.out
+    for option in ("--count", "--jobs"):
+        for wrong in ("0", "-1", "x", "9" * 5000):
+            assert campaign_of(monkeypatch, option, wrong) == 2
+            assert "is not a positive integer" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_status_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for place in ("as_completed", "random_mutants", "Lab.__init__"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Lab, "judge", lambda *_: mutants.Outcome("survived", ""))
+            patch.setattr(f"tests.mutants.{place}", interrupted)
+            assert campaign_of(monkeypatch, "--count", "2", "--file", "product") == 130
+        assert "interrupted\n" in capsys.readouterr().out
 
 
 def test_verdicts() -> None:
