@@ -28,8 +28,8 @@ class Inputs:
         return replace(self, **fields | {"weights": self.weights.to(torch.promote_types(dtype, torch.float32))})
 
     def leaves(self) -> "Inputs":
-        """Copies that require gradients."""
-        return Inputs(**{n: t.clone().requires_grad_(t.is_floating_point()) for n, t in vars(self).items()})
+        """The same tensors, strides and all, as leaves that require gradients."""
+        return Inputs(**{n: t.detach().requires_grad_(t.is_floating_point()) for n, t in vars(self).items()})
 
     def reordered(self, width: Tensor, hidden: Tensor) -> "Inputs":
         """The same layer with its D and F axes in another order: other roundings of the same numbers."""

@@ -305,4 +305,24 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "group_keys = tl.where(group < N_GROUP, key(best, group, N_GROUP - 1), never)",
         "group_keys = tl.where(group < N_GROUP, key(best, group, N_GROUP + 1), never)",
     ): "a constant added to every key leaves their order",
+    (
+        "kernels/moe_triton/routing.py",
+        "part = tl.load(grad_weights + slot, mask=k < TOP_K, other=0.0) * scale",
+        "part = tl.load(grad_weights + slot, mask=k < TOP_K, other=1.0) * scale",
+    ): "what stands beside the slots is multiplied with a score of 0, and hits no expert",
+    (
+        "kernels/moe_triton/routing.py",
+        "ids = tl.load(expert_ids + slot, mask=k < TOP_K, other=0)",
+        "ids = tl.load(expert_ids + slot, mask=k <= TOP_K, other=0)",
+    ): "the id of another slot hits nothing: k < TOP_K is asked again",
+    (
+        "kernels/moe_triton/mlp.py",
+        "block_m = 32 if inner % 16 or width % 16 else 16 if num_slots <= 8 * experts else 64",
+        "block_m = 32 if inner % 16 or width % 16 else 16 if num_slots <= 9 * experts else 64",
+    ): "a matter of speed",
+    (
+        "kernels/moe_triton/activation.py",
+        "up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))",
+        "up = tl.where(up > limit, limit, tl.where(up <= -limit, -limit, up))",
+    ): "the limit is what it is clamped to",
 }

@@ -28,6 +28,7 @@ from moe.ops.library import LIBRARY
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 GUARD = 256  # elements, which keeps the alignment that kernels may count on
+WITHOUT_KERNELS = {"dequantize_blocks", "dequantize_mxfp4"}  # torch's operators on every device
 POISON = 2**30  # for integers, which would lead outside every buffer
 
 
@@ -126,7 +127,7 @@ def pytest_configure(config: pytest.Config) -> None:
                 with warnings.catch_warnings(action="ignore"):  # torch's, about the overriding
                     LIBRARY.impl(name, on_kernels(name, page, name.startswith("moe_mlp")), "CPU", allow_override=True)
     missing = {definition.partition("::")[2] for definition in LIBRARY._op_defs} - set(seen)
-    assert not missing, f"no kernels for {missing}"
+    assert missing == WITHOUT_KERNELS, f"no kernels for {missing}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -105,6 +106,22 @@ def test_moe_mlp_clamped(case: Case, dtype: torch.dtype, settings: dict[str, flo
     eager, exact = of_eager(reference, inputs, grad), gradients(reference, inputs.to(torch.float64), grad)
     verdicts = {name: against_eager(ours[name], eager[name], exact[name], dtype) for name in ours}
     assert all(v.right for v in verdicts.values()), verdicts
+
+
+@pytest.mark.parametrize("case", [BY_NAME["one_token"], BY_NAME["ragged"]], ids=str)
+def test_moe_mlp_takes_any_strides(case: Case) -> None:
+    def strided(tensor: Tensor) -> Tensor:
+        """The same values, every third element of a row."""
+        return tensor.repeat_interleave(3, dim=-1)[..., ::3]
+
+    inputs, grad = case.inputs(torch.float32), torch.randn(case.tokens, case.width)
+    expected = gradients(fused, inputs, grad)
+    for name in ("x", "gate_up", "down", "weights"):
+        found = gradients(fused, replace(inputs, **{name: strided(getattr(inputs, name))}), grad)
+        for key, result in found.items():
+            torch.testing.assert_close(result, expected[key], rtol=1e-5, atol=1e-6, msg=f"{key} with strided {name}")
+    for key, result in gradients(fused, inputs, strided(grad)).items():
+        torch.testing.assert_close(result, expected[key], rtol=1e-5, atol=1e-6, msg=f"{key} with a strided gradient")
 
 
 @pytest.mark.parametrize("rows", [1, 7, 30])
