@@ -118,6 +118,7 @@ CASES = (
     Case("empty_experts", 37, 24, 40, 7, 2, "gaps"),
     Case("no_tokens", 0, 24, 40, 4, 2),
     Case("one_token", 1, 24, 40, 8, 3),
+    Case("one_slot", 1, 24, 40, 4, 1),
     Case("one_token_absent", 1, 24, 40, 8, 1, "nobody"),
     Case("one_token_partly_absent", 1, 24, 40, 8, 3, "no_first"),
     Case("two_tokens", 2, 48, 20, 8, 2),

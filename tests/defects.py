@@ -325,4 +325,14 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))",
         "up = tl.where(up > limit, limit, tl.where(up <= -limit, -limit, up))",
     ): "the limit is what it is clamped to",
+    (
+        "kernels/moe_triton/permutation.py",
+        "x = x if x.stride(-1) == 1 else x.contiguous()",
+        "x = x if x.stride(-1) == 0 else x.contiguous()",
+    ): "a copy too many",
+    (
+        "kernels/moe_triton/activation.py",
+        "x = tl.where(x < -104.0, -104.0, tl.where(x > 104.0, 104.0, x))",
+        "x = tl.where(x <= -104.0, -104.0, tl.where(x > 104.0, 104.0, x))",
+    ): "the bound is what it is clamped to",
 }
