@@ -6,6 +6,7 @@ where `mlp` is a dense MLP in some blocks, as the config says, and a `MoELayer` 
 prediction modules (DeepSeek-V3, arXiv 2412.19437, section 2.2) stand behind the last block and are used in training.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from inspect import signature
 from os import PathLike
@@ -23,6 +24,7 @@ from moe.config import ModelConfig
 from moe.layer import MLP, MoELayer, MoEStats, materialize
 from moe.loss import next_token_loss
 from moe.norm import RMSNorm
+from moe.quantized import Quantized
 from moe.rope import rope_tables
 
 Rope = tuple[Tensor, Tensor]
@@ -223,6 +225,12 @@ class Transformer(nn.Module):
         from moe.checkpoint import save
 
         save(self, folder)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
+        for module in self.modules():  # all of them first: a refused cast leaves nothing half cast
+            if isinstance(module, Quantized):
+                module.refuse_cast(fn)
+        return super()._apply(fn, recurse)
 
     def set_activation_checkpointing(self, on: bool) -> None:
         """Recompute each block in the backward pass instead of keeping its activations (training only)."""

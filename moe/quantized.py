@@ -31,6 +31,11 @@ class Quantized(nn.Module):
     quantized: tuple[str, ...] = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.refuse_cast(fn)
+        return super()._apply(fn, recurse)
+
+    def refuse_cast(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Raise TypeError if `fn`, as `_apply` gets it, would change a dtype."""
         for name in self.quantized:
             tensor = getattr(self, name)
             dtype = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device)).dtype
@@ -39,7 +44,6 @@ class Quantized(nn.Module):
                     f"{type(self).__name__}.{name}: a cast from {tensor.dtype} to {dtype} would lose the quantised "
                     "weights; give it x in the dtype to compute in, or load the model dequantised to that dtype"
                 )
-        return super()._apply(fn, recurse)
 
     def _load_from_state_dict(
         self,

@@ -324,3 +324,19 @@ def test_no_folder_and_no_file(tmp_path: Path) -> None:
 def test_config_and_headers_need_no_torch() -> None:
     code = "import sys, moe.checkpoint, moe.counts; assert not {'torch', 'numpy', 'safetensors'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(moe.__file__).parents[1])
+
+
+def test_what_transformers_takes_is_taken() -> None:
+    """Keys that its configurations leave out or null, with what it makes of them."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+    qwen = dict(model_type="qwen3_moe", vocab_size=61, hidden_size=42, num_hidden_layers=3, num_attention_heads=6)
+    qwen |= dict(num_key_value_heads=3, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=10)
+    qwen |= dict(intermediate_size=20, max_position_embeddings=64, router_aux_loss_coef=0.9, mlp_only_layers=[1, 7])
+    config = parse_config({**qwen, "rope_scaling": yarn}, PATH)
+    assert config.rope_parameters.original_max_position_embeddings == 64
+    assert config.mlp_only_layers == (1,)
+    assert config.aux_loss_alpha == 0  # its loss is another, and off
+    again = render_config(config, PATH)
+    assert again["router_aux_loss_coef"] == 0.9
+    trained = dataclasses.replace(config, aux_loss_alpha=0.01)
+    assert parse_config(render_config(trained, PATH), PATH).aux_loss_alpha == 0.01

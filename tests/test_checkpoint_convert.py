@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import moe
@@ -174,12 +174,49 @@ def test_mxfp4(tmp_path: Path) -> None:
     [
         ({"table": "mxfp4"}, "layout = 'mxfp4': expected one of experts, stacked, deepseek"),
         ({"max_shard_bytes": 0}, "max_shard_bytes = 0: expected a positive number"),
+        ({"block_size": (0, 16), "dtype": "fp8"}, "block_size = .0, 16.: expected two positive numbers"),
+        ({"scale_fmt": "ue8m0"}, "scale_fmt = 'ue8m0': expected none without dtype fp8"),
+        ({"table": "stacked", "dtype": "fp8"}, "the layout stacked has no place for experts in FP8"),
+        ({"table": "deepseek", "mtp": True}, "mtp = True: expected false: the layout deepseek has no names"),
     ],
 )
 def test_conversions_that_make_no_sense(made: Folders, tmp_path: Path, settings: dict[str, Any], error: str) -> None:
     with pytest.raises(ConfigError, match=error):
         convert(made.plain, tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_quantised_experts_are_not_stacked_without_a_word(made: Folders, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="dtype = None: expected one for the layout stacked"):
+        convert(made.fp8, tmp_path / "out", table="stacked")
+    mxfp4, _ = make_mxfp4(tmp_path)
+    for settings in ({"dtype": "fp8"}, {"dtype": "fp8", "table": "mxfp4"}, {"table": "stacked"}):
+        with pytest.raises(ConfigError, match="dtype = "):
+            convert(mxfp4, tmp_path / "out", **settings)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_source_is_never_replaced(made: Folders, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    convert(made.fp8, source)
+    (tmp_path / "link").symlink_to(source)
+    before = tensors_of(source)
+    for target in (source, tmp_path / "link", str(source) + "/"):
+        for call in (lambda out: convert(source, out), lambda out: cut(source, out, layers=[0], experts=[0, 3, 6, 9])):
+            with pytest.raises(CheckpointError, match="the source itself"):
+                call(target)
+    assert_equal(before, tensors_of(source))
+
+
+def test_a_repeat_that_differs_is_not_converted(made: Folders, tmp_path: Path) -> None:
+    convert(made.plain, tmp_path / "source")
+    file = tmp_path / "source" / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.4.shared_head.head.weight"
+    tensors[name] = tensors[name] + 1
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match="differs from the tensor that it repeats") as caught:
+        convert(tmp_path / "source", tmp_path / "out", mtp=False)
+    assert caught.value.tensor == name
 
 
 def test_a_source_that_does_not_load_is_not_converted(made: Folders, tmp_path: Path) -> None:
@@ -285,15 +322,16 @@ def test_cuts_that_make_no_sense(
     assert not list(tmp_path.iterdir())
 
 
-def test_gpt_oss_without_a_receipt_of_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A source that does not fit into memory is not compared, and the receipt says so."""
+@pytest.mark.parametrize("large", ["whole", "part"])
+def test_what_does_not_fit_is_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: str) -> None:
+    """The receipt says so; the result is there all the same."""
     noisy(GPT_OSS).save(tmp_path / "whole")
     from moe.checkpoint import convert as module
 
     original = module.load
 
     def load(folder: Any, **settings: Any) -> moe.Transformer:
-        if Path(folder).name == "whole":
+        if (Path(folder).name == "whole") == (large == "whole"):
             raise CheckpointError(folder, "the model does not fit into memory")
         return original(folder, **settings)
 

@@ -235,7 +235,11 @@ DAMAGED: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str, str]] = {
     "scale negative": (changed(SCALE, with_value(-1.0)), SCALE, "above 0"),
     "scale infinite": (changed(SCALE, with_value(float("inf"))), SCALE, "finite"),
     "scale NaN": (changed(SCALE, with_value(float("nan"))), SCALE, "finite"),
-    "scale of the wrong dtype": (changed(SCALE, Tensor.bfloat16), SCALE, "expected F32 or F8_E8M0; found BF16"),
+    "scale of the wrong dtype": (
+        changed(SCALE, Tensor.double),
+        SCALE,
+        "expected F32 or BF16 or F16 or F8_E8M0; found F64",
+    ),
     "weight not quantised but scaled": (changed(WEIGHT, Tensor.bfloat16), SCALE, "unexpected"),
     "weight in another FP8": (changed(WEIGHT, lambda w: w.float().to(torch.float8_e5m2)), "", "F8_E5M2|unexpected"),
     "router quantised": (
@@ -257,6 +261,43 @@ def test_damaged_fp8_is_refused(fp8: Folders, name: str, keep: bool) -> None:
         moe.load(fp8.fp8, dtype="keep" if keep else "auto")
     if tensor:
         assert caught.value.tensor == tensor
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scales_in_half_precision(fp8: Folders, tmp_path: Path, dtype: torch.dtype) -> None:
+    """As in Qwen's releases: widened without loss, and saved as they were."""
+    tensors = {n: t.to(dtype) if n.endswith("_scale_inv") else t for n, t in fp8.tensors().items()}
+    fp8.write(tensors)
+    exact = dequantised(tensors[WEIGHT], tensors[SCALE])
+    assert torch.equal(moe.load(fp8.fp8).state_dict()["layers.1.mlp.experts.down_proj"][7], exact)
+    kept = moe.load(fp8.fp8, dtype="keep")
+    assert kept.state_dict()["layers.1.mlp.experts.down_proj_scale_inv"].dtype == torch.float32
+    with torch.no_grad():
+        assert torch.equal(kept(IDS).logits, moe.load(fp8.fp8)(IDS).logits)
+    kept.save(tmp_path / "again")
+    after = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(t.dtype == after[n].dtype and torch.equal(bits(t), bits(after[n])) for n, t in tensors.items())
+
+
+def test_experts_that_are_quantised_in_part(fp8: Folders) -> None:
+    tensors = fp8.tensors()
+    for name in [n for n in tensors if ".experts." in n and n.endswith("down_proj.weight")]:
+        tensors[name] = dequantised(tensors[name], tensors.pop(name + "_scale_inv"))
+    fp8.write(tensors)
+    assert moe.load(fp8.fp8).state_dict()["layers.1.mlp.experts.down_proj"].dtype == torch.bfloat16
+    with pytest.raises(CheckpointError, match="only some tensors of these experts are quantised") as caught:
+        moe.load(fp8.fp8, dtype="keep")
+    assert caught.value.tensor == "layers.1.mlp.experts" and "down_proj_scale_inv" in caught.value.expected
+
+
+def test_a_refused_cast_leaves_the_model_as_it_was(made: Folders) -> None:
+    kept = moe.load(made.fp8, dtype="keep")
+    with torch.no_grad():
+        before = kept(IDS).logits
+        for cast in (kept.float, kept.half, kept.bfloat16):
+            with pytest.raises(TypeError, match="would lose the quantised weights"):
+                cast()
+            assert torch.equal(kept(IDS).logits, before)
 
 
 def test_a_summary_names_weights_without_scales(fp8: Folders) -> None:
@@ -344,6 +385,11 @@ def test_experts_of_a_rank_are_its_part(made: Folders, tmp_path: Path) -> None:
                 expected = tensor[part.start : part.stop] if ".mlp.experts." in name else tensor
                 found = mine.state_dict()[name]
                 assert found.dtype == expected.dtype and torch.equal(bits(found), bits(expected)), name
+    # In files that a save writes scales stand before codes.
+    moe.load(made.fp8, dtype="keep").save(tmp_path / "again")
+    again, part = moe.load(tmp_path / "again", dtype="keep", experts=range(3, 5)), moe.load(made.fp8, dtype="keep")
+    name = "layers.1.mlp.experts.gate_up_proj"
+    assert torch.equal(bits(again.state_dict()[name]), bits(part.state_dict()[name][3:5]))
     for wrong in (range(0), range(3, 13), range(0, 4, 2)):
         with pytest.raises(ValueError, match="experts = range"):
             moe.load(made.fp8, experts=wrong)

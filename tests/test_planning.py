@@ -15,7 +15,7 @@ from moe.checkpoint.sizes import parse_size
 from moe.cli import main
 from moe.counts import count_parameters
 from tests.checkpoint_cases import V3, V3_MTP
-from tests.test_checkpoint_quantised import BLOCK, make_fp8
+from tests.test_checkpoint_quantised import BLOCK, configured, make_fp8, make_mxfp4
 
 
 def test_the_released_deepseek_v3() -> None:
@@ -24,12 +24,29 @@ def test_the_released_deepseek_v3() -> None:
     assert files.values == {"F8_E4M3": 680_571_043_840, "BF16": 3_918_786_560, "F32": 41_555_600}
 
 
+@pytest.mark.parametrize(("name", "gib"), [("gpt_oss_120b", 60.8), ("gpt_oss_20b", 12.8)])
+def test_the_released_gpt_oss(name: str, gib: float) -> None:
+    """Checkpoint sizes as its model card has them."""
+    assert stored(moe.preset(name), "mxfp4").bytes / 2**30 == pytest.approx(gib, abs=0.05)
+    with pytest.raises(ConfigError, match="dtype = 'fp8': expected bf16, fp32 or mxfp4 for gpt_oss"):
+        stored(moe.preset(name), "fp8")
+    with pytest.raises(ConfigError, match="dtype = 'mxfp4': expected fp8, bf16 or fp32 for deepseek_v3"):
+        stored(V3, "mxfp4")
+
+
 def test_what_is_planned_is_what_is_written(tmp_path: Path) -> None:
     folders = make_fp8(tmp_path, V3_MTP)
     for folder, planned in ((folders.fp8, stored(V3_MTP, "fp8", BLOCK)), (folders.plain, stored(V3_MTP, "bf16"))):
         found = read_summary(folder)
         assert (found.tensors, found.bytes) == (planned.tensors, planned.bytes)
         assert {name: totals.values for name, totals in found.dtypes.items()} == planned.values
+
+
+def test_a_folder_is_planned_as_it_is_quantised(tmp_path: Path, capsys: Any) -> None:
+    folders = make_fp8(tmp_path, V3)
+    configured(folders.fp8, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    for folder, dtype in ((folders.fp8, "fp8"), (folders.plain, "bf16"), (make_mxfp4(tmp_path)[0], "mxfp4")):
+        assert json.loads(run(capsys, "plan", str(folder), "--json")[1])["placement"]["dtype"] == dtype
 
 
 def test_inference_by_hand() -> None:

@@ -15,7 +15,7 @@ from moe.errors import CheckpointError, ConfigError
 STORAGE_KEYS = ("architectures", "dtype", "torch_dtype", "quantization_config", "compression_config")
 
 # What null means, where it means something other than None.
-_NULL = {"n_group": 1, "topk_group": 1, "n_shared_experts": 0, "mlp_only_layers": ()}
+_NULL = {"n_group": 1, "topk_group": 1, "n_shared_experts": 0, "mlp_only_layers": (), "aux_loss_alpha": 0.0}
 
 
 def read_config(folder: str | PathLike[str]) -> ModelConfig:
@@ -123,6 +123,9 @@ def _understand(values: Mapping[str, Any], path: Path) -> ModelConfig:
     dense, layers = fields.get("first_k_dense_replace"), fields["num_hidden_layers"]
     if type(dense) is int and type(layers) is int:
         fields["first_k_dense_replace"] = min(dense, layers)  # more than all is all, to every reader
+    only = fields.get("mlp_only_layers")
+    if isinstance(only, list) and type(layers) is int:  # readers look for each layer in the list, not the other way
+        fields["mlp_only_layers"] = [i for i in only if type(i) is not int or i < layers]
     if fields["topk_method"] == "greedy":
         fields |= {"n_group": 1, "topk_group": 1}  # files carry numbers here that no reader looks at
     try:
@@ -151,20 +154,24 @@ def _understand_rope(family: Family, values: Mapping[str, Any], path: Path) -> R
         rotary, head = values.get("rotary_dim"), values.get("head_dim", family.absent.get("head_dim"))
         if type(rotary) is int and type(head) is int and head > 0 and outside["partial_rotary_factor"] is None:
             outside["partial_rotary_factor"] = rotary / head
+    length = values.get("max_position_embeddings", family.absent.get("max_position_embeddings"))
     found: dict[str, RopeParameters] = {}
     for key in ("rope_parameters", "rope_scaling"):
         form = values.get(key) or {}
         if not isinstance(form, dict):
             raise CheckpointError(path, key, expected="an object or null", found=repr(form)[:80])
         if form:
-            found[key] = _rope(family, key, form, outside, path)
+            found[key] = _rope(family, key, form, outside, length, path)
     if len(set(found.values())) > 1:
         raise CheckpointError(path, "rope_parameters and rope_scaling disagree", found=" and ".join(map(str, found)))
     default = {name: value for name, value in family.rope.items() if outside.get(name) is None}
-    return next(iter(found.values()), None) or _rope(family, "rope_theta", default, outside, path)
+    return next(iter(found.values()), None) or _rope(family, "rope_theta", default, outside, length, path)
 
 
-def _rope(family: Family, key: str, form: Mapping[str, Any], outside: Mapping[str, Any], path: Path) -> RopeParameters:
+def _rope(
+    family: Family, key: str, form: Mapping[str, Any], outside: Mapping[str, Any], length: Any, path: Path
+) -> RopeParameters:
+    """`length` is max_position_embeddings, which stands in for a missing original one."""
     known = {f.name for f in dataclasses.fields(RopeParameters)}
     fields: dict[str, Any] = {}
     for name, value in [*form.items(), *outside.items()]:
@@ -175,6 +182,8 @@ def _rope(family: Family, key: str, form: Mapping[str, Any], outside: Mapping[st
             raise CheckpointError(path, f"{key}.{name} is not supported", found=repr(value)[:80])
         if fields.setdefault(name, value) != value:
             raise CheckpointError(path, f"{key}: {name} is given twice", expected=fields[name], found=value)
+    if fields.get("rope_type") == "yarn" and family.yarn_from_length:
+        fields.setdefault("original_max_position_embeddings", length)
     for name in ("rope_theta", "partial_rotary_factor"):
         if name in family.rope:
             fields.setdefault(name, family.rope[name])

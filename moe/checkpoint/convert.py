@@ -5,6 +5,8 @@ stacks all experts of a layer, that is all of them.
 """
 
 import dataclasses
+import logging
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moe.checkpoint.atomic import replacing
-from moe.checkpoint.config_json import render_config
+from moe.checkpoint.config_json import read_config, render_config
 from moe.checkpoint.families import Family, family_of
 from moe.checkpoint.folder import CONFIG, RECEIPT, SINGLE, read_carried
 from moe.checkpoint.header import TensorInfo
@@ -23,13 +25,15 @@ from moe.checkpoint.hub import find
 from moe.checkpoint.layout import Plan, Slot, fp8_names, layout, plan, with_scales
 from moe.checkpoint.manifest import Manifest
 from moe.checkpoint.progress import Progress
-from moe.checkpoint.reading import BIAS, DTYPES, STORED, Files, Piece, check_dtypes, fill, load, pieces
+from moe.checkpoint.reading import BIAS, DTYPES, STORED, Files, Piece, check_dtypes, check_repeats, fill, load, pieces
 from moe.checkpoint.roles import check_scales
 from moe.checkpoint.shards import Entry, as_json, write_shards
 from moe.config import ModelConfig
 from moe.counts import parameter_shapes
 from moe.errors import CheckpointError, ConfigError
 from moe.ops import quantize_blocks, quantize_mxfp4
+
+logger = logging.getLogger("moe")
 
 DEEPSEEK_FILE = "model0-mp1.safetensors"  # what DeepSeek's inference code opens
 COMPARED = 32  # tokens
@@ -53,26 +57,34 @@ def convert(
 
     Args:
         dtype: "F32", "BF16", "F16" or "F64" dequantises and converts all but the correction bias; "fp8" quantises the
-            projections of attention, MLPs and experts in blocks of `block_size`, with scales that are powers of two for
-            scale_fmt "ue8m0"; None leaves every tensor as it is. What is equal in both is copied byte for byte.
+            projections of attention, MLPs and experts, each expert alone, in blocks of `block_size`, with scales that
+            are powers of two for scale_fmt "ue8m0"; it reads the source twice, for scales stand before codes. None
+            leaves every tensor as it is. What is equal in both is copied byte for byte.
         table: the layout of the result, one of the family's: "experts" each alone, "stacked" as transformers has them
             in memory, "deepseek" with the names and in the one file of DeepSeek's inference code, "mxfp4" for gpt-oss.
-        mtp: False leaves out multi-token prediction modules; None and True keep what there is.
+        mtp: False leaves out multi-token prediction modules; True keeps what there is, or refuses a layout without
+            names for them; None keeps what the layout has names for.
         max_shard_bytes: of data in a file, or one tensor.
 
     Raises CheckpointError for a source that `moe.load` would refuse, and for what the result cannot express.
     """
     if max_shard_bytes < 1:
         raise ConfigError("max_shard_bytes", max_shard_bytes, "a positive number")
-    todo = plan(find(source))
-    todo.check()
-    check_dtypes(todo)
+    if min(block_size) < 1:
+        raise ConfigError("block_size", block_size, "two positive numbers")
+    if scale_fmt is not None and dtype != "fp8":
+        raise ConfigError("scale_fmt", scale_fmt, "none without dtype fp8")
+    todo = _checked(source, target)
     family = family_of(todo.config.model_type, todo.folder)
     table = table or ("stacked" if todo.table == "mxfp4" and dtype is not None else todo.table)
     if table not in family.tables:
         raise ConfigError("layout", table, f"one of {', '.join(family.tables)}, the layouts of {family.model_type}")
     config = todo.config
     if config.num_nextn_predict_layers and (mtp is False or not family.tables[table].mtp):
+        if mtp:
+            raise ConfigError("mtp", mtp, f"false: the layout {table} has no names for MTP modules")
+        if mtp is None:
+            logger.warning("the layout %s has no names for MTP modules: they are left out", table)
         config = dataclasses.replace(config, num_nextn_predict_layers=0)
     result = _Result(todo, config, family, table, dtype, block_size, scale_fmt)
     entries = result.entries()
@@ -101,9 +113,7 @@ def cut(
     Raises ConfigError for layers and experts that are not there or twice; CheckpointError where the family cannot
     express the result: experts in groups must be as many in each group that has any.
     """
-    todo = plan(find(source))
-    todo.check()
-    check_dtypes(todo)
+    todo = _checked(source, target)
     config = cut_config(todo.config, layers, experts, todo.folder)
     family = family_of(config.model_type, todo.folder)
     slots = {name: slot for name, slot in layout(config, todo.table).items() if slot.written}
@@ -161,18 +171,28 @@ def cut(
 
 def _difference(source: Path, part: Path) -> dict[str, Any]:
     """The logits of the part against the source's, on token ids 0, 7919, 15838 ... modulo the vocabulary."""
-    small = load(part, progress=False)
-    ids = (torch.arange(COMPARED) * 7919 % small.config.vocab_size)[None]
+    ids = (torch.arange(COMPARED) * 7919 % read_config(source).vocab_size)[None]
     facts: dict[str, Any] = {"token_ids": ids[0].tolist()}
     with torch.no_grad():
-        found = small(ids).logits.double()
         try:
-            exact = load(source, progress=False)(ids).logits.double()
-        except CheckpointError as error:
+            found, exact = (load(folder, progress=False)(ids).logits.double() for folder in (part, source))
+        except CheckpointError as error:  # one of them does not fit into memory
             return facts | {"not_compared": str(error)}
     facts["relative_difference"] = float((found - exact).norm() / exact.norm())
     facts["same_first_choice"] = float((found.argmax(-1) == exact.argmax(-1)).double().mean())
     return facts
+
+
+def _checked(source: str | PathLike[str], target: str | PathLike[str]) -> Plan:
+    """The source, as strictly read as `load` does. Raises if the target would take its place."""
+    folder = find(source)
+    if os.path.realpath(folder) == os.path.realpath(target):
+        raise CheckpointError(target, "the source itself, which would be replaced", expected="another folder")
+    todo = plan(folder)
+    todo.check()
+    check_dtypes(todo)
+    check_repeats(todo)
+    return todo
 
 
 def cut_config(config: ModelConfig, layers: Sequence[int], experts: Sequence[int], folder: Path) -> ModelConfig:
@@ -295,6 +315,13 @@ class _Result:
         repeats = any(slot.repeat and name in todo.tensors for name, slot in todo.slots.items())
         slots = {name: slot for name, slot in slots.items() if slot.written and (repeats or not slot.repeat)}
         quantization = todo.quantization
+        stacked = any(".mlp.experts." in slot.parameter and not slot.index for slot in slots.values())
+        if stacked and self.dtype == "fp8":
+            raise ConfigError("dtype", "fp8", f"another: the layout {self.table} has no place for experts in FP8")
+        if stacked and self.dtype is None and quantization is not None and self.table != todo.table:
+            raise ConfigError(
+                "dtype", None, f"one for the layout {self.table}, which has no place for quantised experts"
+            )
         if self.dtype == "fp8":
             slots = with_scales(slots, self.names, self.block_size, fp8_names(slots))
         elif self.dtype is None and quantization is not None and quantization.block_size is not None:

@@ -102,6 +102,7 @@ class Family:
             written, unless it is None.
         derived: keys that repeat what fields say -> how. transformers writes them, and computes with what it reads.
         forms: see `Form`.
+        yarn_from_length: whether YaRN's missing original length is max_position_embeddings to every reader.
         rope: `rope_parameters` where the file has none. Its rope_theta and partial_rotary_factor stand in, too, where
             the file's rope_parameters lack them.
     """
@@ -117,6 +118,7 @@ class Family:
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     derived: Mapping[str, Callable[[ModelConfig], Any]] = field(default_factory=dict)
     forms: tuple[Form, ...] = ()
+    yarn_from_length: bool = True
     rope: Mapping[str, Any] = field(default_factory=dict)
 
     def keys_of(self, name: str) -> tuple[str, ...]:
@@ -251,12 +253,12 @@ _COMMON_KEYS = same(
     *_SIZES,
     *("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "initializer_range", "tie_word_embeddings"),
 )
-_GQA_KEYS = {**_COMMON_KEYS, "head_dim": "head_dim", "aux_loss_alpha": "router_aux_loss_coef"}
+# Not router_aux_loss_coef: transformers' loss pools all layers, does not divide by K, and is off unless asked for.
+_GQA_KEYS = {**_COMMON_KEYS, "head_dim": "head_dim", "aux_loss_alpha": "aux_loss_alpha"}
 _EXPERT_COUNT = ("num_experts", "num_local_experts")
 _ONE_WIDTH = {"intermediate_size": "intermediate_size", "moe_intermediate_size": "intermediate_size"}
 _SILU = {"hidden_act": ("silu",), "attention_dropout": (0.0, None)}
 _SOFTMAX = {"scoring_func": "softmax", "topk_method": "greedy", "seq_aux": False}
-_AUX = {"aux_loss_alpha": 0.001}
 
 
 def _window_read(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -332,6 +334,7 @@ DEEPSEEK_V3 = Family(
     allowed={"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
     fixed=_DEEPSEEK_FIXED,
     derived=_DEEPSEEK_DERIVED,
+    yarn_from_length=False,
 )
 
 # Kimi-K2: DeepSeek-V3's code and names, other sizes.
@@ -361,6 +364,7 @@ DEEPSEEK_V2 = Family(
     },
     fixed=_DEEPSEEK_FIXED,
     derived=_DEEPSEEK_DERIVED,
+    yarn_from_length=False,
 )
 
 MIXTRAL = Family(
@@ -369,7 +373,7 @@ MIXTRAL = Family(
     tables=_mixtral_tables(same("mlp.gate.weight")),
     keys=_GQA_KEYS | _ONE_WIDTH | {"n_routed_experts": _EXPERT_COUNT[::-1], "sliding_window": "sliding_window"},
     required=(*_SIZES, "moe_intermediate_size", "n_routed_experts"),
-    absent=_AUX | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5},
+    absent={"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5},
     implied=_SOFTMAX,
     fixed=_SILU,
     rope={"rope_theta": 1e6},
@@ -396,7 +400,7 @@ QWEN2_MOE = Family(
         "n_routed_experts",
         "shared_expert_intermediate_size",
     ),
-    absent=_AUX | {"norm_topk_prob": False, "attention_bias": True, "max_position_embeddings": 32768},
+    absent={"norm_topk_prob": False, "attention_bias": True, "max_position_embeddings": 32768},
     implied=_SOFTMAX | {"n_shared_experts": 1, "shared_expert_gate": True, "attention_output_bias": False},
     fixed=_SILU,
     forms=(
@@ -416,7 +420,7 @@ QWEN3_MOE = Family(
     | same("intermediate_size", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers")
     | {"n_routed_experts": _EXPERT_COUNT, "attention_bias": "attention_bias"},
     required=(*_SIZES, "intermediate_size", "moe_intermediate_size", "n_routed_experts"),
-    absent=_AUX | {"norm_topk_prob": False, "num_key_value_heads": 4, "max_position_embeddings": 32768},
+    absent={"norm_topk_prob": False, "num_key_value_heads": 4, "max_position_embeddings": 32768},
     implied=_SOFTMAX | {"qk_norm": "head"},
     fixed=_SILU,
     forms=(Form(("use_sliding_window", "sliding_window"), _window_read, _window_write),),
@@ -463,8 +467,7 @@ GPT_OSS = Family(
     | same("attention_bias", "sliding_window", "swiglu_limit", "swiglu_alpha")
     | {"n_routed_experts": _EXPERT_COUNT[::-1]},
     required=(*_SIZES, "moe_intermediate_size", "n_routed_experts"),
-    absent=_AUX
-    | {"attention_bias": True, "sliding_window": 128, "swiglu_limit": 7.0, "swiglu_alpha": 1.702, "head_dim": 64}
+    absent={"attention_bias": True, "sliding_window": 128, "swiglu_limit": 7.0, "swiglu_alpha": 1.702, "head_dim": 64}
     | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5},
     implied=_SOFTMAX | {"attention_sinks": True, "router_bias": True, "expert_bias": True, "swiglu_beta": 1.0},
     fixed=_SILU,
@@ -499,7 +502,7 @@ OLMOE = Family(
     tables=_tables(_NORMS | _GQA | same("mlp.gate.weight")),
     keys=_GQA_KEYS | _ONE_WIDTH | same("norm_topk_prob", "attention_bias") | {"n_routed_experts": _EXPERT_COUNT},
     required=(*_SIZES, "moe_intermediate_size", "n_routed_experts"),
-    absent={"aux_loss_alpha": 0.01, "norm_topk_prob": False, "rms_norm_eps": 1e-5},
+    absent={"norm_topk_prob": False, "rms_norm_eps": 1e-5},
     implied=_SOFTMAX | {"qk_norm": "whole"},
     fixed=_SILU | {"clip_qkv": (None,)},
 )
@@ -512,7 +515,7 @@ MINIMAX_M2 = Family(
     ),
     keys=_GQA_KEYS | _ONE_WIDTH | {"n_routed_experts": _EXPERT_COUNT[::-1]},
     required=(*_SIZES, "moe_intermediate_size", "n_routed_experts"),
-    absent=_AUX | {"num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 196608},
+    absent={"num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 196608},
     implied={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "seq_aux": False, "qk_norm": "whole"},
     fixed=_SILU
     | {"use_qk_norm": (None, True), "qk_norm_type": (None, "per_layer"), "scoring_func": (None, "sigmoid")}

@@ -12,8 +12,8 @@ from moe.config import ModelConfig
 from moe.counts import count_parameters
 from moe.errors import ConfigError
 
-Dtype = Literal["fp8", "bf16", "fp32"]
-BYTES = {"fp8": 1, "bf16": 2, "fp32": 4}
+Dtype = Literal["fp8", "mxfp4", "bf16", "fp32"]
+SIZES = {"F8_E4M3": 1, "U8": 1, "BF16": 2, "F32": 4}  # of safetensors' dtypes
 FP8_BLOCK = (128, 128)
 BIAS = "e_score_correction_bias"
 
@@ -28,25 +28,38 @@ class Stored:
 
 
 def stored(config: ModelConfig, dtype: Dtype, block_size: tuple[int, int] = FP8_BLOCK) -> Stored:
-    """The checkpoint of a configuration in its family's own layout, MTP modules' repeated embeddings included."""
-    family = family_of(config.model_type, CONFIG)
-    slots = {name: slot for name, slot in layout(config).items() if slot.written}
-    quantised: list[str] = []
-    if dtype == "fp8":
-        quantised = fp8_names(slots)
-        slots = with_scales(slots, next(iter(family.tables.values())), block_size, quantised)
+    """The checkpoint of a configuration in its family's own layout, MTP modules' repeated embeddings included.
+
+    Raises ConfigError where the family has no layout for the dtype.
+    """
+    kinds = _kinds(config, dtype, block_size)
     values: dict[str, int] = {}
-    codes = set(quantised)
-    for name, slot in slots.items():
-        kind = _kind(name, slot, codes, dtype)
+    for slot, kind in kinds:
         values[kind] = values.get(kind, 0) + math.prod(slot.shape)
-    sizes = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
-    return Stored(len(slots), values, sum(sizes[kind] * number for kind, number in values.items()))
+    return Stored(len(kinds), values, sum(SIZES[kind] * number for kind, number in values.items()))
+
+
+def _kinds(config: ModelConfig, dtype: Dtype, block_size: tuple[int, int]) -> list[tuple[Slot, str]]:
+    """The tensors of a checkpoint, and the safetensors dtype of each."""
+    tables = family_of(config.model_type, CONFIG).tables
+    name = "mxfp4" if dtype == "mxfp4" else next(iter(tables))
+    if name not in tables:
+        raise ConfigError("dtype", dtype, f"fp8, bf16 or fp32 for {config.model_type}")
+    slots = {n: slot for n, slot in layout(config, name).items() if slot.written}
+    codes: set[str] = set()
+    if dtype == "fp8":
+        if any(".mlp.experts." in slot.parameter and not slot.index for slot in slots.values()):
+            raise ConfigError("dtype", dtype, f"bf16, fp32 or mxfp4 for {config.model_type}, whose files stack experts")
+        codes = set(fp8_names(slots))
+        slots = with_scales(slots, tables[name], block_size, codes)
+    return [(slot, _kind(n, slot, codes, dtype)) for n, slot in slots.items()]
 
 
 def _kind(name: str, slot: Slot, codes: set[str], dtype: Dtype) -> str:
     if name in codes:
         return "F8_E4M3"
+    if slot.parameter.endswith(("_blocks", "_scales")):
+        return "U8"
     if slot.scale_of is not None or slot.parameter.endswith(BIAS):
         return "F32"
     return "F32" if dtype == "fp32" else "BF16"
@@ -102,6 +115,7 @@ def inference(config: ModelConfig, placement: Placement) -> Estimate:
     assumptions = (
         f"weights {placement.dtype}; what is not an expert's is on every GPU (no tensor parallelism)",
         "FP8: projections in blocks of 128 x 128 with fp32 scales, the rest bf16" if placement.dtype == "fp8" else "",
+        "MXFP4: experts, the rest bf16" if placement.dtype == "mxfp4" else "",
         f"cache and activations bf16; cache for {placement.tokens:,} tokens a GPU, {_cache_values(config):,} values a "
         "token and layer",
         "prefill in chunks of at most 8,192 tokens, experts balanced",
@@ -153,15 +167,8 @@ def _experts(config: ModelConfig) -> int:
 def _weights(config: ModelConfig, ep: int, dtype: Dtype) -> tuple[int, int]:
     """Bytes of a GPU's experts, and of everything else; embeddings that files repeat count once."""
     total = experts = 0
-    slots = {name: slot for name, slot in layout(config).items() if slot.written and not slot.repeat}
-    family = family_of(config.model_type, CONFIG)
-    codes: set[str] = set()
-    if dtype == "fp8":
-        codes = set(fp8_names(slots))
-        slots = with_scales(slots, next(iter(family.tables.values())), FP8_BLOCK, codes)
-    sizes = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
-    for name, slot in slots.items():
-        nbytes = math.prod(slot.shape) * sizes[_kind(name, slot, codes, dtype)]
+    for slot, kind in _kinds(config, dtype, FP8_BLOCK):
+        nbytes = 0 if slot.repeat else math.prod(slot.shape) * SIZES[kind]
         total += nbytes
         experts += nbytes if ".mlp.experts." in slot.parameter else 0
     return math.ceil(experts * _share(config, ep) / config.n_routed_experts), total - experts

@@ -27,7 +27,7 @@ from moe.quantized import FP8Experts, FP8Linear, MXFP4Experts
 
 # safetensors names of the dtypes that weights may have
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-SCALES = {"F32": torch.float32, "F8_E8M0": torch.float8_e8m0fnu}
+SCALES = {**{d: DTYPES[d] for d in ("F32", "BF16", "F16")}, "F8_E8M0": torch.float8_e8m0fnu}
 STORED = DTYPES | SCALES | {"F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8}
 
 BIAS = "e_score_correction_bias"  # fp32 in every model
@@ -42,14 +42,14 @@ class Origin:
     Attributes:
         table: the layout of its files.
         omitted: repeats that the files did without.
-        biases: correction bias -> the narrower dtype that it was stored in.
+        narrow: correction bias, or scales that were kept -> the dtype in which they are stored, where that is not fp32.
         quantization: the object in config.json, if quantised tensors were kept.
         block_size: of FP8 that was kept.
     """
 
     table: str
     omitted: frozenset[str]
-    biases: Mapping[str, torch.dtype]
+    narrow: Mapping[str, torch.dtype]
     quantization: Mapping[str, Any] | None
     block_size: tuple[int, int] | None
 
@@ -99,7 +99,7 @@ def load(
 
     Everything that headers can tell is checked before anything is allocated, and a model that does not fit into the
     device's free memory is refused. Bytes go straight into the final parameters; what is converted or sent to another
-    device goes through a buffer of 16 MiB.
+    device goes through a buffer of 16 MiB, or of one expert where the files have its axes in another order.
 
     Args:
         folder: config.json and safetensors; pickles are never read. A name like "org/model" that is no folder here is
@@ -132,7 +132,7 @@ def load(
     dtypes = _dtypes(found, dtype)
     shapes = _shapes(todo, found, experts)
     check_fits(path, sum(math.prod(s) * dtypes[name].itemsize for name, s in shapes.items()), torch.device(device))
-    _check_repeats(todo)
+    check_repeats(todo)
     carried = read_carried(path)
 
     with torch.device("meta"):
@@ -193,7 +193,7 @@ def _dtypes(pieces: list[Piece], dtype: torch.dtype | Literal["auto", "keep"]) -
             problem = f"dtype differs within {name}; load with dtype=torch.float32 or another to convert"
             expected = f"{first.dtype}, as {first.name} has"
             raise CheckpointError(info.path, problem, tensor=info.name, expected=expected, found=info.dtype)
-        if name.endswith(BIAS):
+        if _is_widened(piece.slot) and info.dtype != "F8_E8M0":
             result[name] = torch.float32
         elif isinstance(dtype, torch.dtype):
             result[name] = dtype
@@ -246,7 +246,7 @@ def _reach(so_far: Shape, index: tuple[int | slice, ...], inner: Shape) -> Shape
     return tuple(map(max, so_far, reach)) if so_far else reach
 
 
-def _check_repeats(todo: Plan) -> None:
+def check_repeats(todo: Plan) -> None:
     """A repeat that is not bit-equal to the tensor that the model has would be lost without a word."""
     originals = {slot.parameter: name for name, slot in todo.slots.items() if not slot.repeat and not slot.index}
     for name, slot in todo.slots.items():
@@ -354,6 +354,7 @@ def _fill_from_blocks(files: Files, piece: Piece, destination: Tensor, block_siz
     for begin, rows in _steps(piece, block_size[0]):
         blocks = scale[begin // block_size[0] : -(-(begin + len(rows)) // block_size[0])]
         codes = files.read(piece.info, rows).to(destination.device)
+        blocks = blocks if blocks.dtype == torch.float8_e8m0fnu else blocks.float()
         dequantize_blocks(codes, blocks.to(destination.device), block_size, out=destination[begin : begin + len(rows)])
 
 
@@ -396,7 +397,7 @@ def _adopt(model: Transformer, state: dict[str, Tensor], todo: Plan) -> None:
             )
         elif leaf in ("gate_up_proj_scale_inv", "gate_up_proj_scales"):
             made = _experts_of(module, parent, state, bias, todo)
-        elif leaf == "gate_up_proj" and len(state[name]) < todo.config.n_routed_experts:
+        elif type(module) is Experts and leaf == "gate_up_proj" and len(state[name]) < todo.config.n_routed_experts:
             made = _some_of(module, len(state[name]))
         else:
             continue
@@ -424,18 +425,25 @@ def _experts_of(
     block_size = todo.quantization.block_size if todo.quantization else None
     kind = FP8Experts if block_size is not None else MXFP4Experts
     parts = [state.get(f"{parent}.{name}") for name in kind.quantized]
-    if any(part is None for part in parts):
-        raise CheckpointError(todo.folder / CONFIG, f"{parent}: some of its tensors are quantised and others are not")
+    lacking = [f"{parent}.{name}" for name, part in zip(kind.quantized, parts, strict=True) if part is None]
+    if lacking:
+        problem = "only some tensors of these experts are quantised, which cannot be kept; load with dtype='auto'"
+        raise CheckpointError(todo.folder, problem, tensor=parent, expected=" and ".join(lacking), found="none")
     if block_size is not None:
         settings["block_size"] = block_size
     return kind.from_parts(*parts, **settings)  # pyright: ignore[reportArgumentType]
 
 
+def _is_widened(slot: Slot) -> bool:
+    """fp32 in every model, whatever the files have."""
+    return slot.parameter.endswith((BIAS, "_scale_inv"))
+
+
 def _origin(todo: Plan, *, kept: bool) -> Origin:
-    biases = {
+    narrow = {
         slot.parameter: STORED[todo.tensors[name].dtype]
         for name, slot in todo.slots.items()
-        if slot.parameter.endswith(BIAS) and name in todo.tensors and todo.tensors[name].dtype != "F32"
+        if name in todo.tensors and todo.tensors[name].dtype in ("BF16", "F16") and _is_widened(slot)
     }
     quantization = todo.quantization if kept else None
     table = todo.table
@@ -444,7 +452,7 @@ def _origin(todo: Plan, *, kept: bool) -> Origin:
     return Origin(
         table=table,
         omitted=frozenset(n for n, slot in todo.slots.items() if slot.repeat and n not in todo.tensors),
-        biases=biases,
+        narrow=narrow,
         quantization=quantization.raw if quantization else None,
         block_size=quantization.block_size if quantization else None,
     )

@@ -87,13 +87,15 @@ def _checked_state(model: Transformer, target: Path) -> tuple[dict[str, Tensor],
             found = "the meta device" if tensor.is_meta else tensor.dtype
             raise CheckpointError(target, "no floating-point values", tensor=name, found=found)
         if name.endswith(BIAS):
-            state[name] = _as_stored(tensor.float(), origin.biases.get(name) if origin else None)
+            state[name] = tensor.float()
+        if origin is not None and name in origin.narrow:
+            state[name] = _as_stored(state[name], origin.narrow[name])
     return state, slots
 
 
-def _as_stored(bias: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _as_stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """In the dtype of the files that it came from, as long as that holds every value: bf16 holds no update of 0.001."""
-    return bias.to(dtype) if dtype is not None and torch.equal(bias.to(dtype).float(), bias) else bias
+    return tensor.to(dtype) if torch.equal(tensor.to(dtype).float(), tensor) else tensor
 
 
 def _config_bytes(model: Transformer, state: Mapping[str, Tensor], target: Path) -> bytes:

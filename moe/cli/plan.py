@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from moe.checkpoint import planning, read_config
+from moe.checkpoint.folder import CONFIG, locate, read_config_values
 from moe.checkpoint.planning import Estimate, Placement
+from moe.checkpoint.quantization import parse_quantization
 from moe.checkpoint.sizes import parse_size
 from moe.config import ModelConfig
 from moe.errors import ConfigError
@@ -33,8 +35,8 @@ class Args:
     """Of one GPU."""
     ep: int = 1
     """GPUs among which the experts of a layer are divided."""
-    dtype: Literal["fp8", "bf16", "fp32"] = "bf16"
-    """Of the weights, for inference and on disk."""
+    dtype: Literal["fp8", "mxfp4", "bf16", "fp32"] | None = None
+    """Of the weights, for inference and on disk; by default a quantised folder's own, and else bf16."""
     tokens: int = 8192
     """A GPU: in the cache for inference, in a micro-batch for training."""
     json: bool = False
@@ -42,11 +44,12 @@ class Args:
 
 
 def run(args: Args) -> int:
-    config = _config(args.model)
+    config, own = _config(args.model)
+    dtype = args.dtype or own
     memory = parse_size(args.memory, "--memory")
-    placement = Placement(args.gpus, args.ep, args.dtype, args.tokens)
+    placement = Placement(args.gpus, args.ep, dtype, args.tokens)
     estimates = {"inference": planning.inference(config, placement), "training": planning.training(config, placement)}
-    files = planning.stored(config, args.dtype)
+    files = planning.stored(config, dtype)
     if args.json:
         facts: dict[str, Any] = {"model": args.model, "memory": memory, "placement": dataclasses.asdict(placement)}
         facts["stored"] = dataclasses.asdict(files)
@@ -57,20 +60,21 @@ def run(args: Args) -> int:
         return 0
     console = Console(highlight=False)
     kinds = ", ".join(f"{kind} {number:,}" for kind, number in files.values.items())
-    console.print(
-        f"{args.model} in {args.dtype} files: {files.tensors:,} tensors, {files.bytes:,} bytes (values: {kinds})"
-    )
+    console.print(f"{args.model} in {dtype} files: {files.tensors:,} tensors, {files.bytes:,} bytes (values: {kinds})")
     for name, estimate in estimates.items():
         _print(console, name, estimate, placement, memory, config)
     return 0
 
 
-def _config(model: str) -> ModelConfig:
+def _config(model: str) -> tuple[ModelConfig, planning.Dtype]:
+    """The configuration, and the dtype in which a folder's weights are quantised."""
     if model in PRESETS:
-        return PRESETS[model]
+        return PRESETS[model], "bf16"
     if not Path(model).exists():
         raise ConfigError("FOLDER-OR-PRESET", model, f"a folder, or one of the presets {', '.join(PRESETS)}")
-    return read_config(model)
+    folder = locate(model)
+    found = parse_quantization(read_config_values(folder), folder / CONFIG)
+    return read_config(model), "bf16" if found is None else "fp8" if found.method == "fp8" else "mxfp4"
 
 
 def _print(
