@@ -6,7 +6,8 @@ time that is measured. Memory is the peak of the process's anonymous pages above
 
   readinto        the bytes of the files into buffers, nothing else: what reading costs at least
   moesmith        moe.load
-  safetensors     safetensors.torch.load_file of each shard: tensors in a dict, no model
+  safetensors     safetensors.torch.load_file of each shard: tensors in a dict, no model; recent releases map the files
+                  and copy nothing, so that this is the cost of touching the page cache
   transformers    from_pretrained(dtype="auto")
   fastsafetensors its loader into CPU tensors, if it is installed
 
