@@ -18,7 +18,7 @@ from moe.checkpoint.config_json import parse_config, render_config
 from moe.checkpoint.folder import read_tensors
 from moe.checkpoint.header import MAX_HEADER_BYTES, read_header
 from moe.checkpoint.layout import layout
-from moe.checkpoint.roles import check_bool_bytes, check_dtype, check_experts, check_scales, role_of
+from moe.checkpoint.roles import check_dtype, check_experts, check_scales, role_of
 from moe.errors import one_line
 from tests.checkpoint_cases import V2, V3, V3_MTP
 
@@ -228,13 +228,6 @@ def info(folder: Path, dtype: str, data: bytes, name: str = "t") -> Any:
     path = folder / "model.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + data)
     return read_header(path)[name]
-
-
-def test_bools_are_zero_or_one(tmp_path: Path) -> None:
-    check_bool_bytes(info(tmp_path, "BOOL", b"\0\1" * 2**20))
-    check_bool_bytes(info(tmp_path, "U8", b"\2"))
-    with pytest.raises(CheckpointError, match=r"flags: bool; expected bytes 0 and 1; found 2 at byte 1500000"):
-        check_bool_bytes(info(tmp_path, "BOOL", b"\1" * 1_500_000 + b"\2\1", "flags"))
 
 
 @pytest.mark.parametrize("bad", [0.0, -0.0, -1.0, float("inf"), float("nan")])

@@ -1,11 +1,9 @@
 """What tensors must be for what they do, beyond their shapes: dtypes of a role, values, and how many there may be."""
 
-import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from moe.checkpoint.files import open_regular, read_exactly
 from moe.checkpoint.header import TensorInfo
 from moe.errors import CheckpointError
 
@@ -24,7 +22,6 @@ ROLE_DTYPES: dict[Role, tuple[str, ...]] = {
     "plain": _FLOATS,
 }
 
-_CHUNK = 2**20
 _SURPLUS = 2**14  # experts more than tensors; the names of that many are made in no time
 
 
@@ -49,23 +46,6 @@ def check_dtype(info: TensorInfo, parameter: str, *, quantised: Collection[str] 
     allowed = [*ROLE_DTYPES[role], *(quantised if role == "projection" else ())]
     if info.dtype not in allowed:
         raise CheckpointError(info.path, "dtype", tensor=info.name, expected=" or ".join(allowed), found=info.dtype)
-
-
-def check_bool_bytes(info: TensorInfo) -> None:
-    """Refuse a BOOL tensor with a byte other than 0 and 1: torch computes with it what no bool can give."""
-    if info.dtype != "BOOL":
-        return
-    file, _ = open_regular(info.path)
-    with file:
-        file.seek(info.offset, os.SEEK_SET)
-        for begin in range(0, info.nbytes, _CHUNK):
-            chunk = read_exactly(file, min(_CHUNK, info.nbytes - begin), info.path)
-            wrong = chunk.translate(None, b"\0\1")
-            if wrong:
-                at = begin + chunk.index(wrong[:1])
-                raise CheckpointError(
-                    info.path, "bool", tensor=info.name, expected="bytes 0 and 1", found=f"{wrong[0]} at byte {at}"
-                )
 
 
 def check_scales(info: TensorInfo, values: "Tensor") -> None:
