@@ -4,6 +4,8 @@
     read_summary(folder) -> CheckpointSummary     config.json and headers; no torch, no weights
     load(folder, device=, dtype=) -> Transformer
     save(model, folder)
+    convert.convert, convert.cut                  a checkpoint made of a checkpoint
+    planning.stored, .inference, .training        what a configuration weighs; no torch
 
 `families.py` is the table of what is supported; everything else here is the same for all families.
 """
