@@ -121,7 +121,7 @@ def reader(name: str, folder: Path) -> Callable[[], list[Tensor]]:
     from fastsafetensors import SafeTensorsFileLoader, SingleGroup  # pyright: ignore[reportMissingImports]
 
     def fast() -> list[Tensor]:
-        loader = SafeTensorsFileLoader(SingleGroup(), torch.device("cpu"), nogds=True)
+        loader = SafeTensorsFileLoader(SingleGroup(), "cpu", nogds=True)
         loader.add_filenames({0: [str(file) for file in files]})
         buffer = loader.copy_files_to_device()
         return [buffer.get_tensor(key).clone() for key in loader.get_keys()]
