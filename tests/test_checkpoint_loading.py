@@ -135,7 +135,8 @@ def test_what_is_free() -> None:
         "assert free_bytes(torch.device('cpu'))[0] <= free\n"
         "resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))\n"
         "tight, why = free_bytes(torch.device('cpu'))\n"
-        "assert tight < 2**33 and 'ulimit' in why or 'machine' in why or 'container' in why, (tight, why)\n"
+        "assert 0 <= tight < 2**33, (tight, why)\n"
+        "assert 'ulimit' in why or tight < 2**32, (tight, why)\n"  # or the machine has less than that left
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr

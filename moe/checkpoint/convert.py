@@ -107,8 +107,8 @@ def cut(
 
     Layers and experts keep their order and are counted anew; the router keeps the rows of those experts. Every byte is
     one of the source, quantised or not. MTP modules are left out. Returns the receipt, which is also in the folder as
-    cut.json: what was kept, and with `compare` how far the result's logits are from the source's on a fixed input, if
-    the source fits into memory.
+    cut.json: what was kept, and with `compare` how far the result's logits are from the source's on a fixed input, for
+    which the whole source is loaded, if it fits into memory.
 
     Raises ConfigError for layers and experts that are not there or twice; CheckpointError where the family cannot
     express the result: experts in groups must be as many in each group that has any.

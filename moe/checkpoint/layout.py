@@ -32,7 +32,7 @@ class Slot:
     Its values stand in the file in `shape`. Where `axes` is not None, that shape with its axes told apart is `split`,
     and `split` permuted by `axes` is what fills the parameter's part (whose sizes then multiply to the same).
     A repeat is one more copy of a parameter that has a slot of its own; where the files have it, it must be equal.
-    `written` says whether a save writes it. A `scale` belongs to the slot of the quantised tensor of that name.
+    `written` says whether a save writes it. `scale_of` is the name of the quantised tensor whose scales these are.
     """
 
     name: str

@@ -15,6 +15,7 @@ class Args:
     """Write a small checkpoint of some layers and experts, reading only their bytes.
 
     Prints the receipt, which is also in OUT as cut.json: what was kept, and how far the logits are from the source's.
+    That comparison loads the whole source, if it fits into memory; --no-compare does without.
     """
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
