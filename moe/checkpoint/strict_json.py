@@ -33,7 +33,6 @@ _NEXT = re.compile(NEXT)
 _SPACE = re.compile(rb"[ \t\n\r]++")
 _QUOTE = re.compile(rb'"')
 _PIECE = re.compile(rb'(?:[^"\\\x00-\x1f]{1,4096}+|' + _ESCAPE + rb"){1,64}+")
-_STRING = re.compile(rb'"(' + CHARACTERS + rb')"')
 _FLAT = re.compile(rb"\{[^{}]{0,4096}+\}")
 _BRACKETS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|([\[{])|[\]}]', re.DOTALL)
 
@@ -113,11 +112,6 @@ class Scanner:
             raise self.error("',' or '}'")
         self.take(found)
         return found[1] == b","
-
-    def string(self) -> str | None:
-        """The short string that stands here; None if it is something else."""
-        found = self.look(_STRING)
-        return decode_string(found[1]) if found is not None and self.take(found) else None
 
     def skip_string(self) -> bool:
         """Past a string of any length; False if something else stands here."""
