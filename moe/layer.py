@@ -25,16 +25,20 @@ def initialize(module: nn.Module, *, std: float, seed: int) -> None:
     """
     norms = {name for name, child in module.named_modules() if isinstance(child, nn.RMSNorm)}
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        parent, _, leaf = name.rpartition(".")
-        if parent in norms:
-            tensor.fill_(1.0)
-        elif leaf.endswith("bias"):
-            tensor.zero_()
-        elif tensor.ndim == 3:
-            for expert, part in enumerate(tensor):
-                part.normal_(0.0, std, generator=_generator(tensor.device, seed, name, expert))
-        else:
-            tensor.normal_(0.0, std, generator=_generator(tensor.device, seed, name, 0))
+        fill(tensor, name, norm=name.rpartition(".")[0] in norms, std=std, seed=seed)
+
+
+def fill(tensor: Tensor, name: str, *, norm: bool, std: float, seed: int, first_expert: int = 0) -> None:
+    """One tensor of `initialize`; of stacked experts, those from `first_expert` on."""
+    if norm:
+        tensor.fill_(1.0)
+    elif name.endswith("bias"):
+        tensor.zero_()
+    elif tensor.ndim == 3:
+        for expert, part in enumerate(tensor, first_expert):
+            part.normal_(0.0, std, generator=_generator(tensor.device, seed, name, expert))
+    else:
+        tensor.normal_(0.0, std, generator=_generator(tensor.device, seed, name, 0))
 
 
 def _generator(device: torch.device, seed: int, name: str, expert: int) -> torch.Generator:
@@ -171,23 +175,31 @@ class Experts(nn.Module):
         self.limit, self.alpha, self.beta = limit, alpha, beta
 
     def forward(self, x: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
+        gate_up, down, gate_up_bias, down_bias = self.operands()
         return ops.moe_mlp(
             x,
-            self.gate_up_proj,
-            self.down_proj,
+            gate_up,
+            down,
             weights,
             expert_ids,
-            gate_up_bias=self.gate_up_proj_bias,
-            down_bias=self.down_proj_bias,
+            gate_up_bias=gate_up_bias,
+            down_bias=down_bias,
             swiglu_limit=self.limit,
             swiglu_alpha=self.alpha,
             swiglu_beta=self.beta,
         )
 
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The parameters as the operator takes them."""
+        return self.gate_up_proj, self.down_proj, self.gate_up_proj_bias, self.down_proj_bias
 
-def local_dispatcher(x: Tensor, routing: Routing, experts: Experts) -> Tensor:
-    """Every expert is here: no communication."""
-    return experts(x, routing.weights, routing.expert_ids)
+
+def local_dispatcher(
+    x: Tensor, routing: Routing, experts: Experts, shared: Callable[[Tensor], Tensor] | None
+) -> Tensor:
+    """x [T, D] through its experts, plus shared(x): [T, D]. Every expert is here: no communication."""
+    y = experts(x, routing.weights, routing.expert_ids)
+    return y if shared is None else y + shared(x)
 
 
 @dataclass(frozen=True)
@@ -196,12 +208,16 @@ class MoEStats:
 
     Attributes:
         load: int64 [E], real tokens that chose each expert.
-        balance_loss, z_loss: scalars, already multiplied by their coefficients; 0 where a coefficient is 0.
+        balance_loss, z_loss: scalars, already multiplied by their coefficients; 0 where a coefficient is 0. They are
+            means, the first over the sequences that have a real token (all real tokens without `seq_aux`), the second
+            over real tokens.
+        tokens: int64 [B], real tokens of each sequence.
     """
 
     load: Tensor
     balance_loss: Tensor
     z_loss: Tensor
+    tokens: Tensor
 
     @property
     def aux_loss(self) -> Tensor:
@@ -288,7 +304,8 @@ class MoELayer(nn.Module):
         )
         self.hidden_size = hidden_size
         self.alpha, self.seq_aux, self.z_coef = aux_loss_alpha, seq_aux, router_z_loss_coef
-        self.dispatcher: Callable[[Tensor, Routing, Experts], Tensor] = local_dispatcher
+        # Swapped by moe.parallel for one that reaches experts on other ranks, and computes `shared` meanwhile.
+        self.dispatcher: Callable[..., Tensor] = local_dispatcher
         with torch.device("meta"):
             self.gate = Router(
                 hidden_size,
@@ -380,12 +397,14 @@ class MoELayer(nn.Module):
                 chosen.weights, loss=loss, scale=gate.loss_scale, counter=gate.counter, load=stats.load
             )
             chosen = Routing(weights, chosen.expert_ids, chosen.scores)
-        y = self.dispatcher(rows, chosen, self.experts)
-        if self.shared_experts is not None:
-            shared = self.shared_experts(rows)
-            y = y + (shared if self.shared_expert_gate is None else self.shared_expert_gate(rows).sigmoid() * shared)
+        y = self.dispatcher(rows, chosen, self.experts, None if self.shared_experts is None else self._shared)
         y = y.view(x.shape)
         return (y, stats) if return_stats else y
+
+    def _shared(self, x: Tensor) -> Tensor:
+        assert self.shared_experts is not None
+        y = self.shared_experts(x)
+        return y if self.shared_expert_gate is None else self.shared_expert_gate(x).sigmoid() * y
 
     def _stats(
         self, routing: Routing, logits: Tensor | None, shape: tuple[int, int], token_mask: Tensor | None
@@ -401,4 +420,5 @@ class MoELayer(nn.Module):
         if self.training and self.z_coef and logits is not None:
             z = self.z_coef * balance.z_loss(logits.view(*shape, self.gate.num_experts), token_mask)
         load = balance.expert_load(routing.expert_ids, self.gate.num_experts)
-        return MoEStats(load, loss, z)
+        tokens = load.new_full(shape[:1], shape[1]) if token_mask is None else token_mask.sum(-1)
+        return MoEStats(load, loss, z, tokens)

@@ -1,5 +1,6 @@
 """The language-model loss."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,9 +9,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+@dataclass(frozen=True)
+class Mean:
+    """A scalar, and an int64 scalar: over how many it is the mean. Ranks with unequal counts weigh theirs by it."""
+
+    value: Tensor
+    count: Tensor
+
+
 def next_token_loss(
     logits: Tensor, labels: Tensor, ahead: int, document_ids: Tensor | None, token_mask: Tensor | None
-) -> Tensor:
+) -> Mean:
     """Mean cross entropy, in fp32 at least, of logits [B, S', V] at i against labels [B, S] at i + ahead.
 
     Left out are targets of -100, beyond the end, or in another document, and positions i outside token_mask [B, S'];
@@ -24,7 +33,8 @@ def next_token_loss(
     if token_mask is not None:
         target = target.masked_fill(~token_mask, -100)
     total = _CrossEntropy.apply(logits.flatten(0, 1), target.flatten())
-    return total / (target != -100).sum().clamp_min(1)
+    count = (target != -100).sum()
+    return Mean(total / count.clamp_min(1), count)
 
 
 class _CrossEntropy(torch.autograd.Function):

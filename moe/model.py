@@ -22,7 +22,7 @@ from moe.balance import LoadReport, carry, routers
 from moe.cache import Cache, LayerCache
 from moe.config import ModelConfig
 from moe.layer import MLP, MoELayer, MoEStats, materialize
-from moe.loss import next_token_loss
+from moe.loss import Mean, next_token_loss
 from moe.norm import RMSNorm
 from moe.quantized import Quantized
 from moe.rope import rope_tables
@@ -125,6 +125,9 @@ class Transformer(nn.Module):
         self.origin: Any = None
         self.activation_checkpointing = False
         self.has_balance_losses = bool(config.aux_loss_alpha or config.router_z_loss_coef)
+        # Set from outside where other ranks have other parts of the batch: counts int64 [N] of this part -> weights of
+        # its means, so that their mean over ranks is the mean over the whole batch.
+        self.mean_weights: Callable[[Tensor], Tensor] | None = None
         self._load: Tensor | None = None
         with torch.device("meta"):
             # Not nn.Embedding(V, D): its normal_ on the meta device imports torch's compiler, which takes seconds.
@@ -183,7 +186,7 @@ class Transformer(nn.Module):
         h = self.norm(h)
         if labels is None and self.training and stats and self.has_balance_losses:
             # Nobody will see `out.loss`; a caller who computes a loss from `out` gets these all the same.
-            aux = torch.stack([s.aux_loss for s in stats]).sum()
+            aux = torch.stack(self._weighted(self._balance_means(stats))).sum()
             scale = next(router.loss_scale for _, router in routers(self))
             h = carry(h, loss=aux, scale=scale, counter=None, load=None)
         if cache is not None:
@@ -192,9 +195,9 @@ class Transformer(nn.Module):
 
         if labels is not None and token_mask is not None:
             labels = labels.masked_fill(~token_mask, -100)
-        mtp_losses: list[Tensor] = []
+        means: list[Mean] = []
         if self.training and labels is not None:
-            mtp_losses, mtp_stats = self._predict_ahead(h, input_ids, labels, rope, real, document_ids)
+            means, mtp_stats = self._predict_ahead(h, input_ids, labels, rope, real, document_ids)
             stats.extend(mtp_stats)
 
         load = torch.stack([s.load for s in stats]) if stats else None
@@ -202,19 +205,36 @@ class Transformer(nn.Module):
             self._count(load)
         if labels is None:
             return Output(logits, h, load=load)
-        losses = {"ce": next_token_loss(logits, labels, 1, document_ids, token_mask)}
-        loss = losses["ce"]
+        modules = len(means)
+        means = [next_token_loss(logits, labels, 1, document_ids, token_mask), *means]
         if self.training:
-            if mtp_losses:
-                losses["mtp"] = torch.stack(mtp_losses).mean()
-                loss = loss + self.config.mtp_loss_weight * losses["mtp"]
-            if self.config.aux_loss_alpha and stats:
-                losses["balance"] = torch.stack([s.balance_loss for s in stats]).sum()
-                loss = loss + losses["balance"]
-            if self.config.router_z_loss_coef and stats:
-                losses["z"] = torch.stack([s.z_loss for s in stats]).sum()
-                loss = loss + losses["z"]
+            means += self._balance_means(stats)
+        loss, *others = self._weighted(means)
+        losses = {"ce": loss}
+        if modules:
+            losses["mtp"] = torch.stack(others[:modules]).mean()
+            loss = loss + self.config.mtp_loss_weight * losses["mtp"]
+        for name, parts in (("balance", others[modules::2]), ("z", others[modules + 1 :: 2])):
+            coefficient = self.config.aux_loss_alpha if name == "balance" else self.config.router_z_loss_coef
+            if parts and coefficient:
+                losses[name] = torch.stack(parts).sum()
+                loss = loss + losses[name]
         return Output(logits, h, loss, {name: part.detach() for name, part in losses.items()}, load)
+
+    def _balance_means(self, stats: list[MoEStats]) -> list[Mean]:
+        """The balance loss and the z-loss of each layer with experts, in turn; none if the model has no such loss."""
+        means = []
+        for s in stats if self.has_balance_losses else []:
+            sequences = (s.tokens > 0).sum() if self.config.seq_aux else s.tokens.sum()
+            means += [Mean(s.balance_loss, sequences), Mean(s.z_loss, s.tokens.sum())]
+        return means
+
+    def _weighted(self, means: list[Mean]) -> list[Tensor]:
+        values = [mean.value for mean in means]
+        if self.mean_weights is None or not means:
+            return values
+        weights = self.mean_weights(torch.stack([mean.count for mean in means]))
+        return [value * weight.to(value.dtype) for value, weight in zip(values, weights, strict=True)]
 
     def head(self, h: Tensor) -> Tensor:
         """h [..., D], normalised -> logits [..., V]."""
@@ -269,7 +289,7 @@ class Transformer(nn.Module):
         rope: Rope,
         real: Tensor | None,
         document_ids: Tensor | None,
-    ) -> tuple[list[Tensor], list[MoEStats]]:
+    ) -> tuple[list[Mean], list[MoEStats]]:
         """The MTP modules' losses and statistics. Module k drops the last k + 1 positions: they have no token ahead."""
         losses, stats = [], []
         for k, module in enumerate(self.mtp):

@@ -30,6 +30,7 @@ ALLOWED = {
     ("moe.train", "moe.generation"),
     ("moe.__main__", "moe.cli"),
     ("moe.model", "moe.checkpoint"),
+    ("moe.parallel", "moe.checkpoint"),
 }
 
 

@@ -30,7 +30,7 @@ def test_value_and_gradient(ahead, masked):
         labels[0, 3] = -100
         documents = torch.tensor([[0] * 5 + [1] * 3, [0] * 8])
         real = torch.arange(logits.shape[1]).expand(2, -1) < torch.tensor([[7], [5]])
-    found = next_token_loss(logits, labels, ahead, documents, real)
+    found = next_token_loss(logits, labels, ahead, documents, real).value
     expected = definition(logits, labels, ahead, documents, real)
     torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
     (found_grad,) = torch.autograd.grad(3 * found, logits)
@@ -40,7 +40,7 @@ def test_value_and_gradient(ahead, masked):
 
 def test_nothing_to_predict_is_zero():
     logits = torch.randn(1, 1, 5, requires_grad=True)
-    loss = next_token_loss(logits, torch.tensor([[3]]), 1, None, None)
+    loss = next_token_loss(logits, torch.tensor([[3]]), 1, None, None).value
     loss.backward()
     assert loss == 0 and logits.grad is not None and not logits.grad.any()
 
@@ -48,9 +48,9 @@ def test_nothing_to_predict_is_zero():
 def test_half_precision_computes_in_float32_and_gives_its_gradient_back():
     logits = torch.randn(1, 6, 1000, dtype=torch.bfloat16, requires_grad=True)
     labels = torch.randint(1000, (1, 6))
-    loss = next_token_loss(logits, labels, 1, None, None)
+    loss = next_token_loss(logits, labels, 1, None, None).value
     wide = logits.detach().float().requires_grad_()
-    expected = next_token_loss(wide, labels, 1, None, None)
+    expected = next_token_loss(wide, labels, 1, None, None).value
     assert loss.dtype == torch.float32 and torch.equal(loss, expected)
     (grad,) = torch.autograd.grad(loss, logits)
     (wide_grad,) = torch.autograd.grad(expected, wide)
@@ -59,7 +59,7 @@ def test_half_precision_computes_in_float32_and_gives_its_gradient_back():
 
 def test_twice_backward_gives_the_same():
     logits = torch.randn(1, 4, 9, requires_grad=True)
-    loss = next_token_loss(logits, torch.randint(9, (1, 4)), 1, None, None)
+    loss = next_token_loss(logits, torch.randint(9, (1, 4)), 1, None, None).value
     first, second = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
 
@@ -67,8 +67,8 @@ def test_twice_backward_gives_the_same():
 def test_compiled():
     logits = torch.randn(1, 4, 9, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(9, (1, 4))
-    eager = next_token_loss(logits, labels, 1, None, None)
-    compiled = torch.compile(next_token_loss, backend="aot_eager", fullgraph=True)(logits, labels, 1, None, None)
+    eager = next_token_loss(logits, labels, 1, None, None).value
+    compiled = torch.compile(next_token_loss, backend="aot_eager", fullgraph=True)(logits, labels, 1, None, None).value
     torch.testing.assert_close(compiled, eager)
     grads = [torch.autograd.grad(loss, logits)[0] for loss in (eager, compiled)]
     torch.testing.assert_close(*grads)

@@ -280,7 +280,7 @@ def test_second_mtp_module_reads_the_first() -> None:
         out.hidden[:, :7], model.embed_tokens(ids[:, 1:]), tuple(t[:, :7] for t in rope), None, None
     )
     second, _ = model.mtp[1](first[:, :6], model.embed_tokens(ids[:, 2:]), tuple(t[:, :6] for t in rope), None, None)
-    one = next_token_loss(model.head(first), ids, 2, None, None)
+    one = next_token_loss(model.head(first), ids, 2, None, None).value
     two = nn.functional.cross_entropy(model.head(second)[0, :5], ids[0, 3:])
     assert out.losses["mtp"].item() == pytest.approx((one.item() + two.item()) / 2, rel=1e-6)
     short = model(ids[:, :1], labels=ids[:, :1])  # no token ahead: no MTP loss, and no NaN

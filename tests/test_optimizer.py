@@ -67,9 +67,9 @@ def test_orthogonalize_gives_singular_values_near_one_and_keeps_zero() -> None:
     assert values.min() > 0.6 and values.max() < 1.3
 
 
-def test_batched_muon_refuses_a_matrix_and_takes_closures() -> None:
-    with pytest.raises(ValueError, match="stacks"):
-        BatchedMuon([nn.Parameter(torch.zeros(3, 3))], 0.1)
+def test_batched_muon_refuses_a_vector_and_takes_closures() -> None:
+    with pytest.raises(ValueError, match="matrices"):
+        BatchedMuon([nn.Parameter(torch.zeros(3))], 0.1)
     parameter = nn.Parameter(torch.ones(1, 2, 2))
     idle = nn.Parameter(torch.ones(1, 2, 2))
     optimizer = BatchedMuon([parameter, idle], 0.1)

@@ -110,6 +110,27 @@ def quantize_blocks(
     return codes, scale_inv
 
 
+def quantize_rows(x: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
+    """Activations [T, D] -> (codes float8_e4m3fn [T, D], scale_inv float32 [T, ceil(D / block)]).
+
+        scale_inv = max(amax(|block|), 1e-4) / 448        code = x / scale_inv, to the nearest, ties to even
+
+    which `dequantize_blocks(codes, scale_inv, (1, block))` reads back. x is of any floating dtype; the arithmetic is
+    float32. A NaN or an infinity makes its block, and no other, not finite when read back. Empty sizes are fine. No
+    host synchronisation, no gradient. Equal input, equal bits.
+
+    Source: DeepSeek-V3 (arXiv 2412.19437), section 3.3, and `act_quant` of its inference code.
+    """
+    if x.dim() != 2 or not x.is_floating_point():
+        raise ValueError(f"x: expected floating point [T, D], got {x.dtype} {tuple(x.shape)}")
+    tokens, width = x.shape
+    blocks = -(-width // block)
+    padded = torch.nn.functional.pad(x.detach().float(), (0, blocks * block - width)).view(tokens, blocks, block)
+    scale_inv = padded.abs().amax(-1).clamp_min(1e-4) / FP8_MAX if width else padded.new_empty(tokens, 0)
+    codes = (padded / scale_inv.unsqueeze(-1)).to(torch.float8_e4m3fn)
+    return codes.view(tokens, -1)[:, :width].contiguous(), scale_inv
+
+
 def dequantize_mxfp4(
     blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16, *, out: Tensor | None = None
 ) -> Tensor:

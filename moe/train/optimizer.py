@@ -4,6 +4,7 @@ import math
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 OptimizerName = Literal["adamw", "muon"]
@@ -26,6 +27,8 @@ class BatchedMuon(torch.optim.Optimizer):
 
     torch's takes 2-D parameters only. This equals it slice by slice, with `adjust_lr_fn="match_rms_adamw"` and Nesterov
     momentum: bit for bit where bf16 is multiplied as such, else up to the order of sums in fp32 (see `_multiply_add`).
+    Of a DTensor, ranks that hold whole matrices step those; matrices that are cut are gathered, one parameter at a
+    time, and every rank that holds a part computes all of it.
 
     Source: https://kellerjordan.github.io/posts/muon/; the learning rate's scale is that of arXiv 2502.16982.
     """
@@ -34,8 +37,8 @@ class BatchedMuon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.ndim < 3:
-                    raise ValueError(f"BatchedMuon: expected stacks of matrices, got {tuple(parameter.shape)}")
+                if parameter.ndim < 2:
+                    raise ValueError(f"BatchedMuon: expected matrices, got {tuple(parameter.shape)}")
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -53,10 +56,27 @@ class BatchedMuon(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(parameter.grad)
                 buffer = state["momentum_buffer"]
                 buffer.lerp_(parameter.grad, 1 - momentum)
-                update = orthogonalize(parameter.grad.lerp(buffer, momentum))
+                update = _orthogonalize_parts(parameter.grad.lerp(buffer, momentum))
                 parameter.mul_(1 - lr * group["weight_decay"])
                 parameter.add_(update, alpha=-lr * 0.2 * math.sqrt(max(parameter.shape[-2:])))
         return loss
+
+
+def _orthogonalize_parts(matrices: Tensor) -> Tensor:
+    """`orthogonalize`, in the placement that the matrices have."""
+    if not _is_parallel():
+        return orthogonalize(matrices)
+    from torch.distributed.tensor import DTensor, Replicate
+
+    if not isinstance(matrices, DTensor):
+        return orthogonalize(matrices)
+    mesh, placements = matrices.device_mesh, matrices.placements
+    # What cuts a stack is left alone, and only matrices are put together.
+    whole = [Replicate() if p.is_shard(matrices.ndim - 2) or p.is_shard(matrices.ndim - 1) else p for p in placements]
+    gathered = matrices.redistribute(placements=whole)
+    local = orthogonalize(gathered.to_local())
+    made = DTensor.from_local(local, mesh, whole, run_check=False, shape=matrices.shape, stride=matrices.stride())
+    return made.redistribute(placements=placements)
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -65,7 +85,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     Five Newton-Schulz iterations X <- aX + (bA + cA^2) X with A = X X^T, on the smaller side. Zero stays zero.
     """
     a, b, c = _NEWTON_SCHULZ
-    x = matrices.flatten(0, -3).bfloat16()
+    x = matrices.reshape(-1, *matrices.shape[-2:]).bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(_NORM_EPS)
@@ -82,6 +102,19 @@ def _multiply_add(c: Tensor | None, a: Tensor, b: Tensor, *, beta: float = 0.0, 
         a, b, c = a.float(), b.float(), c if c is None else c.float()
     c = a.new_zeros(()) if c is None else c
     return torch.baddbmm(c, a, b, beta=beta, alpha=alpha).bfloat16()
+
+
+def _is_parallel() -> bool:
+    """Whether parameters may be DTensors. The module that has them takes half a second to import."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def _by_mesh(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """In lists of one device mesh each (plain tensors: one list), which fused updates insist on."""
+    lists: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        lists.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return list(lists.values()) or [[]]
 
 
 def build_optimizers(
@@ -105,6 +138,8 @@ def build_optimizers(
         else:
             (matrices if parameter.ndim == 2 else stacks).append(parameter)
     optimizers: list[torch.optim.Optimizer] = []
+    if _is_parallel():
+        stacks, matrices = matrices + stacks, []  # torch's would multiply parts of matrices, in other orders
     if matrices:
         optimizers.append(
             torch.optim.Muon(
@@ -113,6 +148,10 @@ def build_optimizers(
         )
     if stacks:
         optimizers.append(BatchedMuon(stacks, lr, weight_decay))
-    groups = [{"params": tables, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": members, "weight_decay": decay}
+        for parameters, decay in ((tables, weight_decay), (vectors, 0.0))
+        for members in _by_mesh(parameters)
+    ]
     optimizers.append(torch.optim.AdamW(groups, lr if name == "adamw" else ADAM_SHARE * lr, betas=ADAM_BETAS))
     return optimizers

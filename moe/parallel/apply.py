@@ -1,0 +1,347 @@
+"""A model onto a mesh: experts divided among ranks, everything cut by FSDP2. The only page that knows both."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from moe.errors import ParallelError
+from moe.layer import Experts, MoELayer, fill
+from moe.model import Block, Transformer
+from moe.parallel.dispatch import AllToAllDispatcher, Payload
+from moe.parallel.journal import Journal
+from moe.parallel.mesh import Mesh
+from moe.quantized import Quantized
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How a model runs on a mesh.
+
+    Attributes:
+        param_dtype: of parameters while they are used, and so of activations; None is their own. Routers and correction
+            biases stay float32.
+        reduce_dtype: in which gradients are summed; None is float32, or the parameters' own where that is wider.
+        reshard_after_forward: free a block's gathered parameters between its forward and its backward pass.
+        activation_checkpointing: recompute each block in its backward pass.
+        compile: torch.compile each block; the exchange of tokens stays eager.
+        payload: how rows travel to their experts, see `AllToAllDispatcher`.
+    """
+
+    param_dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype | None = None
+    reshard_after_forward: bool = True
+    activation_checkpointing: bool = False
+    compile: bool = False
+    payload: Payload = "same"
+
+
+class DividedExperts(Experts):
+    """The experts of a layer, divided among the ranks of a mesh's one dimension.
+
+    Parameters are DTensors of all experts, so that optimizers, checkpoints and norms see one layer wherever it is; the
+    forward pass takes this rank's. Their gradients are means over the ranks: each adds to them what its own loss asks
+    for, as ranks do to whole parameters, where the average is taken by whoever sums.
+    """
+
+    def __init__(self, whole: Experts, ep: DeviceMesh, num_experts: int) -> None:
+        nn.Module.__init__(self)
+        self.limit, self.alpha, self.beta = whole.limit, whole.alpha, whole.beta
+        self.ranks = ep.size()
+        share = num_experts // ep.size()
+        start = ep.get_local_rank() * share
+        for name in ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"):
+            parameter: nn.Parameter | None = getattr(whole, name)
+            if parameter is None:
+                self.register_parameter(name, None)
+                continue
+            mine = parameter.detach()
+            if len(mine) != share:  # a copy, so that the others can be freed
+                mine = mine[start : start + share].clone()
+            divided = DTensor.from_local(mine, ep, [Shard(0)], run_check=False)
+            self.register_parameter(name, nn.Parameter(divided, requires_grad=parameter.requires_grad))
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        parts = (None if p is None else _MeanGradient.apply(_local(p), self.ranks) for p in super().operands())
+        return tuple(parts)  # pyright: ignore[reportReturnType]
+
+
+class _MeanGradient(torch.autograd.Function):
+    """x, with a gradient that is divided by `ranks`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: int) -> Tensor:
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] / ctx.ranks, None
+
+
+def _local(tensor: Tensor | None) -> Any:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def divide_experts(
+    layer: MoELayer, ep: DeviceMesh, *, payload: Payload = "same", name: str = "", journal: Journal | None = None
+) -> MoELayer:
+    """Make one `MoELayer`, in anybody's model, expert-parallel: in place; returns the layer.
+
+    Each rank of `ep` (one dimension of a DeviceMesh) keeps E / ranks experts, by its place, of those it holds, and
+    reaches the others through `AllToAllDispatcher`. Give it the layer whole (equal on all ranks), or with this rank's
+    experts only (`moe.load(..., experts=...)`). Every rank must call the layer equally often, with as many tokens as it
+    likes, none too. Expert gradients are means over the ranks of `ep`, as data parallelism has them: leave them out of
+    its own average over these ranks, and average them over ranks with the same experts, if there are any.
+
+    Raises:
+        ParallelError: E is not a multiple of the ranks, or the layer holds another number of experts.
+    """
+    total, held = layer.gate.num_experts, _held(layer.experts)
+    dispatcher = AllToAllDispatcher(ep.get_group(), total, payload=payload, name=name, journal=journal)
+    if held not in (total, dispatcher.experts_per_rank):
+        wanted = f"all {total} or this rank's {dispatcher.experts_per_rank}"
+        raise ParallelError(f"the layer holds {held} experts: expected {wanted}", layer=name)
+    if isinstance(layer.experts, Experts):
+        layer.experts = DividedExperts(layer.experts, ep, total)
+    elif held != dispatcher.experts_per_rank:
+        raise ParallelError("quantised experts cannot be divided: load this rank's with experts=range(...)", layer=name)
+    layer.dispatcher = dispatcher
+    return layer
+
+
+def _held(experts: nn.Module) -> int:
+    return len(next(iter((*experts.parameters(), *experts.buffers()))))
+
+
+def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig | None = None) -> Transformer:
+    """Put `model` onto `mesh`: in place; returns the model. A collective call.
+
+    In this order: experts divided among `mesh.experts["ep"]`; activation checkpointing; compilation of each block;
+    FSDP2 units from the inside out: each layer's experts, each router (float32 throughout), each block, the rest.
+
+    A model on the meta device needs `materialize` afterwards, and no rank ever has it whole; a materialised one must be
+    equal on all ranks. Call `moe.balance.attach` and build optimizers after this. Every rank runs each step on its own
+    part of the global batch, with equally many forward passes; losses are means over the global batch then, gradients
+    equal those of one process, and `clip_grad_norm` gives the norm of them all.
+
+    Raises:
+        ParallelError: a mesh that does not fit the model, quantised weights, a model that is parallel already.
+    """
+    config = config or ParallelConfig()
+    journal = Journal(dist.get_rank())
+    _check(model, mesh)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
+    if mesh.ep > 1:
+        for name, layer in layers.items():
+            divide_experts(layer, mesh.experts["ep"], payload=config.payload, name=name, journal=journal)
+    model.set_activation_checkpointing(config.activation_checkpointing)
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    if config.compile:
+        for block in blocks:
+            block.compile()
+
+    reduce_dtype = config.reduce_dtype
+    if reduce_dtype is None:
+        reduce_dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=config.param_dtype, reduce_dtype=reduce_dtype)
+    exact = MixedPrecisionPolicy(param_dtype=_wide(model), reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    # FSDP would cast every floating-point argument, and routing weights stay what they are.
+    uncast = MixedPrecisionPolicy(config.param_dtype, reduce_dtype, cast_forward_inputs=False)
+    dense, cut = _data_mesh(mesh.dense), _data_mesh(mesh.experts)
+    reshard: Any = {"reshard_after_forward": config.reshard_after_forward}
+    for name, layer in layers.items():
+        if mesh.ep > 1:
+            place = partial(_placement, mesh=mesh.experts, layer=name)
+            fully_shard(layer.experts, mesh=cut, mp_policy=uncast, shard_placement_fn=place, **reshard)
+        fully_shard(layer.gate, mesh=dense, mp_policy=exact, **reshard)
+        register_fsdp_forward_method(layer.gate, "logits")
+    for block in model.layers:
+        fully_shard(block, mesh=dense, mp_policy=policy, **reshard)
+    for module in model.mtp:
+        fully_shard(module, mesh=dense, mp_policy=policy, **reshard)
+    fully_shard(model, mesh=dense, mp_policy=policy, reshard_after_forward=False)
+    for name, module in model.named_modules():
+        if isinstance(module, FSDPModule):
+            module.set_custom_all_gather(_AllGather(journal, name or "embedding and head"))
+            module.set_custom_reduce_scatter(_ReduceScatter(journal, name or "embedding and head"))
+            module.set_force_sum_reduction_for_comms(True)  # then one division: gloo has no average
+    model.mean_weights = _MeanWeights(journal)
+    return model
+
+
+class _AllGather(DefaultAllGather):
+    def __init__(self, journal: Journal, layer: str) -> None:
+        self.journal, self.layer = journal, layer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.journal.collective(self.layer, "gather of parameters"):
+            return super().__call__(*args, **kwargs)
+
+
+class _ReduceScatter(DefaultReduceScatter):
+    def __init__(self, journal: Journal, layer: str) -> None:
+        self.journal, self.layer = journal, layer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.journal.collective(self.layer, "reduction of gradients"):
+            return super().__call__(*args, **kwargs)
+
+
+class _MeanWeights:
+    """counts [N] of this rank -> ranks * counts / sum of all ranks' counts."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+
+    def __call__(self, counts: Tensor) -> Tensor:
+        everywhere = counts.clone()
+        with self.journal.collective("loss", "sum of counts"):
+            dist.all_reduce(everywhere)
+        return counts.double() * dist.get_world_size() / everywhere.clamp_min(1)
+
+
+def journal_of(model: Transformer) -> Journal:
+    """The journal of a parallel model's collectives."""
+    if not isinstance(model.mean_weights, _MeanWeights):
+        raise ParallelError("the model is on no mesh: call parallelize first")
+    return model.mean_weights.journal
+
+
+def _check(model: Transformer, mesh: Mesh) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, Quantized):
+            raise ParallelError("quantised weights cannot be sharded: load with dtype='auto'", layer=name)
+        if isinstance(module, FSDPModule):
+            raise ParallelError("this model is on a mesh already", layer=name or "the model")
+    if mesh.ep > 1 and model.config.num_moe_layers and model.config.n_routed_experts % mesh.ep:
+        raise ParallelError(f"ep = {mesh.ep}: expected a divisor of the {model.config.n_routed_experts} experts")
+
+
+def _wide(model: Transformer) -> torch.dtype:
+    return torch.promote_types(next(model.parameters()).dtype, torch.float32)
+
+
+def _data_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """What FSDP cuts and copies over: one dimension where nothing is copied."""
+    return mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"]
+
+
+def _placement(parameter: nn.Parameter, mesh: DeviceMesh, layer: str) -> Shard:
+    """Whole experts where they can be counted out evenly, else rows of each."""
+    shards, held = mesh["shard"].size(), parameter.shape[0] // mesh["ep"].size()
+    if held % shards == 0:
+        return Shard(0)
+    if parameter.shape[1] % shards == 0:
+        return Shard(1)
+    each = f"{held} experts of {parameter.shape[1]} rows"
+    raise ParallelError(f"{each} cannot be cut evenly over {shards} ranks", layer=layer)
+
+
+@torch.no_grad()
+def materialize(model: Transformer, *, seed: int = 0) -> Transformer:
+    """Give a parallel model on the meta device its initial values: those of `Transformer(config, seed=seed)`.
+
+    Each rank makes what it holds, one tensor at a time, whatever the mesh. In place; returns the model.
+    """
+    device = next(model.parameters()).device
+    if device.type == "meta":
+        mesh_device = _mesh_of(model).device_type
+        model.to_empty(
+            device="cpu"
+            if mesh_device == "cpu"
+            else torch.device(mesh_device, torch.accelerator.current_device_index())
+        )
+    norms = {name for name, child in model.named_modules() if isinstance(child, nn.RMSNorm)}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        fill_part(tensor, name, norm=name.rpartition(".")[0] in norms, std=model.config.initializer_range, seed=seed)
+    return model
+
+
+def _mesh_of(model: nn.Module) -> DeviceMesh:
+    for parameter in model.parameters():
+        if isinstance(parameter, DTensor):
+            return parameter.device_mesh
+    raise ParallelError("the model is on no mesh: call parallelize first")
+
+
+def fill_part(tensor: Tensor, name: str, **how: Any) -> None:
+    """`moe.layer.fill` of what this rank holds of a tensor."""
+    if not isinstance(tensor, DTensor):
+        fill(tensor, name, **how)
+        return
+    local = tensor.to_local()
+    part = region(tensor)
+    if tensor.ndim == 3:  # experts: each has a generator of its own
+        whole = local.new_empty(local.shape[0], *tensor.shape[1:])
+        fill(whole, name, first_expert=part[0].start, **how)
+        local.copy_(whole[:, part[1], part[2]])
+    else:
+        whole = local.new_empty(tensor.shape)
+        fill(whole, name, **how)
+        local.copy_(whole[part])
+
+
+def region(tensor: DTensor, coordinate: Iterable[int] | None = None) -> tuple[slice, ...]:
+    """Where in the whole tensor the part lies that a rank holds: this one, or the one at a place of the tensor's mesh.
+
+    Dimensions of the mesh that cut the same dimension of the tensor cut the innermost mesh dimension first where
+    FSDP says `_StridedShard`, which is how it cuts what experts' ranks have divided among themselves before.
+    """
+    mesh = tensor.device_mesh
+    place = list(mesh.get_coordinate() or ()) if coordinate is None else list(coordinate)
+    bounds = [(0, size) for size in tensor.shape]
+    order = sorted(range(mesh.ndim), key=lambda i: _is_strided(tensor.placements[i]))
+    for i in order:
+        placement = tensor.placements[i]
+        if isinstance(placement, Replicate):
+            continue
+        dim: int = placement.dim  # pyright: ignore[reportAttributeAccessIssue]
+        low, high = bounds[dim]
+        each = -(-(high - low) // mesh.size(i))  # as torch.chunk: the last parts may be short or empty
+        start = min(low + place[i] * each, high)
+        bounds[dim] = (start, min(start + each, high))
+    return tuple(slice(low, high) for low, high in bounds)
+
+
+def _is_strided(placement: Any) -> bool:
+    return type(placement).__name__ == "_StridedShard"
+
+
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale the gradients so that their norm is at most `max_norm`; returns the norm before, a float64 scalar.
+
+    The norm is that of all gradients together, of every rank's part counted once, whatever meshes they lie on; it is
+    equal on all ranks. NaN and infinity come out as they are. As `torch.nn.utils.clip_grad_norm_`, which refuses a list
+    of DTensors of different meshes.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    total = torch.zeros((), dtype=torch.float64, device=_local(gradients[0]).device if gradients else None)
+    world = dist.get_world_size()
+    for gradient in gradients:
+        square = torch.linalg.vector_norm(_local(gradient), dtype=torch.float64).square()
+        total = total + square / _copies(gradient, world)
+    dist.all_reduce(total)
+    norm = total.sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        local = _local(gradient)
+        local.mul_(scale.to(local.dtype))
+    return norm
+
+
+def _copies(tensor: Tensor, world: int) -> int:
+    if not isinstance(tensor, DTensor):
+        return world
+    parts = 1
+    for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
+        parts *= 1 if isinstance(placement, Replicate) else size
+    return world // parts

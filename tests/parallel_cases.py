@@ -1,0 +1,461 @@
+"""What is run on several processes, and compared with one: each case is called on every rank, and asserts.
+
+The single process is the same code on the whole batch, in float64, so that routing cannot differ; every rank makes it
+for itself. Numbers are compared one by one.
+"""
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+import moe
+from moe import balance
+from moe.layer import MoELayer
+from moe.model import Transformer
+from moe.ops import Routing
+from moe.parallel import apply, divide_experts, make_mesh, parallelize
+from moe.parallel.apply import ParallelConfig, clip_grad_norm, region
+from moe.parallel.dispatch import AllToAllDispatcher
+from moe.train.optimizer import build_optimizers
+from tests.bound import UNIT, excess
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others; `alone` is a process group of it alone."""
+
+    rank: int
+    size: int
+    alone: Any
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    run: Callable[[Ranks], None]
+
+
+@contextlib.contextmanager
+def warnings_are_errors() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def cases(size: int, *, long: bool) -> list[Case]:
+    """Those for so many ranks, in the order in which they run."""
+    found = [Case(f"dispatch {name}", partial(dispatch, how=name)) for name in ROUTINGS]
+    found += [Case(f"payload {name}", partial(payload, how=name)) for name in ("bf16", "fp8")]
+    for ep, shard, replicate in meshes(size, long=long):
+        name = f"ep {ep} shard {shard} replicate {replicate}"
+        found.append(Case(f"muon, {name}", partial(muon, mesh=(ep, shard, replicate))))
+        found.append(Case(f"initial values, {name}", partial(initial_values, mesh=(ep, shard, replicate))))
+        for how in MODELS if long or shard == size else ("plain",):
+            found.append(Case(f"training {how}, {name}", partial(training, mesh=(ep, shard, replicate), how=how)))
+    return found
+
+
+def meshes(size: int, *, long: bool) -> list[tuple[int, int, int]]:
+    """(ep, dp_shard, dp_replicate)"""
+    chosen = {
+        1: [(1, 1, 1)],
+        2: [(1, 2, 1), (2, 2, 1), (2, 1, 2)],
+        4: [(2, 4, 1), (4, 4, 1), (2, 2, 2)],
+        8: [(4, 8, 1), (2, 4, 2)],
+    }
+    if not long:
+        return chosen[size]
+    divisors = [d for d in (1, 2, 4, 8) if size % d == 0]
+    return [(ep, shard, size // shard) for ep in divisors for shard in divisors if shard % ep == 0 or ep % shard == 0]
+
+
+def close(result: Tensor, expected: Tensor, what: str) -> None:
+    """Element by element: sums in another order, in float64, and the same zero rows."""
+    result, expected = result.detach(), expected.detach()
+    assert result.shape == expected.shape, f"{what}: {tuple(result.shape)} instead of {tuple(expected.shape)}"
+    scale = expected.abs().amax(-1, keepdim=True) if expected.ndim > 1 and expected.numel() else expected.abs()
+    limit = 2.0**12 * UNIT[torch.float64] * (scale + 2.0**-10 * _largest(expected)) * torch.ones_like(expected)
+    factor = excess(result.double(), expected.double(), limit)
+    assert factor <= 1, f"{what}: {factor:.3g} times the bound"
+
+
+def _largest(tensor: Tensor) -> float:
+    return tensor.abs().max().item() if tensor.numel() else 0.0
+
+
+# ---- one layer ----
+
+EXPERTS, WIDTH, HIDDEN, TOP_K = 16, 12, 10, 3
+
+
+def _balanced(rank: int, size: int) -> tuple[int, Tensor]:
+    return 9, torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(9)])
+
+
+def _uneven(rank: int, size: int) -> tuple[int, Tensor]:
+    tokens = 1 + 5 * rank
+    return tokens, torch.stack([torch.randperm(EXPERTS - 3)[:TOP_K] for _ in range(tokens)])
+
+
+def _zero_send(rank: int, size: int) -> tuple[int, Tensor]:
+    tokens = 0 if rank == size - 1 else 6
+    return tokens, torch.randint(0, EXPERTS, (tokens, TOP_K))
+
+
+def _absent(rank: int, size: int) -> tuple[int, Tensor]:
+    """A rank whose tokens go nowhere, and tokens elsewhere with some slots that are not there."""
+    ids = torch.randint(0, EXPERTS, (6, TOP_K))
+    return 6, torch.where(torch.rand(6, TOP_K) < (1.1 if rank == 0 else 0.4), -1, ids)
+
+
+def _zero_receive(rank: int, size: int) -> tuple[int, Tensor]:
+    """Nobody needs the experts of the last rank."""
+    return 7, torch.randint(0, max(EXPERTS - EXPERTS // size, 1), (7, TOP_K))
+
+
+def _one_expert(rank: int, size: int) -> tuple[int, Tensor]:
+    return 5, torch.full((5, TOP_K), 3)
+
+
+def _empty(rank: int, size: int) -> tuple[int, Tensor]:
+    return 0, torch.empty(0, TOP_K, dtype=torch.int64)
+
+
+def _every_expert(rank: int, size: int) -> tuple[int, Tensor]:
+    return 3, torch.arange(EXPERTS).expand(3, EXPERTS).flip(1).contiguous()
+
+
+ROUTINGS: dict[str, Callable[[int, int], tuple[int, Tensor]]] = {
+    "balanced": _balanced,
+    "uneven": _uneven,
+    "zero-send": _zero_send,
+    "absent slots": _absent,
+    "zero-receive": _zero_receive,
+    "one expert": _one_expert,
+    "all empty": _empty,
+    "every expert": _every_expert,
+}
+
+
+def _layer(**more: Any) -> MoELayer:
+    layer = MoELayer(WIDTH, HIDDEN, EXPERTS, TOP_K, n_shared_experts=1, expert_bias=True, seed=3, **more).double()
+    with torch.no_grad():  # biases and larger weights, so that nothing that is lost could hide
+        for i, parameter in enumerate(layer.parameters()):
+            generator = torch.Generator().manual_seed(100 + i)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 2)
+    return layer
+
+
+def _parts(how: str, size: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Of each rank: x [T, D], weights [T, K], expert ids [T, K], the same wherever it is called."""
+    parts = []
+    for rank in range(size):
+        torch.manual_seed(1000 + rank)
+        tokens, ids = ROUTINGS[how](rank, size)
+        x = torch.randn(tokens, WIDTH, dtype=torch.float64)
+        parts.append((x, torch.rand(ids.shape, dtype=torch.float64), ids))
+    return parts
+
+
+def _through(layer: MoELayer, x: Tensor, weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
+    y = layer(x, routing=Routing(weights, ids, torch.zeros(len(x), EXPERTS, dtype=torch.float64)))
+    (y * torch.arange(1.0, WIDTH + 1, dtype=torch.float64)).square().sum().backward()
+    assert x.grad is not None and weights.grad is not None
+    return y.detach(), x.grad, weights.grad
+
+
+def dispatch(ranks: Ranks, how: str) -> None:
+    """Outputs, gradients of tokens and weights, and each rank's experts, against the whole layer on all tokens."""
+    parts = _parts(how, ranks.size)
+    whole = _layer()
+    expected = _through(whole, *(torch.cat(column) for column in zip(*parts, strict=True)))
+    begin = sum(len(x) for x, _, _ in parts[: ranks.rank])
+    mine = slice(begin, begin + len(parts[ranks.rank][0]))
+
+    mesh = make_mesh(ep=ranks.size)
+    layer = divide_experts(_layer(), mesh.experts["ep"], name="layer")
+    dispatcher = layer.dispatcher
+    assert isinstance(dispatcher, AllToAllDispatcher)
+    # Twice: nothing may be left over from the step before, and gradients add up.
+    for times in (1, 2):
+        before = dispatcher.journal.count
+        results = _through(layer, *parts[ranks.rank])
+        assert dispatcher.journal.count - before == 7  # wherever tokens go
+        for result, whole_result, what in zip(results, expected, ("y", "gradient of x", "of weights"), strict=True):
+            close(result, whole_result[mine], what)
+        for name, parameter in layer.experts.named_parameters():
+            gradient = whole.experts.get_parameter(name).grad
+            assert gradient is not None and isinstance(parameter.grad, DTensor)
+            share = region(parameter)[0] if isinstance(parameter, DTensor) else slice(None)
+            mean = times / ranks.size * gradient[share]
+            close(parameter.grad.to_local(), mean, f"gradient of {name}")
+    _check_traffic(dispatcher, parts, ranks)
+
+
+def _check_traffic(dispatcher: AllToAllDispatcher, parts: list[tuple[Tensor, Tensor, Tensor]], ranks: Ranks) -> None:
+    """A token goes once to each distinct rank: counted here by sets."""
+    traffic, each = dispatcher.traffic, EXPERTS // ranks.size
+    assert traffic is not None
+    sent = [
+        [sum(to in {int(i) // each for i in row if i >= 0} for row in ids) for to in range(ranks.size)]
+        for _, _, ids in parts
+    ]
+    assert list(traffic.sent) == sent[ranks.rank]
+    assert list(traffic.received) == [row[ranks.rank] for row in sent]
+    k = parts[0][2].shape[1]
+    assert (traffic.bytes_out, traffic.bytes_back) == (WIDTH * 8 + k * (8 + 4), WIDTH * 8)
+
+
+def payload(ranks: Ranks, how: str) -> None:
+    """Rows in bf16 arrive bit for bit; rows in fp8 arrive as their quantised values, and their gradients in full."""
+    mesh = make_mesh(ep=ranks.size)
+    torch.manual_seed(ranks.rank)
+    dtype = torch.bfloat16 if how == "bf16" else torch.float32
+    x = (torch.randn(11, 200) * 10).to(dtype).requires_grad_()
+    ids = torch.randint(0, EXPERTS, (11, TOP_K))
+    weights = torch.ones(11, TOP_K)
+    kind: Any = "fp8" if how == "fp8" else "same"
+    dispatcher = AllToAllDispatcher(mesh.experts["ep"].get_group(), EXPERTS, payload=kind, name="layer")
+
+    def identity(rows: Tensor, _: Tensor, here: Tensor) -> Tensor:
+        return rows * (here >= 0).any(-1, keepdim=True)
+
+    y = dispatcher(x, Routing(weights, ids, weights), identity, None)  # pyright: ignore[reportArgumentType]
+    assert y.dtype == dtype
+    times = torch.tensor([len({int(i) // (EXPERTS // ranks.size) for i in row}) for row in ids])[:, None]
+    arrived = x.detach()
+    if how == "fp8":
+        blocks = torch.nn.functional.pad(arrived, (0, 56)).view(11, 2, 128)
+        scale = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-4) / 448
+        arrived = ((blocks / scale).to(torch.float8_e4m3fn).float() * scale).view(11, 256)[:, :200]
+        assert dispatcher.traffic is not None and dispatcher.traffic.bytes_out == 200 + 2 * 4 + TOP_K * 8
+    total = torch.zeros_like(arrived, dtype=torch.float32)
+    for i in range(int(times.max())):
+        total = total + torch.where(i < times, arrived.float(), 0)
+    assert torch.equal(y, total.to(dtype))
+    y.sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, times.to(dtype).expand_as(x))
+
+
+# ---- a model ----
+
+BATCH, LENGTH = 8, 12
+SMALL: dict[str, Any] = dict(
+    vocab_size=40,
+    hidden_size=16,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    q_lora_rank=12,
+    kv_lora_rank=8,
+    qk_nope_head_dim=6,
+    qk_rope_head_dim=4,
+    v_head_dim=6,
+    intermediate_size=20,
+    moe_intermediate_size=8,
+    n_routed_experts=16,
+    num_experts_per_tok=3,
+    n_group=4,
+    topk_group=2,
+    n_shared_experts=1,
+    first_k_dense_replace=1,
+    num_nextn_predict_layers=1,
+    aux_loss_alpha=0.01,
+    max_position_embeddings=64,
+    initializer_range=0.2,
+)
+MODELS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "recomputed": {"activation_checkpointing": True},
+    "accumulated": {"accumulation": 2},
+    "padded": {"padding": True},
+    "global loss": {"padding": True, "config": {"seq_aux": False, "router_z_loss_coef": 0.01}},
+    "documents": {"documents": True},
+}
+STEPS = 20
+
+
+def _config(**more: Any) -> moe.ModelConfig:
+    return dataclasses.replace(moe.preset("tiny"), **{**SMALL, **more})
+
+
+def _batches(how: dict[str, Any]) -> list[list[dict[str, Tensor]]]:
+    """[step][micro-batch] -> what the model is called with, for the whole batch."""
+    generator = torch.Generator().manual_seed(5)
+    steps = []
+    for _ in range(STEPS):
+        micro = []
+        for _ in range(how.get("accumulation", 1)):
+            ids = torch.randint(0, 40, (BATCH, LENGTH), generator=generator)
+            batch = {"input_ids": ids, "labels": ids}
+            if how.get("padding"):
+                lengths = torch.randint(0, LENGTH + 1, (BATCH, 1), generator=generator)
+                lengths[0] = LENGTH
+                batch["attention_mask"] = (torch.arange(LENGTH) < lengths).long()
+            if how.get("documents"):
+                batch["document_ids"] = (torch.rand(BATCH, LENGTH, generator=generator) < 0.3).long().cumsum(1)
+            micro.append(batch)
+        steps.append(micro)
+    return steps
+
+
+@dataclass
+class Trace:
+    """What twenty steps left: gradients of the first, norms, losses, loads, and the parameters after them."""
+
+    gradients: dict[str, Tensor]
+    norms: list[float]
+    losses: list[dict[str, float]]
+    loads: list[Tensor]
+    parameters: dict[str, Tensor]
+    biases: dict[str, Tensor]
+    collectives: list[int]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, on every rank."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().clone()
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, (region(tensor), tensor.to_local().detach()))
+    out = torch.full(tensor.shape, torch.nan, dtype=tensor.dtype)
+    for where, part in parts:
+        out[where] = part
+    assert not out.isnan().any(), "a part of the tensor is nowhere"
+    return out
+
+
+def _train(
+    model: Transformer,
+    how: dict[str, Any],
+    share: slice,
+    group: Any,
+    clip: Callable[[Any, float], Tensor],
+    journal: Any = None,
+) -> Trace:
+    optimizers = build_optimizers(model, how.get("optimizer", "adamw"), 0.01, 0.1)
+    balance.attach(model, optimizers[-1], bias_update_speed=0.01, group=group)
+    model.train()
+    trace = Trace({}, [], [], [], {}, {}, [])
+    for step, micro in enumerate(_batches(how)):
+        losses: dict[str, float] = {}
+        load: Any = 0
+        for batch in micro:
+            out = model(**{name: tensor[share] for name, tensor in batch.items()})
+            assert out.loss is not None and out.load is not None
+            (out.loss / len(micro)).backward()
+            for name, value in (*out.losses.items(), ("sum", out.loss.detach())):
+                losses[name] = losses.get(name, 0.0) + value.item() / len(micro)
+            load = load + out.load
+        if step == 0:
+            trace.gradients = {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+        trace.norms.append(clip(model.parameters(), 0.5).item())
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        trace.losses.append(losses)
+        trace.loads.append(load)
+        if journal is not None:
+            trace.collectives.append(journal.count)
+    trace.parameters = {name: whole(parameter) for name, parameter in model.named_parameters()}
+    trace.biases = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    return trace
+
+
+def _built(how: dict[str, Any]) -> Transformer:
+    return Transformer(_config(**how.get("config", {})), seed=1).double()
+
+
+def training(ranks: Ranks, mesh: tuple[int, int, int], how: str) -> None:
+    """Twenty steps on a mesh, each rank with its part of the batch, against the whole batch in one process."""
+    settings = MODELS[how]
+    alone = _built(settings)
+    for _, router in balance.routers(alone):
+        router.group = ranks.alone
+    expected = _train(alone, settings, slice(None), ranks.alone, nn.utils.clip_grad_norm_)
+
+    ep, shard, replicate = mesh
+    config = ParallelConfig(activation_checkpointing=settings.get("activation_checkpointing", False))
+    model = parallelize(_built(settings), make_mesh(ep=ep, dp_shard=shard, dp_replicate=replicate), config)
+    each = BATCH // ranks.size
+    share = slice(ranks.rank * each, (ranks.rank + 1) * each)
+    found = _train(model, settings, share, None, clip_grad_norm, apply.journal_of(model))
+
+    assert found.gradients.keys() == expected.gradients.keys()
+    for name, gradient in expected.gradients.items():
+        close(found.gradients[name], gradient, f"gradient of {name}")
+    for name, bias in expected.biases.items():
+        assert torch.equal(found.biases[name], bias), f"{name} differs"
+        everywhere = [torch.empty_like(bias) for _ in range(ranks.size)]
+        dist.all_gather(everywhere, found.biases[name])
+        assert all(torch.equal(other, bias) for other in everywhere)
+    assert any(bias.abs().max() > 0.05 for bias in expected.biases.values())  # they moved
+    for step, (norm, exact) in enumerate(zip(found.norms, expected.norms, strict=True)):
+        assert abs(norm - exact) <= 1e-9 * exact, f"step {step}: norm {norm} instead of {exact}"
+        load = found.loads[step].clone()
+        dist.all_reduce(load)
+        assert torch.equal(load, expected.loads[step])
+        for name, value in expected.losses[step].items():
+            mean = torch.tensor(found.losses[step][name], dtype=torch.float64)
+            dist.all_reduce(mean)
+            assert abs(mean.item() / ranks.size - value) <= 1e-9 * abs(value), f"step {step}: loss {name}"
+    for name, parameter in expected.parameters.items():
+        # Twenty steps of an optimizer that divides by what it sees: 1e-6 of the way it went.
+        way = (parameter - _built(settings).get_parameter(name)).abs().max().item()
+        error = (found.parameters[name] - parameter).abs().max().item()
+        assert error <= 1e-6 * way, f"{name} after {STEPS} steps: {error} of a way of {way}"
+    counts: list[Any] = [None] * ranks.size
+    dist.all_gather_object(counts, found.collectives)
+    assert all(other == counts[0] for other in counts), "ranks did other collectives"
+
+
+def muon(ranks: Ranks, mesh: tuple[int, int, int]) -> None:
+    """Three steps with given gradients: bit for bit those of one process, however matrices are cut."""
+    alone = Transformer(_config(), seed=1)
+    ep, shard, replicate = mesh
+    model = parallelize(Transformer(_config(), seed=1), make_mesh(ep=ep, dp_shard=shard, dp_replicate=replicate))
+    pairs = [(parameter, model.get_parameter(name)) for name, parameter in alone.named_parameters()]
+    optimizers = build_optimizers(alone, "muon", 0.02, 0.1), build_optimizers(model, "muon", 0.02, 0.1)
+    for step in range(3):
+        torch.manual_seed(step)
+        for parameter, mine in pairs:
+            parameter.grad = torch.randn_like(parameter)
+            mine.grad = cut_like(parameter.grad, mine)
+        for optimizer in (*optimizers[0], *optimizers[1]):
+            optimizer.step()
+    for (name, parameter), (_, mine) in zip(alone.named_parameters(), pairs, strict=True):
+        assert torch.equal(whole(mine), parameter), name
+
+
+def cut_like(tensor: Tensor, example: Tensor) -> Tensor:
+    """This rank's part of a whole tensor, placed as `example` is."""
+    if not isinstance(example, DTensor):
+        return tensor
+    part = tensor[region(example)].contiguous()
+    spec = {"shape": example.shape, "stride": example.stride()}
+    return DTensor.from_local(part, example.device_mesh, example.placements, run_check=False, **spec)
+
+
+def initial_values(ranks: Ranks, mesh: tuple[int, int, int]) -> None:
+    """On the meta device, sharded, then made: the bits of one process, and experts that differ from one another."""
+    expected = Transformer(_config(), seed=7)
+    with torch.device("meta"):
+        model = Transformer(_config(), seed=0)
+    ep, shard, replicate = mesh
+    parallelize(model, make_mesh(ep=ep, dp_shard=shard, dp_replicate=replicate))
+    apply.materialize(model, seed=7)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(whole(model.state_dict()[name]), tensor), name
+    experts = whole(model.state_dict()["layers.1.mlp.experts.down_proj"]).flatten(1)
+    assert (torch.cdist(experts, experts) + torch.eye(len(experts)) > 0.1).all()
