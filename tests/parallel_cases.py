@@ -387,10 +387,11 @@ def training(ranks: Ranks, mesh: tuple[int, int, int], how: str) -> None:
 
     ep, shard, replicate = mesh
     config = ParallelConfig(activation_checkpointing=settings.get("activation_checkpointing", False))
-    model = parallelize(_built(settings), make_mesh(ep=ep, dp_shard=shard, dp_replicate=replicate), config)
+    there = make_mesh(ep=ep, dp_shard=shard, dp_replicate=replicate)
+    model = parallelize(_built(settings), there, config)
     each = BATCH // ranks.size
     share = slice(ranks.rank * each, (ranks.rank + 1) * each)
-    found = _train(model, settings, share, None, clip_grad_norm, apply.journal_of(model))
+    found = _train(model, settings, share, None, clip_grad_norm, there.journal)
 
     assert found.gradients.keys() == expected.gradients.keys()
     for name, gradient in expected.gradients.items():

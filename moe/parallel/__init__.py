@@ -8,3 +8,5 @@ from moe.parallel.apply import parallelize as parallelize
 from moe.parallel.dispatch import AllToAllDispatcher as AllToAllDispatcher
 from moe.parallel.mesh import Mesh as Mesh
 from moe.parallel.mesh import make_mesh as make_mesh
+from moe.parallel.watch import Watch as Watch
+from moe.parallel.watch import start as start

@@ -137,7 +137,7 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig | None = 
         ParallelError: a mesh that does not fit the model, quantised weights, a model that is parallel already.
     """
     config = config or ParallelConfig()
-    journal = Journal(dist.get_rank())
+    journal = mesh.journal
     _check(model, mesh)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
     if mesh.ep > 1:
@@ -207,13 +207,6 @@ class _MeanWeights:
         with self.journal.collective("loss", "sum of counts"):
             dist.all_reduce(everywhere)
         return counts.double() * dist.get_world_size() / everywhere.clamp_min(1)
-
-
-def journal_of(model: Transformer) -> Journal:
-    """The journal of a parallel model's collectives."""
-    if not isinstance(model.mean_weights, _MeanWeights):
-        raise ParallelError("the model is on no mesh: call parallelize first")
-    return model.mean_weights.journal
 
 
 def _check(model: Transformer, mesh: Mesh) -> None:

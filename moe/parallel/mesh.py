@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moe.errors import ParallelError
+from moe.parallel.journal import Journal
 
 
 @dataclass(frozen=True)
@@ -17,10 +18,12 @@ class Mesh:
         dense: [replicas, shards], for what is not a routed expert's: a parameter is cut over `shards` ranks.
         experts: [replicas, shards, ep]: `ep` ranks in a row divide the experts of a layer among themselves, and what
             one of them has is cut over `shards` ranks again.
+        journal: what this rank has done on it.
     """
 
     dense: DeviceMesh
     experts: DeviceMesh
+    journal: Journal
 
     @property
     def size(self) -> int:
@@ -43,13 +46,16 @@ class Mesh:
         return f"{self.size} ranks: EP {self.ep}, parameters cut over {shards}, {replicas} replicas"
 
 
-def make_mesh(*, ep: int = 1, dp_shard: int | None = None, dp_replicate: int = 1) -> Mesh:
+def make_mesh(
+    *, ep: int = 1, dp_shard: int | None = None, dp_replicate: int = 1, journal: Journal | None = None
+) -> Mesh:
     """The mesh over all ranks of the default process group, which runs already. A collective call.
 
     Args:
         ep: ranks among which the experts of a layer are divided; consecutive ones, so that they share a node.
         dp_shard: ranks over which every other parameter is cut (FSDP); by default all ranks / `dp_replicate`.
         dp_replicate: copies of that; more than 1 is hybrid sharding (HSDP), dp_shard = 1 plain data parallelism.
+        journal: in which collectives are noted, that of `start` for instance; by default a new one.
 
     Experts are cut over max(1, dp_shard / ep) ranks besides.
 
@@ -77,4 +83,5 @@ def make_mesh(*, ep: int = 1, dp_shard: int | None = None, dp_replicate: int = 1
     kind = "cuda" if dist.get_backend() == "nccl" else "cpu"
     dense = init_device_mesh(kind, (dp_replicate, dp_shard), mesh_dim_names=("replicate", "shard"))
     shape = (world // (ep * shards), shards, ep)
-    return Mesh(dense, init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard", "ep")))
+    experts = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard", "ep"))
+    return Mesh(dense, experts, journal if journal is not None else Journal(dist.get_rank()))
