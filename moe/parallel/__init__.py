@@ -1,0 +1,1 @@
+"""Experts on several GPUs."""
