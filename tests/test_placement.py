@@ -14,7 +14,7 @@ import moe
 from moe.balance import routers
 from moe.cli import main
 from moe.cli.place import layer_names
-from moe.parallel.placement import Placement, place
+from moe.parallel.placement import Placement, _swap, place
 
 # The example in the README of github.com/deepseek-ai/EPLB: 4 groups, 2 nodes, 8 GPUs, 16 slots.
 LOAD = torch.tensor(
@@ -243,6 +243,45 @@ def test_swaps_mend_what_heaviest_first_leaves() -> None:
     assert fullest(place(rows_of(load), gpus=2, slots=6), load) == best(load, 2, 6) == 19
 
 
+@pytest.mark.parametrize(
+    ("packed", "share", "expected"),
+    [
+        # 0 for 2 would put 0 beside its replica, and 1 for 0 likewise: it stays.
+        ([[0, 1], [0, 2]], [3, 4, 0], [[0, 1], [0, 2]]),
+        # 2 for 0 of the first, which has 8 then and gives it on for 0 of the second: it may have 0 again.
+        ([[0, 3], [0, 1], [2, 4]], [0, 0, 4, 4, 8], [[0, 3], [2, 1], [0, 4]]),
+        # 0 for 3; now 3 for 2 would lower it, but there is a 2 already.
+        ([[1, 3], [1, 2], [0, 2]], [8, 2, 4, 7], [[1, 0], [1, 2], [3, 2]]),
+    ],
+)
+def test_swaps_by_hand(packed: list[list[int]], share: list[float], expected: list[list[int]]) -> None:
+    assert _swap(packed, share) == expected
+
+
+@settings(deadline=None, max_examples=150)
+@given(cases(), st.randoms(use_true_random=False))
+def test_no_swap_is_left(case: tuple[list[float], int, int], random) -> None:
+    """Of a slot of the fullest GPU and another's, unless it would put an expert beside its replica."""
+    load, gpus, slots = case
+    if len(load) % gpus == 0:
+        return  # they may stay in order
+    load = [round(value * random.random(), 1) for value in load]
+    placed = by_gpu(place(rows_of(load), gpus=gpus, slots=slots))
+    held = list(itertools.chain(*placed))
+    share = [load[e] / held.count(e) for e in range(len(load))]
+    total = [math.fsum(share[e] for e in gpu) for gpu in placed]
+
+    def stuck(full: int) -> bool:
+        return not any(
+            max(total[full] - share[a] + share[b], total[gpu] - share[b] + share[a]) < total[full] * (1 - 1e-8)
+            for gpu in range(gpus)
+            for a, b in itertools.product(placed[full], placed[gpu])
+            if a not in placed[gpu] and b not in placed[full]
+        )
+
+    assert any(stuck(gpu) for gpu in range(gpus) if total[gpu] >= max(total) * (1 - 1e-9))
+
+
 def test_experts_stay_in_order_where_that_is_better() -> None:
     """Heaviest first gives 6 + 3 + 2 + 2 and 4 + 4 + 3 + 0; no swap moves exactly 1."""
     load = [2.0, 4.0, 4.0, 2.0, 3.0, 0.0, 6.0, 3.0]
@@ -272,10 +311,13 @@ def test_zipf_at_the_size_of_deepseek_v3() -> None:
     generator = torch.Generator().manual_seed(0)
     zipf = 1e6 / torch.arange(1, 257, dtype=torch.float64)
     load = torch.stack([zipf[torch.randperm(256, generator=generator)] for _ in range(58)])
-    report = place(load, gpus=32, slots=288).report(load)
+    placement = place(load, gpus=32, slots=288)
+    report = placement.report(load)
     assert report.before is not None
     assert report.overall(report.before) > 5
     assert report.overall(report.after) < 1.001
+    for layer in range(58):
+        assert all(len(set(gpu)) == len(gpu) for gpu in by_gpu(placement, layer))
     hot = torch.zeros(1, 256)
     hot[0, 77] = 1e9
     one = place(hot, gpus=32, slots=288)
