@@ -148,6 +148,18 @@ def test_hierarchical_or_global() -> None:
         assert torch.equal(ungrouped.physical_to_logical, everywhere.physical_to_logical)
 
 
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(0, 50), min_size=24, max_size=24), st.sampled_from([24, 32, 40]))
+def test_a_group_has_one_node(load: list[int], slots: int) -> None:
+    """8 groups of 3 experts, 4 nodes of 2 GPUs: two groups each, and never worse than in order."""
+    rows = torch.tensor([load])
+    placement = place(rows, gpus=8, slots=slots, nodes=4, groups=8)
+    nodes = [{e // 3 for e in node} for node in placement.physical_to_logical.view(4, -1).tolist()]
+    assert sorted(itertools.chain(*nodes)) == list(range(8)) and {len(node) for node in nodes} == {2}
+    report = placement.report(rows)
+    assert report.before is not None and report.after[0] <= report.before[0] * (1 + 1e-9)
+
+
 @settings(deadline=None, max_examples=150)
 @given(cases(most_slots=8))
 def test_beside_the_best_of_all_placements(case: tuple[list[float], int, int]) -> None:
