@@ -34,7 +34,7 @@ def test_there_are_examples_of_ten_lines() -> None:
 
 def test_every_command_of_the_table_exists(capsys: pytest.CaptureFixture[str]) -> None:
     commands = set(re.findall(r"^\| `moesmith (\w+)", README, re.MULTILINE))
-    assert commands == {"train", "generate", "inspect", "plan", "convert", "cut", "doctor"}
+    assert commands == {"train", "generate", "inspect", "plan", "place", "convert", "cut", "doctor"}
     for command in commands:
         try:
             status: Any = main([command, "--help"])
@@ -71,6 +71,20 @@ def test_counts_in_the_text() -> None:
     counts = count_parameters(moe.preset("deepseek_v3"))
     for number in (counts.total, counts.activated, counts.activated_without_embedding):
         assert f"{number:,}" in README
+
+
+def test_the_figures_of_placement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = re.findall(r'^python -c "(.*)" > zipf.json$', README, re.MULTILINE)[0]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    file = tmp_path / "zipf.json"
+    file.write_text(done.stdout)
+    figures = []
+    for slots in ("256", "288"):
+        assert main(["place", str(file), "--gpus", "32", "--slots", slots]) == 0
+        figures += re.findall(r"^all layers +(\S+) +(\S+)", capsys.readouterr().out, re.MULTILINE)
+    (before, moved), (_, replicated) = figures
+    text = " ".join(README.split())
+    assert f"has {before} times the mean, without replicas {moved} times, with these 32 slots more {replicated}" in text
 
 
 def test_every_name_of_a_benchmark_command_exists() -> None:

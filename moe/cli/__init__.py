@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": "continue prompts with the model in a folder",
     "inspect": "configuration and parameter counts of a preset or a folder; --verify: are its bytes as saved",
     "plan": "what each GPU would hold of a model, and whether it fits",
+    "place": "which GPU holds which experts, hot ones several times, from the loads that a run recorded",
     "convert": "a checkpoint in another dtype or layout",
     "cut": "a small checkpoint of some layers and experts of a large one",
     "doctor": "what this machine has, and which kernels will run on it",

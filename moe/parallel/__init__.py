@@ -8,5 +8,7 @@ from moe.parallel.apply import parallelize as parallelize
 from moe.parallel.dispatch import AllToAllDispatcher as AllToAllDispatcher
 from moe.parallel.mesh import Mesh as Mesh
 from moe.parallel.mesh import make_mesh as make_mesh
+from moe.parallel.placement import Placement as Placement
+from moe.parallel.placement import place as place
 from moe.parallel.watch import Watch as Watch
 from moe.parallel.watch import start as start

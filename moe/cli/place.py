@@ -1,0 +1,129 @@
+"""`moesmith place`: replicas and places of experts for serving, from recorded loads, and what they gain."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from moe.config import ModelConfig
+from moe.errors import ConfigError
+from moe.presets import PRESETS
+
+METRICS, SETTINGS = "metrics.jsonl", "settings.json"
+
+
+@dataclass(frozen=True)
+class Args:
+    """Give each GPU its experts, hot ones several times, so that the fullest GPU has little load; print the gain.
+
+    Per layer: the load of the fullest GPU over the mean, before (experts in order), after, and a bound that no
+    placement in so many slots is below.
+    """
+
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER-OR-FILE")]
+    """The folder or the metrics.jsonl of `moesmith train`, for its last validation; or any other file, JSON with
+    {"load": [[tokens of each expert] of each layer]}."""
+    gpus: int
+    """Among which the experts of a layer are divided."""
+    slots: int
+    """Places for experts on all these GPUs together, per layer: a multiple of the GPUs, at least the experts."""
+    nodes: int = 1
+    """Machines that the GPUs stand in. Where they divide the groups, a group's experts stay on one of them."""
+    groups: int = 1
+    """Of the model's group-limited router (n_group)."""
+    json: bool = False
+    """One JSON object, with the placement, instead of a table."""
+    out: Path | None = None
+    """A new file for that JSON object."""
+
+
+def run(args: Args) -> int:
+    layers, load = _read(args.file)
+
+    from moe.parallel.placement import place
+
+    placement = place(load, gpus=args.gpus, slots=args.slots, nodes=args.nodes, groups=args.groups)
+    report = placement.report(load, layers if layers is not None and len(layers) == len(load) else None)
+    overall = {name: getattr(report, name) for name in ("before", "after", "bound")}
+    facts: dict[str, Any] = {
+        "file": str(args.file),
+        "nodes": args.nodes,
+        "groups": args.groups,
+        "report": dataclasses.asdict(report),
+        "overall": {name: report.overall(values) if values else None for name, values in overall.items()},
+        "physical_to_logical": placement.physical_to_logical.tolist(),
+        "replicas": placement.replicas.tolist(),
+        "logical_to_physical": placement.logical_to_physical.tolist(),
+    }
+    text = json.dumps(facts)
+    if args.out is not None:
+        with args.out.open("x", encoding="utf-8") as file:
+            file.write(text + "\n")
+    print(text if args.json else report)
+    return 0
+
+
+def _read(path: Path) -> tuple[list[str] | None, Any]:
+    """Names of layers where they are known, and the load as a tensor [layers, experts]."""
+    file = path / METRICS if path.is_dir() else path
+    try:
+        content = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError("FOLDER-OR-FILE", str(file), "a file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(str(file), error.reason, "text in UTF-8") from None
+    if file.suffix != ".jsonl":
+        values = _object(content, str(file))
+        if "load" not in values:
+            raise ConfigError(str(file), list(values), 'a key "load"')
+        return None, _matrix(values["load"], f"{file}: load")
+    lines = content.split("\n")[:-1]  # a line that a kill cut short has no line break
+    for number in range(len(lines), 0, -1):
+        where = f"{file}, line {number}"
+        record = _object(lines[number - 1], where)
+        if record.get("kind") == "validation" and "load" in record:
+            return _layer_names(file.with_name(SETTINGS)), _matrix(record["load"], f"{where}: load")
+    raise ConfigError(str(file), f"{len(lines)} records", 'one with kind "validation" and load')
+
+
+def _object(text: str, where: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(where, str(error), "JSON") from None
+    if not isinstance(values, dict):
+        raise ConfigError(where, values, "a JSON object")
+    return values
+
+
+def _layer_names(settings: Path) -> list[str] | None:
+    """The names that the table of `moesmith train` has, from the preset of the run; None without its settings."""
+    if not settings.exists():
+        return None
+    config = PRESETS.get(str(_object(settings.read_text(encoding="utf-8"), str(settings)).get("preset")))
+    return None if config is None else layer_names(config)
+
+
+def layer_names(config: ModelConfig) -> list[str]:
+    layers = [f"layers.{i}.mlp" for i in range(config.num_hidden_layers) if config.is_moe_layer(i)]
+    return layers + [f"mtp.{i}.block.mlp" for i in range(config.num_nextn_predict_layers)]
+
+
+def _matrix(rows: Any, where: str) -> Any:
+    """A tensor [layers, experts] from what the file has, if it is that."""
+    import torch
+
+    if not isinstance(rows, list) or not rows:
+        raise ConfigError(where, rows, "a list of layers, each a list of the tokens of its experts")
+    for layer, row in enumerate(rows):
+        if not isinstance(row, list) or not row:
+            raise ConfigError(f"{where}[{layer}]", row, "a list of the tokens of each expert")
+        if len(row) != len(rows[0]):
+            raise ConfigError(f"{where}[{layer}]", f"{len(row)} experts", f"{len(rows[0])}, as load[0] has")
+        for expert, value in enumerate(row):
+            if type(value) not in (int, float) or not 0 <= value <= 1e300:
+                raise ConfigError(f"{where}[{layer}][{expert}]", value, "a number from 0 to 1e300")
+    return torch.tensor([[float(value) for value in row] for row in rows], dtype=torch.float64)
