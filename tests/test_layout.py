@@ -14,6 +14,7 @@ LEVELS = [
     {"moe.errors"},
     {"moe.config"},
     {"moe.presets", "moe.counts"},
+    {"moe.cluster"},
     {"moe.ops", "moe.norm", "moe.loss"},
     {"moe.attention", "moe.layer", "moe.rope", "moe.cache", "moe.balance", "moe.quantized"},
     {"moe.model"},
