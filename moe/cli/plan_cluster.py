@@ -20,7 +20,8 @@ from moe.cluster.traffic import traffic
 from moe.errors import ConfigError
 
 MODEL = (
-    "experts are balanced; no tensor or context parallelism; stages are whole blocks, divided as evenly as they go",
+    "experts are balanced, and a token's groups and experts any; no tensor or context parallelism",
+    "stages are whole blocks, divided as evenly as they go",
     "weights and their gather bf16, gradients, their reduction and master weights fp32; AdamW",
     "products of blocks in the dtype of the run; router, head and attention bf16",
     "memory is without what the CUDA context, communication libraries and fragmentation take",
@@ -112,7 +113,7 @@ def print_plan(console: Console, facts: dict[str, Any]) -> None:
     where = f"{facts['model']} on {mesh['gpus']:,} {gpu['name']}, {training['dtype']}"
     console.print(f"{where}: PP {mesh['pp']} x DP {mesh['dp']}, EP {mesh['ep']} ({mesh['experts']} experts a GPU)")
     held = facts["memory"]
-    table = _table(f"memory of pipeline rank {held['rank']}, which holds most", "part", "GiB")
+    table = _table(console, f"memory of pipeline rank {held['rank']}, which holds most", "part", "GiB")
     for part, nbytes in held["parts"].items():
         table.add_row(part, f"{nbytes / 2**30:,.2f}")
     table.add_row("all", f"{held['total'] / 2**30:,.2f}", style="bold")
@@ -121,7 +122,7 @@ def print_plan(console: Console, facts: dict[str, Any]) -> None:
 
     sent = facts["all_to_all"]
     table = _table(
-        "all-to-all of a token in a MoE layer, forward (backward: the same)", "", "a copy", "NVLink", "network"
+        console, "all-to-all of a token in a MoE layer, forward (backward: the same)", "", "a copy", "NVLink", "network"
     )
     for name in ("dispatch", "combine"):
         row = (sent[f"{name}_bytes"], sent[name]["nvlink"], sent[name]["network"])
@@ -131,7 +132,7 @@ def print_plan(console: Console, facts: dict[str, Any]) -> None:
 
     made = facts["step"]
     table = _table(
-        f"step of {made['tokens']:,} tokens, {training['micro_batches']} micro-batches", "part", "s", "share"
+        console, f"step of {made['tokens']:,} tokens, {training['micro_batches']} micro-batches", "part", "s", "share"
     )
     for part, seconds in made["parts"].items():
         table.add_row(part, f"{seconds:,.3f}", f"{seconds / made['seconds']:.1%}")
@@ -179,7 +180,7 @@ def published_facts() -> dict[str, Any]:
 def print_published(console: Console, facts: dict[str, Any]) -> None:
     title = f"GPU hours; matmul share {facts['matmul_share']:.4f} fitted on the first, the others as they come"
     columns = ("published", "modelled", "error", "all hidden", "none hidden", "MFU published", "modelled")
-    table = _table(title, "run", *columns)
+    table = _table(console, title, "run", *columns)
     for run in facts["runs"]:
         hours = (run["published"], run["modelled"])
         table.add_row(
@@ -197,8 +198,9 @@ def print_published(console: Console, facts: dict[str, Any]) -> None:
         console.print(f"  {run['run']}: {run['source']}; assumed: {run['assumed']}")
 
 
-def _table(title: str, first: str, *numbers: str) -> Table:
-    table = Table(title=title, title_justify="left")
+def _table(console: Console, title: str, first: str, *numbers: str) -> Table:
+    console.print(title)  # rich would fold a title to the width of its table
+    table = Table()
     table.add_column(first)
     for name in numbers:
         table.add_column(name, justify="right")

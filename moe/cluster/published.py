@@ -130,7 +130,7 @@ def rates_of(published: Published, matmul_share: float) -> Rates:
 def fit(published: Published = V3) -> float:
     """The share of the matmul peak at which the model gives the published hours, by bisection."""
     low, high = 0.01, 1.0
-    for _ in range(60):
+    for _ in range(40):
         middle = (low + high) / 2
         slow = published.step(rates_of(published, middle)).gpu_hours(published.tokens) > published.gpu_hours
         low, high = (middle, high) if slow else (low, middle)

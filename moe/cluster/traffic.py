@@ -2,7 +2,8 @@
 
 Routing is taken as balanced: each choice of groups is as likely as any other, and so is each choice of experts in
 them; a token's own rank is any of the expert group. A token goes once to a destination, however many of its experts
-lie there.
+lie there. A rule that opens the groups of the best experts uses each a little more: DeepSeek-V3's, on independent
+scores, reaches 7.49 ranks on 3.95 nodes where this says 7.36 on 3.63 (EP 64).
 """
 
 import math
@@ -70,8 +71,8 @@ class Traffic:
 def traffic(config: ModelConfig, mesh: Mesh, training: Training) -> Traffic:
     """Of a mesh's expert groups.
 
-    With transport "node" the copy for a node crosses the network to the rank at the sender's place there, which hands it
-    on over NVLink (DeepSeek-V3's report, section 3.2.2); combining goes the same way back, summed in each node.
+    With transport "node" the copy for a node crosses the network to the rank at the sender's place there, which hands
+    it on over NVLink (DeepSeek-V3's report, section 3.2.2); combining goes the same way back, summed in each node.
     """
     nodes = mesh.ep // mesh.ranks_per_node
     to_ranks, to_nodes = destinations(config, mesh.ep), destinations(config, nodes)
