@@ -5,7 +5,9 @@ import itertools
 import json
 import math
 import random
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -194,6 +196,17 @@ def test_a_step_of_deepseek_v3_by_hand() -> None:
     assert found.gpu_hours(14.8e12) == pytest.approx(seconds * 2048 / 3600 * 14.8e12 / (15_360 * 4096), rel=1e-3)
 
 
+def test_a_step_of_fsdp_by_hand() -> None:
+    """One micro-batch on 32 nodes: weights gathered twice in bf16, gradients scattered in fp32, AdamW on a share."""
+    olmoe = next(published for published in OTHERS if published.name == "OLMoE-1B-7B")
+    parts = step(olmoe.run, GPUS["h100"], Rates(overlap=0)).parts
+    parameters = count_parameters(olmoe.run.config).total
+    slower = max(7 / 8 / 450e9, 31 / 32 / 8 / 50e9)
+    assert parts["reduction"] == pytest.approx(8 * parameters * slower / 0.8)
+    # gradient read; master weight and two moments read and written; weight written
+    assert parts["optimizer"] == pytest.approx((4 + 2 * 4 + 2 * 8 + 2) * parameters / 256 / 3350e9)
+
+
 @pytest.mark.parametrize(("schedule", "times"), [("1f1b", 3), ("zb1p", 3 / 3), ("dualpipe", 1 * 2 / 3)])
 def test_bubbles(schedule: Any, times: float) -> None:
     """Of 4 stages in micro-batches: (pp - 1) t, (pp - 1) t / 3, (pp / 2 - 1) 2 t / 3."""
@@ -365,20 +378,23 @@ def run(capsys: Any, *args: str) -> tuple[int, str, str]:
     return status, out, err
 
 
+README = (Path(__file__).parents[1] / "README.md").read_text()
+(COMMAND,) = re.findall(r"^moesmith (plan .* --gpu .*)$", README, re.MULTILINE)
 CLUSTER = ("plan", "deepseek_v3", "--gpus", "2048", "--gpu", "h800", "--ep", "64", "--pp", "16")
-AS_TRAINED = ("--dtype", "fp8", "--dispatch", "fp8", "--schedule", "dualpipe", "--moments", "bf16", "--overlap", "1")
 
 
 def test_the_command(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    status, out, _ = run(capsys, *CLUSTER, *AS_TRAINED, "--train-tokens", "14.8T")
+    status, out, _ = run(capsys, *COMMAND.split())
     assert status == 0 and "fits into 80.00 GiB" in out and "2,664," in out
     assert "7,392 B" in out and "a token reaches 7.36 ranks on 3.63 nodes" in out
-    facts = json.loads(run(capsys, *CLUSTER, *AS_TRAINED, "--train-tokens", "14.8T", "--price", "3", "--json")[1])
+    facts = json.loads(run(capsys, *COMMAND.split(), "--price", "3", "--json")[1])
     for kind in (Training, Rates):  # every assumption is printed, with what it is
         names = {kind_field.name for kind_field in dataclasses.fields(kind)}
         said = facts["training"] | facts["rates"]
         assert names <= said.keys() and all(f"{name} {said[name]}" in out for name in names)
+    said = f"fits into 80 GiB ({facts['memory']['total'] / 2**30:.2f}), sends a token to 7.36 ranks on 3.63 nodes"
+    assert said in README and f"takes {facts['cost']['days']:.1f} days" in README
     assert facts["memory"]["total"] == sum(facts["memory"]["parts"].values()) and facts["memory"]["fits"]
     assert facts["step"]["seconds"] == pytest.approx(sum(facts["step"]["parts"].values()))
     cost = facts["cost"]
@@ -422,6 +438,10 @@ def test_published_runs(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         assert f"{found['modelled']:,.0f}" in out and f"{found['published']:,.0f}" in out
         assert found["error"] == found["modelled"] / found["published"] - 1
         assert found["fitted"] or f"{found['error']:+.1%}" in out
+        error = "fitted" if found["fitted"] else f"{found['error']:+.1%}"
+        communication = f"{found['all_hidden']:,.0f} / {found['none_hidden']:,.0f}"
+        row = f"{found['published']:,.0f} | {found['modelled']:,.0f} | {error} | {communication} | "
+        assert row + f"{found['published_mfu']:.1%} |" in README
         assert (
             published.source in out.replace("\n", " ")
             and found["all_hidden"] <= found["modelled"] <= found["none_hidden"]
