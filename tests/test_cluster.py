@@ -301,7 +301,7 @@ def test_the_far_end_has_an_embedding_where_it_needs_one() -> None:
         (Mesh(8, ep=8), "ep = 8: expected a divisor of the 12 experts of a layer"),
         (Mesh(8, pp=4, ep=4), r"ep = 4: expected a divisor of the 2 data-parallel ranks \(8 GPUs / 4 stages\)"),
         (Mesh(6, ep=6), "ep = 6: expected a divisor or multiple of 8, a node"),
-        (Mesh(12, ep=4), "gpus_per_node = 8: expected in step with dp = 12"),
+        (Mesh(12, ep=4), "gpus_per_node = 8: expected a divisor or multiple of the 12 data-parallel ranks"),
         (Mesh(0), "gpus = 0: expected a positive integer"),
         (Mesh(8, gpus_per_node=0), "gpus_per_node = 0: expected a positive integer"),
     ],

@@ -44,7 +44,8 @@ class Mesh:
         _require("ep", self.ep, self.dp % self.ep == 0, ranks)
         node = self.gpus_per_node
         _require("ep", self.ep, self.ep % node == 0 or node % self.ep == 0, f"a divisor or multiple of {node}, a node")
-        _require("gpus_per_node", node, self.dp % node == 0 or node % self.dp == 0, f"in step with dp = {self.dp}")
+        whole = self.dp % node == 0 or node % self.dp == 0
+        _require("gpus_per_node", node, whole, f"a divisor or multiple of the {self.dp} data-parallel ranks")
 
 
 @dataclass(frozen=True)
