@@ -14,6 +14,7 @@ LEVELS = [
     {"moe.errors"},
     {"moe.config"},
     {"moe.presets", "moe.counts"},
+    {"moe.cluster"},
     {"moe.ops", "moe.norm", "moe.loss"},
     {"moe.attention", "moe.layer", "moe.rope", "moe.cache", "moe.balance", "moe.quantized"},
     {"moe.model"},
@@ -125,6 +126,7 @@ def test_import_needs_neither_triton_nor_transformers(module: str, tmp_path: Pat
 
 def test_import_moe_does_not_import_torch() -> None:
     run("import moe, sys; assert 'torch' not in sys.modules; assert 'MoELayer' in dir(moe)", ROOT)
+    run("import moe.cli.plan, moe.cluster.published, sys; assert 'torch' not in sys.modules", ROOT)
 
 
 def test_every_public_name_resolves() -> None:

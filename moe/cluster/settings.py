@@ -1,0 +1,137 @@
+"""The mesh of a training run, and everything that the model assumes about it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moe.config import ModelConfig
+from moe.errors import ConfigError
+
+Precision = Literal["fp8", "bf16"]
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """gpus = pp x dp. The experts of a layer are divided among groups of `ep` neighbours of the dp ranks of a stage.
+
+    Ranks of a stage are neighbours too, so an expert group spans max(1, ep / gpus_per_node) nodes.
+    """
+
+    gpus: int
+    pp: int = 1
+    ep: int = 1
+    gpus_per_node: int = 8
+
+    @property
+    def dp(self) -> int:
+        return self.gpus // self.pp
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Of one expert group."""
+        return min(self.ep, self.gpus_per_node)
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise `ConfigError` for a mesh that cannot be, naming the numbers."""
+        for name in ("gpus", "pp", "ep", "gpus_per_node"):
+            _require(name, getattr(self, name), getattr(self, name) >= 1, "a positive integer")
+        _require("pp", self.pp, self.gpus % self.pp == 0, f"a divisor of the {self.gpus} GPUs")
+        blocks = config.num_hidden_layers + config.num_nextn_predict_layers
+        _require("pp", self.pp, self.pp <= blocks, f"at most the {blocks} blocks of the model, MTP included")
+        experts = config.n_routed_experts
+        _require("ep", self.ep, self.ep <= experts, f"at most the {experts} experts of a layer")
+        _require("ep", self.ep, experts % self.ep == 0, f"a divisor of the {experts} experts of a layer")
+        ranks = f"a divisor of the {self.dp} data-parallel ranks ({self.gpus} GPUs / {self.pp} stages)"
+        _require("ep", self.ep, self.dp % self.ep == 0, ranks)
+        node = self.gpus_per_node
+        _require("ep", self.ep, self.ep % node == 0 or node % self.ep == 0, f"a divisor or multiple of {node}, a node")
+        whole = self.dp % node == 0 or node % self.dp == 0
+        _require("gpus_per_node", node, whole, f"a divisor or multiple of the {self.dp} data-parallel ranks")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the run is laid out."""
+
+    sequence: int = 4096
+    """Tokens of a sequence; attention is causal over all of them."""
+    global_batch: int = 15360
+    """Sequences in an optimizer step."""
+    schedule: Literal["1f1b", "zb1p", "dualpipe"] = "1f1b"
+    """Of the pipeline; bubbles and copies as in table 2 of DeepSeek-V3's report."""
+    sharding: Literal["zero1", "fsdp"] = "zero1"
+    """zero1: the optimizer over ranks that hold the same; fsdp: parameters and gradients too."""
+    recompute: Literal["none", "selective", "full"] = "selective"
+    """selective: norms, SwiGLU and MLA's up-projections again in backward; full: whole blocks."""
+    moments: Literal["bf16", "fp32"] = "fp32"
+    """Of AdamW; the master weights and gradients are fp32."""
+    dispatch: Precision = "bf16"
+    """What tokens travel in to their experts; fp8 adds an fp32 scale for each 128 values. They return in bf16."""
+    transport: Literal["node", "rank"] = "node"
+    """node: one copy to each node, handed on over NVLink; rank: a copy across the network to each rank."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What is achieved, as shares of a GPU's rates."""
+
+    matmul_share: float = 0.2455
+    """Of the peak, by matrix products. Fitted (--published): all that is not modelled on its own is in it."""
+    attention_share: float = 0.5
+    """Of the bf16 peak, by causal attention, forward and backward (FlashAttention-3 on an H100: 0.4 to 0.6)."""
+    link_share: float = 0.8
+    """Of NVLink and network (DeepSeek-V3's report counts on 160 of 200 GB/s of NVLink)."""
+    overlap: float = 0.5
+    """Of communication, hidden behind computation."""
+    latency_us: float = 20.0
+    """Of one all-to-all, before its first byte."""
+
+    def check(self) -> None:
+        for name in ("matmul_share", "attention_share", "link_share"):
+            _require(name, getattr(self, name), 0 < getattr(self, name) <= 1, "a share above 0, at most 1")
+        _require("overlap", self.overlap, 0 <= self.overlap <= 1, "a share from 0 to 1")
+        _require("latency_us", self.latency_us, 0 <= self.latency_us < float("inf"), "microseconds from 0 up")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training step's worth: a model on a mesh. `tokens` a GPU in a micro-batch; `dtype` of the matrix products."""
+
+    config: ModelConfig
+    mesh: Mesh
+    training: Training
+    tokens: int
+    dtype: Precision
+
+    def __post_init__(self) -> None:
+        self.mesh.check(self.config)
+        training = self.training
+        for name in ("sequence", "global_batch"):
+            _require(name, getattr(training, name), getattr(training, name) >= 1, "a positive integer")
+        whole = self.tokens >= 1 and self.tokens % training.sequence == 0
+        _require("tokens", self.tokens, whole, f"a multiple of the {training.sequence} tokens of a sequence")
+        each = self.mesh.dp * self.tokens // training.sequence
+        batch = f"a multiple of the {each} sequences that the {self.mesh.dp} data-parallel ranks take at a time"
+        _require("global_batch", training.global_batch, training.global_batch % each == 0, batch)
+        if self.folded:
+            _require("pp", self.mesh.pp, self.mesh.pp % 2 == 0, "an even number of stages for dualpipe")
+            even = f"an even number of micro-batches for dualpipe; it makes {self.micro_batches}"
+            _require("global_batch", training.global_batch, self.micro_batches % 2 == 0, even)
+
+    @property
+    def folded(self) -> bool:
+        """Whether a rank holds two stages, that many from either end."""
+        return self.training.schedule == "dualpipe"
+
+    @property
+    def micro_batches(self) -> int:
+        """Through each pipeline, in a step."""
+        return self.training.global_batch * self.training.sequence // (self.mesh.dp * self.tokens)
+
+    @property
+    def step_tokens(self) -> int:
+        return self.training.global_batch * self.training.sequence
+
+
+def _require(name: str, value: object, ok: bool, allowed: str) -> None:
+    if not ok:
+        raise ConfigError(name, value, allowed)
