@@ -5,6 +5,7 @@ from moe.parallel.apply import clip_grad_norm as clip_grad_norm
 from moe.parallel.apply import divide_experts as divide_experts
 from moe.parallel.apply import materialize as materialize
 from moe.parallel.apply import parallelize as parallelize
+from moe.parallel.apply import part_like as part_like
 from moe.parallel.dispatch import AllToAllDispatcher as AllToAllDispatcher
 from moe.parallel.mesh import Mesh as Mesh
 from moe.parallel.mesh import make_mesh as make_mesh

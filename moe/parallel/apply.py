@@ -32,7 +32,7 @@ class ParallelConfig:
         reduce_dtype: in which gradients are summed; None is float32, or the parameters' own where that is wider.
         reshard_after_forward: free a block's gathered parameters between its forward and its backward pass.
         activation_checkpointing: recompute each block in its backward pass.
-        compile: torch.compile each block; the exchange of tokens stays eager.
+        compile: torch.compile each block, by `compile_backend`; the exchange of tokens stays eager.
         payload: how rows travel to their experts, see `AllToAllDispatcher`.
     """
 
@@ -41,6 +41,7 @@ class ParallelConfig:
     reshard_after_forward: bool = True
     activation_checkpointing: bool = False
     compile: bool = False
+    compile_backend: str = "inductor"
     payload: Payload = "same"
 
 
@@ -147,7 +148,7 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig | None = 
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     if config.compile:
         for block in blocks:
-            block.compile()
+            block.compile(backend=config.compile_backend)
 
     reduce_dtype = config.reduce_dtype
     if reduce_dtype is None:
@@ -303,6 +304,15 @@ def region(tensor: DTensor, coordinate: Iterable[int] | None = None) -> tuple[sl
         start = min(low + place[i] * each, high)
         bounds[dim] = (start, min(start + each, high))
     return tuple(slice(low, high) for low, high in bounds)
+
+
+def part_like(tensor: Tensor, example: Tensor) -> Tensor:
+    """This rank's part of a whole tensor, placed as `example` is; no communication."""
+    if not isinstance(example, DTensor):
+        return tensor
+    part = tensor[region(example)].contiguous()
+    where: Any = {"run_check": False, "shape": example.shape, "stride": example.stride()}
+    return DTensor.from_local(part, example.device_mesh, example.placements, **where)
 
 
 def _is_strided(placement: Any) -> bool:
