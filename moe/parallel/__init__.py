@@ -1,6 +1,7 @@
 """One model on many ranks: expert parallelism and FSDP2, on torch.distributed."""
 
 from moe.parallel.apply import ParallelConfig as ParallelConfig
+from moe.parallel.apply import by_mesh as by_mesh
 from moe.parallel.apply import clip_grad_norm as clip_grad_norm
 from moe.parallel.apply import divide_experts as divide_experts
 from moe.parallel.apply import materialize as materialize

@@ -319,6 +319,17 @@ def _is_strided(placement: Any) -> bool:
     return type(placement).__name__ == "_StridedShard"
 
 
+def by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """In lists of one device mesh each (plain tensors: one list): parameter groups for optimizers.
+
+    On CUDA torch's optimizers update a whole group at once, and refuse one that mixes meshes.
+    """
+    lists: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        lists.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
+    return list(lists.values())
+
+
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale the gradients so that their norm is at most `max_norm`; returns the norm before, a float64 scalar.
 
