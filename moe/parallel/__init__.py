@@ -12,5 +12,7 @@ from moe.parallel.mesh import Mesh as Mesh
 from moe.parallel.mesh import make_mesh as make_mesh
 from moe.parallel.placement import Placement as Placement
 from moe.parallel.placement import place as place
+from moe.parallel.states import StateWriter as StateWriter
+from moe.parallel.states import load_latest as load_latest
 from moe.parallel.watch import Watch as Watch
 from moe.parallel.watch import start as start
