@@ -17,12 +17,12 @@ def on_first(where: Any, function: Callable[[], _Result], group: Any = None) -> 
     A collective call, unless there is no process group.
     """
     if not dist.is_initialized():
-        with _about(where):
+        with about(where):
             return function()
     outcome: list[Any] = [None, None]
     if dist.get_rank(group) == 0:
         try:
-            with _about(where):
+            with about(where):
                 outcome[0] = function()
         except CheckpointError as error:
             outcome[1] = error
@@ -40,7 +40,7 @@ def together(where: Any, group: Any = None) -> Iterator[None]:
     """
     mine: CheckpointError | None = None
     try:
-        with _about(where):
+        with about(where):
             yield
     except CheckpointError as error:
         mine = error
@@ -54,7 +54,8 @@ def together(where: Any, group: Any = None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _about(where: Any) -> Iterator[None]:
+def about(where: Any) -> Iterator[None]:
+    """Makes a `CheckpointError` of whatever the block raises."""
     try:
         yield
     except CheckpointError:
