@@ -37,7 +37,9 @@ DEFECTS = (
         "a token sent twice to one rank", ".masked_fill(again, -1).sort(", ".masked_fill(again & False, -1).sort("
     ),
     dispatch("the neighbour's experts", "start = self.rank *", "start = (self.rank ^ 1) *"),
-    dispatch("slots of other ranks computed here", "torch.where(here, ids - start, -1)", "torch.where(here, ids - start, 0)"),
+    dispatch(
+        "slots of other ranks computed here", "torch.where(here, ids - start, -1)", "torch.where(here, ids - start, 0)"
+    ),
     dispatch(
         "gradients of tokens lost",
         "return *(_padded(grad, ctx.slots) for grad in grads), None, None, None",
