@@ -496,10 +496,13 @@ def mixed_precision(ranks: Ranks) -> None:
     def spy(layer: MoELayer) -> None:
         logits, experts = layer.gate.logits, layer.experts
 
+        gate = whole(layer.gate.weight)
+
         def watched(x: Tensor) -> Tensor:
             out = logits(x)
             seen["logits"].add(out.dtype)
             seen["rows"].add(x.dtype)
+            assert torch.equal(out, x.float() @ gate.T)  # of float32 weights, which bf16 does not hold
             return out
 
         layer.gate.logits = watched  # pyright: ignore[reportAttributeAccessIssue]

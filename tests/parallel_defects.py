@@ -97,13 +97,6 @@ DEFECTS = (
         "mixed precision",
         2,
     ),
-    apply(
-        "routing weights cast",
-        "uncast = MixedPrecisionPolicy(config.param_dtype, reduce_dtype, cast_forward_inputs=False)",
-        "uncast = MixedPrecisionPolicy(config.param_dtype, reduce_dtype)",
-        "mixed precision",
-        2,
-    ),
     Defect("counts of one rank", "moe/balance.py", "dist.all_reduce(flat, group=group)", "pass", 4, "recomputed, ep 4"),
     Defect(
         "global loss over one rank",

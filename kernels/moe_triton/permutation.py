@@ -238,12 +238,14 @@ def combine_kernel(
     """out[t] = sum over k of weights[t, k] * rows[position[t, k]]; BY_SLOT: position is expert_ids, row t * K + k."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if BY_SLOT:  # before anything is summed: what is in registers at an assertion may be spilled
+        for k in tl.static_range(TOP_K):
+            place = tl.load(position + token * TOP_K + k)
+            tl.device_assert((place >= -1) & (place < num_experts), "expert_ids: an id is neither -1 nor in [0, E)")
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for k in tl.static_range(TOP_K):
         slot = token * TOP_K + k
         place = tl.load(position + slot).to(tl.int64)
-        if BY_SLOT:
-            tl.device_assert((place >= -1) & (place < num_experts), "expert_ids: an id is neither -1 nor in [0, E)")
         here = place >= 0
         row = slot if BY_SLOT else place
         readable = tl.where(here, width, 0)

@@ -59,12 +59,13 @@ def row_block(dtype: torch.dtype, num_rows: int, num_groups: int, *sizes: int) -
     """Rows of a tile, shared by all row products of a call: one of three, by the rows that a group has on average.
 
     Matrices whose sizes are not multiples of 16 cannot be read 16 bytes at a time; what that takes in registers leaves
-    room for 32 rows.
+    room for 32 rows, of float32 for 16.
     """
     mean = num_rows / max(num_groups, 1)
+    odd = any(size % 16 for size in sizes)
     if dtype == torch.float32:
-        return 16 if mean <= 16 else 64
-    if any(size % 16 for size in sizes):
+        return 16 if odd or mean <= 16 else 64
+    if odd:
         return 32
     return 16 if mean <= 16 else 64 if mean <= 96 else 128
 
