@@ -63,7 +63,9 @@ def cases(size: int, *, long: bool) -> list[Case]:
         found.append(Case(f"initial values, {name}", partial(initial_values, mesh=(ep, shard, replicate))))
         for how in MODELS if long or shard == size else ("plain",):
             found.append(Case(f"training {how}, {name}", partial(training, mesh=(ep, shard, replicate), how=how)))
-    return found
+    from tests import parallel_checkpoint_cases  # which builds on this page
+
+    return found + parallel_checkpoint_cases.cases(size, long=long)
 
 
 def meshes(size: int, *, long: bool) -> list[tuple[int, int, int]]:
