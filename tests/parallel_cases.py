@@ -80,7 +80,9 @@ def cases(size: int, *, long: bool) -> list[Case]:
         found.append(Case(f"initial values, {name}", partial(initial_values, mesh=mesh)))
         found.append(Case(f"muon, {name}", partial(muon, mesh=mesh)))
         found += [Case(f"training {how}, {name}", partial(training, mesh=mesh, how=how)) for how in hows]
-    return found
+    from tests import parallel_checkpoint_cases  # which builds on this page
+
+    return found + parallel_checkpoint_cases.cases(size, long=long)
 
 
 # (ep, dp_shard, dp_replicate): which models train on it in the default suite.

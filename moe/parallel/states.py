@@ -1,7 +1,7 @@
 """Training states of a model on a mesh: saved while training goes on, loaded on any other mesh, or on none.
 
 `states/step-000040/` holds what `torch.distributed.checkpoint` writes (a file of each rank's parts, and `.metadata`)
-and state.json: the caller's values, torch's version, the mesh, and the size of every file. All ranks must see the
+and state.json: the caller's values, torch's version, the mesh, and a digest of every file. All ranks must see the
 folder. A state is written as `step-000040.partial`, synced by every rank, and renamed by the first when the last is
 done, so that whatever ends the processes leaves the states before it untouched.
 
@@ -9,6 +9,7 @@ These are for going on with one's own training. `.metadata` is a pickle: never l
 only the few classes that belong there are let in. Models are exchanged as safetensors, see `moe.parallel.export`.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -55,6 +56,7 @@ from moe.parallel.apply import region
 from moe.parallel.mesh import Mesh
 
 _VALUES = "state.json"
+_METADATA = ".metadata"
 _PARTIAL = ".partial"
 _NAME = re.compile(r"step-(\d+)")
 # What an optimizer keeps of a parameter once it has stepped it. torch's Muon and ours take each other's.
@@ -138,6 +140,7 @@ def load_latest(
         return None
     path, values, entries = found
     with together(path):
+        _check_contents(path, values.pop("files"))
         wanted = _Wanted(path, model, optimizers, entries)
     try:
         with warnings.catch_warnings():
@@ -254,17 +257,22 @@ class _Writer(FileSystemWriter):
     def storage_meta(self) -> None:
         return None  # where it was written is nobody's business later
 
-    def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
+    def write_data(self, plan: SavePlan, planner: Any) -> Any:
+        """Results for `finish`, with what this rank's files are: torch.load does not notice a flipped bit."""
+        written = super().write_data(plan, planner).wait()
+        names = {result.storage_data.relative_path for result in written}
+        future: Any = torch.futures.Future()
+        future.set_result((written, {name: _fingerprint(Path(self.path) / name) for name in names}))
+        return future
+
+    def finish(self, metadata: Metadata, results: list[Any]) -> None:
         """On rank 0, after every rank has synced its file."""
-        super().finish(metadata, results)
+        super().finish(metadata, [written for written, _ in results])
         partial = Path(self.path)
-        sizes: dict[str, int] = {}
-        for result in (result for of_rank in results for result in of_rank):
-            info = result.storage_data
-            sizes[info.relative_path] = max(sizes.get(info.relative_path, 0), info.offset + info.length)
-        sizes[".metadata"] = (partial / ".metadata").stat().st_size
-        _check_files(partial, sizes)
-        (partial / _VALUES).write_text(json.dumps(self.values | {"files": sizes}, indent=2))
+        files = {name: found for _, of_rank in results for name, found in of_rank.items()}
+        files[_METADATA] = _fingerprint(partial / _METADATA)
+        _check_sizes(partial, files)
+        (partial / _VALUES).write_text(json.dumps(self.values | {"files": files}, indent=2))
         settle(partial)
         sync(partial)
         os.rename(partial, self.final)
@@ -280,7 +288,7 @@ class _Reader(FileSystemReader):
     """Reads no pickle but of the classes that DCP's metadata is made of."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
+        with (Path(self.path) / _METADATA).open("rb") as file:
             return _Unpickler(file).load()
 
 
@@ -330,7 +338,7 @@ def _latest(folder: Path) -> tuple[Path, dict[str, Any], dict[str, tuple[torch.S
     path = states[-1]
     try:
         values = json.loads((path / _VALUES).read_text())
-        _check_files(path, values.pop("files"))
+        _check_sizes(path, values["files"])
         metadata = _Reader(path).read_metadata()
         saved: dict[str, Any] = metadata.state_dict_metadata
         return path, values, {name: (entry.size, entry.properties.dtype) for name, entry in saved.items()}
@@ -343,13 +351,26 @@ def _latest(folder: Path) -> tuple[Path, dict[str, Any], dict[str, tuple[torch.S
         ) from error
 
 
-def _check_files(folder: Path, sizes: Mapping[str, int]) -> None:
-    for name, size in sizes.items():
+def _fingerprint(file: Path) -> dict[str, Any]:
+    with file.open("rb") as content:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
+
+
+def _check_sizes(folder: Path, files: Mapping[str, Any]) -> None:
+    for name, recorded in files.items():
         file = folder / name
         found = file.stat().st_size if file.is_file() else "no such file"
-        if found != size:
+        if found != recorded["bytes"]:
             problem = "incomplete; all ranks must see the same folder"
-            raise CheckpointError(file, problem, expected=f"{size} bytes", found=found)
+            raise CheckpointError(file, problem, expected=f"{recorded['bytes']} bytes", found=found)
+
+
+def _check_contents(folder: Path, files: Mapping[str, Any]) -> None:
+    """Of this rank's share of the files."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for name in sorted(files)[rank::size]:
+        if _fingerprint(folder / name) != files[name]:
+            raise CheckpointError(folder / name, "bytes changed since it was saved")
 
 
 def _plain(error: BaseException, path: Any, problem: str) -> CheckpointError:
