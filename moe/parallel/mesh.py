@@ -1,6 +1,7 @@
 """Which ranks hold what: the meshes of data, shards and experts."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -81,7 +82,17 @@ def make_mesh(
         raise ParallelError(f"ep = {ep}: expected a divisor or a multiple of dp_shard = {dp_shard}")
     shards = max(1, dp_shard // ep)
     kind = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    dense = init_device_mesh(kind, (dp_replicate, dp_shard), mesh_dim_names=("replicate", "shard"))
-    shape = (world // (ep * shards), shards, ep)
-    experts = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard", "ep"))
+    dense = _device_mesh(kind, replicate=dp_replicate, shard=dp_shard)
+    experts = _device_mesh(kind, replicate=world // (ep * shards), shard=shards, ep=ep)
     return Mesh(dense, experts, journal if journal is not None else Journal(dist.get_rank()))
+
+
+def _device_mesh(kind: str, **dims: int) -> DeviceMesh:
+    """Its groups time out as the default one does; torch would give each of them its own half an hour."""
+    assert dist.group.WORLD is not None
+    timeout = dist.group.WORLD._get_backend(torch.device(kind)).options._timeout
+    options: Any = {}
+    for name in dims:
+        options[name] = dist.ProcessGroupNCCL.Options() if kind == "cuda" else dist.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
+        options[name]._timeout = timeout
+    return init_device_mesh(kind, tuple(dims.values()), mesh_dim_names=tuple(dims), backend_override=options)
