@@ -1,5 +1,6 @@
 """The three errors of the library. Each carries its facts as attributes and says them in one line."""
 
+import copyreg
 from typing import Any
 
 
@@ -60,6 +61,10 @@ class CheckpointError(ValueError):
         if found is not None:
             message += f"; found {one_line(found)}"
         super().__init__(message)
+
+    def __reduce__(self) -> Any:
+        # Ranks send each other what they raise; exceptions are made anew from their message alone.
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class ParallelError(RuntimeError):

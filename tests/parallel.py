@@ -25,7 +25,7 @@ from tests.parallel_cases import Case, Ranks, cases
 SIZES = (1, 2, 4, 8)
 
 
-def worker(rank: int, size: int, folder: Path, selected: list[Case]) -> None:
+def worker(rank: int, size: int, folder: Path, shared: Path, selected: list[Case]) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     dist.init_process_group(
@@ -42,7 +42,7 @@ def worker(rank: int, size: int, folder: Path, selected: list[Case]) -> None:
         torch.manual_seed(0)
         try:
             with parallel_cases.warnings_are_errors():
-                case.run(Ranks(rank, size, alone, folder))
+                case.run(Ranks(rank, size, alone, shared))
         except BaseException:
             results[case.name] = {"failed": traceback.format_exc(), "seconds": time.perf_counter() - begun}
             break
@@ -52,13 +52,15 @@ def worker(rank: int, size: int, folder: Path, selected: list[Case]) -> None:
     os._exit(0)  # the groups of a failed case cannot be taken down in order
 
 
-def run_size(size: int, *, long: bool = False, only: list[str] | None = None, limit: float = 900) -> dict[str, Any]:
+def run_size(
+    size: int, shared: Path, *, long: bool = False, only: list[str] | None = None, limit: float = 1800
+) -> dict[str, Any]:
     """case name -> {"failed": None or text, "seconds"} over `size` processes."""
     selected = [case for case in cases(size, long=long) if not only or any(word in case.name for word in only)]
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        ranks = [context.Process(target=worker, args=(rank, size, folder, selected)) for rank in range(size)]
+        ranks = [context.Process(target=worker, args=(rank, size, folder, shared, selected)) for rank in range(size)]
         for process in ranks:
             process.start()
         deadline = time.monotonic() + limit
@@ -88,7 +90,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", help="cases whose names have one of these in them")
     parser.add_argument("--json", type=Path, help="write the results here, too, and print no table")
     args = parser.parse_args()
-    results = {str(size): run_size(size, long=args.long, only=args.only) for size in args.ranks}
+    with tempfile.TemporaryDirectory() as shared:
+        results = {str(size): run_size(size, Path(shared), long=args.long, only=args.only) for size in args.ranks}
     if args.json:
         args.json.write_text(json.dumps(results))
         return 0

@@ -1,11 +1,12 @@
 """What is run on several processes, and compared with one: each case is called on every rank, and asserts.
 
-The single process is the same code on the whole batch, in float64, so that routing cannot differ; every rank makes it
-for itself. Numbers are compared one by one.
+The single process is the same code on the whole batch, in float64, so that routing cannot differ. Numbers are compared
+one by one.
 """
 
 import contextlib
 import dataclasses
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from moe.layer import MoELayer
 from moe.model import Transformer
 from moe.ops import Routing
 from moe.parallel import apply, divide_experts, make_mesh, parallelize
-from moe.parallel.apply import ParallelConfig, clip_grad_norm, region
+from moe.parallel.apply import ParallelConfig, clip_grad_norm, part_like, region
 from moe.parallel.dispatch import AllToAllDispatcher
 from moe.train.optimizer import build_optimizers
 from tests.bound import UNIT, excess
@@ -32,12 +33,20 @@ from tests.bound import UNIT, excess
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others; `alone` is a process group of it alone."""
+    """This process among the others; `alone` is a process group of it alone, `folder` is the same for all sizes."""
 
     rank: int
     size: int
     alone: Any
     folder: Path
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` returns, called on rank 0 of the first size that asks."""
+        file = self.folder / f"{name}.pt"
+        if self.rank == 0 and not file.exists():
+            torch.save(make(), file)
+        dist.barrier()
+        return torch.load(file, weights_only=False)
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,8 @@ class Case:
 def warnings_are_errors() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        # torch.compile's own, when it looks at parameters that FSDP has gathered.
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf Tensor")
         yield
 
 
@@ -57,27 +68,44 @@ def cases(size: int, *, long: bool) -> list[Case]:
     """Those for so many ranks, in the order in which they run."""
     found = [Case(f"dispatch {name}", partial(dispatch, how=name)) for name in ROUTINGS]
     found += [Case(f"payload {name}", partial(payload, how=name)) for name in ("bf16", "fp8")]
-    for ep, shard, replicate in meshes(size, long=long):
-        name = f"ep {ep} shard {shard} replicate {replicate}"
-        found.append(Case(f"muon, {name}", partial(muon, mesh=(ep, shard, replicate))))
-        found.append(Case(f"initial values, {name}", partial(initial_values, mesh=(ep, shard, replicate))))
-        for how in MODELS if long or shard == size else ("plain",):
-            found.append(Case(f"training {how}, {name}", partial(training, mesh=(ep, shard, replicate), how=how)))
+    found.append(Case("somebody else's model", foreign))
+    if size in (2, 8):
+        found.append(Case("mixed precision", mixed_precision))
+    if size == 2:
+        found.append(Case("compiled", compiled))
+    if size == 8:
+        found.append(Case("refusals", refusals))
+    for mesh, hows in meshes(size, long=long).items():
+        name = f"ep {mesh[0]} shard {mesh[1]} replicate {mesh[2]}"
+        found.append(Case(f"initial values, {name}", partial(initial_values, mesh=mesh)))
+        found.append(Case(f"muon, {name}", partial(muon, mesh=mesh)))
+        found += [Case(f"training {how}, {name}", partial(training, mesh=mesh, how=how)) for how in hows]
     return found
 
 
-def meshes(size: int, *, long: bool) -> list[tuple[int, int, int]]:
-    """(ep, dp_shard, dp_replicate)"""
-    chosen = {
-        1: [(1, 1, 1)],
-        2: [(1, 2, 1), (2, 2, 1), (2, 1, 2)],
-        4: [(2, 4, 1), (4, 4, 1), (2, 2, 2)],
-        8: [(4, 8, 1), (2, 4, 2)],
-    }
+# (ep, dp_shard, dp_replicate): which models train on it in the default suite.
+MESHES: dict[int, dict[tuple[int, int, int], list[str]]] = {
+    1: {(1, 1, 1): ["plain", "accumulated"]},
+    2: {
+        (1, 2, 1): ["plain"],
+        (2, 2, 1): ["plain", "recomputed", "accumulated", "padded", "global loss", "documents"],
+        (2, 1, 2): ["plain"],
+    },
+    4: {(2, 4, 1): ["plain", "global loss"], (4, 4, 1): ["recomputed"], (2, 2, 2): ["padded"]},
+    8: {(4, 8, 1): ["plain"], (2, 4, 2): ["documents"]},
+}
+
+
+def meshes(size: int, *, long: bool) -> dict[tuple[int, int, int], list[str]]:
+    """Every mesh there is, if it may take long, each with two of the models in turn."""
     if not long:
-        return chosen[size]
+        return MESHES[size]
     divisors = [d for d in (1, 2, 4, 8) if size % d == 0]
-    return [(ep, shard, size // shard) for ep in divisors for shard in divisors if shard % ep == 0 or ep % shard == 0]
+    hows = list(MODELS)
+    found = {}
+    for i, (ep, shard) in enumerate(itertools.product(divisors, divisors)):
+        found[ep, shard, size // shard] = [hows[2 * i % len(hows)], hows[(2 * i + 1) % len(hows)]]
+    return found
 
 
 def close(result: Tensor, expected: Tensor, what: str) -> None:
@@ -387,11 +415,14 @@ def token_batch(step: int, rank: int) -> dict[str, Tensor]:
 def training(ranks: Ranks, mesh: tuple[int, int, int], how: str) -> None:
     """Twenty steps on a mesh, each rank with its part of the batch, against the whole batch in one process."""
     settings = MODELS[how]
-    alone = built(settings)
-    for _, router in balance.routers(alone):
-        router.group = ranks.alone
-    expected = _train(alone, settings, slice(None), ranks.alone, nn.utils.clip_grad_norm_)
 
+    def in_one_process() -> Trace:
+        alone = built(settings)
+        for _, router in balance.routers(alone):
+            router.group = ranks.alone
+        return _train(alone, settings, slice(None), ranks.alone, nn.utils.clip_grad_norm_)
+
+    expected: Trace = ranks.once(f"training {how}", in_one_process)
     ep, shard, replicate = mesh
     config = ParallelConfig(activation_checkpointing=settings.get("activation_checkpointing", False))
     there = make_mesh(ep=ep, dp_shard=shard, dp_replicate=replicate)
@@ -439,20 +470,11 @@ def muon(ranks: Ranks, mesh: tuple[int, int, int]) -> None:
         torch.manual_seed(step)
         for parameter, mine in pairs:
             parameter.grad = torch.randn_like(parameter)
-            mine.grad = cut_like(parameter.grad, mine)
+            mine.grad = part_like(parameter.grad, mine)
         for optimizer in (*optimizers[0], *optimizers[1]):
             optimizer.step()
     for (name, parameter), (_, mine) in zip(alone.named_parameters(), pairs, strict=True):
         assert torch.equal(whole(mine), parameter), name
-
-
-def cut_like(tensor: Tensor, example: Tensor) -> Tensor:
-    """This rank's part of a whole tensor, placed as `example` is."""
-    if not isinstance(example, DTensor):
-        return tensor
-    part = tensor[region(example)].contiguous()
-    spec = {"shape": example.shape, "stride": example.stride()}
-    return DTensor.from_local(part, example.device_mesh, example.placements, run_check=False, **spec)
 
 
 def initial_values(ranks: Ranks, mesh: tuple[int, int, int]) -> None:
@@ -467,3 +489,121 @@ def initial_values(ranks: Ranks, mesh: tuple[int, int, int]) -> None:
         assert torch.equal(whole(model.state_dict()[name]), tensor), name
     experts = whole(model.state_dict()["layers.1.mlp.experts.down_proj"]).flatten(1)
     assert (torch.cdist(experts, experts) + torch.eye(len(experts)) > 0.1).all()
+
+
+def mixed_precision(ranks: Ranks) -> None:
+    """bf16 parameters under FSDP: routers, their input to the selection, biases and routing weights stay float32."""
+    config = _config(aux_loss_alpha=0.0, num_nextn_predict_layers=0)
+    model = Transformer(config, seed=1)
+    mesh = make_mesh(ep=ranks.size)
+    parallelize(model, mesh, ParallelConfig(param_dtype=torch.bfloat16))
+    balance.attach(model, torch.optim.AdamW(model.parameters()), bias_update_speed=0.01)
+    seen: dict[str, set[torch.dtype]] = {"logits": set(), "weights": set(), "rows": set()}
+
+    def spy(layer: MoELayer) -> None:
+        logits, experts = layer.gate.logits, layer.experts
+
+        def watched(x: Tensor) -> Tensor:
+            out = logits(x)
+            seen["logits"].add(out.dtype)
+            seen["rows"].add(x.dtype)
+            return out
+
+        layer.gate.logits = watched  # pyright: ignore[reportAttributeAccessIssue]
+        experts.register_forward_pre_hook(lambda _, args: seen["weights"].add(args[1].dtype) and None)
+
+    for layer in model.modules():
+        if isinstance(layer, MoELayer):
+            spy(layer)
+    ids = torch.randint(0, 40, (2, LENGTH), generator=torch.Generator().manual_seed(3))
+    out = model(ids, labels=ids)
+    assert out.loss is not None
+    out.loss.backward()
+    assert seen == {"logits": {torch.float32}, "weights": {torch.float32}, "rows": {torch.bfloat16}}
+    for _, router in balance.routers(model):
+        assert router.e_score_correction_bias.dtype == torch.float32
+        assert router.weight.dtype == torch.float32 and router.weight.grad is not None
+        assert router.weight.grad.dtype == torch.float32
+
+    # As exact as the same model in bf16 in one process: its error against float64 twice, for the tokens that are routed
+    # alike in all three.
+    exact = Transformer(config, seed=1).double().eval()
+    eager = Transformer(config, seed=1).to(torch.bfloat16).eval()
+    model.eval()
+    with torch.no_grad():
+        logits = [m(ids).logits.double() for m in (model, eager, exact)]
+    found, plain = ((part - logits[2]).norm(dim=-1).flatten().median() for part in logits[:2])
+    assert 0 < found <= 2 * plain, (found, plain)
+
+
+def compiled(ranks: Ranks) -> None:
+    """Compiled blocks under FSDP, with recomputation: the numbers of the eager model."""
+    config = _config()
+    ids = torch.randint(0, 40, (2, LENGTH), generator=torch.Generator().manual_seed(ranks.rank))
+    gradients = []
+    for kind in (False, True):
+        model = parallelize(
+            Transformer(config, seed=1).double(),
+            make_mesh(ep=ranks.size),
+            ParallelConfig(compile=kind, compile_backend="aot_eager", activation_checkpointing=True),
+        )
+        for _ in range(2):
+            out = model(ids, labels=ids)
+            assert out.loss is not None
+            out.loss.backward()
+        gradients.append({name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        close(gradients[1][name], gradient, name)
+
+
+def foreign(ranks: Ranks) -> None:
+    """A layer in somebody else's model and loop, where ranks average gradients themselves."""
+
+    def build() -> nn.Sequential:
+        torch.manual_seed(4)
+        return nn.Sequential(nn.Linear(6, WIDTH), _layer(), nn.Linear(WIDTH, 2)).double()
+
+    torch.manual_seed(7)
+    x = torch.randn(ranks.size, 5, 6, dtype=torch.float64)
+    alone = build()
+    alone(x).square().mean().backward()
+
+    model = build()
+    layer = model[1]
+    assert isinstance(layer, MoELayer)
+    divide_experts(layer, make_mesh(ep=ranks.size).experts["ep"])
+    model(x[ranks.rank : ranks.rank + 1]).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        assert gradient is not None
+        if not isinstance(gradient, DTensor):
+            dist.all_reduce(gradient)
+            gradient = gradient / ranks.size
+        expected = alone.get_parameter(name).grad
+        assert expected is not None
+        close(whole(gradient), expected, name)
+
+
+def refusals(ranks: Ranks) -> None:
+    """Meshes and models that do not fit, in one line that has the numbers."""
+
+    def refused(what: Callable[[], object], *words: str) -> None:
+        try:
+            what()
+        except moe.ParallelError as error:
+            text = str(error)
+            assert "\n" not in text and all(word in text for word in words), text
+        else:
+            raise AssertionError(f"not refused: {words}")
+
+    size = ranks.size
+    refused(lambda: make_mesh(ep=0), "ep = 0")
+    refused(lambda: make_mesh(ep=3), "ep = 3", f"{size} ranks")
+    refused(lambda: make_mesh(dp_shard=2 * size), f"dp_shard {2 * size}", f"there are {size}")
+    refused(lambda: make_mesh(dp_replicate=3), "dp_replicate 3", f"there are {size}")
+    mesh = make_mesh(ep=size)
+    refused(lambda: parallelize(Transformer(_config(n_routed_experts=12, n_group=4)), mesh), f"{size}", "12 experts")
+    model = parallelize(Transformer(_config()), mesh)
+    refused(lambda: parallelize(model, mesh), "already")
+    refused(lambda: divide_experts(_layer(), mesh.experts["ep"], payload="int4"), "payload", "int4")  # pyright: ignore[reportArgumentType]

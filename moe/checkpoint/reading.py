@@ -120,6 +120,64 @@ def load(
             mis-shaped; or has a dtype that is not for weights; or a repeated embedding or head differs from the
             model's own; or the folder is of an unknown family or quantisation, too large, or malformed.
     """
+    source = examine(folder, dtype, experts=experts, max_header_bytes=max_header_bytes)
+    todo, shapes, dtypes = source.todo, source.shapes, source.dtypes
+    needed = sum(math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items())
+    check_fits(todo.folder, needed, torch.device(device))
+    check_repeats(todo)
+    carried = read_carried(todo.folder)
+
+    with torch.device("meta"):
+        model = Transformer(todo.config)
+    state = {name: torch.empty(shape, dtype=dtypes[name], device=device) for name, shape in shapes.items()}
+    with (
+        Progress("loading", sum(p.row_bytes * len(p.rows) for p in source.pieces), progress) as bar,
+        Files(bar) as files,
+    ):
+        for piece in source.pieces:
+            destination = state[piece.parameter][piece.index]
+            fill(files, piece, destination, todo)
+            if piece.slot.scale_of is not None:
+                check_scales(piece.info, destination)
+    source.check_unchanged()
+    _adopt(model, state, todo)
+    model.carried_files = carried
+    model.origin = source.origin()
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder whose headers are in order, what is read of it, and what it is read into: parameter -> shape and dtype.
+
+    `identity` is of the checkpoint that stood there; `kept` says whether quantised tensors are read as they are.
+    """
+
+    todo: Plan
+    pieces: list[Piece]
+    dtypes: dict[str, torch.dtype]
+    shapes: dict[str, Shape]
+    identity: tuple[int, ...]
+    kept: bool
+
+    def check_unchanged(self) -> None:
+        """To be called when all is read: a save swaps the whole folder."""
+        if _identity(self.todo.folder) != self.identity:
+            problem = "replaced by another checkpoint while it was read; load it again"
+            raise CheckpointError(self.todo.folder, problem)
+
+    def origin(self) -> Origin:
+        return _origin(self.todo, kept=self.kept)
+
+
+def examine(
+    folder: str | PathLike[str],
+    dtype: torch.dtype | Literal["auto", "keep"],
+    *,
+    experts: range | None = None,
+    max_header_bytes: int = MAX_HEADER_BYTES,
+) -> Source:
+    """What `load` with these arguments reads; raises what headers can tell."""
     if dtype not in ("auto", "keep", *DTYPES.values()):
         raise ValueError(f"dtype = {dtype!r}: expected 'auto', 'keep' or one of {', '.join(map(str, DTYPES.values()))}")
     path = find(folder)
@@ -129,28 +187,7 @@ def load(
     check_dtypes(todo)
     mine = _experts(todo, experts)
     found = [part for piece in pieces(todo, keep=dtype == "keep") if (part := piece.of(mine)) is not None]
-    dtypes = _dtypes(found, dtype)
-    shapes = _shapes(todo, found, experts)
-    check_fits(path, sum(math.prod(s) * dtypes[name].itemsize for name, s in shapes.items()), torch.device(device))
-    check_repeats(todo)
-    carried = read_carried(path)
-
-    with torch.device("meta"):
-        model = Transformer(todo.config)
-    state = {name: torch.empty(shape, dtype=dtypes[name], device=device) for name, shape in shapes.items()}
-    with Progress("loading", sum(p.row_bytes * len(p.rows) for p in found), progress) as bar, Files(bar) as files:
-        for piece in found:
-            destination = state[piece.parameter][piece.index]
-            fill(files, piece, destination, todo)
-            if piece.slot.scale_of is not None:
-                check_scales(piece.info, destination)
-    if _identity(path) != identity:
-        # A save swaps the whole folder: headers and bytes may be of two checkpoints.
-        raise CheckpointError(path, "replaced by another checkpoint while it was read; load it again")
-    _adopt(model, state, todo)
-    model.carried_files = carried
-    model.origin = _origin(todo, kept=dtype == "keep")
-    return model.eval()
+    return Source(todo, found, _dtypes(found, dtype), _shapes(todo, found, experts), identity, dtype == "keep")
 
 
 def _identity(folder: Path) -> tuple[int, ...]:

@@ -1,9 +1,10 @@
 """`save`: a model as a Hugging Face checkpoint folder, whole or not at all."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +21,10 @@ from moe.counts import parameter_shapes
 from moe.errors import CheckpointError
 from moe.model import Transformer
 
+MAX_SHARD_BYTES = 5 * 2**30
 
-def save(model: Transformer, folder: str | PathLike[str], *, max_shard_bytes: int = 5 * 2**30) -> None:
+
+def save(model: Transformer, folder: str | PathLike[str], *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write `model` in Hugging Face layout, so that transformers and the engines load it.
 
     Tensors keep their dtypes; the correction bias is fp32. Shards hold at most `max_shard_bytes` of data each, or one
@@ -36,6 +39,20 @@ def save(model: Transformer, folder: str | PathLike[str], *, max_shard_bytes: in
     Raises `CheckpointError` before writing anything if the family's files cannot express the model, and for what the
     system answers: a full disk and the like.
     """
+    save_through(lambda name, tensor: tensor, model, folder, max_shard_bytes=max_shard_bytes)
+
+
+def save_through(
+    view: Callable[[str, Tensor], Any],
+    model: Transformer,
+    folder: str | PathLike[str],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """`save`, where the values of a parameter are those of `view(name, parameter)[index]`, asked for in file order.
+
+    Of the parameter itself only shape and dtype are used; of correction biases the values, too.
+    """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes = {max_shard_bytes}: expected a positive number")
     target = Path(os.path.realpath(folder))
@@ -49,7 +66,7 @@ def save(model: Transformer, folder: str | PathLike[str], *, max_shard_bytes: in
 
     def value(entry: Entry) -> Tensor:
         slot = slots[entry.name]
-        return slot.stored(state[slot.parameter])
+        return slot.stored(view(slot.parameter, state[slot.parameter]))
 
     with replacing(target, manifest) as new:
         write_shards(new, entries, value, max_shard_bytes, manifest)

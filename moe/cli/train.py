@@ -1,14 +1,22 @@
 """`moesmith train`: train a model on text, from a preset, and save it."""
 
+import contextlib
 import json
 import os
 import shlex
 import signal
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from moe.errors import ConfigError, ParallelError
 from moe.train.settings import Settings
+
+if TYPE_CHECKING:
+    from moe.parallel import Mesh
 
 
 @dataclass(frozen=True)
@@ -16,7 +24,9 @@ class Args(Settings):
     """Train a model on text and save it where transformers and `moesmith generate` can load it.
 
     The defaults train the tiny preset, a whole DeepSeek-V3 in small, in two minutes on two CPU cores. Runs compute on
-    the CPU in fp32, and equal settings give equal bits.
+    the CPU in fp32 unless told otherwise, and equal settings give equal bits.
+
+    Under torchrun (torchrun --nproc-per-node N -m moe train ...) N processes train one model on parts of each batch.
     """
 
     out: Path | None = None
@@ -41,18 +51,30 @@ def run(args: Args) -> int:
     from moe.train.run import Interrupted, train
 
     folder = args.out or Path("runs") / args.preset
-    progress = Console(stderr=True)
+    first = os.environ.get("RANK", "0") == "0"
+    mesh = None
     try:
-        summary = train(args, folder, resume=args.resume, overwrite=args.overwrite, console=progress)
+        with _ranks(args) as mesh:
+            # torchrun repeats the command that was given, when it restarts all ranks because one has died.
+            again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and (folder / "settings.json").exists()
+            progress = Console(stderr=True, quiet=not first)
+            resume, overwrite = args.resume or again, args.overwrite and not again
+            summary = train(args, folder, resume=resume, overwrite=overwrite, console=progress, mesh=mesh)
     except Interrupted as stop:
-        command = shlex.join(["moesmith", "train", *args.options(), "--out", str(folder), "--resume"])
+        program = ["moesmith"] if mesh is None else ["torchrun", "...", "-m", "moe"]
+        command = shlex.join([*program, "train", *args.options(), "--out", str(folder), "--resume"])
+        if not first:
+            return 128 + stop.signum
         print(f"stopped after step {stop.step}, saved; to go on: {command}", file=sys.stderr)
         if args.json:
             print(json.dumps({"interrupted": signal.Signals(stop.signum).name, "step": stop.step, "resume": command}))
         return 128 + stop.signum
     except NonFiniteError as error:
-        print(f"moesmith: {error}", file=sys.stderr)
+        if first:
+            print(f"moesmith: {error}", file=sys.stderr)
         return 2
+    if summary is None:
+        return 0
     if args.json:
         print(json.dumps(summary, ensure_ascii=False))
     else:
@@ -60,3 +82,27 @@ def run(args: Args) -> int:
         command = shlex.join(["moesmith", "generate", summary["checkpoint"], "--prompt", prompt])
         print_summary(Console(), summary, command)
     return 0
+
+
+@contextlib.contextmanager
+def _ranks(args: Args) -> "Iterator[Mesh | None]":
+    """The mesh of the ranks that torchrun has started; None in a process that is alone."""
+    if "RANK" not in os.environ:
+        for name in ("ep", "dp_shard", "dp_replicate"):
+            if getattr(args, name) not in (None, 1):
+                allowed = "1 in a single process; for more, torchrun --nproc-per-node N -m moe train ..."
+                raise ConfigError(f"--{name.replace('_', '-')}", getattr(args, name), allowed)
+        yield None
+        return
+    from moe.parallel import make_mesh, start
+
+    with start(timeout=args.timeout, device=args.device) as watch:
+        shape = {"ep": args.ep, "dp_shard": args.dp_shard, "dp_replicate": args.dp_replicate}
+        try:
+            mesh = make_mesh(**shape, journal=watch.journal)
+        except ParallelError:
+            if watch.rank:  # rank 0 says it for all, before torchrun ends it because another is gone
+                time.sleep(1)
+                raise SystemExit(2) from None
+            raise
+        yield mesh

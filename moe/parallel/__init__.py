@@ -1,14 +1,20 @@
 """One model on many ranks: expert parallelism and FSDP2, on torch.distributed."""
 
 from moe.parallel.apply import ParallelConfig as ParallelConfig
+from moe.parallel.apply import by_mesh as by_mesh
 from moe.parallel.apply import clip_grad_norm as clip_grad_norm
 from moe.parallel.apply import divide_experts as divide_experts
 from moe.parallel.apply import materialize as materialize
 from moe.parallel.apply import parallelize as parallelize
+from moe.parallel.apply import part_like as part_like
 from moe.parallel.dispatch import AllToAllDispatcher as AllToAllDispatcher
+from moe.parallel.exchange import export as export
+from moe.parallel.exchange import load as load
 from moe.parallel.mesh import Mesh as Mesh
 from moe.parallel.mesh import make_mesh as make_mesh
 from moe.parallel.placement import Placement as Placement
 from moe.parallel.placement import place as place
+from moe.parallel.states import StateWriter as StateWriter
+from moe.parallel.states import load_latest as load_latest
 from moe.parallel.watch import Watch as Watch
 from moe.parallel.watch import start as start

@@ -33,7 +33,7 @@ class ParallelConfig:
         reduce_dtype: in which gradients are summed; None is float32, or the parameters' own where that is wider.
         reshard_after_forward: free a block's gathered parameters between its forward and its backward pass.
         activation_checkpointing: recompute each block in its backward pass.
-        compile: torch.compile each block; the exchange of tokens stays eager.
+        compile: torch.compile each block, by `compile_backend`; the exchange of tokens stays eager.
         payload: how rows travel to their experts, see `AllToAllDispatcher`.
     """
 
@@ -42,6 +42,7 @@ class ParallelConfig:
     reshard_after_forward: bool = True
     activation_checkpointing: bool = False
     compile: bool = False
+    compile_backend: str = "inductor"
     payload: Payload = "same"
 
 
@@ -148,7 +149,7 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig | None = 
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     if config.compile:
         for block in blocks:
-            block.compile()
+            block.compile(backend=config.compile_backend)
 
     reduce_dtype = config.reduce_dtype
     if reduce_dtype is None:
@@ -260,7 +261,7 @@ def materialize(model: Transformer, *, seed: int = 0) -> Transformer:
     """
     device = next(model.parameters()).device
     if device.type == "meta":
-        mesh_device = _mesh_of(model).device_type
+        mesh_device = mesh_of(model).device_type
         model.to_empty(
             device="cpu"
             if mesh_device == "cpu"
@@ -272,7 +273,7 @@ def materialize(model: Transformer, *, seed: int = 0) -> Transformer:
     return model
 
 
-def _mesh_of(model: nn.Module) -> DeviceMesh:
+def mesh_of(model: nn.Module) -> DeviceMesh:
     for parameter in model.parameters():
         if isinstance(parameter, DTensor):
             return parameter.device_mesh
@@ -318,8 +319,28 @@ def region(tensor: DTensor, coordinate: Iterable[int] | None = None) -> tuple[sl
     return tuple(slice(low, high) for low, high in bounds)
 
 
+def part_like(tensor: Tensor, example: Tensor) -> Tensor:
+    """This rank's part of a whole tensor, placed as `example` is; no communication."""
+    if not isinstance(example, DTensor):
+        return tensor
+    part = tensor[region(example)].contiguous()
+    where: Any = {"run_check": False, "shape": example.shape, "stride": example.stride()}
+    return DTensor.from_local(part, example.device_mesh, example.placements, **where)
+
+
 def _is_strided(placement: Any) -> bool:
     return type(placement).__name__ == "_StridedShard"
+
+
+def by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """In lists of one device mesh each (plain tensors: one list): parameter groups for optimizers.
+
+    On CUDA torch's optimizers update a whole group at once, and refuse one that mixes meshes.
+    """
+    lists: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        lists.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
+    return list(lists.values())
 
 
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, *, journal: Journal | None = None) -> Tensor:

@@ -1,6 +1,7 @@
 """Which ranks hold what: the meshes of data, shards and experts."""
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -87,12 +88,15 @@ def make_mesh(
     return Mesh(dense, experts, journal if journal is not None else Journal(dist.get_rank()))
 
 
-def _device_mesh(kind: str, **dims: int) -> DeviceMesh:
-    """Its groups time out as the default one does; torch would give each of them its own half an hour."""
+def group_timeout(kind: str) -> timedelta:
+    """That of the default group; torch would give every other group its own half an hour."""
     assert dist.group.WORLD is not None
-    timeout = dist.group.WORLD._get_backend(torch.device(kind)).options._timeout
+    return dist.group.WORLD._get_backend(torch.device(kind)).options._timeout
+
+
+def _device_mesh(kind: str, **dims: int) -> DeviceMesh:
     options: Any = {}
     for name in dims:
         options[name] = dist.ProcessGroupNCCL.Options() if kind == "cuda" else dist.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
-        options[name]._timeout = timeout
+        options[name]._timeout = group_timeout(kind)
     return init_device_mesh(kind, tuple(dims.values()), mesh_dim_names=tuple(dims), backend_override=options)

@@ -1,21 +1,30 @@
-"""One model, its optimizers and its data: a training step, an evaluation, and the state between them."""
+"""One model, its optimizers and its data: a training step, an evaluation, and the state between them.
+
+On a mesh every rank has a `Trainer`, and calls its methods when the others do. Each takes its part of the same global
+batch, so that steps, losses and position in the data are those of one process.
+"""
 
 import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe import balance
+from moe.errors import ConfigError
 from moe.model import Output, Transformer
 from moe.train.baselines import bits_per_byte
 from moe.train.data import Dataset, Sampler, document_ids, evaluation_batches
 from moe.train.optimizer import build_optimizers
 from moe.train.schedule import learning_rate_factor
 from moe.train.settings import Settings
+
+if TYPE_CHECKING:  # importing it takes half a second
+    from moe.parallel import Mesh
 
 
 class NonFiniteError(FloatingPointError):
@@ -76,8 +85,14 @@ def deterministic() -> Iterator[None]:
 class Trainer:
     """Steps a model along a schedule. `state` after step n, loaded into a new Trainer, gives the same step n + 1."""
 
-    def __init__(self, model: Transformer, dataset: Dataset, settings: Settings) -> None:
-        self.model, self.dataset, self.settings = model, dataset, settings
+    def __init__(self, model: Transformer, dataset: Dataset, settings: Settings, mesh: "Mesh | None" = None) -> None:
+        self.model, self.dataset, self.settings, self.mesh = model, dataset, settings, mesh
+        self.ranks = mesh.size if mesh is not None else 1
+        if settings.batch_size % self.ranks:
+            raise ConfigError("--batch-size", settings.batch_size, f"a multiple of the {self.ranks} ranks")
+        each, rank = settings.batch_size // self.ranks, dist.get_rank() if mesh is not None else 0
+        self._share = slice(rank * each, (rank + 1) * each)
+        self.device = next(model.parameters()).device
         self.step_number = 0
         self.sampler = Sampler(dataset.train, settings.seq_length, settings.batch_size, settings.seed)
         self.optimizers = build_optimizers(model, settings.optimizer, settings.peak_lr, settings.weight_decay)
@@ -98,20 +113,25 @@ class Trainer:
                 group["lr"] = peak * factor
             optimizer.zero_grad()
         self.model.train()
+        if self.mesh is not None:
+            self.mesh.journal.step = number
         losses: dict[str, float] = {}
-        load = torch.zeros(())
+        load = torch.zeros((), dtype=torch.int64)
         for _ in range(settings.accumulation):
-            input_ids = self.sampler.next_batch()
+            input_ids = self.sampler.next_batch()[self._share].to(self.device)
             output = self._forward(input_ids)
             assert output.loss is not None and output.load is not None
-            if not torch.isfinite(output.loss):
+            # Of all ranks: each of them has to know that there is no step.
+            parts = self._mean({**output.losses, "sum": output.loss.detach()})
+            if not parts.pop("sum") < float("inf"):
                 raise NonFiniteError(number, "loss", self._first_non_finite(input_ids))
             # Every window predicts as many tokens, so the mean of the means is the mean over tokens.
             (output.loss / settings.accumulation).backward()
-            for name, value in output.losses.items():
-                losses[name] = losses.get(name, 0.0) + value.item() / settings.accumulation
-            load = load + output.load
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip).item()
+            for name, value in parts.items():
+                losses[name] = losses.get(name, 0.0) + value / settings.accumulation
+            load = load + output.load.cpu()
+        load = self._sum(load)
+        norm = self._clip().item()
         if not norm < float("inf"):
             raise NonFiniteError(number, "gradient", self._first_non_finite_gradient())
         for optimizer in self.optimizers:
@@ -127,16 +147,21 @@ class Trainer:
         # Training mode, because that is when MTP modules run: their experts' load counts too. No layer has dropout.
         self.model.train()
         nats, tokens, load = 0.0, 0, torch.zeros((), dtype=torch.int64)
-        for input_ids in evaluation_batches(
-            self.dataset.validation, self.settings.seq_length, self.settings.batch_size
-        ):
+        for batch in evaluation_batches(self.dataset.validation, self.settings.seq_length, self.settings.batch_size):
+            count = batch.numel() - len(batch)
+            # Rows of padding for ranks that there are no rows left for: all have to call the model.
+            each = -(-len(batch) // self.ranks)
+            rows = nn.functional.pad(batch, (0, 0, 0, each * self.ranks - len(batch)))
+            real = torch.arange(len(rows))[:, None].expand_as(rows) < len(batch)
+            start = self._share.start // (self._share.stop - self._share.start) * each
+            mine = slice(start, start + each)
+            input_ids, mask = rows[mine].to(self.device), real[mine].to(self.device)
             with self._autocast():
-                output = self.model(input_ids, labels=input_ids)
-            count = input_ids.numel() - len(input_ids)
-            nats += output.losses["ce"].item() * count
+                output = self.model(input_ids, labels=input_ids, attention_mask=mask if self.ranks > 1 else None)
+            nats += self._mean({"ce": output.losses["ce"]})["ce"] * count
             tokens += count
-            load = load + output.load
-        return Evaluation(tokens, nats, self.dataset.validation_bytes, load)
+            load = load + output.load.cpu()
+        return Evaluation(tokens, nats, self.dataset.validation_bytes, self._sum(load))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, JSON values) from which `load_state` continues bit for bit."""
@@ -145,37 +170,96 @@ class Trainer:
             for parameter, state in optimizer.state.items():
                 tensors |= {f"optimizer/{i}/{self._names[parameter]}/{key}": value for key, value in state.items()}
         tensors["rng"] = torch.get_rng_state()
-        return tensors, {"step": self.step_number, "sampler": self.sampler.state_dict()}
+        return tensors, self.position()
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """On a mesh too: `tensors` are whole, and each rank takes its part."""
         parameters = {name: parameter for parameter, name in self._names.items()}
+        owners = {p: o for o in self.optimizers for group in o.param_groups for p in group["params"]}
         weights: dict[str, Tensor] = {}
         for key, tensor in tensors.items():
             kind, _, rest = key.partition("/")
             if kind == "model":
-                weights[rest] = tensor
+                weights[rest] = self._part_like(tensor, parameters.get(rest))
             elif kind == "optimizer":
-                index, name, entry = rest.split("/")
-                self.optimizers[int(index)].state[parameters[name]][entry] = tensor
+                _, name, entry = rest.split("/")
+                parameter = parameters[name]
+                owners[parameter].state[parameter][entry] = self._part_like(tensor, parameter)
         self.model.load_state_dict(weights)
         torch.set_rng_state(tensors["rng"])
+        self.load_position(values)
+
+    def _part_like(self, tensor: Tensor, parameter: Tensor | None) -> Tensor:
+        if self.mesh is None or parameter is None or tensor.shape != parameter.shape:
+            return tensor.to(self.device) if tensor.ndim else tensor
+        from moe.parallel import part_like
+
+        return part_like(tensor.to(self.device), parameter)
+
+    def position(self) -> dict[str, Any]:
+        """JSON values: the step, and where in the data it is, for all ranks together."""
+        return {"step": self.step_number, "sampler": self.sampler.state_dict()}
+
+    def load_position(self, values: dict[str, Any]) -> None:
         self.step_number = values["step"]
         self.sampler.load_state_dict(values["sampler"])
 
     def _autocast(self) -> Any:
-        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.settings.dtype == "bf16")
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.dtype == "bf16")
 
     def _forward(self, input_ids: Tensor) -> Output:
         documents = document_ids(input_ids, self.dataset.end_of_text) if self.settings.document_mask else None
         with self._autocast():
             return self.model(input_ids, labels=input_ids, document_ids=documents)
 
+    def _clip(self) -> Tensor:
+        if self.mesh is None:
+            return nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        from moe.parallel import clip_grad_norm
+
+        return clip_grad_norm(self.model.parameters(), self.settings.clip, journal=self.mesh.journal)
+
+    def _mean(self, values: dict[str, Tensor]) -> dict[str, float]:
+        """Means over the ranks, which weigh their own already."""
+        flat = torch.stack([value.double() for value in values.values()])
+        return dict(zip(values, (self._sum(flat) / self.ranks).tolist(), strict=True))
+
+    def _sum(self, values: Tensor) -> Tensor:
+        """Over the ranks."""
+        if self.mesh is not None:
+            values = values.to(self.device)
+            with self.mesh.journal.collective("trainer", "sum of reports"):
+                dist.all_reduce(values)
+        return values
+
+    def agree(self, value: Any) -> Any:
+        """Rank 0's."""
+        if self.mesh is None:
+            return value
+        said = [value]
+        dist.broadcast_object_list(said, src=0)
+        return said[0]
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on any rank."""
+        return bool(self._sum(torch.tensor(int(flag))))
+
+    def _first_of_all(self, found: str) -> str:
+        """What the first rank says that has something to say."""
+        if self.mesh is None:
+            return found
+        said: list[Any] = [None] * self.ranks
+        dist.all_gather_object(said, found)
+        return next((f"{text} (rank {rank})" for rank, text in enumerate(said) if text), "")
+
     @torch.no_grad()
     def _first_non_finite(self, input_ids: Tensor) -> str:
         """Where a forward pass goes wrong: the first parameter, else the first module to return, that is not finite."""
-        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
-            if not torch.isfinite(tensor).all():
-                return f"first in the parameter {name}"
+        tensors = (*self.model.named_parameters(), *self.model.named_buffers())
+        bad = next((name for name, tensor in tensors if not torch.isfinite(_part(tensor)).all()), "")
+        told = self._first_of_all(bad and f"first in the parameter {bad}")
+        if told:
+            return told
         found: list[str] = []
 
         def look(module: nn.Module, _: Any, output: Any) -> None:
@@ -189,14 +273,20 @@ class Trainer:
         finally:
             for hook in hooks:
                 hook.remove()
-        return f"first in the output of {found[0]}" if found else "every module's output is finite"
+        told = self._first_of_all(f"first in the output of {found[0]}" if found else "")
+        return told or "every module's output is finite"
 
     def _first_non_finite_gradient(self) -> str:
         # The backward pass runs from the last parameter to the first.
-        for parameter, name in reversed(self._names.items()):
-            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-                return f"first in the gradient of {name}"
-        return "every parameter's gradient is finite, their norm is not"
+        gradients = ((name, parameter.grad) for parameter, name in reversed(self._names.items()))
+        bad = (name for name, grad in gradients if grad is not None and not torch.isfinite(_part(grad)).all())
+        told = self._first_of_all(next((f"first in the gradient of {name}" for name in bad), ""))
+        return told or "every parameter's gradient is finite, their norm is not"
+
+
+def _part(tensor: Any) -> Tensor:
+    """What this rank holds of a parameter or a gradient."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

@@ -110,11 +110,11 @@ def _is_parallel() -> bool:
 
 
 def _by_mesh(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """In lists of one device mesh each (plain tensors: one list), which fused updates insist on."""
-    lists: dict[Any, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        lists.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
-    return list(lists.values()) or [[]]
+    if not _is_parallel():
+        return [parameters]
+    from moe.parallel import by_mesh
+
+    return by_mesh(parameters)
 
 
 def build_optimizers(

@@ -8,26 +8,31 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from rich.console import Console
 
 from moe.balance import LoadReport
-from moe.errors import CheckpointError, ConfigError
+from moe.checkpoint import load
+from moe.errors import CheckpointError, ConfigError, ParallelError
 from moe.generation import generate
 from moe.model import Transformer
 from moe.presets import preset
 from moe.train.baselines import bigram_nats, bits_per_byte, unigram_nats
-from moe.train.data import open_dataset, prepare
+from moe.train.data import Dataset, open_dataset, prepare
 from moe.train.loop import Trainer, deterministic
 from moe.train.metrics import Metrics
 from moe.train.report import ProgressDisplay
 from moe.train.settings import Settings
-from moe.train.state import load_latest_state, save_state
+from moe.train.state import is_safetensors_state, load_latest_state, save_state
+
+if TYPE_CHECKING:  # importing it takes half a second
+    from moe.parallel import Mesh
 
 SAMPLE_PROMPT_TOKENS = 16
 SAMPLE_NEW_TOKENS = 96
@@ -42,8 +47,14 @@ class Interrupted(Exception):
 
 
 def train(
-    settings: Settings, folder: Path, *, resume: bool = False, overwrite: bool = False, console: Console
-) -> dict[str, Any]:
+    settings: Settings,
+    folder: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console,
+    mesh: "Mesh | None" = None,
+) -> dict[str, Any] | None:
     """Train, and return the summary that is also written as summary.json.
 
     The folder gets settings.json, data/ (tokens, tokenizer), states/ (see `moe.train.state`), metrics.jsonl,
@@ -52,18 +63,30 @@ def train(
     A run that was ended at any moment, by a signal or a crash, goes on with `resume` from its last saved state, and
     ends with the bits of a run that was never ended (on one machine, with one number of threads).
 
+    On a mesh every rank calls this, with one folder that all of them see. Rank 0 writes it; its states are those of
+    `moe.parallel.StateWriter`, of which each rank writes its part, and which any other mesh, or one process, resumes
+    from. Equal settings give the losses and the counts of one process, up to the order of sums. Other ranks return
+    None.
+
     Raises:
         ConfigError: settings, data or a folder that do not fit.
         Interrupted: SIGINT or SIGTERM, after the step in progress was finished and saved; a second one kills.
         NonFiniteError: see `moe.train.loop`.
     """
     started = time.perf_counter()
-    with deterministic(), _stop_signals(console) as stopped:
-        _open_folder(folder, settings, resume=resume, overwrite=overwrite)
+    first = mesh is None or dist.get_rank() == 0
+    with deterministic(), _stop_signals(console, once_more_kills=mesh is None) as stopped:
+        with _agreed(mesh):
+            if first:
+                _open_folder(folder, settings, resume=resume, overwrite=overwrite)
         try:
-            trainer = _trainer(folder, settings)
+            with _agreed(mesh):
+                if first:
+                    _dataset(folder, settings)
+            with _agreed(mesh):
+                trainer = _trainer(folder, settings, mesh)
         except ConfigError:
-            if not resume:
+            if first and not resume:
                 shutil.rmtree(folder)  # nothing was done there yet, and the next attempt needs the name
             raise
         facts = trainer.dataset.facts
@@ -72,48 +95,102 @@ def train(
             f"data: {facts['train']['tokens']:,} training tokens of {facts['train']['documents']} documents, "
             f"{facts['validation']['tokens']:,} held out of {facts['validation']['documents']}",
         )
+        if mesh is not None:
+            _say(console, str(mesh))
         if resume:
-            saved = load_latest_state(folder / "states")
-            if saved is not None:
-                trainer.load_state(*saved)
-                _warn_of_other_bits(console, saved[1])
+            _load_state(trainer, folder / "states", console)
             _say(console, f"resuming after step {trainer.step_number} of {settings.steps}")
-        metrics = Metrics(folder / "metrics.jsonl", until=trainer.step_number)
+        metrics = Metrics(folder / "metrics.jsonl" if first else None, until=trainer.step_number)
         with ProgressDisplay(console, settings.steps, trainer.step_number) as display:
             _run_steps(trainer, metrics, folder / "states", display, stopped)
-        summary = _finish(trainer, metrics, folder) | {"seconds": time.perf_counter() - started}
+        trainer.model.eval()
+        _save_checkpoint(trainer, folder / "checkpoint")
+        if not first:
+            return None
+        summary = _summary(trainer, metrics, folder) | {"seconds": time.perf_counter() - started}
         _write_json(folder / "summary.json", summary)
         return summary
 
 
-def _trainer(folder: Path, settings: Settings) -> Trainer:
+@contextlib.contextmanager
+def _agreed(mesh: "Mesh | None") -> Iterator[None]:
+    """A mistake that a rank finds in the block ends all of them, so that none waits for one that has given up.
+
+    The first rank that has an error raises it; the others leave without a word.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except (ConfigError, CheckpointError, ParallelError, OSError) as raised:
+        error = raised
+    if mesh is not None:
+        found: list[bool] = [False] * mesh.size
+        dist.all_gather_object(found, error is not None)
+        if any(found) and found.index(True) != dist.get_rank():
+            time.sleep(1)  # torchrun ends all ranks when one is gone: the one that speaks shall have done so by then
+            raise SystemExit(2)
+    if error is not None:
+        raise error
+
+
+def _dataset(folder: Path, settings: Settings) -> Dataset:
     config = preset(settings.preset)
     if settings.seq_length > config.max_position_embeddings:
         raise ConfigError("--seq-length", settings.seq_length, f"at most {config.max_position_embeddings}")
     if (folder / "data" / "data.json").exists():
-        dataset = open_dataset(folder / "data")
-    else:
-        dataset = prepare(folder / "data", settings.data, settings.tokenizer, config.vocab_size)
+        return open_dataset(folder / "data")
+    return prepare(folder / "data", settings.data, settings.tokenizer, config.vocab_size)
+
+
+def _trainer(folder: Path, settings: Settings, mesh: "Mesh | None") -> Trainer:
+    dataset = _dataset(folder, settings)
     ends = {"bos_token_id": dataset.end_of_text, "eos_token_id": dataset.end_of_text}
+    config = preset(settings.preset)
     config = dataclasses.replace(config, vocab_size=dataset.facts["vocab_size"], extra={**config.extra, **ends})
     torch.manual_seed(settings.seed)
-    model = Transformer(config, seed=settings.seed)
+    if mesh is None:
+        with torch.device(settings.device):
+            model = Transformer(config, seed=settings.seed)
+    else:
+        from moe.parallel import ParallelConfig, materialize, parallelize
+
+        with torch.device("meta"):
+            model = Transformer(config)
+        parallelize(model, mesh, ParallelConfig(payload=settings.dispatch))
+        materialize(model, seed=settings.seed)
     model.carried_files = dataset.carried_files()
-    return Trainer(model, dataset, settings)
+    return Trainer(model, dataset, settings, mesh)
+
+
+def _load_state(trainer: Trainer, states: Path, console: Console) -> None:
+    """The newest state, of one process or of many, whichever this run is."""
+    if trainer.mesh is None and is_safetensors_state(states):
+        saved = load_latest_state(states)
+        if saved is not None:
+            trainer.load_state(*saved)
+            _warn_of_other_bits(console, saved[1])
+        return
+    from moe.parallel import load_latest
+
+    values = load_latest(states, trainer.model, trainer.optimizers)
+    if values is not None:
+        trainer.load_position(values)
 
 
 def _run_steps(trainer: Trainer, metrics: Metrics, states: Path, display: ProgressDisplay, stopped: list[int]) -> None:
     settings = trainer.settings
+    write = _state_writer(trainer, states)
 
-    def save() -> Path:
+    def save(*, wait: bool = False) -> Path:
         metrics.sync()
-        return save_state(states, *trainer.state(), keep=settings.keep)
+        return write(wait)
 
+    validated = trainer.agree({record["step"] for record in metrics.of("validation")})
     while True:
         step = trainer.step_number
         at_end = step == settings.steps
         due = step == 0 or at_end or (settings.eval_every and step % settings.eval_every == 0)
-        if due and not any(record["step"] == step for record in metrics.of("validation")):
+        if due and step not in validated:
             evaluation = trainer.evaluate()
             metrics.write(
                 "validation",
@@ -127,11 +204,12 @@ def _run_steps(trainer: Trainer, metrics: Metrics, states: Path, display: Progre
                 f"{evaluation.bits_per_byte:.4f} bits/byte"
             )
         if at_end or (settings.save_every and step and step % settings.save_every == 0):
-            save()
+            save(wait=at_end)
         if at_end:
             return
-        if stopped:
-            raise Interrupted(stopped[0], step, save())
+        if trainer.any(bool(stopped)):
+            signum = stopped[0] if stopped else signal.SIGTERM
+            raise Interrupted(signum, step, save(wait=True))
         report = trainer.step()
         max_vio = LoadReport(trainer.layer_names, report.load).max_vio
         metrics.write(
@@ -146,11 +224,35 @@ def _run_steps(trainer: Trainer, metrics: Metrics, states: Path, display: Progre
         display.update(trainer.step_number, report.losses["ce"], report.tokens_per_second, max(max_vio))
 
 
-def _finish(trainer: Trainer, metrics: Metrics, folder: Path) -> dict[str, Any]:
+def _state_writer(trainer: Trainer, states: Path) -> Callable[[bool], Path]:
+    """What saves the trainer's state, and returns its folder; with True, not before it is on disk."""
+    keep = trainer.settings.keep
+    if trainer.mesh is None:
+        return lambda _: save_state(states, *trainer.state(), keep=keep)
+    from moe.parallel import StateWriter
+
+    writer = StateWriter(states, trainer.mesh, keep=keep)
+
+    def write(wait: bool) -> Path:
+        folder = writer.save(trainer.model, trainer.optimizers, trainer.position())
+        if wait:
+            writer.wait()
+        return folder
+
+    return write
+
+
+def _save_checkpoint(trainer: Trainer, folder: Path) -> None:
+    if trainer.mesh is None:
+        trainer.model.save(folder)
+        return
+    from moe.parallel import export
+
+    export(trainer.model, folder)
+
+
+def _summary(trainer: Trainer, metrics: Metrics, folder: Path) -> dict[str, Any]:
     model, dataset = trainer.model, trainer.dataset
-    checkpoint = folder / "checkpoint"
-    model.eval()
-    model.save(checkpoint)
     validation = metrics.of("validation")
     tokens = len(dataset.validation) - 1
     scores = {
@@ -167,7 +269,7 @@ def _finish(trainer: Trainer, metrics: Metrics, folder: Path) -> dict[str, Any]:
     mean_seconds = sum(1 / record["tokens_per_second"] for record in train_records) / len(train_records)
     return {
         "folder": str(folder),
-        "checkpoint": str(checkpoint),
+        "checkpoint": str(folder / "checkpoint"),
         "metrics": str(metrics.file),
         "steps": trainer.step_number,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -182,7 +284,7 @@ def _finish(trainer: Trainer, metrics: Metrics, folder: Path) -> dict[str, Any]:
             {"layer": name, "max_vio": vio, "dead_experts": dead, "tokens": counts} for name, vio, dead, counts in rows
         ],
         "plots": _plot(folder, metrics, load, {name: scores[name]["nats_per_token"] for name in ("unigram", "bigram")}),
-        "sample": _sample(trainer),
+        "sample": _sample(trainer, folder / "checkpoint"),
     }
 
 
@@ -197,15 +299,17 @@ def _plot(folder: Path, metrics: Metrics, load: LoadReport, baselines: dict[str,
     return [str(file) for file in files]
 
 
-def _sample(trainer: Trainer) -> dict[str, str]:
+def _sample(trainer: Trainer, checkpoint: Path) -> dict[str, str]:
     """The opening of the first held-out document, continued."""
     dataset = trainer.dataset
+    # On a mesh every rank would have to take part, and draw the same tokens.
+    model = trainer.model if trainer.mesh is None else load(checkpoint, dtype=torch.float32)
     opening = dataset.validation[: 1 + SAMPLE_PROMPT_TOKENS].astype(np.int64)
     ends = np.flatnonzero(opening[1:] == dataset.end_of_text)
     prompt = opening[: ends[0] + 1] if len(ends) else opening
     ids = generate(
-        trainer.model,
-        torch.from_numpy(prompt)[None],
+        model,
+        torch.from_numpy(prompt)[None].to(next(model.parameters()).device),
         max_new_tokens=SAMPLE_NEW_TOKENS,
         temperature=0.7,
         top_p=0.9,
@@ -261,16 +365,22 @@ def _say(console: Console, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _stop_signals(console: Console) -> Iterator[list[int]]:
-    """A list that the first SIGINT or SIGTERM is put into; a second one does what it would do without us."""
+def _stop_signals(console: Console, *, once_more_kills: bool) -> Iterator[list[int]]:
+    """A list that SIGINT or SIGTERM is put into; a second one does what it would do without us.
+
+    Unless torchrun is there: it passes Ctrl-C on as a second signal at once, and kills what does not end in time.
+    """
     stopped: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def stop(number: int, _: Any) -> None:
         stopped.append(number)
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
-        _say(console, f"{signal.Signals(number).name}: finishing this step and saving; once more to stop at once")
+        if once_more_kills:
+            for each in before:
+                signal.signal(each, signal.SIG_DFL)
+        once_more = "; once more to stop at once" if once_more_kills else ""
+        if len(stopped) == 1:
+            _say(console, f"{signal.Signals(number).name}: finishing this step and saving{once_more}")
 
     for number in before:
         signal.signal(number, stop)

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from moe.errors import ConfigError
 
-# These change what is written and shown, not what is trained; a resumed run may have others.
-_CADENCE = ("eval_every", "save_every", "keep")
+# These change what is written and shown, and where it is computed, not what is trained; a resumed run may have others.
+_FREE = ("eval_every", "save_every", "keep", "device", "ep", "dp_shard", "dp_replicate", "timeout")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Settings:
     steps: int = 320
     """Optimizer steps."""
     batch_size: int = 4
-    """Windows of text in one forward pass."""
+    """Windows of text in one forward pass, of all ranks together."""
     accumulation: int = 1
     """Forward passes in one optimizer step."""
     seq_length: int = 256
@@ -58,9 +58,21 @@ class Settings:
     """Steps between saved states; one is always saved at the end or when interrupted. 0 for that one only."""
     keep: int = 2
     """Saved states that are kept."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to compute; under torchrun each process takes the GPU of its local rank."""
+    ep: int = 1
+    """Under torchrun: ranks among which the experts of each layer are divided."""
+    dp_shard: int | None = None
+    """Under torchrun: ranks over which all other parameters are cut; by default all, divided by --dp-replicate."""
+    dp_replicate: int = 1
+    """Under torchrun: copies of these."""
+    dispatch: Literal["same", "fp8"] = "same"
+    """How tokens travel to experts on other ranks: in their own dtype, or in FP8 with a scale for 128 values."""
+    timeout: float = 600.0
+    """Under torchrun: seconds after which a rank that does not answer is an error on all others."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "keep"):
+        for name in ("steps", "batch_size", "accumulation", "keep", "ep", "dp_replicate"):
             self._require(name, getattr(self, name) >= 1, "1 or more")
         for name in ("eval_every", "save_every", "warmup"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
@@ -68,6 +80,8 @@ class Settings:
         self._require("seed", 0 <= self.seed < 2**63, "an integer from 0 to 2^63 - 1")
         self._require("lr", 0 < self.peak_lr < math.inf, "a finite number above 0")
         self._require("clip", 0 < self.clip < math.inf, "a finite number above 0")
+        self._require("timeout", 0 < self.timeout < math.inf, "a finite number above 0")
+        self._require("dp_shard", self.dp_shard is None or self.dp_shard >= 1, "1 or more")
         for name in ("weight_decay", "bias_update_speed"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "a finite number from 0 up")
 
@@ -82,7 +96,7 @@ class Settings:
 
     def deciding(self) -> dict[str, Any]:
         """JSON values of the settings that a resumed run must share. Paths are absolute."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(Settings) if f.name not in _CADENCE}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(Settings) if f.name not in _FREE}
         values["data"] = [str(path.resolve()) for path in self.data]
         values["lr"] = self.peak_lr
         values["tokenizer"] = str(self.tokenizer.resolve()) if self.tokenizer else None

@@ -56,5 +56,11 @@ def load_latest_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] 
         ) from None
 
 
+def is_safetensors_state(folder: Path) -> bool:
+    """Whether the newest state, if there is any, is one of `save_state`, and not of many ranks."""
+    states = _states(folder)
+    return not states or (states[-1] / "tensors.safetensors").exists()
+
+
 def _states(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if not path.name.endswith(_PARTIAL))

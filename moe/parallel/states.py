@@ -1,0 +1,439 @@
+"""Training states of a model on a mesh: saved while training goes on, loaded on any other mesh, or on none.
+
+`states/step-000040/` holds what `torch.distributed.checkpoint` writes (a file of each rank's parts, and `.metadata`)
+and state.json: the caller's values, torch's version, the mesh, and the size of every file. All ranks must see the
+folder. A state is written as `step-000040.partial`, synced by every rank, and renamed by the first when the last is
+done, so that whatever ends the processes leaves the states before it untouched.
+
+These are for going on with one's own training. `.metadata` is a pickle: never load a state from a stranger, although
+only the few classes that belong there are let in. Models are exchanged as safetensors, see `moe.parallel.export`.
+"""
+
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from moe.checkpoint.atomic import settle, sync
+from moe.errors import CheckpointError
+from moe.parallel.agreement import on_first, together
+from moe.parallel.apply import region
+from moe.parallel.mesh import Mesh, group_timeout
+
+_VALUES = "state.json"
+_PARTIAL = ".partial"
+_NAME = re.compile(r"step-(\d+)")
+# What an optimizer keeps of a parameter once it has stepped it. torch's Muon and ours take each other's.
+_KEPT = {
+    "AdamW": {"step", "exp_avg", "exp_avg_sq"},
+    "Muon": {"momentum_buffer"},
+    "BatchedMuon": {"momentum_buffer"},
+}
+
+
+class StateWriter:
+    """Saves states below `folder`, one at a time, in a thread of each rank; keeps the `keep` newest.
+
+    Made, and called, by all ranks of the mesh alike.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], mesh: Mesh, *, keep: int = 2) -> None:
+        if keep < 1:
+            raise ValueError(f"keep = {keep}: expected 1 or more")
+        self.folder, self.mesh, self.keep = Path(folder), mesh, keep
+        # One of its own: the thread's collectives may not come between those of training.
+        self._group: Any = dist.new_group(backend="gloo", timeout=group_timeout(mesh.device.type))
+        self._pending: Future[Any] | None = None
+        self._name = ""
+
+    def save(self, model: nn.Module, optimizers: Sequence[Optimizer], values: Mapping[str, Any]) -> Path:
+        """Begin to save the state of step `values["step"]`; returns the folder that it will be.
+
+        Waits until the save before is done, then copies what this rank holds into the CPU's memory and returns: what
+        changes afterwards is not in the state. Learning rates and the like are the caller's, and belong into `values`
+        (JSON, rank 0's count) if they do not follow from the step. A state of this step that is there stays.
+
+        Raises:
+            CheckpointError: on all ranks, what has ended the save before; this one has not begun then. Or the folder
+                cannot be made.
+        """
+        self.wait()
+        text = dict(values) | {"torch": torch.__version__, "mesh": str(self.mesh)}
+        json.dumps(text)
+        final = self.folder / f"step-{values['step']:06d}"
+        if on_first(final, lambda: _make_room(final), self._group):
+            parts = {name: _Part.of(tensor).copy() for name, tensor in _tensors(model, optimizers).items()}
+            writer = _Writer(final, text, self.keep)
+            self._name = str(final)
+            self._pending = async_save(  # pyright: ignore[reportAttributeAccessIssue]
+                parts, storage_writer=writer, planner=_SavePlanner(), process_group=self._group
+            )
+        return final
+
+    def wait(self) -> None:
+        """Until the save that was begun is on the disk. Call it before the process group is destroyed.
+
+        Raises:
+            CheckpointError: it has failed. The states before it are as they were.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except (Exception, CheckpointException) as error:
+            raise _plain(error, self._name, "not saved") from error
+
+
+def load_latest(
+    folder: str | os.PathLike[str], model: nn.Module, optimizers: Sequence[Optimizer]
+) -> dict[str, Any] | None:
+    """Put the newest state below `folder` into a model and its optimizers; returns its values, None if there is none.
+
+    A collective call of all ranks, or of one process without a process group. The model has memory already, and lies on
+    any mesh; optimizers need not have stepped. Each rank reads its own parts, the model's beside those that it has.
+    Leftovers of killed saves are removed, so no `StateWriter` may be at work there.
+
+    Raises:
+        CheckpointError: on all ranks, before anything has changed: the state is incomplete or damaged, or of another
+            model or other optimizers.
+    """
+    folder = Path(folder)
+    found = on_first(folder, lambda: _latest(folder))
+    if found is None:
+        return None
+    path, values, entries = found
+    with together(path):
+        wanted = _Wanted(path, model, optimizers, entries)
+    try:
+        with warnings.catch_warnings():
+            # That one process loads alone is what was asked for.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+            load(wanted.parts, storage_reader=_Reader(path), planner=_LoadPlanner())
+    except (Exception, CheckpointException) as error:
+        raise _plain(error, path, "cannot be loaded") from error
+    wanted.commit()
+    return values
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What this rank holds of a tensor: the values, and where they stand in the whole, which has this size.
+
+    Not a DTensor, whose copy on the CPU would still be one of its mesh's device.
+    """
+
+    local: Tensor
+    offsets: torch.Size
+    size: torch.Size
+
+    @staticmethod
+    def of(tensor: Tensor) -> "_Part":
+        if not isinstance(tensor, DTensor):
+            return _Part(tensor.detach(), torch.Size([0] * tensor.ndim), tensor.shape)
+        where, local = region(tensor), tensor.to_local().detach()
+        assert [s.stop - s.start for s in where] == list(local.shape), (tensor.placements, where, local.shape)
+        return _Part(local, torch.Size(s.start for s in where), tensor.shape)
+
+    def copy(self) -> "_Part":
+        return _Part(self.local.to("cpu", copy=True), self.offsets, self.size)
+
+    def empty(self, dtype: torch.dtype) -> "_Part":
+        return _Part(torch.empty(self.local.shape, dtype=dtype), self.offsets, self.size)
+
+    @property
+    def chunk(self) -> ChunkStorageMetadata:
+        return ChunkStorageMetadata(self.offsets, self.local.shape)
+
+
+def _tensors(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+    """model/NAME and optimizer/NAME/ENTRY -> tensor. By name alone: which of several optimizers it is may differ."""
+    tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+    for name, parameter, optimizer in _steppers(model, optimizers):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer/{name}/{key}"] = value
+    return tensors
+
+
+def _steppers(model: nn.Module, optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, nn.Parameter, Optimizer]]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter not in names:
+                    raise ValueError("an optimizer has a parameter that is not the model's")
+                yield names[parameter], parameter, optimizer
+
+
+class _SavePlanner(DefaultSavePlanner):
+    """Writes `_Part`s; of equal ones, one rank's."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def create_local_plan(self) -> SavePlan:
+        items = []
+        for name, part in self.state_dict.items():
+            if part.local.numel():
+                data = TensorWriteData(part.chunk, TensorProperties.create_from_tensor(part.local), part.size)
+                items.append(WriteItem(MetadataIndex(name, part.offsets), WriteItemType.SHARD, tensor_data=data))
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn].local
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    """Reads into `_Part`s, whatever parts were written."""
+
+    def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        items = []
+        for name, part in self.state_dict.items():
+            if not part.local.numel():
+                continue
+            saved: Any = self.metadata.state_dict_metadata[name]
+            found = create_read_items_for_chunk_list(name, saved, [part.chunk])
+            if sum(math.prod(item.lengths) for item in found) != part.local.numel():
+                raise ValueError(f"{name}: parts of it are nowhere")
+            items += found
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn].local
+
+
+class _Writer(FileSystemWriter):
+    """Writes beside the final place, and renames when all ranks are done."""
+
+    def __init__(self, final: Path, values: dict[str, Any], keep: int) -> None:
+        super().__init__(final.with_name(final.name + _PARTIAL), per_thread_copy_ahead=0)
+        self.final, self.values, self.keep = final, values, keep
+
+    def stage(self, state_dict: Any) -> Any:
+        return state_dict  # copies already
+
+    def storage_meta(self) -> None:
+        return None  # where it was written is nobody's business later
+
+    def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
+        """On rank 0, after every rank has synced its file."""
+        super().finish(metadata, results)
+        partial = Path(self.path)
+        sizes: dict[str, int] = {}
+        for result in (result for of_rank in results for result in of_rank):
+            info = result.storage_data
+            sizes[info.relative_path] = max(sizes.get(info.relative_path, 0), info.offset + info.length)
+        sizes[".metadata"] = (partial / ".metadata").stat().st_size
+        _check_files(partial, sizes)
+        (partial / _VALUES).write_text(json.dumps(self.values | {"files": sizes}, indent=2))
+        settle(partial)
+        sync(partial)
+        os.rename(partial, self.final)
+        sync(self.final.parent)
+        for old in _states(self.final.parent)[: -self.keep]:
+            with suppress(OSError):  # the save is done; the next one tries again
+                doomed = old.with_name(old.name + _PARTIAL)
+                os.rename(old, doomed)  # a kill leaves no half of it under its name
+                shutil.rmtree(doomed)
+
+
+class _Reader(FileSystemReader):
+    """Reads no pickle but of the classes that DCP's metadata is made of."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            return _Unpickler(file).load()
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        known = {
+            "torch.distributed.checkpoint.metadata": (
+                "Metadata",
+                "TensorStorageMetadata",
+                "TensorProperties",
+                "ChunkStorageMetadata",
+                "MetadataIndex",
+                "_MEM_FORMAT_ENCODING",
+            ),
+            "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+            "torch.serialization": ("_get_layout",),
+            "torch": ("Size", *(n for n, value in vars(torch).items() if isinstance(value, torch.dtype))),
+        }
+        if name not in known.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} does not belong into a state")
+        return super().find_class(module, name)
+
+
+def _make_room(final: Path) -> bool:
+    """False if the state is there: a resumed run may be stopped before its first step."""
+    if final.exists():
+        return False
+    partial = final.with_name(final.name + _PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return True
+
+
+def _states(folder: Path) -> list[Path]:
+    """Oldest first."""
+    found = ((_NAME.fullmatch(path.name), path) for path in folder.glob("step-*"))
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+
+
+def _latest(folder: Path) -> tuple[Path, dict[str, Any], dict[str, tuple[torch.Size, torch.dtype]]] | None:
+    """Folder and values of the newest state, and the size and dtype of all that is in it."""
+    for leftover in folder.glob("step-*" + _PARTIAL):
+        shutil.rmtree(leftover)
+    states = _states(folder)
+    if not states:
+        return None
+    path = states[-1]
+    try:
+        values = json.loads((path / _VALUES).read_text())
+        _check_files(path, values.pop("files"))
+        metadata = _Reader(path).read_metadata()
+        saved: dict[str, Any] = metadata.state_dict_metadata
+        return path, values, {name: (entry.size, entry.properties.dtype) for name, entry in saved.items()}
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever pickle makes of damage
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(
+            path, f"not a training state: {reason}; delete it to go on from an earlier one"
+        ) from error
+
+
+def _check_files(folder: Path, sizes: Mapping[str, int]) -> None:
+    for name, size in sizes.items():
+        file = folder / name
+        found = file.stat().st_size if file.is_file() else "no such file"
+        if found != size:
+            problem = "incomplete; all ranks must see the same folder"
+            raise CheckpointError(file, problem, expected=f"{size} bytes", found=found)
+
+
+def _plain(error: BaseException, path: Any, problem: str) -> CheckpointError:
+    """One line of what torch says of every rank."""
+    rank = ""
+    if isinstance(error, CheckpointException):
+        first, (error, _) = min(error.failures.items(), key=lambda failure: failure[0])
+        rank = f"rank {first}: "
+    if isinstance(error, CheckpointError):
+        return error
+    reason = next(iter(str(error).strip().splitlines()), "")
+    return CheckpointError(path, f"{problem}: {rank}{type(error).__name__}: {reason}")
+
+
+class _Wanted:
+    """The parts that this rank reads, in memory of their own, and what they are put into once all have been read."""
+
+    def __init__(
+        self,
+        path: Path,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        entries: Mapping[str, tuple[torch.Size, torch.dtype]],
+    ) -> None:
+        self.path, self.optimizers = path, optimizers
+        self.parts: dict[str, _Part] = {}
+        self.tensors: dict[str, Tensor] = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+        self.kept: dict[Optimizer, dict[nn.Parameter, dict[str, str]]] = {optimizer: {} for optimizer in optimizers}
+        left = set(entries)
+        for name, tensor in self.tensors.items():
+            if tensor.is_meta:
+                raise CheckpointError(path, "the model is on the meta device", tensor=name)
+            self._check(name, entries.get(name), (tensor.shape, tensor.dtype))
+            self.parts[name] = _Part.of(tensor).empty(tensor.dtype)
+            left.discard(name)
+        for name, parameter, optimizer in _steppers(model, optimizers):
+            prefix = f"optimizer/{name}/"
+            keys = {key.removeprefix(prefix): key for key in left if key.startswith(prefix)}
+            left -= set(keys.values())
+            expected = _KEPT.get(type(optimizer).__name__, keys.keys())
+            if keys and keys.keys() != expected:
+                problem = f"the state of another optimizer than {type(optimizer).__name__}"
+                raise CheckpointError(path, problem, tensor=name, expected=sorted(expected), found=sorted(keys))
+            for key in keys.values():
+                size, dtype = entries[key]
+                like = parameter if size == parameter.shape else torch.empty(size, device="meta")
+                self.parts[key] = _Part.of(like).empty(dtype)
+            if keys:
+                self.kept[optimizer][parameter] = keys
+        if left:
+            raise CheckpointError(path, "unexpected", tensor=min(left), expected="no such tensor")
+
+    def _check(self, name: str, found: Any, expected: tuple[torch.Size, torch.dtype]) -> None:
+        shown = f"{list(expected[0])} {expected[1]}"
+        if found is None:
+            raise CheckpointError(self.path, "missing", tensor=name, expected=shown, found="no such tensor")
+        if found != expected:
+            raise CheckpointError(
+                self.path, "shape or dtype", tensor=name, expected=shown, found=f"{list(found[0])} {found[1]}"
+            )
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        for name, tensor in self.tensors.items():
+            local: Any = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            local.copy_(self.parts[name].local)
+        for optimizer in self.optimizers:
+            order = (parameter for group in optimizer.param_groups for parameter in group["params"])
+            number = {parameter: i for i, parameter in enumerate(order)}
+            state = {
+                number[parameter]: {entry: self._placed(key, parameter) for entry, key in keys.items()}
+                for parameter, keys in self.kept[optimizer].items()
+            }
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+    def _placed(self, key: str, parameter: nn.Parameter) -> Tensor:
+        part = self.parts[key]
+        if not isinstance(parameter, DTensor) or part.size != parameter.shape:
+            return part.local
+        return DTensor.from_local(
+            part.local.to(parameter.to_local().device),
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )

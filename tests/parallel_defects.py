@@ -1,0 +1,157 @@
+"""Defects put into moe/parallel one at a time: an assertion of the cases must fail. python -m tests.parallel_defects"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Defect:
+    """`old` stands exactly once in the file; `case` is part of the names of the cases that shall see it."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    ranks: int
+    case: str
+
+
+def dispatch(name: str, old: str, new: str, case: str = "dispatch", ranks: int = 4) -> Defect:
+    return Defect(name, "moe/parallel/dispatch.py", old, new, ranks, case)
+
+
+def apply(name: str, old: str, new: str, case: str, ranks: int = 4) -> Defect:
+    return Defect(name, "moe/parallel/apply.py", old, new, ranks, case)
+
+
+DEFECTS = (
+    dispatch(
+        "a token sent twice to one rank", ".masked_fill(again, -1).sort(", ".masked_fill(again & False, -1).sort("
+    ),
+    dispatch("the neighbour's experts", "start = self.rank *", "start = (self.rank ^ 1) *"),
+    dispatch(
+        "slots of other ranks computed here", "torch.where(here, ids - start, -1)", "torch.where(here, ids - start, 0)"
+    ),
+    dispatch(
+        "gradients of tokens lost",
+        "return *(_padded(grad, ctx.slots) for grad in grads), None, None, None",
+        "return *(0 * _padded(grad, ctx.slots) for grad in grads), None, None, None",
+    ),
+    dispatch(
+        "gradients of weights for those of another micro-batch",
+        '("gradient of weights", grad_weights))',
+        '("gradient of weights", grad_weights.flip(0)))',
+    ),
+    dispatch("results not returned in order", "return _padded(rows, slots)", "return _padded(rows.flip(0), slots)"),
+    dispatch("shared expert left out", "return y if alongside is None else y + alongside", "return y"),
+    dispatch(
+        "scales of FP8 shifted",
+        "scales, codes = _typed(arrived[:, :at]",
+        "scales, codes = 2 * _typed(arrived[:, :at]",
+        "payload fp8",
+    ),
+    dispatch(
+        "weights in half precision",
+        "_bytes(weights[: trip.leaving])",
+        "_bytes(weights[: trip.leaving].half().to(weights.dtype))",
+    ),
+    apply(
+        "expert gradients summed and not averaged",
+        "return grads[0] / ctx.ranks, None",
+        "return grads[0], None",
+        "recomputed, ep 4",
+    ),
+    apply(
+        "expert gradients averaged twice",
+        "return grads[0] / ctx.ranks, None",
+        "return grads[0] / ctx.ranks**2, None",
+        "recomputed, ep 4",
+    ),
+    apply(
+        "a rank's mean taken for the mean of all",
+        "return counts.double() * dist.get_world_size() / everywhere.clamp_min(1)",
+        "return torch.ones_like(counts).double()",
+        "padded",
+    ),
+    apply("the norm of one rank", "    dist.all_reduce(total)\n", "", "recomputed, ep 4"),
+    apply("replicas counted in the norm", "return world // parts", "return 1", "padded, ep 2 shard 2 replicate 2"),
+    apply("all ranks make the first experts", "first_expert=part[0].start", "first_expert=0", "initial values"),
+    apply(
+        "this rank's experts are its neighbour's",
+        "start = ep.get_local_rank() * share",
+        "start = (ep.get_local_rank() ^ 1) * share",
+        "recomputed, ep 4",
+    ),
+    apply(
+        "router cast with the rest",
+        "exact = MixedPrecisionPolicy(param_dtype=_wide(model)",
+        "exact = MixedPrecisionPolicy(param_dtype=config.param_dtype",
+        "mixed precision",
+        2,
+    ),
+    apply(
+        "routing weights cast",
+        "uncast = MixedPrecisionPolicy(config.param_dtype, reduce_dtype, cast_forward_inputs=False)",
+        "uncast = MixedPrecisionPolicy(config.param_dtype, reduce_dtype)",
+        "mixed precision",
+        2,
+    ),
+    Defect(
+        "counts of one rank",
+        "moe/balance.py",
+        "(biased[0].all_reduce or dist.all_reduce)(flat, group=group)",
+        "pass",
+        4,
+        "recomputed, ep 4",
+    ),
+    Defect(
+        "global loss over one rank",
+        "moe/balance.py",
+        "dist.all_reduce(everywhere, group=group)",
+        "pass",
+        4,
+        "global loss",
+    ),
+)
+
+
+def verdict(defect: Defect) -> str:
+    """ "killed", "survived", or "broken" where something other than an assertion failed."""
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary)
+        for folder in ("moe", "kernels", "tests"):
+            shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        file = copy / defect.file
+        text = file.read_text()
+        assert text.count(defect.old) == 1, f"{defect.name}: {text.count(defect.old)} places"
+        file.write_text(text.replace(defect.old, defect.new))
+        out = copy / "results.json"
+        command = [sys.executable, "-m", "tests.parallel", "--ranks", str(defect.ranks)]
+        command += ["--only", defect.case, "--json", str(out)]
+        subprocess.run(command, cwd=copy, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+        results = json.loads(out.read_text())[str(defect.ranks)]
+    assert results, f"{defect.name}: no case is called {defect.case}"
+    failed = [result["failed"] for result in results.values() if result["failed"]]
+    return "survived" if not failed else "killed" if any("AssertionError" in text for text in failed) else "broken"
+
+
+def main() -> int:
+    wrong = 0
+    for defect in DEFECTS:
+        found = verdict(defect)
+        wrong += found != "killed"
+        print(f"{found}: {defect.name} ({defect.file})", flush=True)
+    print(f"killed {len(DEFECTS) - wrong} of {len(DEFECTS)}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

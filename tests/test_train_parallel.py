@@ -1,0 +1,144 @@
+"""`torchrun -m moe train`: the recipe of one process, on several; states that any number of them resumes from."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import moe
+from moe.cli import main
+
+ROOT = Path(__file__).parents[1]
+STEPS = 8
+# AdamW: Muon's products are in bf16, which makes of a last bit of the gradient one of the update's eight.
+OPTIONS = ["--steps", STEPS, "--batch-size", 4, "--seq-length", 32, "--eval-every", 4, "--save-every", 2, "--keep", 9]
+OPTIONS += ["--optimizer", "adamw", "--document-mask"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        words = rng.choice(["model", "expert", "token", "router", "gate", "loss", "step", "of", "in", "is"], (4, 60))
+        (folder / f"{i:02}.txt").write_text("\n\n".join(" ".join(row) + "." for row in words))
+    return folder
+
+
+def arguments(text: Path, out: Path, *more: Any) -> list[str]:
+    return ["train", "--preset", "tiny", "--data", str(text), *map(str, OPTIONS), "--out", str(out), *map(str, more)]
+
+
+def torchrun(ranks: int, argv: list[str], *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
+    # The launcher's own warnings are not ours.
+    command = [command[0], "-W", "ignore", *command[1:]]
+    return subprocess.Popen(
+        [*command, "-m", "moe", *argv],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], status: int = 0) -> str:
+    out, err = process.communicate(timeout=240)
+    assert (process.returncode == 0) == (status == 0), err[-6000:]
+    return out + err
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process, whole."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    command = [sys.executable, "-m", "moe", *arguments(text, out)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return out
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    """Sums in another order, over some steps, in float32."""
+    for one, other in zip(records(found), records(expected), strict=True):
+        assert one["kind"] == other["kind"] and one["step"] == other["step"]
+        for name in ("ce", "mtp", "balance", "nats_per_token", "lr", "grad_norm"):
+            assert one.get(name) == pytest.approx(other.get(name), rel=2e-4), (name, one["step"])
+        if one["kind"] == "train":
+            assert one["max_vio"] == pytest.approx(other["max_vio"], abs=0.05)
+    models = [moe.load(folder / "checkpoint") for folder in (found, expected)]
+    start = moe.Transformer(models[1].config, seed=0)
+    for (name, one), (_, other) in zip(*(model.state_dict().items() for model in models), strict=True):
+        way = (other - start.state_dict()[name]).norm()
+        assert (one - other).norm() <= 0.02 * way, name
+
+
+def test_ranks_train_as_one_process_and_another_number_resumes(text: Path, alone: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    said = finish(torchrun(2, arguments(text, out, "--ep", 2)))
+    assert "2 ranks: EP 2" in said and said.count("held out of") == 1
+    assert_same_run(out, alone)
+    assert json.loads((out / "summary.json").read_text())["sample"]["text"]
+
+    # From its states one process goes on, from that one's two more, cut another way.
+    for folder in sorted((out / "states").iterdir())[1:]:
+        subprocess.run(["rm", "-r", str(folder)], check=True)
+    assert main(arguments(text, out, "--resume")) == 0
+    assert_same_run(out, alone)
+    for folder in sorted((out / "states").iterdir())[2:]:
+        subprocess.run(["rm", "-r", str(folder)], check=True)
+    assert "resuming after step 4 of 8" in finish(torchrun(2, arguments(text, out, "--resume")))
+    assert_same_run(out, alone)
+
+
+def test_a_killed_rank_is_started_again_and_the_curve_goes_on(text: Path, alone: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = torchrun(2, arguments(text, out, "--ep", 2, "--timeout", 20), "--max-restarts", "1")
+    deadline = time.monotonic() + 120
+    while not (out / "states" / "step-000002").exists():
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    said = finish(process)
+    assert "resuming after step" in said
+    assert_same_run(out, alone)
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (("--batch-size", 3), "--batch-size = 3: expected a multiple of the 2 ranks"),
+        (("--ep", 3), "ep = 3: expected a divisor of the 2 ranks"),
+        (("--dp-shard", 4), "dp_replicate 1 x dp_shard 4 = 4 ranks, but there are 2"),
+        (("--resume",), "expected the folder of a run"),
+    ],
+)
+def test_mistakes_are_said_once(more: tuple[Any, ...], expected: str, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    said = finish(torchrun(2, arguments(text, out, *more)), status=2)
+    assert said.count(expected) == 1, said
+    assert "Traceback" not in said.split("moesmith:")[0]
+    assert not out.exists()
+
+
+def test_ranks_without_torchrun_are_refused(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(text, tmp_path / "run", "--ep", 2)) == 2
+    assert "--ep = 2" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_torch_has_no_say_in_the_parent() -> None:
+    assert not torch.distributed.is_initialized()
