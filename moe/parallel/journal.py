@@ -22,6 +22,7 @@ from moe.errors import ParallelError, one_line
 
 KEPT = 256
 POLL = timedelta(seconds=0.5)
+_OF_GLOO = ("gloo/transport", "Application timeout caused pair closure", "Operation timed out")
 
 
 class CollectiveError(ParallelError):
@@ -176,7 +177,7 @@ def is_communication(error: BaseException) -> bool:
     """
     if isinstance(error, CollectiveError | dist.DistError):
         return True
-    return type(error) is RuntimeError and ("gloo/transport" in str(error) or "Operation timed out" in str(error))
+    return type(error) is RuntimeError and any(words in str(error) for words in _OF_GLOO)
 
 
 def reason(error: BaseException) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,7 +23,15 @@ from torch.distributed.rendezvous import rendezvous
 
 from moe.errors import ParallelError, one_line
 from moe.parallel.inquest import Account, error_at, find_culprit
-from moe.parallel.journal import CollectiveError, Journal, SplitError, StoppedError, is_communication, reason
+from moe.parallel.journal import (
+    CollectiveError,
+    Journal,
+    SplitError,
+    StoppedError,
+    is_communication,
+    name_ranks,
+    reason,
+)
 
 BEAT, SILENCE, PATIENCE = 1.0, 3.5, 7.0  # seconds: between signs of life, until one is missed, for all to be heard
 FAILED = "failed"
@@ -65,14 +74,15 @@ def start(*, timeout: float = 600.0, device: str | None = None) -> Iterator[Watc
     bound = timedelta(seconds=timeout)
     try:
         store, rank, size = next(rendezvous("env://", timeout=bound))
+        attempt = _meet(store, rank, size, timeout)
     except dist.DistError as error:
         raise ParallelError(f"not all ranks have come within {timeout:g} s: {reason(error)}") from error
     journal = Journal(rank, roll_call=device == "cpu")
-    lookout = _Lookout(journal, size)
+    lookout = _Lookout(journal, size, attempt)
     lookout.start()
     try:
         backend = "nccl" if device == "cuda" else "gloo"
-        store = PrefixStore("default_pg", store)
+        store = PrefixStore(f"{attempt}/default_pg", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=bound)
         yield Watch(rank, size, journal)
     except Exception as error:
@@ -88,12 +98,36 @@ def start(*, timeout: float = 600.0, device: str | None = None) -> Iterator[Watc
     lookout.leave()
 
 
+def _meet(store: Store, rank: int, size: int, timeout: float) -> str:
+    """A name that only the ranks which run now have: -> rank 0's for this attempt.
+
+    torchrun keeps one store over its restarts, and counts them on each node for itself. A rank that is early would take
+    from it the address that a rank of the attempt before has left there.
+    """
+    me, deadline = uuid.uuid4().hex, time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if rank == 0:
+            store.set("attempt", me)
+            keys = [f"{me}/{other}" for other in range(1, size)]
+            if not keys or store.check(keys):
+                store.set(f"{me}/all", " ".join(name.decode() for name in store.multi_get(keys)))
+                return me
+        elif store.check(["attempt"]):
+            attempt = store.get("attempt").decode()
+            store.set(f"{attempt}/{rank}", me)
+            if store.check([f"{attempt}/all"]) and me in store.get(f"{attempt}/all").decode().split():
+                return attempt
+        time.sleep(0.02)
+    absent = [other for other in range(1, size) if not store.check([f"{me}/{other}"])] if rank == 0 else [0]
+    raise ParallelError(f"{name_ranks(absent)} did not come within {timeout:g} s", rank=rank)
+
+
 class _Lookout(threading.Thread):
     """Whatever concerns the store happens in this thread: a store that has been stopped blocks who asks it."""
 
-    def __init__(self, journal: Journal, size: int) -> None:
+    def __init__(self, journal: Journal, size: int, attempt: str) -> None:
         super().__init__(name="moe.parallel.watch", daemon=True)
-        self.journal, self.size = journal, size
+        self.journal, self.size, self.attempt = journal, size, attempt
         # torchrun keeps the store itself; otherwise rank 0 does, and the others lose it with rank 0.
         self.keeper = None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
         self.account = Account("running")
@@ -142,7 +176,7 @@ class _Lookout(threading.Thread):
                 wait_for_workers=False,
                 timeout=timedelta(seconds=SILENCE),
             )
-            self._watch(PrefixStore("watch", store))
+            self._watch(PrefixStore(f"{self.attempt}/watch", store))
         except RuntimeError:
             pass  # the store is gone, and its keeper with it: `accounts` stays None
         finally:
