@@ -71,6 +71,8 @@ def start(*, timeout: float = 600.0, device: str | None = None) -> Iterator[Watc
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        # Abort a collective that has timed out, but not the process: its next one raises then, and can say why.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
     bound = timedelta(seconds=timeout)
     try:
         store, rank, size = next(rendezvous("env://", timeout=bound))
@@ -235,4 +237,6 @@ class _Lookout(threading.Thread):
 def _named(error: BaseException) -> str:
     if isinstance(error, SystemExit):
         return f"exit({one_line(error.code)})"
-    return error.problem if isinstance(error, CollectiveError) else f"{type(error).__name__}: {reason(error)}"
+    if isinstance(error, CollectiveError):
+        return error.problem
+    return f"{type(error).__name__}: {reason(error)}" if str(error) else type(error).__name__
