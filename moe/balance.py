@@ -183,7 +183,7 @@ def attach(
         sizes = [router.num_experts for router in biased]
         flat = torch.cat([load.to(loads[0].device) for load in loads])
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(flat, group=group)
+            (biased[0].all_reduce or dist.all_reduce)(flat, group=group)
         for router, load in zip(biased, flat.split(sizes), strict=True):
             step = bias_update_speed * torch.sign(load.mean() - load).float()
             router.e_score_correction_bias += step.to(router.e_score_correction_bias.device)

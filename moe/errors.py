@@ -68,12 +68,24 @@ class CheckpointError(ValueError):
 
 
 class ParallelError(RuntimeError):
-    """A mesh, a layout or a collective that cannot work as asked.
+    """A mesh, a layout or a collective that cannot work as asked, or a rank that has left the others.
 
-    Attributes: rank (int or None), layer (name or None).
+    Attributes: problem (the message without the others), rank (int or None; whose fault it is, where that is known),
+    step (of the optimizer), layer (name), operation (name): each may be None.
     """
 
-    def __init__(self, problem: str, *, rank: int | None = None, layer: str | None = None) -> None:
-        self.rank, self.layer = rank, layer
-        where = "".join(f"{name} {value}: " for name, value in (("rank", rank), ("layer", layer)) if value is not None)
-        super().__init__(where + problem)
+    def __init__(
+        self,
+        problem: str,
+        *,
+        rank: int | None = None,
+        step: int | None = None,
+        layer: str | None = None,
+        operation: str | None = None,
+    ) -> None:
+        self.problem, self.rank, self.step, self.layer, self.operation = problem, rank, step, layer, operation
+        named = [
+            f"{name} {value}" for name, value in (("rank", rank), ("step", step), ("layer", layer)) if value is not None
+        ]
+        where = ", ".join((*named, operation) if operation else named)
+        super().__init__(f"{where}: {problem}" if where else problem)

@@ -115,6 +115,8 @@ class Router(nn.Module):
         # Set by balance.attach: a leaf whose gradient is the load of the step, and the group of the global batch.
         self.counter: Tensor | None = None
         self.group: Any = None
+        # Set by moe.parallel: torch.distributed's, with a name for errors.
+        self.all_reduce: Callable[..., None] | None = None
         self.loss_scale = 1.0
 
     def logits(self, x: Tensor) -> Tensor:

@@ -403,8 +403,15 @@ def _train(
     return trace
 
 
-def _built(how: dict[str, Any]) -> Transformer:
-    return Transformer(_config(**how.get("config", {})), seed=1).double()
+def built(how: dict[str, Any] | None = None) -> Transformer:
+    return Transformer(_config(**(how or {}).get("config", {})), seed=1).double()
+
+
+def token_batch(step: int, rank: int) -> dict[str, Tensor]:
+    """Two sequences for a rank, with labels."""
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    ids = torch.randint(0, 40, (2, LENGTH), generator=generator)
+    return {"input_ids": ids, "labels": ids}
 
 
 def training(ranks: Ranks, mesh: tuple[int, int, int], how: str) -> None:
@@ -412,7 +419,7 @@ def training(ranks: Ranks, mesh: tuple[int, int, int], how: str) -> None:
     settings = MODELS[how]
 
     def in_one_process() -> Trace:
-        alone = _built(settings)
+        alone = built(settings)
         for _, router in balance.routers(alone):
             router.group = ranks.alone
         return _train(alone, settings, slice(None), ranks.alone, nn.utils.clip_grad_norm_)
@@ -421,7 +428,7 @@ def training(ranks: Ranks, mesh: tuple[int, int, int], how: str) -> None:
     ep, shard, replicate = mesh
     config = ParallelConfig(activation_checkpointing=settings.get("activation_checkpointing", False))
     there = make_mesh(ep=ep, dp_shard=shard, dp_replicate=replicate)
-    model = parallelize(_built(settings), there, config)
+    model = parallelize(built(settings), there, config)
     each = BATCH // ranks.size
     share = slice(ranks.rank * each, (ranks.rank + 1) * each)
     found = _train(model, settings, share, None, clip_grad_norm, there.journal)
@@ -446,7 +453,7 @@ def training(ranks: Ranks, mesh: tuple[int, int, int], how: str) -> None:
             assert abs(mean.item() / ranks.size - value) <= 1e-9 * abs(value), f"step {step}: loss {name}"
     for name, parameter in expected.parameters.items():
         # Twenty steps of an optimizer that divides by what it sees: 1e-6 of the way it went.
-        way = (parameter - _built(settings).get_parameter(name)).abs().max().item()
+        way = (parameter - built(settings).get_parameter(name)).abs().max().item()
         error = (found.parameters[name] - parameter).abs().max().item()
         assert error <= 1e-6 * way, f"{name} after {STEPS} steps: {error} of a way of {way}"
     counts: list[Any] = [None] * ranks.size

@@ -13,11 +13,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from moe import balance
 from moe.errors import ParallelError
 from moe.layer import Experts, MoELayer, fill
 from moe.model import Block, Transformer
 from moe.parallel.dispatch import AllToAllDispatcher, Payload
-from moe.parallel.journal import Journal
+from moe.parallel.journal import Journal, name_ranks
 from moe.parallel.mesh import Mesh
 from moe.quantized import Quantized
 
@@ -175,6 +176,8 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig | None = 
             module.set_custom_all_gather(_AllGather(journal, name or "embedding and head"))
             module.set_custom_reduce_scatter(_ReduceScatter(journal, name or "embedding and head"))
             module.set_force_sum_reduction_for_comms(True)  # then one division: gloo has no average
+    for _, router in balance.routers(model):
+        router.all_reduce = _AllReduce(journal, "routers", "bias update")
     model.mean_weights = _MeanWeights(journal)
     return model
 
@@ -183,30 +186,40 @@ class _AllGather(DefaultAllGather):
     def __init__(self, journal: Journal, layer: str) -> None:
         self.journal, self.layer = journal, layer
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.journal.collective(self.layer, "gather of parameters"):
-            return super().__call__(*args, **kwargs)
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
+        with self.journal.collective(self.layer, "gather of parameters", group, size=input_tensor.numel()):
+            return super().__call__(output_tensor, input_tensor, group, async_op)
 
 
 class _ReduceScatter(DefaultReduceScatter):
     def __init__(self, journal: Journal, layer: str) -> None:
         self.journal, self.layer = journal, layer
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.journal.collective(self.layer, "reduction of gradients"):
-            return super().__call__(*args, **kwargs)
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
+        with self.journal.collective(self.layer, "reduction of gradients", group, size=input_tensor.numel()):
+            return super().__call__(output_tensor, input_tensor, group, op, async_op)
+
+
+class _AllReduce:
+    """`dist.all_reduce`, noted in the journal."""
+
+    def __init__(self, journal: Journal, layer: str, operation: str) -> None:
+        self.journal, self.layer, self.operation = journal, layer, operation
+
+    def __call__(self, tensor: Tensor, group: Any = None) -> None:
+        with self.journal.collective(self.layer, self.operation, group, size=tensor.numel()):
+            dist.all_reduce(tensor, group=group)
 
 
 class _MeanWeights:
     """counts [N] of this rank -> ranks * counts / sum of all ranks' counts."""
 
     def __init__(self, journal: Journal) -> None:
-        self.journal = journal
+        self.all_reduce = _AllReduce(journal, "loss", "sum of counts")
 
     def __call__(self, counts: Tensor) -> Tensor:
         everywhere = counts.clone()
-        with self.journal.collective("loss", "sum of counts"):
-            dist.all_reduce(everywhere)
+        self.all_reduce(everywhere)
         return counts.double() * dist.get_world_size() / everywhere.clamp_min(1)
 
 
@@ -248,7 +261,7 @@ def materialize(model: Transformer, *, seed: int = 0) -> Transformer:
     """
     device = next(model.parameters()).device
     if device.type == "meta":
-        mesh_device = _mesh_of(model).device_type
+        mesh_device = mesh_of(model).device_type
         model.to_empty(
             device="cpu"
             if mesh_device == "cpu"
@@ -260,7 +273,7 @@ def materialize(model: Transformer, *, seed: int = 0) -> Transformer:
     return model
 
 
-def _mesh_of(model: nn.Module) -> DeviceMesh:
+def mesh_of(model: nn.Module) -> DeviceMesh:
     for parameter in model.parameters():
         if isinstance(parameter, DTensor):
             return parameter.device_mesh
@@ -330,12 +343,15 @@ def by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
     return list(lists.values())
 
 
-def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, *, journal: Journal | None = None) -> Tensor:
     """Scale the gradients so that their norm is at most `max_norm`; returns the norm before, a float64 scalar.
 
     The norm is that of all gradients together, of every rank's part counted once, whatever meshes they lie on; it is
     equal on all ranks. NaN and infinity come out as they are. As `torch.nn.utils.clip_grad_norm_`, which refuses a list
     of DTensors of different meshes.
+
+    With a mesh's `journal`, ranks that have not done the same collectives since the run began raise here, so that no
+    optimizer steps on gradients that were put together from different ones. It costs one host synchronisation.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     total = torch.zeros((), dtype=torch.float64, device=_local(gradients[0]).device if gradients else None)
@@ -343,13 +359,31 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     for gradient in gradients:
         square = torch.linalg.vector_norm(_local(gradient), dtype=torch.float64).square()
         total = total + square / _copies(gradient, world)
-    dist.all_reduce(total)
+    if journal is None:
+        dist.all_reduce(total)
+    else:
+        total = _sum_in_step(total, journal)
     norm = total.sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
         local = _local(gradient)
         local.mul_(scale.to(local.dtype))
     return norm
+
+
+def _sum_in_step(total: Tensor, journal: Journal) -> Tensor:
+    """The sum of all ranks' `total`, if their journals agree."""
+    layer, operation = "gradients", "clip norm"
+    with journal.collective(layer, operation, size=1):
+        mine = torch.stack((total, total.new_tensor(journal.count), total.new_tensor(journal.digest)))
+        everybody = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(everybody, mine)
+    found = torch.stack(everybody)
+    done = [(int(count), int(digest)) for count, digest in found[:, 1:].tolist()]
+    others = [rank for rank, each in enumerate(done) if each != (journal.count, journal.digest)]
+    if others:
+        raise journal.error(f"{name_ranks(others)} did other collectives until here", layer, operation)
+    return found[:, 0].sum()
 
 
 def _copies(tensor: Tensor, world: int) -> int:

@@ -26,6 +26,7 @@ from moe.parallel.journal import Journal
 
 Payload = Literal["same", "fp8"]
 FP8_BLOCK = 128
+MAX_ROWS = 2**31  # from one rank to another: more is no number of tokens
 
 
 @dataclass(frozen=True)
@@ -114,25 +115,33 @@ class AllToAllDispatcher:
         return ordered[:, : self.size].contiguous()
 
     def _agree(self, counts: Tensor) -> "_Trip":
-        arriving = torch.empty_like(counts)
-        with self.journal.collective(self.name, "exchange of counts"):
-            dist.all_to_all_single(arriving, counts, group=self.group)
-        sent, received = torch.stack((counts, arriving)).tolist()
-        return _Trip(sent, received)
+        operation = "exchange of counts"
+        with self.journal.collective(self.name, operation, self.group) as entry:
+            # The ticket says which collective it is: no rows follow counts that were meant for another.
+            leaving = torch.stack((counts, torch.full_like(counts, entry.ticket)), dim=1)
+            arriving = torch.empty_like(leaving)
+            dist.all_to_all_single(arriving, leaving, group=self.group)
+        told = torch.cat((leaving, arriving), dim=1).tolist()
+        for place, (_, ticket, rows, theirs) in enumerate(told):
+            rank = dist.get_global_rank(self.group, place)
+            if theirs != ticket:
+                raise self.journal.error(f"rank {rank} came to another collective", self.name, operation)
+            if not 0 <= rows < MAX_ROWS:
+                raise self.journal.error(f"it wants to send {rows} rows", self.name, operation, culprit=rank)
+        return _Trip([row[0] for row in told], [row[2] for row in told])
 
     def exchange(self, operation: str, source: Tensor, trip: "_Trip", *, back: bool = False) -> tuple[Tensor, Any]:
         """Starts to move rows [leaving, ...], or with `back` [arriving, ...] -> (what will be filled, the work)."""
         out_splits, in_splits = (trip.sent, trip.received) if back else (trip.received, trip.sent)
         target = source.new_empty((sum(out_splits), *source.shape[1:]))
-        with self.journal.collective(self.name, operation):
+        with self.journal.collective(self.name, operation, self.group, sent=in_splits, expected=out_splits):
             work = dist.all_to_all_single(
                 target, source.contiguous(), out_splits, in_splits, group=self.group, async_op=True
             )
         return target, work
 
     def wait(self, operation: str, work: Any) -> None:
-        with self.journal.during(self.name, operation):
-            work.wait()
+        self.journal.wait(self.name, operation, work)
 
 
 @dataclass

@@ -21,8 +21,8 @@ from moe.checkpoint.writing import MAX_SHARD_BYTES, save_through
 from moe.errors import CheckpointError
 from moe.model import Transformer
 from moe.parallel.agreement import about, together
-from moe.parallel.apply import ParallelConfig, parallelize, region
-from moe.parallel.mesh import Mesh
+from moe.parallel.apply import ParallelConfig, mesh_of, parallelize, region
+from moe.parallel.mesh import Mesh, group_timeout
 
 _Where = tuple[slice, ...]
 
@@ -38,7 +38,7 @@ def export(model: Transformer, folder: str | PathLike[str], *, max_shard_bytes: 
         CheckpointError: on all ranks, what `moe.checkpoint.save` raises on rank 0.
     """
     # One of its own, for tensors on the CPU, whatever the mesh computes on.
-    group: Any = dist.new_group(backend="gloo")
+    group: Any = dist.new_group(backend="gloo", timeout=group_timeout(mesh_of(model).device_type))
     try:
         if dist.get_rank() == 0:
             _lead(model, folder, max_shard_bytes, group)

@@ -1,6 +1,8 @@
 """Which ranks hold what: the meshes of data, shards and experts."""
 
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -81,7 +83,20 @@ def make_mesh(
         raise ParallelError(f"ep = {ep}: expected a divisor or a multiple of dp_shard = {dp_shard}")
     shards = max(1, dp_shard // ep)
     kind = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    dense = init_device_mesh(kind, (dp_replicate, dp_shard), mesh_dim_names=("replicate", "shard"))
-    shape = (world // (ep * shards), shards, ep)
-    experts = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard", "ep"))
+    dense = _device_mesh(kind, replicate=dp_replicate, shard=dp_shard)
+    experts = _device_mesh(kind, replicate=world // (ep * shards), shard=shards, ep=ep)
     return Mesh(dense, experts, journal if journal is not None else Journal(dist.get_rank()))
+
+
+def group_timeout(kind: str) -> timedelta:
+    """That of the default group; torch would give every other group its own half an hour."""
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD._get_backend(torch.device(kind)).options._timeout
+
+
+def _device_mesh(kind: str, **dims: int) -> DeviceMesh:
+    options: Any = {}
+    for name in dims:
+        options[name] = dist.ProcessGroupNCCL.Options() if kind == "cuda" else dist.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
+        options[name]._timeout = group_timeout(kind)
+    return init_device_mesh(kind, tuple(dims.values()), mesh_dim_names=tuple(dims), backend_override=options)

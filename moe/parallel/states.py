@@ -53,7 +53,7 @@ from moe.checkpoint.atomic import settle, sync
 from moe.errors import CheckpointError
 from moe.parallel.agreement import on_first, together
 from moe.parallel.apply import region
-from moe.parallel.mesh import Mesh
+from moe.parallel.mesh import Mesh, group_timeout
 
 _VALUES = "state.json"
 _METADATA = ".metadata"
@@ -78,7 +78,7 @@ class StateWriter:
             raise ValueError(f"keep = {keep}: expected 1 or more")
         self.folder, self.mesh, self.keep = Path(folder), mesh, keep
         # One of its own: the thread's collectives may not come between those of training.
-        self._group: Any = dist.new_group(backend="gloo")
+        self._group: Any = dist.new_group(backend="gloo", timeout=group_timeout(mesh.device.type))
         self._pending: Future[Any] | None = None
         self._name = ""
 

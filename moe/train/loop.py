@@ -217,7 +217,7 @@ class Trainer:
             return nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         from moe.parallel import clip_grad_norm
 
-        return clip_grad_norm(self.model.parameters(), self.settings.clip)
+        return clip_grad_norm(self.model.parameters(), self.settings.clip, journal=self.mesh.journal)
 
     def _mean(self, values: dict[str, Tensor]) -> dict[str, float]:
         """Means over the ranks, which weigh their own already."""
