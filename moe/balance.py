@@ -181,11 +181,11 @@ def attach(
         for router in biased:
             router.counter.grad = None
         sizes = [router.num_experts for router in biased]
-        flat = torch.cat([load.to(loads[0].device) for load in loads])
+        flat = torch.cat([load.to(loads[0].device) for load in loads]).to(torch.int64)
         if dist.is_available() and dist.is_initialized():
             (biased[0].all_reduce or dist.all_reduce)(flat, group=group)
         for router, load in zip(biased, flat.split(sizes), strict=True):
-            step = bias_update_speed * torch.sign(load.mean() - load).float()
+            step = bias_update_speed * torch.sign(load.double().mean() - load).float()
             router.e_score_correction_bias += step.to(router.e_score_correction_bias.device)
 
     return Handle(biased, optimizer.register_step_post_hook(update))

@@ -275,10 +275,12 @@ def test_a_run_leaves_what_it_promises(text: Path, tmp_path: Path) -> None:
     assert [r["step"] for r in records if r["kind"] == "validation"] == [0, 2, 4, 6]
     assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
     again = train(settings, tmp_path / "again", console=QUIET)
+    assert again is not None and summary is not None
     assert again["validation"] == summary["validation"] and again["sample"] == summary["sample"]
     states = [(tmp_path / name / "states/step-000006/tensors.safetensors").read_bytes() for name in ("run", "again")]
     assert states[0] == states[1], "one seed, one result"
     other = train(dataclasses.replace(settings, seed=1), tmp_path / "other", console=QUIET)
+    assert other is not None
     assert other["validation"]["before"] != summary["validation"]["before"]
 
 
@@ -287,7 +289,7 @@ def test_without_matplotlib_a_line_says_how_to_get_plots(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     summary = train(dataclasses.replace(MICRO_SETTINGS, data=(text,)), tmp_path / "run", console=QUIET)
-    assert summary["plots"] == [] and not list((tmp_path / "run").glob("*.png"))
+    assert summary is not None and summary["plots"] == [] and not list((tmp_path / "run").glob("*.png"))
     shown = io.StringIO()
     print_summary(Console(file=shown, width=120), summary, None)
     assert 'pip install -e ".[plot]"' in shown.getvalue()
