@@ -124,10 +124,11 @@ def _moved(splits: Sequence[int]) -> list[int]:
     return moved
 
 
-def _nothing(output: Tensor, given: Tensor | None = None, *_: Any, **__: Any) -> Any:
+def _nothing(output: Tensor | list[Tensor], given: Tensor | None = None, *_: Any, **__: Any) -> Any:
     """In place of a collective: what is given comes back, as far as it fits."""
-    if isinstance(output, Tensor) and isinstance(given, Tensor):
-        output.zero_().flatten()[: given.numel()].copy_(given.flatten()[: output.numel()])
+    for each in output if isinstance(output, list) else [output]:
+        if isinstance(given, Tensor):
+            each.zero_().flatten()[: given.numel()].copy_(given.flatten()[: each.numel()])
     work = mock.Mock()
     work.is_completed.return_value = True
     return work
