@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str] | None) -> int:
-    from benchmarks import cpu, layer, load  # which takes seconds, in which Ctrl-C may come as well
+    from benchmarks import cpu, layer, load, parallel  # which takes seconds, in which Ctrl-C may come as well
     from benchmarks.harness import BadInput
 
     parser = Parser(
@@ -37,6 +37,7 @@ def _main(argv: list[str] | None) -> int:
         ("layer", layer, "one MoE layer and its operations beside their peers, on a GPU or a CPU"),
         ("cpu", cpu, "a whole model beside transformers' on the CPU"),
         ("load", load, "loading a checkpoint beside other readers of the same files"),
+        ("parallel", parallel, "packing, bytes and scaling of expert parallelism"),
     ):
         command = commands.add_parser(
             name, help=help_, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

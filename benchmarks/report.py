@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,10 @@ def show_run(about: Mapping[str, Any], ceilings: Mapping[str, Ceilings]) -> None
     console.print(Text(line), soft_wrap=True)
     for name, found in ceilings.items():
         console.print(f"{name} ceilings: matmul {found.matmul / 1e12:.4g} TFLOP/s, copy {found.copy / 1e9:.4g} GB/s")
-    console.print("times are medians; rates and % of the limit are those of the faster way; error: of the worst row")
+    if ceilings:
+        console.print(
+            "times are medians; rates and % of the limit are those of the faster way; error: of the worst row"
+        )
 
 
 def show(title: str, records: Sequence[Mapping[str, Any]]) -> None:
@@ -71,6 +74,73 @@ def show(title: str, records: Sequence[Mapping[str, Any]]) -> None:
 
 def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.4g}"
+
+
+def show_packing(title: str, records: Sequence[Mapping[str, Any]]) -> None:
+    """One rank's part of a dispatch, a row for each step and candidate."""
+    table = Table(title=Text(title), title_justify="left")
+    for heading in ("step", "candidate", "ms", "times ours", "MB", "GB/s", "% of limit"):
+        table.add_column(heading, justify="left" if heading in ("step", "candidate") else "right", overflow="fold")
+    ours = {r["step"]: r["eager"]["median_s"] for r in records if r["ours"] and "eager" in r}
+    for r in records:
+        names = (Text(r["step"]), Text(r["candidate"]))
+        if "eager" not in r:
+            table.add_row(*names, Text(r["status"]))
+            continue
+        took = r["eager"]["median_s"]
+        times = f"{took / ours[r['step']]:.2f}" if r["step"] in ours else ""
+        # What a candidate moves that does other work is not known.
+        moved = (f"{r['bytes'] / 1e6:.4g}", f"{r['gbytes']:.4g}", f"{r['share']:.1%}")
+        if r["status"] != "right":
+            moved = ("", "", r["status"])
+        table.add_row(*names, _ms(took), times, *moved)
+    _print(table, records, lambda r: f"{r['step']}, {r['candidate']}")
+
+
+def show_bytes(title: str, records: Sequence[Mapping[str, Any]]) -> None:
+    """What a token costs its rank in one layer, forward, in bytes that leave it."""
+    table = Table(title=Text(title), title_justify="left")
+    left = ("shape", "routing", "rows as")
+    for heading in (*left, "ranks", "copies", "expected", "bytes", "of expected", "a copy for each expert", "saves"):
+        table.add_column(heading, justify="left" if heading in left else "right")
+    for r in records:
+        names = (Text(r["shape"]), Text(r["routing"]), "fp8" if r["payload"] == "fp8" else "bf16", str(r["ranks"]))
+        if r["status"] != "right":
+            table.add_row(*names, Text(r["status"]))
+            continue
+        numbers = (f"{r['copies']:.3f}", f"{r['expected_copies']:.3f}", f"{r['bytes']:,.0f}")
+        ratio = "" if r["of_expected"] is None else f"{r['of_expected']:.3f}"
+        saves = "" if r["dedup"] is None else f"{r['dedup']:.2f} x"
+        table.add_row(*names, *numbers, ratio, f"{r['naive_bytes']:,.0f}", saves)
+    _print(table, records, lambda r: f"{r['shape']}, {r['routing']}, {r['payload']}, {r['ranks']} ranks")
+
+
+def show_scaling(title: str, records: Sequence[Mapping[str, Any]]) -> None:
+    """Tokens a second of a layer whose experts are divided."""
+    table = Table(title=Text(title), title_justify="left")
+    for heading in ("ranks", "tokens", "fixed", "ms", "tokens/s", "undivided", "limit", "% of limit", "in collectives"):
+        table.add_column(heading, justify="left" if heading == "fixed" else "right")
+    for r in records:
+        names = (str(r["ranks"]), f"{r['tokens']:,}", r["fixed"])
+        if r["status"] != "right":
+            table.add_row(*names, Text(r["status"]))
+            continue
+        rates = (f"{r[name]:,.0f}" for name in ("tokens_per_s", "undivided_tokens_per_s", "limit_tokens_per_s"))
+        shares = (f"{r['share']:.1%}", f"{r['in_collectives']:.1%}")
+        table.add_row(*names, _ms(r["together"]["median_s"]), *rates, *shares)
+    _print(table, records, lambda r: f"{r['shape']}, {r['ranks']} ranks, {r['fixed']}")
+
+
+def note(text: str) -> None:
+    _console().print(Text(text), soft_wrap=True)
+
+
+def _print(table: Table, records: Sequence[Mapping[str, Any]], name: Callable[[Mapping[str, Any]], str]) -> None:
+    console = _console()
+    console.print(table)
+    for r in records:
+        if r["reason"]:
+            console.print(Text(f"{name(r)} is {r['status']}: {r['reason']}"), soft_wrap=True)
 
 
 def show_absent(absent: Mapping[str, str]) -> None:

@@ -51,11 +51,11 @@ SHAPES = {
 }
 
 
-def small(shape: Shape) -> Shape:
+def small(shape: Shape, by: int = 64) -> Shape:
     """The same experts and proportions in a size that a CPU goes through in milliseconds."""
 
     def scaled(width: int) -> int:
-        return max(16, round(width / 64 / 16) * 16)  # multiples of 16: torch's grouped_mm wants rows of whole 16 bytes
+        return max(16, round(width / by / 16) * 16)  # multiples of 16: torch's grouped_mm wants rows of whole 16 bytes
 
     return replace(shape, d=scaled(shape.d), n=scaled(shape.n), tokens=(33,), decode_tokens=(1, 4))
 

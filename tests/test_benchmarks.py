@@ -844,6 +844,7 @@ def test_benchmarks_need_neither_tyro_nor_transformers_nor_matplotlib():
         "from benchmarks.__main__ import main\n"
         f"assert main(['layer', '--device', 'cpu', '--shape', '{LAYER}', '--seconds', '0', '--op', 'train']) == 0\n"
         "assert main(['layer', '--plot', 'out.png']) == 2\n"
+        f"assert main(['parallel', '--part', 'pack', '--device', 'cpu', '--small', '--shape', '{LAYER}']) == 0\n"
     )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", refuse], cwd=ROOT, capture_output=True, text=True, timeout=120
