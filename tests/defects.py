@@ -340,4 +340,14 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "grads = [torch.empty(0, dtype=x.dtype, device=x.device) for _ in arguments]",
         "grads = [torch.empty(1, dtype=x.dtype, device=x.device) for _ in arguments]",
     ): "a gradient that nobody asked for is looked at by nobody",
+    (
+        "kernels/moe_triton/tiling.py",
+        "return size > 0 and size % block == 0",
+        "return size >= 0 and size % block == 0",
+    ): "a size of 0 has no blocks, with a mask or without",
+    (
+        "moe/ops/product.py",
+        'if _by_onednn(a, b) or (a.dtype == torch.float16 and a.device.type == "cpu"):',
+        'if _by_onednn(a, b) or (a.dtype != torch.float16 and a.device.type == "cpu"):',
+    ): "a matter of speed: torch's own half-precision product accumulates in float32, too",
 }
