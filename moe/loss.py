@@ -6,7 +6,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from moe.ops.library import differentiable_once
 
 
 @dataclass(frozen=True)
@@ -40,23 +41,26 @@ def next_token_loss(
 class _CrossEntropy(torch.autograd.Function):
     """Summed cross entropy, in fp32 at least, of logits [T, V] and targets [T], -100 ignored.
 
-    As `F.cross_entropy`, whose backward pass writes and reads [T, V] three times more; it has no second derivative.
+    As `F.cross_entropy`, whose backward pass writes and reads [T, V] three times more. Differentiable once: a second
+    differentiation raises RuntimeError.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
         log_p = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-        ctx.save_for_backward(log_p, target)
         ctx.dtype = logits.dtype
         picked = log_p.gather(-1, target.clamp_min(0).unsqueeze(-1)).squeeze(-1)
-        return -picked.masked_fill(target == -100, 0).sum()
+        total = -picked.masked_fill(target == -100, 0).sum()
+        # log_p has no graph, nor are the logits kept: the result says that the gradient depends on them.
+        ctx.save_for_backward(log_p, target, total)
+        return total
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    @differentiable_once("next_token_loss")
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, None]:
         """(softmax - one-hot) * grad, zero for ignored rows."""
-        log_p, target = ctx.saved_tensors
+        log_p, target, _ = saved
         p, at = log_p.exp(), target.clamp_min(0).unsqueeze(-1)
         p.scatter_(-1, at, p.gather(-1, at) - 1)
-        p.mul_(grads[0].masked_fill(target == -100, 0).unsqueeze(-1))
+        p.mul_(grad.masked_fill(target == -100, 0).unsqueeze(-1))
         return p.to(ctx.dtype), None

@@ -1,8 +1,9 @@
 """Modules that keep quantised weights in memory and turn them into numbers when they are used.
 
 Their results are, bit for bit, those of `nn.Linear` and `moe.layer.Experts` with the dequantised weights in x's dtype.
-Quantised weights are frozen: gradients flow to x, to the routing weights and to biases. Dequantised weights live within
-one forward or backward pass and are computed again in the latter; no graph keeps them.
+Quantised weights are frozen: gradients flow to x, to the routing weights and to biases, once: a second differentiation
+raises RuntimeError, but for that of a linear function, which is zero. Dequantised weights live within one forward or
+backward pass and are computed again in the latter; no graph keeps them.
 
 A cast is refused. torch would round FP8 codes to the new dtype and leave their scales, or cast the scales as well, and
 in either case the weights would be others without a word. Call the modules with x in the dtype to compute in instead.
@@ -15,10 +16,9 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from moe import ops
-from moe.ops.library import autocast
+from moe.ops.library import autocast, differentiable_once
 from moe.ops.permutation import check_ids, check_weights
 from moe.ops.quantization import MX_BLOCK, scale_shape
 
@@ -104,9 +104,9 @@ class _FrozenLinear(torch.autograd.Function):
         return F.linear(x, ops.dequantize_blocks(weight, scale, block, x.dtype), bias)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        weight, scale = ctx.saved_tensors
+    @differentiable_once("FP8Linear")
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> Any:
+        weight, scale = saved
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ ops.dequantize_blocks(weight, scale, ctx.block, ctx.dtype)
@@ -215,9 +215,9 @@ class _FrozenMLP(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weights, expert_ids, gate_up_bias, down_bias, *stored, pre = ctx.saved_tensors
+    @differentiable_once("QuantizedExperts")
+    def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> Any:
+        x, weights, expert_ids, gate_up_bias, down_bias, *stored, pre = saved
         gate_up, gate_up_scale, down, down_scale = stored
         need_x, need_weights, _, need_gate_up_bias, need_down_bias = needed = ctx.needs_input_grad[:5]
         results = torch.ops.moesmith.moe_mlp_backward.default(

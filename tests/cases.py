@@ -143,7 +143,7 @@ CASES = (
 )
 BY_NAME = {case.name: case for case in CASES}
 
-Logits = Literal["normal", "tied", "coarse", "nan_row", "nan_some", "nan_last", "minus_inf", "huge", "low"]
+Logits = Literal["normal", "tied", "coarse", "nan_row", "nan_some", "nan_last", "minus_inf", "huge", "low", "vanishing"]
 Bias = Literal["none", "negative", "huge", "tied", "mixed", "minus_inf"]
 
 
@@ -191,6 +191,8 @@ class RoutingCase:
             logits *= 1e4
         if self.logits == "low":  # their exponentials are subnormal
             logits -= 95
+        if self.logits == "vanishing":  # their sigmoids are about what is added to their sum
+            logits -= 46
         bias = {
             "none": None,
             "negative": -1 - torch.rand(self.experts, generator=g),
@@ -233,6 +235,7 @@ ROUTING_CASES = (
     RoutingCase("saturated", logits="huge", bias="mixed"),
     RoutingCase("saturated_softmax", logits="huge", scoring_func="softmax"),
     RoutingCase("low_softmax", logits="low", scoring_func="softmax"),
+    RoutingCase("vanishing", logits="vanishing", routed_scaling_factor=2.5),
     RoutingCase("every_expert", experts=6, top_k=6, bias="mixed"),
     RoutingCase("one_expert", experts=1, top_k=1),
     RoutingCase("groups_of_one", experts=8, top_k=3, n_group=8, topk_group=5, bias="mixed"),

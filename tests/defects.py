@@ -169,6 +169,12 @@ NAMED = (
     ),
     kernel(
         "grouped_gemm",
+        "columns past the last read, and no use made of them",
+        "mask=((first + k)[:, None] < inner) & (column[None, :] < width), other=0)",
+        "mask=((first + k)[:, None] < inner), other=0)",
+    ),
+    kernel(
+        "grouped_gemm",
         "row mask off by one",
         "tl.store(at, total, mask=(row < end)[:, None] & (column < width)[None, :])",
         "tl.store(at, total, mask=(row <= end)[:, None] & (column < width)[None, :])",
@@ -340,4 +346,24 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "grads = [torch.empty(0, dtype=x.dtype, device=x.device) for _ in arguments]",
         "grads = [torch.empty(1, dtype=x.dtype, device=x.device) for _ in arguments]",
     ): "a gradient that nobody asked for is looked at by nobody",
+    (
+        "kernels/moe_triton/tiling.py",
+        "return size > 0 and size % block == 0",
+        "return size >= 0 and size % block == 0",
+    ): "a size of 0 has no blocks, with a mask or without",
+    (
+        "kernels/moe_triton/routing.py",
+        "grad = tl.load(grad_scores + token * num_experts + expert, mask=real, other=0.0)",
+        "grad = tl.load(grad_scores + token * num_experts + expert, mask=real, other=1.0)",
+    ): "what stands beside the experts is multiplied with a score of 0, and not stored",
+    (
+        "moe/ops/mlp.py",
+        "most = _SMALL_PRODUCT // max(gate_up[0].numel(), 1) if len(gate_up) and can_group(gate_up, down) else 0",
+        "most = _SMALL_PRODUCT * max(gate_up[0].numel(), 1) if len(gate_up) and can_group(gate_up, down) else 0",
+    ): "a matter of speed: which experts share a batch changes no result",
+    (
+        "moe/ops/product.py",
+        'if _by_onednn(a, b) or (a.dtype == torch.float16 and a.device.type == "cpu"):',
+        'if _by_onednn(a, b) or (a.dtype != torch.float16 and a.device.type == "cpu"):',
+    ): "a matter of speed: torch's own half-precision product accumulates in float32, too",
 }

@@ -5,7 +5,8 @@
 
 The operators' CPU implementations are replaced by ones that call the kernels, on the CPU or on a copy on the GPU. Every
 buffer that a kernel is given or allocates stands between guard bands and is poisoned where nothing was written: a read
-beyond it shows in the result, a write beyond it fails the call.
+beyond it shows in the result, a write beyond it fails the call. In the interpreter every address is looked at as well:
+one outside all buffers fails the call, even if nothing comes of what is read there, and is not followed.
 """
 
 import dataclasses
@@ -18,10 +19,12 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from moe.ops.library import LIBRARY
 
@@ -39,14 +42,43 @@ def poison(dtype: torch.dtype) -> float | int:
 class Guards(TorchDispatchMode):
     """Puts what is allocated inside it between guard bands; `check` says whether they are as they were."""
 
+    entered: "Guards | None" = None
+
     def __init__(self) -> None:
         super().__init__()
         self.bands: list[Tensor] = []
+        self.buffers: dict[int, int] = {}  # where each begins and ends, in bytes
+        self.guarded: set[int] = set()  # storages
+        self.outside: set[str] = set()
 
     def buffer(self, elements: int, dtype: torch.dtype) -> Tensor:
         whole = torch.full((elements + 2 * GUARD,), poison(dtype), dtype=dtype, device=DEVICE)
         self.bands += [whole[:GUARD], whole[GUARD + elements :]]
+        self.guarded.add(whole.untyped_storage().data_ptr())
+        self.know(whole[GUARD : GUARD + elements])
         return whole
+
+    def know(self, tensor: Tensor) -> None:
+        begin = tensor.data_ptr()
+        self.buffers[begin] = max(self.buffers.get(begin, 0), begin + tensor.numel() * tensor.itemsize)
+
+    def inside(self, addresses: np.ndarray, wanted: np.ndarray, size: int, what: str) -> np.ndarray:
+        """Those of the wanted addresses at which `size` bytes belong to a buffer."""
+        begins = np.array(sorted(self.buffers), dtype=np.uint64)
+        ends = np.maximum.accumulate(np.array([self.buffers[int(begin)] for begin in begins], dtype=np.uint64))
+        at = np.searchsorted(begins, addresses, side="right")
+        found = wanted & (at > 0) & (addresses + np.uint64(size) <= ends[np.maximum(at, 1) - 1])
+        if not np.array_equal(found, wanted):
+            self.outside.add(what)
+        return found
+
+    def __enter__(self) -> "Guards":
+        Guards.entered = self
+        return super().__enter__()
+
+    def __exit__(self, *args: Any) -> None:
+        Guards.entered = None
+        super().__exit__(*args)
 
     def like(self, tensor: Tensor) -> Tensor:
         """A copy with the same strides."""
@@ -61,11 +93,16 @@ class Guards(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket._qualified_op_name
         if name not in ("aten::empty", "aten::empty_like", "aten::zeros", "aten::zeros_like") or not result.numel():
+            for tensor in tree_leaves(result):
+                storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+                if storage is not None and storage.data_ptr() not in self.guarded:
+                    self.know(torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage))
             return result
         guarded = self.buffer(result.numel(), result.dtype)[GUARD : GUARD + result.numel()].view(result.shape)
         return guarded.zero_() if "zeros" in name else guarded
 
     def check(self, name: str) -> None:
+        assert not self.outside, f"{name}: a kernel {' and '.join(sorted(self.outside))} outside all buffers"
         for band in self.bands:
             whole = band.isnan() if band.is_floating_point() else band == poison(band.dtype)
             assert whole.all(), f"{name}: a kernel wrote outside a buffer"
@@ -94,6 +131,26 @@ def on_kernels(name: str, page: ModuleType, tiered: bool) -> Callable[..., Any]:
     return implementation
 
 
+def look_at_addresses(builder: Any) -> None:
+    """Makes Triton's interpreter ask the guards that are entered, if any, before it reads and writes."""
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def looked_at(addresses: Any, mask: Any, what: str) -> Any:
+        if Guards.entered is None:
+            return mask
+        size = max(1, addresses.get_element_ty().primitive_bitwidth // 8)
+        wanted = np.broadcast_to(mask.data, addresses.data.shape)
+        return type(mask)(Guards.entered.inside(addresses.data, wanted, size, what), mask.dtype)
+
+    def masked_load(addresses: Any, mask: Any, *rest: Any) -> Any:
+        return load(addresses, looked_at(addresses, mask, "read"), *rest)
+
+    def masked_store(addresses: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        return store(addresses, value, looked_at(addresses, mask, "wrote"), *rest)
+
+    builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
+
+
 def pages() -> list[ModuleType]:
     import moe_triton
 
@@ -115,8 +172,9 @@ def pytest_configure(config: pytest.Config) -> None:
         interpreter_builder.options = dataclasses.replace(
             interpreter_builder.options, debug=True, sanitize_overflow=False
         )
+        look_at_addresses(interpreter_builder)
     # numpy's, for `tl.max` and for an exponential that is meant to be infinite
-    for message in ("All-NaN slice", "overflow encountered in multiply"):
+    for message in ("All-NaN slice", "overflow encountered in (multiply|exp2)"):
         config.addinivalue_line("filterwarnings", f"ignore:{message}:RuntimeWarning")
     seen = []
     for name in sorted(definition.partition("::")[2] for definition in LIBRARY._op_defs):

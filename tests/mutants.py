@@ -72,7 +72,9 @@ class Stage:
 OPS, CONTRACT, ROUTING = "tests/test_ops.py", "tests/test_ops_contract.py", "tests/test_ops_routing.py"
 QUANTIZATION = "tests/test_quantization.py"
 OFFSETS, ANY = "tests/offsets.py", ""
-WITHOUT_A_GPU = Stage(("tests/test_kernels.py",), ("launches", "grid", "compiled_for", "waits", "names_no_expert"))
+WITHOUT_A_GPU = Stage(
+    ("tests/test_kernels.py",), ("launches", "grid", "compiled_for", "waits", "names_no_expert", "refused")
+)
 
 
 def on_kernels(*first: str, files: tuple[str, ...] = (OPS, OFFSETS)) -> tuple[Stage, ...]:
@@ -94,7 +96,7 @@ PLANS: dict[str, tuple[Stage, ...]] = {
         "test_moe_mlp[", "clamped", "not_here", "no_expert", "beside_transformers", "offsets.py"
     ),
     "kernels/moe_triton/permutation.py": on_kernels(
-        "permute", "not_here", "test_moe_mlp[", "grouped_mm[", "offsets.py"
+        "permute", "not_here", "no_expert", "test_moe_mlp[", "grouped_mm[", "offsets.py"
     ),
     "kernels/moe_triton/routing.py": on_kernels(ANY, files=(ROUTING,)),
     "kernels/moe_triton/tiling.py": on_kernels("grouped_mm", "test_moe_mlp["),

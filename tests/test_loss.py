@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from moe.loss import next_token_loss
 
@@ -62,6 +63,39 @@ def test_twice_backward_gives_the_same():
     loss = next_token_loss(logits, torch.randint(9, (1, 4)), 1, None, None).value
     first, second = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("outer", [lambda loss: loss, torch.exp], ids=["alone", "inside"])
+def test_a_second_derivative_is_refused(outer, checkpointed):
+    """For a leaf as for what stands before the logits, and whether or not the outgoing gradient has a graph."""
+    labels = torch.randint(9, (1, 4))
+    hidden = torch.randn(1, 4, 3, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(3, 9, dtype=torch.float64, requires_grad=True)
+
+    def value(logits: Tensor) -> Tensor:
+        return outer(next_token_loss(logits, labels, 1, None, None).value)
+
+    leaf = (hidden @ head).detach().requires_grad_()
+    for leaves, logits in (((hidden, head), hidden @ head), ((leaf,), leaf)):
+        loss = checkpoint(value, logits, use_reentrant=False) if checkpointed else value(logits)
+        plain = torch.autograd.grad(loss, leaves, retain_graph=True)
+        grads = torch.autograd.grad(loss, leaves, create_graph=True)
+        assert all(torch.equal(a, b) and not b.requires_grad for a, b in zip(grads, plain, strict=True))
+        for grad in grads:
+            for wanted in leaves:
+                with pytest.raises(RuntimeError, match="next_token_loss: differentiable once, and this is a second"):
+                    torch.autograd.grad(grad.square().sum(), wanted, retain_graph=True)
+
+
+def test_logits_are_not_kept():
+    """Saved are their log-probabilities, the targets and a number."""
+    logits, saved = torch.randn(2, 5, 9, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        loss = next_token_loss(logits, torch.randint(9, (2, 5)), 1, None, None).value
+    assert loss.requires_grad
+    assert all(t.untyped_storage().data_ptr() != logits.untyped_storage().data_ptr() for t in saved)
+    assert sum(t.numel() for t in saved if t.is_floating_point()) <= logits.numel() + 5
 
 
 def test_compiled():

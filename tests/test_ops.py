@@ -162,12 +162,13 @@ def test_a_weight_of_a_slot_that_is_not_here_is_not_read(name: str) -> None:
     assert all(g.isfinite().all() for g in grads)
 
 
-def test_rows_of_no_expert_are_zero_in_what_is_saved() -> None:
-    i = BY_NAME["absent"].inputs(torch.float32)
+@pytest.mark.parametrize("name", ["absent", "nobody", "one_token_absent"])
+def test_rows_of_no_expert_are_zero_in_what_is_saved(name: str) -> None:
+    i = BY_NAME[name].inputs(torch.float32)
     args = (i.x, i.gate_up, i.down, i.weights, i.expert_ids, None, None, None, 1.0, 0.0, True, "auto")
     _, pre = torch.ops.moesmith.moe_mlp_forward(*args)
     here = int((i.expert_ids >= 0).sum())
-    assert (pre[here:] == 0).all() and (pre[:here] != 0).all()
+    assert (pre[here:] == 0).all() and (pre[:here] != 0).all() and len(pre) == i.expert_ids.numel()
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
@@ -259,6 +260,19 @@ def test_grouped_mm_beside_torch(form: str, dtype: torch.dtype) -> None:
     assert excess(ops.grouped_mm(a, b, offs), exact, limit) <= 1
 
 
+@pytest.mark.parametrize(("dtype", "large"), [(torch.float16, 2048), (torch.bfloat16, 256)], ids=str)
+@each_form
+def test_grouped_mm_accumulates_in_float32(form: str, dtype: torch.dtype, large: int) -> None:
+    """Small summands after one beside which they vanish in half precision."""
+    a, b, offs = grouped(Case("long", 130, 65, 12, 2, 1, "random"), form, dtype, tail=0)
+    a, b = torch.ones_like(a), torch.ones_like(b)
+    ends = [0] if offs is None or form != "products" else [0, int(offs[0])]
+    a[..., ends] = large
+    exact = grouped_mm_reference(a.double(), b.double(), offs)
+    assert (exact > large + 20).all()
+    assert torch.equal(ops.grouped_mm(a, b, offs), exact.to(dtype))
+
+
 @each_form
 def test_grouped_mm_strides_and_zero_sizes(form: str) -> None:
     a, b, offs = grouped(BY_NAME["ragged"], form, torch.float32)
@@ -273,7 +287,8 @@ def test_grouped_mm_strides_and_zero_sizes(form: str) -> None:
     if offs is not None:
         for function in (ops.grouped_mm, grouped_mm_reference):
             result = function(a if a.dim() == 2 else a[:0], b if b.dim() == 2 else b[:0], offs[:0])
-            assert result.numel() == 0 if form == "products" else (result == 0).all() and result.numel()
+            groups = (0,) if form == "products" else ()
+            assert result.shape == (*groups, a.shape[-2], b.shape[-1]) and (result == 0).all()
 
 
 @each_dtype
@@ -369,6 +384,31 @@ def test_swiglu(shape: tuple[int, ...], limit: float | None, alpha: float, beta:
     if shape == (37, 80):
         strided = ops.swiglu(gate_up.detach().t().contiguous().t(), limit, alpha, beta)
         assert excess(strided, exact, elementwise_limit(exact, dtype) + argument * exact.abs()) <= 1
+
+
+@each_dtype
+@pytest.mark.parametrize(("limit", "alpha", "beta"), [(None, 1.0, 0.0), (None, 1.702, 1.0), (70.0, 1.0, 0.0)], ids=str)
+def test_swiglu_of_large_gates(limit: float | None, alpha: float, beta: float, dtype: torch.dtype) -> None:
+    """Over the whole range of the exponential, which float32 holds down to a gate of -88.7."""
+    gate = torch.linspace(-110, 110, 1761).repeat(2)
+    gate_up = torch.cat([gate, torch.where(torch.arange(len(gate)) < 1761, -1.5, 0.75)]).to(dtype).requires_grad_()
+    result = ops.swiglu(gate_up, limit, alpha, beta)
+    grad = torch.linspace(0.5, 1.5, len(gate)).to(dtype)
+    (grad_in,) = torch.autograd.grad(result, gate_up, grad)
+    exact_in = gate_up.detach().double().requires_grad_()
+    exact = swiglu_reference(exact_in, limit, alpha, beta)
+    (exact_grad,) = torch.autograd.grad(exact, exact_in, grad.double())
+
+    wide = torch.promote_types(dtype, torch.float32)
+    gate, up = exact_in.detach().chunk(2)
+    argument, largest = alpha * gate, math.log(torch.finfo(wide).max)
+    roundings = 4 * UNIT[dtype] + (0.0 if alpha == 1 else 2.0) * UNIT[wide] * argument.abs()
+    # 0 is right where the exponential is infinite. The sigmoid, of the gradient, loses digits before that.
+    limits = torch.where(argument < 0.01 - largest, 1, roundings) * exact.abs()
+    assert excess(result, exact, limits) <= 1
+    limits = torch.where(argument < 2 - largest, 1, roundings) * argument.sigmoid() * grad.double()
+    factors = torch.cat([(1 + argument.abs()) * (up + beta).abs(), gate.abs()])
+    assert excess(grad_in, exact_grad, limits.repeat(2) * factors) <= 1
 
 
 def test_swiglu_by_hand() -> None:

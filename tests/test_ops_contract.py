@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
 
 from moe import ops
 from moe.ops.library import LIBRARY
@@ -190,10 +191,11 @@ def differentiable_once() -> dict[str, tuple[Callable[..., Tensor], tuple[Tensor
 
 @pytest.mark.parametrize("name", differentiable_once())
 @pytest.mark.parametrize("squared", [False, True], ids=["sum", "squares"])
-def test_second_derivatives_are_refused(name: str, squared: bool) -> None:
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpoint"])
+def test_second_derivatives_are_refused(name: str, squared: bool, checkpointed: bool) -> None:
     """Whether or not the outgoing gradient has a graph of its own, as that of a sum has not."""
     function, leaves = differentiable_once()[name]
-    y = function(*leaves)
+    y = checkpoint(function, *leaves, use_reentrant=False) if checkpointed else function(*leaves)
     loss = (y.square() if squared else y).sum()
     grads = torch.autograd.grad(loss, leaves, create_graph=True)
     plain = torch.autograd.grad(loss, leaves, retain_graph=True)

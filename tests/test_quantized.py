@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -304,9 +305,32 @@ def test_inference_mode_and_second_derivatives() -> None:
         with torch.inference_mode():
             assert torch.equal(module(x, *routed), expected)
         a = x.clone().requires_grad_()
-        (grad,) = torch.autograd.grad(module(a, *routed).square().sum(), a, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            grad.sum().backward()
+        for way, run in {"plain": module, "checkpoint": partial(checkpoint, module, use_reentrant=False)}.items():
+            for squared in (False, True):
+                y = run(a, *routed)
+                loss = (y.square() if squared else y).sum()
+                (plain,) = torch.autograd.grad(loss, a, retain_graph=True)
+                (grad,) = torch.autograd.grad(loss, a, create_graph=True)
+                assert torch.equal(grad, plain) and not plain.requires_grad, way
+                if isinstance(module, FP8Linear) and not squared:  # linear: its gradient is a constant
+                    assert not grad.requires_grad
+                    continue
+                for inputs in ([a], None):
+                    with pytest.raises(RuntimeError, match="differentiable once, and this is a second differentiation"):
+                        grad.sum().backward(retain_graph=True, inputs=inputs)
+        assert a.grad is None
+
+
+def test_parameters_refuse_second_derivatives() -> None:
+    """A penalty on the gradient of x."""
+    for module, (x, *routed) in modules():
+        if not isinstance(module, FP8Linear):
+            x, (weights, ids) = x.clone().requires_grad_(), routed
+            weights = weights.clone().requires_grad_()
+            (grad,) = torch.autograd.grad(module(x, weights, ids).sum(), x, create_graph=True)
+            for wanted in (weights, *(p for p in module.parameters() if p.requires_grad)):
+                with pytest.raises(RuntimeError, match="QuantizedExperts: differentiable once"):
+                    torch.autograd.grad(grad.square().sum(), wanted, retain_graph=True)
 
 
 def test_constructed_as_from_parts() -> None:

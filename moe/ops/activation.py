@@ -130,8 +130,8 @@ def _save(ctx: Any, args: tuple[Any, ...], result: Tensor) -> None:
     ctx.save_for_backward(gate_up)
 
 
-def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return _SWIGLU_BACKWARD(grad, *ctx.saved_tensors, ctx.limit, ctx.alpha, ctx.beta), None, None, None
+def _gradient(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Any, ...]:
+    return _SWIGLU_BACKWARD(grad, *saved, ctx.limit, ctx.alpha, ctx.beta), None, None, None
 
 
 define_gradient(_SWIGLU, _save, _gradient)

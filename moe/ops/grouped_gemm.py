@@ -146,9 +146,9 @@ def _save(ctx: Any, args: tuple[Any, ...], result: Tensor) -> None:
     ctx.save_for_backward(*args)
 
 
-def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _gradient(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Any, ...]:
     # Grouped products again, of the two other forms with the same offs (batched: of its own).
-    a, b, offs = ctx.saved_tensors
+    a, b, offs = saved
     grad_a = _GROUPED_MM(grad, b.transpose(-1, -2), offs) if ctx.needs_input_grad[0] else None
     grad_b = _GROUPED_MM(a.transpose(-1, -2), grad, offs) if ctx.needs_input_grad[1] else None
     return grad_a, grad_b, None

@@ -98,14 +98,41 @@ class _Once(torch.autograd.Function):
         raise RuntimeError(f"{ctx.name}: differentiable once, and this is a second differentiation")
 
 
+def differentiable_once(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes `gradient(ctx, saved, *grads)` the backward of an `autograd.Function`, which can be differentiated once.
+
+    A second differentiation raises RuntimeError if what is saved says that it depends on more than `grads`: at least
+    one saved tensor has to be an input or an output of the function. Saved tensors are read once, for activation
+    checkpointing hands out each of them only once.
+    """
+
+    def decorate(gradient: Callable[..., Any]) -> Callable[..., Any]:
+        def backward(ctx: Any, *grads: Any) -> Any:
+            saved = ctx.saved_tensors
+            with torch.no_grad():
+                results = gradient(ctx, saved, *grads)
+            # In a compiled graph it is torch that answers a second differentiation.
+            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+                return results
+            origins = [t for t in (*grads, *saved) if t is not None and t.requires_grad]
+            return tuple(None if result is None else _Once.apply(name, result, *origins) for result in results)
+
+        return backward
+
+    return decorate
+
+
 def define_gradient(
     op: Any, save: Callable[[Any, tuple[Any, ...], Any], None], gradient: Callable[..., Any], *, once: bool = True
 ) -> None:
     """Makes `op` differentiable: once, a second differentiation raising RuntimeError, or as often as `gradient` is.
 
-    `save(ctx, args, result)` keeps what the backward pass needs; `gradient(ctx, *grads)` gives one gradient for each
-    argument, None for those that have none.
+    `save(ctx, args, result)` keeps what the backward pass needs; `gradient(ctx, saved, *grads)` gives one gradient for
+    each argument, None for those that have none.
     """
+
+    def often(ctx: Any, *grads: Any) -> Any:
+        return gradient(ctx, ctx.saved_tensors, *grads)
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
@@ -115,17 +142,7 @@ def define_gradient(
             save(ctx, args, result)
             return result
 
-        @staticmethod
-        def backward(ctx: Any, *grad_outputs: Any) -> Any:
-            if not once:
-                return gradient(ctx, *grad_outputs)
-            with torch.no_grad():
-                grads = gradient(ctx, *grad_outputs)
-            if not torch.is_grad_enabled():
-                return grads
-            tensors = (t for t in (*grad_outputs, *ctx.saved_tensors) if t is not None)
-            origins = [t for t in tensors if t.requires_grad]
-            return tuple(None if grad is None else _Once.apply(op.name(), grad, *origins) for grad in grads)
+        backward = staticmethod(differentiable_once(op.name())(gradient) if once else often)
 
     def autograd(*args: Any) -> Any:
         tensors = [arg for arg in args if isinstance(arg, Tensor)]

@@ -394,10 +394,10 @@ def _save(ctx: Any, args: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> Non
     ctx.mark_non_differentiable(result[1])
 
 
-def _gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+def _gradient(ctx: Any, saved: tuple[Any, ...], grad: Tensor, _: Any) -> tuple[Any, ...]:
     # The ids, argument 4, have no gradient; neither have the five settings at the end.
     needed = [need for i, need in enumerate(ctx.needs_input_grad[:7]) if i != 4]
-    results = _MOE_MLP_BACKWARD(grad, *ctx.saved_tensors, ctx.limit, ctx.alpha, ctx.beta, needed, ctx.tier)
+    results = _MOE_MLP_BACKWARD(grad, *saved, ctx.limit, ctx.alpha, ctx.beta, needed, ctx.tier)
     grads = [result if need else None for result, need in zip(results, needed, strict=True)]
     return *grads[:4], None, *grads[4:], None, None, None, None, None
 

@@ -249,18 +249,18 @@ def _permute_save(ctx: Any, args: tuple[Any, ...], result: tuple[Tensor, Tensor,
     ctx.mark_non_differentiable(position, offsets)
 
 
-def _permute_gradient(ctx: Any, grad_rows: Tensor, *_: Any) -> tuple[Any, ...]:
+def _permute_gradient(ctx: Any, saved: tuple[Any, ...], grad_rows: Tensor, *_: Any) -> tuple[Any, ...]:
     # The transpose of "copy a token's row to each of its positions" is "sum the rows at its positions".
-    return _UNPERMUTE(grad_rows, *ctx.saved_tensors, None), None, None
+    return _UNPERMUTE(grad_rows, *saved, None), None, None
 
 
 def _unpermute_save(ctx: Any, args: tuple[Any, ...], result: Tensor) -> None:
     ctx.save_for_backward(*args)
 
 
-def _unpermute_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _unpermute_gradient(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Any, ...]:
     needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
-    grad_rows, grad_weights = _UNPERMUTE_BACKWARD(grad, *ctx.saved_tensors, needed)
+    grad_rows, grad_weights = _UNPERMUTE_BACKWARD(grad, *saved, needed)
     return grad_rows if needed[0] else None, None, grad_weights if needed[1] else None
 
 

@@ -267,10 +267,12 @@ def _save(ctx: Any, args: tuple[Any, ...], result: tuple[Tensor, Tensor, Tensor]
     ctx.set_materialize_grads(False)
 
 
-def _gradient(ctx: Any, grad_weights: Tensor | None, _: None, grad_scores: Tensor | None) -> tuple[Any, ...]:
+def _gradient(
+    ctx: Any, saved: tuple[Any, ...], grad_weights: Tensor | None, _: None, grad_scores: Tensor | None
+) -> tuple[Any, ...]:
     grad = None
     if ctx.needs_input_grad[0] and (grad_weights is not None or grad_scores is not None):
-        grad = _ROUTE_BACKWARD(grad_weights, grad_scores, *ctx.saved_tensors, *ctx.settings)
+        grad = _ROUTE_BACKWARD(grad_weights, grad_scores, *saved, *ctx.settings)
     return grad, *(None,) * 8
 
 
