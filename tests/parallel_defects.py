@@ -42,8 +42,8 @@ DEFECTS = (
     ),
     dispatch(
         "gradients of tokens lost",
-        "return *(_padded(grad, ctx.slots) for grad in grads), None, None, None",
-        "return *(0 * _padded(grad, ctx.slots) for grad in grads), None, None, None",
+        "return grad_rows, ops.unpermute(",
+        "return 0 * grad_rows, ops.unpermute(",
     ),
     dispatch(
         "gradients of weights for those of another micro-batch",
@@ -60,8 +60,8 @@ DEFECTS = (
     ),
     dispatch(
         "weights in half precision",
-        "_bytes(weights[: trip.leaving])",
-        "_bytes(weights[: trip.leaving].half().to(weights.dtype))",
+        "(_bytes(weight), ",
+        "(_bytes(weight.half().to(weight.dtype)), ",
     ),
     apply(
         "expert gradients summed and not averaged",

@@ -162,12 +162,13 @@ def combine(rows: Tensor, position: Tensor, weights: Tensor | None) -> Tensor:
     out = torch.zeros(tokens, rows.shape[1], dtype=wide, device=rows.device)
     for k in range(top_k if rows.shape[0] else 0):
         place, weight = position[:, k], None if weights is None else weights[:, k, None]
-        if not some_absent:
-            part = rows.index_select(0, place)
-        else:
-            part = rows.index_select(0, place.clamp(min=0)).masked_fill_(absent[:, k, None], 0)
-            weight = None if weight is None else weight.masked_fill(absent[:, k, None], 0)
-        part = part.to(wide)  # an addition of two dtypes is not vectorised
+        if some_absent:
+            # Only what is here: of a rank's experts most slots may not be. No token stands twice in one k.
+            here = (~absent[:, k]).nonzero().squeeze(1)
+            part = rows.index_select(0, place.index_select(0, here)).to(wide)
+            out.index_add_(0, here, part if weight is None else part * weight.index_select(0, here))
+            continue
+        part = rows.index_select(0, place).to(wide)  # an addition of two dtypes is not vectorised
         if weight is None:
             out.add_(part)
         else:

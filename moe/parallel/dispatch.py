@@ -90,13 +90,9 @@ class AllToAllDispatcher:
     ) -> Tensor:
         first = self.destinations(routing.expert_ids)
         sent = ops.permute(x, first, self.size)
-        weights = ops.permute(routing.weights, first, self.size).rows
-        token = _source_tokens(sent.position)
         counts = sent.offsets.diff(prepend=sent.offsets.new_zeros(1)).to(torch.int64)
         trip = self._agree(counts)
-        ids = routing.expert_ids.index_select(0, token[: trip.leaving])
-
-        rows, weights = _Send.apply(sent.rows, weights, ids, self, trip)
+        rows, weights = _Send.apply(sent.rows, routing.weights, routing.expert_ids, sent.position, self, trip)
         alongside = None if shared is None else shared(x)
         rows, weights, ids = _Arrive.apply(rows, weights, self, trip)
         start = self.rank * self.experts_per_rank
@@ -192,7 +188,7 @@ def _typed(data: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Send(torch.autograd.Function):
-    """Starts the dispatch: rows [T * J, D] and weights [T * J, K] in order of destinations, ids [leaving, K].
+    """Starts the dispatch: rows [T * J, D] in order of destinations, and of their tokens weights and ids [T, K].
 
     Its results [arriving, ...] hold nothing yet and only carry the graph to `_Arrive`. Backward, it waits for the
     gradients whose way back `_Arrive` has started; what autograd hands it holds nothing.
@@ -200,14 +196,22 @@ class _Send(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weights: Tensor, ids: Tensor, dispatcher: AllToAllDispatcher, trip: _Trip
+        ctx: Any,
+        rows: Tensor,
+        weights: Tensor,
+        expert_ids: Tensor,
+        position: Tensor,
+        dispatcher: AllToAllDispatcher,
+        trip: _Trip,
     ) -> tuple[Tensor, Tensor]:
         ctx.dispatcher, ctx.trip, ctx.slots = dispatcher, trip, len(rows)
-        here = rows[: trip.leaving]
+        ctx.save_for_backward(position)
+        here, token = rows[: trip.leaving], _source_tokens(position)[: trip.leaving]
+        weight, ids = weights.index_select(0, token), expert_ids.index_select(0, token)
         if dispatcher.payload == "fp8":
             codes, scales = quantize_rows(here, FP8_BLOCK)
             here = torch.cat((_bytes(scales), _bytes(codes)), dim=1)
-        routing = torch.cat((_bytes(weights[: trip.leaving]), _bytes(ids.to(torch.int32))), dim=1)
+        routing = torch.cat((_bytes(weight), _bytes(ids.to(torch.int32))), dim=1)
         trip.landing = (
             ("dispatch of routing", *dispatcher.exchange("dispatch of routing", routing, trip)),
             ("dispatch of rows", *dispatcher.exchange("dispatch of rows", here, trip)),
@@ -219,8 +223,8 @@ class _Send(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grads = ctx.trip.landed(ctx.dispatcher)
-        return *(_padded(grad, ctx.slots) for grad in grads), None, None, None
+        grad_rows, grad_weights = (_padded(grad, ctx.slots) for grad in ctx.trip.landed(ctx.dispatcher))
+        return grad_rows, ops.unpermute(grad_weights, *ctx.saved_tensors), None, None, None, None
 
 
 class _Arrive(torch.autograd.Function):

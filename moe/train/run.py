@@ -164,7 +164,7 @@ def _trainer(folder: Path, settings: Settings, mesh: "Mesh | None") -> Trainer:
 
 def _load_state(trainer: Trainer, states: Path, console: Console) -> None:
     """The newest state, of one process or of many, whichever this run is."""
-    if trainer.mesh is None and is_safetensors_state(states):
+    if is_safetensors_state(states):
         saved = load_latest_state(states)
         if saved is not None:
             trainer.load_state(*saved)

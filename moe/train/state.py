@@ -43,7 +43,7 @@ def save_state(folder: Path, tensors: dict[str, Tensor], values: dict[str, Any],
 def load_latest_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """What `save_state` wrote last below `folder`; None if there is nothing. Leftovers of a killed save are removed."""
     for leftover in folder.glob("step-*" + _PARTIAL):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)  # another rank may be at it
     states = _states(folder)
     if not states:
         return None
