@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe
 from moe import balance
+from moe.checkpoint.convert import convert
 from moe.errors import CheckpointError
 from moe.model import Transformer
 from moe.parallel import (
@@ -55,9 +56,10 @@ MESHES = {
 def cases(size: int, *, long: bool) -> list[Case]:
     found = []
     if size == 4 or (long and size > 1):
-        found += [Case("state across meshes", state_across_meshes)]
-        meshes = MESHES[size] if long else MESHES[size][:2]
-        found += [Case(f"folder {how}", partial(folder, how=how, meshes=meshes)) for how in FOLDERS]
+        some = MESHES[size] if long else [mesh for mesh in MESHES[size] if mesh[2] == 1]
+        found += [Case("state across meshes", partial(state_across_meshes, meshes=some))]
+        some = MESHES[size] if long else MESHES[size][:2]
+        found += [Case(f"folder {how}", partial(folder, how=how, meshes=some)) for how in FOLDERS]
     if size == 2:
         found += [Case("state damaged", damaged), Case("save failed", failed), Case("save killed", killed)]
     if size == 4 and long:
@@ -126,13 +128,13 @@ def elsewhere(what: str, folder: Path, ranks: Ranks) -> Any:
 # ---- training states ----
 
 
-def state_across_meshes(ranks: Ranks) -> None:
+def state_across_meshes(ranks: Ranks, meshes: list[tuple[int, int, int]]) -> None:
     """Saved while training goes on; then loaded on this mesh, others, other numbers of ranks, and on none.
 
     Every expert and moment has the bits it had when `save` was called, and three more steps give those of the unbroken
     run: bit for bit on its mesh, up to the order of sums in float64 on others.
     """
-    first, *others = MESHES[ranks.size]
+    first, *others = meshes
     continued = first, others[-1]
     folder = ranks.folder / "across"
     unbroken = Run(first)
@@ -424,6 +426,25 @@ def folder(ranks: Ranks, how: str, meshes: list[tuple[int, int, int]]) -> None:
             found = loaded.state_dict()[name]
             assert found.dtype == tensor.dtype and torch.equal(common.whole(found), tensor), (name, mesh)
     _errors(ranks, whole, built())
+    if how == "rows":
+        _other_layouts(ranks, whole)
+
+
+def _other_layouts(ranks: Ranks, whole: Path) -> None:
+    """Quantised tensors, and all experts of a layer in one, where ranks hold some rows of each expert."""
+    there = make_mesh(ep=2)
+    for name, settings in {"fp8": {"dtype": "fp8", "block_size": (4, 4)}, "stacked": {"table": "stacked"}}.items():
+        source, again, out = (ranks.folder / f"{what} {name}" for what in ("converted", "saved", "exported"))
+        if ranks.rank == 0:
+            convert(whole, source, **settings)  # pyright: ignore[reportArgumentType]
+            moe.load(source).save(again)
+        dist.barrier()
+        loaded = load(source, there)
+        for key, tensor in moe.load(source).state_dict().items():
+            assert torch.equal(common.whole(loaded.state_dict()[key]), tensor), (name, key)
+        export(loaded, out)
+        for file in again.iterdir():
+            assert (out / file.name).read_bytes() == file.read_bytes(), (name, file.name)
 
 
 def _errors(ranks: Ranks, whole: Path, model: Transformer) -> None:

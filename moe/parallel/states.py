@@ -11,16 +11,13 @@ only the few classes that belong there are let in. Models are exchanged as safet
 
 import hashlib
 import json
-import math
 import os
-import pickle
 import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +25,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.tensor import DTensor
@@ -52,11 +36,10 @@ from torch.optim import Optimizer
 from moe.checkpoint.atomic import settle, sync
 from moe.errors import CheckpointError
 from moe.parallel.agreement import on_first, together
-from moe.parallel.apply import region
 from moe.parallel.mesh import Mesh, group_timeout
+from moe.parallel.state_parts import METADATA, LoadPlanner, Part, Reader, SavePlanner
 
 _VALUES = "state.json"
-_METADATA = ".metadata"
 _PARTIAL = ".partial"
 _NAME = re.compile(r"step-(\d+)")
 # What an optimizer keeps of a parameter once it has stepped it. torch's Muon and ours take each other's.
@@ -98,11 +81,11 @@ class StateWriter:
         json.dumps(text)
         final = self.folder / f"step-{values['step']:06d}"
         if on_first(final, lambda: _make_room(final), self._group):
-            parts = {name: _Part.of(tensor).copy() for name, tensor in _tensors(model, optimizers).items()}
+            parts = {name: Part.of(tensor).copy() for name, tensor in _tensors(model, optimizers).items()}
             writer = _Writer(final, text, self.keep)
             self._name = str(final)
             self._pending = async_save(  # pyright: ignore[reportAttributeAccessIssue]
-                parts, storage_writer=writer, planner=_SavePlanner(), process_group=self._group
+                parts, storage_writer=writer, planner=SavePlanner(), process_group=self._group
             )
         return final
 
@@ -146,41 +129,11 @@ def load_latest(
         with warnings.catch_warnings():
             # That one process loads alone is what was asked for.
             warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-            load(wanted.parts, storage_reader=_Reader(path), planner=_LoadPlanner())
+            load(wanted.parts, storage_reader=Reader(path), planner=LoadPlanner())
     except (Exception, CheckpointException) as error:
         raise _plain(error, path, "cannot be loaded") from error
     wanted.commit()
     return values
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What this rank holds of a tensor: the values, and where they stand in the whole, which has this size.
-
-    Not a DTensor, whose copy on the CPU would still be one of its mesh's device.
-    """
-
-    local: Tensor
-    offsets: torch.Size
-    size: torch.Size
-
-    @staticmethod
-    def of(tensor: Tensor) -> "_Part":
-        if not isinstance(tensor, DTensor):
-            return _Part(tensor.detach(), torch.Size([0] * tensor.ndim), tensor.shape)
-        where, local = region(tensor), tensor.to_local().detach()
-        assert [s.stop - s.start for s in where] == list(local.shape), (tensor.placements, where, local.shape)
-        return _Part(local, torch.Size(s.start for s in where), tensor.shape)
-
-    def copy(self) -> "_Part":
-        return _Part(self.local.to("cpu", copy=True), self.offsets, self.size)
-
-    def empty(self, dtype: torch.dtype) -> "_Part":
-        return _Part(torch.empty(self.local.shape, dtype=dtype), self.offsets, self.size)
-
-    @property
-    def chunk(self) -> ChunkStorageMetadata:
-        return ChunkStorageMetadata(self.offsets, self.local.shape)
 
 
 def _tensors(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
@@ -200,48 +153,6 @@ def _steppers(model: nn.Module, optimizers: Sequence[Optimizer]) -> Iterator[tup
                 if parameter not in names:
                     raise ValueError("an optimizer has a parameter that is not the model's")
                 yield names[parameter], parameter, optimizer
-
-
-class _SavePlanner(DefaultSavePlanner):
-    """Writes `_Part`s; of equal ones, one rank's."""
-
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-    def create_local_plan(self) -> SavePlan:
-        items = []
-        for name, part in self.state_dict.items():
-            if part.local.numel():
-                data = TensorWriteData(part.chunk, TensorProperties.create_from_tensor(part.local), part.size)
-                items.append(WriteItem(MetadataIndex(name, part.offsets), WriteItemType.SHARD, tensor_data=data))
-        self.plan = SavePlan(items)
-        return self.plan
-
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].local
-
-
-class _LoadPlanner(DefaultLoadPlanner):
-    """Reads into `_Part`s, whatever parts were written."""
-
-    def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
-        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
-
-    def create_local_plan(self) -> LoadPlan:
-        assert self.metadata is not None
-        items = []
-        for name, part in self.state_dict.items():
-            if not part.local.numel():
-                continue
-            saved: Any = self.metadata.state_dict_metadata[name]
-            found = create_read_items_for_chunk_list(name, saved, [part.chunk])
-            if sum(math.prod(item.lengths) for item in found) != part.local.numel():
-                raise ValueError(f"{name}: parts of it are nowhere")
-            items += found
-        return LoadPlan(items)
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].local
 
 
 class _Writer(FileSystemWriter):
@@ -270,7 +181,7 @@ class _Writer(FileSystemWriter):
         super().finish(metadata, [written for written, _ in results])
         partial = Path(self.path)
         files = {name: found for _, of_rank in results for name, found in of_rank.items()}
-        files[_METADATA] = _fingerprint(partial / _METADATA)
+        files[METADATA] = _fingerprint(partial / METADATA)
         _check_sizes(partial, files)
         (partial / _VALUES).write_text(json.dumps(self.values | {"files": files}, indent=2))
         settle(partial)
@@ -282,34 +193,6 @@ class _Writer(FileSystemWriter):
                 doomed = old.with_name(old.name + _PARTIAL)
                 os.rename(old, doomed)  # a kill leaves no half of it under its name
                 shutil.rmtree(doomed)
-
-
-class _Reader(FileSystemReader):
-    """Reads no pickle but of the classes that DCP's metadata is made of."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / _METADATA).open("rb") as file:
-            return _Unpickler(file).load()
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        known = {
-            "torch.distributed.checkpoint.metadata": (
-                "Metadata",
-                "TensorStorageMetadata",
-                "TensorProperties",
-                "ChunkStorageMetadata",
-                "MetadataIndex",
-                "_MEM_FORMAT_ENCODING",
-            ),
-            "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-            "torch.serialization": ("_get_layout",),
-            "torch": ("Size", *(n for n, value in vars(torch).items() if isinstance(value, torch.dtype))),
-        }
-        if name not in known.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name} does not belong into a state")
-        return super().find_class(module, name)
 
 
 def _make_room(final: Path) -> bool:
@@ -339,7 +222,7 @@ def _latest(folder: Path) -> tuple[Path, dict[str, Any], dict[str, tuple[torch.S
     try:
         values = json.loads((path / _VALUES).read_text())
         _check_sizes(path, values["files"])
-        metadata = _Reader(path).read_metadata()
+        metadata = Reader(path).read_metadata()
         saved: dict[str, Any] = metadata.state_dict_metadata
         return path, values, {name: (entry.size, entry.properties.dtype) for name, entry in saved.items()}
     except CheckpointError:
@@ -396,7 +279,7 @@ class _Wanted:
         entries: Mapping[str, tuple[torch.Size, torch.dtype]],
     ) -> None:
         self.path, self.optimizers = path, optimizers
-        self.parts: dict[str, _Part] = {}
+        self.parts: dict[str, Part] = {}
         self.tensors: dict[str, Tensor] = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
         self.kept: dict[Optimizer, dict[nn.Parameter, dict[str, str]]] = {optimizer: {} for optimizer in optimizers}
         left = set(entries)
@@ -404,7 +287,7 @@ class _Wanted:
             if tensor.is_meta:
                 raise CheckpointError(path, "the model is on the meta device", tensor=name)
             self._check(name, entries.get(name), (tensor.shape, tensor.dtype))
-            self.parts[name] = _Part.of(tensor).empty(tensor.dtype)
+            self.parts[name] = Part.of(tensor).empty(tensor.dtype)
             left.discard(name)
         for name, parameter, optimizer in _steppers(model, optimizers):
             prefix = f"optimizer/{name}/"
@@ -417,7 +300,7 @@ class _Wanted:
             for key in keys.values():
                 size, dtype = entries[key]
                 like = parameter if size == parameter.shape else torch.empty(size, device="meta")
-                self.parts[key] = _Part.of(like).empty(dtype)
+                self.parts[key] = Part.of(like).empty(dtype)
             if keys:
                 self.kept[optimizer][parameter] = keys
         if left:
