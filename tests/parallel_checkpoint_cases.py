@@ -62,7 +62,7 @@ def cases(size: int, *, long: bool) -> list[Case]:
         found += [Case(f"folder {how}", partial(folder, how=how, meshes=some)) for how in FOLDERS]
     if size == 2:
         found += [Case("state damaged", damaged), Case("save failed", failed), Case("save killed", killed)]
-    if size == 4 and long:
+    if size == 4:
         found += [Case("folder in transformers", in_transformers)]
     return found
 
