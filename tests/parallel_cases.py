@@ -100,15 +100,15 @@ MESHES: dict[int, dict[tuple[int, int, int], list[str]]] = {
 
 
 def meshes(size: int, *, long: bool) -> dict[tuple[int, int, int], list[str]]:
-    """Every mesh there is, if it may take long, each with two of the models in turn."""
+    """If it may take long, every mesh of up to 4 ranks with two of the models in turn, and with one some of 8."""
     if not long:
         return MESHES[size]
-    divisors = [d for d in (1, 2, 4, 8) if size % d == 0]
-    hows = list(MODELS)
-    found = {}
-    for i, (ep, shard) in enumerate(itertools.product(divisors, divisors)):
-        found[ep, shard, size // shard] = [hows[2 * i % len(hows)], hows[(2 * i + 1) % len(hows)]]
-    return found
+    divisors = [d for d in (1, 2, 4) if size % d == 0]
+    pairs = (
+        list(itertools.product(divisors, divisors)) if size < 8 else [(1, 8), (2, 8), (8, 8), (4, 4), (8, 2), (2, 1)]
+    )
+    each, hows = (2 if size < 8 else 1), itertools.cycle(MODELS)
+    return {(ep, shard, size // shard): [next(hows) for _ in range(each)] for ep, shard in pairs}
 
 
 def close(result: Tensor, expected: Tensor, what: str) -> None:
