@@ -254,9 +254,10 @@ def payload(ranks: Ranks, how: str) -> None:
     mesh = make_mesh(ep=ranks.size)
     torch.manual_seed(ranks.rank)
     dtype = torch.bfloat16 if how == "bf16" else torch.float32
-    x = (torch.randn(11, 200) * 10).to(dtype).requires_grad_()
-    ids = torch.randint(0, EXPERTS, (11, TOP_K))
-    weights = torch.ones(11, TOP_K)
+    tokens = 0 if ranks.rank == 1 else 11
+    x = (torch.randn(tokens, 200) * 10).to(dtype).requires_grad_()
+    ids = torch.randint(0, EXPERTS, (tokens, TOP_K))
+    weights = torch.ones(tokens, TOP_K)
     kind: Any = "fp8" if how == "fp8" else "same"
     dispatcher = AllToAllDispatcher(mesh.experts["ep"].get_group(), EXPERTS, payload=kind, name="layer")
 
@@ -265,15 +266,16 @@ def payload(ranks: Ranks, how: str) -> None:
 
     y = dispatcher(x, Routing(weights, ids, weights), identity, None)  # pyright: ignore[reportArgumentType]
     assert y.dtype == dtype
-    times = torch.tensor([len({int(i) // (EXPERTS // ranks.size) for i in row}) for row in ids])[:, None]
+    reached = [len({int(i) // (EXPERTS // ranks.size) for i in row}) for row in ids]
+    times = torch.tensor(reached, dtype=torch.int64)[:, None]
     arrived = x.detach()
     if how == "fp8":
-        blocks = torch.nn.functional.pad(arrived, (0, 56)).view(11, 2, 128)
+        blocks = torch.nn.functional.pad(arrived, (0, 56)).view(tokens, 2, 128)
         scale = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-4) / 448
-        arrived = ((blocks / scale).to(torch.float8_e4m3fn).float() * scale).view(11, 256)[:, :200]
+        arrived = ((blocks / scale).to(torch.float8_e4m3fn).float() * scale).view(tokens, 256)[:, :200]
         assert dispatcher.traffic is not None and dispatcher.traffic.bytes_out == 200 + 2 * 4 + TOP_K * 8
     total = torch.zeros_like(arrived, dtype=torch.float32)
-    for i in range(int(times.max())):
+    for i in range(max(reached, default=0)):
         total = total + torch.where(i < times, arrived.float(), 0)
     assert torch.equal(y, total.to(dtype))
     y.sum().backward()

@@ -400,3 +400,42 @@ def test_no_gradient_and_nothing_written_to_the_inputs() -> None:
     before = numbers.detach().clone()
     assert not any(t.requires_grad for t in (*ops.quantize_blocks(numbers, (4, 8)), *ops.quantize_mxfp4(numbers)))
     assert torch.equal(numbers, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (1, 1), (5, 128), (7, 200), (2, 385)])
+def test_rows_for_a_dispatch_by_their_definition(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x = (torch.randn(shape) * torch.logspace(-6, 5, shape[0])[:, None]).to(dtype)
+    codes, scale_inv = quantization.quantize_rows(x)
+    assert codes.shape == x.shape and codes.dtype == torch.float8_e4m3fn
+    assert scale_inv.shape == (shape[0], -(-shape[1] // 128)) and scale_inv.dtype == torch.float32
+    for t in range(shape[0]):
+        for first in range(0, shape[1], 128):
+            block = x[t, first : first + 128].float()
+            scale = max(block.abs().max().item(), 1e-4) / 448
+            assert scale_inv[t, first // 128].item() == pytest.approx(scale, rel=2.0**-23)
+            # One rounding to three bits behind the point; below 2^-6 of the scale, to its 2^-9.
+            back = codes[t, first : first + 128].float() * scale
+            assert (
+                (back - block).abs() <= torch.maximum(block.abs() * 2.0**-4, torch.tensor(scale * 2.0**-10)) * 1.0001
+            ).all()
+    assert torch.equal(
+        quantization.dequantize_blocks(codes, scale_inv, (1, 128), torch.float32), _scaled(codes, scale_inv)
+    )
+
+
+def _scaled(codes: Tensor, scale_inv: Tensor) -> Tensor:
+    return codes.float() * scale_inv.repeat_interleave(128, dim=1)[:, : codes.shape[1]]
+
+
+def test_rows_that_are_not_finite_spoil_their_block_only() -> None:
+    x = torch.ones(3, 256)
+    x[0, 5], x[1, 200] = torch.nan, torch.inf
+    back = quantization.dequantize_blocks(*quantization.quantize_rows(x), (1, 128), torch.float32)
+    finite = back.isfinite()
+    assert not finite[0, 5] and not finite[1, 200]
+    assert finite[0, 128:].all() and finite[1, :128].all() and finite[2].all()
+    with pytest.raises(ValueError, match="floating point"):
+        quantization.quantize_rows(torch.ones(2, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"\[T, D\]"):
+        quantization.quantize_rows(torch.ones(2))

@@ -128,7 +128,7 @@ def quantize_rows(x: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
     padded = torch.nn.functional.pad(x.detach().float(), (0, blocks * block - width)).view(tokens, blocks, block)
     scale_inv = padded.abs().amax(-1).clamp_min(1e-4) / FP8_MAX if width else padded.new_empty(tokens, 0)
     codes = (padded / scale_inv.unsqueeze(-1)).to(torch.float8_e4m3fn)
-    return codes.view(tokens, -1)[:, :width].contiguous(), scale_inv
+    return codes.view(tokens, blocks * block)[:, :width].contiguous(), scale_inv
 
 
 def dequantize_mxfp4(
