@@ -599,7 +599,7 @@ def refusals(ranks: Ranks) -> None:
     def refused(what: Callable[[], object], *words: str) -> None:
         try:
             what()
-        except moe.ParallelError as error:
+        except (moe.ParallelError, moe.CheckpointError) as error:
             text = str(error)
             assert "\n" not in text and all(word in text for word in words), text
         else:
@@ -614,4 +614,5 @@ def refusals(ranks: Ranks) -> None:
     refused(lambda: parallelize(Transformer(_config(n_routed_experts=12, n_group=4)), mesh), f"{size}", "12 experts")
     model = parallelize(Transformer(_config()), mesh)
     refused(lambda: parallelize(model, mesh), "already")
+    refused(lambda: model.save(ranks.folder / "refused"), "moe.parallel.export")
     refused(lambda: divide_experts(_layer(), mesh.experts["ep"], payload="int4"), "payload", "int4")  # pyright: ignore[reportArgumentType]

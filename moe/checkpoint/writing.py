@@ -39,6 +39,10 @@ def save(model: Transformer, folder: str | PathLike[str], *, max_shard_bytes: in
     Raises `CheckpointError` before writing anything if the family's files cannot express the model, and for what the
     system answers: a full disk and the like.
     """
+    for name, tensor in model.state_dict().items():
+        if hasattr(tensor, "device_mesh"):
+            problem = "the model is cut over ranks; call moe.parallel.export(model, folder) on all of them"
+            raise CheckpointError(folder, problem, tensor=name)
     save_through(lambda name, tensor: tensor, model, folder, max_shard_bytes=max_shard_bytes)
 
 
