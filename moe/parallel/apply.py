@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from moe import balance
 from moe.errors import ParallelError
-from moe.layer import Experts, MoELayer, fill
+from moe.layer import Experts, MoELayer, Router, fill
 from moe.model import Block, Transformer
 from moe.parallel.dispatch import AllToAllDispatcher, Payload
 from moe.parallel.journal import Journal, name_ranks
@@ -107,6 +107,8 @@ def divide_experts(
     Raises:
         ParallelError: E is not a multiple of the ranks, or the layer holds another number of experts.
     """
+    if isinstance(layer.experts, DividedExperts):
+        raise ParallelError("the experts of this layer are divided already", layer=name)
     total, held = layer.gate.num_experts, _held(layer.experts)
     dispatcher = AllToAllDispatcher(ep.get_group(), total, payload=payload, name=name, journal=journal)
     if held not in (total, dispatcher.experts_per_rank):
@@ -179,7 +181,28 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig | None = 
     for _, router in balance.routers(model):
         router.all_reduce = _AllReduce(journal, "routers", "bias update")
     model.mean_weights = _MeanWeights(journal)
+    model.register_forward_pre_hook(_gather_once, prepend=True)
+    model.register_forward_hook(_cut_again)
     return model
+
+
+def _gather_once(model: nn.Module, _: Any) -> None:
+    """FSDP allocates what it gathers into at the first pass, and cannot use tensors that inference mode has made."""
+    fresh = not getattr(model, "has_gathered", False)
+    model.has_gathered = True  # pyright: ignore[reportAttributeAccessIssue]
+    if fresh and torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            for module in model.modules():  # the root first: who is first to be gathered is taken for it
+                if isinstance(module, FSDPModule):
+                    module.unshard()
+                    module.reshard()
+
+
+def _cut_again(model: FSDPModule, *_: Any) -> None:
+    """FSDP leaves the outermost unit gathered until a backward pass: without one, `model.parameters()` would give
+    copies that no optimizer may have, and the next pass would not see what optimizers have done."""
+    if not torch.is_grad_enabled():
+        model.reshard()
 
 
 class _AllGather(DefaultAllGather):
@@ -229,6 +252,10 @@ def _check(model: Transformer, mesh: Mesh) -> None:
             raise ParallelError("quantised weights cannot be sharded: load with dtype='auto'", layer=name)
         if isinstance(module, FSDPModule):
             raise ParallelError("this model is on a mesh already", layer=name or "the model")
+        if isinstance(module, DividedExperts):
+            raise ParallelError("its experts are divided already", layer=name)
+        if isinstance(module, Router) and module.counter is not None:
+            raise ParallelError("call balance.attach, and build optimizers, after parallelize", layer=name)
     if mesh.ep > 1 and model.config.num_moe_layers and model.config.n_routed_experts % mesh.ep:
         raise ParallelError(f"ep = {mesh.ep}: expected a divisor of the {model.config.n_routed_experts} experts")
 
