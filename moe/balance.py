@@ -168,6 +168,9 @@ def attach(
     biased = [router for _, router in routers(model) if router.e_score_correction_bias is not None]
     if not biased:
         raise ValueError("attach: the model has no router with a correction bias (topk_method 'noaux_tc')")
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if biased[0].all_reduce is not None and not any(hasattr(parameter, "device_mesh") for parameter in held):
+        raise ValueError("attach: the optimizer holds none of the model's parameters; build it after parallelize")
     if any(router.counter is not None for router in biased):
         raise ValueError("attach: this model is attached already; call remove() on the earlier handle first")
     for router in biased:

@@ -31,7 +31,8 @@ def generate(
         top_k: sample among the k most likely; 0 for all.
         top_p: sample among the smallest set of most likely tokens whose probability reaches top_p.
         seed: of the sampling, for repeatable text; None draws from the global generator.
-        eos_token_id: ends a sequence; its later positions repeat this id, and generation stops when all have ended.
+        eos_token_id: ends a sequence; its later positions repeat this id, and generation stops when all have ended. Not
+            on a mesh, where every rank has to make equally many steps.
 
     Raises:
         ValueError: an empty prompt, a mask with padding on the right, or a sampling parameter out of range.
@@ -67,6 +68,8 @@ def stream(
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected [B, S] with S of 1 or more")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens = {max_new_tokens}: expected 0 or more")
+    if eos_token_id is not None and model.mean_weights is not None:
+        raise ValueError("eos_token_id: on a mesh other ranks' sequences end elsewhere; cut them after max_new_tokens")
     check_sampling(temperature, top_k, top_p)
     mask = None
     if attention_mask is not None:

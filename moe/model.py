@@ -295,6 +295,8 @@ class Transformer(nn.Module):
         for k, module in enumerate(self.mtp):
             keep = input_ids.shape[1] - (k + 1)
             if keep < 1:
+                if self.mean_weights is not None:  # other ranks may run the module, and would wait for this one
+                    raise ValueError(f"sequences of {keep + k + 1} tokens: on a mesh {k + 2} or more, for mtp.{k}")
                 break
             embedding = self.embed_tokens(input_ids[:, k + 1 :])
             documents = document_ids[:, :keep] if document_ids is not None else None

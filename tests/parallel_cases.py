@@ -73,6 +73,9 @@ def cases(size: int, *, long: bool) -> list[Case]:
         found.append(Case("mixed precision", mixed_precision))
     if size == 2 and long:
         found.append(Case("compiled", compiled))
+    if size == 2:
+        found.append(Case("passes without gradients", without_gradients))
+        found.append(Case("out of order", out_of_order))
     if size == 8:
         found.append(Case("refusals", refusals))
     for mesh, hows in meshes(size, long=long).items():
@@ -591,6 +594,73 @@ def foreign(ranks: Ranks) -> None:
         expected = alone.get_parameter(name).grad
         assert expected is not None
         close(whole(gradient), expected, name)
+
+
+def without_gradients(ranks: Ranks) -> None:
+    """They leave nothing behind: no copies in `parameters()`, no weights of before, nothing of inference mode."""
+    model, alone = parallelize(built(), make_mesh(ep=ranks.size)), built()
+    ids = token_batch(0, ranks.rank)["input_ids"]
+    parameters = dict(model.named_parameters())
+    tokens = moe.generate(model, ids, max_new_tokens=2)  # the first pass of all, in inference mode
+    assert torch.equal(tokens, moe.generate(alone, ids, max_new_tokens=2))
+    assert all(model.get_parameter(name) is parameter for name, parameter in parameters.items())
+
+    def step() -> float:
+        out = model(**token_batch(1, ranks.rank))
+        assert out.loss is not None
+        out.loss.backward()
+        with torch.no_grad():
+            model(ids)
+        return clip_grad_norm(model.parameters(), 1.0).item()
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    before = {name: whole(parameter) for name, parameter in parameters.items()}
+    norm = step()
+    squares = [whole(parameter.grad).square().sum() for parameter in parameters.values() if parameter.grad is not None]
+    assert norm > 1 and len(squares) == len(parameters)
+    assert abs(torch.stack(squares).sum().sqrt().item() - 1) < 1e-5  # all of them clipped
+    optimizer.step()
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            assert not torch.equal(whole(parameter), before[name]), name
+            alone.get_parameter(name).copy_(whole(parameter))
+        close(model.eval()(ids).logits, alone.eval()(ids).logits, "logits of the new weights")
+
+
+def out_of_order(ranks: Ranks) -> None:
+    """What would train nothing, or divide what is divided, is refused in one line."""
+
+    def refused(what: Callable[[], object], words: str) -> None:
+        try:
+            what()
+        except (moe.ParallelError, ValueError) as error:
+            assert words in str(error) and "\n" not in str(error), error
+        else:
+            raise AssertionError(f"not refused: {words}")
+
+    mesh = make_mesh(ep=ranks.size)
+    model = built()
+    balance.attach(model, torch.optim.SGD(model.parameters()))
+    refused(lambda: parallelize(model, mesh), "after parallelize")
+    model = built()
+    optimizer = torch.optim.SGD(model.parameters())
+    parallelize(model, mesh)
+    refused(lambda: balance.attach(model, optimizer), "after parallelize")
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    refused(lambda: model.train()(ids, labels=ids), "2 or more, for mtp.0")
+    refused(lambda: moe.generate(model, ids, max_new_tokens=1, eos_token_id=0), "eos_token_id")
+    layer = divide_experts(_layer(), mesh.experts["ep"])
+    refused(lambda: divide_experts(layer, mesh.experts["ep"]), "already")
+    model = built()
+    first = next(module for module in model.modules() if isinstance(module, MoELayer))
+    divide_experts(first, mesh.experts["ep"])
+    refused(lambda: parallelize(model, mesh), "already")
+    try:
+        model.save(ranks.folder / f"refused-{ranks.rank}")
+    except moe.CheckpointError as error:
+        assert "moe.parallel.export" in str(error)
+    else:
+        raise AssertionError("not refused: save")
 
 
 def refusals(ranks: Ranks) -> None:

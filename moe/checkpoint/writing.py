@@ -39,10 +39,8 @@ def save(model: Transformer, folder: str | PathLike[str], *, max_shard_bytes: in
     Raises `CheckpointError` before writing anything if the family's files cannot express the model, and for what the
     system answers: a full disk and the like.
     """
-    for name, tensor in model.state_dict().items():
-        if hasattr(tensor, "device_mesh"):
-            problem = "the model is cut over ranks; call moe.parallel.export(model, folder) on all of them"
-            raise CheckpointError(folder, problem, tensor=name)
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        raise CheckpointError(folder, "the model is on a mesh", expected="moe.parallel.export, called on every rank")
     save_through(lambda name, tensor: tensor, model, folder, max_shard_bytes=max_shard_bytes)
 
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from moe import balance
 from moe.errors import ParallelError
-from moe.layer import Experts, MoELayer, fill
+from moe.layer import Experts, MoELayer, Router, fill
 from moe.model import Block, Transformer
 from moe.parallel.dispatch import AllToAllDispatcher, Payload
 from moe.parallel.journal import Journal, name_ranks
@@ -102,11 +102,14 @@ def divide_experts(
     reaches the others through `AllToAllDispatcher`. Give it the layer whole (equal on all ranks), or with this rank's
     experts only (`moe.load(..., experts=...)`). Every rank must call the layer equally often, with as many tokens as it
     likes, none too. Expert gradients are means over the ranks of `ep`, as data parallelism has them: leave them out of
-    its own average over these ranks, and average them over ranks with the same experts, if there are any.
+    its own average over these ranks (DDP: `_ddp_params_and_buffers_to_ignore`), and average them over ranks with the
+    same experts, if there are any.
 
     Raises:
         ParallelError: E is not a multiple of the ranks, or the layer holds another number of experts.
     """
+    if isinstance(layer.experts, DividedExperts):
+        raise ParallelError("the experts of this layer are divided already", layer=name)
     total, held = layer.gate.num_experts, _held(layer.experts)
     dispatcher = AllToAllDispatcher(ep.get_group(), total, payload=payload, name=name, journal=journal)
     if held not in (total, dispatcher.experts_per_rank):
@@ -131,9 +134,12 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig | None = 
     FSDP2 units from the inside out: each layer's experts, each router (float32 throughout), each block, the rest.
 
     A model on the meta device needs `materialize` afterwards, and no rank ever has it whole; a materialised one must be
-    equal on all ranks. Call `moe.balance.attach` and build optimizers after this. Every rank runs each step on its own
-    part of the global batch, with equally many forward passes; losses are means over the global batch then, gradients
-    equal those of one process, and `clip_grad_norm` gives the norm of them all.
+    equal on all ranks. Call `moe.balance.attach` and build optimizers after this, and not between a forward pass and
+    its backward pass, when FSDP has put gathered copies in the place of some parameters. Every rank runs each step on
+    its own part of the global batch, with equally many forward passes; gradients equal those of one process on the
+    whole batch, and `clip_grad_norm` gives the norm of them all. A rank's `out.loss` and `out.losses` are weighed by
+    how much of the batch it has: their mean over the ranks is that of the batch. `out.load` and `load_report` count the
+    rank's own tokens.
 
     Raises:
         ParallelError: a mesh that does not fit the model, quantised weights, a model that is parallel already.
@@ -179,7 +185,34 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig | None = 
     for _, router in balance.routers(model):
         router.all_reduce = _AllReduce(journal, "routers", "bias update")
     model.mean_weights = _MeanWeights(journal)
+    model.register_forward_pre_hook(_FirstPass(), prepend=True)
+    model.register_forward_hook(_cut_again)
     return model
+
+
+class _FirstPass:
+    """FSDP allocates what it gathers into at the first pass, and cannot use tensors that inference mode has made."""
+
+    def __init__(self) -> None:
+        self.over = False
+
+    def __call__(self, model: nn.Module, _: Any) -> None:
+        if self.over or not torch.is_inference_mode_enabled():
+            self.over = True
+            return
+        self.over = True
+        with torch.inference_mode(False):
+            for module in model.modules():  # the root first: who is first to be gathered is taken for it
+                if isinstance(module, FSDPModule):
+                    module.unshard()
+                    module.reshard()
+
+
+def _cut_again(model: FSDPModule, *_: Any) -> None:
+    """FSDP leaves the outermost unit gathered until a backward pass: without one, `model.parameters()` would give
+    copies that no optimizer may have, and the next pass would not see what optimizers have done."""
+    if not torch.is_grad_enabled():
+        model.reshard()
 
 
 class _AllGather(DefaultAllGather):
@@ -229,6 +262,10 @@ def _check(model: Transformer, mesh: Mesh) -> None:
             raise ParallelError("quantised weights cannot be sharded: load with dtype='auto'", layer=name)
         if isinstance(module, FSDPModule):
             raise ParallelError("this model is on a mesh already", layer=name or "the model")
+        if isinstance(module, DividedExperts):
+            raise ParallelError("its experts are divided already", layer=name)
+        if isinstance(module, Router) and module.counter is not None:
+            raise ParallelError("call balance.attach, and build optimizers, after parallelize", layer=name)
     if mesh.ep > 1 and model.config.num_moe_layers and model.config.n_routed_experts % mesh.ep:
         raise ParallelError(f"ep = {mesh.ep}: expected a divisor of the {model.config.n_routed_experts} experts")
 
