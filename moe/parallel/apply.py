@@ -208,10 +208,10 @@ class _FirstPass:
                     module.reshard()
 
 
-def _cut_again(model: FSDPModule, *_: Any) -> None:
+def _cut_again(model: nn.Module, *_: Any) -> None:
     """FSDP leaves the outermost unit gathered until a backward pass: without one, `model.parameters()` would give
     copies that no optimizer may have, and the next pass would not see what optimizers have done."""
-    if not torch.is_grad_enabled():
+    if isinstance(model, FSDPModule) and not torch.is_grad_enabled():
         model.reshard()
 
 
