@@ -102,6 +102,21 @@ def test_inspect_refuses_what_is_neither(capsys):
     assert "expected a folder, or one of the presets tiny" in fails_in_one_line(capsys, "inspect", "no/such")
 
 
+def test_train_refuses_gpus_that_are_not_there(capsys, tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    line = fails_in_one_line(capsys, "train", "--device", "cuda", "--out", str(tmp_path / "run"))
+    assert "--device = 'cuda'" in line and "finds 0" in line
+    assert not (tmp_path / "run").exists()
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    line = fails_in_one_line(capsys, "train", "--device", "cuda", "--out", str(tmp_path / "run"))
+    assert "each of the 2 processes" in line and "finds 1" in line
+
+
 def test_doctor(capsys):
     import torch
 

@@ -430,8 +430,11 @@ def test_what_the_command_refuses(capsys: Any, args: tuple[str, ...], message: s
 
 
 def test_published_runs(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "80")
     status, out, _ = run(capsys, "plan", "--published")
+    assert "…" not in out and max(map(len, out.splitlines())) <= 80
+    for number in ("2,664,000", "3,755,960", "1,569,274", "40.7%"):
+        assert number in out
     assert status == 0 and "matmul share 0.2455" in out and "fitted" in out
     facts = json.loads(run(capsys, "plan", "--published", "--json")[1])
     for found, published in zip(facts["runs"], (V3, *OTHERS), strict=True):

@@ -179,21 +179,21 @@ def published_facts() -> dict[str, Any]:
 
 def print_published(console: Console, facts: dict[str, Any]) -> None:
     title = f"GPU hours; matmul share {facts['matmul_share']:.4f} fitted on the first, the others as they come"
-    columns = ("published", "modelled", "error", "all hidden", "none hidden", "MFU published", "modelled")
-    table = _table(console, title, "run", *columns)
+    table = _table(console, title, "run", "published", "modelled", "error", "all hidden", "none hidden")
     for run in facts["runs"]:
-        hours = (run["published"], run["modelled"])
         table.add_row(
-            f"{run['run']}, {run['tokens'] / 1e12:g}T",
-            *(f"{value:,.0f}" for value in hours),
+            run["run"],
+            *(f"{run[key]:,.0f}" for key in ("published", "modelled")),
             "fitted" if run["fitted"] else f"{run['error']:+.1%}",
             *(f"{run[key]:,.0f}" for key in ("all_hidden", "none_hidden")),
-            *(f"{run[key]:.1%}" for key in ("published_mfu", "modelled_mfu")),
         )
     console.print(table)
-    console.print(
-        "hidden: modelled hours with all communication behind computation, and with none; MFU: of bf16's peak"
-    )
+    console.print("hidden: modelled hours with all communication behind computation, and with none")
+    table = _table(console, "MFU, of bf16's peak", "run", "tokens", "published hours", "modelled hours")
+    for run in facts["runs"]:
+        shares = (f"{run[key]:.1%}" for key in ("published_mfu", "modelled_mfu"))
+        table.add_row(run["run"], f"{run['tokens'] / 1e12:g}T", *shares)
+    console.print(table)
     for run in facts["runs"]:
         console.print(f"  {run['run']}: {run['source']}; assumed: {run['assumed']}")
 

@@ -50,6 +50,7 @@ def run(args: Args) -> int:
     from moe.train.report import print_summary
     from moe.train.run import Interrupted, train
 
+    _check_device(args.device)
     folder = args.out or Path("runs") / args.preset
     first = os.environ.get("RANK", "0") == "0"
     mesh = None
@@ -82,6 +83,25 @@ def run(args: Args) -> int:
         command = shlex.join(["moesmith", "generate", summary["checkpoint"], "--prompt", prompt])
         print_summary(Console(), summary, command)
     return 0
+
+
+def _check_device(device: str) -> None:
+    """Before anything is written or any rank waits for another; on each node its first process says it."""
+    if device != "cuda":
+        return
+    import torch
+
+    local, processes = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found >= processes:
+        return
+    if local:
+        time.sleep(1)
+        raise SystemExit(2)
+    wanted = (
+        f"a GPU for each of the {processes} processes on this node" if processes > 1 else "a GPU that torch can use"
+    )
+    raise ConfigError("--device", device, f"{wanted}, but torch {torch.__version__} finds {found}")
 
 
 @contextlib.contextmanager
