@@ -480,3 +480,17 @@ def test_a_users_tokenizer_sets_the_vocabulary(text: Path, tmp_path: Path, datas
     model = moe.load(tmp_path / "run" / "checkpoint")
     assert model.config.vocab_size == dataset.tokenizer.get_vocab_size()
     assert model.config.extra["eos_token_id"] == dataset.end_of_text
+
+
+def test_two_runs_in_one_folder_are_refused(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = start(command(text, tmp_path / "run"))
+    wait_for_steps(first, tmp_path / "run", 1)
+    assert main([*command(text, tmp_path / "run"), "--resume"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "another run is at work in this folder" in said and str(first.pid) in said
+    first.kill()
+    first.communicate()
+    assert main([*command(text, tmp_path / "run"), "--auto-resume"]) == 0
+    assert "resuming after step" in capsys.readouterr().err
+    assert main([*command(text, tmp_path / "new"), "--auto-resume"]) == 0
+    assert "resuming" not in capsys.readouterr().err

@@ -52,10 +52,10 @@ def replacing(folder: str | PathLike[str], manifest: Manifest) -> Iterator[Path]
     if target.is_mount():
         raise CheckpointError(target, "a mount point, which cannot be replaced in one step; save to a folder in it")
     try:
-        with _parents(target), _locked(target) as locked:
+        with _parents(target), locked(target) as has_lock:
             _recover(target)
             _check_replaceable(target)
-            if locked:
+            if has_lock:
                 _sweep(target)
             new = _partial(target)
             try:
@@ -115,10 +115,10 @@ def _parents(target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(target: Path) -> Iterator[bool]:
+def locked(target: Path, problem: str = "another save to this folder is going on") -> Iterator[bool]:
     """Keep other writers away; False where the file system has no locks. The system frees a dead writer's."""
     path = target.with_name(f".{target.name}.lock")
-    descriptor = _lock(target, path)
+    descriptor = _lock(target, path, problem)
     try:
         yield descriptor is not None
     finally:
@@ -131,7 +131,7 @@ def _locked(target: Path) -> Iterator[bool]:
             os.close(descriptor)
 
 
-def _lock(target: Path, path: Path) -> int | None:
+def _lock(target: Path, path: Path, problem: str) -> int | None:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
@@ -144,7 +144,7 @@ def _lock(target: Path, path: Path) -> int | None:
         except BlockingIOError:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace")
             os.close(descriptor)
-            raise CheckpointError(target, "another save to this folder is going on", found=holder or None) from None
+            raise CheckpointError(target, problem, found=holder or None) from None
         except OSError:
             os.close(descriptor)
             return None

@@ -7,11 +7,14 @@ Exit status: 0 done, 2 the user's mistake (one line on stderr; tyro's own messag
 nobody reads the output any more it is 1 without a word, and a bug of ours shows its traceback.
 """
 
+import contextlib
 import difflib
 import importlib
+import io
 import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 
 from moe import __version__
 from moe.errors import CheckpointError, ConfigError, ParallelError
@@ -47,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             import tyro  # here, so that what imports a page of this package need not have it
 
             command = importlib.import_module(f"moe.cli.{name}")
-            status = command.run(tyro.cli(command.Args, prog=f"moesmith {name}", args=rest))
+            with _said_once():
+                args = tyro.cli(command.Args, prog=f"moesmith {name}", args=rest)
+            status = command.run(args)
             sys.stdout.flush()  # here, where a reader that went away is expected
             return status
     except BrokenPipeError:
@@ -59,6 +64,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, CheckpointError, ParallelError, OSError) as error:
         return _fail(str(error))
     return 0
+
+
+@contextlib.contextmanager
+def _said_once() -> Iterator[None]:
+    """Under torchrun every rank finds the same wrong argument, and the first says it, before another's end ends it."""
+    if os.environ.get("RANK", "0") == "0":
+        yield
+        return
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    except SystemExit:
+        time.sleep(1)
+        raise
 
 
 def _fail(message: str, status: int = 2) -> int:

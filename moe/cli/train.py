@@ -33,6 +33,8 @@ class Args(Settings):
     """Folder of the run: saved states, metrics, plots, checkpoint. By default runs/PRESET."""
     resume: bool = False
     """Go on with the run in that folder; give the options that it began with."""
+    auto_resume: bool = False
+    """Go on with the run in that folder if there is one, and else begin it: for jobs that are submitted again."""
     overwrite: bool = False
     """Delete an earlier run in that folder and begin again."""
     json: bool = False
@@ -57,13 +59,13 @@ def run(args: Args) -> int:
     try:
         with _ranks(args) as mesh:
             # torchrun repeats the command that was given, when it restarts all ranks because one has died.
-            again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and (folder / "settings.json").exists()
+            restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+            again = (args.auto_resume or restarted) and (folder / "settings.json").exists()
             progress = Console(stderr=True, quiet=not first)
             resume, overwrite = args.resume or again, args.overwrite and not again
             summary = train(args, folder, resume=resume, overwrite=overwrite, console=progress, mesh=mesh)
     except Interrupted as stop:
-        program = ["moesmith"] if mesh is None else ["torchrun", "...", "-m", "moe"]
-        command = shlex.join([*program, "train", *args.options(), "--out", str(folder), "--resume"])
+        command = shlex.join([*_program(), "train", *args.options(), "--out", str(folder), "--resume"])
         if not first:
             return 128 + stop.signum
         print(f"stopped after step {stop.step}, saved; to go on: {command}", file=sys.stderr)
@@ -83,6 +85,15 @@ def run(args: Args) -> int:
         command = shlex.join(["moesmith", "generate", summary["checkpoint"], "--prompt", prompt])
         print_summary(Console(), summary, command)
     return 0
+
+
+def _program() -> list[str]:
+    """What a run was started with, as far as its processes know it."""
+    if "RANK" not in os.environ:
+        return ["moesmith"]
+    nodes, each = os.environ.get("GROUP_WORLD_SIZE", "1"), os.environ.get("LOCAL_WORLD_SIZE", "1")
+    where = ["--standalone"] if nodes == "1" else ["--nnodes", nodes, "--rdzv-endpoint", "HOST:PORT"]
+    return ["torchrun", *where, "--nproc-per-node", each, "-m", "moe"]
 
 
 def _check_device(device: str) -> None:

@@ -45,7 +45,8 @@ class Mesh:
 
     def __str__(self) -> str:
         replicas, shards = self.dense.shape
-        return f"{self.size} ranks: EP {self.ep}, parameters cut over {shards}, {replicas} replicas"
+        copies = "1 copy" if replicas == 1 else f"{replicas} copies"
+        return f"{self.size} ranks: EP {self.ep}, parameters cut over {shards}, {copies}"
 
 
 def make_mesh(

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from moe.balance import LoadReport
 from moe.checkpoint import load
+from moe.checkpoint.atomic import locked
 from moe.errors import CheckpointError, ConfigError, ParallelError
 from moe.generation import generate
 from moe.model import Transformer
@@ -70,14 +71,21 @@ def train(
 
     Raises:
         ConfigError: settings, data or a folder that do not fit.
+        CheckpointError: another run is at work in the folder, or what the system answers to a save.
         Interrupted: SIGINT or SIGTERM, after the step in progress was finished and saved; a second one kills.
         NonFiniteError: see `moe.train.loop`.
     """
     started = time.perf_counter()
     first = mesh is None or dist.get_rank() == 0
-    with deterministic(), _stop_signals(console, once_more_kills=mesh is None) as stopped:
+    with (
+        deterministic(),
+        _stop_signals(console, once_more_kills=mesh is None) as stopped,
+        contextlib.ExitStack() as held,
+    ):
         with _agreed(mesh):
             if first:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(folder, "another run is at work in this folder"))
                 _open_folder(folder, settings, resume=resume, overwrite=overwrite)
         try:
             with _agreed(mesh):
