@@ -81,9 +81,9 @@ NAMED = (
     ),
     ops(
         "permutation",
-        "weight of an absent slot used",
-        "weight = None if weight is None else weight.masked_fill(absent[:, k, None], 0)",
-        "pass",
+        "weight of another token used",
+        "part * weight.index_select(0, here)",
+        "part * weight[: len(here)]",
     ),
     ops(
         "permutation",

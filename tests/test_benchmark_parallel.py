@@ -298,7 +298,15 @@ def test_no_process_outlives_an_interrupted_run():
     command = [sys.executable, "-m", "benchmarks", "parallel", "--part", "scaling", "--ranks", "2", "4"]
     command += ["--shape", SIZES, "512,64,64,8,2"]
     started = {
-        number: subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        number: subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            # A shell's background jobs ignore it, and so would this.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         for number in (signal.SIGINT, signal.SIGKILL)
     }
     for number, process in started.items():
