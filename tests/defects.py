@@ -283,8 +283,8 @@ NAMED = (
     kernel(
         "permutation",
         "last slot of a token not summed",
-        "for k in tl.static_range(TOP_K):",
-        "for k in tl.static_range(TOP_K - 1):",
+        "    total = tl.zeros((BLOCK,), dtype=tl.float32)\n    for k in tl.static_range(TOP_K):",
+        "    total = tl.zeros((BLOCK,), dtype=tl.float32)\n    for k in tl.static_range(TOP_K - 1):",
     ),
     kernel(
         "permutation",
