@@ -357,6 +357,7 @@ class Trace:
     parameters: dict[str, Tensor]
     biases: dict[str, Tensor]
     collectives: list[int]
+    expert_ids: list[Tensor]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -383,7 +384,9 @@ def _train(
     optimizers = build_optimizers(model, how.get("optimizer", "adamw"), 0.01, 0.1)
     balance.attach(model, optimizers[-1], bias_update_speed=0.01, group=group)
     model.train()
-    trace = Trace({}, [], [], [], {}, {}, [])
+    trace = Trace({}, [], [], [], {}, {}, [], [])
+    for _, router in balance.routers(model):
+        _note_ids(router, trace.expert_ids)
     for step, micro in enumerate(_batches(how)):
         losses: dict[str, float] = {}
         load: Any = 0
@@ -407,6 +410,18 @@ def _train(
     trace.parameters = {name: whole(parameter) for name, parameter in model.named_parameters()}
     trace.biases = {name: buffer.clone() for name, buffer in model.named_buffers()}
     return trace
+
+
+def _note_ids(router: Any, noted: list[Tensor]) -> None:
+    """Keeps the ids [T, K] of every call of a router; tokens stand sequence after sequence."""
+    route = router.route
+
+    def noting(logits: Tensor) -> Routing:
+        routing = route(logits)
+        noted.append(routing.expert_ids)
+        return routing
+
+    router.route = noting
 
 
 def built(how: dict[str, Any] | None = None) -> Transformer:
@@ -462,6 +477,15 @@ def training(ranks: Ranks, mesh: tuple[int, int, int], how: str) -> None:
         way = (parameter - built(settings).get_parameter(name)).abs().max().item()
         error = (found.parameters[name] - parameter).abs().max().item()
         assert error <= 1e-6 * way, f"{name} after {STEPS} steps: {error} of a way of {way}"
+    chosen = found.expert_ids
+    if settings.get("activation_checkpointing"):  # each forward pass, and its layers again from the last to the first
+        layers = len(expected.expert_ids) // STEPS
+        steps = [chosen[i : i + 2 * layers] for i in range(0, len(chosen), 2 * layers)]
+        assert all(torch.equal(a, b) for step in steps for a, b in zip(step, reversed(step), strict=True))
+        chosen = [ids for step in steps for ids in step[:layers]]
+    for mine, ids in zip(chosen, expected.expert_ids, strict=True):
+        part = len(ids) // ranks.size
+        assert torch.equal(mine, ids[ranks.rank * part : (ranks.rank + 1) * part]), "expert ids differ"
     counts: list[Any] = [None] * ranks.size
     dist.all_gather_object(counts, found.collectives)
     assert all(other == counts[0] for other in counts), "ranks did other collectives"

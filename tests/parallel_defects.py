@@ -9,17 +9,15 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests import defects
+
 ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
-class Defect:
-    """`old` stands exactly once in the file; `case` is part of the names of the cases that shall see it."""
+class Defect(defects.Defect):
+    """`case` is part of the names of the cases that shall see it."""
 
-    name: str
-    file: str
-    old: str
-    new: str
     ranks: int
     case: str
 
@@ -92,7 +90,7 @@ DEFECTS = (
     ),
     apply(
         "router cast with the rest",
-        "exact = MixedPrecisionPolicy(param_dtype=_wide(model)",
+        "exact = MixedPrecisionPolicy(param_dtype=wide",
         "exact = MixedPrecisionPolicy(param_dtype=config.param_dtype",
         "mixed precision",
         2,

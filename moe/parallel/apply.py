@@ -19,7 +19,7 @@ from moe.layer import Experts, MoELayer, Router, fill
 from moe.model import Block, Transformer
 from moe.parallel.dispatch import AllToAllDispatcher, Payload
 from moe.parallel.journal import Journal, name_ranks
-from moe.parallel.mesh import Mesh
+from moe.parallel.mesh import Mesh, device_of
 from moe.quantized import Quantized
 
 
@@ -157,11 +157,10 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig | None = 
         for block in blocks:
             block.compile(backend=config.compile_backend)
 
-    reduce_dtype = config.reduce_dtype
-    if reduce_dtype is None:
-        reduce_dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    wide = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    reduce_dtype = config.reduce_dtype or wide
     policy = MixedPrecisionPolicy(param_dtype=config.param_dtype, reduce_dtype=reduce_dtype)
-    exact = MixedPrecisionPolicy(param_dtype=_wide(model), reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    exact = MixedPrecisionPolicy(param_dtype=wide, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     # FSDP would cast every floating-point argument, and routing weights stay what they are.
     uncast = MixedPrecisionPolicy(config.param_dtype, reduce_dtype, cast_forward_inputs=False)
     dense, cut = _data_mesh(mesh.dense), _data_mesh(mesh.experts)
@@ -197,10 +196,9 @@ class _FirstPass:
         self.over = False
 
     def __call__(self, model: nn.Module, _: Any) -> None:
-        if self.over or not torch.is_inference_mode_enabled():
-            self.over = True
+        over, self.over = self.over, True
+        if over or not torch.is_inference_mode_enabled():
             return
-        self.over = True
         with torch.inference_mode(False):
             for module in model.modules():  # the root first: who is first to be gathered is taken for it
                 if isinstance(module, FSDPModule):
@@ -270,10 +268,6 @@ def _check(model: Transformer, mesh: Mesh) -> None:
         raise ParallelError(f"ep = {mesh.ep}: expected a divisor of the {model.config.n_routed_experts} experts")
 
 
-def _wide(model: Transformer) -> torch.dtype:
-    return torch.promote_types(next(model.parameters()).dtype, torch.float32)
-
-
 def _data_mesh(mesh: DeviceMesh) -> DeviceMesh:
     """What FSDP cuts and copies over: one dimension where nothing is copied."""
     return mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"]
@@ -298,12 +292,7 @@ def materialize(model: Transformer, *, seed: int = 0) -> Transformer:
     """
     device = next(model.parameters()).device
     if device.type == "meta":
-        mesh_device = mesh_of(model).device_type
-        model.to_empty(
-            device="cpu"
-            if mesh_device == "cpu"
-            else torch.device(mesh_device, torch.accelerator.current_device_index())
-        )
+        model.to_empty(device=device_of(mesh_of(model)))
     norms = {name for name, child in model.named_modules() if isinstance(child, nn.RMSNorm)}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         fill_part(tensor, name, norm=name.rpartition(".")[0] in norms, std=model.config.initializer_range, seed=seed)

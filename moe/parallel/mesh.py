@@ -39,14 +39,18 @@ class Mesh:
     @property
     def device(self) -> torch.device:
         """Where this rank computes."""
-        if self.dense.device_type == "cpu":
-            return torch.device("cpu")
-        return torch.device(self.dense.device_type, torch.accelerator.current_device_index())
+        return device_of(self.dense)
 
     def __str__(self) -> str:
         replicas, shards = self.dense.shape
         copies = "1 copy" if replicas == 1 else f"{replicas} copies"
         return f"{self.size} ranks: EP {self.ep}, parameters cut over {shards}, {copies}"
+
+
+def device_of(mesh: DeviceMesh) -> torch.device:
+    if mesh.device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(mesh.device_type, torch.accelerator.current_device_index())
 
 
 def make_mesh(
