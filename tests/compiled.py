@@ -7,6 +7,7 @@ without wgmma on sm_90 where its tile allows it. CI runs a part, under the oldes
 """
 
 import argparse
+import functools
 import itertools
 import multiprocessing
 import sys
@@ -15,6 +16,8 @@ from collections.abc import Iterable
 import torch
 import triton
 from moe_triton import activation, grouped_gemm, mlp, permutation, routing
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from benchmarks.shapes import SHAPES as BENCHMARKED
@@ -122,10 +125,15 @@ def complaint(launch: Launch, gpu: Gpu) -> str | None:
     return None
 
 
+@functools.cache
+def _launches(gpu: str, shapes: str) -> list[Launch]:
+    names = shapes.split(",")
+    dtypes = [getattr(torch, name) for name in names.pop().split("+")]
+    return list(launches(GPUS[gpu], [SHAPES[name] for name in names], dtypes).values())
+
+
 def _check(task: tuple[str, str, int]) -> str | None:
-    gpu, shape_names, index = GPUS[task[0]], task[1].split(","), task[2]
-    dtypes = [getattr(torch, name) for name in shape_names.pop().split("+")]
-    launch = list(launches(gpu, [SHAPES[name] for name in shape_names], dtypes).values())[index]
+    gpu, launch = GPUS[task[0]], _launches(*task[:2])[task[2]]
     found = complaint(launch, gpu)
     return found and f"{gpu.name} {launch.name} {dict(launch.constants)} {dict(launch.options)}: {found}"
 
@@ -139,15 +147,11 @@ def main() -> int:
     )
     args = parser.parse_args()
     shapes = ",".join([*args.shape, "+".join(args.dtype)])
-    dtypes = [getattr(torch, name) for name in args.dtype]
-    tasks = [
-        (name, shapes, i)
-        for name in args.gpu
-        for i in range(len(launches(GPUS[name], [SHAPES[s] for s in args.shape], dtypes)))
-    ]
+    tasks = [(gpu, shapes, i) for gpu in args.gpu for i in range(len(_launches(gpu, shapes)))]
     wrong = 0
     with multiprocessing.get_context("spawn").Pool() as pool:
-        for found in pool.imap_unordered(_check, tasks, chunksize=8):
+        results = pool.imap_unordered(_check, tasks, chunksize=8)
+        for found in track(results, "compiling", len(tasks), console=Console(stderr=True)):
             if found:
                 wrong += 1
                 print(found, flush=True)

@@ -3,8 +3,15 @@
 import os
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+
+# Processes beside each other (`-n`) share the cores: read before torch's threads are made, here and in children.
+if beside := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) - 1:
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // (beside + 1)))
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+
 import torch
 
 # Set before transformers is imported anywhere: nothing may look for a hub.
@@ -12,6 +19,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 torch.use_deterministic_algorithms(True)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests run in one process, which prepares once what they share."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -90,18 +90,19 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", help="cases whose names have one of these in them")
     parser.add_argument("--json", type=Path, help="write the results here, too, and print no table")
     args = parser.parse_args()
+    results, wrong = {}, 0
     with tempfile.TemporaryDirectory() as shared:
-        results = {str(size): run_size(size, Path(shared), long=args.long, only=args.only) for size in args.ranks}
+        for size in args.ranks:
+            of_size = results[str(size)] = run_size(size, Path(shared), long=args.long, only=args.only)
+            for name, result in of_size.items() if args.json is None else ():
+                print(f"{size} ranks  {result['seconds']:7.2f} s  {name}: {'FAILED' if result['failed'] else 'ok'}")
+                if result["failed"]:
+                    print(result["failed"])
+            wrong += sum(result["failed"] is not None for result in of_size.values())
+            sys.stdout.flush()
     if args.json:
         args.json.write_text(json.dumps(results))
         return 0
-    wrong = 0
-    for size, of_size in results.items():
-        for name, result in of_size.items():
-            print(f"{size} ranks  {result['seconds']:7.2f} s  {name}: {'FAILED' if result['failed'] else 'ok'}")
-            if result["failed"]:
-                wrong += 1
-                print(result["failed"])
     print(f"{sum(map(len, results.values()))} cases, {wrong} failed")
     return 1 if wrong else 0
 

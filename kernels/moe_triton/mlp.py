@@ -576,7 +576,6 @@ def _hidden_backward(
             EVEN_N=tiling.even(width, tile.block_n),
             GROUP_M=tile.group_m,
             **tile.options,
-            **tiling.all_registers(),
         )
     return grad_pre, scaled, dots
 

@@ -233,15 +233,16 @@ def combine_kernel(
     WEIGHTED: tl.constexpr,
     BY_SLOT: tl.constexpr,
     TOP_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """out[t] = sum over k of weights[t, k] * rows[position[t, k]]; BY_SLOT: position is expert_ids, row t * K + k."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    if BY_SLOT:  # before anything is summed: what is in registers at an assertion may be spilled
-        for k in tl.static_range(TOP_K):
-            place = tl.load(position + token * TOP_K + k)
-            tl.device_assert((place >= -1) & (place < num_experts), "expert_ids: an id is neither -1 nor in [0, E)")
+    if BY_SLOT:  # once, before anything is summed: what is in registers at an assertion may be spilled
+        k = tl.arange(0, BLOCK_K)
+        ids = tl.load(position + token * TOP_K + k, mask=k < TOP_K, other=-1)
+        tl.device_assert((ids >= -1) & (ids < num_experts), "expert_ids: an id is neither -1 nor in [0, E)")
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for k in tl.static_range(TOP_K):
         slot = token * TOP_K + k
@@ -275,6 +276,7 @@ def combine(
             WEIGHTED=weights is not None,
             BY_SLOT=by_slot,
             TOP_K=top_k,
+            BLOCK_K=triton.next_power_of_2(top_k),
             BLOCK=block,
             debug=by_slot,
             sanitize_overflow=False,

@@ -9,7 +9,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tile:
-    """A program's block of the product and how it is computed; `group_m` row tiles share a pass over the weights."""
+    """A program's block of the product and how it is computed; `group_m` row tiles share a pass over the weights.
+
+    A kernel may use all registers if it says so. Otherwise some releases of ptxas spill to fit one more program.
+    """
 
     block_m: int
     block_n: int
@@ -17,6 +20,7 @@ class Tile:
     num_warps: int
     num_stages: int
     group_m: int = 16
+    all_registers: bool = False
 
     def shared_memory(self, itemsize: int) -> int:
         """Bytes for the operands of all stages, which is what the pipeline allocates at most."""
@@ -25,13 +29,14 @@ class Tile:
     @property
     def options(self) -> dict[str, int]:
         """As the kernels take them."""
-        return {
+        options = {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
             "BLOCK_K": self.block_k,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
         }
+        return options | {"maxnreg": 255} if self.all_registers and not torch.version.hip else options
 
 
 @cache
@@ -74,10 +79,11 @@ def rows_tile(dtype: torch.dtype, block_m: int, shared: int) -> Tile:
     """For a product over row tiles; the up projection splits block_n between its gate and its up half."""
     if dtype == torch.float32:
         # Without tensor cores: the accumulator and the operands are all in registers.
-        return fit(Tile(16, 32, 32, 4, 2) if block_m == 16 else Tile(block_m, 64, 16, 4, 3), 4, shared)
+        tile = Tile(16, 32, 32, 4, 2) if block_m == 16 else Tile(block_m, 64, 16, 4, 3)
+        return fit(replace(tile, all_registers=True), 4, shared)
     tile = {
         16: Tile(16, 64, 64, 4, 6),
-        32: Tile(32, 64, 32, 4, 2),
+        32: Tile(32, 64, 32, 4, 2, all_registers=True),
         64: Tile(64, 128, 64, 4, 4),
         128: Tile(128, 256, 64, 8, 3) if shared >= 200000 else Tile(128, 128, 64, 8, 3),
     }[block_m]
@@ -87,7 +93,7 @@ def rows_tile(dtype: torch.dtype, block_m: int, shared: int) -> Tile:
 def products_tile(dtype: torch.dtype, m: int, n: int, shared: int) -> Tile:
     """For the weight gradient of an m x n matrix, a sum over a group's rows."""
     if dtype == torch.float32:
-        return fit(Tile(64, 64, 16, 4, 3), 4, shared)
+        return fit(Tile(64, 64, 16, 4, 3, all_registers=True), 4, shared)
     if m % 16 or n % 16:
         return Tile(64, 64, 32, 4, 2)
     if m < 128 or n < 128:
@@ -97,16 +103,11 @@ def products_tile(dtype: torch.dtype, m: int, n: int, shared: int) -> Tile:
 
 def hidden_backward_tile(dtype: torch.dtype, block_m: int, shared: int) -> Tile:
     """Narrower than `rows_tile`: the epilogue holds the pre-activation beside the accumulator."""
-    return narrowed(rows_tile(dtype, block_m, shared), 128)
+    return replace(narrowed(rows_tile(dtype, block_m, shared), 128), all_registers=True)
 
 
 def narrowed(tile: Tile, block_n: int) -> Tile:
     return replace(tile, block_n=min(tile.block_n, block_n))
-
-
-def all_registers() -> dict[str, int]:
-    """The option that lets a kernel use all registers. Without it some releases of ptxas spill to fit two programs."""
-    return {} if torch.version.hip else {"maxnreg": 255}
 
 
 def even(size: int, block: int) -> bool:
