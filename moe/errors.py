@@ -31,8 +31,9 @@ class ConfigError(ValueError):
         try:
             shown = repr(value)
         except ValueError:  # an integer with more digits than Python prints
-            shown = f"a number of {value.bit_length()} bits"
-        super().__init__(f"{field} = {shown if len(shown) <= 80 else shown[:77] + '...'}: expected {allowed}")
+            shown = value
+        # Wide enough for a path, whose end says most.
+        super().__init__(f"{field} = {one_line(shown)}: expected {allowed}")
 
 
 class CheckpointError(ValueError):

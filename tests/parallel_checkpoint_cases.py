@@ -136,7 +136,7 @@ def state_across_meshes(ranks: Ranks, meshes: list[tuple[int, int, int]]) -> Non
     """
     first, *others = meshes
     continued = first, others[-1]
-    folder = ranks.folder / "across"
+    folder = ranks.folder / f"across-{ranks.size}"
     unbroken = Run(first)
     unbroken.steps(0, 3)
     saved = digests(unbroken.tensors())
@@ -488,7 +488,7 @@ def main(what: str, folder: Path) -> None:
     if what == "digests":
         found = {}
         for count in (1, 2):
-            out = folder.with_name(f"digests-{count}")
+            out = folder.with_name(f"{folder.name}-digests-{count}")
             assert _fork([(_load_elsewhere, folder, rank, count, out) for rank in range(count)]) == [0] * count
             found[count] = json.loads(out.read_text())
     elif what == "killed":

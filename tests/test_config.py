@@ -98,6 +98,13 @@ def test_unknown_and_missing_fields() -> None:
         moe.ModelConfig.from_dict(values)
 
 
+def test_a_path_is_shown_whole_and_a_megabyte_by_its_ends() -> None:
+    path = "/" + "folder/" * 30 + "file.txt"
+    assert str(moe.ConfigError("--data", path, "a file")) == f"--data = {path!r}: expected a file"
+    message = str(moe.ConfigError("name", "begin" + "-" * 10**6 + "end\n", "a name"))
+    assert message.startswith("name = 'begin-") and message.endswith("-end\\n': expected a name") and len(message) < 400
+
+
 def test_presets_round_trip_and_unknown_preset() -> None:
     for config in PRESETS.values():
         assert moe.ModelConfig.from_dict(config.to_dict()) == config

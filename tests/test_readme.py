@@ -50,7 +50,7 @@ def test_the_two_commands_a_newcomer_types() -> None:
     typed = re.findall(r"^pip install torch==.*$", README, re.MULTILINE)
     assert typed == [
         'pip install torch==2.13.0 -e ".[plot]" && moesmith train --preset tiny',
-        'pip install torch==2.13.0 -e ".[test]" && python -m pytest',
+        'pip install torch==2.13.0 -e ".[test]" && python -m pytest -n 2',
     ]
 
 
