@@ -93,7 +93,9 @@ def rows_tile(dtype: torch.dtype, block_m: int, shared: int) -> Tile:
 def products_tile(dtype: torch.dtype, m: int, n: int, shared: int) -> Tile:
     """For the weight gradient of an m x n matrix, a sum over a group's rows."""
     if dtype == torch.float32:
-        return fit(Tile(64, 64, 16, 4, 3, all_registers=True), 4, shared)
+        # Masks take registers, too.
+        block_m = 64 if even(m, 64) and even(n, 64) else 32
+        return fit(Tile(block_m, 64, 16, 4, 3, all_registers=True), 4, shared)
     if m % 16 or n % 16:
         return Tile(64, 64, 32, 4, 2)
     if m < 128 or n < 128:
