@@ -131,3 +131,4 @@ def test_the_command(capsys: Any) -> None:
     assert (status, err.strip()) == (2, "moesmith: ep = 16: expected at most the 8 experts of a layer")
     assert run(capsys, "plan", "no/such")[0] == 2
     assert "--memory = '80XB'" in run(capsys, "plan", "tiny", "--memory", "80XB")[2]
+    assert "--memory = '80': expected at least 1MiB, with a unit" in run(capsys, "plan", "tiny", "--memory", "80")[2]

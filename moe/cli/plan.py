@@ -64,6 +64,8 @@ def run(args: Args) -> int:
         raise ConfigError("FOLDER-OR-PRESET", None, f"a folder, or one of the presets {', '.join(PRESETS)}")
     config, own = _config(args.model)
     memory = None if args.memory is None else parse_size(args.memory, "--memory")
+    if memory is not None and memory < 2**20:
+        raise ConfigError("--memory", args.memory, "at least 1MiB, with a unit: 80GiB")
     if args.gpu is not None:
         facts = _cluster(args, args.model, args.gpu, config, memory)
         print(json.dumps(facts, default=dict)) if args.json else print_plan(console, facts)
