@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe.ops.library import define, define_gradient
@@ -150,30 +151,28 @@ def _sort_slots(expert_ids: Tensor, num_experts: int) -> SlotOrder:
 
 
 def combine(rows: Tensor, position: Tensor, weights: Tensor | None) -> Tensor:
-    """`unpermute` without a gradient."""
+    """`unpermute` without a gradient: a token's rows are a bag of torch's `embedding_bag`, summed in their order."""
+    if not rows.numel():
+        return rows.new_zeros(position.shape[0], rows.shape[1])
     wide = accumulation_dtype(rows, weights)
-    tokens, top_k = position.shape
-    absent = position < 0
-    some_absent = bool(absent.any())
-    if 0 < rows.numel() <= 2**16 and not some_absent:
-        # Few numbers: one sum instead of a call for each k.
-        parts = rows.index_select(0, position.reshape(-1)).view(tokens, top_k, -1).to(wide)
-        return (parts if weights is None else parts * weights[:, :, None]).sum(dim=1).to(rows.dtype)
-    out = torch.zeros(tokens, rows.shape[1], dtype=wide, device=rows.device)
-    for k in range(top_k if rows.shape[0] else 0):
-        place, weight = position[:, k], None if weights is None else weights[:, k, None]
-        if some_absent:
-            # Only what is here: of a rank's experts most slots may not be. No token stands twice in one k.
-            here = (~absent[:, k]).nonzero().squeeze(1)
-            part = rows.index_select(0, place.index_select(0, here)).to(wide)
-            out.index_add_(0, here, part if weight is None else part * weight.index_select(0, here))
-            continue
-        part = rows.index_select(0, place).to(wide)  # an addition of two dtypes is not vectorised
-        if weight is None:
-            out.add_(part)
-        else:
-            out.addcmul_(part, weight)
-    return out.to(rows.dtype)
+    here = position >= 0
+    count = here.sum(dim=1)
+    end = count.cumsum(0)
+    start, place, weight = end - count, position[here], None if weights is None else weights[here].to(wide)
+    if rows.dtype == wide:
+        return F.embedding_bag(place, rows, start, mode="sum", per_sample_weights=weight)
+    # Bags of few bits are summed in their own dtype: some tokens' rows at a time, which stay in the cache, are widened.
+    out = rows.new_empty(position.shape[0], rows.shape[1])
+    tokens = max(1, 2**20 // max(position.shape[1] * rows.shape[1], 1))
+    order = torch.arange(tokens * position.shape[1])
+    first, lasts = 0, [*end[tokens - 1 :: tokens].tolist(), len(place)]
+    for t, last in zip(range(0, len(out), tokens), lasts, strict=False):
+        table = rows.index_select(0, place[first:last]).to(wide)
+        of_rows = None if weight is None else weight[first:last]
+        bags = start[t : t + tokens] - first
+        out[t : t + tokens] = F.embedding_bag(order[: len(table)], table, bags, mode="sum", per_sample_weights=of_rows)
+        first = last
+    return out
 
 
 def _permute(x: Tensor, expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
