@@ -82,15 +82,16 @@ NAMED = (
     ops(
         "permutation",
         "weight of another token used",
-        "part * weight.index_select(0, here)",
-        "part * weight[: len(here)]",
+        "else weights[here].to(wide)",
+        "else weights.roll(1, 0)[here].to(wide)",
     ),
     ops(
         "permutation",
         "combined in the rows' dtype",
-        "    wide = accumulation_dtype(rows, weights)\n    tokens, top_k",
-        "    wide = rows.dtype\n    tokens, top_k",
+        "    wide = accumulation_dtype(rows, weights)\n    here = position >= 0\n    count",
+        "    wide = rows.dtype\n    here = position >= 0\n    count",
     ),
+    ops("permutation", "tokens' rows summed in parts that begin a row late", "first = last", "first = last + 1"),
     ops("grouped_gemm", "rows past the last offset not written", "out[end:].zero_()", "pass"),
     ops(
         "grouped_gemm",

@@ -40,15 +40,19 @@ DEFECTS = (
     ),
     dispatch(
         "gradients of tokens lost",
-        "return grad_rows, ops.unpermute(",
-        "return 0 * grad_rows, ops.unpermute(",
+        "return *grads, None",
+        "return 0 * next(grads), *grads, None",
     ),
     dispatch(
         "gradients of weights for those of another micro-batch",
         '("gradient of weights", grad_weights))',
         '("gradient of weights", grad_weights.flip(0)))',
     ),
-    dispatch("results not returned in order", "return _padded(rows, slots)", "return _padded(rows.flip(0), slots)"),
+    dispatch(
+        "results not returned in order",
+        'wait("return of results", work)\n        return rows',
+        'wait("return of results", work)\n        return rows.flip(0)',
+    ),
     dispatch("shared expert left out", "return y if alongside is None else y + alongside", "return y"),
     dispatch(
         "scales of FP8 shifted",

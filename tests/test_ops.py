@@ -333,9 +333,30 @@ def test_permute_and_unpermute(case: Case, dtype: torch.dtype) -> None:
     limit = product_limit(exact_grads[2], magnitude.view_as(weights), case.width, grads[2].dtype)
     assert excess(grads[2], exact_grads[2], limit) <= 1
     # Without weights, a plain sum.
+    # The last rows belong to no slot, and may be left out.
+    few = rows.detach()[:here].requires_grad_()
+    short = ops.unpermute(few, permuted.position, weights)
+    assert torch.equal(short, result)
+    found = torch.autograd.grad(short, (few, weights), grad_y)
+    assert torch.equal(found[0], grads[1][:here]) and torch.equal(found[1], grads[2])
+
     plain = ops.unpermute(rows.detach(), permuted.position)
     ones = ops.unpermute(rows.detach(), permuted.position, torch.ones_like(i.weights).detach())
     assert torch.equal(plain, ones)
+
+
+@pytest.mark.parametrize("tokens", [512, 600])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_rows_that_are_summed_in_parts(tokens: int, weighted: bool) -> None:
+    """More numbers of two bytes than are widened at once."""
+    ids = torch.randint(-1, 6, (tokens, 4))
+    position = ops.permute(torch.zeros(tokens, 0), ids, 6).position
+    rows = torch.randn(4 * tokens, 1024).bfloat16()
+    weights = torch.rand(tokens, 4) if weighted else None
+    exact = unpermute_reference(rows.double(), position, None if weights is None else weights.double())
+    magnitude = unpermute_reference(rows.double().abs(), position, None if weights is None else weights.double())
+    result = ops.unpermute(rows, position, weights)
+    assert excess(result, exact, product_limit(exact, magnitude, 4, torch.bfloat16)) <= 1
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(3, 0), (0, 2), (0, 0)])

@@ -46,6 +46,8 @@ def permute(x: Tensor, expert_ids: Tensor, num_experts: int) -> Permuted:
 def unpermute(rows: Tensor, position: Tensor, weights: Tensor | None = None) -> Tensor:
     """Sums each token's rows: rows [R, D] and position [T, K] of `permute`, weights [T, K] -> [T, D].
 
+    R may be any number above all positions: rows of absent slots, which stand last, can be left out.
+
         out[t] = sum over k, in order, of weights[t, k] * rows[position[t, k]], for position[t, k] != -1
 
     accumulated in float32 (float64 if rows or weights are float64) and rounded once to the rows' dtype; without
@@ -87,9 +89,10 @@ def unpermute_reference(rows: Tensor, position: Tensor, weights: Tensor | None =
     """The definition of `unpermute`."""
     wide = accumulation_dtype(rows, weights)
     out = torch.zeros(position.shape[0], rows.shape[1], dtype=wide, device=rows.device)
+    padded = F.pad(rows, (0, 0, 0, 1))  # something to read for slots without a row, even if there is no row
     for k in range(position.shape[1]):
         here = position[:, k, None] >= 0
-        part = rows.index_select(0, position[:, k].clamp(min=0)).to(wide)
+        part = padded.index_select(0, position[:, k].clamp(min=0)).to(wide)
         if weights is not None:
             part = part * weights[:, k, None]
         out = out + torch.where(here, part, 0)
@@ -177,8 +180,10 @@ def combine(rows: Tensor, position: Tensor, weights: Tensor | None) -> Tensor:
 
 def _permute(x: Tensor, expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     order = sort_slots(expert_ids, num_experts)
-    rows = x.index_select(0, order.slots // max(expert_ids.shape[1], 1))
-    rows[int(order.offsets[-1]) if num_experts else 0 :] = 0
+    present = int(order.offsets[-1]) if num_experts else 0
+    rows = x.new_empty(expert_ids.numel(), x.shape[1])
+    torch.index_select(x, 0, order.slots[:present] // max(expert_ids.shape[1], 1), out=rows[:present])
+    rows[present:] = 0
     return rows, order.position, order.offsets
 
 

@@ -89,16 +89,16 @@ class AllToAllDispatcher:
         self, x: Tensor, routing: Routing, experts: Experts, shared: Callable[[Tensor], Tensor] | None
     ) -> Tensor:
         first = self.destinations(routing.expert_ids)
-        sent = ops.permute(x, first, self.size)
+        sent = ops.permute(x.detach(), first, self.size)
         counts = sent.offsets.diff(prepend=sent.offsets.new_zeros(1)).to(torch.int64)
         trip = self._agree(counts)
-        rows, weights = _Send.apply(sent.rows, routing.weights, routing.expert_ids, sent.position, self, trip)
+        rows, weights = _Send.apply(x, routing.weights, routing.expert_ids, sent, self, trip)
         alongside = None if shared is None else shared(x)
         rows, weights, ids = _Arrive.apply(rows, weights, self, trip)
         start = self.rank * self.experts_per_rank
         here = (ids >= start) & (ids < start + self.experts_per_rank)
         y = experts(rows, weights, torch.where(here, ids - start, -1))
-        y = ops.unpermute(_Return.apply(y, sent.rows.shape[0], self, trip), sent.position)
+        y = ops.unpermute(_Return.apply(y, self, trip), sent.position)
         return y if alongside is None else y + alongside
 
     def destinations(self, expert_ids: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ def _typed(data: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Send(torch.autograd.Function):
-    """Starts the dispatch: rows [T * J, D] in order of destinations, and of their tokens weights and ids [T, K].
+    """Starts the dispatch: of x [T, D] the rows in order of destinations, and of their tokens weights and ids [T, K].
 
     Its results [arriving, ...] hold nothing yet and only carry the graph to `_Arrive`. Backward, it waits for the
     gradients whose way back `_Arrive` has started; what autograd hands it holds nothing.
@@ -197,16 +197,16 @@ class _Send(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        rows: Tensor,
+        x: Tensor,
         weights: Tensor,
         expert_ids: Tensor,
-        position: Tensor,
+        sent: ops.Permuted,
         dispatcher: AllToAllDispatcher,
         trip: _Trip,
     ) -> tuple[Tensor, Tensor]:
-        ctx.dispatcher, ctx.trip, ctx.slots = dispatcher, trip, len(rows)
-        ctx.save_for_backward(position)
-        here, token = rows[: trip.leaving], _source_tokens(position)[: trip.leaving]
+        ctx.dispatcher, ctx.trip = dispatcher, trip
+        ctx.save_for_backward(sent.position)
+        here, token = sent.rows[: trip.leaving], _source_tokens(sent.position)[: trip.leaving]
         weight, ids = weights.index_select(0, token), expert_ids.index_select(0, token)
         if dispatcher.payload == "fp8":
             codes, scales = quantize_rows(here, FP8_BLOCK)
@@ -216,15 +216,16 @@ class _Send(torch.autograd.Function):
             ("dispatch of routing", *dispatcher.exchange("dispatch of routing", routing, trip)),
             ("dispatch of rows", *dispatcher.exchange("dispatch of rows", here, trip)),
         )
-        out, back = routing.shape[1] + here.shape[1] * here.itemsize, rows.shape[1] * rows.itemsize
+        out, back = routing.shape[1] + here.shape[1] * here.itemsize, x.shape[1] * x.itemsize
         dispatcher.traffic = Traffic(tuple(trip.sent), tuple(trip.received), dispatcher.rank, out, back)
-        return rows.new_empty(trip.arriving, rows.shape[1]), weights.new_empty(trip.arriving, weights.shape[1])
+        return x.new_empty(trip.arriving, x.shape[1]), weights.new_empty(trip.arriving, weights.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad_rows, grad_weights = (_padded(grad, ctx.slots) for grad in ctx.trip.landed(ctx.dispatcher))
-        return grad_rows, ops.unpermute(grad_weights, *ctx.saved_tensors), None, None, None, None
+        (position,) = ctx.saved_tensors
+        grads = (ops.unpermute(grad, position) for grad in ctx.trip.landed(ctx.dispatcher))
+        return *grads, None, None, None, None
 
 
 class _Arrive(torch.autograd.Function):
@@ -257,25 +258,19 @@ class _Arrive(torch.autograd.Function):
 
 
 class _Return(torch.autograd.Function):
-    """y [arriving, D] back to where the rows came from: [T * J, D], zero after the first `leaving`."""
+    """y [arriving, D] back to where the rows came from: [leaving, D]."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, slots: int, dispatcher: AllToAllDispatcher, trip: _Trip) -> Tensor:
+    def forward(ctx: Any, y: Tensor, dispatcher: AllToAllDispatcher, trip: _Trip) -> Tensor:
         ctx.dispatcher, ctx.trip = dispatcher, trip
         rows, work = dispatcher.exchange("return of results", y, trip, back=True)
         dispatcher.wait("return of results", work)
-        return _padded(rows, slots)
+        return rows
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         dispatcher, trip = ctx.dispatcher, ctx.trip
-        rows, work = dispatcher.exchange("gradient of results", grad[: trip.leaving], trip)
+        rows, work = dispatcher.exchange("gradient of results", grad, trip)
         dispatcher.wait("gradient of results", work)
-        return rows, None, None, None
-
-
-def _padded(rows: Tensor, count: int) -> Tensor:
-    out = rows.new_zeros(count, *rows.shape[1:])
-    out[: len(rows)] = rows
-    return out
+        return rows, None, None
