@@ -3,7 +3,7 @@
     python -m tests.compiled [--gpu sm_90 ...] [--shape NAME ...] [--dtype bfloat16 ...]
 
 needs no GPU. It fails where a kernel spills, uses local memory, wants more shared memory than the chip has, or does
-without wgmma on sm_90 where its tile allows it. CI runs a part, under the oldest and newest Triton.
+without wgmma on sm_90 where its tile allows it. CI does so for bfloat16, under the oldest and newest Triton.
 """
 
 import argparse
