@@ -381,7 +381,15 @@ def test_permute_without_experts() -> None:
 @each_dtype
 @pytest.mark.parametrize(
     ("limit", "alpha", "beta"),
-    [(None, 1.0, 0.0), (1.5, 1.0, 0.0), (7.0, 1.702, 0.0), (None, 0.5, 0.0), (7.0, 1.702, 1.0), (None, 1.0, -0.5)],
+    [
+        (None, 1.0, 0.0),
+        (1.5, 1.0, 0.0),
+        (7.0, 1.702, 0.0),
+        (None, 0.5, 0.0),
+        (7.0, 1.702, 1.0),
+        (None, 1.0, -0.5),
+        (None, 1.0, 1.0),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("shape", [(37, 80), (2, 3, 6), (0, 8), (5, 0), (2,)], ids=str)
