@@ -108,16 +108,22 @@ def test_moe_mlp_clamped(case: Case, dtype: torch.dtype, settings: dict[str, flo
     assert all(v.right for v in verdicts.values()), verdicts
 
 
+def strided(tensor: Tensor) -> Tensor:
+    """The same values, every third element of a row, with others between them."""
+    return torch.stack([tensor, tensor.roll(1, -1), tensor + 1], dim=-1).flatten(-2)[..., ::3]
+
+
 @pytest.mark.parametrize("case", [BY_NAME["one_token"], BY_NAME["ragged"]], ids=str)
 def test_moe_mlp_takes_any_strides(case: Case) -> None:
-    def strided(tensor: Tensor) -> Tensor:
-        """The same values, every third element of a row."""
-        return tensor.repeat_interleave(3, dim=-1)[..., ::3]
-
     inputs, grad = case.inputs(torch.float32), torch.randn(case.tokens, case.width)
     expected = gradients(fused, inputs, grad)
-    for name in ("x", "gate_up", "down", "weights"):
-        found = gradients(fused, replace(inputs, **{name: strided(getattr(inputs, name))}), grad)
+    with torch.no_grad():
+        y = fused(inputs)
+    for name in vars(inputs):
+        turned = replace(inputs, **{name: strided(getattr(inputs, name))})
+        with torch.no_grad():
+            torch.testing.assert_close(fused(turned), y, rtol=1e-5, atol=1e-6, msg=f"y with strided {name}")
+        found = gradients(fused, turned, grad)
         for key, result in found.items():
             torch.testing.assert_close(result, expected[key], rtol=1e-5, atol=1e-6, msg=f"{key} with strided {name}")
     for key, result in gradients(fused, inputs, strided(grad)).items():
@@ -345,6 +351,38 @@ def test_permute_and_unpermute(case: Case, dtype: torch.dtype) -> None:
     assert torch.equal(plain, ones)
 
 
+def test_permute_and_unpermute_take_any_strides() -> None:
+    case = BY_NAME["absent"]
+    i = case.inputs(torch.float32)
+    permuted = ops.permute(i.x, i.expert_ids, case.experts)
+    for x, ids in ((strided(i.x), i.expert_ids), (i.x, strided(i.expert_ids)), (i.x[::2], i.expert_ids[::2])):
+        found, expected = ops.permute(x, ids, case.experts), ops.permute(x.clone(), ids.clone(), case.experts)
+        assert all(torch.equal(a, b) for a, b in zip(vars(found).values(), vars(expected).values(), strict=True))
+
+    tensors = {"rows": torch.randn_like(permuted.rows), "position": permuted.position, "weights": i.weights}
+    grad = torch.randn_like(i.x)
+
+    def results(grad: Tensor, **changed: Tensor) -> tuple[Tensor, ...]:
+        leaves = {n: t.detach().requires_grad_(t.is_floating_point()) for n, t in (tensors | changed).items()}
+        y = ops.unpermute(**leaves)
+        return y.detach(), *torch.autograd.grad(y, (leaves["rows"], leaves["weights"]), grad)
+
+    expected = results(grad)
+    for name, tensor in tensors.items():
+        for a, b in zip(results(grad, **{name: strided(tensor)}), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, msg=f"with strided {name}")
+    for a, b in zip(results(strided(grad)), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, msg="with a strided gradient")
+    (found,), (exact,) = (
+        torch.autograd.grad(ops.permute(x, i.expert_ids, case.experts).rows, x, g)
+        for x, g in (
+            (i.x.clone().requires_grad_(), strided(tensors["rows"])),
+            (i.x.clone().requires_grad_(), tensors["rows"]),
+        )
+    )
+    assert torch.equal(found, exact)
+
+
 @pytest.mark.parametrize("tokens", [512, 600])
 @pytest.mark.parametrize("weighted", [True, False])
 def test_rows_that_are_summed_in_parts(tokens: int, weighted: bool) -> None:
@@ -409,10 +447,13 @@ def test_swiglu(shape: tuple[int, ...], limit: float | None, alpha: float, beta:
     cancelling = grad.double().abs() * (up + beta).abs() * (alpha * gate).abs().clamp(min=1) * (alpha * gate).sigmoid()
     scale = torch.cat([cancelling, exact_grad.chunk(2, dim=-1)[1].abs()], dim=-1)
     extra = torch.cat([argument * cancelling * (1 + (alpha * gate).abs())] * 2, dim=-1) if alpha != 1 else 0
-    assert excess(grad_in, exact_grad, 4 * UNIT[dtype] * torch.maximum(scale, exact_grad.abs()) + extra) <= 1
+    limits = 4 * UNIT[dtype] * torch.maximum(scale, exact_grad.abs()) + extra
+    assert excess(grad_in, exact_grad, limits) <= 1
     if shape == (37, 80):
-        strided = ops.swiglu(gate_up.detach().t().contiguous().t(), limit, alpha, beta)
-        assert excess(strided, exact, elementwise_limit(exact, dtype) + argument * exact.abs()) <= 1
+        turned = ops.swiglu(gate_up.detach().t().contiguous().t(), limit, alpha, beta)
+        assert excess(turned, exact, elementwise_limit(exact, dtype) + argument * exact.abs()) <= 1
+        (turned,) = torch.autograd.grad(ops.swiglu(gate_up, limit, alpha, beta), gate_up, grad.t().contiguous().t())
+        assert excess(turned, exact_grad, limits) <= 1
 
 
 @each_dtype
