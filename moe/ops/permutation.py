@@ -167,7 +167,7 @@ def combine(rows: Tensor, position: Tensor, weights: Tensor | None) -> Tensor:
     # Bags of few bits are summed in their own dtype: some tokens' rows at a time, which stay in the cache, are widened.
     out = rows.new_empty(position.shape[0], rows.shape[1])
     tokens = max(1, 2**20 // max(position.shape[1] * rows.shape[1], 1))
-    order = torch.arange(tokens * position.shape[1])
+    order = torch.arange(tokens * position.shape[1], device=rows.device)
     first, lasts = 0, [*end[tokens - 1 :: tokens].tolist(), len(place)]
     for t, last in zip(range(0, len(out), tokens), lasts, strict=False):
         table = rows.index_select(0, place[first:last]).to(wide)
