@@ -1,5 +1,6 @@
 """Prefill, decode and sampling. The function is `moe.generate`."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -142,8 +143,9 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     if top_k:
         ranked[:, top_k:] = float("-inf")
     if top_p < 1:
-        p = ranked.softmax(dim=-1)
+        # In integers: sums of floating point differ with their order, and torch has no deterministic ones on a GPU.
+        p = (ranked.softmax(dim=-1, dtype=torch.float64) * 2**52).long()
         before = p.cumsum(dim=-1) - p
-        ranked = ranked.masked_fill(before >= top_p, float("-inf"))  # the first is never dropped: before = 0 < top_p
+        ranked = ranked.masked_fill(before >= math.ceil(top_p * 2**52), float("-inf"))  # 0 before the first: it stays
     drawn = torch.multinomial(ranked.softmax(dim=-1), 1, generator=generator)
     return ids.gather(-1, drawn).squeeze(-1)
