@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 import moe
 from moe import balance
+from moe.attention import MLA
 from moe.layer import MoELayer
 from moe.model import Transformer
 from moe.ops import Routing
@@ -67,7 +68,7 @@ def warnings_are_errors() -> Iterator[None]:
 def cases(size: int, *, long: bool) -> list[Case]:
     """Those for so many ranks, in the order in which they run."""
     found = [Case(f"dispatch {name}", partial(dispatch, how=name)) for name in ROUTINGS]
-    found += [Case(f"payload {name}", partial(payload, how=name)) for name in ("bf16", "fp8")]
+    found += [Case(f"payload {name}", partial(payload, how=name)) for name in ("bf16", "fp8", "autocast")]
     found.append(Case("somebody else's model", foreign))
     if size in (2, 8):
         found.append(Case("mixed precision", mixed_precision))
@@ -253,7 +254,10 @@ def _check_traffic(dispatcher: AllToAllDispatcher, parts: list[tuple[Tensor, Ten
 
 
 def payload(ranks: Ranks, how: str) -> None:
-    """Rows in bf16 arrive bit for bit; rows in fp8 arrive as their quantised values, and their gradients in full."""
+    """Rows in bf16 arrive bit for bit; rows in fp8 arrive as their quantised values, and their gradients in full.
+
+    With autocast they are sent as it would hand them to the experts.
+    """
     mesh = make_mesh(ep=ranks.size)
     torch.manual_seed(ranks.rank)
     dtype = torch.bfloat16 if how == "bf16" else torch.float32
@@ -267,22 +271,24 @@ def payload(ranks: Ranks, how: str) -> None:
     def identity(rows: Tensor, _: Tensor, here: Tensor) -> Tensor:
         return rows * (here >= 0).any(-1, keepdim=True)
 
-    y = dispatcher(x, Routing(weights, ids, weights), identity, None)  # pyright: ignore[reportArgumentType]
-    assert y.dtype == dtype
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        y = dispatcher(x, Routing(weights, ids, weights), identity, None)  # pyright: ignore[reportArgumentType]
+    dtype = torch.float32 if how == "fp8" else torch.bfloat16
+    assert y.dtype == dtype and dispatcher.traffic is not None
     reached = [len({int(i) // (EXPERTS // ranks.size) for i in row}) for row in ids]
     times = torch.tensor(reached, dtype=torch.int64)[:, None]
-    arrived = x.detach()
+    arrived = x.detach().to(dtype)
     if how == "fp8":
         blocks = torch.nn.functional.pad(arrived, (0, 56)).view(tokens, 2, 128)
         scale = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-4) / 448
         arrived = ((blocks / scale).to(torch.float8_e4m3fn).float() * scale).view(tokens, 256)[:, :200]
-        assert dispatcher.traffic is not None and dispatcher.traffic.bytes_out == 200 + 2 * 4 + TOP_K * 8
+    assert dispatcher.traffic.bytes_out == (200 + 2 * 4 if how == "fp8" else 200 * 2) + TOP_K * 8
     total = torch.zeros_like(arrived, dtype=torch.float32)
     for i in range(max(reached, default=0)):
         total = total + torch.where(i < times, arrived.float(), 0)
     assert torch.equal(y, total.to(dtype))
     y.sum().backward()
-    assert x.grad is not None and torch.equal(x.grad, times.to(dtype).expand_as(x))
+    assert x.grad is not None and torch.equal(x.grad, times.to(x.dtype).expand_as(x))
 
 
 # ---- a model ----
@@ -530,7 +536,7 @@ def mixed_precision(ranks: Ranks) -> None:
     mesh = make_mesh(ep=ranks.size)
     parallelize(model, mesh, ParallelConfig(param_dtype=torch.bfloat16))
     balance.attach(model, torch.optim.AdamW(model.parameters()), bias_update_speed=0.01)
-    seen: dict[str, set[torch.dtype]] = {"logits": set(), "weights": set(), "rows": set()}
+    seen: dict[str, set[torch.dtype]] = {"logits": set(), "weights": set(), "rows": set(), "rotations": set()}
 
     def spy(layer: MoELayer) -> None:
         logits, experts = layer.gate.logits, layer.experts
@@ -550,11 +556,13 @@ def mixed_precision(ranks: Ranks) -> None:
     for layer in model.modules():
         if isinstance(layer, MoELayer):
             spy(layer)
+        if isinstance(layer, MLA):
+            layer.register_forward_pre_hook(lambda _, args: seen["rotations"].update(t.dtype for t in args[1]))
     ids = torch.randint(0, 40, (2, LENGTH), generator=torch.Generator().manual_seed(3))
     out = model(ids, labels=ids)
     assert out.loss is not None
     out.loss.backward()
-    assert seen == {"logits": {torch.float32}, "weights": {torch.float32}, "rows": {torch.bfloat16}}
+    assert seen == {name: {torch.bfloat16 if name == "rows" else torch.float32} for name in seen}
     for _, router in balance.routers(model):
         assert router.e_score_correction_bias.dtype == torch.float32
         assert router.weight.dtype == torch.float32 and router.weight.grad is not None

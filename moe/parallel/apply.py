@@ -161,7 +161,7 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig | None = 
     reduce_dtype = config.reduce_dtype or wide
     policy = MixedPrecisionPolicy(param_dtype=config.param_dtype, reduce_dtype=reduce_dtype)
     exact = MixedPrecisionPolicy(param_dtype=wide, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
-    # FSDP would cast every floating-point argument, and routing weights stay what they are.
+    # FSDP would cast every floating-point argument, and routing weights and tables of rotations stay what they are.
     uncast = MixedPrecisionPolicy(config.param_dtype, reduce_dtype, cast_forward_inputs=False)
     dense, cut = _data_mesh(mesh.dense), _data_mesh(mesh.experts)
     reshard: Any = {"reshard_after_forward": config.reshard_after_forward}
@@ -172,9 +172,9 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig | None = 
         fully_shard(layer.gate, mesh=dense, mp_policy=exact, **reshard)
         register_fsdp_forward_method(layer.gate, "logits")
     for block in model.layers:
-        fully_shard(block, mesh=dense, mp_policy=policy, **reshard)
+        fully_shard(block, mesh=dense, mp_policy=uncast, **reshard)
     for module in model.mtp:
-        fully_shard(module, mesh=dense, mp_policy=policy, **reshard)
+        fully_shard(module, mesh=dense, mp_policy=uncast, **reshard)
     fully_shard(model, mesh=dense, mp_policy=policy, reshard_after_forward=False)
     for name, module in model.named_modules():
         if isinstance(module, FSDPModule):
@@ -401,7 +401,8 @@ def _sum_in_step(total: Tensor, journal: Journal) -> Tensor:
     """The sum of all ranks' `total`, if their journals agree."""
     layer, operation = "gradients", "clip norm"
     with journal.collective(layer, operation, size=1):
-        mine = torch.stack((total, total.new_tensor(journal.count), total.new_tensor(journal.digest)))
+        # Filled on the device: a tensor made of a number of the host would wait for it.
+        mine = torch.stack((total, *(torch.full_like(total, n) for n in (journal.count, journal.digest))))
         everybody = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(everybody, mine)
     found = torch.stack(everybody)
