@@ -127,6 +127,8 @@ def _ranks(args: Args) -> "Iterator[Mesh | None]":
         return
     from moe.parallel import make_mesh, start
 
+    # What torch asks of NCCL in deterministic mode, which begins when its groups are there already.
+    os.environ.setdefault("NCCL_ALGO", "^NVLS")
     with start(timeout=args.timeout, device=args.device) as watch:
         shape = {"ep": args.ep, "dp_shard": args.dp_shard, "dp_replicate": args.dp_replicate}
         try:

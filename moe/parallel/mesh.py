@@ -87,7 +87,7 @@ def make_mesh(
     if dp_shard % ep and ep % dp_shard:
         raise ParallelError(f"ep = {ep}: expected a divisor or a multiple of dp_shard = {dp_shard}")
     shards = max(1, dp_shard // ep)
-    kind = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    kind = "cuda" if "cuda:nccl" in dist.get_backend_config() else "cpu"  # or both: cpu:gloo,cuda:nccl
     dense = _device_mesh(kind, replicate=dp_replicate, shard=dp_shard)
     experts = _device_mesh(kind, replicate=world // (ep * shards), shard=shards, ep=ep)
     return Mesh(dense, experts, journal if journal is not None else Journal(dist.get_rank()))

@@ -73,6 +73,8 @@ def start(*, timeout: float = 600.0, device: str | None = None) -> Iterator[Watc
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         # Abort a collective that has timed out, but not the process: its next one raises then, and can say why.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
+        # It asks for a dump in the store that torchrun keeps over restarts, where it would end the next attempt, too.
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
     bound = timedelta(seconds=timeout)
     try:
         store, rank, size = next(rendezvous("env://", timeout=bound))

@@ -116,7 +116,7 @@ class Trainer:
         if self.mesh is not None:
             self.mesh.journal.step = number
         losses: dict[str, float] = {}
-        load = torch.zeros((), dtype=torch.int64)
+        load = torch.zeros((), dtype=torch.int64, device=self.device)
         for _ in range(settings.accumulation):
             input_ids = self.sampler.next_batch()[self._share].to(self.device)
             output = self._forward(input_ids)
@@ -129,8 +129,8 @@ class Trainer:
             (output.loss / settings.accumulation).backward()
             for name, value in parts.items():
                 losses[name] = losses.get(name, 0.0) + value / settings.accumulation
-            load = load + output.load.cpu()
-        load = self._sum(load)
+            load = load + output.load
+        load = self._sum(load.cpu())
         norm = self._clip().item()
         if not norm < float("inf"):
             raise NonFiniteError(number, "gradient", self._first_non_finite_gradient())
