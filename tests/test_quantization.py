@@ -94,6 +94,20 @@ def test_blocks_by_hand(shape: tuple[int, int], block: tuple[int, int], dtype: t
     assert same(strided.contiguous(), expected)
 
 
+def test_blocks_that_nobody_asked_for() -> None:
+    weight = torch.randn(2, 260, 300).cumsum(-1)
+    codes, scales = ops.quantize_blocks(weight)
+    for found, told in zip(
+        (codes, scales), ops.quantize_blocks(weight, (128, 128), scale_fmt=None, halves=1), strict=True
+    ):
+        assert torch.equal(found.view(torch.uint8), told.view(torch.uint8))
+    read = ops.dequantize_blocks(codes, scales)
+    assert read.dtype == torch.bfloat16
+    assert torch.equal(read, ops.dequantize_blocks(codes, scales, (128, 128), halves=1, dtype=torch.bfloat16))
+    rows, told = quantization.quantize_rows(weight[0]), quantization.quantize_rows(weight[0], 128)
+    assert torch.equal(rows[0].view(torch.uint8), told[0].view(torch.uint8)) and torch.equal(rows[1], told[1])
+
+
 def test_long_matrices_are_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, scale = random_codes(2, 37, 20), torch.rand(2, 10, 3)
     whole = ops.dequantize_blocks(weight, scale, (4, 8), torch.float32)
