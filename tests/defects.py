@@ -58,7 +58,7 @@ NAMED = (
     ops(
         "mlp", "zeros returned", "return combine(rows, order.position, weights), pre", "return torch.zeros_like(x), pre"
     ),
-    ops("mlp", "gradient of an expert without tokens not written", "per_expert[unused] = 0", "pass"),
+    ops("mlp", "gradient of an expert without tokens not written", "per_expert.index_fill_(0, unused, 0)", "pass"),
     ops("mlp", "bias of the wrong expert", "return bias[batch.first]", "return bias[batch.first - 1]"),
     ops("mlp", "down bias forgotten", "rows[here].add_(_rows_of(down_bias, batch))", "pass"),
     ops(

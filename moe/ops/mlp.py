@@ -325,10 +325,10 @@ def _backward(
             if need_x:
                 grouped_product_into(grad_rows[here], grad_pre, gate_up[experts], batch.ends)
     # An expert without a token is in no batch, or was multiplied with nothing.
-    unused = torch.cat([order.offsets[:1], order.offsets.diff()]) == 0
+    unused = (torch.cat([order.offsets[:1], order.offsets.diff()]) == 0).nonzero().squeeze(1)
     for per_expert in (grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias):
         if per_expert.numel():
-            per_expert[unused] = 0
+            per_expert.index_fill_(0, unused, 0)
     if need_x:
         grad_x = combine(grad_rows, order.position, None)
     if need_weights:
