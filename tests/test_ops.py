@@ -481,6 +481,20 @@ def test_swiglu_of_large_gates(limit: float | None, alpha: float, beta: float, d
     assert excess(grad_in, exact_grad, limits.repeat(2) * factors) <= 1
 
 
+@each_dtype
+def test_swiglu_at_its_limits(dtype: torch.dtype) -> None:
+    """There the gradient passes, as that of torch's clamp does; beyond it is zero."""
+    gate, up = [1.5, 1.5, -1.5, 2.0, 1.0, 1.0], [1.5, -1.5, 1.5, 1.0, 2.0, -2.0]
+    gate_up = torch.tensor([gate + up], dtype=dtype, requires_grad=True)
+    (found,) = torch.autograd.grad(ops.swiglu(gate_up, 1.5).sum(), gate_up)
+    double = gate_up.detach().double().requires_grad_()
+    exact_gate, exact_up = double.chunk(2, dim=-1)
+    y = silu(exact_gate.clamp(max=1.5)) * exact_up.clamp(-1.5, 1.5)
+    (exact,) = torch.autograd.grad(y.sum(), double)
+    assert exact[0].eq(0).tolist() == [False] * 3 + [True] + [False] * 6 + [True] * 2
+    assert excess(found, exact, 4 * UNIT[dtype] * exact.abs()) <= 1
+
+
 def test_swiglu_by_hand() -> None:
     def by_hand(*gate_up: float, limit: float | None = None, beta: float = 0.0) -> float:
         return ops.swiglu(torch.tensor(gate_up, dtype=torch.float64), limit, beta=beta).item()
