@@ -83,7 +83,8 @@ DEFECTS = (
         "return torch.ones_like(counts).double()",
         "padded",
     ),
-    apply("the norm of one rank", "    dist.all_reduce(total)\n", "", "recomputed, ep 4"),
+    apply("the norm of one rank", "        dist.all_reduce(total)", "        pass", "plain"),
+    apply("the norm of one rank, with a journal", "total = _sum_in_step(", "_sum_in_step(", "recomputed, ep 4"),
     apply("replicas counted in the norm", "return world // parts", "return 1", "padded, ep 2 shard 2 replicate 2"),
     apply("all ranks make the first experts", "first_expert=part[0].start", "first_expert=0", "initial values"),
     apply(
@@ -131,7 +132,9 @@ def verdict(defect: Defect) -> str:
         out = copy / "results.json"
         command = [sys.executable, "-m", "tests.parallel", "--ranks", str(defect.ranks)]
         command += ["--only", defect.case, "--json", str(out)]
-        subprocess.run(command, cwd=copy, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+        subprocess.run(command, cwd=copy, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+        if not out.exists():
+            return "broken"
         results = json.loads(out.read_text())[str(defect.ranks)]
     assert results, f"{defect.name}: no case is called {defect.case}"
     failed = [result["failed"] for result in results.values() if result["failed"]]
