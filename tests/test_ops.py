@@ -338,7 +338,6 @@ def test_permute_and_unpermute(case: Case, dtype: torch.dtype) -> None:
     magnitude[here_slots] = (picked * grad_y.double().abs().repeat_interleave(case.top_k, 0)[here_slots]).sum(1)
     limit = product_limit(exact_grads[2], magnitude.view_as(weights), case.width, grads[2].dtype)
     assert excess(grads[2], exact_grads[2], limit) <= 1
-    # Without weights, a plain sum.
     # The last rows belong to no slot, and may be left out.
     few = rows.detach()[:here].requires_grad_()
     short = ops.unpermute(few, permuted.position, weights)
@@ -346,6 +345,7 @@ def test_permute_and_unpermute(case: Case, dtype: torch.dtype) -> None:
     found = torch.autograd.grad(short, (few, weights), grad_y)
     assert torch.equal(found[0], grads[1][:here]) and torch.equal(found[1], grads[2])
 
+    # Without weights, a plain sum.
     plain = ops.unpermute(rows.detach(), permuted.position)
     ones = ops.unpermute(rows.detach(), permuted.position, torch.ones_like(i.weights).detach())
     assert torch.equal(plain, ones)

@@ -423,10 +423,11 @@ def _small(
 ) -> Tensor:
     experts, twice, inner = gate_up.shape
     width, num_slots = twice // 2, expert_ids.numel()
-    # Taller tiles where an expert has more tokens, so that it reads its weights once; of float32 there are no registers
-    # for them.
-    block_m = 32 if inner % 16 or width % 16 else 16 if num_slots <= 8 * experts else 64
-    block_m = 16 if x.dtype == torch.float32 else block_m
+    # Taller tiles where an expert has more tokens, so that it reads its weights once, if there are registers for them.
+    if x.dtype == torch.float32:
+        block_m = 16
+    else:
+        block_m = 32 if inner % 16 or width % 16 else 16 if num_slots <= 8 * experts else 64
     tile = tiling.rows_tile(x.dtype, block_m, tiling.shared_memory(x.device))
     block_n = tile.block_n // 2
     slots = max(SMALL * triton.next_power_of_2(expert_ids.shape[1]), 16)

@@ -46,14 +46,13 @@ def permute(x: Tensor, expert_ids: Tensor, num_experts: int) -> Permuted:
 def unpermute(rows: Tensor, position: Tensor, weights: Tensor | None = None) -> Tensor:
     """Sums each token's rows: rows [R, D] and position [T, K] of `permute`, weights [T, K] -> [T, D].
 
-    R may be any number above all positions: rows of absent slots, which stand last, can be left out.
-
         out[t] = sum over k, in order, of weights[t, k] * rows[position[t, k]], for position[t, k] != -1
 
     accumulated in float32 (float64 if rows or weights are float64) and rounded once to the rows' dtype; without
     weights, a plain sum. A slot at -1 contributes nothing, even if its weight is NaN, and gets a zero gradient. A token
     without any row is zero. Differentiable once in rows and weights (float32 or float64, TypeError otherwise). No
-    atomics: equal input, equal bits. Positions are trusted to be those of `permute`: distinct and below R.
+    atomics: equal input, equal bits. Positions are trusted to be those of `permute`: distinct and below R; rows of
+    absent slots, which stand last, may be left out.
     """
     if weights is not None:
         check_weights(weights, position)
@@ -164,7 +163,7 @@ def combine(rows: Tensor, position: Tensor, weights: Tensor | None) -> Tensor:
     start, place, weight = end - count, position[here], None if weights is None else weights[here].to(wide)
     if rows.dtype == wide:
         return F.embedding_bag(place, rows, start, mode="sum", per_sample_weights=weight)
-    # Bags of few bits are summed in their own dtype: some tokens' rows at a time, which stay in the cache, are widened.
+    # embedding_bag takes weights in the rows' dtype only: narrower rows are widened, as many at once as a cache holds.
     out = rows.new_empty(position.shape[0], rows.shape[1])
     tokens = max(1, 2**20 // max(position.shape[1] * rows.shape[1], 1))
     order = torch.arange(tokens * position.shape[1], device=rows.device)
