@@ -211,7 +211,7 @@ def _forward(
     order = sort_slots(expert_ids, gate_up.shape[0])
     batches = _batches(order.offsets, gate_up, down)
     routed = batches[-1].end if batches else 0
-    tokens = order.slots // max(expert_ids.shape[1], 1)
+    tokens = order.slots // expert_ids.shape[1]
     rows = x.new_empty(order.slots.shape[0], x.shape[1])
     pre = x.new_empty(order.slots.shape[0] if save else 0, gate_up.shape[1])
     pre[routed:].zero_()
@@ -286,7 +286,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, gate_up, down, weights, gate_up_bias, down_bias); empty where not needed."""
     order = sort_slots(expert_ids, gate_up.shape[0])
-    tokens = order.slots // max(expert_ids.shape[1], 1)
+    tokens = order.slots // expert_ids.shape[1]
     grad_x, grad_gate_up, grad_down, grad_weights, grad_gate_up_bias, grad_down_bias = (
         (t if need and t is not None else x).new_empty(t.shape if need and t is not None else 0)
         for t, need in zip((x, gate_up, down, weights, gate_up_bias, down_bias), needed, strict=True)

@@ -79,7 +79,7 @@ def permute_reference(x: Tensor, expert_ids: Tensor, num_experts: int) -> Permut
     """The definition of `permute`."""
     check_ids(x, expert_ids)
     order = _sort_slots(expert_ids, num_experts)
-    rows = x.index_select(0, order.slots // max(expert_ids.shape[1], 1))
+    rows = x.index_select(0, order.slots // expert_ids.shape[1])
     here = expert_ids.reshape(-1).index_select(0, order.slots) >= 0
     return Permuted(torch.where(here[:, None], rows, 0), order.position, order.offsets)
 
@@ -181,7 +181,7 @@ def _permute(x: Tensor, expert_ids: Tensor, num_experts: int) -> tuple[Tensor, T
     order = sort_slots(expert_ids, num_experts)
     present = int(order.offsets[-1]) if num_experts else 0
     rows = x.new_empty(expert_ids.numel(), x.shape[1])
-    torch.index_select(x, 0, order.slots[:present] // max(expert_ids.shape[1], 1), out=rows[:present])
+    torch.index_select(x, 0, order.slots[:present] // expert_ids.shape[1], out=rows[:present])
     rows[present:] = 0
     return rows, order.position, order.offsets
 
