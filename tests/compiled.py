@@ -2,8 +2,9 @@
 
     python -m tests.compiled [--gpu sm_90 ...] [--shape NAME ...] [--dtype bfloat16 ...]
 
-needs no GPU. It fails where a kernel spills, uses local memory, wants more shared memory than the chip has, or does
-without wgmma on sm_90 where its tile allows it. CI does so for bfloat16, under the oldest and newest Triton.
+needs no GPU. It fails where a kernel spills, uses local memory, wants more shared memory than the chip has, does
+without wgmma on sm_90 where its tile allows it, or in half precision computes while no copy for the next products is
+under way. CI does so for bfloat16, under the oldest and newest Triton.
 """
 
 import argparse
@@ -103,11 +104,14 @@ def launches(gpu: Gpu, shapes: Iterable[Shape], dtypes: Iterable[torch.dtype]) -
     return {launch.key: launch for launch in found}
 
 
+def half_precision(launch: Launch) -> bool:
+    return any(kind in ("*bf16", "*fp16") for _, kind in launch.signature)
+
+
 def wants_wgmma(launch: Launch) -> bool:
     """A product of half-precision tiles of at least 64 rows."""
     constants = dict(launch.constants)
-    halves = any(kind in ("*bf16", "*fp16") for _, kind in launch.signature)
-    return halves and "BLOCK_K" in constants and constants.get("BLOCK_M", 0) >= 64
+    return half_precision(launch) and "BLOCK_K" in constants and constants.get("BLOCK_M", 0) >= 64
 
 
 def complaint(launch: Launch, gpu: Gpu) -> str | None:
@@ -122,6 +126,8 @@ def complaint(launch: Launch, gpu: Gpu) -> str | None:
         return f"{need.shared} bytes of shared memory of {gpu.shared_memory}"
     if gpu.name == "sm_90" and wants_wgmma(launch) and not need.wgmma:
         return "no wgmma"
+    if need.ahead == 0 and half_precision(launch):
+        return "every product waits for all copies"
     return None
 
 

@@ -213,8 +213,8 @@ NAMED = (
     kernel(
         "mlp",
         "gate and up swapped",
-        "tl.store(at, swiglu_tile(gate, up, limit, alpha, beta, CLAMP), mask=mask)",
-        "tl.store(at, swiglu_tile(up, gate, limit, alpha, beta, CLAMP), mask=mask)",
+        "tl.store(at, swiglu_tile(gate, up, limit,",
+        "tl.store(at, swiglu_tile(up, gate, limit,",
     ),
     kernel(
         "mlp",
@@ -255,8 +255,14 @@ NAMED = (
     kernel(
         "activation",
         "alpha ignored",
-        "return tl.div_rn(gate, 1.0 + exp(-alpha * gate)) * (up + beta)",
-        "return tl.div_rn(gate, 1.0 + exp(-gate)) * (up + beta)",
+        "act = tl.div_rn(gate, 1.0 + exp(-alpha * gate)) if",
+        "act = tl.div_rn(gate, 1.0 + exp(-gate)) if",
+    ),
+    kernel(
+        "activation",
+        "half precision: the sigmoid of |x|",
+        "return tl.where(x < 0, below, above), tl.where(x < 0, above, below)",
+        "return above, below",
     ),
     kernel("activation", "gradient not stopped at the limit", "grad_up = tl.where(inside_up, grad_up, 0.0)", "pass"),
     kernel("routing", "softmax without its maximum", "e = exp(value - top)", "e = exp(value)"),
@@ -392,4 +398,19 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         'if _by_onednn(a, b) or (a.dtype == torch.float16 and a.device.type == "cpu"):',
         'if _by_onednn(a, b) or (a.dtype != torch.float16 and a.device.type == "cpu"):',
     ): "a matter of speed: torch's own half-precision product accumulates in float32, too",
+    (
+        "kernels/moe_triton/permutation.py",
+        "group = tl.where((ids >= 0) & (ids < num_experts), ids, num_experts).to(tl.int32)",
+        "group = tl.where((ids >= 0) & (ids <= num_experts), ids, num_experts).to(tl.int32)",
+    ): "an id of E is made E",
+    (
+        "kernels/moe_triton/grouped_gemm.py",
+        "if out.stride(1) != 1:",
+        "if out.stride(0) != 1:",
+    ): "a matter of speed: which tile is used",
+    (
+        "moe/ops/mlp.py",
+        "if batch.last - batch.first == 1:",
+        "if batch.last + batch.first == 1:",
+    ): "a matter of speed: one expert's bias, repeated, adds up to the same",
 }

@@ -119,13 +119,15 @@ def record(function: Callable[..., Any], *args: Any, shared_memory: int = 232448
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel needs: bytes of shared and of local memory, registers, wgmma instructions, spills."""
+    """What a compiled kernel needs: bytes of shared and of local memory, registers, wgmma instructions, spills; and how
+    many asynchronous copies may be under way while a product is computed, None without such copies."""
 
     shared: int
     local: int
     registers: int
     wgmma: int
     spills: int
+    ahead: int | None = None
 
 
 def _binary(launch: Launch, gpu: Gpu) -> Any:
@@ -138,6 +140,20 @@ def _binary(launch: Launch, gpu: Gpu) -> Any:
         attrs={(order.index(name),): [["tt.divisibility", 16]] for name in launch.divisible},
     )
     return triton.compile(source, target=gpu.target, options=dict(launch.options))
+
+
+def copies_ahead(ttgir: str) -> int | None:
+    """The fewest copies that the wait before a product leaves under way."""
+    found, waiting = [], None
+    for line in ttgir.splitlines():
+        wait = re.search(r"ttg\.async_wait .*num = (\d+)", line)
+        if wait:
+            waiting = int(wait[1])
+        elif re.search(r"(tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma) ", line) and waiting is not None:
+            found.append(waiting)
+        elif "scf.for" in line or "scf.yield" in line:
+            waiting = None
+    return min(found, default=None)
 
 
 def ptx(launch: Launch, gpu: Gpu) -> str:
@@ -177,4 +193,5 @@ def compile(launch: Launch, gpu: Gpu) -> Resources:
         int(found[1]),
         binary.asm["ptx"].count("wgmma.mma_async"),
         len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        copies_ahead(binary.asm["ttgir"]),
     )

@@ -106,6 +106,7 @@ def test_compiles_without_spills(gpu: str, shape: str) -> None:
     [
         (tiling.Tile(128, 256, 64, 4, 3), "spills"),
         (tiling.Tile(128, 128, 128, 8, 5), "bytes of shared memory of"),
+        (tiling.Tile(128, 256, 64, 8, 2), "waits for all copies"),
         (tiling.Tile(16, 64, 128, 4, 4), None),
     ],
     ids=str,
@@ -115,6 +116,17 @@ def test_the_complaints_see(monkeypatch: pytest.MonkeyPatch, tile: tiling.Tile, 
     (up,) = (launch for launch in forward(32768) if launch.name == "up_kernel")
     found = complaint(up, GPUS["sm_90"])
     assert found is None if expected is None else expected in (found or "")
+
+
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_90", "sm_100"])
+def test_gathering_takes_two_more_stages(monkeypatch: pytest.MonkeyPatch, gpu: str) -> None:
+    def weight_gradient() -> str | None:
+        launches = layer(32768, BENCHMARKED["olmoe"], torch.bfloat16, GPUS[gpu].shared_memory)
+        return complaint(next(launch for launch in launches if launch.name == "products_kernel"), GPUS[gpu])
+
+    assert weight_gradient() is None
+    monkeypatch.setattr(tiling, "gathering", lambda tile: tile)
+    assert weight_gradient() == "every product waits for all copies"
 
 
 def forward(tokens: int, *, shape: Shape = BENCHMARKED["olmoe"], save: bool = True) -> list[Launch]:

@@ -35,6 +35,21 @@ def sigmoid(x):
 
 
 @triton.jit
+def quick_sigmoid(x):
+    """(sigmoid(x), sigmoid(-x)) to about 2^-17, for results of half precision: a third of the instructions.
+
+    e^-|x| is the square of a power of two, for the hardware's power of two is never a subnormal number; it cannot
+    overflow, and the quotient's divisor is between 1 and 2.
+    """
+    root = tl.exp2(tl.abs(x) * -0.7213475204444817)  # half of log2(e)
+    e = root * root
+    r = tl.rsqrt(1.0 + e)
+    above = r * r
+    below = e * above
+    return tl.where(x < 0, below, above), tl.where(x < 0, above, below)
+
+
+@triton.jit
 def clamp(gate, up, limit, CLAMP: tl.constexpr):
     if CLAMP:
         # Written so that NaN stays NaN.
@@ -44,21 +59,27 @@ def clamp(gate, up, limit, CLAMP: tl.constexpr):
 
 
 @triton.jit
-def swiglu_tile(gate, up, limit, alpha, beta, CLAMP: tl.constexpr):
-    """float32 tiles of the gate and up halves -> the hidden activation."""
+def swiglu_tile(gate, up, limit, alpha, beta, CLAMP: tl.constexpr, EXACT: tl.constexpr):
+    """float32 tiles of the gate and up halves -> the hidden activation, EXACT if it stays float32."""
     gate, up = clamp(gate, up, limit, CLAMP)
-    return tl.div_rn(gate, 1.0 + exp(-alpha * gate)) * (up + beta)
+    act = tl.div_rn(gate, 1.0 + exp(-alpha * gate)) if EXACT else gate * quick_sigmoid(alpha * gate)[0]
+    return act * (up + beta)
 
 
 @triton.jit
-def swiglu_backward_tile(grad, gate, up, limit, alpha, beta, CLAMP: tl.constexpr):
-    """float32 tiles -> (hidden, gradient of the gate half, gradient of the up half)."""
+def swiglu_backward_tile(grad, gate, up, limit, alpha, beta, CLAMP: tl.constexpr, EXACT: tl.constexpr):
+    """float32 tiles -> (hidden, gradient of the gate half, gradient of the up half), EXACT if they stay float32."""
     inside_gate, inside_up = gate <= limit, tl.abs(up) <= limit
     gate, up = clamp(gate, up, limit, CLAMP)
     up += beta
-    below = 1.0 + exp(-alpha * gate)
-    s, act = tl.div_rn(1.0, below), tl.div_rn(gate, below)
-    grad_gate = grad * up * (s * (1.0 + alpha * gate * (1.0 - s)))
+    if EXACT:
+        below = 1.0 + exp(-alpha * gate)
+        s, act = tl.div_rn(1.0, below), tl.div_rn(gate, below)
+        rest = 1.0 - s
+    else:
+        s, rest = quick_sigmoid(alpha * gate)
+        act = gate * s
+    grad_gate = grad * up * (s * (1.0 + alpha * gate * rest))
     grad_up = grad * act
     if CLAMP:
         grad_gate = tl.where(inside_gate, grad_gate, 0.0)
@@ -73,7 +94,8 @@ def swiglu_kernel(gate_up, out, width, limit, alpha, beta, CLAMP: tl.constexpr, 
     at = gate_up + row * 2 * width + column
     gate = tl.load(at, mask=column < width, other=0).to(tl.float32)
     up = tl.load(at + width, mask=column < width, other=0).to(tl.float32)
-    tl.store(out + row * width + column, swiglu_tile(gate, up, limit, alpha, beta, CLAMP), mask=column < width)
+    hidden = swiglu_tile(gate, up, limit, alpha, beta, CLAMP, out.dtype.element_ty == tl.float32)
+    tl.store(out + row * width + column, hidden, mask=column < width)
 
 
 @triton.jit
@@ -84,7 +106,9 @@ def swiglu_backward_kernel(grad, gate_up, out, width, limit, alpha, beta, CLAMP:
     gate = tl.load(gate_up + at, mask=column < width, other=0).to(tl.float32)
     up = tl.load(gate_up + at + width, mask=column < width, other=0).to(tl.float32)
     g = tl.load(grad + row * width + column, mask=column < width, other=0).to(tl.float32)
-    _, grad_gate, grad_up = swiglu_backward_tile(g, gate, up, limit, alpha, beta, CLAMP)
+    _, grad_gate, grad_up = swiglu_backward_tile(
+        g, gate, up, limit, alpha, beta, CLAMP, out.dtype.element_ty == tl.float32
+    )
     tl.store(out + at, grad_gate, mask=column < width)
     tl.store(out + at + width, grad_up, mask=column < width)
 

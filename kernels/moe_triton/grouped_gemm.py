@@ -101,7 +101,7 @@ def products_kernel(
     m = (pass_m + within % rows_of_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = (within // rows_of_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     start, end = tl.load(starts + group), tl.load(starts + group + 1)
-    a_at = a + m[None, :].to(tl.int64) * stride_am
+    a_at = a + m[:, None].to(tl.int64) * stride_am
     b_at = b + n[None, :].to(tl.int64) * stride_bn
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first in range(start, end, BLOCK_K):
@@ -112,11 +112,12 @@ def products_kernel(
             token = (tl.load(slots + row, mask=here, other=0) // top_k).to(tl.int64)
         row_a = token if GATHER_A else row.to(tl.int64)
         row_b = token if GATHER_B else row.to(tl.int64)
-        mask_a = here[:, None] if EVEN_M else here[:, None] & (m < height)[None, :]
+        # a is loaded as it is multiplied: what is transposed after loading is not copied asynchronously on sm_80.
+        mask_a = here[None, :] if EVEN_M else (m < height)[:, None] & here[None, :]
         mask_b = here[:, None] if EVEN_N else here[:, None] & (n < width)[None, :]
-        tile_a = tl.load(a_at + row_a[:, None] * stride_ar, mask=mask_a, other=0)
+        tile_a = tl.load(a_at + row_a[None, :] * stride_ar, mask=mask_a, other=0)
         tile_b = tl.load(b_at + row_b[:, None] * stride_br, mask=mask_b, other=0)
-        total = tl.dot(tl.trans(tile_a), tile_b, total, input_precision="ieee")
+        total = tl.dot(tile_a, tile_b, total, input_precision="ieee")
     at = out + group.to(tl.int64) * height * width + m[:, None].to(tl.int64) * width + n[None, :]
     tl.store(at, total, mask=(m < height)[:, None] & (n < width)[None, :])
 
@@ -171,6 +172,8 @@ def products(
     out = torch.empty((num_groups, height, width), dtype=a.dtype, device=a.device)
     if out.numel():
         tile = tiling.products_tile(a.dtype, height, width, tiling.shared_memory(a.device))
+        if gather_a or gather_b:
+            tile = tiling.gathering(tile)
         blocks_m, blocks_n = triton.cdiv(height, tile.block_m), triton.cdiv(width, tile.block_n)
         products_kernel[(num_groups * blocks_m * blocks_n,)](
             a,

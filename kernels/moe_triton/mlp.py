@@ -79,7 +79,7 @@ def up_half(
         tl.store(at, gate, mask=mask)
         tl.store(at + width, up, mask=mask)
     at = hidden + row[:, None].to(tl.int64) * width + column[None, :]
-    tl.store(at, swiglu_tile(gate, up, limit, alpha, beta, CLAMP), mask=mask)
+    tl.store(at, swiglu_tile(gate, up, limit, alpha, beta, CLAMP, hidden.dtype.element_ty == tl.float32), mask=mask)
 
 
 @triton.jit
@@ -218,7 +218,9 @@ def backward_part(
     at = row[:, None].to(tl.int64) * (2 * width) + column[None, :]
     gate = tl.load(pre + at, mask=mask, other=0).to(tl.float32)
     up = tl.load(pre + at + width, mask=mask, other=0).to(tl.float32)
-    hidden, grad_gate, grad_up = swiglu_backward_tile(grad_hidden, gate, up, limit, alpha, beta, CLAMP)
+    hidden, grad_gate, grad_up = swiglu_backward_tile(
+        grad_hidden, gate, up, limit, alpha, beta, CLAMP, scaled.dtype.element_ty == tl.float32
+    )
     tl.store(grad_pre + at, grad_gate * weight[:, None], mask=mask)
     tl.store(grad_pre + at + width, grad_up * weight[:, None], mask=mask)
     at = row[:, None].to(tl.int64) * width + column[None, :]

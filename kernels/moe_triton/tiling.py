@@ -75,6 +75,12 @@ def row_block(dtype: torch.dtype, num_rows: int, num_groups: int, *sizes: int) -
     return 16 if mean <= 16 else 64 if mean <= 96 else 128
 
 
+def largest(shared: int) -> Tile:
+    """The tile of a product of half precision whose every size is large. Where only one program fits into the shared
+    memory, below an A100's, registers need not be left for another."""
+    return Tile(128, 256, 64, 8, 3) if shared >= 200000 else Tile(128, 128, 64, 8, 3, all_registers=shared < 150000)
+
+
 def rows_tile(dtype: torch.dtype, block_m: int, shared: int) -> Tile:
     """For a product over row tiles; the up projection splits block_n between its gate and its up half."""
     if dtype == torch.float32:
@@ -85,7 +91,7 @@ def rows_tile(dtype: torch.dtype, block_m: int, shared: int) -> Tile:
         16: Tile(16, 64, 64, 4, 6),
         32: Tile(32, 64, 32, 4, 2, all_registers=True),
         64: Tile(64, 128, 64, 4, 4),
-        128: Tile(128, 256, 64, 8, 3) if shared >= 200000 else Tile(128, 128, 64, 8, 3),
+        128: largest(shared),
     }[block_m]
     return fit(tile, dtype.itemsize, shared)
 
@@ -100,7 +106,13 @@ def products_tile(dtype: torch.dtype, m: int, n: int, shared: int) -> Tile:
         return Tile(64, 64, 32, 4, 2)
     if m < 128 or n < 128:
         return fit(Tile(64, 64, 64, 4, 3), dtype.itemsize, shared)
-    return fit(Tile(128, 256, 64, 8, 3) if shared >= 200000 else Tile(128, 128, 64, 8, 3), dtype.itemsize, shared)
+    return fit(largest(shared), dtype.itemsize, shared)
+
+
+def gathering(tile: Tile) -> Tile:
+    """For rows that are found through a list: loading from it takes two of the stages, and with three a product waits
+    for all that has been asked for. It needs no more memory, but for the list's part."""
+    return replace(tile, num_stages=tile.num_stages + 2) if tile.num_stages > 2 else tile
 
 
 def hidden_backward_tile(dtype: torch.dtype, block_m: int, shared: int) -> Tile:
