@@ -91,7 +91,7 @@ NAMED = (
         "    wide = accumulation_dtype(rows, weights)\n    here = position >= 0\n    count",
         "    wide = rows.dtype\n    here = position >= 0\n    count",
     ),
-    ops("permutation", "tokens' rows summed in parts that begin a row late", "first = last", "first = last + 1"),
+    ops("permutation", "every part of a sum reads the first one's rows", "place[first:last]", "place[: last - first]"),
     ops("grouped_gemm", "rows past the last offset not written", "out[end:].zero_()", "pass"),
     ops(
         "grouped_gemm",
@@ -227,6 +227,12 @@ NAMED = (
         "few tokens: the wrong rank",
         "before + tl.cumsum(match, 0) - 1, -1)",
         "before + tl.cumsum(match, 0), -1)",
+    ),
+    kernel(
+        "mlp",
+        "fewer slots than experts: a group for an expert's number",
+        "expert = tl.where(by_slot, tl.load(expert_ids + group, mask=by_slot, other=0), group)",
+        "expert = tl.cast(group, tl.int64)",
     ),
     kernel(
         "mlp",

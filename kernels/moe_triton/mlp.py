@@ -135,10 +135,19 @@ def up_kernel(
 
 
 @triton.jit
-def count_slots(expert_ids, expert, num_slots, SLOTS: tl.constexpr):
-    """How many slots of a short list are this expert's."""
+def group_of_slots(expert_ids, group, num_slots, num_experts, SLOTS: tl.constexpr):
+    """(expert, how many slots of a short list are its own) of a group of programs.
+
+    Where there are fewer slots than experts each slot has a group, and the first one of an expert works: groups of
+    experts without a slot would be most of them. An id that names no expert leads to no weight.
+    """
     slot = tl.arange(0, SLOTS)
-    return tl.sum((tl.load(expert_ids + slot, mask=slot < num_slots, other=-1) == expert).to(tl.int32), 0)
+    ids = tl.load(expert_ids + slot, mask=slot < num_slots, other=-1)
+    by_slot = num_slots < num_experts
+    expert = tl.where(by_slot, tl.load(expert_ids + group, mask=by_slot, other=0), group)
+    own = (ids == expert) & (expert >= 0) & (expert < num_experts)
+    earlier = tl.sum((own & (slot < group) & by_slot).to(tl.int32), 0)
+    return expert, tl.where(earlier == 0, tl.sum(own.to(tl.int32), 0), 0)
 
 
 @triton.jit
@@ -156,17 +165,17 @@ def pick_slots(expert_ids, expert, wanted, num_slots, SLOTS: tl.constexpr):
     return picked
 
 
-@triton.jit(do_not_specialize=["num_slots", "top_k", "blocks_n"])
+@triton.jit(do_not_specialize=["num_slots", "num_experts", "top_k", "blocks_n"])
 def small_up_kernel(
-    x, gate_up, bias, hidden, expert_ids, num_slots, top_k, inner, width, stride_xm, stride_xk, stride_we, stride_wn,
-    stride_wk, blocks_n, limit, alpha, beta, HAS_BIAS: tl.constexpr, CLAMP: tl.constexpr, EVEN_K: tl.constexpr,
-    EVEN_N: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, gate_up, bias, hidden, expert_ids, num_slots, num_experts, top_k, inner, width, stride_xm, stride_xk, stride_we,
+    stride_wn, stride_wk, blocks_n, limit, alpha, beta, HAS_BIAS: tl.constexpr, CLAMP: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """hidden [T * K, F] in the order of slots."""
-    expert = tl.program_id(0) // blocks_n
+    expert, count = group_of_slots(expert_ids, tl.program_id(0) // blocks_n, num_slots, num_experts, SLOTS)
     start_n = (tl.program_id(0) % blocks_n) * BLOCK_N
     column = start_n + tl.arange(0, BLOCK_N)
-    count = count_slots(expert_ids, expert, num_slots, SLOTS)
     weight_at = gate_up + expert.to(tl.int64) * stride_we + column[None, :].to(tl.int64) * stride_wn
     for first in range(0, count, BLOCK_M):
         wanted = first + tl.arange(0, BLOCK_M)
@@ -182,16 +191,15 @@ def small_up_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_slots", "blocks_n"])
+@triton.jit(do_not_specialize=["num_slots", "num_experts", "blocks_n"])
 def small_down_kernel(
-    hidden, down, bias, out, expert_ids, num_slots, inner, width, stride_we, stride_wk, stride_wn, blocks_n,
-    HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    hidden, down, bias, out, expert_ids, num_slots, num_experts, inner, width, stride_we, stride_wk, stride_wn,
+    blocks_n, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, SLOTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out [T * K, D] in the order of slots."""
-    expert = tl.program_id(0) // blocks_n
+    expert, count = group_of_slots(expert_ids, tl.program_id(0) // blocks_n, num_slots, num_experts, SLOTS)
     column = (tl.program_id(0) % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    count = count_slots(expert_ids, expert, num_slots, SLOTS)
     weight_at = down + expert.to(tl.int64) * stride_we + column[None, :].to(tl.int64) * stride_wn
     for first in range(0, count, BLOCK_M):
         wanted = first + tl.arange(0, BLOCK_M)
@@ -433,18 +441,20 @@ def _small(
     tile = tiling.rows_tile(x.dtype, block_m, tiling.shared_memory(x.device))
     block_n = tile.block_n // 2
     slots = max(SMALL * triton.next_power_of_2(expert_ids.shape[1]), 16)
+    groups = min(num_slots, experts)
     bound, clamped = clamping(limit)
     hidden = torch.empty((num_slots, width), dtype=x.dtype, device=x.device)
     out = torch.empty((num_slots, inner), dtype=x.dtype, device=x.device)
     if width:
         blocks_n = triton.cdiv(width, block_n)
-        small_up_kernel[(experts * blocks_n,)](
+        small_up_kernel[(groups * blocks_n,)](
             x,
             gate_up,
             x if gate_up_bias is None else gate_up_bias.contiguous(),
             hidden,
             expert_ids,
             num_slots,
+            experts,
             expert_ids.shape[1],
             inner,
             width,
@@ -462,13 +472,14 @@ def _small(
             **tile.options | {"BLOCK_N": block_n},
         )
     blocks_n = triton.cdiv(inner, tile.block_n)
-    small_down_kernel[(experts * blocks_n,)](
+    small_down_kernel[(groups * blocks_n,)](
         hidden,
         down,
         x if down_bias is None else down_bias.contiguous(),
         out,
         expert_ids,
         num_slots,
+        experts,
         width,
         inner,
         down.stride(0),
