@@ -207,8 +207,8 @@ NAMED = (
     kernel(
         "grouped_gemm",
         "gradient of an expert without tokens not written",
-        "tl.load(starts + group + 1)\n    a_at",
-        "tl.load(starts + group + 1)\n    if start == end:\n        return\n    a_at",
+        "tl.load(starts + group + 1)\n    total",
+        "tl.load(starts + group + 1)\n    if start == end:\n        return\n    total",
     ),
     kernel(
         "mlp",
@@ -419,4 +419,19 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "if batch.last - batch.first == 1:",
         "if batch.last + batch.first == 1:",
     ): "a matter of speed: one expert's bias, repeated, adds up to the same",
+    (
+        "moe/ops/permutation.py",
+        "tokens = max(1, 2**20 // max(position.shape[1] * rows.shape[1], 1))",
+        "tokens = max(1, 2**20 // max(position.shape[0] * rows.shape[1], 1))",
+    ): "a matter of speed: how many rows are widened at once",
+    (
+        "kernels/moe_triton/activation.py",
+        "x = tl.where(x < -104.0, -104.0, tl.where(x > 104.0, 104.0, x))",
+        "x = tl.where(x < -104.0, -104.0, tl.where(x > 105.0, 104.0, x))",
+    ): "e^104 and e^105 are both infinite",
+    (
+        "kernels/moe_triton/permutation.py",
+        "grad_weights = torch.empty(position.shape if need_weights else 0, dtype=torch.float32, device=rows.device)",
+        "grad_weights = torch.empty(position.shape if need_weights else 1, dtype=torch.float32, device=rows.device)",
+    ): "a gradient that nobody asked for is looked at by nobody",
 }

@@ -120,7 +120,7 @@ def record(function: Callable[..., Any], *args: Any, shared_memory: int = 232448
 @dataclass(frozen=True)
 class Resources:
     """What a compiled kernel needs: bytes of shared and of local memory, registers, wgmma instructions, spills; and how
-    many asynchronous copies may be under way while a product is computed, None without such copies."""
+    many asynchronous copies are under way while products are computed (see `copies_ahead`)."""
 
     shared: int
     local: int
@@ -143,16 +143,21 @@ def _binary(launch: Launch, gpu: Gpu) -> Any:
 
 
 def copies_ahead(ttgir: str) -> int | None:
-    """The fewest copies that the wait before a product leaves under way."""
-    found, waiting = [], None
+    """The fewest copies that the wait before a loop's product leaves under way, 0 where a loop with a product loads
+    into registers; None without such a wait or load."""
+    found: list[int] = []
+    waiting, products, loads = None, False, False
     for line in ttgir.splitlines():
         wait = re.search(r"ttg\.async_wait .*num = (\d+)", line)
-        if wait:
+        if "scf.for" in line:
+            waiting, products, loads = None, False, False
+        elif "scf.yield" in line:
+            found += [0] if products and loads else [waiting] if products and waiting is not None else []
+            waiting, products, loads = None, False, False
+        elif wait and not products:
             waiting = int(wait[1])
-        elif re.search(r"(tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma) ", line) and waiting is not None:
-            found.append(waiting)
-        elif "scf.for" in line or "scf.yield" in line:
-            waiting = None
+        products |= re.search(r"(tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma) ", line) is not None
+        loads |= "tt.load " in line
     return min(found, default=None)
 
 

@@ -98,11 +98,9 @@ def test_inner_strides(far: int) -> None:
     """A matrix whose inner dimension is the one with the enormous stride, at its second and at its last block."""
     number = order(0, (2,))
     a, b = half(2, 130), half(1, 130, 3)
-    stride = far // 128
     assert number.tiles is not None
     near = rows(a, b, number.starts, number.tiles)
-    assert torch.equal(near, rows(spread(a, 1, stride), b, number.starts, number.tiles))
-    assert torch.equal(near, rows(a, spread(b, 1, stride, 1), number.starts, number.tiles))
+    assert torch.equal(near, rows(a, spread(b, 1, far // 128, 1), number.starts, number.tiles))
 
 
 def test_rows() -> None:

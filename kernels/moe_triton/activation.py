@@ -36,10 +36,11 @@ def sigmoid(x):
 
 @triton.jit
 def quick_sigmoid(x):
-    """(sigmoid(x), sigmoid(-x)) to about 2^-17, for results of half precision: a third of the instructions.
+    """(sigmoid(x), sigmoid(-x)) in a third of the instructions, for results of half precision: to about 2^-17 while
+    they are normal numbers.
 
-    e^-|x| is the square of a power of two, for the hardware's power of two is never a subnormal number; it cannot
-    overflow, and the quotient's divisor is between 1 and 2.
+    e^-|x| cannot overflow, and the divisor is between 1 and 2. It is the square of a power of two, since the hardware
+    makes none that is subnormal.
     """
     root = tl.exp2(tl.abs(x) * -0.7213475204444817)  # half of log2(e)
     e = root * root

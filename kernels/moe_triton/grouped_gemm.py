@@ -36,12 +36,12 @@ def locate(program, tile_group, tile_start, starts, blocks_n, BLOCK_M: tl.conste
 
 @triton.jit
 def multiply(
-    a_at, b_at, inner, stride_ak, stride_bk, column, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    a_at, b_at, inner, stride_bk, column, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
 ):  # fmt: skip
     """A [BLOCK_M, inner] @ B [inner, BLOCK_N] in float32, from pointers to the rows of A and the columns of B."""
     k = tl.arange(0, BLOCK_K)
-    a_at = a_at + k[None, :].to(tl.int64) * stride_ak
+    a_at = a_at + k[None, :]
     b_at = b_at + k[:, None].to(tl.int64) * stride_bk
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first in range(0, inner, BLOCK_K):
@@ -51,14 +51,14 @@ def multiply(
         else:
             b = tl.load(b_at, mask=((first + k)[:, None] < inner) & (column[None, :] < width), other=0)
         total = tl.dot(a, b, total, input_precision="ieee")
-        a_at += tl.full((), BLOCK_K, tl.int64) * stride_ak
+        a_at += BLOCK_K
         b_at += tl.full((), BLOCK_K, tl.int64) * stride_bk
     return total
 
 
 @triton.jit(do_not_specialize=["num_groups", "blocks_n"])
 def rows_kernel(
-    a, b, bias, out, tile_group, tile_start, starts, num_groups, inner, width, stride_am, stride_ak, stride_bg,
+    a, b, bias, out, tile_group, tile_start, starts, num_groups, inner, width, stride_am, stride_bg,
     stride_bk, stride_bn, stride_om, stride_on, blocks_n, HAS_BIAS: tl.constexpr, TAIL: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -74,7 +74,7 @@ def rows_kernel(
     a_at = a + tl.minimum(row, end - 1)[:, None].to(tl.int64) * stride_am
     b_at = b + group.to(tl.int64) * stride_bg + column[None, :].to(tl.int64) * stride_bn
     steps = tl.where(group < num_groups, inner, 0)
-    total = multiply(a_at, b_at, steps, stride_ak, stride_bk, column, width, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, EVEN_N)
+    total = multiply(a_at, b_at, steps, stride_bk, column, width, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, EVEN_N)
     if HAS_BIAS:
         mask = column < tl.where(group < num_groups, width, 0)
         total += tl.load(bias + group.to(tl.int64) * width + column, mask=mask, other=0).to(tl.float32)[None, :]
@@ -84,7 +84,7 @@ def rows_kernel(
 
 @triton.jit(do_not_specialize=["top_k", "blocks_m", "blocks_n"])
 def products_kernel(
-    a, b, slots, starts, out, top_k, height, width, stride_ar, stride_am, stride_br, stride_bn, blocks_m, blocks_n,
+    a, b, slots, starts, out, top_k, height, width, stride_ar, stride_br, blocks_m, blocks_n,
     GATHER_A: tl.constexpr, GATHER_B: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -101,8 +101,6 @@ def products_kernel(
     m = (pass_m + within % rows_of_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = (within // rows_of_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     start, end = tl.load(starts + group), tl.load(starts + group + 1)
-    a_at = a + m[:, None].to(tl.int64) * stride_am
-    b_at = b + n[None, :].to(tl.int64) * stride_bn
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first in range(start, end, BLOCK_K):
         row = first + tl.arange(0, BLOCK_K)
@@ -115,8 +113,8 @@ def products_kernel(
         # a is loaded as it is multiplied: what is transposed after loading is not copied asynchronously on sm_80.
         mask_a = here[None, :] if EVEN_M else (m < height)[:, None] & here[None, :]
         mask_b = here[:, None] if EVEN_N else here[:, None] & (n < width)[None, :]
-        tile_a = tl.load(a_at + row_a[None, :] * stride_ar, mask=mask_a, other=0)
-        tile_b = tl.load(b_at + row_b[:, None] * stride_br, mask=mask_b, other=0)
+        tile_a = tl.load(a + row_a[None, :] * stride_ar + m[:, None], mask=mask_a, other=0)
+        tile_b = tl.load(b + row_b[:, None] * stride_br + n[None, :], mask=mask_b, other=0)
         total = tl.dot(tile_a, tile_b, total, input_precision="ieee")
     at = out + group.to(tl.int64) * height * width + m[:, None].to(tl.int64) * width + n[None, :]
     tl.store(at, total, mask=(m < height)[:, None] & (n < width)[None, :])
@@ -129,7 +127,7 @@ def rows(
 
     Rows of no group are zero in an `out` that is given, and else not written.
     """
-    tail = out is not None
+    tail, a = out is not None, tiling.last_stride_one(a)
     num_groups, inner, width = b.shape
     if out is None:
         out = torch.empty((a.shape[0], width), dtype=a.dtype, device=a.device)
@@ -149,7 +147,7 @@ def rows(
             num_groups,
             inner,
             width,
-            *a.stride(),
+            a.stride(0),
             *b.stride(),
             *out.stride(),
             blocks_n,
@@ -169,6 +167,7 @@ def products(
 ) -> Tensor:  # fmt: skip
     """a [R, M], b [R, N] -> [G, M, N], the sum over each group's rows; gathered operands are [T, ...]; any strides."""
     height, width = a.shape[1], b.shape[1]
+    a, b = tiling.last_stride_one(a), tiling.last_stride_one(b)
     out = torch.empty((num_groups, height, width), dtype=a.dtype, device=a.device)
     if out.numel():
         tile = tiling.products_tile(a.dtype, height, width, tiling.shared_memory(a.device))
@@ -184,8 +183,8 @@ def products(
             top_k,
             height,
             width,
-            *a.stride(),
-            *b.stride(),
+            a.stride(0),
+            b.stride(0),
             blocks_m,
             blocks_n,
             GATHER_A=gather_a,

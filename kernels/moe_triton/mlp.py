@@ -28,12 +28,12 @@ SMALL = 64
 
 @triton.jit
 def up_tile(
-    x_at, gate_at, up_at, inner, width, stride_xk, stride_wk, column, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
+    x_at, gate_at, up_at, inner, width, stride_wk, column, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """(gate, up) in float32 from pointers to rows of x and to rows of the two halves of a weight."""
     k = tl.arange(0, BLOCK_K)
-    x_at = x_at + k[None, :].to(tl.int64) * stride_xk
+    x_at = x_at + k[None, :]
     step = k[:, None].to(tl.int64) * stride_wk
     gate_at, up_at = gate_at + step, up_at + step
     gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -49,7 +49,7 @@ def up_tile(
             up_w = tl.load(up_at, mask=mask, other=0)
         gate = tl.dot(x, gate_w, gate, input_precision="ieee")
         up = tl.dot(x, up_w, up, input_precision="ieee")
-        x_at += tl.full((), BLOCK_K, tl.int64) * stride_xk
+        x_at += BLOCK_K
         gate_at += tl.full((), BLOCK_K, tl.int64) * stride_wk
         up_at += tl.full((), BLOCK_K, tl.int64) * stride_wk
     return gate, up
@@ -103,7 +103,7 @@ def up_epilogue(
 @triton.jit(do_not_specialize=["num_experts", "top_k", "blocks_n"])
 def up_kernel(
     x, gate_up, bias, pre, hidden, slots, tile_group, tile_start, starts, num_experts, top_k, inner, width, stride_xm,
-    stride_xk, stride_we, stride_wn, stride_wk, blocks_n, limit, alpha, beta, HAS_BIAS: tl.constexpr,
+    stride_we, stride_wn, stride_wk, blocks_n, limit, alpha, beta, HAS_BIAS: tl.constexpr,
     CLAMP: tl.constexpr, SAVE: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -126,7 +126,7 @@ def up_kernel(
     weight_at = gate_up + expert.to(tl.int64) * stride_we + column[None, :].to(tl.int64) * stride_wn
     gate, up = up_tile(
         x + token[:, None].to(tl.int64) * stride_xm, weight_at, weight_at + tl.cast(width, tl.int64) * stride_wn, inner,
-        width, stride_xk, stride_wk, column, EVEN_K, EVEN_N, BLOCK_M, BLOCK_N, BLOCK_K,
+        width, stride_wk, column, EVEN_K, EVEN_N, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     up_epilogue(
         gate, up, bias, pre, hidden, row, row < end, block_n * BLOCK_N, expert, width, limit, alpha, beta, HAS_BIAS,
@@ -147,7 +147,7 @@ def group_of_slots(expert_ids, group, num_slots, num_experts, SLOTS: tl.constexp
     expert = tl.where(by_slot, tl.load(expert_ids + group, mask=by_slot, other=0), group)
     own = (ids == expert) & (expert >= 0) & (expert < num_experts)
     earlier = tl.sum((own & (slot < group) & by_slot).to(tl.int32), 0)
-    return expert, tl.where(earlier == 0, tl.sum(own.to(tl.int32), 0), 0)
+    return expert.to(tl.int32), tl.where(earlier == 0, tl.sum(own.to(tl.int32), 0), 0)
 
 
 @triton.jit
@@ -167,7 +167,7 @@ def pick_slots(expert_ids, expert, wanted, num_slots, SLOTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_slots", "num_experts", "top_k", "blocks_n"])
 def small_up_kernel(
-    x, gate_up, bias, hidden, expert_ids, num_slots, num_experts, top_k, inner, width, stride_xm, stride_xk, stride_we,
+    x, gate_up, bias, hidden, expert_ids, num_slots, num_experts, top_k, inner, width, stride_xm, stride_we,
     stride_wn, stride_wk, blocks_n, limit, alpha, beta, HAS_BIAS: tl.constexpr, CLAMP: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -182,7 +182,7 @@ def small_up_kernel(
         slot = pick_slots(expert_ids, expert, wanted, num_slots, SLOTS)
         gate, up = up_tile(
             x + (slot // top_k)[:, None].to(tl.int64) * stride_xm, weight_at,
-            weight_at + tl.cast(width, tl.int64) * stride_wn, inner, width, stride_xk, stride_wk, column, EVEN_K,
+            weight_at + tl.cast(width, tl.int64) * stride_wn, inner, width, stride_wk, column, EVEN_K,
             EVEN_N, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         up_epilogue(
@@ -205,7 +205,7 @@ def small_down_kernel(
         wanted = first + tl.arange(0, BLOCK_M)
         slot = pick_slots(expert_ids, expert, wanted, num_slots, SLOTS)[:, None].to(tl.int64)
         total = multiply(
-            hidden + slot * inner, weight_at, inner, 1, stride_wk, column, width, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
+            hidden + slot * inner, weight_at, inner, stride_wk, column, width, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
             EVEN_N,
         )  # fmt: skip
         if HAS_BIAS:
@@ -271,7 +271,7 @@ def hidden_backward_kernel(
     grad_at = grad + (slot // top_k)[:, None].to(tl.int64) * stride_gm
     weight_at = down + expert.to(tl.int64) * stride_we + column[None, :].to(tl.int64) * stride_wn
     grad_hidden = multiply(
-        grad_at, weight_at, inner, 1, stride_wk, column, width, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, EVEN_N
+        grad_at, weight_at, inner, stride_wk, column, width, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, EVEN_N
     )
     weight = tl.load(weights + slot)
     left, right = halves(grad_hidden, BLOCK_M, BLOCK_N)
@@ -403,7 +403,7 @@ def _up(
             top_k,
             inner,
             width,
-            *x.stride(),
+            x.stride(0),
             *gate_up.stride(),
             blocks_n,
             bound,
@@ -458,7 +458,7 @@ def _small(
             expert_ids.shape[1],
             inner,
             width,
-            *x.stride(),
+            x.stride(0),
             *gate_up.stride(),
             blocks_n,
             bound,

@@ -103,7 +103,7 @@ def products_tile(dtype: torch.dtype, m: int, n: int, shared: int) -> Tile:
         block_m = 64 if even(m, 64) and even(n, 64) else 32
         return fit(Tile(block_m, 64, 16, 4, 3, all_registers=True), 4, shared)
     if m % 16 or n % 16:
-        return Tile(64, 64, 32, 4, 2)
+        return Tile(64, 64, 32, 4, 2, all_registers=True)
     if m < 128 or n < 128:
         return fit(Tile(64, 64, 64, 4, 3), dtype.itemsize, shared)
     return fit(largest(shared), dtype.itemsize, shared)
@@ -111,7 +111,7 @@ def products_tile(dtype: torch.dtype, m: int, n: int, shared: int) -> Tile:
 
 def gathering(tile: Tile) -> Tile:
     """For rows that are found through a list: loading from it takes two of the stages, and with three a product waits
-    for all that has been asked for. It needs no more memory, but for the list's part."""
+    for all that has been asked for. On an NVIDIA GPU it needs no more memory, but for the list's part."""
     return replace(tile, num_stages=tile.num_stages + 2) if tile.num_stages > 2 else tile
 
 
