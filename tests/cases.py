@@ -131,8 +131,8 @@ CASES = (
     Case("repeated", 21, 16, 24, 6, 2, "repeated"),
     Case("narrow", 40, 2, 1, 3, 2),
     Case("many_experts", 60, 40, 24, 48, 5),
-    Case("few_slots_absent", 5, 24, 40, 33, 4, "absent"),
-    Case("few_slots_one", 40, 24, 16, 64, 1, "one"),
+    Case("few_slots_absent", 5, 24, 40, 12, 2, "absent"),
+    Case("few_slots_one", 17, 24, 16, 18, 1, "one"),
     # Kernels take 16, 64 or 128 rows, 32 to 256 columns and 32 to 128 of the inner dimension at a time.
     tile_case(127, 33, 15, 0, 16, 17, 1),
     tile_case(129, 31, 17, 31, 0, 15),
