@@ -107,18 +107,21 @@ def launches(gpu: Gpu, shapes: Iterable[Shape], dtypes: Iterable[torch.dtype]) -
     return {launch.key: launch for launch in found}
 
 
-def wants_copies(launch: Launch) -> bool:
-    """A product of half precision whose rows can be read 16 bytes at a time."""
-    constants, sizes = dict(launch.constants), {"inner", "width", "height"} & {name for name, _ in launch.signature}
+def multiplies_halves(launch: Launch) -> bool:
+    """A product of half-precision tiles."""
     halves = any(kind in ("*bf16", "*fp16") for _, kind in launch.signature)
-    return halves and {"BLOCK_M", "BLOCK_K"} <= constants.keys() and sizes <= set(launch.divisible)
+    return halves and {"BLOCK_M", "BLOCK_K"} <= dict(launch.constants).keys()
+
+
+def wants_copies(launch: Launch) -> bool:
+    """A product of rows that can be read 16 bytes at a time."""
+    sizes = {"inner", "width", "height"} & {name for name, _ in launch.signature}
+    return multiplies_halves(launch) and sizes <= set(launch.divisible)
 
 
 def wants_wgmma(launch: Launch) -> bool:
-    """A product of half-precision tiles of at least 64 rows."""
-    constants = dict(launch.constants)
-    halves = any(kind in ("*bf16", "*fp16") for _, kind in launch.signature)
-    return halves and "BLOCK_K" in constants and constants.get("BLOCK_M", 0) >= 64
+    """A product of tiles of at least 64 rows."""
+    return multiplies_halves(launch) and dict(launch.constants)["BLOCK_M"] >= 64
 
 
 def complaint(launch: Launch, gpu: Gpu) -> str | None:

@@ -495,16 +495,15 @@ def test_swiglu_at_its_limits(dtype: torch.dtype) -> None:
     assert excess(found, exact, 4 * UNIT[dtype] * exact.abs()) <= 1
 
 
-def test_swiglu_by_hand() -> None:
-    for swiglu in (ops.swiglu, swiglu_reference):
+@pytest.mark.parametrize("swiglu", [ops.swiglu, swiglu_reference])
+def test_swiglu_by_hand(swiglu: Callable[..., Tensor]) -> None:
+    def by_hand(*gate_up: float, **settings: float) -> float:
+        return swiglu(torch.tensor(gate_up, dtype=torch.float64), **settings).item()
 
-        def by_hand(*gate_up: float, swiglu: Callable[..., Tensor] = swiglu, **settings: float) -> float:
-            return swiglu(torch.tensor(gate_up, dtype=torch.float64), **settings).item()
-
-        assert by_hand(2, 3) == pytest.approx(2 / (1 + math.exp(-2)) * 3)
-        assert by_hand(9, -9, limit=2) == pytest.approx(2 / (1 + math.exp(-2)) * -2)
-        assert by_hand(9, 9, limit=2, beta=1) == pytest.approx(2 / (1 + math.exp(-2)) * 3)  # added to the clamped half
-        assert by_hand(-9, 1, limit=2) == pytest.approx(-9 / (1 + math.exp(9)))
+    assert by_hand(2, 3) == pytest.approx(2 / (1 + math.exp(-2)) * 3)
+    assert by_hand(9, -9, limit=2) == pytest.approx(2 / (1 + math.exp(-2)) * -2)
+    assert by_hand(9, 9, limit=2, beta=1) == pytest.approx(2 / (1 + math.exp(-2)) * 3)  # added to the clamped half
+    assert by_hand(-9, 1, limit=2) == pytest.approx(-9 / (1 + math.exp(9)))
 
 
 BUGS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -123,7 +123,8 @@ def products_kernel(
 def rows(
     a: Tensor, b: Tensor, starts: Tensor, tiles: Tiles, *, bias: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """a [R, K], b [G, K, N], bias [G, N] -> [R, N], each row with the matrix of its group; any strides.
+    """a [R, K], b [G, K, N], bias [G, N] -> [R, N], each row with the matrix of its group; any strides, but
+    if a's rows are not contiguous it is copied.
 
     Rows of no group are zero in an `out` that is given, and else not written.
     """
@@ -165,7 +166,8 @@ def products(
     a: Tensor, b: Tensor, starts: Tensor, num_groups: int, *, slots: Tensor | None = None, top_k: int = 1,
     gather_a: bool = False, gather_b: bool = False,
 ) -> Tensor:  # fmt: skip
-    """a [R, M], b [R, N] -> [G, M, N], the sum over each group's rows; gathered operands are [T, ...]; any strides."""
+    """a [R, M], b [R, N] -> [G, M, N], the sum over each group's rows; gathered operands are [T, ...]. Any strides,
+    but an operand whose rows are not contiguous is copied."""
     height, width = a.shape[1], b.shape[1]
     a, b = tiling.last_stride_one(a), tiling.last_stride_one(b)
     out = torch.empty((num_groups, height, width), dtype=a.dtype, device=a.device)

@@ -111,7 +111,8 @@ def products_tile(dtype: torch.dtype, m: int, n: int, shared: int) -> Tile:
 
 def gathering(tile: Tile) -> Tile:
     """For rows that are found through a list: loading from it takes two of the stages, and with three a product waits
-    for all that has been asked for. On an NVIDIA GPU it needs no more memory, but for the list's part."""
+    for all that has been asked for. On an NVIDIA GPU it needs no more memory, but for the list's part. A tile of two
+    stages has no room for more, or nothing to copy asynchronously."""
     return replace(tile, num_stages=tile.num_stages + 2) if tile.num_stages > 2 else tile
 
 
