@@ -118,9 +118,19 @@ def record(function: Callable[..., Any], *args: Any, shared_memory: int = 232448
 
 
 @dataclass(frozen=True)
+class Code:
+    """Instructions of a kernel that multiplies in a loop: before it, in one pass through it, and after it."""
+
+    before: int
+    step: int
+    after: int
+
+
+@dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel needs: bytes of shared and of local memory, registers, wgmma instructions, spills; and how
-    many asynchronous copies are under way while products are computed (see `copies_ahead`)."""
+    """What a compiled kernel needs: bytes of shared and of local memory, registers, wgmma instructions, spills; how
+    many asynchronous copies are under way while products are computed (see `copies_ahead`); and for NVIDIA's GPUs its
+    instructions and how many programs one multiprocessor holds."""
 
     shared: int
     local: int
@@ -128,6 +138,8 @@ class Resources:
     wgmma: int
     spills: int
     ahead: int | None = None
+    code: Code | None = None
+    programs: int = 0
 
 
 def _binary(launch: Launch, gpu: Gpu) -> Any:
@@ -144,21 +156,56 @@ def _binary(launch: Launch, gpu: Gpu) -> Any:
 
 def copies_ahead(ttgir: str) -> int | None:
     """The fewest copies that the wait before a loop's product leaves under way, 0 where a loop with a product loads
-    into registers; None without such a wait or load."""
+    into registers; None without such a wait or load in a loop. What follows the loop is not looked at."""
     found: list[int] = []
-    waiting, products, loads = None, False, False
+    regions: list[str] = []
+    loop: dict[str, int] = {}  # of the innermost loop so far: its first wait before a product, products, loads
     for line in ttgir.splitlines():
-        wait = re.search(r"ttg\.async_wait .*num = (\d+)", line)
-        if "scf.for" in line:
-            waiting, products, loads = None, False, False
-        elif "scf.yield" in line:
-            found += [0] if products and loads else [waiting] if products and waiting is not None else []
-            waiting, products, loads = None, False, False
-        elif wait and not products:
-            waiting = int(wait[1])
-        products |= re.search(r"(tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma) ", line) is not None
-        loads |= "tt.load " in line
+        if line.lstrip().startswith("}"):
+            closed = regions.pop()
+            if closed == "loop":
+                if loop.get("products") and (loop.get("loads") or "wait" in loop):
+                    found.append(0 if loop.get("loads") else loop["wait"])
+                loop = {}
+        if re.search(r"\{( loc\(.*)?$", line):
+            regions.append("loop" if "scf.for" in line else "other")
+            loop = {} if regions[-1] == "loop" else loop
+        if "loop" not in regions:
+            continue
+        if re.search(r"(tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma) ", line):
+            loop["products"] = 1
+        if "tt.load " in line:
+            loop["loads"] = 1
+        if (wait := re.search(r"ttg\.async_wait .*num = (\d+)", line)) and "products" not in loop:
+            loop["wait"] = int(wait[1])
     return min(found, default=None)
+
+
+def instructions(sass: str) -> Code | None:
+    """Where the instructions of a kernel are, None without a loop that multiplies with tensor cores.
+
+    The loop is what the first backward branch over a product goes back to; what follows the last instruction that ends
+    the program is padding.
+    """
+    found = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
+    ends = [at for at, text in found if "EXIT" in text or "RET" in text]
+    for at, text in found:
+        target = re.search(r"BRA(?:\.\w+)* .*?0x([0-9a-f]+)", text)
+        first = int(target[1], 16) if target else at
+        inside = [text for place, text in found if first <= place <= at]
+        if first < at and any(re.search(r"[HQI]G?MMA|UTC\w*MMA", text) for text in inside):
+            before, after = sum(place < first for place, _ in found), sum(at < place <= max(ends) for place, _ in found)
+            return Code(before, len(inside), after)
+    return None
+
+
+def programs(launch: Launch, gpu: Gpu, registers: int, shared: int) -> int:
+    """Programs that one multiprocessor of an NVIDIA GPU holds. Each takes 1 KB of shared memory besides its own, so
+    that one of a block's largest size just fits; a thread gets a multiple of 8 registers. (A limit on warps, 48 or 64,
+    binds none that multiplies.)"""
+    threads = 32 * dict(launch.options).get("num_warps", 4)
+    by_registers = 65536 // (-(-registers // 8) * 8 * threads)
+    return min(by_registers, (gpu.shared_memory + 1024) // (shared + 1024))
 
 
 def ptx(launch: Launch, gpu: Gpu) -> str:
@@ -199,4 +246,6 @@ def compile(launch: Launch, gpu: Gpu) -> Resources:
         binary.asm["ptx"].count("wgmma.mma_async"),
         len(re.findall(r"\b(?:LDL|STL)\b", code)),
         copies_ahead(binary.asm["ttgir"]),
+        instructions(code),
+        programs(launch, gpu, int(found[1]), shared),
     )

@@ -71,7 +71,7 @@ def order(first: int, groups: tuple[int, ...]) -> Order:
     slots[first:] = torch.arange(number)
     position = (first + torch.arange(number))[:, None].int()
     tiles = Tiles(torch.arange(len(groups), dtype=torch.int32), torch.arange(len(groups) + 2, dtype=torch.int32), 16)
-    return Order(slots, position, starts, tiles)
+    return Order(slots, slots, position, starts, tiles)
 
 
 @around
@@ -103,6 +103,17 @@ def test_inner_strides(far: int) -> None:
     assert torch.equal(near, rows(a, spread(b, 1, far // 128, 1), number.starts, number.tiles))
 
 
+@around
+@pytest.mark.parametrize("which", [0, 1])
+def test_steps_between_blocks_of_rows(which: int, far: int) -> None:
+    """A weight's gradient whose operand's next block of rows, and every later one, is that far away."""
+    starts = torch.tensor([0, 70, 70], dtype=torch.int32)
+    operands = [half(70, D), half(70, F)]
+    near = products(*operands, starts, 1)
+    operands[which] = spread(operands[which], far // 32, 1)
+    assert torch.equal(near, products(*operands, starts, 1))
+
+
 def test_rows() -> None:
     """Rows on both sides of the limit in everything that is made for each routed row."""
     width = 1024
@@ -123,7 +134,7 @@ def test_rows() -> None:
                 *(t[first:].clone() for t in (hidden, out, grad_pre, scaled, dots)),
                 made,
                 combine(hidden, o.position, weights),
-                products(scaled, grad, o.starts, 2, slots=o.slots, top_k=1, gather_b=True),
+                products(scaled, grad, o.starts, 2, tokens=o.tokens, gather_b=True),
                 mlp._sum_dots(dots, o.position, grad, None, torch.zeros(5, 1, dtype=torch.int64)),
                 mlp._column_sums(grad_pre, o, 2, 1, None),
             ]

@@ -82,15 +82,44 @@ def rows_kernel(
     tl.store(at, total, mask=(row < end)[:, None] & (column < width)[None, :])
 
 
-@triton.jit(do_not_specialize=["top_k", "blocks_m", "blocks_n"])
+@triton.jit
+def operand(at, here, inside, FULL: tl.constexpr, EVEN: tl.constexpr):
+    """A tile of rows and columns; rows that are not `here` belong to another group (NaN times zero is NaN)."""
+    if FULL and EVEN:
+        tile = tl.load(at)
+    else:
+        tile = tl.load(at, mask=inside if FULL else here if EVEN else here & inside, other=0)
+    return tile
+
+
+@triton.jit
+def add_product(
+    total, a_at, b_at, tokens_at, here, in_m, in_n, stride_ar, stride_br, FULL: tl.constexpr, GATHER_A: tl.constexpr,
+    GATHER_B: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
+):  # fmt: skip
+    """total + a.T @ b over one block of rows, all of which are `here` if it is FULL."""
+    if GATHER_A or GATHER_B:
+        token = (tl.load(tokens_at) if FULL else tl.load(tokens_at, mask=here, other=0)).to(tl.int64)
+    if GATHER_A:
+        a_at += token[None, :] * stride_ar
+    if GATHER_B:
+        b_at += token[:, None] * stride_br
+    # a is loaded as it is multiplied: what is transposed after loading is not copied asynchronously on sm_80.
+    tile_a = operand(a_at, here[None, :], in_m, FULL, EVEN_M)
+    tile_b = operand(b_at, here[:, None], in_n, FULL, EVEN_N)
+    return tl.dot(tile_a, tile_b, total, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["blocks_m", "blocks_n"])
 def products_kernel(
-    a, b, slots, starts, out, top_k, height, width, stride_ar, stride_br, blocks_m, blocks_n,
+    a, b, tokens, starts, out, height, width, stride_ar, stride_br, blocks_m, blocks_n,
     GATHER_A: tl.constexpr, GATHER_B: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out[g] = a[rows of g].T @ b[rows of g]; a gathered operand has a row for each token and not for each slot.
 
-    A group without rows gets zeros.
+    Full blocks of rows need no mask and no row number; what is left of a group is one more block. A group without rows
+    gets zeros.
     """
     program = tl.program_id(0)
     group = program // (blocks_m * blocks_n)
@@ -100,24 +129,34 @@ def products_kernel(
     rows_of_blocks = tl.minimum(blocks_m - pass_m, GROUP_M)
     m = (pass_m + within % rows_of_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = (within // rows_of_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_m, in_n = (m < height)[:, None], (n < width)[None, :]
     start, end = tl.load(starts + group), tl.load(starts + group + 1)
+    size = end - start
+    full = size // BLOCK_K * BLOCK_K
+    k = tl.arange(0, BLOCK_K)
+    a_at, b_at, tokens_at = a + m[:, None], b + n[None, :], tokens + start + k
+    if not GATHER_A:
+        a_at += (start + k).to(tl.int64)[None, :] * stride_ar
+    if not GATHER_B:
+        b_at += (start + k).to(tl.int64)[:, None] * stride_br
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for first in range(start, end, BLOCK_K):
-        row = first + tl.arange(0, BLOCK_K)
-        # Both are masked: a row past the end belongs to another group, and NaN times zero is NaN.
-        here = row < end
-        if GATHER_A or GATHER_B:
-            token = (tl.load(slots + row, mask=here, other=0) // top_k).to(tl.int64)
-        row_a = token if GATHER_A else row.to(tl.int64)
-        row_b = token if GATHER_B else row.to(tl.int64)
-        # a is loaded as it is multiplied: what is transposed after loading is not copied asynchronously on sm_80.
-        mask_a = here[None, :] if EVEN_M else (m < height)[:, None] & here[None, :]
-        mask_b = here[:, None] if EVEN_N else here[:, None] & (n < width)[None, :]
-        tile_a = tl.load(a + row_a[None, :] * stride_ar + m[:, None], mask=mask_a, other=0)
-        tile_b = tl.load(b + row_b[:, None] * stride_br + n[None, :], mask=mask_b, other=0)
-        total = tl.dot(tile_a, tile_b, total, input_precision="ieee")
+    for _ in range(0, full, BLOCK_K):
+        total = add_product(
+            total, a_at, b_at, tokens_at, k < size, in_m, in_n, stride_ar, stride_br, True, GATHER_A, GATHER_B,
+            EVEN_M, EVEN_N,
+        )  # fmt: skip
+        tokens_at += BLOCK_K
+        if not GATHER_A:
+            a_at += tl.full((), BLOCK_K, tl.int64) * stride_ar
+        if not GATHER_B:
+            b_at += tl.full((), BLOCK_K, tl.int64) * stride_br
+    if full < size:
+        total = add_product(
+            total, a_at, b_at, tokens_at, k < size - full, in_m, in_n, stride_ar, stride_br, False, GATHER_A, GATHER_B,
+            EVEN_M, EVEN_N,
+        )  # fmt: skip
     at = out + group.to(tl.int64) * height * width + m[:, None].to(tl.int64) * width + n[None, :]
-    tl.store(at, total, mask=(m < height)[:, None] & (n < width)[None, :])
+    tl.store(at, total, mask=in_m & in_n)
 
 
 def rows(
@@ -163,8 +202,8 @@ def rows(
 
 
 def products(
-    a: Tensor, b: Tensor, starts: Tensor, num_groups: int, *, slots: Tensor | None = None, top_k: int = 1,
-    gather_a: bool = False, gather_b: bool = False,
+    a: Tensor, b: Tensor, starts: Tensor, num_groups: int, *, tokens: Tensor | None = None, gather_a: bool = False,
+    gather_b: bool = False,
 ) -> Tensor:  # fmt: skip
     """a [R, M], b [R, N] -> [G, M, N], the sum over each group's rows; gathered operands are [T, ...]. Any strides,
     but an operand whose rows are not contiguous is copied."""
@@ -179,10 +218,9 @@ def products(
         products_kernel[(num_groups * blocks_m * blocks_n,)](
             a,
             b,
-            starts if slots is None else slots,
+            starts if tokens is None else tokens,
             starts,
             out,
-            top_k,
             height,
             width,
             a.stride(0),

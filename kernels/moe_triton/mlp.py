@@ -528,10 +528,10 @@ def moe_mlp_backward(
         if need_weights:
             grads[3] = _sum_dots(dots, order.position, grad, down_bias, expert_ids)
         if need_down:
-            grads[2] = products(grad, scaled, order.starts, experts, slots=order.slots, top_k=top_k, gather_a=True)
+            grads[2] = products(grad, scaled, order.starts, experts, tokens=order.tokens, gather_a=True)
         del dots, scaled
         if need_gate_up:
-            grads[1] = products(grad_pre, x, order.starts, experts, slots=order.slots, top_k=top_k, gather_b=True)
+            grads[1] = products(grad_pre, x, order.starts, experts, tokens=order.tokens, gather_b=True)
         if need_x:
             grads[0] = combine(rows(grad_pre, gate_up, order.starts, order.tiles), order.position, None)
         if need_gate_up_bias:

@@ -105,8 +105,10 @@ def layout_kernel(
             tl.store(tile_group + tile, value + tl.zeros_like(groups), mask=tile < tl.minimum(first + count, max_tiles))
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_blocks", "num_experts"])
-def place_kernel(expert_ids, counts, starts, slots, position, num_slots, num_blocks, num_experts, SLOTS: tl.constexpr):
+@triton.jit(do_not_specialize=["num_slots", "num_blocks", "num_experts", "top_k"])
+def place_kernel(
+    expert_ids, counts, starts, slots, tokens, position, num_slots, num_blocks, num_experts, top_k, SLOTS: tl.constexpr
+):  # fmt: skip
     block = tl.program_id(0)
     i = tl.arange(0, SLOTS)
     slot = block * SLOTS + i
@@ -116,6 +118,7 @@ def place_kernel(expert_ids, counts, starts, slots, position, num_slots, num_blo
     row = tl.load(starts + group, mask=real, other=0) + tl.sum(earlier.to(tl.int32), 1)
     row += tl.load(counts + group.to(tl.int64) * num_blocks + block, mask=real, other=0)
     tl.store(slots + row, slot, mask=real)
+    tl.store(tokens + row, slot // top_k, mask=real)
     tl.store(position + slot, tl.where(group < num_experts, row, -1), mask=real)
 
 
@@ -135,9 +138,11 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Order:
-    """slots [R] int32, t * K + k in expert order; position [T, K], the row of a slot or -1; starts [E + 2] int32."""
+    """slots [R] int32, t * K + k in expert order, and tokens [R] int32, their t; position [T, K], the row of a slot or
+    -1; starts [E + 2] int32."""
 
     slots: Tensor
+    tokens: Tensor
     position: Tensor
     starts: Tensor
     tiles: Tiles | None
@@ -182,6 +187,7 @@ def sort(expert_ids: Tensor, num_experts: int, *, block_m: int | None, position_
     counts = torch.empty((num_experts + 1, blocks), dtype=torch.int32, device=device)
     totals = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
     slots = torch.empty(num_slots, dtype=torch.int32, device=device)
+    tokens = torch.empty_like(slots)
     position = torch.empty(expert_ids.shape, dtype=position_dtype, device=device)
     # debug keeps the assertion on the ids; the overflow checks that it would add are not wanted.
     asserted = {"debug": True, "sanitize_overflow": False}
@@ -194,17 +200,27 @@ def sort(expert_ids: Tensor, num_experts: int, *, block_m: int | None, position_
     starts, tiles = layout(totals, num_slots, num_experts, from_ends=False, block_m=block_m)
     if num_slots:
         place_kernel[(blocks,)](
-            expert_ids, counts, starts, slots, position, num_slots, blocks, num_experts, SLOTS=SLOTS
+            expert_ids,
+            counts,
+            starts,
+            slots,
+            tokens,
+            position,
+            num_slots,
+            blocks,
+            num_experts,
+            expert_ids.shape[1],
+            SLOTS=SLOTS,
         )
-    return Order(slots, position, starts, tiles)
+    return Order(slots, tokens, position, starts, tiles)
 
 
-@triton.jit(do_not_specialize=["num_experts", "top_k"])
-def permute_kernel(x, slots, starts, rows, top_k, width, num_experts, stride_x, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["num_experts"])
+def permute_kernel(x, tokens, starts, rows, width, num_experts, stride_x, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here = row < tl.load(starts + num_experts)
-    token = tl.load(slots + row) // top_k
+    token = tl.load(tokens + row)
     value = tl.load(x + token.to(tl.int64) * stride_x + column, mask=column < tl.where(here, width, 0), other=0)
     tl.store(rows + row.to(tl.int64) * width + column, value, mask=column < width)
 
@@ -216,9 +232,7 @@ def permute(x: Tensor, expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Te
     if rows.numel():
         block = min(COLUMNS, triton.next_power_of_2(x.shape[1]))
         grid = (rows.shape[0], triton.cdiv(x.shape[1], block))
-        permute_kernel[grid](
-            x, order.slots, order.starts, rows, expert_ids.shape[1], x.shape[1], num_experts, x.stride(0), BLOCK=block
-        )
+        permute_kernel[grid](x, order.tokens, order.starts, rows, x.shape[1], num_experts, x.stride(0), BLOCK=block)
     return rows, order.position, order.starts[1:-1].clone()
 
 
