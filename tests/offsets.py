@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from moe_triton import mlp
+from moe_triton.activation import SwiGLU
 from moe_triton.grouped_gemm import products, rows
 from moe_triton.permutation import Order, Tiles, combine, permute
 from torch import Tensor
@@ -124,11 +125,11 @@ def test_rows() -> None:
         o = order(first, (3, 2))
         assert o.tiles is not None
         whole, wide = untouched(first + 5, 2 * width), untouched(first + 5, width)[:, :D]
-        hidden = mlp._up(x, gate_up, None, None, 1.0, 0.0, whole, o, 1)
+        hidden = mlp._up(x, gate_up, None, SwiGLU(), whole, o)
         made = whole[first:].clone()
         whole[first:] = pre
         out = rows(hidden, down.transpose(1, 2), o.starts, o.tiles, out=wide)
-        grad_pre, scaled, dots = mlp._hidden_backward(grad, down, whole, weights, None, 1.0, 0.0, o, 1, width)
+        grad_pre, scaled, dots = mlp._hidden_backward(grad, down, whole, weights, SwiGLU(), o, width)
         results.append(
             [
                 *(t[first:].clone() for t in (hidden, out, grad_pre, scaled, dots)),
@@ -136,7 +137,7 @@ def test_rows() -> None:
                 combine(hidden, o.position, weights),
                 products(scaled, grad, o.starts, 2, tokens=o.tokens, gather_b=True),
                 mlp._sum_dots(dots, o.position, grad, None, torch.zeros(5, 1, dtype=torch.int64)),
-                mlp._column_sums(grad_pre, o, 2, 1, None),
+                mlp._column_sums(grad_pre, o, 2, None),
             ]
         )
     for far_results in results[1:]:

@@ -3,10 +3,24 @@
 # Triton's decorator keeps the signature and hides the result; constexprs take plain values, launches also options.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SwiGLU:
+    """hidden = gate * sigmoid(alpha * gate) * (up + beta), with gate <= limit and |up| <= limit if there is a limit.
+
+    Kernels take it as one value that is known when they are compiled.
+    """
+
+    limit: float | None = None
+    alpha: float = 1.0
+    beta: float = 0.0
 
 
 @triton.jit
@@ -51,8 +65,9 @@ def quick_sigmoid(x):
 
 
 @triton.jit
-def clamp(gate, up, limit, CLAMP: tl.constexpr):
-    if CLAMP:
+def clamp(gate, up, ACTIVATION: tl.constexpr):
+    if ACTIVATION.limit is not None:
+        limit: tl.constexpr = ACTIVATION.limit
         # Written so that NaN stays NaN.
         gate = tl.where(gate > limit, limit, gate)
         up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
@@ -60,63 +75,57 @@ def clamp(gate, up, limit, CLAMP: tl.constexpr):
 
 
 @triton.jit
-def swiglu_tile(gate, up, limit, alpha, beta, CLAMP: tl.constexpr, EXACT: tl.constexpr):
+def swiglu_tile(gate, up, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     """float32 tiles of the gate and up halves -> the hidden activation, EXACT if it stays float32."""
-    gate, up = clamp(gate, up, limit, CLAMP)
-    act = tl.div_rn(gate, 1.0 + exp(-alpha * gate)) if EXACT else gate * quick_sigmoid(alpha * gate)[0]
-    return act * (up + beta)
+    gate, up = clamp(gate, up, ACTIVATION)
+    z = ACTIVATION.alpha * gate
+    act = tl.div_rn(gate, 1.0 + exp(-z)) if EXACT else gate * quick_sigmoid(z)[0]
+    return act * (up + ACTIVATION.beta)
 
 
 @triton.jit
-def swiglu_backward_tile(grad, gate, up, limit, alpha, beta, CLAMP: tl.constexpr, EXACT: tl.constexpr):
+def swiglu_backward_tile(grad, gate, up, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     """float32 tiles -> (hidden, gradient of the gate half, gradient of the up half), EXACT if they stay float32."""
-    inside_gate, inside_up = gate <= limit, tl.abs(up) <= limit
-    gate, up = clamp(gate, up, limit, CLAMP)
-    up += beta
+    clamped_gate, clamped_up = clamp(gate, up, ACTIVATION)
+    z = ACTIVATION.alpha * clamped_gate
     if EXACT:
-        below = 1.0 + exp(-alpha * gate)
-        s, act = tl.div_rn(1.0, below), tl.div_rn(gate, below)
+        below = 1.0 + exp(-z)
+        s, act = tl.div_rn(1.0, below), tl.div_rn(clamped_gate, below)
         rest = 1.0 - s
     else:
-        s, rest = quick_sigmoid(alpha * gate)
-        act = gate * s
-    grad_gate = grad * up * (s * (1.0 + alpha * gate * rest))
+        s, rest = quick_sigmoid(z)
+        act = clamped_gate * s
+    factor = clamped_up + ACTIVATION.beta
+    grad_gate = grad * factor * (s * (1.0 + z * rest))
     grad_up = grad * act
-    if CLAMP:
-        grad_gate = tl.where(inside_gate, grad_gate, 0.0)
-        grad_up = tl.where(inside_up, grad_up, 0.0)
-    return act * up, grad_gate, grad_up
+    if ACTIVATION.limit is not None:
+        grad_gate = tl.where(gate <= ACTIVATION.limit, grad_gate, 0.0)
+        grad_up = tl.where(tl.abs(up) <= ACTIVATION.limit, grad_up, 0.0)
+    return act * factor, grad_gate, grad_up
 
 
 @triton.jit
-def swiglu_kernel(gate_up, out, width, limit, alpha, beta, CLAMP: tl.constexpr, BLOCK: tl.constexpr):
+def swiglu_kernel(gate_up, out, width, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = gate_up + row * 2 * width + column
     gate = tl.load(at, mask=column < width, other=0).to(tl.float32)
     up = tl.load(at + width, mask=column < width, other=0).to(tl.float32)
-    hidden = swiglu_tile(gate, up, limit, alpha, beta, CLAMP, out.dtype.element_ty == tl.float32)
+    hidden = swiglu_tile(gate, up, ACTIVATION, out.dtype.element_ty == tl.float32)
     tl.store(out + row * width + column, hidden, mask=column < width)
 
 
 @triton.jit
-def swiglu_backward_kernel(grad, gate_up, out, width, limit, alpha, beta, CLAMP: tl.constexpr, BLOCK: tl.constexpr):
+def swiglu_backward_kernel(grad, gate_up, out, width, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = row * 2 * width + column
     gate = tl.load(gate_up + at, mask=column < width, other=0).to(tl.float32)
     up = tl.load(gate_up + at + width, mask=column < width, other=0).to(tl.float32)
     g = tl.load(grad + row * width + column, mask=column < width, other=0).to(tl.float32)
-    _, grad_gate, grad_up = swiglu_backward_tile(
-        g, gate, up, limit, alpha, beta, CLAMP, out.dtype.element_ty == tl.float32
-    )
+    _, grad_gate, grad_up = swiglu_backward_tile(g, gate, up, ACTIVATION, out.dtype.element_ty == tl.float32)
     tl.store(out + at, grad_gate, mask=column < width)
     tl.store(out + at + width, grad_up, mask=column < width)
-
-
-def clamping(limit: float | None) -> tuple[float, bool]:
-    """(limit, CLAMP) as the kernels take them."""
-    return (0.0, False) if limit is None else (limit, True)
 
 
 def _grid(count: int, width: int) -> tuple[tuple[int, int], int]:
@@ -130,8 +139,8 @@ def swiglu(gate_up: Tensor, limit: float | None, alpha: float, beta: float) -> T
     out = torch.empty((*gate_up.shape[:-1], width), dtype=gate_up.dtype, device=gate_up.device)
     if out.numel():
         grid, block = _grid(out.numel(), width)
-        bound, clamped = clamping(limit)
-        swiglu_kernel[grid](gate_up.contiguous(), out, width, bound, alpha, beta, CLAMP=clamped, BLOCK=block)
+        activation = SwiGLU(limit, alpha, beta)
+        swiglu_kernel[grid](gate_up.contiguous(), out, width, ACTIVATION=activation, BLOCK=block)
     return out
 
 
@@ -140,7 +149,7 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor, limit: float | None, alpha: f
     out = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
     if out.numel():
         grid, block = _grid(grad.numel(), width)
-        bound, clamped = clamping(limit)
+        activation = SwiGLU(limit, alpha, beta)
         grad, gate_up = grad.contiguous(), gate_up.contiguous()
-        swiglu_backward_kernel[grid](grad, gate_up, out, width, bound, alpha, beta, CLAMP=clamped, BLOCK=block)
+        swiglu_backward_kernel[grid](grad, gate_up, out, width, ACTIVATION=activation, BLOCK=block)
     return out

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_triton import tiling
-from moe_triton.activation import clamping, swiglu_backward_tile, swiglu_tile
+from moe_triton.activation import SwiGLU, swiglu_backward_tile, swiglu_tile
 from moe_triton.grouped_gemm import locate, multiply, products, rows
 from moe_triton.permutation import Order, combine, sort
 
@@ -57,55 +57,50 @@ def up_tile(
 
 @triton.jit
 def halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The left and the right columns. Epilogues go half by half, for what they need beside a whole accumulator does not
-    fit into registers."""
+    """The left and the right columns. Epilogues halve a tile until it is in PARTS, one after the other: what they need
+    beside the accumulator does not fit into registers for all of it at once."""
     return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
 
 
 @triton.jit
-def up_half(
-    gate, up, bias, pre, hidden, row, here, start_n, expert, width, limit, alpha, beta, HAS_BIAS: tl.constexpr,
-    CLAMP: tl.constexpr, SAVE: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """The epilogue of the up projection for some columns."""
-    column = start_n + tl.arange(0, BLOCK_N)
-    mask = here[:, None] & (column < width)[None, :]
-    if HAS_BIAS:
-        bias_at = bias + expert.to(tl.int64) * (2 * width) + column
-        gate += tl.load(bias_at, mask=column < width, other=0).to(tl.float32)[None, :]
-        up += tl.load(bias_at + width, mask=column < width, other=0).to(tl.float32)[None, :]
-    if SAVE:
-        at = pre + row[:, None].to(tl.int64) * (2 * width) + column[None, :]
-        tl.store(at, gate, mask=mask)
-        tl.store(at + width, up, mask=mask)
-    at = hidden + row[:, None].to(tl.int64) * width + column[None, :]
-    tl.store(at, swiglu_tile(gate, up, limit, alpha, beta, CLAMP, hidden.dtype.element_ty == tl.float32), mask=mask)
-
-
-@triton.jit
 def up_epilogue(
-    gate, up, bias, pre, hidden, row, here, start_n, expert, width, limit, alpha, beta, HAS_BIAS: tl.constexpr,
-    CLAMP: tl.constexpr, SAVE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    gate, up, bias, pre, hidden, row, here, start_n, expert, width, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SAVE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    half: tl.constexpr = BLOCK_N // 2
-    gate_left, gate_right = halves(gate, BLOCK_M, BLOCK_N)
-    up_left, up_right = halves(up, BLOCK_M, BLOCK_N)
-    up_half(
-        gate_left, up_left, bias, pre, hidden, row, here, start_n, expert, width, limit, alpha, beta, HAS_BIAS, CLAMP,
-        SAVE, half,
-    )  # fmt: skip
-    up_half(
-        gate_right, up_right, bias, pre, hidden, row, here, start_n + half, expert, width, limit, alpha, beta, HAS_BIAS,
-        CLAMP, SAVE, half,
-    )  # fmt: skip
+    """Bias, activation and stores of the up projection."""
+    if PARTS > 1:
+        half: tl.constexpr = BLOCK_N // 2
+        gate_left, gate_right = halves(gate, BLOCK_M, BLOCK_N)
+        up_left, up_right = halves(up, BLOCK_M, BLOCK_N)
+        up_epilogue(
+            gate_left, up_left, bias, pre, hidden, row, here, start_n, expert, width, ACTIVATION, HAS_BIAS, SAVE,
+            BLOCK_M, half, PARTS // 2,
+        )  # fmt: skip
+        up_epilogue(
+            gate_right, up_right, bias, pre, hidden, row, here, start_n + half, expert, width, ACTIVATION, HAS_BIAS,
+            SAVE, BLOCK_M, half, PARTS // 2,
+        )  # fmt: skip
+    else:
+        column = start_n + tl.arange(0, BLOCK_N)
+        mask = here[:, None] & (column < width)[None, :]
+        if HAS_BIAS:
+            bias_at = bias + expert.to(tl.int64) * (2 * width) + column
+            gate += tl.load(bias_at, mask=column < width, other=0).to(tl.float32)[None, :]
+            up += tl.load(bias_at + width, mask=column < width, other=0).to(tl.float32)[None, :]
+        if SAVE:
+            at = pre + row[:, None].to(tl.int64) * (2 * width) + column[None, :]
+            tl.store(at, gate, mask=mask)
+            tl.store(at + width, up, mask=mask)
+        at = hidden + row[:, None].to(tl.int64) * width + column[None, :]
+        tl.store(at, swiglu_tile(gate, up, ACTIVATION, hidden.dtype.element_ty == tl.float32), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_experts", "top_k", "blocks_n"])
+@triton.jit(do_not_specialize=["num_experts", "blocks_n"])
 def up_kernel(
-    x, gate_up, bias, pre, hidden, slots, tile_group, tile_start, starts, num_experts, top_k, inner, width, stride_xm,
-    stride_we, stride_wn, stride_wk, blocks_n, limit, alpha, beta, HAS_BIAS: tl.constexpr,
-    CLAMP: tl.constexpr, SAVE: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, GROUP_M: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, gate_up, bias, pre, hidden, tokens, tile_group, tile_start, starts, num_experts, inner, width, stride_xm,
+    stride_we, stride_wn, stride_wk, blocks_n, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """hidden [R, F] and, to SAVE, pre [R, 2F], whose rows of no expert are zero."""
     expert, first, end, block_n = locate(tl.program_id(0), tile_group, tile_start, starts, blocks_n, BLOCK_M, GROUP_M)
@@ -122,15 +117,15 @@ def up_kernel(
             tl.store(pre_at + width, nothing, mask=mask)
         return
     # Rows past the end are read from the last one and not written.
-    token = tl.load(slots + tl.minimum(row, end - 1)) // top_k
+    token = tl.load(tokens + tl.minimum(row, end - 1))
     weight_at = gate_up + expert.to(tl.int64) * stride_we + column[None, :].to(tl.int64) * stride_wn
     gate, up = up_tile(
         x + token[:, None].to(tl.int64) * stride_xm, weight_at, weight_at + tl.cast(width, tl.int64) * stride_wn, inner,
         width, stride_wk, column, EVEN_K, EVEN_N, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     up_epilogue(
-        gate, up, bias, pre, hidden, row, row < end, block_n * BLOCK_N, expert, width, limit, alpha, beta, HAS_BIAS,
-        CLAMP, SAVE, BLOCK_M, BLOCK_N,
+        gate, up, bias, pre, hidden, row, row < end, block_n * BLOCK_N, expert, width, ACTIVATION, HAS_BIAS, SAVE,
+        BLOCK_M, BLOCK_N, 2,
     )  # fmt: skip
 
 
@@ -168,9 +163,8 @@ def pick_slots(expert_ids, expert, wanted, num_slots, SLOTS: tl.constexpr):
 @triton.jit(do_not_specialize=["num_slots", "num_experts", "top_k", "blocks_n"])
 def small_up_kernel(
     x, gate_up, bias, hidden, expert_ids, num_slots, num_experts, top_k, inner, width, stride_xm, stride_we,
-    stride_wn, stride_wk, blocks_n, limit, alpha, beta, HAS_BIAS: tl.constexpr, CLAMP: tl.constexpr,
-    EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    stride_wn, stride_wk, blocks_n, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """hidden [T * K, F] in the order of slots."""
     expert, count = group_of_slots(expert_ids, tl.program_id(0) // blocks_n, num_slots, num_experts, SLOTS)
@@ -186,8 +180,8 @@ def small_up_kernel(
             EVEN_N, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         up_epilogue(
-            gate, up, bias, hidden, hidden, slot, wanted < count, start_n, expert, width, limit, alpha, beta, HAS_BIAS,
-            CLAMP, False, BLOCK_M, BLOCK_N,
+            gate, up, bias, hidden, hidden, slot, wanted < count, start_n, expert, width, ACTIVATION, HAS_BIAS, False,
+            BLOCK_M, BLOCK_N, 2,
         )  # fmt: skip
 
 
@@ -216,45 +210,44 @@ def small_down_kernel(
 
 
 @triton.jit
-def backward_part(
-    grad_hidden, pre, grad_pre, scaled, weight, row, end, start_n, width, limit, alpha, beta, CLAMP: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+def backward_epilogue(
+    grad_hidden, pre, grad_pre, scaled, weight, row, end, start_n, width, ACTIVATION: tl.constexpr,
+    EVEN_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue of `hidden_backward_kernel` for some columns; returns their part of dots."""
-    column = start_n + tl.arange(0, BLOCK_N)
-    mask = (row < end)[:, None] & (column < width)[None, :]
-    at = row[:, None].to(tl.int64) * (2 * width) + column[None, :]
-    gate = tl.load(pre + at, mask=mask, other=0).to(tl.float32)
-    up = tl.load(pre + at + width, mask=mask, other=0).to(tl.float32)
-    hidden, grad_gate, grad_up = swiglu_backward_tile(
-        grad_hidden, gate, up, limit, alpha, beta, CLAMP, scaled.dtype.element_ty == tl.float32
-    )
-    tl.store(grad_pre + at, grad_gate * weight[:, None], mask=mask)
-    tl.store(grad_pre + at + width, grad_up * weight[:, None], mask=mask)
-    at = row[:, None].to(tl.int64) * width + column[None, :]
-    tl.store(scaled + at, hidden * weight[:, None], mask=mask)
-    return tl.sum(grad_hidden * hidden, 1)
+    """What `hidden_backward_kernel` stores for each row and column; returns the sums of dots."""
+    if PARTS > 1:
+        half: tl.constexpr = BLOCK_N // 2
+        left, right = halves(grad_hidden, BLOCK_M, BLOCK_N)
+        dot = backward_epilogue(
+            left, pre, grad_pre, scaled, weight, row, end, start_n, width, ACTIVATION, EVEN_N, BLOCK_M, half, PARTS // 2
+        )
+        dot += backward_epilogue(
+            right, pre, grad_pre, scaled, weight, row, end, start_n + half, width, ACTIVATION, EVEN_N, BLOCK_M, half,
+            PARTS // 2,
+        )  # fmt: skip
+    else:
+        column = start_n + tl.arange(0, BLOCK_N)
+        mask = (row < end)[:, None] if EVEN_N else (row < end)[:, None] & (column < width)[None, :]
+        at = row[:, None].to(tl.int64) * (2 * width) + column[None, :]
+        gate = tl.load(pre + at, mask=mask, other=0).to(tl.float32)
+        up = tl.load(pre + at + width, mask=mask, other=0).to(tl.float32)
+        hidden, grad_gate, grad_up = swiglu_backward_tile(
+            grad_hidden, gate, up, ACTIVATION, scaled.dtype.element_ty == tl.float32
+        )
+        tl.store(grad_pre + at, grad_gate * weight[:, None], mask=mask)
+        tl.store(grad_pre + at + width, grad_up * weight[:, None], mask=mask)
+        at = row[:, None].to(tl.int64) * width + column[None, :]
+        tl.store(scaled + at, hidden * weight[:, None], mask=mask)
+        dot = tl.sum(grad_hidden * hidden, 1)
+    return dot
 
 
-@triton.jit
-def backward_half(
-    grad_hidden, pre, grad_pre, scaled, weight, row, end, start_n, width, limit, alpha, beta, CLAMP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    part: tl.constexpr = BLOCK_N // 2
-    left, right = halves(grad_hidden, BLOCK_M, BLOCK_N)
-    dot = backward_part(left, pre, grad_pre, scaled, weight, row, end, start_n, width, limit, alpha, beta, CLAMP, part)
-    return dot + backward_part(
-        right, pre, grad_pre, scaled, weight, row, end, start_n + part, width, limit, alpha, beta, CLAMP, part
-    )
-
-
-@triton.jit(do_not_specialize=["num_experts", "top_k", "blocks_n"])
+@triton.jit(do_not_specialize=["num_experts", "blocks_n"])
 def hidden_backward_kernel(
-    grad, down, pre, weights, grad_pre, scaled, dots, slots, tile_group, tile_start, starts, num_experts,
-    top_k, inner, width, stride_gm, stride_we, stride_wk, stride_wn, blocks_n, limit, alpha, beta, CLAMP: tl.constexpr,
+    grad, down, pre, weights, grad_pre, scaled, dots, slots, tokens, tile_group, tile_start, starts, num_experts,
+    inner, width, stride_gm, stride_we, stride_wk, stride_wn, blocks_n, ACTIVATION: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Everything that the gradient of the hidden activation, grad[token] @ down[expert], leads to without another
     product: grad_pre [R, 2F], the hidden activation times its routing weight [R, F], and for each block of columns the
@@ -267,23 +260,18 @@ def hidden_backward_kernel(
         return
     row = first + tl.arange(0, BLOCK_M)
     column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    slot = tl.load(slots + tl.minimum(row, end - 1))
-    grad_at = grad + (slot // top_k)[:, None].to(tl.int64) * stride_gm
+    last = tl.minimum(row, end - 1)
+    grad_at = grad + tl.load(tokens + last)[:, None].to(tl.int64) * stride_gm
     weight_at = down + expert.to(tl.int64) * stride_we + column[None, :].to(tl.int64) * stride_wn
     grad_hidden = multiply(
         grad_at, weight_at, inner, stride_wk, column, width, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, EVEN_N
     )
-    weight = tl.load(weights + slot)
-    left, right = halves(grad_hidden, BLOCK_M, BLOCK_N)
-    start_n = block_n * BLOCK_N
-    half: tl.constexpr = BLOCK_N // 2
-    dot = backward_half(
-        left, pre, grad_pre, scaled, weight, row, end, start_n, width, limit, alpha, beta, CLAMP, BLOCK_M, half
-    )
-    dot += backward_half(
-        right, pre, grad_pre, scaled, weight, row, end, start_n + half, width, limit, alpha, beta, CLAMP, BLOCK_M, half
-    )
-    tl.store(dots + row.to(tl.int64) * blocks_n + block_n, dot, mask=row < end)
+    weight = tl.load(weights + tl.load(slots + last))
+    dot = backward_epilogue(
+        grad_hidden, pre, grad_pre, scaled, weight, row, end, block_n * BLOCK_N, width, ACTIVATION, EVEN_N, BLOCK_M,
+        BLOCK_N, PARTS,
+    )  # fmt: skip
+    tl.store(dots + block_n + row.to(tl.int64) * blocks_n, dot, mask=row < end)
 
 
 @triton.jit(do_not_specialize=["num_slots", "top_k", "blocks_n"])
@@ -309,9 +297,9 @@ def sum_dots_kernel(
     tl.store(grad_weights + slot, total, mask=slot < num_slots)
 
 
-@triton.jit(do_not_specialize=["top_k"])
+@triton.jit
 def column_sums_kernel(
-    rows, slots, weights, starts, out, top_k, width, stride_rows, GATHER: tl.constexpr, BLOCK_R: tl.constexpr,
+    rows, slots, tokens, weights, starts, out, width, stride_rows, GATHER: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out[e] = sum of rows[r] over the rows of e, or (GATHER) of weights[slot] * rows[token]."""
@@ -324,9 +312,9 @@ def column_sums_kernel(
         here = row < end
         mask = here[:, None] & (column < width)[None, :]
         if GATHER:
-            slot = tl.load(slots + row, mask=here, other=0)
-            weight = tl.load(weights + slot, mask=here, other=0)
-            at = rows + (slot // top_k)[:, None].to(tl.int64) * stride_rows + column[None, :]
+            token = tl.load(tokens + row, mask=here, other=0)
+            weight = tl.load(weights + tl.load(slots + row, mask=here, other=0), mask=here, other=0)
+            at = rows + token[:, None].to(tl.int64) * stride_rows + column[None, :]
             total += tl.sum(tl.load(at, mask=mask, other=0).to(tl.float32) * weight[:, None], 0)
         else:
             at = rows + row[:, None].to(tl.int64) * stride_rows + column[None, :]
@@ -353,13 +341,13 @@ def moe_mlp_forward(
     if expert_ids.numel() == 0 or inner == 0:
         pre.zero_()
         return torch.zeros_like(x, memory_format=torch.contiguous_format), pre
-    up = (x, gate_up, gate_up_bias, limit, alpha, beta)
+    up = (x, gate_up, gate_up_bias, SwiGLU(limit, alpha, beta))
     if x.shape[0] <= SMALL and not save:
         out = _small(*up, down, down_bias, expert_ids)
         return combine(out, expert_ids, weights, num_experts=experts, by_slot=True), pre
     order = _sort(x, expert_ids, experts, twice // 2)
     assert order.tiles is not None
-    hidden = _up(*up, pre, order, expert_ids.shape[1])
+    hidden = _up(*up, pre, order)
     out = rows(hidden, down.transpose(1, 2), order.starts, order.tiles, bias=down_bias)
     return combine(out, order.position, weights), pre
 
@@ -369,17 +357,7 @@ def _sort(x: Tensor, expert_ids: Tensor, experts: int, width: int) -> Order:
     return sort(expert_ids, experts, block_m=block_m, position_dtype=torch.int32)
 
 
-def _up(
-    x: Tensor,
-    gate_up: Tensor,
-    bias: Tensor | None,
-    limit: float | None,
-    alpha: float,
-    beta: float,
-    pre: Tensor,
-    order: Order,
-    top_k: int,
-) -> Tensor:
+def _up(x: Tensor, gate_up: Tensor, bias: Tensor | None, activation: SwiGLU, pre: Tensor, order: Order) -> Tensor:
     experts, twice, inner = gate_up.shape
     tiles, width = order.tiles, twice // 2
     assert tiles is not None
@@ -388,29 +366,24 @@ def _up(
         tile = tiling.rows_tile(x.dtype, tiles.block_m, tiling.shared_memory(x.device))
         block_n = tile.block_n // 2
         blocks_n = triton.cdiv(width, block_n)
-        bound, clamped = clamping(limit)
         up_kernel[(tiles.count * blocks_n,)](
             x,
             gate_up,
             x if bias is None else bias.contiguous(),
             pre,
             hidden,
-            order.slots,
+            order.tokens,
             tiles.group,
             tiles.start,
             order.starts,
             experts,
-            top_k,
             inner,
             width,
             x.stride(0),
             *gate_up.stride(),
             blocks_n,
-            bound,
-            alpha,
-            beta,
+            ACTIVATION=activation,
             HAS_BIAS=bias is not None,
-            CLAMP=clamped,
             SAVE=pre.shape[0] > 0,
             EVEN_K=inner % tile.block_k == 0,
             EVEN_N=tiling.even(width, block_n),
@@ -424,9 +397,7 @@ def _small(
     x: Tensor,
     gate_up: Tensor,
     gate_up_bias: Tensor | None,
-    limit: float | None,
-    alpha: float,
-    beta: float,
+    activation: SwiGLU,
     down: Tensor,
     down_bias: Tensor | None,
     expert_ids: Tensor,
@@ -442,7 +413,6 @@ def _small(
     block_n = tile.block_n // 2
     slots = max(SMALL * triton.next_power_of_2(expert_ids.shape[1]), 16)
     groups = min(num_slots, experts)
-    bound, clamped = clamping(limit)
     hidden = torch.empty((num_slots, width), dtype=x.dtype, device=x.device)
     out = torch.empty((num_slots, inner), dtype=x.dtype, device=x.device)
     if width:
@@ -461,11 +431,8 @@ def _small(
             x.stride(0),
             *gate_up.stride(),
             blocks_n,
-            bound,
-            alpha,
-            beta,
+            ACTIVATION=activation,
             HAS_BIAS=gate_up_bias is not None,
-            CLAMP=clamped,
             EVEN_K=inner % tile.block_k == 0,
             EVEN_N=tiling.even(width, block_n),
             SLOTS=slots,
@@ -511,7 +478,6 @@ def moe_mlp_backward(
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     experts, width = gate_up.shape[0], gate_up.shape[1] // 2
-    top_k = max(expert_ids.shape[1], 1)
     x, grad, weights, expert_ids = (
         tiling.last_stride_one(x), tiling.last_stride_one(grad), weights.contiguous(), expert_ids.contiguous()
     )  # fmt: skip
@@ -523,7 +489,7 @@ def moe_mlp_backward(
     )
     grads = [torch.empty(0, dtype=x.dtype, device=x.device) for _ in arguments]
     if need_x or need_gate_up or need_down or need_weights or need_gate_up_bias:
-        grad_pre, scaled, dots = _hidden_backward(grad, down, pre, weights, limit, alpha, beta, order, top_k, width)
+        grad_pre, scaled, dots = _hidden_backward(grad, down, pre, weights, SwiGLU(limit, alpha, beta), order, width)
         # Each intermediate is let go of as soon as it has been used.
         if need_weights:
             grads[3] = _sum_dots(dots, order.position, grad, down_bias, expert_ids)
@@ -535,9 +501,9 @@ def moe_mlp_backward(
         if need_x:
             grads[0] = combine(rows(grad_pre, gate_up, order.starts, order.tiles), order.position, None)
         if need_gate_up_bias:
-            grads[4] = _column_sums(grad_pre, order, experts, top_k, None)
+            grads[4] = _column_sums(grad_pre, order, experts, None)
     if need_down_bias:
-        grads[5] = _column_sums(grad, order, experts, top_k, weights)
+        grads[5] = _column_sums(grad, order, experts, weights)
     return grads[0], grads[1], grads[2], grads[3], grads[4], grads[5]
 
 
@@ -546,11 +512,8 @@ def _hidden_backward(
     down: Tensor,
     pre: Tensor,
     weights: Tensor,
-    limit: float | None,
-    alpha: float,
-    beta: float,
+    activation: SwiGLU,
     order: Order,
-    top_k: int,
     width: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_pre [R, 2F], hidden times weight [R, F], dots [R, blocks])"""
@@ -562,7 +525,6 @@ def _hidden_backward(
     scaled = torch.empty((num_rows, width), dtype=grad.dtype, device=grad.device)
     dots = torch.empty((num_rows, blocks_n), dtype=torch.float32, device=grad.device)
     if num_rows:
-        bound, clamped = clamping(limit)
         hidden_backward_kernel[(tiles.count * blocks_n,)](
             grad,
             down,
@@ -572,23 +534,21 @@ def _hidden_backward(
             scaled,
             dots,
             order.slots,
+            order.tokens,
             tiles.group,
             tiles.start,
             order.starts,
             down.shape[0],
-            top_k,
             inner,
             width,
             grad.stride(0),
             *down.stride(),
             blocks_n,
-            bound,
-            alpha,
-            beta,
-            CLAMP=clamped,
+            ACTIVATION=activation,
             EVEN_K=inner % tile.block_k == 0,
             EVEN_N=tiling.even(width, tile.block_n),
             GROUP_M=tile.group_m,
+            PARTS=4,
             **tile.options,
         )
     return grad_pre, scaled, dots
@@ -617,16 +577,16 @@ def _sum_dots(dots: Tensor, position: Tensor, grad: Tensor, down_bias: Tensor | 
     return grad_weights
 
 
-def _column_sums(source: Tensor, order: Order, experts: int, top_k: int, weights: Tensor | None) -> Tensor:
+def _column_sums(source: Tensor, order: Order, experts: int, weights: Tensor | None) -> Tensor:
     out = torch.empty((experts, source.shape[1]), dtype=source.dtype, device=source.device)
     if out.numel():
         column_sums_kernel[(experts, triton.cdiv(source.shape[1], 128))](
             source,
             order.slots,
+            order.tokens,
             order.starts if weights is None else weights,
             order.starts,
             out,
-            top_k,
             source.shape[1],
             source.stride(0),
             GATHER=weights is not None,
