@@ -142,6 +142,7 @@ CASES = (
     tile_case(127, 129, 127, 0, 129, 128),
     tile_case(257, 65, 129, 127),
     tile_case(256, 128, 128, 129),
+    tile_case(48, 144, 128, 97),
 )
 BY_NAME = {case.name: case for case in CASES}
 

@@ -3,9 +3,14 @@
     python -m tests.compiled [--gpu sm_90 ...] [--shape NAME ...] [--dtype bfloat16 ...]
 
 needs no GPU. It fails where a kernel spills, uses local memory, wants more shared memory than the chip has, or does
-without wgmma on sm_90 where its tile allows it; and for NVIDIA's GPUs where products of half precision, with rows that
-can be read 16 bytes at a time, are computed while no copy for the next ones is under way. CI does so for bfloat16,
-under the oldest and newest Triton.
+without wgmma on sm_90 where its tile allows it; for NVIDIA's GPUs where products of half precision, with rows that can
+be read 16 bytes at a time, are computed while no copy for the next ones is under way; and on sm_90 where a weight
+gradient takes more than 170 instructions for each step of its largest tile, or the backward kernel's is alone on its
+multiprocessor. CI does so for bfloat16, under the oldest and newest Triton.
+
+    python -m tests.compiled --table --gpu sm_90 --shape deepseek_v3 --dtype bfloat16
+
+prints what the machine code of each product needs instead.
 """
 
 import argparse
@@ -24,7 +29,7 @@ from torch import Tensor
 
 from benchmarks.shapes import SHAPES as BENCHMARKED
 from benchmarks.shapes import Shape
-from tests.launches import GPUS, Gpu, Launch, compile, record
+from tests.launches import GPUS, Gpu, Launch, Resources, compile, record
 
 # Sizes that cannot be read 16 bytes at a time, too.
 SHAPES = BENCHMARKED | {"odd": Shape("odd", 1000, 500, 8, 2)}
@@ -100,7 +105,7 @@ def launches(gpu: Gpu, shapes: Iterable[Shape], dtypes: Iterable[torch.dtype]) -
     for dtype in dtypes:
         for shape in shapes:
             gpt_oss = shape.name.startswith("gpt_oss")
-            for tokens in sorted({1, 64, 128, 1024, *shape.tokens}):
+            for tokens in sorted({1, 16, 64, 128, 1024, *shape.tokens}):
                 found += layer(tokens, shape, dtype, gpu.shared_memory, gpt_oss=gpt_oss)
             found += products(shape, dtype, gpu.shared_memory)
         found += others(dtype)
@@ -124,6 +129,11 @@ def wants_wgmma(launch: Launch) -> bool:
     return multiplies_halves(launch) and dict(launch.constants)["BLOCK_M"] >= 64
 
 
+def clamps(launch: Launch) -> bool:
+    activation = dict(launch.constants).get("ACTIVATION")
+    return activation is not None and activation.limit is not None
+
+
 def complaint(launch: Launch, gpu: Gpu) -> str | None:
     """What is wrong with the binary, or None."""
     try:
@@ -138,7 +148,36 @@ def complaint(launch: Launch, gpu: Gpu) -> str | None:
         return "no wgmma"
     if gpu.target.backend == "cuda" and wants_copies(launch) and not need.ahead:
         return "products wait for what they multiply"
+    return slow_on_hopper(launch, need) if gpu.name == "sm_90" and wants_copies(launch) else None
+
+
+def slow_on_hopper(launch: Launch, need: Resources) -> str | None:
+    """Limits on the machine code of the kernels with most work, for sm_90 and their largest tiles."""
+    constants = dict(launch.constants)
+    tile = launch.name, constants["BLOCK_M"], constants["BLOCK_N"]
+    # The tensor cores need 1,024 cycles for a step of 128 x 256 x 64.
+    if tile == ("products_kernel", 128, 256) and (need.code is None or need.code.step > 170):
+        return f"more than 170 instructions for each step: {need.code}"
+    if tile == ("hidden_backward_kernel", 128, 128) and not clamps(launch) and need.programs < 2:
+        return f"{need.programs} programs on a multiprocessor, expected 2"
     return None
+
+
+def described(launch: Launch, gpu: Gpu) -> str | None:
+    """A product's row of the table, None for other kernels."""
+    need = compile(launch, gpu) if multiplies_halves(launch) else None
+    if need is None or need.code is None:
+        return None
+    constants, options = dict(launch.constants), dict(launch.options)
+    settings = ("GATHER_A", "GATHER_B", "SAVE", "HAS_BIAS")
+    name = [launch.name, *(setting for setting in settings if constants.get(setting)), *["clamped"] * clamps(launch)]
+    if "SLOTS" in constants:
+        name.append(f"{constants['SLOTS']} slots")
+    tile = f"{constants['BLOCK_M']}x{constants['BLOCK_N']}x{constants['BLOCK_K']}"
+    pipeline = f"{options['num_warps']} warps, {options['num_stages']} stages"
+    code, shared = need.code, f"{need.shared / 1024:.0f} KB"
+    cells = (" ".join(name), tile, pipeline, code.before, code.step, code.after, need.registers, shared, need.programs)
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 @functools.cache
@@ -146,6 +185,10 @@ def _launches(gpu: str, shapes: str) -> list[Launch]:
     names = shapes.split(",")
     dtypes = [getattr(torch, name) for name in names.pop().split("+")]
     return list(launches(GPUS[gpu], [SHAPES[name] for name in names], dtypes).values())
+
+
+def _described(task: tuple[str, str, int]) -> str | None:
+    return described(_launches(*task[:2])[task[2]], GPUS[task[0]])
 
 
 def _check(task: tuple[str, str, int]) -> str | None:
@@ -161,16 +204,22 @@ def main() -> int:
     parser.add_argument(
         "--dtype", nargs="+", choices=[str(d)[6:] for d in DTYPES], default=[str(d)[6:] for d in DTYPES]
     )
+    parser.add_argument("--table", action="store_true", help="print what the code of each product needs, check nothing")
     args = parser.parse_args()
     shapes = ",".join([*args.shape, "+".join(args.dtype)])
     tasks = [(gpu, shapes, i) for gpu in args.gpu for i in range(len(_launches(gpu, shapes)))]
+    if args.table:
+        print("| kernel | tile | pipeline | before | step | after | registers | shared memory | programs |")
+        print("|" + "---|" * 9)
     wrong = 0
     with multiprocessing.get_context("spawn").Pool() as pool:
-        results = pool.imap_unordered(_check, tasks, chunksize=8)
+        results = pool.imap(_described if args.table else _check, tasks, chunksize=8)
         for found in track(results, "compiling", len(tasks), console=Console(stderr=True)):
             if found:
-                wrong += 1
+                wrong += not args.table
                 print(found, flush=True)
+    if args.table:
+        return 0
     print(f"Triton {triton.__version__}: {len(tasks)} kernels for {', '.join(args.gpu)}, {wrong} wrong")
     return 1 if wrong else 0
 

@@ -201,20 +201,39 @@ NAMED = (
     kernel(
         "grouped_gemm",
         "a row of the next group in a weight's gradient",
-        "here = row < end\n        if GATHER_A",
-        "here = row <= end\n        if GATHER_A",
+        "a_at, b_at, tokens_at, k < size - full, in_m",
+        "a_at, b_at, tokens_at, k <= size - full, in_m",
     ),
     kernel(
         "grouped_gemm",
         "gradient of an expert without tokens not written",
-        "tl.load(starts + group + 1)\n    total",
-        "tl.load(starts + group + 1)\n    if start == end:\n        return\n    total",
+        "    size = end - start\n",
+        "    size = end - start\n    if size == 0:\n        return\n",
+    ),
+    kernel("grouped_gemm", "rows after a group's full blocks left out", "    if full < size:", "    if full > size:"),
+    kernel(
+        "grouped_gemm",
+        "a group's last full block left out",
+        "full = size // BLOCK_K * BLOCK_K",
+        "full = tl.maximum(size // BLOCK_K - 1, 0) * BLOCK_K",
+    ),
+    kernel(
+        "grouped_gemm",
+        "columns past the last of a full block",
+        "mask=inside if FULL else here if EVEN else here & inside",
+        "mask=here if FULL else here if EVEN else here & inside",
+    ),
+    kernel(
+        "grouped_gemm",
+        "step of an operand that is not gathered in 32 bits",
+        "a_at += tl.full((), BLOCK_K, tl.int64) * stride_ar",
+        "a_at += BLOCK_K * stride_ar",
     ),
     kernel(
         "mlp",
         "gate and up swapped",
-        "tl.store(at, swiglu_tile(gate, up, limit,",
-        "tl.store(at, swiglu_tile(up, gate, limit,",
+        "tl.store(at, swiglu_tile(gate, up, ACTIVATION,",
+        "tl.store(at, swiglu_tile(up, gate, ACTIVATION,",
     ),
     kernel(
         "mlp",
@@ -249,8 +268,32 @@ NAMED = (
     kernel(
         "mlp",
         "routing weight of the row instead of the slot",
-        "weight = tl.load(weights + slot)\n    left",
-        "weight = tl.load(weights + tl.minimum(row, end - 1))\n    left",
+        "weight = tl.load(weights + tl.load(slots + last))",
+        "weight = tl.load(weights + last)",
+    ),
+    kernel(
+        "mlp",
+        "a part of the backward epilogue in the place of the one before",
+        "right, pre, grad_pre, scaled, weight, row, end, start_n + half, width",
+        "right, pre, grad_pre, scaled, weight, row, end, start_n, width",
+    ),
+    kernel(
+        "mlp",
+        "a part of the routing weight's gradient lost",
+        "dot += backward_epilogue(",
+        "dot = backward_epilogue(",
+    ),
+    kernel(
+        "mlp",
+        "columns past the last in the backward epilogue",
+        "mask = (row < end)[:, None] if EVEN_N else (row < end)[:, None] & (column < width)[None, :]",
+        "mask = (row < end)[:, None]",
+    ),
+    kernel(
+        "mlp",
+        "few tokens: a list that is too short",
+        "for length in (16, 128, longest) if num_slots <= length)",
+        "for length in (16, 128, longest) if num_slots <= 2 * length)",
     ),
     kernel(
         "activation",
@@ -261,8 +304,8 @@ NAMED = (
     kernel(
         "activation",
         "alpha ignored",
-        "act = tl.div_rn(gate, 1.0 + exp(-alpha * gate)) if",
-        "act = tl.div_rn(gate, 1.0 + exp(-gate)) if",
+        "z = ACTIVATION.alpha * gate\n",
+        "z = gate\n",
     ),
     kernel(
         "activation",
@@ -270,7 +313,12 @@ NAMED = (
         "return tl.where(x < 0, below, above), tl.where(x < 0, above, below)",
         "return above, below",
     ),
-    kernel("activation", "gradient not stopped at the limit", "grad_up = tl.where(inside_up, grad_up, 0.0)", "pass"),
+    kernel(
+        "activation",
+        "gradient not stopped at the limit",
+        "grad_up = tl.where(tl.abs(up) <= ACTIVATION.limit, grad_up, 0.0)",
+        "pass",
+    ),
     kernel("routing", "softmax without its maximum", "e = exp(value - top)", "e = exp(value)"),
     kernel(
         "routing",
@@ -286,6 +334,12 @@ NAMED = (
         "keys = tl.where(chosen[:, None], keys, 0)",
     ),
     kernel("permutation", "order not stable", "(i[None, :] < i[:, None])", "(i[None, :] > i[:, None])"),
+    kernel(
+        "permutation",
+        "slots for their tokens",
+        "tl.store(tokens + row, slot // top_k, mask=real)",
+        "tl.store(tokens + row, slot, mask=real)",
+    ),
     kernel("permutation", "one tile too few", "tiles = (size + block_m - 1) // block_m", "tiles = size // block_m"),
     kernel(
         "permutation",

@@ -4,6 +4,7 @@ The interpreter computes bfloat16 wrongly and cannot share a process with compil
 run are the operators' own tests, on the kernels (see tests/kernels.py).
 """
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -20,8 +21,8 @@ from benchmarks.shapes import Shape
 from moe import ops
 from moe.ops.library import kernels_for
 from tests.cases import BY_NAME
-from tests.compiled import complaint, layer, meta, others, products
-from tests.launches import GPUS, Gpu, Launch, ptx, record
+from tests.compiled import complaint, layer, meta, others, products, slow_on_hopper
+from tests.launches import GPUS, Code, Gpu, Launch, Resources, copies_ahead, instructions, ptx, record
 
 ROOT = Path(__file__).parents[1]
 
@@ -118,8 +119,76 @@ def test_the_complaints_see(monkeypatch: pytest.MonkeyPatch, tile: tiling.Tile, 
     assert found is None if expected is None else expected in (found or "")
 
 
+def test_the_limits_on_the_machine_code_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    def backward() -> str | None:
+        launches = layer(32768, BENCHMARKED["olmoe"], torch.bfloat16, 232448)
+        return complaint(next(launch for launch in launches if launch.name == "hidden_backward_kernel"), GPUS["sm_90"])
+
+    assert backward() is None
+    monkeypatch.setattr(tiling, "hidden_backward_tile", lambda *_: tiling.Tile(128, 128, 64, 8, 4))
+    assert backward() == "1 programs on a multiprocessor, expected 2"
+    launches = layer(32768, BENCHMARKED["olmoe"], torch.bfloat16, 232448)
+    gradient = next(launch for launch in launches if launch.name == "products_kernel")
+    fine = Resources(197376, 0, 209, 8, 0, 6, Code(500, 170, 400), 1)
+    assert slow_on_hopper(gradient, fine) is None
+    slow = dataclasses.replace(fine, code=Code(500, 171, 400))
+    assert slow_on_hopper(gradient, slow) == f"more than 170 instructions for each step: {slow.code}"
+
+
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   ISETP.GE.AND P0, PT, R2, 0x1, PT ;
+        /*0020*/              @!P0 BRA 0x70 ;
+        /*0030*/                   LDGSTS.E.BYPASS.128 [R3], [R4.64] ;
+        /*0040*/                   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0050*/                   IADD3 R2, R2, -0x1, RZ ;
+        /*0060*/               @P1 BRA 0x30 ;
+        /*0070*/                   STG.E.128 [R6.64], R24 ;
+        /*0080*/                   EXIT ;
+        /*0090*/                   BRA 0x90;
+        /*00a0*/                   NOP;
+"""
+
+
+TTGIR = """
+  tt.func public @kernel() attributes {noinline = false} {
+    %1 = scf.for %i = %a to %b step %c iter_args(%x = %y) -> (f32)  : i32 {
+      %2 = ttg.async_wait %t {num = 3 : i32} loc(#loc1)
+      %3 = ttng.warp_group_dot %p, %q, %x : f32
+      %4 = scf.if %d -> (f32) {
+        %5 = ttg.async_wait %t {num = 0 : i32}
+        scf.yield %x : f32
+      } else {
+        scf.yield %y : f32
+      } loc(#loc2)
+      scf.yield %3 : f32 loc(#loc3)
+    } loc(#loc4)
+    %6 = scf.if %d -> (f32) {
+      %7 = tt.load %p : f32
+      %8 = ttng.warp_group_dot %7, %q, %1 : f32
+      scf.yield %8 : f32
+    } else {
+      scf.yield %1 : f32
+    }
+    tt.return
+  }
+"""
+
+
+def test_copies_under_way_are_counted_in_loops_only() -> None:
+    assert copies_ahead(TTGIR) == 3
+    assert copies_ahead(TTGIR.replace("%2 = ttg.async_wait %t {num = 3", "%2 = tt.load %t {num = 3")) == 0
+    assert copies_ahead(TTGIR.replace("num = 3", "num = 0")) == 0
+    assert copies_ahead(TTGIR.replace("scf.for", "scf.if")) is None
+
+
+def test_instructions_are_counted() -> None:
+    assert instructions(SASS) == Code(before=3, step=4, after=2)
+    assert instructions(SASS.replace("HGMMA", "FFMA")) is None
+
+
 @pytest.mark.parametrize("gpu", ["sm_80", "sm_90", "sm_100"])
-def test_gathering_takes_two_more_stages(monkeypatch: pytest.MonkeyPatch, gpu: str) -> None:
+def test_gathering_takes_more_stages(monkeypatch: pytest.MonkeyPatch, gpu: str) -> None:
     def weight_gradient() -> str | None:
         launches = layer(32768, BENCHMARKED["olmoe"], torch.bfloat16, GPUS[gpu].shared_memory)
         return complaint(next(launch for launch in launches if launch.name == "products_kernel"), GPUS[gpu])
@@ -147,7 +216,8 @@ def test_no_launcher_waits_for_the_device() -> None:
 
 
 def test_nothing_is_compiled_for_a_token_count() -> None:
-    """At most three binaries for each kernel of the layer, one for each height of the row tiles, whatever T is."""
+    """At most three binaries for each kernel of the layer, whatever T is: one for each height of the row tiles, and of
+    those for few tokens one for each length of the list of slots."""
     shape = BENCHMARKED["olmoe"]
     names: dict[str, set] = {}
     for tokens in (*range(1, 201), 1000, 1024, 4096, 4097, 32768, 40960):
@@ -157,6 +227,8 @@ def test_nothing_is_compiled_for_a_token_count() -> None:
         "up_kernel": 3 + 3,
         "rows_kernel": 3 + 3,
         "hidden_backward_kernel": 3,
+        "small_up_kernel": 3,
+        "small_down_kernel": 3,
     }  # with and without SAVE; down and up
     combined = {"combine_kernel": 3}  # by position, by slot, without weights
     for name, keys in names.items():
@@ -207,7 +279,8 @@ def test_every_tile_fits_the_chip(gpu: Gpu) -> None:
             shared = gpu.shared_memory
             for tile in (
                 tiling.rows_tile(dtype, block_m, shared),
-                tiling.hidden_backward_tile(dtype, block_m, shared),
+                tiling.hidden_backward_tile(dtype, block_m, shared, False),
+                tiling.hidden_backward_tile(dtype, block_m, shared, True),
                 *(tiling.products_tile(dtype, m, n, shared) for m, n in ((4096, 1024), (64, 4096), (24, 24))),
             ):
                 assert tile.shared_memory(dtype.itemsize) <= shared

@@ -411,7 +411,9 @@ def _small(
         block_m = 32 if inner % 16 or width % 16 else 16 if num_slots <= 8 * experts else 64
     tile = tiling.rows_tile(x.dtype, block_m, tiling.shared_memory(x.device))
     block_n = tile.block_n // 2
-    slots = max(SMALL * triton.next_power_of_2(expert_ids.shape[1]), 16)
+    # A program reads the whole list, which is short for one or two tokens: three lengths, not one for each T.
+    longest = SMALL * triton.next_power_of_2(expert_ids.shape[1])
+    slots = next(length for length in (16, 128, longest) if num_slots <= length)
     groups = min(num_slots, experts)
     hidden = torch.empty((num_slots, width), dtype=x.dtype, device=x.device)
     out = torch.empty((num_slots, inner), dtype=x.dtype, device=x.device)
@@ -519,7 +521,8 @@ def _hidden_backward(
     """(grad_pre [R, 2F], hidden times weight [R, F], dots [R, blocks])"""
     tiles, num_rows, inner = order.tiles, order.slots.shape[0], grad.shape[1]
     assert tiles is not None
-    tile = tiling.hidden_backward_tile(grad.dtype, tiles.block_m, tiling.shared_memory(grad.device))
+    clamped, shared = activation.limit is not None, tiling.shared_memory(grad.device)
+    tile = tiling.hidden_backward_tile(grad.dtype, tiles.block_m, shared, clamped)
     blocks_n = max(triton.cdiv(width, tile.block_n), 1)
     grad_pre = torch.empty((num_rows, 2 * width), dtype=grad.dtype, device=grad.device)
     scaled = torch.empty((num_rows, width), dtype=grad.dtype, device=grad.device)
@@ -548,7 +551,7 @@ def _hidden_backward(
             EVEN_K=inner % tile.block_k == 0,
             EVEN_N=tiling.even(width, tile.block_n),
             GROUP_M=tile.group_m,
-            PARTS=4,
+            PARTS=max(4, tile.block_m * tile.block_n // (512 * tile.num_warps)),  # 16 elements for each thread
             **tile.options,
         )
     return grad_pre, scaled, dots

@@ -76,9 +76,9 @@ def row_block(dtype: torch.dtype, num_rows: int, num_groups: int, *sizes: int) -
 
 
 def largest(shared: int) -> Tile:
-    """The tile of a product of half precision whose every size is large. Where only one program fits into the shared
-    memory, below an A100's, registers need not be left for another."""
-    return Tile(128, 256, 64, 8, 3) if shared >= 200000 else Tile(128, 128, 64, 8, 3, all_registers=shared < 150000)
+    """The tile of a product of half precision whose every size is large, with up to four stages. Where only one program
+    fits into the shared memory, below an A100's, registers need not be left for another."""
+    return Tile(128, 256, 64, 8, 4) if shared >= 200000 else Tile(128, 128, 64, 8, 4, all_registers=shared < 150000)
 
 
 def rows_tile(dtype: torch.dtype, block_m: int, shared: int) -> Tile:
@@ -110,15 +110,23 @@ def products_tile(dtype: torch.dtype, m: int, n: int, shared: int) -> Tile:
 
 
 def gathering(tile: Tile) -> Tile:
-    """For rows that are found through a list: loading from it takes two of the stages, and with three a product waits
-    for all that has been asked for. On an NVIDIA GPU it needs no more memory, but for the list's part. A tile of two
-    stages has no room for more, or nothing to copy asynchronously."""
-    return replace(tile, num_stages=tile.num_stages + 2) if tile.num_stages > 2 else tile
+    """For rows that are found through a list. Loading from it takes as many stages as loading the rows does: with n
+    stages in all, a product would wait for every copy. On an NVIDIA GPU 2 n - 1 stages need no more memory than n
+    without a list, but for the list's part. A tile of two stages has no room for more, or nothing to copy
+    asynchronously."""
+    return replace(tile, num_stages=2 * tile.num_stages - 1) if tile.num_stages > 2 else tile
 
 
-def hidden_backward_tile(dtype: torch.dtype, block_m: int, shared: int) -> Tile:
-    """Narrower than `rows_tile`: the epilogue holds the pre-activation beside the accumulator."""
-    return replace(narrowed(rows_tile(dtype, block_m, shared), 128), all_registers=True)
+def hidden_backward_tile(dtype: torch.dtype, block_m: int, shared: int, clamped: bool) -> Tile:
+    """Narrower than `rows_tile`: the epilogue holds the pre-activation beside the accumulator.
+
+    The epilogue is longer than the loop of a small model. Where the memory is enough for two programs, of four warps
+    and three stages each, one multiplies while the other is in its epilogue. With clamping this spills.
+    """
+    tile = replace(narrowed(rows_tile(dtype, block_m, shared), 128), all_registers=True)
+    half = replace(tile, num_warps=4, num_stages=3)
+    two = tile.num_warps == 8 and not clamped and 2 * half.shared_memory(dtype.itemsize) <= shared
+    return half if two else tile
 
 
 def narrowed(tile: Tile, block_n: int) -> Tile:
