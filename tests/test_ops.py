@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from moe.ops.mlp import moe_mlp_reference
 from moe.ops.permutation import permute_reference, unpermute_reference
 from tests.bound import DTYPES, UNIT, against_eager, elementwise_limit, excess, product_limit
 from tests.cases import BY_NAME, CASES, Case, Inputs
+from tests.running_error import complaints, moe_mlp_errors
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -73,17 +75,17 @@ def test_moe_mlp(case: Case, dtype: torch.dtype) -> None:
     inputs = case.inputs(dtype)
     grad = torch.randn(case.tokens, case.width, dtype=torch.float64).to(dtype)
     ours = gradients(fused, inputs, grad)
-    eager = of_eager(eager_experts, inputs, grad)
     exact = gradients(eager_experts, inputs.to(torch.float64), grad)
-    verdicts = {name: against_eager(ours[name], eager[name], exact[name], dtype) for name in ours}
-    assert all(v.right for v in verdicts.values()), verdicts
+    errors, eager = moe_mlp_errors(inputs, grad), cache(lambda: of_eager(eager_experts, inputs, grad))
+    assert not complaints(inputs, ours, errors, exact, eager)
     unused = ~torch.isin(torch.arange(case.experts), inputs.expert_ids)
     for name in ("gate_up", "down", "gate_up_bias", "down_bias"):
         assert (ours[name][unused] == 0).all(), name
     assert (ours["weights"][inputs.expert_ids == -1] == 0).all()
     with torch.no_grad():  # the path without a saved pre-activation
-        assert against_eager(fused(inputs), eager["y"], exact["y"], dtype).right
-    assert {n: ours[n].dtype for n in ours} == {n: eager[n][0].dtype for n in ours}
+        y = {"y": fused(inputs)}
+    assert not complaints(inputs, y, errors, exact, eager)
+    assert {n: ours[n].dtype for n in ours} == {"y": dtype} | {n: getattr(inputs, n).dtype for n in ours if n != "y"}
 
 
 @pytest.mark.parametrize(
@@ -103,9 +105,8 @@ def test_moe_mlp_clamped(case: Case, dtype: torch.dtype, settings: dict[str, flo
 
     inputs, grad = case.inputs(dtype), torch.randn(case.tokens, case.width).to(dtype)
     ours = gradients(lambda i: fused(i, **settings), inputs, grad)
-    eager, exact = of_eager(reference, inputs, grad), gradients(reference, inputs.to(torch.float64), grad)
-    verdicts = {name: against_eager(ours[name], eager[name], exact[name], dtype) for name in ours}
-    assert all(v.right for v in verdicts.values()), verdicts
+    exact, errors = gradients(reference, inputs.to(torch.float64), grad), moe_mlp_errors(inputs, grad, **settings)
+    assert not complaints(inputs, ours, errors, exact, lambda: of_eager(reference, inputs, grad))
 
 
 def strided(tensor: Tensor) -> Tensor:
@@ -525,6 +526,56 @@ def test_the_bounds_see(bug: str, dtype: torch.dtype) -> None:
     exact, eager = eager_experts(inputs.to(torch.float64)), eager_experts(inputs)
     assert against_eager(fused(inputs), eager, exact, dtype).right
     assert not against_eager(BUGS[bug](fused(inputs)), eager, exact, dtype).right
+
+
+FEW = ("one_token", "one_slot", "two_tokens", "few_slots_absent")
+
+
+@pytest.mark.parametrize("settings", [{}, {"swiglu_limit": 0.7, "swiglu_alpha": 1.702, "swiglu_beta": 1.0}], ids=str)
+@pytest.mark.parametrize("name", [*FEW, "absent", "repeated", "no_tokens"])
+def test_the_running_error_sees_the_exact_values(name: str, settings: dict[str, float]) -> None:
+    inputs = BY_NAME[name].inputs(torch.float64)
+    grad = torch.randn_like(inputs.x)
+    errors = moe_mlp_errors(inputs, grad, **settings)
+    for key, exact in gradients(lambda i: fused(i, tier="reference", **settings), inputs, grad).items():
+        torch.testing.assert_close(errors[key].exact, exact, rtol=1e-12, atol=1e-14, msg=key)
+
+
+def without(inputs: Inputs, name: str, index: Any) -> Inputs:
+    return replace(inputs, **{name: getattr(inputs, name).index_fill(-1, torch.tensor(index), 0)})
+
+
+DROPPED: dict[str, Callable[[Inputs], Inputs]] = {
+    "an element of the width": lambda i: without(i, "x", 1),
+    "an element of the hidden width": lambda i: without(i, "down", 1),
+    "the up bias": lambda i: replace(i, gate_up_bias=i.gate_up_bias * 0),
+    "the down bias": lambda i: replace(i, down_bias=i.down_bias * 0),
+    "a slot": lambda i: replace(i, expert_ids=i.expert_ids.index_fill(1, torch.tensor(i.expert_ids.shape[1] - 1), -1)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FEW)
+def test_the_running_error_sees(name: str, dtype: torch.dtype) -> None:
+    """Of few numbers too, and in each result alone: what is zero, scaled, negated or computed without something."""
+    inputs = BY_NAME[name].inputs(dtype)
+    grad = torch.randn(inputs.x.shape).to(dtype)
+    ours, errors = gradients(fused, inputs, grad), moe_mlp_errors(inputs, grad)
+    scale = {torch.float32: 1.004, torch.float16: 1.1, torch.bfloat16: 1.5}[dtype]
+    for key, result in ours.items():
+        largest = result.abs() == result.abs().max()
+        for wrong in (
+            result * 0,
+            result * scale,
+            torch.where(largest, 0, result),
+            torch.where(largest, -result, result),
+        ):
+            assert excess(wrong, errors[key].exact, errors[key].error) > 1, key
+    for what, drop in DROPPED.items():
+        found = gradients(fused, drop(inputs), grad)
+        assert any(excess(found[key], errors[key].exact, errors[key].error) > 1 for key in found), what
+        if dtype != torch.bfloat16:
+            assert excess(found["y"], errors["y"].exact, errors["y"].error) > 1, what
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
