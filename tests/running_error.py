@@ -36,7 +36,7 @@ class Computed:
         return self.exact.abs() + self.error
 
     @property
-    def T(self) -> "Computed":  # noqa: N802
+    def T(self) -> "Computed":
         return Computed(self.exact.T, self.error.T)
 
     def __getitem__(self, index: Any) -> "Computed":
@@ -64,7 +64,7 @@ class Computed:
         return Computed(exact, torch.maximum(high - exact, exact - low))
 
     def within(self, low: float, high: float) -> "Computed":
-        """1 between the limits and at them, 0 elsewhere; the computed value may be on the other side of a near limit."""
+        """1 between the limits and at them, else 0. A computed value near a limit may be on its other side."""
         near = torch.minimum((self.exact - low).abs(), (self.exact - high).abs()) <= self.error
         return Computed(((low <= self.exact) & (self.exact <= high)).double(), near.double())
 
@@ -98,7 +98,8 @@ def moe_mlp_errors(
     names = ("gate_up", "down", "weights", "gate_up_bias", "down_bias")
     found = {name: Computed.given(torch.zeros_like(getattr(i, name))) for name in names}
     for e in range(len(i.gate_up)):
-        token, k = here = (i.expert_ids == e).nonzero(as_tuple=True)
+        here = (i.expert_ids == e).nonzero(as_tuple=True)
+        token = here[0]
         weight, g = weights[(*here, None)], y_grad[token]
         pre = (product(x[token], gate_up[e].T, dtype) + gate_up_bias[e]).rounded(dtype)
         gate, up = pre[:, :hidden], pre[:, hidden:]
