@@ -131,6 +131,12 @@ def moe_mlp_errors(
     return {name: Computed(result.exact, twice * result.error) for name, result in found.items()}
 
 
+def beyond(found: dict[str, Tensor], errors: dict[str, Computed]) -> dict[str, float]:
+    """The results with an element beyond its error, and by what factor the worst of each is."""
+    factors = {name: excess(result, errors[name].exact, errors[name].error) for name, result in found.items()}
+    return {name: factor for name, factor in factors.items() if not factor <= 1}
+
+
 def complaints(
     inputs: Inputs,
     found: dict[str, Tensor],
@@ -138,17 +144,16 @@ def complaints(
     exact: dict[str, Tensor],
     eager: Callable[[], dict[str, list[Tensor]]],
 ) -> list[str]:
-    """What is wrong with results of `moe_mlp` under the names of `moe_mlp_errors`, one line each.
+    """What is wrong with results of `moe_mlp`, one line each; `exact` are those of another implementation in float64.
 
-    No element may break its running error. Where there are `MANY` slots and numbers, the error is at most twice that of
-    eager, too.
+    No element may be beyond its running error. Where there are `MANY` slots and numbers, the error is at most twice
+    that of eager, too.
     """
-    lines = []
+    of_others = {name: Computed(exact[name], errors[name].error) for name in found}
+    lines = [f"{name}: {factor:.3g} times its running error" for name, factor in beyond(found, of_others).items()]
     many = [name for name in found if min(inputs.expert_ids.numel(), exact[name].numel()) >= MANY]
     theirs = eager() if many else {}
     for name, result in found.items():
-        if not (factor := excess(result, exact[name], errors[name].error)) <= 1:
-            lines.append(f"{name}: {factor:.3g} times the running error")
         verdict = against_eager(result, theirs[name], exact[name], inputs.x.dtype) if name in many else None
         if verdict is not None and not verdict.right:
             lines.append(f"{name}: {verdict}")
