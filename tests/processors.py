@@ -38,10 +38,8 @@ FILES = (
     "quantized",
     "checkpoint_quantised",
     "checkpoint_transformers",
-    "integrations_transformers",
-    "train",
-    "train_tiny",
 )
+SLOW = ("integrations_transformers", "train", "train_tiny")
 
 # torch compares the first with what the processor has, and oneDNN the second; without AVX-512 torch leaves products in
 # half precision to its own kernels. MKL obeys the third on Intel. On AMD it ignores that one (a product has the same
@@ -97,12 +95,17 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"{leg}: torch uses {found[0]} and {found[1]} threads")
 
 
+def selected(few: bool, arguments: list[str]) -> list[str]:
+    """Arguments of pytest: the files first, unless some of the `arguments` are files."""
+    if any(Path(argument.partition("::")[0]).is_file() for argument in arguments):
+        return arguments
+    files = [f"tests/test_{name}.py" for name in (FILES if few else FILES + SLOW)]
+    return [*files, *(["-k", "not compile"] if few else []), *arguments]
+
+
 def run(leg: Leg, arguments: list[str]) -> bool:
     """Prints the result in one line, after pytest's output if a test failed; returns whether all passed."""
-    files = (
-        [] if any(Path(a.partition("::")[0]).is_file() for a in arguments) else [f"tests/test_{n}.py" for n in FILES]
-    )
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.processors", *files, *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.processors", *arguments]
     started = time.monotonic()
     process = subprocess.Popen(
         command, cwd=ROOT, env=leg.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -122,19 +125,24 @@ def run(leg: Leg, arguments: list[str]) -> bool:
     return passed
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     description, _, details = str(__doc__).partition("\n\n")
     parser = argparse.ArgumentParser(
         prog="python -m tests.processors",
-        usage="%(prog)s [-h] [--leg NAME [NAME ...]] [--list] [-- ARGUMENT ...]",
+        usage="%(prog)s [-h] [--leg NAME [NAME ...]] [--few] [--list] [-- ARGUMENT ...]",
         description=description,
         epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--leg", nargs="+", metavar="NAME", default=list(LEGS), help=f"from {', '.join(LEGS)}")
+    parser.add_argument(
+        "--few",
+        action="store_true",
+        help="leave out transformers' experts, training runs and compiled graphs, as CI does",
+    )
     parser.add_argument("--list", action="store_true", help="print each leg's environment, and run nothing")
     parser.add_argument("arguments", nargs="*", metavar="ARGUMENT", help="arguments of pytest, after --")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     unknown = [name for name in options.leg if name not in LEGS]
     if unknown:
         print(f"--leg {unknown[0]}: expected one of {', '.join(LEGS)}", file=sys.stderr)
@@ -148,7 +156,8 @@ def main() -> int:
     absent = {leg.instructions for leg in legs if lacks(leg.instructions)}
     for instructions in sorted(absent):
         print(f"{instructions}: not run, because this processor lacks it")
-    results = [run(leg, options.arguments) for leg in legs if leg.instructions not in absent]
+    arguments = selected(options.few, options.arguments)
+    results = [run(leg, arguments) for leg in legs if leg.instructions not in absent]
     return int(not all(results))
 
 
