@@ -143,9 +143,15 @@ def build(kind: str, values: dict[str, Any], seed: int) -> Any:
 
 
 def read_there(folder: Path, kind: str) -> tuple[Any, dict[str, Any]]:
-    """The model as transformers loads it, and what it says about names that did not fit."""
+    """The model as transformers loads it, and what it says about names that did not fit.
+
+    A loaded tensor may begin at any address of a mapped file, and then products are summed in another order than with
+    the same tensor in a buffer from torch's allocator, which aligns all alike.
+    """
     model, info = getattr(transformers, kind + "ForCausalLM").from_pretrained(folder, output_loading_info=True)
     model.set_experts_implementation("eager")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
     return model.eval(), info
 
 

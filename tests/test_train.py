@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -301,21 +300,30 @@ def command(text: Path, folder: Path, *more: str) -> list[str]:
     return ["train", "--data", str(text), *options, "--out", str(folder), *more]
 
 
-def start(argv: list[str]) -> subprocess.Popen[str]:
-    argv = [sys.executable, "-W", "error", "-m", "moe", *argv]
+# The run sends itself a signal after a step: whoever watches it from outside may look up several steps later.
+AND_SIGNAL = """
+import os, sys
+from moe.cli import main
+from moe.train.loop import Trainer
+
+take_step, last, number = Trainer.step, int(sys.argv.pop(1)), int(sys.argv.pop(1))
+
+def step(trainer):
+    report = take_step(trainer)
+    if trainer.step_number == last:
+        os.kill(os.getpid(), number)
+    return report
+
+Trainer.step = step
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def start(argv: list[str], *, step: int = 0, number: int = 0) -> subprocess.Popen[str]:
+    """A run that gets the signal `number` when `step` is done but not recorded; without a step, none."""
+    argv = ["-c", AND_SIGNAL, str(step), str(number), *argv] if step else ["-m", "moe", *argv]
+    argv = [sys.executable, "-W", "error", *argv]
     return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_steps(process: subprocess.Popen[str], folder: Path, steps: int) -> None:
-    """Until metrics.jsonl holds a record of that step, which is between two saves."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        file = folder / "metrics.jsonl"
-        if file.exists() and f'"kind": "train", "step": {steps}' in file.read_text():
-            return
-        time.sleep(0.005)
-    process.kill()
-    pytest.fail(f"no step {steps}: {process.communicate()}")
 
 
 def test_interrupted_killed_and_resumed_equals_unbroken(text: Path, tmp_path: Path) -> None:
@@ -325,23 +333,20 @@ def test_interrupted_killed_and_resumed_equals_unbroken(text: Path, tmp_path: Pa
     out, err = reference.communicate(timeout=300)
     assert reference.returncode == 0, err
 
-    process = start(command(text, broken, "--json"))
-    wait_for_steps(process, broken, 10)
-    process.send_signal(signal.SIGINT)
+    process = start(command(text, broken, "--json"), step=10, number=signal.SIGINT)
     stopped_out, stopped_err = process.communicate(timeout=120)
     assert process.returncode == 130, stopped_err
     stopped = json.loads(stopped_out)
-    assert stopped["interrupted"] == "SIGINT" and 10 <= stopped["step"] < 16
+    assert stopped["interrupted"] == "SIGINT" and stopped["step"] == 10
     assert "Traceback" not in stopped_err and stopped["resume"] in stopped_err
     assert stopped["resume"].startswith("moesmith train ") and stopped["resume"].endswith(" --resume")
     assert (broken / "states" / f"step-{stopped['step']:06}").is_dir()
 
     argv = stopped["resume"].split()[1:]
-    process = start(argv)
-    wait_for_steps(process, broken, 18)
-    process.kill()
+    process = start(argv, step=19, number=signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
+    assert '"step": 18' in (broken / "metrics.jsonl").read_text(), "more is recorded than saved"
     assert not (broken / "summary.json").exists()
 
     process = start([*argv, "--json"])
@@ -483,8 +488,8 @@ def test_a_users_tokenizer_sets_the_vocabulary(text: Path, tmp_path: Path, datas
 
 
 def test_two_runs_in_one_folder_are_refused(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first = start(command(text, tmp_path / "run"))
-    wait_for_steps(first, tmp_path / "run", 1)
+    first = start(command(text, tmp_path / "run"), step=1, number=signal.SIGSTOP)
+    assert os.WIFSTOPPED(os.waitpid(first.pid, os.WUNTRACED)[1])
     assert main([*command(text, tmp_path / "run"), "--resume"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "another run is at work in this folder" in said and str(first.pid) in said

@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ STEPS = 8
 # AdamW: Muon's products are in bf16, which makes of a last bit of the gradient one of the update's eight.
 OPTIONS = ["--steps", STEPS, "--batch-size", 4, "--seq-length", 32, "--eval-every", 4, "--save-every", 2, "--keep", 9]
 OPTIONS += ["--optimizer", "adamw", "--document-mask"]
+MOE = ("-m", "moe")
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +36,33 @@ def arguments(text: Path, out: Path, *more: Any) -> list[str]:
     return ["train", "--preset", "tiny", "--data", str(text), *map(str, OPTIONS), "--out", str(out), *map(str, more)]
 
 
-def torchrun(ranks: int, argv: list[str], *options: str) -> subprocess.Popen[str]:
+# `python -m moe`, of which the last rank is killed once, when it has taken its third step.
+KILLED = """
+import os, signal, sys
+from moe.cli import main
+from moe.train.loop import Trainer
+
+take_step = Trainer.step
+
+def step(trainer):
+    report = take_step(trainer)
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if first and trainer.step_number == 3 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return report
+
+Trainer.step = step
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def torchrun(ranks: int, argv: list[str], *options: str, program: tuple[str, ...] = MOE) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
     # The launcher's own warnings are not ours.
     command = [command[0], "-W", "ignore", *command[1:]]
     return subprocess.Popen(
-        [*command, "-m", "moe", *argv],
+        [*command, *program, *argv],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -106,15 +125,11 @@ def test_ranks_train_as_one_process_and_another_number_resumes(text: Path, alone
 
 def test_a_killed_rank_is_started_again_and_the_curve_goes_on(text: Path, alone: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    process = torchrun(2, arguments(text, out, "--ep", 2, "--timeout", 20), "--max-restarts", "1")
-    deadline = time.monotonic() + 120
-    while not (out / "states" / "step-000002").exists():
-        assert time.monotonic() < deadline and process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-    said = finish(process)
-    assert "resuming after step" in said
+    program = tmp_path / "killed.py"
+    program.write_text(KILLED)
+    options = arguments(text, out, "--ep", 2, "--timeout", 20)
+    said = finish(torchrun(2, options, "--max-restarts", "1", program=(str(program),)))
+    assert "resuming after step 2 of 8" in said
     assert_same_run(out, alone)
 
 

@@ -26,7 +26,7 @@ class BatchedMuon(torch.optim.Optimizer):
     """Muon for stacks of matrices [..., N, K]: every matrix on its own, as torch.optim.Muon would step it.
 
     torch's takes 2-D parameters only. This equals it slice by slice, with `adjust_lr_fn="match_rms_adamw"` and Nesterov
-    momentum: bit for bit where bf16 is multiplied as such, else up to the order of sums in fp32 (see `_multiply_add`).
+    momentum, up to the order in which products are summed (see `_multiply_add`).
     Of a DTensor, ranks that hold whole matrices step those; matrices that are cut are gathered, one parameter at a
     time, and every rank that holds a part computes all of it.
 

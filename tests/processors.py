@@ -1,0 +1,170 @@
+"""Runs the numeric tests as other x86 processors and numbers of threads would run them.
+
+    python -m tests.processors                          all that this machine can run
+    python -m tests.processors --leg avx2-1 avx512-2    only these
+    python -m tests.processors --leg avx2-1 -- tests/test_ops.py -k grouped -x
+
+A leg limits the instruction sets of torch, oneDNN and MKL and sets the number
+of threads. Its name is the instruction set, or "default" for no limit, and the
+number of threads. Arguments after -- go to pytest; test files among them
+replace the numeric ones.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+FILES = (
+    "ops",
+    "ops_contract",
+    "ops_routing",
+    "attention_blocks",
+    "loss",
+    "layer",
+    "model",
+    "balance",
+    "generation",
+    "optimizer",
+    "quantization",
+    "quantized",
+    "checkpoint_quantised",
+    "checkpoint_transformers",
+)
+SLOW = ("integrations_transformers", "train", "train_tiny")
+
+# torch compares the first with what the processor has, and oneDNN the second; without AVX-512 torch leaves products in
+# half precision to its own kernels. MKL obeys the third on Intel. On AMD it ignores that one (a product has the same
+# bits with SSE4_2, of MKL 2024.2), but MKL_CBWR selects other kernels, which sum in another order.
+LIMITS = {
+    "default": {},
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "MKL_CBWR": "AVX2",
+    },
+    "avx512": {
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+    },
+}
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+LIMITED = {name for limits in LIMITS.values() for name in limits} | set(THREADS)
+
+
+@dataclass(frozen=True)
+class Leg:
+    instructions: str
+    threads: int
+
+    def __str__(self) -> str:
+        return f"{self.instructions}-{self.threads}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if name not in LIMITED}
+        return (
+            kept | LIMITS[self.instructions] | dict.fromkeys(THREADS, str(self.threads)) | {"MOESMITH_LEG": str(self)}
+        )
+
+
+LEGS = {str(leg): leg for leg in (Leg(instructions, threads) for instructions in LIMITS for threads in (1, 2))}
+
+
+def lacks(instructions: str) -> bool:
+    supported = {"avx2": torch.cpu._is_avx2_supported, "avx512": torch.cpu._is_avx512_supported}
+    return instructions in supported and not supported[instructions]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """In a leg's process, for which this module is a pytest plugin: makes sure that the limits are in effect."""
+    leg = LEGS[os.environ["MOESMITH_LEG"]]
+    found = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    expected = leg.instructions.upper() if leg.instructions != "default" else found[0], leg.threads
+    if found != expected:
+        raise pytest.UsageError(f"{leg}: torch uses {found[0]} and {found[1]} threads")
+
+
+def selected(few: bool, arguments: list[str]) -> list[str]:
+    """Arguments of pytest: the files first, unless some of the `arguments` are files."""
+    if any(Path(argument.partition("::")[0]).is_file() for argument in arguments):
+        return arguments
+    files = [f"tests/test_{name}.py" for name in (FILES if few else FILES + SLOW)]
+    return [*files, *(["-k", "not compile"] if few else []), *arguments]
+
+
+def run(leg: Leg, arguments: list[str]) -> bool:
+    """Prints the result in one line, after pytest's output if a test failed; returns whether all passed."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.processors", *arguments]
+    started = time.monotonic()
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=leg.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        output = process.communicate()[0]
+    except KeyboardInterrupt:
+        process.kill()
+        process.wait()
+        raise
+    counts = re.findall(r"^(?:=+ )?(\d+ .+?|no tests ran) in [\d.]+s", output, re.MULTILINE)
+    passed = process.returncode == 0
+    if not passed:
+        print(output)
+    result = counts[-1] if counts else f"pytest ended with status {process.returncode}"
+    print(f"{leg}: {'passed' if passed else 'FAILED'}, {time.monotonic() - started:.0f} s: {result}", flush=True)
+    return passed
+
+
+def main(argv: list[str] | None = None) -> int:
+    description, _, details = str(__doc__).partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.processors",
+        usage="%(prog)s [-h] [--leg NAME [NAME ...]] [--few] [--list] [-- ARGUMENT ...]",
+        description=description,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--leg", nargs="+", metavar="NAME", default=list(LEGS), help=f"from {', '.join(LEGS)}")
+    parser.add_argument(
+        "--few",
+        action="store_true",
+        help="leave out transformers' experts, training runs and compiled graphs, as CI does",
+    )
+    parser.add_argument("--list", action="store_true", help="print each leg's environment, and run nothing")
+    parser.add_argument("arguments", nargs="*", metavar="ARGUMENT", help="arguments of pytest, after --")
+    options = parser.parse_args(argv)
+    unknown = [name for name in options.leg if name not in LEGS]
+    if unknown:
+        print(f"--leg {unknown[0]}: expected one of {', '.join(LEGS)}", file=sys.stderr)
+        return 2
+    legs = [LEGS[name] for name in dict.fromkeys(options.leg)]
+    if options.list:
+        for leg in legs:
+            limits = LIMITS[leg.instructions] | dict.fromkeys(THREADS, str(leg.threads))
+            print(f"{leg}: {' '.join(f'{name}={value}' for name, value in limits.items())}")
+        return 0
+    absent = {leg.instructions for leg in legs if lacks(leg.instructions)}
+    for instructions in sorted(absent):
+        print(f"{instructions}: not run, because this processor lacks it")
+    arguments = selected(options.few, options.arguments)
+    results = [run(leg, arguments) for leg in legs if leg.instructions not in absent]
+    return int(not all(results))
+
+
+if __name__ == "__main__":
+    try:
+        status = main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    sys.exit(status)
