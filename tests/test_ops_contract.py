@@ -101,7 +101,8 @@ def test_opcheck(op: str, case: Case) -> None:
 def whole_layer(logits: Tensor, bias: Tensor | None, i: Inputs, routing_case: RoutingCase) -> Tensor:
     """Every public operator in one differentiable function."""
     routing = ops.route(logits, bias, **routing_case.settings)
-    fused = mlp(Inputs(**vars(i) | {"weights": routing.weights, "expert_ids": routing.expert_ids}))
+    biases = {"gate_up_bias": i.gate_up_bias, "down_bias": i.down_bias}
+    fused = ops.moe_mlp(i.x, i.gate_up, i.down, routing.weights, routing.expert_ids, **biases)
     permuted = ops.permute(i.x, routing.expert_ids, i.gate_up.shape[0])
     hidden = ops.swiglu(ops.grouped_mm(permuted.rows, i.gate_up.mT, permuted.offsets), limit=2.0)
     rows = ops.grouped_mm(hidden, i.down.mT, permuted.offsets)
@@ -402,10 +403,10 @@ class OnGpu(NamedTuple):
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An installation without moe_triton, in a process that has not warned yet."""
     monkeypatch.setitem(sys.modules, "moe_triton", None)
-    for remembered in (library._why_no_kernels, library._warn_once):
+    for remembered in (library.why_no_kernels, library._warn_once):
         remembered.cache_clear()
     yield
-    for remembered in (library._why_no_kernels, library._warn_once):
+    for remembered in (library.why_no_kernels, library._warn_once):
         remembered.cache_clear()
 
 

@@ -67,7 +67,7 @@ def kernels_for(page: str, tensors: list[Tensor], tier: str = "auto") -> ModuleT
         raise ValueError(f"tensors on {', '.join(sorted({str(t.device) for t in tensors}))}: expected one device")
     if device.type == "cpu" and tier != "triton":
         return None
-    why = _why_no_kernels(device)
+    why = why_no_kernels(device)
     wide = any(tensor.dtype == torch.float64 for tensor in tensors)
     if why is None and not wide:
         return importlib.import_module(f"moe_triton.{page}")
@@ -90,7 +90,8 @@ _REMEDIES = {
 
 
 @cache
-def _why_no_kernels(device: torch.device) -> str | None:
+def why_no_kernels(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a device, and what to do; None if they can."""
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "tensors are on the CPU, where kernels run only by Triton's interpreter (TRITON_INTERPRET=1)"
     for package, remedy in _REMEDIES.items():
