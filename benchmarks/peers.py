@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.harness import BadInput, one_line
 from moe.ops import grouped_mm, moe_mlp, route
+from moe.ops.library import Tier
 
 # A third of an H200: transformers' batched_mm copies every routed row's own expert.
 MOST_COPIED = 2**35
@@ -92,17 +93,22 @@ class Peer:
         return "needs CUDA" if self.cuda_only and device != "cuda" else ""
 
 
+def tier_for(tensor: Tensor) -> Tier:
+    """On a GPU the kernels or an error: torch's operators are not to be timed in their place."""
+    return "auto" if tensor.device.type == "cpu" else "triton"
+
+
 def _ours_layer(i: LayerInputs) -> Call:
-    return lambda: moe_mlp(i.x, i.gate_up, i.down, i.weights, i.expert_ids)
+    return lambda: moe_mlp(i.x, i.gate_up, i.down, i.weights, i.expert_ids, tier=tier_for(i.x))
 
 
 def _ours_gemm(i: GemmInputs) -> Call:
-    return lambda: grouped_mm(i.a, i.b, i.offs)
+    return lambda: grouped_mm(i.a, i.b, i.offs, tier=tier_for(i.a))
 
 
 def _ours_route(i: RouteInputs) -> Call:
     def call() -> tuple[Tensor, Tensor]:
-        routing = route(i.logits, top_k=i.top_k, scoring_func="softmax")
+        routing = route(i.logits, top_k=i.top_k, scoring_func="softmax", tier=tier_for(i.logits))
         return routing.weights, routing.expert_ids
 
     return call

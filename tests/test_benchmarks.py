@@ -1,11 +1,15 @@
 """The benchmarks run, and print no number for what is wrong."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +18,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from benchmarks import cpu, gate, jobs, layer, report, routings
+from benchmarks import cpu, cuda, gate, jobs, layer, peers, report, routings
 from benchmarks.__main__ import main
 from benchmarks.harness import ROOT, BadInput, interleave
 from benchmarks.limits import Ceilings, Phase, activated, work
@@ -23,6 +27,7 @@ from benchmarks.shapes import SHAPES, Shape, small
 from moe import Transformer, preset
 from moe.counts import count_parameters
 from moe.ops import grouped_mm, moe_mlp
+from moe.ops.library import why_no_kernels
 
 SIZES = dataclasses.replace(cpu.SMALL, train=16, prefill=24, decode=3, rounds=1)
 
@@ -783,6 +788,159 @@ def test_what_does_not_fit_is_left_out(monkeypatch, capsys, error):
     assert layer_run(*options) == 0
     shown = capsys.readouterr()
     assert "T 5, d 32, n 16, E 8, K 2), uniform, fp32: not enough memory" in shown.err and "(T 6, d 32" in shown.out
+
+
+ILLEGAL = "CUDA error: an illegal memory access was encountered"
+POISON = f"""
+from benchmarks import jobs
+
+def unusable(*_):
+    raise RuntimeError("{ILLEGAL}")
+
+def poison(inputs):
+    if inputs.x.shape[0] == 7:
+        jobs._sums = unusable
+        unusable()
+    return inputs.x
+"""
+
+
+@pytest.fixture
+def poison(tmp_path, monkeypatch) -> str:
+    """A peer that fails at 7 tokens, after which the inputs cannot be looked at, as after a kernel's error on a GPU."""
+    monkeypatch.setattr(jobs, "_sums", jobs._sums)  # put back
+    file = tmp_path / "poison.py"
+    file.write_text(POISON)
+    return f"{file}:poison"
+
+
+def test_what_an_unusable_device_leaves(poison, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    options = ("--shape", LAYER, "--op", "forward", "--tokens", "5", "7", "9", "--peers", "loop", "--json", str(out))
+    assert layer_run(*options, "--peer", poison) == 3
+    found = {(r["tokens"], r["candidate"]): (r["status"], r["reason"]) for r in records_of(out)}
+    after = f"{poison} left the device unusable: RuntimeError: {ILLEGAL}"
+    assert found == {
+        (5, "moesmith"): ("right", None),
+        (5, "loop"): ("right", None),
+        (5, poison): ("wrong", found[5, poison][1]),
+        (7, "moesmith"): ("not measured", after),
+        (7, "loop"): ("not measured", after),
+        (7, poison): ("failed", f"RuntimeError: {ILLEGAL}"),
+    }
+    shown = capsys.readouterr()
+    assert f"{after}; 1 of 3 measured\n" in shown.err and "T 9" not in shown.out + shown.err
+    assert f"moesmith is not measured: {after}" in shown.out
+
+
+def test_inputs_that_cannot_be_looked_at_after_a_candidate_are_its_fault():
+    def unusable() -> list[str]:
+        raise RuntimeError(ILLEGAL)
+
+    job = jobs.prepare(jobs.Entry("forward", Shape("", 32, 16, 8, 2), 5, "uniform", "fp32"), "cpu", 0)
+    for error, reason in ((None, ILLEGAL), (ValueError("its own"), "its own")):
+        candidate = layer.Candidate(OURS)
+        lost = pytest.raises(layer.Lost, match=f"moesmith left the device unusable: .*{reason}")
+        with lost, layer._guarded(candidate, job, unusable):
+            if error:
+                raise error
+        assert candidate.status == "failed" and reason in candidate.fault
+
+
+@pytest.mark.parametrize("lacks_memory", [True, False])
+def test_later_results_that_cannot_be_judged_get_no_number(tmp_path, monkeypatch, lacks_memory):
+    layers, out = jobs._layer, tmp_path / "out.jsonl"
+
+    def with_a_failing_renewal(given: LayerInputs, *rest: Any) -> jobs.Job:
+        job = layers(given, *rest)
+        if given.x.shape[0] != 7:
+            return job
+
+        def renew() -> None:
+            raise torch.OutOfMemoryError("of the test") if lacks_memory else RuntimeError(ILLEGAL)
+
+        return dataclasses.replace(job, renew=renew)
+
+    monkeypatch.setattr(jobs, "_layer", with_a_failing_renewal)
+    options = ("--shape", LAYER, "--op", "forward", "--tokens", "7", "9", "--peers", "loop", "--json", str(out))
+    assert layer_run(*options) == (0 if lacks_memory else 3)
+    by_tokens = {tokens: [r for r in records_of(out) if r["tokens"] == tokens] for tokens in (7, 9)}
+    assert [r["status"] for r in by_tokens[7]] == ["not measured"] * 2
+    assert all("later results could not be judged" in r["reason"] and "eager" not in r for r in by_tokens[7])
+    assert [r["status"] for r in by_tokens[9]] == (["right"] * 2 if lacks_memory else [])
+
+
+def test_a_device_that_fails_between_candidates_ends_the_run_in_a_line(monkeypatch, capsys):
+    def failing(*_: Any) -> Any:
+        raise torch.AcceleratorError(ILLEGAL)
+
+    monkeypatch.setattr(layer, "measure", failing)
+    assert layer_run("--shape", LAYER, "--op", "forward", "--peers", "--tokens", "5", "6") == 3
+    assert capsys.readouterr().err.endswith(f"the device failed: {ILLEGAL}; 0 of 2 measured\n")
+
+
+def test_a_profile_that_fails_costs_no_measurement(monkeypatch, capsys):
+    def failing(*_: Any) -> Any:
+        raise RuntimeError("of the test")
+
+    monkeypatch.setattr(layer, "profile", failing)
+    assert layer_run("--shape", LAYER, "--op", "forward", "--peers", "--tokens", "5", "6", "--profile") == 0
+    shown = capsys.readouterr()
+    assert shown.err.count("no profile: RuntimeError: of the test") == 2 and "(T 6, d 32" in shown.out
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_waiting_hides_torchs_warning_and_nothing_else(monkeypatch, fails):
+    modes = []
+
+    def set_sync_debug_mode(mode: str) -> None:
+        modes.append(mode)
+        text = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
+        warnings.warn(text, UserWarning, stacklevel=1)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_sync_debug_mode)
+    with contextlib.suppress(ZeroDivisionError), cuda.no_waiting():
+        assert modes == ["error"]
+        with pytest.warns(UserWarning, match="another"):
+            warnings.warn("another", UserWarning, stacklevel=1)
+        _ = 1 / (not fails)
+    assert modes == ["error", "default"]
+
+
+def test_on_a_gpu_ours_is_the_kernels_or_an_error(monkeypatch):
+    """Never torch's operators in their place."""
+    tiers = []
+
+    def called(*_: Any, tier: str, **__: Any) -> Any:
+        tiers.append(tier)
+        return SimpleNamespace(weights=None, expert_ids=None)
+
+    for name in ("moe_mlp", "grouped_mm", "route"):
+        monkeypatch.setattr(peers, name, called)
+    for device, tier in (("cuda:0", "triton"), ("cpu", "auto")):
+        tensor: Any = SimpleNamespace(device=torch.device(device))
+        assert OURS.layer and OURS.gemm and OURS.route
+        OURS.layer(LayerInputs(*(tensor,) * 6, train=False))()
+        OURS.gemm(peers.GemmInputs(tensor, tensor, tensor))()
+        OURS.route(RouteInputs(tensor, 1))()
+        assert [tiers.pop() for _ in range(3)] == [tier] * 3
+
+
+def test_packing_on_a_gpu_without_kernels_is_bad_input(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "moe_triton", None)
+    why_no_kernels.cache_clear()
+    assert main(["parallel", "--device", "cuda", "--part", "pack"]) == 2
+    why_no_kernels.cache_clear()
+    assert "benchmarks parallel: --device cuda: cannot import moe_triton (" in capsys.readouterr().err
+
+
+def test_benchmarks_find_the_kernels_of_their_checkout():
+    code = "import benchmarks; from importlib.machinery import PathFinder as p; print(p.find_spec('moe_triton').origin)"
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(ROOT / "kernels" / "moe_triton" / "__init__.py")
 
 
 def test_a_full_disk_is_one_line(capsys):
