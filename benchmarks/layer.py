@@ -58,7 +58,17 @@ from benchmarks.peers import DESCRIPTIONS, OURS, PEERS, Peer, load_peer
 from benchmarks.routings import NAMES, assign, tokens_in
 from benchmarks.shapes import LARGEST, SHAPES, Shape, parse_shape, small
 
-PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "scattermoe", "sonic-moe", "moe-ops", "vllm")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "liger-kernel",
+    "scattermoe",
+    "sonic-moe",
+    "moe-ops",
+    "triton_kernels",
+    "vllm",
+)
 ROUNDS = range(5, 201)  # how often a candidate is timed, whatever the budget says
 
 
@@ -87,6 +97,7 @@ class Candidate:
     peak_bytes: int | None = None
     replay: Callable[[], Any] | None = None
     no_graph: str = ""
+    note: str = ""
 
     def failed(self, status: str, fault: str) -> None:
         self.status, self.fault = status, fault
@@ -141,6 +152,7 @@ def _records(
     for c in candidates:
         record = {**about, "candidate": c.peer.name, "ours": c.peer.ours, "status": c.status}
         record |= {"reason": c.fault or None, "errors": c.errors, "peak_bytes": c.peak_bytes}
+        record["note"] = c.note or None
         if c.peer.name in times and not c.fault:
             record |= times[c.peer.name]
             best = min(record[mode]["median_s"] for mode in ("eager", "graph") if record[mode])
@@ -180,6 +192,7 @@ def _try(candidate: Candidate, job: Job, pool: Any) -> None:
     """Builds, runs and judges one candidate; with a memory pool for graphs, on a GPU, captures it as well."""
     with _guarded(candidate, job, job.inputs.changed):
         candidate.call = job.build(candidate.peer)
+        candidate.note = candidate.peer.note() if candidate.peer.note else ""
         if pool is not None:
             cuda.poison(int(job.work.bytes))
         result = candidate.call()

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -924,6 +925,104 @@ def test_on_a_gpu_ours_is_the_kernels_or_an_error(monkeypatch):
         OURS.gemm(peers.GemmInputs(tensor, tensor, tensor))()
         OURS.route(RouteInputs(tensor, 1))()
         assert [tiers.pop() for _ in range(3)] == [tier] * 3
+
+
+def triton_kernels(with_matmul: bool) -> dict[str, Any]:
+    """What triton_kernels does, as its documentation says, in torch: since triton 3.7, or as it is beside 3.6."""
+
+    def metadata(counts: torch.Tensor, rows: int) -> torch.Tensor:
+        assert counts.dtype == torch.int32 and int(counts.sum()) == rows
+        return counts
+
+    def product(a: torch.Tensor, b: torch.Tensor, counts: torch.Tensor, gammas: torch.Tensor | None) -> torch.Tensor:
+        parts = a.split(counts.tolist())
+        y = torch.cat([part @ matrix for part, matrix in zip(parts, b, strict=True)])
+        return y if gammas is None else (y * gammas[:, None]).to(y.dtype)
+
+    def matmul(a, b, bias, *, a_ragged_metadata, gather_indx=None, scatter_indx=None, gammas=None):
+        assert bias is None and all(t is None or t.dtype == torch.int32 for t in (gather_indx, scatter_indx))
+        y = product(a if gather_indx is None else a[gather_indx], b, a_ragged_metadata, gammas)
+        return y if scatter_indx is None else torch.empty_like(y).index_copy_(0, scatter_indx.long(), y)
+
+    def matmul_ogs(x, w, bias, routing_data, *, gather_indx=None, scatter_indx=None, gammas=None):
+        assert bias is None and torch.equal(routing_data.expt_hist, routing_data.expt_data)
+        for index in filter(None, (gather_indx, scatter_indx)):
+            assert torch.equal(index.dst_indx[index.src_indx], torch.arange(len(index.src_indx), dtype=torch.int32))
+        rows = x if gather_indx is None else x[gather_indx.src_indx // routing_data.n_expts_act]
+        y = product(rows, w, routing_data.expt_data, gammas)
+        if scatter_indx is None:
+            return y
+        return y[scatter_indx.src_indx].unflatten(0, (-1, routing_data.n_expts_act)).sum(dim=1)
+
+    def record(*names: str) -> Any:
+        return lambda *values: SimpleNamespace(**dict(zip(names, values, strict=True)))
+
+    indices = record("src_indx", "dst_indx")
+    routing_data = record("gate_scal", "expt_hist", "n_expts_tot", "n_expts_act", "expt_data")
+    older = {"GatherIndx": indices, "ScatterIndx": indices, "RoutingData": routing_data, "matmul_ogs": matmul_ogs}
+    modules = {
+        "tensor": {"make_ragged_tensor_metadata": metadata},
+        "matmul": {"matmul": matmul} if with_matmul else None,
+        "reduce": {"reduce": lambda x, dim: (x.sum(dim=dim), None)} if with_matmul else None,
+        "matmul_ogs": None if with_matmul else older,
+    }
+    found = {f"triton_kernels.{name}": SimpleNamespace(**names) if names else None for name, names in modules.items()}
+    return {"triton_kernels": SimpleNamespace(), **found}
+
+
+@pytest.mark.parametrize("with_matmul", [True, False], ids=["matmul", "matmul_ogs"])
+@pytest.mark.parametrize("op", ["forward", "gemm", "gemm_dx"])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_triton_kernels_is_called_as_it_asks_for(monkeypatch, with_matmul, op, top_k):
+    for name, module in triton_kernels(with_matmul).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    peer = next(peer for peer in PEERS if peer.name == "triton_kernels")
+    job = jobs.prepare(jobs.Entry(op, Shape("", 32, 16, 8, top_k), 24, "zipf", "fp32"), "cpu", 0)
+    verdicts = job.judge(job.build(peer)())
+    assert all(verdict.right for verdict in verdicts.values()), verdicts
+    padded = jobs.prepare(jobs.Entry("gemm_dw", Shape("", 32, 16, 8, 2), 24, "uniform", "fp32"), "cpu", 0)
+    with pytest.raises(ValueError, match="only groups that are padded with zeros"):
+        padded.build(peer)
+    assert not jobs.able(peer, "train") and not jobs.able(peer, "route")
+
+
+def configurations() -> dict[str, list[Any]]:
+    """As Liger-Kernel 0.8.5 has them."""
+
+    def made(stages: list[int], **sizes: list[int]) -> list[Any]:
+        tiles = [dict(zip(sizes, tile, strict=True)) for tile in itertools.product(*sizes.values())]
+        return [
+            SimpleNamespace(kwargs=tile, num_stages=n, num_warps=w) for tile in tiles for n in stages for w in (4, 8)
+        ]
+
+    return {
+        "_up": made([2, 3, 4, 5], BLOCK_N=[64, 128], BLOCK_K=[32, 64]),
+        "_dw": made([2], BLOCK_M=[64, 128], BLOCK_N=[64, 128], BLOCK_K=[16, 32]),
+        "_sum": made([4], BLOCK_H=[64, 128, 256, 512], BLOCK_K=[1, 2, 4, 8, 16]),
+        "_other": made([1], SIZE=[1, 2]),
+    }
+
+
+def test_liger_is_tuned_over_a_part_of_its_configurations_and_says_so(monkeypatch):
+    kernels = SimpleNamespace(**{name: SimpleNamespace(configs=found) for name, found in configurations().items()})
+    kernels.triton, kernels.configs = sys, None  # what else a module may hold
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops.fused_moe_kernels", kernels)
+    says = "autotuned over up 6 of 32, dw 4 of 16, sum 4 of 40, other 4 of 4 configurations"
+    monkeypatch.setattr(peers, "_liger_tuning", peers._liger_tuning.__wrapped__)
+    assert peers._liger_tuning() == says
+    assert {(c.kwargs["BLOCK_N"], c.kwargs["BLOCK_K"]) for c in kernels._up.configs} == {(128, 64)}
+    assert {(c.num_stages, c.num_warps) for c in kernels._up.configs} == {(n, w) for n in (2, 3, 4) for w in (4, 8)}
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops.fused_moe_kernels", None)
+    assert peers._liger_tuning() == "autotuned over all configurations"
+
+
+def test_a_note_on_a_peer_is_in_its_records(monkeypatch, capsys, tmp_path):
+    noted = Peer("noted", OURS.layer, note=lambda: "of the test")
+    monkeypatch.setattr(layer, "PEERS", (noted,))
+    out = tmp_path / "out.jsonl"
+    assert layer_run("--shape", LAYER, "--op", "forward", "--json", str(out)) == 0
+    assert [r["note"] for r in records_of(out)] == [None, "of the test"]
+    assert "noted: of the test\n" in capsys.readouterr().out
 
 
 def test_packing_on_a_gpu_without_kernels_is_bad_input(monkeypatch, capsys):
