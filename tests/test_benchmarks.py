@@ -791,6 +791,22 @@ def test_what_does_not_fit_is_left_out(monkeypatch, capsys, error):
     assert "T 5, d 32, n 16, E 8, K 2), uniform, fp32: not enough memory" in shown.err and "(T 6, d 32" in shown.out
 
 
+@pytest.mark.parametrize("at_a_time", [1, 9, 2**26])
+def test_sums_that_are_taken_in_parts_see_every_element(monkeypatch, at_a_time):
+    monkeypatch.setattr(jobs, "AT_A_TIME", at_a_time)
+    tensor = torch.randn(2, 3, 4).bfloat16()
+    bits = tensor.view(torch.int16).long().view(6, 4)
+    weighed = tuple(int((bits.sum(dim=d) * torch.arange(1, bits.shape[1 - d] + 1)).sum()) for d in (1, 0))
+    assert jobs._sums(tensor) == weighed
+    seen = {weighed}
+    for i in range(tensor.numel()):
+        changed = tensor.clone()
+        changed.view(-1)[i] += 1
+        seen.add(jobs._sums(changed))
+    seen.add(jobs._sums(tensor.flip(0)))
+    assert len(seen) == tensor.numel() + 2
+
+
 ILLEGAL = "CUDA error: an illegal memory access was encountered"
 POISON = f"""
 from benchmarks import jobs
