@@ -3,7 +3,7 @@
 import hashlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
@@ -101,7 +101,7 @@ def test_opcheck(op: str, case: Case) -> None:
 def whole_layer(logits: Tensor, bias: Tensor | None, i: Inputs, routing_case: RoutingCase) -> Tensor:
     """Every public operator in one differentiable function."""
     routing = ops.route(logits, bias, **routing_case.settings)
-    biases = {"gate_up_bias": i.gate_up_bias, "down_bias": i.down_bias}
+    biases: dict[str, Any] = {"gate_up_bias": i.gate_up_bias, "down_bias": i.down_bias}
     fused = ops.moe_mlp(i.x, i.gate_up, i.down, routing.weights, routing.expert_ids, **biases)
     permuted = ops.permute(i.x, routing.expert_ids, i.gate_up.shape[0])
     hidden = ops.swiglu(ops.grouped_mm(permuted.rows, i.gate_up.mT, permuted.offsets), limit=2.0)
@@ -445,8 +445,8 @@ def test_float64_on_cuda_is_torchs_without_a_warning(no_kernels: None) -> None:
 
 def test_the_warning_does_not_break_a_compiled_graph(no_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Operators of tensors on the CPU, chosen as if they were on a GPU."""
-    chosen = library.kernels_for
-    monkeypatch.setattr(library, "kernels_for", lambda page, tensors, tier: chosen(page, [OnGpu()], tier))
+    chosen, tensors = library.kernels_for, [cast(Tensor, OnGpu())]
+    monkeypatch.setattr(library, "kernels_for", lambda page, _, tier: chosen(page, tensors, tier))
     torch._dynamo.reset()
     compiled = torch.compile(whole_layer, fullgraph=True, backend="aot_eager")
     arguments = (torch.randn(37, 8), None, Case("compiled", 37, 24, 40, 8, 3).inputs(torch.float32))
