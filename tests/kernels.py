@@ -177,6 +177,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # numpy's, for `tl.max` and for an exponential that is meant to be infinite
     for message in ("All-NaN slice", "overflow encountered in (multiply|exp2)"):
         config.addinivalue_line("filterwarnings", f"ignore:{message}:RuntimeWarning")
+    # numpy's, for the bounds of loops in the interpreter of Triton 3.6
+    config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning")
     seen = []
     for name in sorted(definition.partition("::")[2] for definition in LIBRARY._op_defs):
         for page in pages():
