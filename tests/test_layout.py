@@ -138,6 +138,20 @@ def test_what_runs_on_a_gpu_machine_needs_no_installation() -> None:
         run(without(*NOT_ON_A_GPU_MACHINE) + code, ROOT, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
 
 
+def test_child_processes_import_this_checkout(tmp_path: Path) -> None:
+    """Installed or not: a finder of installed packages is not asked."""
+    find = "from importlib.machinery import PathFinder as p"
+    code = f"{find}; print(*(p.find_spec(name).origin for name in ('moe', 'moe_triton')))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    expected = [str(ROOT / folder / "__init__.py") for folder in ("moe", "kernels/moe_triton")]
+    assert done.stdout.split() == expected, done.stderr
+
+
+def test_deterministic_algorithms_can_multiply_on_a_gpu() -> None:
+    """The values that torch accepts; it looks when a matrix is first multiplied there."""
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
+
+
 def test_import_moe_does_not_import_torch() -> None:
     run("import moe, sys; assert 'torch' not in sys.modules; assert 'MoELayer' in dir(moe)", ROOT)
     run("import moe.cli.plan, moe.cluster.published, sys; assert 'torch' not in sys.modules", ROOT)
