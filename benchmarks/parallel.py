@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 from benchmarks import cuda, packing, ranks, report
-from benchmarks.harness import RESULTS, BadInput, append, once, out_of_memory, say
+from benchmarks.harness import RESULTS, BadInput, append, once, one_line, out_of_memory, say
 from benchmarks.layer import about, ceilings
 from benchmarks.limits import Ceilings
 from benchmarks.ranks import CountBytes, Scale
@@ -126,8 +126,8 @@ def run(args: argparse.Namespace) -> int:
                     records += new
                     if asked.file:
                         append(asked.file, new)
-            except ranks.RankFailed as error:
-                say(f"{part}: {error}")
+            except (ranks.RankFailed, torch.AcceleratorError) as error:
+                say(f"{part}: {one_line(error)}")
                 status = 1
     except KeyboardInterrupt:
         say(f"interrupted: {len(records)} measurements")

@@ -279,6 +279,19 @@ def test_results_come_by_rank_and_a_rank_that_fails_is_named():
         list(over(2, [ranks_of, fails]))
 
 
+def test_a_device_that_fails_in_a_part_leaves_the_others(monkeypatch, capsys):
+    def failing(*_):
+        raise torch.AcceleratorError("an illegal memory access\nand how to debug it")
+
+    asked = []
+    monkeypatch.setattr(packing, "measure", failing)
+    monkeypatch.setitem(parallel.MEASURE, "bytes", lambda of: iter(asked.append(of) or []))
+    assert main(["parallel", "--part", "pack", "bytes", "--small", "--shape", SIZES, "--device", "cpu"]) == 1
+    assert (
+        capsys.readouterr().err.endswith("\npack: an illegal memory access and how to debug it\n") and len(asked) == 1
+    )
+
+
 def in_session(session: int) -> list[str]:
     """Processes of a session that are not waiting for their parent's notice."""
     found = []
