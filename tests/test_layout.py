@@ -138,13 +138,21 @@ def test_what_runs_on_a_gpu_machine_needs_no_installation() -> None:
         run(without(*NOT_ON_A_GPU_MACHINE) + code, ROOT, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
 
 
-def test_child_processes_import_this_checkout(tmp_path: Path) -> None:
-    """Installed or not: a finder of installed packages is not asked."""
-    find = "from importlib.machinery import PathFinder as p"
-    code = f"{find}; print(*(p.find_spec(name).origin for name in ('moe', 'moe_triton')))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    expected = [str(ROOT / folder / "__init__.py") for folder in ("moe", "kernels/moe_triton")]
-    assert done.stdout.split() == expected, done.stderr
+# Where these come from, whatever is installed: the finder of installed packages is not asked.
+FOUND = (
+    "from importlib.machinery import PathFinder\n"
+    "found = [PathFinder.find_spec(name).origin for name in ('moe', 'moe_triton')]\n"
+    f"assert found == {[str(ROOT / folder / '__init__.py') for folder in ('moe', 'kernels/moe_triton')]}, found\n"
+)
+
+
+@pytest.mark.parametrize("package", ["tests", "benchmarks"])
+def test_programs_find_the_kernels_of_their_checkout(package: str) -> None:
+    run(f"import {package}\n{FOUND}", ROOT)
+
+
+def test_children_of_tests_find_the_kernels_of_their_checkout(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", FOUND], cwd=tmp_path, check=True)
 
 
 def test_deterministic_algorithms_can_multiply_on_a_gpu() -> None:
