@@ -1,7 +1,9 @@
 """Timing on a GPU: events with a cold L2 cache, graphs, peak memory, the driver."""
 
+import contextlib
 import subprocess
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +30,23 @@ def timer() -> Timer:
     return seconds
 
 
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    """Raises RuntimeError if the host waits for the device."""
+    _set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        _set_sync_debug_mode("default")
+
+
+def _set_sync_debug_mode(mode: str) -> None:
+    with warnings.catch_warnings():
+        # torch's, that it does not see every synchronisation
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature", UserWarning)
+        torch.cuda.set_sync_debug_mode(mode)
+
+
 class NotCapturable(Exception):
     """Why no CUDA graph of a call can be made."""
 
@@ -44,14 +63,12 @@ def capture(call: Callable[[], Any], pool: Any) -> Captured:
     """A graph of the call, with its memory in `pool`. Raises NotCapturable."""
     try:
         # Asked first, since a capture that fails half-way leaves the allocator's bookkeeping of it behind.
-        torch.cuda.set_sync_debug_mode("error")
-        call()
+        with no_waiting():
+            call()
     except RuntimeError as error:
         if "synchronizing CUDA operation" not in str(error):
             raise NotCapturable(str(error)) from error
         raise NotCapturable("it waits for the device") from None
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     try:
         aside.wait_stream(torch.cuda.current_stream())

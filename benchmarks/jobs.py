@@ -115,13 +115,22 @@ class Inputs:
             self._filled(name)
 
 
+AT_A_TIME = 2**26  # elements that are summed, each of which takes eight bytes
+
+
 def _sums(tensor: Tensor) -> tuple[int, int]:
     """Of the bits, in rows and in columns, each with its number as a weight."""
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     matrix = tensor.detach().view(bits).reshape(-1, tensor.shape[-1])
-    each = [matrix.sum(dim=dim, dtype=torch.int64) for dim in (0, 1)]
-    rows, columns = (int((sums * torch.arange(1, len(sums) + 1, device=sums.device)).sum()) for sums in each)
-    return rows, columns
+    rows, columns = [], torch.zeros(matrix.shape[1], dtype=torch.int64, device=matrix.device)
+    for part in matrix.split(max(1, AT_A_TIME // max(1, matrix.shape[1]))):
+        wide = part.long()
+        rows.append(wide.sum(dim=1))
+        columns += wide.sum(dim=0)
+    of_rows, of_columns = (
+        int((sums * torch.arange(1, len(sums) + 1, device=sums.device)).sum()) for sums in (torch.cat(rows), columns)
+    )
+    return of_rows, of_columns
 
 
 def prepare(entry: Entry, device: str, seed: int) -> Job:

@@ -15,7 +15,8 @@ matrix product and of a large copy, measured in the same run.
 Without a GPU, or with --small, the registry's shapes keep their experts and shrink in d, n and T; one that is given as
 numbers stays as it is.
 
-Exit status: 0; 1 if ours is wrong, fails, or is slower than --compare allows; 2 for bad input; 130 after Ctrl-C.
+Exit status: 0; 1 if ours is wrong, fails, or is slower than --compare allows; 2 for bad input; 3 if a candidate left
+the device unusable (an illegal access, say), after which this process can measure nothing; 130 after Ctrl-C.
 """
 
 import argparse
@@ -57,7 +58,17 @@ from benchmarks.peers import DESCRIPTIONS, OURS, PEERS, Peer, load_peer
 from benchmarks.routings import NAMES, assign, tokens_in
 from benchmarks.shapes import LARGEST, SHAPES, Shape, parse_shape, small
 
-PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "scattermoe", "sonic-moe", "moe-ops", "vllm")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "liger-kernel",
+    "scattermoe",
+    "sonic-moe",
+    "moe-ops",
+    "triton_kernels",
+    "vllm",
+)
 ROUNDS = range(5, 201)  # how often a candidate is timed, whatever the budget says
 
 
@@ -86,19 +97,45 @@ class Candidate:
     peak_bytes: int | None = None
     replay: Callable[[], Any] | None = None
     no_graph: str = ""
+    note: str = ""
 
     def failed(self, status: str, fault: str) -> None:
         self.status, self.fault = status, fault
 
 
+class Lost(Exception):
+    """The device, or the inputs on it, cannot be used any more in this process; the message says after what.
+
+    `records` are those of the piece of work that was interrupted: one for each candidate, with what is known of it.
+    """
+
+    records: list[dict[str, Any]]
+
+
 def measure(entry: Entry, run: Run) -> list[dict[str, Any]]:
-    """A record for each candidate, those that are right with their times."""
+    """A record for each candidate, those that are right with their times. Raises Lost."""
     job = prepare(entry, run.device, run.seed)
-    with torch.set_grad_enabled(entry.op == "train"):
-        pool = torch.cuda.graph_pool_handle() if run.device == "cuda" else None
-        candidates = [_try(peer, job, pool) for peer in run.peers if able(peer, entry.op)]
-        times = _time([c for c in candidates if not c.fault], job, run)
-        _judge_again([c for c in candidates if not c.fault], job)
+    candidates = [Candidate(peer) for peer in run.peers if able(peer, entry.op)]
+    times: dict[str, dict[str, Any]] = {}
+    try:
+        with torch.set_grad_enabled(entry.op == "train"):
+            pool = torch.cuda.graph_pool_handle() if run.device == "cuda" else None
+            for candidate in candidates:
+                _try(candidate, job, pool)
+            times = _time([c for c in candidates if not c.fault], job, run)
+            _judge_again([c for c in candidates if not c.fault], job)
+    except Lost as lost:
+        for c in candidates:
+            if not c.fault:
+                c.failed("not measured", str(lost))
+        lost.records = _records(entry, run, job, candidates, times)
+        raise
+    return _records(entry, run, job, candidates, times)
+
+
+def _records(
+    entry: Entry, run: Run, job: Job, candidates: list[Candidate], times: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
     limit = job.work.seconds(run.ceilings[entry.dtype])
     about = {
         **run.about,
@@ -115,6 +152,7 @@ def measure(entry: Entry, run: Run) -> list[dict[str, Any]]:
     for c in candidates:
         record = {**about, "candidate": c.peer.name, "ours": c.peer.ours, "status": c.status}
         record |= {"reason": c.fault or None, "errors": c.errors, "peak_bytes": c.peak_bytes}
+        record["note"] = c.note or None
         if c.peer.name in times and not c.fault:
             record |= times[c.peer.name]
             best = min(record[mode]["median_s"] for mode in ("eager", "graph") if record[mode])
@@ -126,22 +164,35 @@ def measure(entry: Entry, run: Run) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _guarded(candidate: Candidate, job: Job, changed: Callable[[], list[str]], when: str = "") -> Iterator[None]:
-    """Peers fail in ways of their own, which is no reason to stop, and no other candidate is to suffer from."""
+    """Peers fail in ways of their own, which is no reason to stop, and no other candidate is to suffer from.
+
+    Raises Lost if the inputs cannot be looked at afterwards: an error of a kernel stays with the process.
+    """
+    failed = False
     try:
         yield
     except (Exception, SystemExit) as error:
+        failed = True
         candidate.failed("failed", f"{when}{type(error).__name__}: {one_line(error)}")
-    names = changed()
-    if names:
-        candidate.failed("wrong", f"{when}it changes its inputs: {', '.join(names)}")
-        job.inputs.restore()
+    try:
+        if failed and job.inputs.device == "cuda":
+            torch.cuda.empty_cache()  # after a lack of memory, there is to be some for what follows
+            torch.cuda.synchronize()
+        names = changed()
+        if names:
+            candidate.failed("wrong", f"{when}it changes its inputs: {', '.join(names)}")
+            job.inputs.restore()
+    except Exception as error:
+        if not candidate.fault:
+            candidate.failed("failed", f"{when}{type(error).__name__}: {one_line(error)}")
+        raise Lost(f"{candidate.peer.name} left the device unusable: {candidate.fault}") from error
 
 
-def _try(peer: Peer, job: Job, pool: Any) -> Candidate:
+def _try(candidate: Candidate, job: Job, pool: Any) -> None:
     """Builds, runs and judges one candidate; with a memory pool for graphs, on a GPU, captures it as well."""
-    candidate = Candidate(peer)
     with _guarded(candidate, job, job.inputs.changed):
-        candidate.call = job.build(peer)
+        candidate.call = job.build(candidate.peer)
+        candidate.note = candidate.peer.note() if candidate.peer.note else ""
         if pool is not None:
             cuda.poison(int(job.work.bytes))
         result = candidate.call()
@@ -150,7 +201,6 @@ def _try(peer: Peer, job: Job, pool: Any) -> Candidate:
         if not candidate.fault and pool is not None:
             candidate.peak_bytes = cuda.peak_bytes(candidate.call)
             _capture(candidate, job, pool)
-    return candidate
 
 
 def _judge(candidate: Candidate, result: Any, job: Job) -> None:
@@ -221,10 +271,22 @@ def _judge_again(candidates: list[Candidate], job: Job) -> None:
     If the inputs were changed while all took turns, behind torch's back, and nobody does so now, it can have been
     anybody but ours.
     """
-    spoiled = job.inputs.changed()
-    if spoiled:
-        job.inputs.restore()
-    job.renew()
+    for c in candidates:
+        c.replay = None  # the graphs' memory is needed for float64
+    try:
+        if job.inputs.device == "cuda":
+            torch.cuda.empty_cache()
+        spoiled = job.inputs.changed()
+        if spoiled:
+            job.inputs.restore()
+        job.renew()
+    except Exception as error:
+        unjudged = f"later results could not be judged: {type(error).__name__}: {one_line(error)}"
+        if not out_of_memory(error):
+            raise Lost(unjudged) from error
+        for c in candidates:
+            c.failed("not measured", unjudged)
+        return
     for c in candidates:
         with _guarded(c, job, job.inputs.changed, "on a later call: "):
             _judge(c, c.call(), job)
@@ -407,7 +469,20 @@ def run(args: argparse.Namespace) -> int:
         for number, entry in enumerate(todo, 1):
             say(f"{number} of {len(todo)}: {entry}")
             try:
+                if device == "cuda":
+                    torch.cuda.empty_cache()
                 new = measure(entry, this)
+            except Lost as lost:
+                records, status = records + lost.records, 3
+                report.show(str(entry), lost.records)
+                if args.json:
+                    append(args.json, lost.records)
+                say(f"{lost}; {done} of {len(todo)} measured")
+                break
+            except torch.AcceleratorError as error:
+                status = 3
+                say(f"{entry}: the device failed: {one_line(error)}; {done} of {len(todo)} measured")
+                break
             except Exception as error:
                 if not out_of_memory(error):
                     raise
@@ -418,9 +493,10 @@ def run(args: argparse.Namespace) -> int:
             if args.json:
                 append(args.json, new)
             if args.profile and new[0]["status"] == "right":
-                report.show_profile(profile(entry, this))
-            if device == "cuda":
-                torch.cuda.empty_cache()
+                try:
+                    report.show_profile(profile(entry, this))
+                except Exception as error:  # which is no reason to lose the measurements that follow
+                    say(f"{entry}: no profile: {type(error).__name__}: {one_line(error)}")
     except KeyboardInterrupt:
         say(f"interrupted: {done} of {len(todo)} measured")
         status = 130

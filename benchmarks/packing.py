@@ -29,7 +29,7 @@ from torch import Tensor
 from benchmarks import gate
 from benchmarks.harness import Timer, interleave, one_line, summary
 from benchmarks.limits import Ceilings, Phase, Work
-from benchmarks.peers import PEERS, LayerInputs
+from benchmarks.peers import PEERS, LayerInputs, tier_for
 from benchmarks.routings import assign
 from benchmarks.shapes import Shape
 from moe import ops
@@ -384,7 +384,7 @@ class Packing:
         b = self.entry.dtype.itemsize
         moved = active * 3 * d * n * b + 2 * len(rows) * d * b + 2 * slots * n * b + 2 * slots * d * b
         candidates = (
-            Candidate("moesmith", lambda: ops.moe_mlp(rows, gate_up, down, weights, ids)),
+            Candidate("moesmith", lambda: ops.moe_mlp(rows, gate_up, down, weights, ids, tier=tier_for(rows))),
             Candidate("torch: grouped_mm, -1 taken out", compacted("torch")),
             Candidate("torch: loop, -1 taken out", compacted("loop")),
         )

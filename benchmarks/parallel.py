@@ -32,12 +32,13 @@ from typing import Any
 import torch
 
 from benchmarks import cuda, packing, ranks, report
-from benchmarks.harness import RESULTS, BadInput, append, once, out_of_memory, say
+from benchmarks.harness import RESULTS, BadInput, append, once, one_line, out_of_memory, say
 from benchmarks.layer import about, ceilings
 from benchmarks.limits import Ceilings
 from benchmarks.ranks import CountBytes, Scale
 from benchmarks.shapes import SHAPES, Shape, parse_shape, small
 from moe.checkpoint.memory import free_bytes
+from moe.ops.library import why_no_kernels
 
 PARTS = ("pack", "bytes", "scaling")
 KNOWN = ("deepseek_v3", "deepseek_v2_lite", "qwen3_30b_a3b", "mixtral_8x7b", "olmoe")
@@ -99,6 +100,8 @@ def check(args: argparse.Namespace) -> Asked:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: this torch finds no GPU")
+    if device == "cuda" and "pack" in args.part and (why := why_no_kernels(torch.device(device))):
+        raise BadInput(f"--device cuda: {why}")  # torch's operators are not to be timed in the place of kernels
     numbers = tuple(dict.fromkeys(args.ranks or ((1, 2) if args.small else (1, 2, 4, 8))))
     for number in numbers:
         if not 1 <= number <= MOST_RANKS:
@@ -123,8 +126,8 @@ def run(args: argparse.Namespace) -> int:
                     records += new
                     if asked.file:
                         append(asked.file, new)
-            except ranks.RankFailed as error:
-                say(f"{part}: {error}")
+            except (ranks.RankFailed, torch.AcceleratorError) as error:
+                say(f"{part}: {one_line(error)}")
                 status = 1
     except KeyboardInterrupt:
         say(f"interrupted: {len(records)} measurements")

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from benchmarks.harness import BadInput, one_line
 from moe.ops import grouped_mm, moe_mlp, route
+from moe.ops.library import Tier
 
 # A third of an H200: transformers' batched_mm copies every routed row's own expert.
 MOST_COPIED = 2**35
@@ -78,6 +80,7 @@ class Peer:
     cuda_only: bool = False
     backward: bool = True
     same_work: bool = True
+    note: Callable[[], str] | None = None  # what a reader of its figures has to know, asked after it was built
 
     @property
     def ours(self) -> bool:
@@ -92,17 +95,22 @@ class Peer:
         return "needs CUDA" if self.cuda_only and device != "cuda" else ""
 
 
+def tier_for(tensor: Tensor) -> Tier:
+    """On a GPU the kernels or an error: torch's operators are not to be timed in their place."""
+    return "auto" if tensor.device.type == "cpu" else "triton"
+
+
 def _ours_layer(i: LayerInputs) -> Call:
-    return lambda: moe_mlp(i.x, i.gate_up, i.down, i.weights, i.expert_ids)
+    return lambda: moe_mlp(i.x, i.gate_up, i.down, i.weights, i.expert_ids, tier=tier_for(i.x))
 
 
 def _ours_gemm(i: GemmInputs) -> Call:
-    return lambda: grouped_mm(i.a, i.b, i.offs)
+    return lambda: grouped_mm(i.a, i.b, i.offs, tier=tier_for(i.a))
 
 
 def _ours_route(i: RouteInputs) -> Call:
     def call() -> tuple[Tensor, Tensor]:
-        routing = route(i.logits, top_k=i.top_k, scoring_func="softmax")
+        routing = route(i.logits, top_k=i.top_k, scoring_func="softmax", tier=tier_for(i.logits))
         return routing.weights, routing.expert_ids
 
     return call
@@ -211,9 +219,39 @@ def _transformers(backend: str) -> Callable[[LayerInputs], Call]:
     return build
 
 
+def _quick(config: Any) -> bool:
+    """Whether Liger's kernels are tuned over a configuration here: over all of them each shape takes minutes.
+
+    Those with the tiles that Liger itself takes without tuning, and with larger ones.
+    """
+    tile = config.kwargs
+    if "BLOCK_H" in tile:  # the sum over k
+        return tile["BLOCK_H"] in (128, 512) and tile.get("BLOCK_K") == 4
+    if "BLOCK_M" in tile:  # weight gradients
+        return tile.get("BLOCK_N") == 128 and tile.get("BLOCK_K") == 32
+    return tile.get("BLOCK_N") == 128 and tile.get("BLOCK_K") == 64 and config.num_stages <= 4
+
+
+@cache
+def _liger_tuning() -> str:
+    """Limits what Liger's kernels are tuned over, once, and says to what."""
+    try:
+        kernels = vars(importlib.import_module("liger_kernel.ops.fused_moe_kernels"))
+    except ImportError:
+        kernels = {}
+    numbers = []
+    for name, kernel in kernels.items():
+        configs = getattr(kernel, "configs", None)
+        if isinstance(configs, list):
+            kernel.configs = list(filter(_quick, configs)) or configs
+            numbers.append(f"{name.strip('_')} {len(kernel.configs)} of {len(configs)}")
+    return f"autotuned over {', '.join(numbers) or 'all'} configurations"
+
+
 def _liger(i: LayerInputs) -> Call:
     from liger_kernel.ops.fused_moe import LigerFusedMoEFunction  # pyright: ignore[reportMissingImports]
 
+    _liger_tuning()
     ids = i.expert_ids.int()
     return lambda: LigerFusedMoEFunction.apply(i.x, i.gate_up, i.down, ids, i.weights)
 
@@ -294,6 +332,81 @@ def _moe_ops_route(i: RouteInputs) -> Call:
     return lambda: fused_topk_softmax(i.logits, i.top_k, fp32_routing=True)
 
 
+def _by_expert(i: LayerInputs) -> tuple[Tensor, Tensor]:
+    """Slots in the order of their experts, and how many each expert has, int32; nothing waits for the device."""
+    ids, order = i.expert_ids.flatten().sort(stable=True)
+    edges = torch.arange(i.down.shape[0] + 1, device=ids.device)
+    return order.int(), torch.searchsorted(ids, edges).diff().int()
+
+
+def _triton_kernels_layer(i: LayerInputs) -> Call:
+    from triton_kernels.tensor import make_ragged_tensor_metadata  # pyright: ignore[reportMissingImports]
+
+    tokens, top_k = i.expert_ids.shape
+    gate_up, down = i.gate_up.transpose(1, 2), i.down.transpose(1, 2)
+    try:
+        from triton_kernels.matmul import matmul  # pyright: ignore[reportMissingImports]
+        from triton_kernels.reduce import reduce  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return _matmul_ogs_layer(i)
+
+    def call() -> Tensor:
+        order, counts = _by_expert(i)
+        rows = make_ragged_tensor_metadata(counts, order.numel())
+        gate, up = matmul(i.x, gate_up, None, a_ragged_metadata=rows, gather_indx=order // top_k).chunk(2, dim=1)
+        weights = i.weights.flatten().index_select(0, order)
+        hidden = F.silu(gate) * up
+        slots = matmul(hidden, down, None, a_ragged_metadata=rows, scatter_indx=order, gammas=weights)
+        return reduce(slots.view(tokens, top_k, -1), dim=1)[0]
+
+    return call
+
+
+def _matmul_ogs_layer(i: LayerInputs) -> Call:
+    """triton_kernels as it is beside triton 3.6."""
+    from triton_kernels.matmul_ogs import (  # pyright: ignore[reportMissingImports]
+        GatherIndx,
+        RoutingData,
+        ScatterIndx,
+        matmul_ogs,
+    )
+    from triton_kernels.tensor import make_ragged_tensor_metadata  # pyright: ignore[reportMissingImports]
+
+    top_k, experts = i.expert_ids.shape[1], i.down.shape[0]
+    gate_up, down = i.gate_up.transpose(1, 2), i.down.transpose(1, 2)
+
+    def call() -> Tensor:
+        order, counts = _by_expert(i)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(order.numel(), dtype=order.dtype, device=order.device)
+        weights = i.weights.flatten().index_select(0, order)
+        rows = make_ragged_tensor_metadata(counts, order.numel())
+        routing = RoutingData(weights, counts, experts, top_k, rows)
+        wide = matmul_ogs(i.x, gate_up, None, routing, gather_indx=GatherIndx(order, place))
+        gate, up = wide.chunk(2, dim=1)
+        scatter = ScatterIndx(place, order)
+        return matmul_ogs(F.silu(gate) * up, down, None, routing, scatter_indx=scatter, gammas=weights)
+
+    return call
+
+
+def _triton_kernels_gemm(i: GemmInputs) -> Call:
+    from triton_kernels.tensor import make_ragged_tensor_metadata  # pyright: ignore[reportMissingImports]
+
+    if i.b.dim() == 2:
+        raise ValueError("its product over ragged rows takes only groups that are padded with zeros")
+    counts = i.offs.diff(prepend=i.offs.new_zeros(1))
+    rows = make_ragged_tensor_metadata(counts, i.a.shape[0])
+    try:
+        from triton_kernels.matmul import matmul  # pyright: ignore[reportMissingImports]
+    except ImportError:  # as it is beside triton 3.6
+        from triton_kernels.matmul_ogs import RoutingData, matmul_ogs  # pyright: ignore[reportMissingImports]
+
+        routing = RoutingData(None, counts, len(counts), 1, rows)
+        return lambda: matmul_ogs(i.a, i.b, None, routing)
+    return lambda: matmul(i.a, i.b, None, a_ragged_metadata=rows)
+
+
 def _vllm(i: LayerInputs) -> Call:
     from vllm.model_executor.layers.fused_moe import fused_experts  # pyright: ignore[reportMissingImports]
 
@@ -309,10 +422,18 @@ PEERS = (
     Peer("transformers-grouped_mm", _transformers("grouped_mm"), needs="transformers"),
     Peer("transformers-batched_mm", _transformers("batched_mm"), needs="transformers"),
     Peer("transformers-eager", _transformers("eager"), needs="transformers"),
-    Peer("liger", _liger, needs="liger_kernel.ops.fused_moe", cuda_only=True),
+    Peer("liger", _liger, needs="liger_kernel.ops.fused_moe", cuda_only=True, note=_liger_tuning),
     Peer("scattermoe", _scattermoe, needs="scattermoe.parallel_experts", cuda_only=True),
     Peer("sonicmoe", _sonicmoe, needs="sonicmoe", cuda_only=True),
     Peer("moe_ops", _moe_ops_layer, _moe_ops_gemm, _moe_ops_route, needs="moe_ops", cuda_only=True),
+    Peer(
+        "triton_kernels",
+        _triton_kernels_layer,
+        _triton_kernels_gemm,
+        needs="triton_kernels.tensor",
+        cuda_only=True,
+        backward=False,
+    ),
     Peer("vllm", _vllm, needs="vllm.model_executor.layers.fused_moe", cuda_only=True, backward=False),
 )
 DESCRIPTIONS = {
@@ -323,10 +444,12 @@ DESCRIPTIONS = {
     "transformers-grouped_mm": "Qwen3MoeExperts with that experts backend",
     "transformers-batched_mm": "the same",
     "transformers-eager": "the same",
-    "liger": "Liger-Kernel's LigerFusedMoEFunction",
+    "liger": "Liger-Kernel's LigerFusedMoEFunction, autotuned over 4 to 6 configurations of a kernel, of 16 to 40",
     "scattermoe": "ScatterMoE's parallel_linear",
     "sonicmoe": "SonicMoE's moe_general_routing_inputs",
     "moe_ops": "moe-ops: permute, grouped_gemm, unpermute; fused_topk_softmax",
+    "triton_kernels": "triton's triton_kernels: matmul (before triton 3.7: matmul_ogs) with torch's sort and SwiGLU; "
+    "forward only",
     "vllm": "vLLM's fused_experts; forward only",
 }
 

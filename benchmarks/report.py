@@ -70,6 +70,8 @@ def show(title: str, records: Sequence[Mapping[str, Any]]) -> None:
             console.print(Text(f"{r['candidate']} is {r['status']}: {r['reason']}"), soft_wrap=True)
         if r.get("no_graph"):
             console.print(Text(f"{r['candidate']} has no graph: {r['no_graph']}"), soft_wrap=True)
+        if r.get("note"):
+            console.print(Text(f"{r['candidate']}: {r['note']}"), soft_wrap=True)
 
 
 def _ms(seconds: float) -> str:

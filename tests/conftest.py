@@ -3,6 +3,7 @@
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,13 @@ if beside := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) - 1:
 
 import torch
 
+# Child processes import this checkout and its kernels as this one does, whether or not they are installed.
+ROOT = Path(__file__).parents[1]
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
+# Deterministic algorithms need it: without it torch refuses every matrix product on a GPU.
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 # Set before transformers is imported anywhere: nothing may look for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"

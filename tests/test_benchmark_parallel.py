@@ -242,9 +242,7 @@ assert main([*run, "gradients.jsonl"]) == 1
 def test_a_wrong_dispatcher_gets_no_number(tmp_path):
     """One that sends a copy for each expert, and one whose gradients are a hundredth too large."""
     command = [sys.executable, "-c", BROKEN, SIZES]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     for broken, parts, says in (
         ("copies", {"bytes", "scaling"}, "rank 0: rows sent: ["),
@@ -279,6 +277,19 @@ def test_results_come_by_rank_and_a_rank_that_fails_is_named():
         list(over(2, [leaves]))
     with pytest.raises(RankFailed, match=r"^rank 1 of 2: ValueError: of its own$"):
         list(over(2, [ranks_of, fails]))
+
+
+def test_a_device_that_fails_in_a_part_leaves_the_others(monkeypatch, capsys):
+    def failing(*_):
+        raise torch.AcceleratorError("an illegal memory access\nand how to debug it")
+
+    asked = []
+    monkeypatch.setattr(packing, "measure", failing)
+    monkeypatch.setitem(parallel.MEASURE, "bytes", lambda of: iter(asked.append(of) or []))
+    assert main(["parallel", "--part", "pack", "bytes", "--small", "--shape", SIZES, "--device", "cpu"]) == 1
+    assert (
+        capsys.readouterr().err.endswith("\npack: an illegal memory access and how to debug it\n") and len(asked) == 1
+    )
 
 
 def in_session(session: int) -> list[str]:

@@ -1,11 +1,15 @@
 """The benchmarks run, and print no number for what is wrong."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +18,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from benchmarks import cpu, gate, jobs, layer, report, routings
+from benchmarks import cpu, cuda, gate, jobs, layer, peers, report, routings
 from benchmarks.__main__ import main
 from benchmarks.harness import ROOT, BadInput, interleave
 from benchmarks.limits import Ceilings, Phase, activated, work
@@ -23,6 +27,7 @@ from benchmarks.shapes import SHAPES, Shape, small
 from moe import Transformer, preset
 from moe.counts import count_parameters
 from moe.ops import grouped_mm, moe_mlp
+from moe.ops.library import why_no_kernels
 
 SIZES = dataclasses.replace(cpu.SMALL, train=16, prefill=24, decode=3, rounds=1)
 
@@ -783,6 +788,265 @@ def test_what_does_not_fit_is_left_out(monkeypatch, capsys, error):
     assert layer_run(*options) == 0
     shown = capsys.readouterr()
     assert "T 5, d 32, n 16, E 8, K 2), uniform, fp32: not enough memory" in shown.err and "(T 6, d 32" in shown.out
+
+
+@pytest.mark.parametrize("at_a_time", [1, 9, 2**26])
+def test_sums_that_are_taken_in_parts_see_every_element(monkeypatch, at_a_time):
+    monkeypatch.setattr(jobs, "AT_A_TIME", at_a_time)
+    tensor = torch.randn(2, 3, 4).bfloat16()
+    bits = tensor.view(torch.int16).long().view(6, 4)
+    weighed = tuple(int((bits.sum(dim=d) * torch.arange(1, bits.shape[1 - d] + 1)).sum()) for d in (1, 0))
+    assert jobs._sums(tensor) == weighed
+    seen = {weighed}
+    for i in range(tensor.numel()):
+        changed = tensor.clone()
+        changed.view(-1)[i] += 1
+        seen.add(jobs._sums(changed))
+    seen.add(jobs._sums(tensor.flip(0)))
+    assert len(seen) == tensor.numel() + 2
+
+
+ILLEGAL = "CUDA error: an illegal memory access was encountered"
+POISON = f"""
+from benchmarks import jobs
+
+def unusable(*_):
+    raise RuntimeError("{ILLEGAL}")
+
+def poison(inputs):
+    if inputs.x.shape[0] == 7:
+        jobs._sums = unusable
+        unusable()
+    return inputs.x
+"""
+
+
+@pytest.fixture
+def poison(tmp_path, monkeypatch) -> str:
+    """A peer that fails at 7 tokens, after which the inputs cannot be looked at, as after a kernel's error on a GPU."""
+    monkeypatch.setattr(jobs, "_sums", jobs._sums)  # put back
+    file = tmp_path / "poison.py"
+    file.write_text(POISON)
+    return f"{file}:poison"
+
+
+def test_what_an_unusable_device_leaves(poison, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    options = ("--shape", LAYER, "--op", "forward", "--tokens", "5", "7", "9", "--peers", "loop", "--json", str(out))
+    assert layer_run(*options, "--peer", poison) == 3
+    found = {(r["tokens"], r["candidate"]): (r["status"], r["reason"]) for r in records_of(out)}
+    after = f"{poison} left the device unusable: RuntimeError: {ILLEGAL}"
+    assert found == {
+        (5, "moesmith"): ("right", None),
+        (5, "loop"): ("right", None),
+        (5, poison): ("wrong", found[5, poison][1]),
+        (7, "moesmith"): ("not measured", after),
+        (7, "loop"): ("not measured", after),
+        (7, poison): ("failed", f"RuntimeError: {ILLEGAL}"),
+    }
+    shown = capsys.readouterr()
+    assert f"{after}; 1 of 3 measured\n" in shown.err and "T 9" not in shown.out + shown.err
+    assert f"moesmith is not measured: {after}" in shown.out
+
+
+def test_inputs_that_cannot_be_looked_at_after_a_candidate_are_its_fault():
+    def unusable() -> list[str]:
+        raise RuntimeError(ILLEGAL)
+
+    job = jobs.prepare(jobs.Entry("forward", Shape("", 32, 16, 8, 2), 5, "uniform", "fp32"), "cpu", 0)
+    for error, reason in ((None, ILLEGAL), (ValueError("its own"), "its own")):
+        candidate = layer.Candidate(OURS)
+        lost = pytest.raises(layer.Lost, match=f"moesmith left the device unusable: .*{reason}")
+        with lost, layer._guarded(candidate, job, unusable):
+            if error:
+                raise error
+        assert candidate.status == "failed" and reason in candidate.fault
+
+
+@pytest.mark.parametrize("lacks_memory", [True, False])
+def test_later_results_that_cannot_be_judged_get_no_number(tmp_path, monkeypatch, lacks_memory):
+    layers, out = jobs._layer, tmp_path / "out.jsonl"
+
+    def with_a_failing_renewal(given: LayerInputs, *rest: Any) -> jobs.Job:
+        job = layers(given, *rest)
+        if given.x.shape[0] != 7:
+            return job
+
+        def renew() -> None:
+            raise torch.OutOfMemoryError("of the test") if lacks_memory else RuntimeError(ILLEGAL)
+
+        return dataclasses.replace(job, renew=renew)
+
+    monkeypatch.setattr(jobs, "_layer", with_a_failing_renewal)
+    options = ("--shape", LAYER, "--op", "forward", "--tokens", "7", "9", "--peers", "loop", "--json", str(out))
+    assert layer_run(*options) == (0 if lacks_memory else 3)
+    by_tokens = {tokens: [r for r in records_of(out) if r["tokens"] == tokens] for tokens in (7, 9)}
+    assert [r["status"] for r in by_tokens[7]] == ["not measured"] * 2
+    assert all("later results could not be judged" in r["reason"] and "eager" not in r for r in by_tokens[7])
+    assert [r["status"] for r in by_tokens[9]] == (["right"] * 2 if lacks_memory else [])
+
+
+def test_a_device_that_fails_between_candidates_ends_the_run_in_a_line(monkeypatch, capsys):
+    def failing(*_: Any) -> Any:
+        raise torch.AcceleratorError(ILLEGAL)
+
+    monkeypatch.setattr(layer, "measure", failing)
+    assert layer_run("--shape", LAYER, "--op", "forward", "--peers", "--tokens", "5", "6") == 3
+    assert capsys.readouterr().err.endswith(f"the device failed: {ILLEGAL}; 0 of 2 measured\n")
+
+
+def test_a_profile_that_fails_costs_no_measurement(monkeypatch, capsys):
+    def failing(*_: Any) -> Any:
+        raise RuntimeError("of the test")
+
+    monkeypatch.setattr(layer, "profile", failing)
+    assert layer_run("--shape", LAYER, "--op", "forward", "--peers", "--tokens", "5", "6", "--profile") == 0
+    shown = capsys.readouterr()
+    assert shown.err.count("no profile: RuntimeError: of the test") == 2 and "(T 6, d 32" in shown.out
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_waiting_hides_torchs_warning_and_nothing_else(monkeypatch, fails):
+    modes = []
+
+    def set_sync_debug_mode(mode: str) -> None:
+        modes.append(mode)
+        text = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
+        warnings.warn(text, UserWarning, stacklevel=1)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_sync_debug_mode)
+    with contextlib.suppress(ZeroDivisionError), cuda.no_waiting():
+        assert modes == ["error"]
+        with pytest.warns(UserWarning, match="another"):
+            warnings.warn("another", UserWarning, stacklevel=1)
+        _ = 1 / (not fails)
+    assert modes == ["error", "default"]
+
+
+def test_on_a_gpu_ours_is_the_kernels_or_an_error(monkeypatch):
+    """Never torch's operators in their place."""
+    tiers = []
+
+    def called(*_: Any, tier: str, **__: Any) -> Any:
+        tiers.append(tier)
+        return SimpleNamespace(weights=None, expert_ids=None)
+
+    for name in ("moe_mlp", "grouped_mm", "route"):
+        monkeypatch.setattr(peers, name, called)
+    for device, tier in (("cuda:0", "triton"), ("cpu", "auto")):
+        tensor: Any = SimpleNamespace(device=torch.device(device))
+        assert OURS.layer and OURS.gemm and OURS.route
+        OURS.layer(LayerInputs(*(tensor,) * 6, train=False))()
+        OURS.gemm(peers.GemmInputs(tensor, tensor, tensor))()
+        OURS.route(RouteInputs(tensor, 1))()
+        assert [tiers.pop() for _ in range(3)] == [tier] * 3
+
+
+def triton_kernels(with_matmul: bool) -> dict[str, Any]:
+    """What triton_kernels does, as its documentation says, in torch: since triton 3.7, or as it is beside 3.6."""
+
+    def metadata(counts: torch.Tensor, rows: int) -> torch.Tensor:
+        assert counts.dtype == torch.int32 and int(counts.sum()) == rows
+        return counts
+
+    def product(a: torch.Tensor, b: torch.Tensor, counts: torch.Tensor, gammas: torch.Tensor | None) -> torch.Tensor:
+        parts = a.split(counts.tolist())
+        y = torch.cat([part @ matrix for part, matrix in zip(parts, b, strict=True)])
+        return y if gammas is None else (y * gammas[:, None]).to(y.dtype)
+
+    def matmul(a, b, bias, *, a_ragged_metadata, gather_indx=None, scatter_indx=None, gammas=None):
+        assert bias is None and all(t is None or t.dtype == torch.int32 for t in (gather_indx, scatter_indx))
+        y = product(a if gather_indx is None else a[gather_indx], b, a_ragged_metadata, gammas)
+        return y if scatter_indx is None else torch.empty_like(y).index_copy_(0, scatter_indx.long(), y)
+
+    def matmul_ogs(x, w, bias, routing_data, *, gather_indx=None, scatter_indx=None, gammas=None):
+        assert bias is None and torch.equal(routing_data.expt_hist, routing_data.expt_data)
+        for index in filter(None, (gather_indx, scatter_indx)):
+            assert torch.equal(index.dst_indx[index.src_indx], torch.arange(len(index.src_indx), dtype=torch.int32))
+        rows = x if gather_indx is None else x[gather_indx.src_indx // routing_data.n_expts_act]
+        y = product(rows, w, routing_data.expt_data, gammas)
+        if scatter_indx is None:
+            return y
+        return y[scatter_indx.src_indx].unflatten(0, (-1, routing_data.n_expts_act)).sum(dim=1)
+
+    def record(*names: str) -> Any:
+        return lambda *values: SimpleNamespace(**dict(zip(names, values, strict=True)))
+
+    indices = record("src_indx", "dst_indx")
+    routing_data = record("gate_scal", "expt_hist", "n_expts_tot", "n_expts_act", "expt_data")
+    older = {"GatherIndx": indices, "ScatterIndx": indices, "RoutingData": routing_data, "matmul_ogs": matmul_ogs}
+    modules = {
+        "tensor": {"make_ragged_tensor_metadata": metadata},
+        "matmul": {"matmul": matmul} if with_matmul else None,
+        "reduce": {"reduce": lambda x, dim: (x.sum(dim=dim), None)} if with_matmul else None,
+        "matmul_ogs": None if with_matmul else older,
+    }
+    found = {f"triton_kernels.{name}": SimpleNamespace(**names) if names else None for name, names in modules.items()}
+    return {"triton_kernels": SimpleNamespace(), **found}
+
+
+@pytest.mark.parametrize("with_matmul", [True, False], ids=["matmul", "matmul_ogs"])
+@pytest.mark.parametrize("op", ["forward", "gemm", "gemm_dx"])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_triton_kernels_is_called_as_it_asks_for(monkeypatch, with_matmul, op, top_k):
+    for name, module in triton_kernels(with_matmul).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    peer = next(peer for peer in PEERS if peer.name == "triton_kernels")
+    job = jobs.prepare(jobs.Entry(op, Shape("", 32, 16, 8, top_k), 24, "zipf", "fp32"), "cpu", 0)
+    verdicts = job.judge(job.build(peer)())
+    assert all(verdict.right for verdict in verdicts.values()), verdicts
+    padded = jobs.prepare(jobs.Entry("gemm_dw", Shape("", 32, 16, 8, 2), 24, "uniform", "fp32"), "cpu", 0)
+    with pytest.raises(ValueError, match="only groups that are padded with zeros"):
+        padded.build(peer)
+    assert not jobs.able(peer, "train") and not jobs.able(peer, "route")
+
+
+def configurations() -> dict[str, list[Any]]:
+    """As Liger-Kernel 0.8.5 has them."""
+
+    def made(stages: list[int], **sizes: list[int]) -> list[Any]:
+        tiles = [dict(zip(sizes, tile, strict=True)) for tile in itertools.product(*sizes.values())]
+        return [
+            SimpleNamespace(kwargs=tile, num_stages=n, num_warps=w) for tile in tiles for n in stages for w in (4, 8)
+        ]
+
+    return {
+        "_up": made([2, 3, 4, 5], BLOCK_N=[64, 128], BLOCK_K=[32, 64]),
+        "_dw": made([2], BLOCK_M=[64, 128], BLOCK_N=[64, 128], BLOCK_K=[16, 32]),
+        "_sum": made([4], BLOCK_H=[64, 128, 256, 512], BLOCK_K=[1, 2, 4, 8, 16]),
+        "_other": made([1], SIZE=[1, 2]),
+    }
+
+
+def test_liger_is_tuned_over_a_part_of_its_configurations_and_says_so(monkeypatch):
+    kernels = SimpleNamespace(**{name: SimpleNamespace(configs=found) for name, found in configurations().items()})
+    kernels.triton, kernels.configs = sys, None  # what else a module may hold
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops.fused_moe_kernels", kernels)
+    says = "autotuned over up 6 of 32, dw 4 of 16, sum 4 of 40, other 4 of 4 configurations"
+    monkeypatch.setattr(peers, "_liger_tuning", peers._liger_tuning.__wrapped__)
+    assert peers._liger_tuning() == says
+    assert {(c.kwargs["BLOCK_N"], c.kwargs["BLOCK_K"]) for c in kernels._up.configs} == {(128, 64)}
+    assert {(c.num_stages, c.num_warps) for c in kernels._up.configs} == {(n, w) for n in (2, 3, 4) for w in (4, 8)}
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops.fused_moe_kernels", None)
+    assert peers._liger_tuning() == "autotuned over all configurations"
+
+
+def test_a_note_on_a_peer_is_in_its_records(monkeypatch, capsys, tmp_path):
+    noted = Peer("noted", OURS.layer, note=lambda: "of the test")
+    monkeypatch.setattr(layer, "PEERS", (noted,))
+    out = tmp_path / "out.jsonl"
+    assert layer_run("--shape", LAYER, "--op", "forward", "--json", str(out)) == 0
+    assert [r["note"] for r in records_of(out)] == [None, "of the test"]
+    assert "noted: of the test\n" in capsys.readouterr().out
+
+
+def test_packing_on_a_gpu_without_kernels_is_bad_input(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "moe_triton", None)
+    why_no_kernels.cache_clear()
+    assert main(["parallel", "--device", "cuda", "--part", "pack"]) == 2
+    why_no_kernels.cache_clear()
+    assert "benchmarks parallel: --device cuda: cannot import moe_triton (" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_one_line(capsys):

@@ -132,6 +132,6 @@ def test_a_run_without_a_fault_says_nothing_and_leaves_no_thread(tmp_path: Path)
         "assert [t.name for t in threading.enumerate()] == ['MainThread'], threading.enumerate()\n"
     )
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
     done = subprocess.run([*command, str(script)], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,6 +1,7 @@
 """The house: which layer imports which, what an import may cost, where the sources lie."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -97,8 +98,16 @@ def test_kernels_is_a_source_root_and_not_a_package() -> None:
     assert (ROOT / "kernels" / "moe_triton" / "__init__.py").exists()
 
 
-def run(code: str, cwd: Path) -> None:
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=cwd, capture_output=True, text=True)
+def without(*packages: str) -> str:
+    """Code after which these packages cannot be imported."""
+    return f"import sys; sys.modules.update(dict.fromkeys({packages}))\n"
+
+
+def run(code: str, cwd: Path, **variables: str) -> None:
+    """In a process whose path has no folder of this repository but `cwd`."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -112,16 +121,43 @@ def test_kernels_cannot_shadow_huggingface_kernels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "module", ["moe", "moe.model", "moe.layer", "moe.checkpoint", "moe.generation", "moe.train.loop"]
 )
-def test_import_needs_neither_triton_nor_transformers(module: str, tmp_path: Path) -> None:
-    refuse = (
-        "import sys\n"
-        "class Refuse:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] in ('triton', 'transformers', 'matplotlib'):\n"
-        "            raise ImportError('refused ' + name)\n"
-        "sys.meta_path.insert(0, Refuse())\n"
-    )
-    run(refuse + f"import {module}", ROOT)
+def test_import_needs_neither_triton_nor_transformers(module: str) -> None:
+    run(without("triton", "transformers", "matplotlib") + f"import {module}", ROOT)
+
+
+NOT_ON_A_GPU_MACHINE = ("tyro", "hypothesis", "xdist", "transformers", "tokenizers", "matplotlib", "tensorboard")
+
+
+def test_what_runs_on_a_gpu_machine_needs_no_installation() -> None:
+    """Tests are collected from a clone beside torch, triton, numpy, pytest, rich, einops and safetensors; one runs."""
+    files = ("cuda", "ops", "ops_routing", "ops_contract", "kernels")
+    paths = [f"tests/test_{name}.py" for name in files]
+    collect = f"import pytest; assert pytest.main(['-q', '--collect-only', *{paths}, 'tests/offsets.py']) == 0"
+    one = "import pytest; assert pytest.main(['-q', 'tests/test_ops.py', '-k', 'one_slot and float32']) == 0"
+    for code in (collect, one, "import tests.kernels, tests.compiled"):
+        run(without(*NOT_ON_A_GPU_MACHINE) + code, ROOT, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+
+
+# Where these come from, whatever is installed: the finder of installed packages is not asked.
+FOUND = (
+    "from importlib.machinery import PathFinder\n"
+    "found = [PathFinder.find_spec(name).origin for name in ('moe', 'moe_triton')]\n"
+    f"assert found == {[str(ROOT / folder / '__init__.py') for folder in ('moe', 'kernels/moe_triton')]}, found\n"
+)
+
+
+@pytest.mark.parametrize("package", ["tests", "benchmarks"])
+def test_programs_find_the_kernels_of_their_checkout(package: str) -> None:
+    run(f"import {package}\n{FOUND}", ROOT)
+
+
+def test_children_of_tests_find_the_kernels_of_their_checkout(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", FOUND], cwd=tmp_path, check=True)
+
+
+def test_deterministic_algorithms_can_multiply_on_a_gpu() -> None:
+    """The values that torch accepts; it looks when a matrix is first multiplied there."""
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
 
 
 def test_import_moe_does_not_import_torch() -> None:

@@ -1,8 +1,9 @@
 """What holds for every operator: opcheck, compilation, exact gradients, equal bits, isolation, refusals."""
 
 import hashlib
-from collections.abc import Callable
-from typing import Any
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 from moe import ops
+from moe.ops import library
+from moe.ops.grouped_gemm import grouped_mm_reference
 from moe.ops.library import LIBRARY
+from moe.ops.routing import route_reference
 from tests.cases import BY_NAME, ROUTING_CASES, Case, Inputs, RoutingCase
 
 SMALL = Case("small", 5, 4, 3, 4, 2, "absent")
@@ -29,8 +33,8 @@ def samples(case: Case, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
     permuted = ops.permute(plain.x, plain.expert_ids, case.experts)
     rows, position, offsets = permuted.rows, permuted.position, permuted.offsets
     logits = torch.randn(case.tokens, 8, requires_grad=True)
-    bias, grouped = torch.randn(8), (3, "sigmoid", 4, 2, "top2", True, 2.5)
-    plain_softmax = (3, "softmax", 1, 1, "max", False, 1.0)
+    bias, grouped = torch.randn(8), (3, "sigmoid", 4, 2, "top2", True, 2.5, "auto")
+    plain_softmax = (3, "softmax", 1, 1, "max", False, 1.0, "auto")
     routing = ops.route(logits.detach(), bias, top_k=3)
     weight = leaves.gate_up.detach().mT.requires_grad_()
     experts = (plain.gate_up, plain.down)
@@ -45,9 +49,9 @@ def samples(case: Case, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
         "swiglu_backward": [(plain.gate_up[..., : case.hidden, :].mT, plain.gate_up.mT, 0.5, 1.0, 0.5)],
         "route": [(logits, bias, *grouped), (logits, None, *plain_softmax)],
         "route_backward": [
-            (routing.weights, None, routing.scores, routing.expert_ids, "sigmoid", True, 2.5),
-            (routing.weights, routing.scores, routing.scores, routing.expert_ids, "softmax", False, 1.0),
-            (None, routing.scores, routing.scores, routing.expert_ids, "sigmoid", True, 1.0),
+            (routing.weights, None, routing.scores, routing.expert_ids, "sigmoid", True, 2.5, "auto"),
+            (routing.weights, routing.scores, routing.scores, routing.expert_ids, "softmax", False, 1.0, "auto"),
+            (None, routing.scores, routing.scores, routing.expert_ids, "sigmoid", True, 1.0, "auto"),
         ],
         "permute": [
             (leaves.x, leaves.expert_ids, case.experts),
@@ -63,10 +67,10 @@ def samples(case: Case, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
             (plain.x, rows, position, None, [True, False]),
         ],
         "grouped_mm": [
-            (rows.clone().requires_grad_(), weight, offsets),
-            (rows.clone().t().requires_grad_(), pre.clone().requires_grad_(), offsets),
-            (leaves.gate_up, rows.clone().t().requires_grad_(), offsets),
-            (leaves.down, leaves.gate_up[:, : case.hidden].detach().requires_grad_(), None),
+            (rows.clone().requires_grad_(), weight, offsets, "auto"),
+            (rows.clone().t().requires_grad_(), pre.clone().requires_grad_(), offsets, "auto"),
+            (leaves.gate_up, rows.clone().t().requires_grad_(), offsets, "auto"),
+            (leaves.down, leaves.gate_up[:, : case.hidden].detach().requires_grad_(), None, "auto"),
         ],
         "moe_mlp_forward": [
             (*mlp_leaves, None, None, None, 1.0, 0.0, True, "auto"),
@@ -97,7 +101,8 @@ def test_opcheck(op: str, case: Case) -> None:
 def whole_layer(logits: Tensor, bias: Tensor | None, i: Inputs, routing_case: RoutingCase) -> Tensor:
     """Every public operator in one differentiable function."""
     routing = ops.route(logits, bias, **routing_case.settings)
-    fused = mlp(Inputs(**vars(i) | {"weights": routing.weights, "expert_ids": routing.expert_ids}))
+    biases: dict[str, Any] = {"gate_up_bias": i.gate_up_bias, "down_bias": i.down_bias}
+    fused = ops.moe_mlp(i.x, i.gate_up, i.down, routing.weights, routing.expert_ids, **biases)
     permuted = ops.permute(i.x, routing.expert_ids, i.gate_up.shape[0])
     hidden = ops.swiglu(ops.grouped_mm(permuted.rows, i.gate_up.mT, permuted.offsets), limit=2.0)
     rows = ops.grouped_mm(hidden, i.down.mT, permuted.offsets)
@@ -319,6 +324,9 @@ def with_id(value: int, name: str = "ragged") -> Tensor:
 
 ROWS, OFFS = torch.zeros(6, 4), torch.tensor([2, 6], dtype=torch.int32)
 STACK = torch.zeros(2, 4, 3)
+FAST: Any = "fast"
+NO_TIER = "tier = 'fast': expected 'auto', 'triton' or 'reference'"
+NO_KERNELS = "tier = 'triton': tensors are on the CPU, where kernels run only by Triton's interpreter"
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "id above": (changed(expert_ids=with_id(8)), IndexError, r"8 is neither -1 nor in \[0, 8\)"),
     "id below": (changed(expert_ids=with_id(-2)), IndexError, "-2 is neither"),
@@ -344,11 +352,16 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "mixed dtypes": (changed(down=GOOD.down.double()), TypeError, "down: expected torch.float32 as x has"),
     "integers": (changed(x=GOOD.x.long()), TypeError, "x: expected float32, float64, bfloat16 or float16"),
     "bias of other shape": (changed(down_bias=GOOD.gate_up_bias), ValueError, r"down_bias: expected \[8, 24\]"),
-    "unknown tier": (
-        lambda: mlp(GOOD, tier="fast"),
+    "unknown tier": (lambda: mlp(GOOD, tier="fast"), ValueError, NO_TIER),
+    "unknown tier of a product": (lambda: ops.grouped_mm(ROWS, STACK, OFFS, tier=FAST), ValueError, NO_TIER),
+    "unknown tier of a routing": (lambda: ops.route(ROWS, top_k=1, tier=FAST), ValueError, NO_TIER),
+    "kernels on the CPU": (lambda: mlp(GOOD, tier="triton"), ValueError, NO_KERNELS),
+    "kernels of a product on the CPU": (
+        lambda: ops.grouped_mm(ROWS, STACK, OFFS, tier="triton"),
         ValueError,
-        "tier = 'fast': expected 'auto', 'triton' or 'reference'",
+        NO_KERNELS,
     ),
+    "kernels of a routing on the CPU": (lambda: ops.route(ROWS, top_k=1, tier="triton"), ValueError, NO_KERNELS),
     "negative limit": (lambda: mlp(GOOD, swiglu_limit=-1.0), ValueError, "limit = -1.0: expected a positive number"),
     "NaN limit": (lambda: ops.swiglu(GOOD.x, float("nan")), ValueError, "limit = nan"),
     "odd halves": (lambda: ops.swiglu(torch.zeros(2, 3)), ValueError, "last dimension must be even"),
@@ -377,6 +390,81 @@ def test_refused(name: str) -> None:
     call, error, message = REFUSED[name]
     with pytest.raises(error, match=message):
         call()
+
+
+class OnGpu(NamedTuple):
+    """What `kernels_for` asks of a CUDA tensor."""
+
+    device: torch.device = torch.device("cuda", 0)
+    dtype: torch.dtype = torch.bfloat16
+
+
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An installation without moe_triton, in a process that has not warned yet."""
+    monkeypatch.setitem(sys.modules, "moe_triton", None)
+    for remembered in (library.why_no_kernels, library._warn_once):
+        remembered.cache_clear()
+    yield
+    for remembered in (library.why_no_kernels, library._warn_once):
+        remembered.cache_clear()
+
+
+def kernels_of(*dtypes: torch.dtype, tier: str = "auto", device: str = "cuda:0") -> Any:
+    tensors: list[Any] = [OnGpu(torch.device(device), dtype) for dtype in dtypes]
+    return library.kernels_for("mlp", tensors, tier)
+
+
+def test_cuda_without_kernels_warns_once(no_kernels: None) -> None:
+    message = (
+        r"on cuda in the place of moesmith's Triton kernels: cannot import moe_triton \(.*\); install moesmith, or"
+    )
+    with pytest.warns(RuntimeWarning, match=message) as warned:
+        for device in ("cuda:0", "cuda:0", "cuda:1"):
+            assert kernels_of(torch.bfloat16, torch.float32, device=device) is None
+    assert len(warned) == 1
+    with pytest.raises(ValueError, match="tier = 'triton': cannot import moe_triton"):
+        kernels_of(torch.bfloat16, tier="triton")
+
+
+def test_cuda_with_an_old_gpu_says_so(no_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setitem(sys.modules, "moe_triton", sys)  # anything that can be imported
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Turing")
+    with pytest.warns(RuntimeWarning, match="kernels: Turing has a compute capability below 8.0"):
+        assert kernels_of(torch.float16) is None
+
+
+def test_float64_on_cuda_is_torchs_without_a_warning(no_kernels: None) -> None:
+    """By design, with kernels and without them; whoever asks for kernels is told."""
+    assert kernels_of(torch.float64, torch.int64) is None
+    with pytest.raises(ValueError, match="tier = 'triton': cannot import moe_triton"):
+        kernels_of(torch.float64, tier="triton")
+
+
+def test_the_warning_does_not_break_a_compiled_graph(no_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operators of tensors on the CPU, chosen as if they were on a GPU."""
+    chosen, tensors = library.kernels_for, [cast(Tensor, OnGpu())]
+    monkeypatch.setattr(library, "kernels_for", lambda page, _, tier: chosen(page, tensors, tier))
+    torch._dynamo.reset()
+    compiled = torch.compile(whole_layer, fullgraph=True, backend="aot_eager")
+    arguments = (torch.randn(37, 8), None, Case("compiled", 37, 24, 40, 8, 3).inputs(torch.float32))
+    with pytest.warns(RuntimeWarning, match="cannot import moe_triton") as warned:
+        y = compiled(*arguments, RoutingCase("compiled", experts=8, top_k=3))
+    assert len(warned) == 1
+    assert torch.equal(y, whole_layer(*arguments, RoutingCase("compiled", experts=8, top_k=3)))
+
+
+def test_tier_reference_is_the_definition() -> None:
+    logits = torch.randn(9, 8, requires_grad=True)
+    routing, exact = ops.route(logits, top_k=3, tier="reference"), route_reference(logits, top_k=3)
+    for name, tensor in vars(routing).items():
+        assert torch.equal(tensor, getattr(exact, name)), name
+    (grad,) = torch.autograd.grad(routing.weights.square().sum(), logits, create_graph=True)
+    torch.autograd.grad(grad.sum(), logits)  # which the operator refuses
+    a, b = torch.randn(6, 4), torch.randn(2, 4, 3)
+    assert torch.equal(ops.grouped_mm(a, b, OFFS, tier="reference"), grouped_mm_reference(a, b, OFFS))
 
 
 def test_results_do_not_alias_arguments() -> None:

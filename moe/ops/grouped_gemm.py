@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.ops.library import autocast, define, define_gradient
+from moe.ops.library import Tier, autocast, check_tier, define, define_gradient
 from moe.ops.product import product_into
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -18,6 +18,7 @@ def grouped_mm(
     *,
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    tier: Tier = "auto",
 ) -> Tensor:
     """One matrix product for each of G groups, with the semantics of `torch.nn.functional.grouped_mm`.
 
@@ -34,7 +35,7 @@ def grouped_mm(
 
     float32, float64, bfloat16 or float16, both operands alike; accumulation in float32 or wider, one rounding to the
     operands' dtype. Under autocast both operands are cast, as a matrix product's are. Differentiable in a and b as
-    often as needed. Equal input, equal bits.
+    often as needed. Equal input, equal bits. `tier` is as for `moe_mlp`.
 
     Raises TypeError for other or unequal dtypes and for offs that is not int32; ValueError for shapes that do not fit,
     for offs that decreases or ends past the ragged dimension (on CPU; undefined on CUDA), and, as torch does, for a
@@ -46,7 +47,8 @@ def grouped_mm(
     _check(a, b, offs)
     if out_dtype not in (None, a.dtype):
         raise ValueError(f"out_dtype = {out_dtype}: expected the operands' dtype {a.dtype}, or None")
-    return _GROUPED_MM(a, b, offs)
+    check_tier(tier)
+    return grouped_mm_reference(a, b, offs) if tier == "reference" else _GROUPED_MM(a, b, offs, tier)
 
 
 def grouped_mm_reference(a: Tensor, b: Tensor, offs: Tensor | None = None) -> Tensor:
@@ -133,25 +135,30 @@ def _forward(a: Tensor, b: Tensor, offs: Tensor | None) -> Tensor:
     return out
 
 
-def _forward_fake(a: Tensor, b: Tensor, offs: Tensor | None) -> Tensor:
+def _forward_fake(a: Tensor, b: Tensor, offs: Tensor | None, tier: str) -> Tensor:
     return a.new_empty(_shape(a, b, offs))
 
 
 _GROUPED_MM = define(
-    "grouped_mm(Tensor a, Tensor b, Tensor? offs) -> Tensor", page="grouped_gemm", cpu=_forward, fake=_forward_fake
+    "grouped_mm(Tensor a, Tensor b, Tensor? offs, str tier) -> Tensor",
+    page="grouped_gemm",
+    cpu=_forward,
+    fake=_forward_fake,
+    tiered=True,
 )
 
 
 def _save(ctx: Any, args: tuple[Any, ...], result: Tensor) -> None:
-    ctx.save_for_backward(*args)
+    *tensors, ctx.tier = args
+    ctx.save_for_backward(*tensors)
 
 
 def _gradient(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Any, ...]:
     # Grouped products again, of the two other forms with the same offs (batched: of its own).
     a, b, offs = saved
-    grad_a = _GROUPED_MM(grad, b.transpose(-1, -2), offs) if ctx.needs_input_grad[0] else None
-    grad_b = _GROUPED_MM(a.transpose(-1, -2), grad, offs) if ctx.needs_input_grad[1] else None
-    return grad_a, grad_b, None
+    grad_a = _GROUPED_MM(grad, b.transpose(-1, -2), offs, ctx.tier) if ctx.needs_input_grad[0] else None
+    grad_b = _GROUPED_MM(a.transpose(-1, -2), grad, offs, ctx.tier) if ctx.needs_input_grad[1] else None
+    return grad_a, grad_b, None, None
 
 
 define_gradient(_GROUPED_MM, _save, _gradient, once=False)

@@ -1,19 +1,20 @@
 """The `moesmith` operator namespace, and the one way in which an operator enters it.
 
 An operator has a schema, a CPU implementation, a CUDA implementation (which ROCm shares) and a fake. On CUDA the Triton
-kernels of the same page and name in `moe_triton` run; what they do not take (float64, GPUs before compute capability 8)
-runs the CPU's algorithm by torch's operators. A differentiable
-one has an "Autograd" implementation as well, which applies an `autograd.Function` when a gradient is needed and
-otherwise goes on below autograd; its backward is an operator of its own. This is the form that opcheck and
-`torch.compile(fullgraph=True, dynamic=True)` both accept, forward and backward.
+kernels of the same page and name in `moe_triton` run. Torch's operators run the CPU's algorithm for float64, which the
+kernels do not take, and where there are no kernels (before compute capability 8, or not installed): one warning says
+why. A differentiable operator has an "Autograd" implementation as well, which applies an `autograd.Function` when a
+gradient is needed and otherwise goes on below autograd; its backward is an operator of its own. This is the form that
+opcheck and `torch.compile(fullgraph=True, dynamic=True)` both accept, forward and backward.
 """
 
 import importlib
 import os
+import warnings
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +22,11 @@ from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("moesmith", "DEF")
 Tier = Literal["auto", "triton", "reference"]
+
+
+def check_tier(tier: str) -> None:
+    if tier not in get_args(Tier):
+        raise ValueError(f"tier = {tier!r}: expected 'auto', 'triton' or 'reference'")
 
 
 def define(
@@ -51,31 +57,48 @@ def define(
 
 
 def kernels_for(page: str, tensors: list[Tensor], tier: str = "auto") -> ModuleType | None:
-    """The page of Triton kernels that takes these tensors, or None. Tier "triton" raises ValueError instead of None."""
+    """The page of Triton kernels that takes these tensors, or None if torch's operators are to run.
+
+    None for CUDA tensors means that the kernels do not take float64, or, with a warning, that there are no kernels.
+    Tier "triton" raises ValueError instead of None.
+    """
     device = tensors[0].device
     if any(tensor.device != device for tensor in tensors):
         raise ValueError(f"tensors on {', '.join(sorted({str(t.device) for t in tensors}))}: expected one device")
     if device.type == "cpu" and tier != "triton":
         return None
-    why = _why_no_kernels(device)
-    if why is None and any(tensor.dtype == torch.float64 for tensor in tensors):
-        why = "a tensor is float64"
-    if why is None:
+    why = why_no_kernels(device)
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    if why is None and not wide:
         return importlib.import_module(f"moe_triton.{page}")
     if tier == "triton":
-        raise ValueError(f"tier = 'triton': {why}")
+        raise ValueError(f"tier = 'triton': {why or 'a tensor is float64'}")
+    if not wide:
+        _warn_once(f"torch's operators run on {device.type} in the place of moesmith's Triton kernels: {why}")
     return None
 
 
 @cache
-def _why_no_kernels(device: torch.device) -> str | None:
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+_REMEDIES = {
+    "triton": "install triton 3.6 or later",
+    "moe_triton": "install moesmith, or put the folder kernels of its repository on PYTHONPATH",
+}
+
+
+@cache
+def why_no_kernels(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a device, and what to do; None if they can."""
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "tensors are on the CPU, where kernels run only by Triton's interpreter (TRITON_INTERPRET=1)"
-    try:
-        importlib.import_module("moe_triton")
-        importlib.import_module("triton")
-    except ImportError as error:
-        return f"cannot import {error.name}"
+    for package, remedy in _REMEDIES.items():
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            return f"cannot import {package} ({error}); {remedy}"
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} has a compute capability below 8.0"
     return None

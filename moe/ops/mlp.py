@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe.ops.activation import check_limit, swiglu_backward_into, swiglu_into, swiglu_reference
-from moe.ops.library import Tier, autocast, define, define_gradient
+from moe.ops.library import Tier, autocast, check_tier, define, define_gradient
 from moe.ops.permutation import check_ids, check_weights, combine, sort_slots
 from moe.ops.product import can_group, group_products_into, grouped_product, grouped_product_into, product
 
@@ -46,8 +46,9 @@ def moe_mlp(
     pre-activation [R, 2F]. Under autocast x and the expert parameters are cast, as for a matrix product, and the output
     has the cast dtype.
 
-    `tier`: "auto" is the fastest implementation for the device; "triton" the Triton kernels, or ValueError where they
-    cannot run (CPU tensors need TRITON_INTERPRET=1); "reference" the definition, plain differentiable PyTorch.
+    `tier`: "auto" is the fastest implementation for the device; on a GPU without kernels, torch's operators, and one
+    warning says why. "triton" is the Triton kernels, or ValueError where they cannot run (CPU tensors need
+    TRITON_INTERPRET=1). "reference" is the definition, plain differentiable PyTorch.
 
     Raises ValueError for shapes and settings, TypeError for dtypes, IndexError for an id that is neither -1 nor in
     [0, E) (on CPU; a device assertion on CUDA).
@@ -55,12 +56,11 @@ def moe_mlp(
     x, gate_up, down, gate_up_bias, down_bias = autocast(x, gate_up, down, gate_up_bias, down_bias)  # pyright: ignore
     _check(x, gate_up, down, weights, expert_ids, gate_up_bias, down_bias)
     check_limit(swiglu_limit)
+    check_tier(tier)
     if tier == "reference":
         return moe_mlp_reference(
             x, gate_up, down, weights, expert_ids, gate_up_bias, down_bias, swiglu_limit, swiglu_alpha, swiglu_beta
         )
-    if tier not in ("auto", "triton"):
-        raise ValueError(f"tier = {tier!r}: expected 'auto', 'triton' or 'reference'")
     if tier == "triton" and x.device.type == "cpu":
         sort_slots(expert_ids, gate_up.shape[0])  # refuses ids that name no expert, for the interpreter does not
     parameters = (gate_up, down, gate_up_bias, down_bias)

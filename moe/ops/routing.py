@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from moe.ops.library import define, define_gradient
+from moe.ops.library import Tier, check_tier, define, define_gradient
 
 ScoringFunc = Literal["sigmoid", "softmax"]
 GroupScore = Literal["top2", "max"]
@@ -32,6 +32,7 @@ def route(
     group_score: GroupScore = "top2",
     norm_topk_prob: bool = True,
     routed_scaling_factor: float = 1.0,
+    tier: Tier = "auto",
 ) -> Routing:
     """Selects `top_k` of the E experts for each row of `logits` [T, E] (float32 or float64).
 
@@ -51,7 +52,7 @@ def route(
     the normalisation its row's weights if it is selected; with softmax the whole row.
 
     `weights` and `scores` carry gradients to `logits`, differentiable once (a second differentiation raises
-    RuntimeError); `correction_bias` gets none. T = 0 gives empty outputs.
+    RuntimeError); `correction_bias` gets none. T = 0 gives empty outputs. `tier` is as for `moe_mlp`.
 
     Raises TypeError for other dtypes and ValueError for settings that leave a token without top_k candidates:
     top_k > topk_group * (E / n_group), E not divisible by n_group, topk_group > n_group.
@@ -59,18 +60,19 @@ def route(
     Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 2.1.2; V2 (softmax, max): arXiv 2405.04434.
     """
     _check(logits, correction_bias, top_k, scoring_func, n_group, topk_group, group_score)
-    weights, expert_ids, scores = _ROUTE(
-        logits,
-        correction_bias,
-        top_k,
-        scoring_func,
-        n_group,
-        topk_group,
-        group_score,
-        norm_topk_prob,
-        routed_scaling_factor,
-    )
-    return Routing(weights, expert_ids, scores)
+    check_tier(tier)
+    settings: dict[str, Any] = {
+        "top_k": top_k,
+        "scoring_func": scoring_func,
+        "n_group": n_group,
+        "topk_group": topk_group,
+        "group_score": group_score,
+        "norm_topk_prob": norm_topk_prob,
+        "routed_scaling_factor": routed_scaling_factor,
+    }
+    if tier == "reference":
+        return route_reference(logits, correction_bias, **settings)
+    return Routing(*_ROUTE(logits, correction_bias, *settings.values(), tier))
 
 
 def route_reference(
@@ -245,24 +247,26 @@ def _backward_fake(grad_weights: Tensor | None, grad_scores: Tensor | None, scor
 
 _ROUTE = define(
     "route(Tensor logits, Tensor? correction_bias, int top_k, str scoring_func, int n_group, int topk_group, "
-    "str group_score, bool norm_topk_prob, float routed_scaling_factor) -> (Tensor, Tensor, Tensor)",
+    "str group_score, bool norm_topk_prob, float routed_scaling_factor, str tier) -> (Tensor, Tensor, Tensor)",
     page="routing",
     cpu=_forward,
     fake=_forward_fake,
+    tiered=True,
 )
 _ROUTE_BACKWARD = define(
     "route_backward(Tensor? grad_weights, Tensor? grad_scores, Tensor scores, Tensor expert_ids, str scoring_func, "
-    "bool norm_topk_prob, float routed_scaling_factor) -> Tensor",
+    "bool norm_topk_prob, float routed_scaling_factor, str tier) -> Tensor",
     page="routing",
     cpu=_backward,
     fake=_backward_fake,
+    tiered=True,
 )
 
 
 def _save(ctx: Any, args: tuple[Any, ...], result: tuple[Tensor, Tensor, Tensor]) -> None:
     _, expert_ids, scores = result
     ctx.save_for_backward(scores, expert_ids)
-    ctx.settings = args[3], args[7], args[8]
+    ctx.settings = args[3], *args[7:]
     ctx.mark_non_differentiable(expert_ids)
     ctx.set_materialize_grads(False)
 
@@ -273,7 +277,7 @@ def _gradient(
     grad = None
     if ctx.needs_input_grad[0] and (grad_weights is not None or grad_scores is not None):
         grad = _ROUTE_BACKWARD(grad_weights, grad_scores, *saved, *ctx.settings)
-    return grad, *(None,) * 8
+    return grad, *(None,) * 9
 
 
 define_gradient(_ROUTE, _save, _gradient)
