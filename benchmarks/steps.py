@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from benchmarks.harness import ROOT, one_line
 
 NOT_USABLE = 3  # exit status
+NO_KERNELS = "torch's operators run on"  # how the warning begins that a GPU is used without the kernels
 SLOW_PEERS = ("loop", "transformers-eager")  # never the best, and never in time
 MORE_PEERS = (*SLOW_PEERS, "transformers-batched_mm")
 PRODUCTS = 6  # chained in one block: two of the queries, attention, its output, two of the experts
@@ -210,7 +212,9 @@ def load(step: Step) -> None:
         with _routed_alike(model.train(), experts, record=record):
             out = model(on, labels=on)
         out.loss.backward()
-        results.append((out.logits, out.loss, torch.cat([p.grad.flatten().cpu() for p in model.parameters()])))
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        step.check("parameters without a gradient", sum(p.grad is None for p in model.parameters()), 0)
+        results.append((out.logits, out.loss, torch.cat([g.flatten().cpu() for g in grads])))
     (logits, loss, grads), (found, found_loss, found_grads) = results
     _near(step, "logits", found, logits, _chain(there))
     _near(step, "loss", found_loss, loss, _chain(there))
@@ -256,9 +260,16 @@ def train(step: Step) -> None:
     from moe.train.loop import Trainer
     from moe.train.settings import Settings
 
-    sizes: dict[str, Any] = {"steps": 8, "save_every": 4, "eval_every": 0, "warmup": 2, "seq_length": 64}
+    sizes: dict[str, Any] = {
+        "device": step.device,
+        "steps": 8,
+        "save_every": 4,
+        "eval_every": 0,
+        "warmup": 2,
+        "seq_length": 64,
+    }
     data = (ROOT / "CONTRIBUTING.md", ROOT / "LICENSE")
-    settings = Settings(preset="tiny", data=data, device=step.device, **sizes)
+    settings = Settings(preset="tiny", data=data, **sizes)
     with tempfile.TemporaryDirectory() as temporary:
         whole, again = Path(temporary, "whole"), Path(temporary, "again")
         summary = run(settings, whole, console=Console(stderr=True))
@@ -478,6 +489,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--lines", type=Path)
     args = parser.parse_args(argv)
+    warnings.filterwarnings("error", message=NO_KERNELS)
     step = Step(args.device, args.lines, args.words)
     try:
         STEPS[args.step](step)

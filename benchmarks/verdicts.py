@@ -1,7 +1,7 @@
 """The results of `qualify`: its JSON lines, one verdict for each stage, report.md and plots.
 
 A line says what kind it is: `run` (a call begins), `task` (a program has ended), `stage` (a stage ends, or is left),
-and what they consist of: `fact`, `check`, `test`, `layer`, `profile`, `other`. Every line has `about`: device, versions, commit,
+and what they consist of: `fact`, `check`, `test`, `layer`, `profile`, `other`. Every line has device, versions, commit,
 and `source`, a hash of the program's files, because a copy of them may have no commit.
 """
 
@@ -85,8 +85,9 @@ def judge(stage: str, planned: Sequence[str], records: Sequence[Record], unable:
         return Verdict(stage, unable.partition(":")[0], reason=unable.partition(": ")[2])
     if not found and not ended:
         return Verdict(stage, "not run", left=left)
-    counts = _counts(done)
-    failed = [record for record in done if record["status"] == "failed"]
+    stopped = [found[name] for name in left if name in found]
+    counts = _counts(done, stopped)
+    failed = [r for r in (*done, *stopped) if r["status"] == "failed" or r.get("tests", {}).get("failed")]
     unusable = [record for record in done if record["status"] == "not usable"]
     reasons = [f"{record['task']}: {record['reason']}" for record in (*failed, *unusable)]
     if left:
@@ -96,10 +97,10 @@ def judge(stage: str, planned: Sequence[str], records: Sequence[Record], unable:
     return Verdict(stage, status, counts, seconds, "; ".join(reasons[:3]) + ("; ..." if len(reasons) > 3 else ""), left)
 
 
-def _counts(done: Sequence[Record]) -> str:
-    """Tests where tasks have counted them, else tasks."""
+def _counts(done: Sequence[Record], stopped: Sequence[Record]) -> str:
+    """Tests where tasks have counted them, also those of a task that was stopped; else tasks."""
     tests: dict[str, int] = {}
-    for record in done:
+    for record in (*done, *stopped):
         for outcome, number in record.get("tests", {}).items():
             tests[outcome] = tests.get(outcome, 0) + number
     if tests:
@@ -158,19 +159,26 @@ def _some(names: Sequence[str], most: int = 12) -> str:
 
 
 def _failures(records: Iterable[Record], most: int = 60) -> list[str]:
-    failed: dict[tuple[str, str], str] = {}
-    skipped: dict[tuple[str, str], str] = {}
+    found: dict[str, dict[tuple[str, str], list[str]]] = {"failed": {}, "skipped": {}}
+    begun: dict[tuple[str, str], dict[str, list[str]]] = {}
     for r in records:
+        task = (r["stage"], r["task"])
         if r["kind"] == "test":
-            (failed if r["outcome"] == "failed" else skipped)[r["stage"], r["test"]] = r["reason"]
-        elif r["kind"] == "task" and r["status"] == "failed" and not r.get("tests"):
-            failed[r["stage"], r["task"]] = r["reason"]
-        elif r["kind"] == "task":
-            failed.pop((r["stage"], r["task"]), None)
+            lines = begun.setdefault(task, {"failed": [], "skipped": []})
+            lines[r["outcome"]].append(f"- {r['stage']}: `{r['test']}`: {r['reason']}")
+        elif r["kind"] == "task":  # what it found replaces what an earlier call found
+            lines = begun.pop(task, {"failed": [], "skipped": []})
+            if r["status"] == "failed" and not lines["failed"]:
+                lines["failed"] = [f"- {r['stage']}: `{r['task']}`: {r['reason']}"]
+            for outcome, those in lines.items():
+                found[outcome][task] = those
+    for task, lines in begun.items():  # of a call that was killed
+        for outcome, those in lines.items():
+            found[outcome][task] = those
     text: list[str] = []
-    for title, found in (("What failed", failed), ("Tests that were skipped", skipped)):
-        if found:
-            lines = [f"- {stage}: `{name}`: {reason}" for (stage, name), reason in found.items()]
+    for title, outcome in (("What failed", "failed"), ("Tests that were skipped", "skipped")):
+        lines = [line for those in found[outcome].values() for line in those]
+        if lines:
             more = [f"- and {len(lines) - most} more, in {RESULTS}"] if len(lines) > most else []
             text += [f"## {title}", "", *lines[:most], *more, ""]
     return text

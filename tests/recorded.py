@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(Recorder(config.getoption("--record")))
+    config.pluginmanager.register(Recorder(Path(str(config.getoption("--record")))))
 
 
 @pytest.hookimpl(trylast=True)

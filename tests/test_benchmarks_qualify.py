@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,20 +145,21 @@ def test_e():
     torch.cuda.is_initialized, torch.cuda.synchronize = (lambda: True), lost
     assert 3 == 4
 def test_f(): pass
-def test_g(): os._exit(0)
+def test_g(): warnings.warn("torch's operators run on cuda in the place of moesmith's Triton kernels", RuntimeWarning)
+def test_h(): os._exit(0)
 """)
     assert call(out, stage("kernels", pytest_task("part", file))) == 1
-    assert ran.read_text().split() == [f"test_{letter}" for letter in "abcdefg"]
+    assert ran.read_text().split() == [f"test_{letter}" for letter in "abcdefgh"]
     (task,) = (r for r in records(out) if r["kind"] == "task")
-    assert task["tests"] == {"passed": 2, "failed": 4, "skipped": 1}
-    assert (task["status"], task["reason"]) == ("failed", "4 of 7 tests failed")
+    assert task["tests"] == {"passed": 2, "failed": 5, "skipped": 1}
+    assert (task["status"], task["reason"]) == ("failed", "5 of 8 tests failed")
     reasons = {r["test"].partition("::")[2]: r["reason"] for r in records(out) if r["kind"] == "test"}
-    assert set(reasons) == {"test_b", "test_c", "test_d", "test_e", "test_g"}
+    assert set(reasons) == {"test_b", "test_c", "test_d", "test_e", "test_g", "test_h"}
     assert reasons["test_b"] == "in this test: ended by SIGABRT" and reasons["test_c"] == "assert 1 == 2"
     log = (out / "log.txt").read_text()
     assert "the GPU was lost after it: an illegal memory access" in log and "of a new release" in log
     report = (out / "report.md").read_text()
-    assert "2 tests passed, 4 tests failed, 1 tests skipped" in report
+    assert "2 tests passed, 5 tests failed, 1 tests skipped" in report
     assert "test_c`: assert 1 == 2" in report and "test_d`: Skipped: needs what is not here" in report
 
 
@@ -487,6 +489,14 @@ def test_a_check_of_nan_fails(tmp_path: Path) -> None:
     step = steps.Step("cpu", tmp_path / "lines", [])
     step.check("number", float("nan"), 1.0)
     assert step.failed
+
+
+def test_the_kernels_absence_fails_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    message = "torch's operators run on cuda in the place of moesmith's Triton kernels: cannot import moe_triton"
+    monkeypatch.setitem(steps.STEPS, "probe", lambda step: warnings.warn(message, RuntimeWarning, stacklevel=1))
+    with warnings.catch_warnings():
+        status, lines = run_step("probe", tmp_path)
+    assert status == 1 and "cannot import moe_triton" in lines[-1]["failed"]
 
 
 def test_operators_and_one_training_step(tmp_path: Path) -> None:
