@@ -446,8 +446,11 @@ def benchmark(step: Step) -> None:
     tokens = {"forward train": [] if own else ["4096", "32768"], "decode": ["1", "4"] if small else ["1", "16", "64"]}
     for ops, counts in tokens.items():
         status = main([*command, "--op", *ops.split(), *(["--tokens", *counts] if counts else [])])
-        if status:
-            step.failed.append(f"{ops}: ours is wrong or fails, see its records" if status == 1 else f"{ops}: {status}")
+        if status == 1:
+            step.failed.append(f"{ops}: ours is wrong or fails, see the reasons below the benchmark's table")
+        elif status:  # the device is lost, for one
+            step.failed.append(f"{ops}: ended with status {status}")
+            return
 
 
 def profile(step: Step) -> None:

@@ -91,7 +91,7 @@ def judge(stage: str, planned: Sequence[str], records: Sequence[Record], unable:
     unusable = [record for record in done if record["status"] == "not usable"]
     reasons = [f"{record['task']}: {record['reason']}" for record in (*failed, *unusable)]
     if left:
-        why = ended[-1]["why"] if ended and ended[-1]["why"] else "not ended"
+        why = ended[-1]["why"] if ended and ended[-1]["why"] else "not all were asked for"
         reasons.append(f"{why}, {len(left)} of {len(planned)} left")
     status = "failed" if failed else "stopped" if left else "not usable" if len(unusable) == len(done) else "passed"
     return Verdict(stage, status, counts, seconds, "; ".join(reasons[:3]) + ("; ..." if len(reasons) > 3 else ""), left)
@@ -199,19 +199,29 @@ def _seconds(record: Record) -> float:
     return min(record[mode]["median_s"] for mode in ("eager", "graph") if record.get(mode))
 
 
-def _layers(records: Sequence[Record]) -> list[str]:
+def _works(records: Iterable[Record]) -> dict[tuple[Any, ...], dict[str, Record]]:
+    """(op, shape, tokens, dtype) -> candidate -> its last record."""
     works: dict[tuple[Any, ...], dict[str, Record]] = {}
-    records = [record for record in records if record["kind"] == "layer"]
     for r in records:
-        works.setdefault((r["op"], r["shape"], r["tokens"], r["dtype"]), {})[r["candidate"]] = r
+        if r["kind"] == "layer":
+            works.setdefault((r["op"], r["shape"], r["tokens"], r["dtype"]), {})[r["candidate"]] = r
+    return works
+
+
+def _best(found: Mapping[str, Record]) -> str:
+    """The fastest candidate that is right, not ours, and not the yardstick, which does other work."""
+    peers = [name for name, r in found.items() if "tflops" in r and not r["ours"] and r["status"] == "right"]
+    return min((n for n in peers if n != "dense"), key=lambda name: _seconds(found[name]), default="")
+
+
+def _layers(records: Sequence[Record]) -> list[str]:
+    works = _works(records)
     if not works:
         return []
     rows = [["op", "shape", "T", "ms", "TFLOP/s", "GB/s", "% of limit", "best peer", "its time / ours"]]
     wrong: list[str] = []
     for (op, shape, tokens, _), found in sorted(works.items(), key=lambda work: work[0][:1]):
-        peers = {n: _seconds(r) for n, r in found.items() if "tflops" in r and not r["ours"] and r["status"] == "right"}
-        peers.pop("dense", None)  # a yardstick, which does not do the same work
-        best = min(peers, key=lambda name: peers[name], default="")
+        best = _best(found)
         for name, r in found.items():
             if r["reason"] and r["status"] != "right":
                 wrong.append(f"- {op} {shape} T {tokens}: {name} is {r['status']}: {r['reason']}")
@@ -220,12 +230,13 @@ def _layers(records: Sequence[Record]) -> list[str]:
                 if "tflops" in r:
                     took = _seconds(r)
                     cells = [f"{took * 1e3:.4g}", f"{r['tflops']:.4g}", f"{r['gbytes']:.4g}", f"{r['share']:.1%}", best]
-                    cells.append(f"{peers[best] / took:.2f}" if best else "")
+                    cells.append(f"{_seconds(found[best]) / took:.2f}" if best else "")
                 rows.append([op, shape, str(tokens), *cells])
+    layers = [record for record in records if record["kind"] == "layer"]
     said = []
-    for dtype in sorted({r["dtype"] for r in records}):
+    for dtype in sorted({r["dtype"] for r in layers}):
         matmul, copy = (
-            sorted({r[name] for r in records if r["dtype"] == dtype}) for name in ("matmul_flops", "copy_bytes")
+            sorted({r[name] for r in layers if r["dtype"] == dtype}) for name in ("matmul_flops", "copy_bytes")
         )
         rates = f"matmul {matmul[0] / 1e12:.3g} to {matmul[-1] / 1e12:.3g} TFLOP/s"
         said.append(f"{dtype}: {rates}, copy {copy[0] / 1e9:.4g} to {copy[-1] / 1e9:.4g} GB/s")
@@ -258,16 +269,18 @@ def _facts(records: Iterable[Record]) -> list[str]:
 
 
 def plot(out: Path, records: Sequence[Record]) -> str:
-    """One PNG for each operation that was timed; returns why there is none, or nothing."""
-    last: dict[tuple[Any, ...], Record] = {}
-    for r in records:
-        if r["kind"] == "layer" and "share" in r:
-            last[r["op"], r["shape"], r["tokens"], r["dtype"], r["candidate"]] = r
+    """A PNG for each operation, of ours and the best peer; returns why there is none, or nothing."""
     try:
         from benchmarks import report
 
+        works = _works(records)
         for op, name in PLOTS.items():
-            chosen = [record for record in last.values() if record["op"] == op]
+            chosen: list[Record] = []
+            for work, found in works.items():
+                ours = [record for record in found.values() if record["ours"] and "share" in record]
+                best = _best(found)
+                if work[0] == op and ours:
+                    chosen += ours + ([found[best]] if best else [])
             if chosen:
                 report.plot(out / name, chosen)
     except Exception as error:  # a plot is no reason to lose the report
@@ -278,6 +291,8 @@ def plot(out: Path, records: Sequence[Record]) -> str:
 def check_out(out: Path, resumed: Path | None) -> None:
     """Raises BadInput for a folder that cannot take the results, or that has other files."""
     ours = {RESULTS, REPORT, LOG, REPORT + ".partial", *PLOTS.values()}
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"--out {out}: is a file; expected a folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
         others = sorted({path.name for path in out.iterdir()} - ours)

@@ -381,7 +381,7 @@ def test_a_folder_that_cannot_take_the_results(tmp_path: Path, wrong: str) -> No
     else:
         out.mkdir()
         (out / ("notes.txt" if wrong == "other files" else RESULTS)).touch()
-    expected = {"a file": "File exists", "other files": "notes.txt", "results": "--resume"}[wrong]
+    expected = {"a file": "is a file", "other files": "notes.txt", "results": "--resume"}[wrong]
     with pytest.raises(BadInput, match=expected):
         call(out, stage("one", script("a", "pass")))
 
