@@ -20,6 +20,9 @@ compilation ends that process and is recorded; the rest goes on. Warnings are
 listed in the log and fail nothing, except the one that torch's operators run
 instead of the kernels.
 
+--resume skips what has passed or failed, if the device, the program and the
+packages are the same; to repeat a stage, start anew.
+
 The folder --out gets report.md (written afresh after each stage),
 results.jsonl (a line at a time), log.txt, and up to three PNGs.
 
@@ -492,13 +495,15 @@ def describe(device: str, small: bool, temporary: Path) -> tuple[Record, list[Re
     lines = temporary / "machine.jsonl"
     command = [word.replace("{lines}", str(lines)) for word in step("machine", device=device)]
     program = Program(command, lines=lines, env=environment_of(1), limit=90)
-    records: list[Record] = []
-    while True:
-        new, end = program.poll()
-        records += new
-        if end is not None:
-            break
-        time.sleep(0.05)
+    records, end = program.poll()
+    try:
+        while end is None:
+            time.sleep(0.05)
+            new, end = program.poll()
+            records += new
+    finally:
+        if end is None:  # Ctrl-C
+            program.kill("stopped")
     about = next((record["about"] for record in records if "about" in record), None)
     fault = "" if about and not end.reason else f"{end.reason}{_last_line(end.output)}"
     about = about or {"run": "", "commit": "unknown", "device": "unknown", "driver": None, "versions": {}, "load": 0.0}
@@ -517,7 +522,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"in this order; default: {' '.join(names)}",
     )
     add("--minutes", type=_minutes, metavar="M", help="end before M minutes are over, and say what is left")
-    add("--resume", type=Path, metavar="RESULTS", help="continue an earlier call: its folder, or its results.jsonl")
+    add("--resume", type=Path, metavar="RESULTS", help="continue an earlier call: its folder or results.jsonl")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     add("--small", action="store_true", help="few cases and small shapes, to see that it works; always so on a CPU")
     add("--out", type=Path, metavar="DIR", help="folder of the results; default: that of --resume, else runs/qualify")

@@ -93,7 +93,15 @@ def machine(step: Step) -> None:
         step.fact("gpu", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.multi_processor_count} multiprocessors")
         step.fact("gpu memory", f"{gpu.total_memory / 2**30:.1f} GiB")
         step.fact("cuda of torch", str(torch.version.cuda))
-        for query in ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit"):
+        for query in (
+            "driver_version",
+            "clocks.sm",
+            "clocks.mem",
+            "clocks.max.sm",
+            "clocks.max.mem",
+            "power.limit",
+            "compute_mode",
+        ):
             step.fact(query, _first_line("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader") or "unknown")
 
 

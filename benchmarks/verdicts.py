@@ -22,7 +22,7 @@ KINDS = ("run", "task", "stage", "fact", "check", "test", "layer", "profile", "o
 RESULTS, REPORT, LOG = "results.jsonl", "report.md", "log.txt"
 PLOTS = {op: f"{op}.png" for op in ("forward", "train", "decode")}
 DONE = ("passed", "failed", "not usable")  # what is not done again
-SAME = ("device", "source", "small")  # what two calls share if one continues the other
+SAME = ("device", "source", "small", "versions")  # what two calls share if one continues the other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ def append(file: TextIO, record: Mapping[str, Any]) -> None:
 
 
 def of_this(records: Iterable[Record], about: Mapping[str, Any]) -> list[Record]:
-    """Those of the same device and program."""
+    """Those of the same device, program and packages."""
     return [record for record in records if all(record.get(name) == about[name] for name in SAME)]
 
 
