@@ -298,7 +298,9 @@ def check_out(out: Path, resumed: Path | None) -> None:
         others = sorted({path.name for path in out.iterdir()} - ours)
         if others:
             raise BadInput(f"--out {out}: has other files, {others[0]} for one; expected a new or empty folder")
-        if (out / RESULTS).exists() and not (resumed and (out / RESULTS).samefile(resumed)):
+        file = out / RESULTS
+        earlier = file.exists() and file.stat().st_size > 0
+        if earlier and not (resumed and file.samefile(resumed)):
             raise BadInput(f"--out {out}: has the results of an earlier call; continue them with --resume {out}")
         probe = out / (REPORT + ".partial")
         probe.touch()

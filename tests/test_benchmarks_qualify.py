@@ -380,10 +380,16 @@ def test_a_folder_that_cannot_take_the_results(tmp_path: Path, wrong: str) -> No
         out.touch()
     else:
         out.mkdir()
-        (out / ("notes.txt" if wrong == "other files" else RESULTS)).touch()
+        (out / ("notes.txt" if wrong == "other files" else RESULTS)).write_text("{}\n")
     expected = {"a file": "is a file", "other files": "notes.txt", "results": "--resume"}[wrong]
     with pytest.raises(BadInput, match=expected):
         call(out, stage("one", script("a", "pass")))
+
+
+def test_a_call_that_was_ended_at_once_leaves_its_folder_usable(tmp_path: Path) -> None:
+    (tmp_path / RESULTS).touch()
+    (tmp_path / "log.txt").touch()
+    assert call(tmp_path, stage("one", script("a", "pass"))) == 0
 
 
 @pytest.mark.parametrize("content", [None, "", "not ours\n", '{"op": "train"}\n'])
