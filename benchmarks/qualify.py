@@ -41,6 +41,7 @@ import importlib.util
 import math
 import os
 import re
+import resource
 import shlex
 import signal
 import sys
@@ -59,7 +60,9 @@ from benchmarks.shapes import SHAPES, SONIC
 from benchmarks.steps import NO_KERNELS, NOT_USABLE, OPERATORS
 from benchmarks.supervise import Ended, Program
 from benchmarks.verdicts import (
+    DONE,
     LOG,
+    REPORT,
     RESULTS,
     Record,
     Verdict,
@@ -161,19 +164,9 @@ def cuda(device: str, small: bool) -> list[Task]:
 
 def _pytest(*options: str) -> tuple[str, ...]:
     # A warning of another release of torch or Triton must not fail a test, and is in the log; one of ours must.
-    base = (
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-W",
-        "default",
-        "-W",
-        f"error:{NO_KERNELS}",
-    )
-    return (*base, "-p", "tests.recorded", "--record", "{lines}", "--without", "{without}", *options)
+    warnings = ("-W", "default", "-W", f"error:{NO_KERNELS}")
+    recorded = ("-p", "tests.recorded", "--record", "{lines}", "--without", "{without}")
+    return (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *recorded, *warnings, *options)
 
 
 def model(device: str, small: bool) -> list[Task]:
@@ -189,7 +182,7 @@ TOOLS = ("memcheck", "racecheck", "initcheck")
 def _sanitizer(tool: str, *words: str) -> tuple[str, ...]:
     quiet = ("--report-api-errors", "no") if tool == "memcheck" else ()
     options = ("--tool", tool, *quiet, "--target-processes", "application-only", "--error-exitcode", "86")
-    return ("compute-sanitizer", *options, *step(words[0], *words[1:], device="cuda"))
+    return ("compute-sanitizer", *options, *step(*words, device="cuda"))
 
 
 def sanitizer(device: str, small: bool) -> list[Task]:
@@ -263,7 +256,7 @@ class Call:
 
     def write(self, stage: str, task: str, kind: str, record: Mapping[str, Any]) -> None:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        whole = {"kind": kind, "stage": stage, "task": task, **record, **self.about, "time": now}
+        whole = {**record, **self.about, "kind": kind, "stage": stage, "task": task, "time": now}
         append(self.results, whole)
         self.records.append(whole)
 
@@ -300,9 +293,7 @@ def run_stage(call: Call, stage: Stage) -> None:
     until = min(call.deadline, begun + stage.limit)
     found = tasks(of_this(call.records, call.about), stage.name)
     waiting = deque(
-        Running(call, stage, task)
-        for task in call.planned(stage)
-        if found.get(task.name, {}).get("status") not in ("passed", "failed", "not usable")
+        Running(call, stage, task) for task in call.planned(stage) if found.get(task.name, {}).get("status") not in DONE
     )
     running: list[Running] = []
     why = "interrupted"
@@ -318,6 +309,8 @@ def run_stage(call: Call, stage: Stage) -> None:
             running = [each for each in running if not each.ended()]
         why = ""
     finally:
+        for each in running:  # all at once: a process that holds a GPU takes seconds to end
+            each.program.send_kill()
         for each in running:
             each.stop()
         record = {"why": why, "seconds": round(time.monotonic() - begun, 1)}
@@ -495,15 +488,17 @@ def describe(device: str, small: bool, temporary: Path) -> tuple[Record, list[Re
     lines = temporary / "machine.jsonl"
     command = [word.replace("{lines}", str(lines)) for word in step("machine", device=device)]
     program = Program(command, lines=lines, env=environment_of(1), limit=90)
-    records, end = program.poll()
+    records: list[Record] = []
     try:
-        while end is None:
-            time.sleep(0.05)
+        while True:
             new, end = program.poll()
             records += new
-    finally:
-        if end is None:  # Ctrl-C
-            program.kill("stopped")
+            if end is not None:
+                break
+            time.sleep(0.05)
+    except KeyboardInterrupt:
+        program.kill("stopped")
+        raise
     about = next((record["about"] for record in records if "about" in record), None)
     fault = "" if about and not end.reason else f"{end.reason}{_last_line(end.output)}"
     about = about or {"run": "", "commit": "unknown", "device": "unknown", "driver": None, "versions": {}, "load": 0.0}
@@ -549,6 +544,8 @@ def run(args: argparse.Namespace, stages: Sequence[Stage] = STAGES) -> int:
     check_out(out, resumed)
     deadline = begun + args.minutes * 60 - LAST_SECONDS if args.minutes else math.inf
     small = args.small or device == "cpu"
+    hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))  # a crash with a GPU would write gigabytes
     with (
         tempfile.TemporaryDirectory(prefix="qualify-") as temporary,
         _results(out, earlier, resumed) as results,
@@ -575,9 +572,9 @@ def run(args: argparse.Namespace, stages: Sequence[Stage] = STAGES) -> int:
                 call.report()
         except KeyboardInterrupt:
             status = 130
+        call.notes += filter(None, [plot(out, of_this(call.records, about))])
         verdict, verdicts = call.report()
-        print(verdict)
-        print(f"{out / 'report.md'}" + (f"; left: {', '.join(v.stage for v in verdicts if v.left)}" if status else ""))
+        print(f"{verdict}\n{out / REPORT}")
         failed = any(v.status == "failed" for v in verdicts)
         return status or (1 if failed else 0)
 
@@ -593,8 +590,6 @@ def _run(call: Call, stage: Stage) -> None:
         if call.unable(stage):
             return
     run_stage(call, stage)
-    if stage.name == "benchmark":
-        call.notes += filter(None, [plot(call.out, of_this(call.records, call.about))])
 
 
 @contextlib.contextmanager

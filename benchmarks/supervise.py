@@ -104,6 +104,12 @@ class Program:
             return self._end(f"no result for {self.quiet:g} s", records)
         return records, None
 
+    def send_kill(self) -> None:
+        """Ends the group, and does not wait for it."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
     def kill(self, why: str) -> tuple[list[dict[str, Any]], Ended | None]:
         """Ends it at once."""
         return self._end(why, []) if self._process is not None else self.poll()
@@ -114,8 +120,7 @@ class Program:
         if why and why != "stopped":
             self._process.send_signal(signal.SIGABRT)  # Python's fault handler then prints where it is
             self._wait()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        self.send_kill()
         self._wait()
         records = records + self._new_lines()
         if self.lines.exists() and self.lines.stat().st_size > self._read:
