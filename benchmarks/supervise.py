@@ -1,7 +1,8 @@
 """Programs under limits, beside each other. None outlives its limit, and none takes this process with it.
 
-Each program is the leader of a process group, and the group is killed as a whole. The beginning and the end of its
-output are kept, and the JSON lines that it appends to a file are returned while it runs.
+Each program is the leader of a process group, and is killed with it and with all that has its mark in the environment:
+debuggers start what they watch in groups of their own. The beginning and the end of its output are kept, and the JSON
+lines that it appends to a file are returned while it runs.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import os
 import signal
 import subprocess
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +73,7 @@ class Program:
         self.started = self.heard = time.monotonic()
         self._read, self._fault = 0, ""
         self._head, self._tail, self._size = bytearray(), bytearray(), 0
+        self._mark = uuid.uuid4().hex
         self._process: subprocess.Popen[bytes] | None = None
         try:
             self._process = subprocess.Popen(
@@ -78,7 +81,7 @@ class Program:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                env=dict(env),
+                env={**env, "SUPERVISED": self._mark},
                 cwd=ROOT,
                 process_group=0,
             )
@@ -105,10 +108,15 @@ class Program:
         return records, None
 
     def send_kill(self) -> None:
-        """Ends the group, and does not wait for it."""
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+        """Ends it and what it has started, and does not wait for that."""
+        if self._process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+                if f"SUPERVISED={self._mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                    os.kill(int(folder.name), signal.SIGKILL)
 
     def kill(self, why: str) -> tuple[list[dict[str, Any]], Ended | None]:
         """Ends it at once."""

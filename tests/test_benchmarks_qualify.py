@@ -74,7 +74,8 @@ def test_a_task_that_fails_is_recorded_and_the_rest_goes_on(tmp_path: Path, capf
     out, child = tmp_path / "out", tmp_path / "child"
     hangs = f"""
         code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
-        print(subprocess.Popen([sys.executable, "-c", code]).pid, file=open({str(child)!r}, "w"), flush=True)
+        children = [subprocess.Popen([sys.executable, "-c", code], start_new_session=own) for own in (False, True)]
+        print(*(child.pid for child in children), file=open({str(child)!r}, "w"), flush=True)
         time.sleep(600)
     """
     tasks = (
@@ -103,7 +104,7 @@ def test_a_task_that_fails_is_recorded_and_the_rest_goes_on(tmp_path: Path, capf
     assert found["reason"] == ("failed", "logits: 3, at most 2")
     assert found["signal"][0] == "failed" and "ended by SIGSEGV" in found["signal"][1]
     assert found["hangs"][0] == "failed" and "no end within 3 s" in found["hangs"][1]
-    assert not alive(int(child.read_text()))
+    assert not any(alive(int(pid)) for pid in child.read_text().split())
     assert found["silent"][0] == "failed" and "no result for 3 s" in found["silent"][1]
     assert found["cut"] == ("failed", "the last line of its results is cut")
     assert found["garbage"][0] == "failed" and "not a JSON object" in found["garbage"][1]
@@ -158,6 +159,7 @@ def test_h(): os._exit(0)
     assert reasons["test_b"] == "in this test: ended by SIGABRT" and reasons["test_c"] == "assert 1 == 2"
     log = (out / "log.txt").read_text()
     assert "the GPU was lost after it: an illegal memory access" in log and "of a new release" in log
+    assert "in test_b" in log  # the stack at the crash
     report = (out / "report.md").read_text()
     assert "2 tests passed, 5 tests failed, 1 tests skipped" in report
     assert "test_c`: assert 1 == 2" in report and "test_d`: Skipped: needs what is not here" in report
