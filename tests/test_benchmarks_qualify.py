@@ -74,7 +74,8 @@ def test_a_task_that_fails_is_recorded_and_the_rest_goes_on(tmp_path: Path, capf
     out, child = tmp_path / "out", tmp_path / "child"
     hangs = f"""
         code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
-        children = [subprocess.Popen([sys.executable, "-c", code], start_new_session=own) for own in (False, True)]
+        hows = ({{"env": {{}}}}, {{"start_new_session": True}})  # without a mark, and outside the group
+        children = [subprocess.Popen([sys.executable, "-c", code], **how) for how in hows]
         print(*(child.pid for child in children), file=open({str(child)!r}, "w"), flush=True)
         time.sleep(600)
     """
