@@ -68,9 +68,6 @@ class Step:
             self.failed.append(f"{what}: {found:.3g}, at most {most:.3g}")
 
 
-# ---- the machine ----
-
-
 def machine(step: Step) -> None:
     """What every record says of the machine, and facts about it."""
     from benchmarks.layer import about
@@ -93,16 +90,10 @@ def machine(step: Step) -> None:
         step.fact("gpu", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.multi_processor_count} multiprocessors")
         step.fact("gpu memory", f"{gpu.total_memory / 2**30:.1f} GiB")
         step.fact("cuda of torch", str(torch.version.cuda))
-        for query in (
-            "driver_version",
-            "clocks.sm",
-            "clocks.mem",
-            "clocks.max.sm",
-            "clocks.max.mem",
-            "power.limit",
-            "compute_mode",
-        ):
-            step.fact(query, _first_line("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader") or "unknown")
+        fields = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "compute_mode")
+        line = _first_line("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
+        for field, value in zip(fields, line.split(", "), strict=False):
+            step.fact(field, value or "unknown")
 
 
 def _first_line(*command: str) -> str:
@@ -141,9 +132,6 @@ def packages(step: Step) -> None:
             step.fact(name, f"not usable: {one_line(error)}")
     for peer in PEERS:
         step.fact(f"peer {peer.name}", peer.absent(step.device) or "here")
-
-
-# ---- the model ----
 
 
 def bound(products: int, inner: int = 256) -> float:
@@ -386,8 +374,6 @@ def one_rank(step: Step) -> None:
         _near(step, "norm of the gradient", found_norm, norm, 3 * _chain(there))
 
 
-# ---- operators alone, for tools that watch them ----
-
 OPERATORS = (
     "moe_mlp ragged",
     "moe_mlp empty_experts",
@@ -433,9 +419,6 @@ def operator(step: Step) -> None:
         y.square().sum().backward()
         results += [y, inputs.x.grad]
     step.check("results that are not finite", sum(not bool(t.isfinite().all()) for t in results if t is not None), 0)
-
-
-# ---- figures ----
 
 
 def benchmark(step: Step) -> None:
