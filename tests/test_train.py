@@ -24,7 +24,7 @@ from moe.cli import main
 from moe.config import ModelConfig
 from moe.presets import PRESETS
 from moe.train.data import Dataset, evaluation_batches, prepare
-from moe.train.loop import NonFiniteError, Trainer
+from moe.train.loop import NonFiniteError, Trainer, deterministic
 from moe.train.metrics import Metrics
 from moe.train.report import print_summary
 from moe.train.run import train
@@ -144,6 +144,17 @@ def test_activation_checkpointing_changes_no_bit(dataset: Dataset) -> None:
         recomputed.step()
     assert recomputed.model.activation_checkpointing
     assert_same_state(plain.state(), recomputed.state())
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, ":4096:8"), (":16:8", ":16:8")])
+def test_deterministic_runs_set_what_torch_asks_for_on_a_gpu(
+    given: str | None, used: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    if given is not None:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", given)
+    with deterministic():
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == used
 
 
 def test_bf16_products_with_fp32_parameters(dataset: Dataset) -> None:

@@ -5,6 +5,7 @@ batch, so that steps, losses and position in the data are those of one process.
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -70,6 +71,8 @@ class Evaluation:
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
     """torch's deterministic algorithms while the block runs."""
+    # Read with the process's first matrix product on a GPU, which some releases of torch refuse without it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     memory: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)

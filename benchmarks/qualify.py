@@ -1,0 +1,620 @@
+"""Does everything work on this machine? One command for a GPU that is there for
+half an hour.
+
+Stages, in this order:
+  environment  the kernels run at all; optional packages and tools, by probes
+  kernels      the operators' tests on the Triton kernels, in many processes
+               (on a CPU: a few of them, by the interpreter)
+  cuda         tests/test_cuda.py: no waiting for the device, CUDA graphs,
+               repeated bits, more than 2^31 elements
+  model        training, loading, generation, transformers, torch.compile, one
+               rank of NCCL; each beside the CPU
+  sanitizer    compute-sanitizer over ten small cases: memcheck, racecheck,
+               initcheck
+  benchmark    forward, training and decode beside peers, a process a shape
+  profile      Nsight Compute on the kernels of a training step: L2 throughput,
+               use of the tensor cores
+
+Each task is a process of its own with a limit. A crash, a lost GPU or a hung
+compilation ends that process and is recorded; the rest goes on. Warnings are
+listed in the log and fail nothing, except the one that torch's operators run
+instead of the kernels.
+
+--resume skips what has passed or failed, if the device, the program and the
+packages are the same; to repeat a stage, start anew.
+
+The folder --out gets report.md (written afresh after each stage),
+results.jsonl (a line at a time), log.txt, and up to three PNGs.
+
+Needs torch, triton, numpy, pytest, rich, einops and safetensors; nothing has to
+be installed. A task that needs more is "not usable" where that is missing.
+
+Exit status: 0; 1 if a stage failed; 2 for bad input; 130 after Ctrl-C or
+SIGTERM, with the report written.
+"""
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+import resource
+import shlex
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from benchmarks.harness import ROOT, BadInput, say
+from benchmarks.shapes import SHAPES, SONIC
+from benchmarks.steps import NO_KERNELS, NOT_USABLE, OPERATORS
+from benchmarks.supervise import Ended, Program
+from benchmarks.verdicts import (
+    DONE,
+    LOG,
+    REPORT,
+    RESULTS,
+    Record,
+    Verdict,
+    append,
+    check_out,
+    judge,
+    of_this,
+    plot,
+    read,
+    source,
+    tasks,
+    write_report,
+)
+
+PARTS = 16  # of the kernels' tests, whatever the machine, so that another one can continue
+RESTARTS = 8  # of a part whose processes crash
+QUIET = 120.0  # seconds for one test, compilation included
+LAST_SECONDS = 20.0  # of --minutes: for starting, the plots and the report
+MODELS = ("qwen3_30b_a3b", "deepseek_v3", "olmoe", "deepseek_v2_lite", "mixtral_8x7b")
+SMALL_SHAPES = ("olmoe", "sonic_768_256_128")
+KERNELS = ("up_kernel", "rows_kernel", "products_kernel", "hidden_backward_kernel")
+SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis")
+METRICS = re.compile("gpu__time_duration|lts__throughput|lts__t_sectors?_hit|dram__throughput|sm__throughput|tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A program, its limit in seconds, and how its end is read.
+
+    Attributes:
+        tests: it is pytest with tests.recorded: what a crash leaves is done by another process.
+        probe: a failure means that a tool is not usable.
+        says: pattern that must be in the output; what it finds is the reason.
+        kernel: Nsight Compute's table for this kernel is in the output.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    limit: float
+    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    tests: bool = False
+    probe: bool = False
+    says: str = ""
+    kernel: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Tasks with a limit in seconds for all of them, so many beside each other; `tool` is a probe that must pass."""
+
+    name: str
+    limit: float
+    tasks: Callable[[str, bool], list[Task]]
+    beside: int = 1
+    gpu: bool = False
+    tool: str = ""
+
+
+def step(name: str, *words: str, device: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", "benchmarks.steps", name, *words, "--device", device, "--lines", "{lines}")
+
+
+def environment(device: str, small: bool) -> list[Task]:
+    interpreted = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
+    found = [Task("kernel", step("kernel", device=device), 150, interpreted)]
+    found.append(Task("packages", step("packages", device=device), 90))
+    if device == "cuda":
+        sanitizer, ncu = _sanitizer("memcheck", "probe"), _ncu("--launch-count", "1", "--section", SECTIONS[0])
+        found.append(Task("compute-sanitizer", sanitizer, 30, probe=True, says=SUMMARY))
+        watched = (*ncu, *step("probe", device=device))
+        found.append(Task("ncu", watched, 30, probe=True, says="gpu__time_duration"))
+    return found
+
+
+def kernels(device: str, small: bool) -> list[Task]:
+    files = ("tests/test_ops.py", "tests/test_ops_routing.py")
+    # Without the tests of the tests ("the bounds see"); without a package that need not be here.
+    chosen = "not see" + ("" if importlib.util.find_spec("transformers") else " and not beside_transformers")
+    if device == "cpu":
+        # One small case of each kind, forward and backward.
+        case = "(test_moe_mlp and two_tokens) or (test_permute and one_slot) or (test_route and one_expert)"
+        command = _pytest("-p", "tests.kernels", "-k", f"float32 and ({case}) and {chosen}", *files)
+        return [Task("tests", command, 300, {"TRITON_INTERPRET": "1"}, tests=True)]
+    few = ["-k", f"{chosen} and (ragged or one_token or deepseek_v3)"] if small else ["-k", chosen]
+    parts = 2 if small else PARTS
+    return [
+        Task(f"part {i + 1}", _pytest("-p", "tests.kernels", "--part", f"{i}/{parts}", *few, *files), 600, tests=True)
+        for i in range(parts)
+    ]
+
+
+def cuda(device: str, small: bool) -> list[Task]:
+    parts = 4
+    return [
+        Task(f"part {i + 1}", _pytest("--part", f"{i}/{parts}", "tests/test_cuda.py"), 420, tests=True)
+        for i in range(parts)
+    ]
+
+
+def _pytest(*options: str) -> tuple[str, ...]:
+    # A warning of another release of torch or Triton must not fail a test, and is in the log; one of ours must.
+    warnings = ("-W", "default", "-W", f"error:{NO_KERNELS}")
+    recorded = ("-p", "tests.recorded", "--record", "{lines}", "--without", "{without}")
+    return (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *recorded, *warnings, *options)
+
+
+def model(device: str, small: bool) -> list[Task]:
+    names = ("load", "generate", "train", "transformers", "compiled", "one_rank")
+    limit = 240 if device == "cuda" else 600  # a busy CPU compiles for minutes
+    return [Task(name, step(name, device=device), limit) for name in names]
+
+
+SUMMARY = r"(?:ERROR|RACECHECK) SUMMARY: .*"
+TOOLS = ("memcheck", "racecheck", "initcheck")
+
+
+def _sanitizer(tool: str, *words: str) -> tuple[str, ...]:
+    quiet = ("--report-api-errors", "no") if tool == "memcheck" else ()
+    options = ("--tool", tool, *quiet, "--target-processes", "application-only", "--error-exitcode", "86")
+    return ("compute-sanitizer", *options, *step(*words, device="cuda"))
+
+
+def sanitizer(device: str, small: bool) -> list[Task]:
+    # Each tensor an allocation of its own, so that a read beyond one is seen.
+    env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    cases = OPERATORS[:2] if small else OPERATORS
+    return [
+        Task(f"{tool} {case}", _sanitizer(tool, "operator", *case.split()), 120, env, says=SUMMARY)
+        for tool in TOOLS
+        for case in cases
+    ]
+
+
+def benchmark(device: str, small: bool) -> list[Task]:
+    # The models' first, so that what time is left for is known of all kinds.
+    names = SMALL_SHAPES if small else (*MODELS[:3], *(shape.name for shape in SONIC), *MODELS[3:])
+    assert set(names) <= set(SHAPES)
+    words = ["small"] if small else []
+    return [Task(name, step("benchmark", name, *words, device=device), 300) for name in names]
+
+
+def _ncu(*options: str) -> tuple[str, ...]:
+    return ("ncu", "--clock-control", "none", "--page", "raw", "--csv", *options)
+
+
+def profile(device: str, small: bool) -> list[Task]:
+    sections = [word for name in SECTIONS for word in ("--section", name)]
+    shape = ("olmoe", "4096")
+    return [
+        Task(
+            f"{kernel} {' '.join(shape)}",
+            (
+                *_ncu("--kernel-name", kernel, "--launch-count", "2", *sections),
+                *step("profile", *shape, device=device),
+            ),
+            120,
+            kernel=kernel,
+        )
+        for kernel in KERNELS
+    ]
+
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+STAGES = (
+    Stage("environment", 300, environment, beside=2),
+    Stage("kernels", 600, kernels, beside=min(PARTS, CORES)),
+    Stage("cuda", 420, cuda, beside=4, gpu=True),
+    Stage("model", 900, model, beside=2),
+    Stage("sanitizer", 420, sanitizer, beside=min(8, CORES), gpu=True, tool="compute-sanitizer"),
+    Stage("benchmark", 1500, benchmark),
+    Stage("profile", 300, profile, gpu=True, tool="ncu"),
+)
+
+
+@dataclasses.dataclass
+class Call:
+    """One call of the command: what it was asked, where it writes, and what it knows so far."""
+
+    device: str
+    small: bool
+    out: Path
+    temporary: Path
+    minutes: float | None
+    deadline: float
+    stages: Sequence[Stage]
+    about: Record
+    results: TextIO
+    log: TextIO
+    records: list[Record]
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def write(self, stage: str, task: str, kind: str, record: Mapping[str, Any]) -> None:
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        whole = {**record, **self.about, "kind": kind, "stage": stage, "task": task, "time": now}
+        append(self.results, whole)
+        self.records.append(whole)
+
+    def note(self, text: str) -> None:
+        print(text, file=self.log, flush=True)
+
+    def planned(self, stage: Stage) -> list[Task]:
+        return [] if stage.gpu and self.device == "cpu" else stage.tasks(self.device, self.small)
+
+    def unable(self, stage: Stage) -> str:
+        """The verdict of a stage that cannot run here, and why."""
+        if stage.gpu and self.device == "cpu":
+            return "not run: needs a GPU"
+        tool = tasks(of_this(self.records, self.about), "environment").get(stage.tool) if stage.tool else None
+        return f"not usable: {tool['reason']}" if tool and tool["status"] == "not usable" else ""
+
+    def verdicts(self) -> list[Verdict]:
+        mine = of_this(self.records, self.about)
+        return [judge(s.name, [t.name for t in self.planned(s)], mine, self.unable(s)) for s in self.stages]
+
+    def report(self) -> tuple[str, list[Verdict]]:
+        verdicts = self.verdicts()
+        words = ["python", "-m", "benchmarks", "qualify", "--resume", str(self.out)]
+        words += ["--device", self.device] + ["--small"] * (self.small and self.device != "cpu")
+        words += ["--minutes", f"{self.minutes:g}"] if self.minutes else []
+        words += ["--stage", *(v.stage for v in verdicts if v.left)]
+        mine = of_this(self.records, self.about)
+        return write_report(self.out, verdicts, mine, self.about, shlex.join(words), self.notes), verdicts
+
+
+def run_stage(call: Call, stage: Stage) -> None:
+    """Runs what is not done of a stage. On any way out its programs are gone and a line says what is left."""
+    begun = time.monotonic()
+    until = min(call.deadline, begun + stage.limit)
+    found = tasks(of_this(call.records, call.about), stage.name)
+    waiting = deque(
+        Running(call, stage, task) for task in call.planned(stage) if found.get(task.name, {}).get("status") not in DONE
+    )
+    running: list[Running] = []
+    why = "interrupted"
+    try:
+        while waiting or running:
+            if time.monotonic() >= until:
+                why = "--minutes reached" if until == call.deadline else f"the stage's {stage.limit:g} s reached"
+                return
+            while waiting and len(running) < stage.beside:
+                running.append(waiting.popleft())
+                running[-1].start(min(stage.beside, len(waiting) + len(running)))
+            time.sleep(0.05)
+            running = [each for each in running if not each.ended()]
+        why = ""
+    finally:
+        for each in running:  # all at once: a process that holds a GPU takes seconds to end
+            each.program.send_kill()
+        for each in running:
+            each.stop()
+        record = {"why": why, "seconds": round(time.monotonic() - begun, 1)}
+        call.write(stage.name, "", "stage", record)
+
+
+class Running:
+    """A task at work: one program, or for tests one after another until none is left."""
+
+    def __init__(self, call: Call, stage: Stage, task: Task) -> None:
+        self.call, self.stage, self.task = call, stage, task
+        self.seconds, self.starts = 0.0, 0
+        self.tests: dict[str, int] = {}
+        self.begun: list[str] = []  # ids of all tests that were begun
+        self.total = 0  # tests of the task
+        self.expected = self.answered = 0  # tests of this program, and those with an outcome
+        self.said = self.lost = ""
+
+    def start(self, beside: int) -> None:
+        self.beside = beside
+        self.starts += 1
+        self.expected, self.answered, self.lost = 0, 0, ""
+        slug = re.sub(r"\W+", "-", f"{self.stage.name}-{self.task.name}")
+        lines, without = (self.call.temporary / f"{slug}-{self.starts}.{end}" for end in ("jsonl", "txt"))
+        without.write_text("".join(f"{name}\n" for name in self.begun))
+        places = {"{lines}": str(lines), "{without}": str(without)}
+        command = [places.get(word, word) for word in self.task.command]
+        quiet = QUIET if self.task.tests else None
+        env = {**environment_of(beside), **self.task.env}
+        self.program = Program(command, lines=lines, env=env, limit=self.task.limit, quiet=quiet)
+
+    def ended(self) -> bool:
+        """Reads what is new; whether the task is over, and recorded."""
+        records, end = self.program.poll()
+        self._take(records)
+        return end is not None and self._finish(end)
+
+    def stop(self) -> None:
+        records, end = self.program.kill("stopped")
+        self._take(records)
+        if end is not None:
+            self._log(end, "stopped")
+            self._record("stopped", "", end.seconds)
+
+    def _take(self, records: Sequence[Record]) -> None:
+        for record in records:
+            if "begin" in record:
+                self.begun.append(record["begin"])
+            elif "tests" in record:
+                self.expected = record["tests"]
+                self.total = self.total or self.expected
+            elif "test" in record:
+                self.answered += 1
+                self._outcome(record)
+            elif "lost" in record:
+                self.lost = f"the GPU was lost after it: {record['lost']}"
+            elif "warning" in record:
+                self.call.note(f"\n== warning in {record['where']}: {record['warning']}")
+            elif "failed" in record or "unusable" in record:
+                self.said = record.get("failed") or record["unusable"]
+            else:
+                kinds = {"fact": "fact", "check": "check", "candidate": "layer"}
+                kind = next((kind for key, kind in kinds.items() if key in record), "other")
+                self.call.write(self.stage.name, self.task.name, kind, record)
+
+    def _outcome(self, record: Record) -> None:
+        outcome = record["outcome"]
+        self.tests[outcome] = self.tests.get(outcome, 0) + 1
+        if outcome != "passed":
+            self.call.note(f"\n== {outcome}: {record['test']}\n{record.pop('detail', record['reason'])}")
+            self.call.write(self.stage.name, self.task.name, "test", record)
+
+    def _finish(self, end: Ended) -> bool:
+        self._log(end, end.reason or "ended")
+        self.seconds += end.seconds
+        if self.task.tests:
+            return self._finish_tests(end)
+        said = re.findall(self.task.says, end.output) if self.task.says else []
+        status, reason = "passed", said[-1] if said else ""
+        if end.code == NOT_USABLE and not end.why:
+            status, reason = "not usable", self.said
+        elif end.reason:
+            status, reason = "failed", self.said or end.reason + (f"; {reason}" if said else _last_line(end.output))
+        elif self.task.says and not said:
+            status, reason = "failed", f"no {self.task.says!r} in its output{_last_line(end.output)}"
+        if self.task.kernel and status == "passed":
+            figures = profile_rows(end.output)
+            status, reason = ("passed", "") if figures else ("failed", "no figures in ncu's output")
+            for number, metrics in enumerate(figures, 1):
+                record = {"kernel": self.task.kernel, "launch": number, "metrics": metrics}
+                self.call.write(self.stage.name, self.task.name, "profile", record)
+        if self.task.probe and status == "failed":
+            status = "not usable"
+        self._record(status, reason)
+        return True
+
+    def _finish_tests(self, end: Ended) -> bool:
+        """A test that was begun and has no outcome has ended the program; the tests after it get another one."""
+        if self.begun and self.answered < self.expected:
+            if self.lost:
+                self.call.note(f"\n== {self.lost}")
+            elif len(self.begun) > sum(self.tests.values()):
+                self._outcome({"test": self.begun[-1], "outcome": "failed", "reason": f"in this test: {end.reason}"})
+            if sum(self.tests.values()) < self.total and self.starts <= RESTARTS:
+                self.start(self.beside)
+                return False
+        elif end.why or end.fault or end.code not in (0, 1):
+            self._record("failed", f"{end.reason}{_last_line(end.output)}")
+            return True
+        tests, failed = sum(self.tests.values()), self.tests.get("failed", 0)
+        reasons = [f"{failed} of {tests} tests failed"] if failed else []
+        if not failed and not self.tests.get("passed"):
+            reasons.append(f"none of {tests} tests passed")
+        if tests < self.total:
+            reasons.append(f"{self.total - tests} were not run after {self.starts} crashes")
+        self._record("failed" if reasons else "passed", "; ".join(reasons))
+        return True
+
+    def _record(self, status: str, reason: str, seconds: float | None = None) -> None:
+        record: Record = {"status": status, "reason": reason, "seconds": round(seconds or self.seconds, 2)}
+        if self.task.tests:
+            record |= {"tests": self.tests, "starts": self.starts}
+        self.call.write(self.stage.name, self.task.name, "task", record)
+        counts = "".join(f", {number} {outcome}" for outcome, number in self.tests.items())
+        why = f": {reason}" if reason else ""
+        say(f"{self.stage.name}, {self.task.name}: {status}{counts}, {record['seconds']} s{why}")
+
+    def _log(self, end: Ended, how: str) -> None:
+        title = f"{self.stage.name}, {self.task.name}: {how}, {end.seconds:.1f} s"
+        self.call.note(f"\n==== {title}\n{shlex.join(self.task.command)}\n{end.output}")
+
+
+def _last_line(output: str) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return f": {lines[-1][:200]}" if lines else ""
+
+
+def profile_rows(output: str) -> list[dict[str, str]]:
+    """The figures of each launch from Nsight Compute's raw page in CSV: a line of names, one of units, the launches."""
+    found: list[dict[str, str]] = []
+    lines = [line for line in output.splitlines() if line.startswith('"')]
+    names: list[str] = []
+    units: list[str] = []
+    for row in csv.reader(lines):
+        if row[0] == "ID":
+            names, units = row, []
+        elif names and not row[0]:
+            units = row
+        elif names and len(row) == len(names):
+            cells = zip(names, units or [""] * len(names), row, strict=True)
+            chosen = {
+                f"{name} [{unit}]" if unit else name: value for name, unit, value in cells if METRICS.search(name)
+            }
+            found.append(chosen)
+    return [row for row in found if row]
+
+
+def environment_of(beside: int) -> dict[str, str]:
+    """Of a child: it finds this program's packages, the cores are shared, and a crash says where it was."""
+    path = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # whatever pytest plugins are installed
+        "OMP_NUM_THREADS": str(max(1, CORES // beside)),
+        "OMP_WAIT_POLICY": "passive",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def describe(device: str, small: bool, temporary: Path) -> tuple[Record, list[Record], str]:
+    """What every record says of the machine, facts about it, and why they could not be found; by another process."""
+    lines = temporary / "machine.jsonl"
+    command = [word.replace("{lines}", str(lines)) for word in step("machine", device=device)]
+    program = Program(command, lines=lines, env=environment_of(1), limit=90)
+    records: list[Record] = []
+    try:
+        while True:
+            new, end = program.poll()
+            records += new
+            if end is not None:
+                break
+            time.sleep(0.05)
+    except KeyboardInterrupt:
+        program.kill("stopped")
+        raise
+    about = next((record["about"] for record in records if "about" in record), None)
+    fault = "" if about and not end.reason else f"{end.reason}{_last_line(end.output)}"
+    about = about or {"run": "", "commit": "unknown", "device": "unknown", "driver": None, "versions": {}, "load": 0.0}
+    return about | {"source": source(), "small": small}, [r for r in records if "fact" in r], fault
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    names = [stage.name for stage in STAGES]
+    add = parser.add_argument
+    add(
+        "--stage",
+        nargs="+",
+        choices=names,
+        default=names,
+        metavar="NAME",
+        help=f"in this order; default: {' '.join(names)}",
+    )
+    add("--minutes", type=_minutes, metavar="M", help="end before M minutes are over, and say what is left")
+    add("--resume", type=Path, metavar="RESULTS", help="continue an earlier call: its folder or results.jsonl")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    add("--small", action="store_true", help="few cases and small shapes, to see that it works; always so on a CPU")
+    add("--out", type=Path, metavar="DIR", help="folder of the results; default: that of --resume, else runs/qualify")
+
+
+def _minutes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.5 <= value <= 10000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes from 0.5")
+    return value
+
+
+def run(args: argparse.Namespace, stages: Sequence[Stage] = STAGES) -> int:
+    begun = time.monotonic()
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: this torch finds no GPU")
+    earlier = read(args.resume) if args.resume else []
+    resumed = args.resume / RESULTS if args.resume and args.resume.is_dir() else args.resume
+    out = args.out or (resumed.parent if resumed else Path("runs") / "qualify")
+    check_out(out, resumed)
+    deadline = begun + args.minutes * 60 - LAST_SECONDS if args.minutes else math.inf
+    small = args.small or device == "cpu"
+    hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))  # a crash with a GPU would write gigabytes
+    with (
+        tempfile.TemporaryDirectory(prefix="qualify-") as temporary,
+        _results(out, earlier, resumed) as results,
+        (out / LOG).open("a") as log,
+        _terminated_as_interrupted(),
+    ):
+        about, facts, fault = describe(device, small, Path(temporary))
+        call = Call(device, small, out, Path(temporary), args.minutes, deadline, stages, about, results, log, earlier)
+        call.write("", "machine", "run", {"argv": sys.argv[1:], "fault": fault})
+        for fact in facts:
+            call.write("", "machine", "fact", fact)
+        if fault:
+            call.notes.append(f"the machine could not be described: {fault}")
+        status = 0
+        by_name = {stage.name: stage for stage in stages}
+        try:
+            for name in dict.fromkeys(args.stage):
+                try:
+                    _run(call, by_name[name])
+                except Exception:  # a mistake of this program must not cost the other stages
+                    call.note(traceback.format_exc())
+                    call.notes.append(f"{name}: this program failed, see {LOG}")
+                    status = 1
+                call.report()
+        except KeyboardInterrupt:
+            status = 130
+        call.notes += filter(None, [plot(out, of_this(call.records, about))])
+        verdict, verdicts = call.report()
+        print(f"{verdict}\n{out / REPORT}")
+        failed = any(v.status == "failed" for v in verdicts)
+        return status or (1 if failed else 0)
+
+
+def _run(call: Call, stage: Stage) -> None:
+    """One stage; first the probe of its tool, if there was none."""
+    if call.unable(stage):
+        return
+    probes = next((each for each in call.stages if each.name == "environment"), None)
+    if stage.tool and probes and stage.tool not in tasks(of_this(call.records, call.about), "environment"):
+        only = [task for task in probes.tasks(call.device, call.small) if task.name == stage.tool]
+        run_stage(call, dataclasses.replace(probes, tasks=lambda device, small: only))
+        if call.unable(stage):
+            return
+    run_stage(call, stage)
+
+
+@contextlib.contextmanager
+def _results(out: Path, earlier: Sequence[Record], resumed: Path | None) -> Iterator[TextIO]:
+    """results.jsonl, open for more; in another folder than the resumed one with a copy of its records."""
+    file = out / RESULTS
+    same = resumed is not None and file.exists() and file.samefile(resumed)
+    cut = same and not file.read_bytes().endswith(b"\n")
+    with file.open("a") as opened:
+        if cut:
+            opened.write("\n")
+        for record in [] if same else earlier:
+            append(opened, record)
+        yield opened
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, which `timeout` sends, ends the block as Ctrl-C does."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
