@@ -81,7 +81,7 @@ def test_experts_are_evenly_loaded(summary: dict[str, Any]) -> None:
 
 
 def route_to(model: moe.Transformer, monkeypatch: pytest.MonkeyPatch, scores: Callable[..., Tensor]) -> None:
-    """Every token through the experts with the highest of `scores(route, logits)`, with the router's weights for them."""
+    """Every token through the experts of the highest `scores(route, logits)`, with the router's weights for them."""
 
     def replay(router: Any) -> Callable[[Tensor], moe.Routing]:
         top_k = model.config.num_experts_per_tok
