@@ -31,18 +31,6 @@ class Inputs:
         """The same tensors, strides and all, as leaves that require gradients."""
         return Inputs(**{n: t.detach().requires_grad_(t.is_floating_point()) for n, t in vars(self).items()})
 
-    def reordered(self, width: Tensor, hidden: Tensor) -> "Inputs":
-        """The same layer with its D and F axes in another order: other roundings of the same numbers."""
-        wide = torch.cat([hidden, hidden + len(hidden)])
-        return replace(
-            self,
-            x=self.x[:, width],
-            gate_up=self.gate_up[:, wide][:, :, width],
-            down=self.down[:, width][:, :, hidden],
-            gate_up_bias=self.gate_up_bias[:, wide],
-            down_bias=self.down_bias[:, width],
-        )
-
     @property
     def differentiable(self) -> tuple[Tensor, ...]:
         return self.x, self.gate_up, self.down, self.weights, self.gate_up_bias, self.down_bias

@@ -73,9 +73,8 @@ class Leg:
     @property
     def environment(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if name not in LIMITED}
-        return (
-            kept | LIMITS[self.instructions] | dict.fromkeys(THREADS, str(self.threads)) | {"MOESMITH_LEG": str(self)}
-        )
+        own = {"MOESMITH_LEG": str(self), "OMP_WAIT_POLICY": "passive"}  # threads that spin starve others on busy cores
+        return kept | LIMITS[self.instructions] | dict.fromkeys(THREADS, str(self.threads)) | own
 
 
 LEGS = {str(leg): leg for leg in (Leg(instructions, threads) for instructions in LIMITS for threads in (1, 2))}

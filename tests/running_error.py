@@ -142,7 +142,7 @@ def complaints(
     found: dict[str, Tensor],
     errors: dict[str, Computed],
     exact: dict[str, Tensor],
-    eager: Callable[[], dict[str, list[Tensor]]],
+    eager: Callable[[], dict[str, Tensor]],
 ) -> list[str]:
     """What is wrong with results of `moe_mlp`, one line each; `exact` are those of another implementation in float64.
 

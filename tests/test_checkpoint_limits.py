@@ -106,21 +106,26 @@ started = time.process_time()
 try:
     plan(sys.argv[1])
 except CheckpointError as error:
-    print(time.process_time() - started)
+    ended = time.process_time()
+    for _ in range(5_000_000):
+        pass
+    print((ended - started) / (time.process_time() - ended))
     print(error)
 """
 
 
 @pytest.mark.parametrize("case", LARGE)
-def test_the_largest_is_refused_in_a_second_and_64_mib(tmp_path: Path, case: str) -> None:
+def test_the_largest_is_refused_in_64_mib_and_no_time(tmp_path: Path, case: str) -> None:
     make, message = LARGE[case]
     (tmp_path / "config.json").write_text(json.dumps(render_config(V3, Path("config.json"))))
     path = make(tmp_path)
     done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-1000:]
-    seconds, error = done.stdout.splitlines()
+    loops, error = done.stdout.splitlines()
     assert error.startswith(str(path)) and message in error
-    assert float(seconds) < 1
+    # A loop of five million passes is the unit, which a slow or busy machine stretches as well: linear work takes up to
+    # 4.6 of them here, and work that is quadratic in the number of names thousands.
+    assert float(loops) < 20
 
 
 def test_a_pipe_that_takes_a_files_place_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

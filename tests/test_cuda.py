@@ -16,7 +16,7 @@ from benchmarks.cuda import no_waiting
 from moe import ops
 from tests.cases import BY_NAME, CASES, ROUTING_CASES, Case, Inputs, RoutingCase
 from tests.running_error import complaints, moe_mlp_errors
-from tests.test_ops import eager_experts, fused, gradients, of_eager
+from tests.test_ops import eager_experts, fused, gradients
 from tests.test_ops_contract import digest
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -32,7 +32,7 @@ def test_moe_mlp(case: Case, dtype: torch.dtype) -> None:
     inputs = on_gpu(case.inputs(dtype))
     grad = torch.randn(case.tokens, case.width, dtype=torch.float64, device="cuda").to(dtype)
     ours, exact = gradients(fused, inputs, grad), gradients(eager_experts, inputs.to(torch.float64), grad)
-    errors, eager = moe_mlp_errors(inputs, grad), cache(lambda: of_eager(eager_experts, inputs, grad))
+    errors, eager = moe_mlp_errors(inputs, grad), cache(lambda: gradients(eager_experts, inputs, grad))
     assert not complaints(inputs, ours, errors, exact, eager)
     with torch.no_grad():
         assert not complaints(inputs, {"y": fused(inputs)}, errors, exact, eager)
