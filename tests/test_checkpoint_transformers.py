@@ -132,8 +132,8 @@ def as_configured(model: Any) -> Any:
     model.set_experts_implementation("eager")
     for module in model.modules():
         if isinstance(module, transformers.models.gpt_oss.modeling_gpt_oss.GptOssExperts):
-            # transformers 5.17 takes 7.0 and 1.702 for them whatever config.json says. OpenAI's own model reads the limit
-            # there, as do later releases.
+            # transformers 5.17 takes 7.0 and 1.702 whatever config.json says. OpenAI's own model reads the limit there,
+            # as do releases from 5.19 on.
             module.limit = getattr(model.config, "swiglu_limit", module.limit)
             module.alpha = getattr(model.config, "swiglu_alpha", module.alpha)
     return model.eval()
