@@ -82,7 +82,9 @@ def build(folder: Path, wanted: dict[str, Version]) -> Path:
         if run(*pip, *step):
             raise OldestError(f"{folder}: pip {step[0]} failed; the reason is above")
     listed = subprocess.run([*pip, "list", "--format=json"], capture_output=True, text=True, check=True).stdout
-    found = {canonicalize_name(each["name"]): Version(each["version"]) for each in json.loads(listed)}
+    found: dict[str, Version] = {
+        canonicalize_name(each["name"]): Version(each["version"]) for each in json.loads(listed)
+    }
     for name, version in wanted.items():
         if name not in found or Version(found[name].public) != version:  # without "+cpu"
             raise OldestError(f"{folder}: {name}: expected {version}; found {found.get(name, 'none')}")
