@@ -127,10 +127,21 @@ save_file(logits, root + "/here.safetensors")
 """
 
 
+def as_configured(model: Any) -> Any:
+    """The model in eager mode: the default experts implementation wants sizes that are multiples of 16 bytes."""
+    model.set_experts_implementation("eager")
+    for module in model.modules():
+        if isinstance(module, transformers.models.gpt_oss.modeling_gpt_oss.GptOssExperts):
+            # transformers 5.17 takes 7.0 and 1.702 whatever config.json says. OpenAI's own model reads the limit there,
+            # as do releases from 5.19 on.
+            module.limit = getattr(model.config, "swiglu_limit", module.limit)
+            module.alpha = getattr(model.config, "swiglu_alpha", module.alpha)
+    return model.eval()
+
+
 def build(kind: str, values: dict[str, Any], seed: int) -> Any:
     config = getattr(transformers, kind + "Config")(**values)
-    model = getattr(transformers, kind + "ForCausalLM")(config).eval()
-    model.set_experts_implementation("eager")  # the default wants sizes that are multiples of 16 bytes
+    model = as_configured(getattr(transformers, kind + "ForCausalLM")(config))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -149,10 +160,9 @@ def read_there(folder: Path, kind: str) -> tuple[Any, dict[str, Any]]:
     the same tensor in a buffer from torch's allocator, which aligns all alike.
     """
     model, info = getattr(transformers, kind + "ForCausalLM").from_pretrained(folder, output_loading_info=True)
-    model.set_experts_implementation("eager")
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
-    return model.eval(), info
+    return as_configured(model), info
 
 
 @dataclasses.dataclass

@@ -26,7 +26,7 @@ from moe.presets import PRESETS
 from moe.train.data import Dataset, evaluation_batches, prepare
 from moe.train.loop import NonFiniteError, Trainer, deterministic
 from moe.train.metrics import Metrics
-from moe.train.report import print_summary
+from moe.train.report import ProgressDisplay, print_summary
 from moe.train.run import train
 from moe.train.settings import Settings
 from moe.train.state import load_latest_state, save_state
@@ -292,6 +292,14 @@ def test_a_run_leaves_what_it_promises(text: Path, tmp_path: Path) -> None:
     other = train(dataclasses.replace(settings, seed=1), tmp_path / "other", console=QUIET)
     assert other is not None
     assert other["validation"]["before"] != summary["validation"]["before"]
+
+
+def test_elsewhere_than_on_a_terminal_progress_is_its_lines_alone() -> None:
+    shown = io.StringIO()
+    with ProgressDisplay(Console(file=shown, width=120), steps=2, done=0) as display:
+        display.update(1, 3.0, 100.0, 0.5)
+        display.update(2, 2.0, 100.0, 0.5)
+    assert shown.getvalue() == "step 2/2  loss 2.000  100 tokens/s  worst MaxVio 0.50\n"
 
 
 def test_without_matplotlib_a_line_says_how_to_get_plots(

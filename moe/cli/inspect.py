@@ -69,7 +69,8 @@ def _verify(args: Args) -> int:
         raise ConfigError("NAME-OR-FOLDER", args.model, "a folder to verify, not a preset")
     columns = (TextColumn("verifying"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     terminal = Console(stderr=True)
-    with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
+    terminal.quiet = not terminal.is_terminal  # before rich 14.3 a disabled bar ends with an empty line
+    with Progress(*columns, console=terminal, transient=True, disable=terminal.quiet) as progress:
         task = progress.add_task("", total=None)
         verification = verify(args.model, lambda read, total: progress.update(task, advance=read, total=total))
     findings = verification.findings

@@ -54,8 +54,7 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
     top_k_index [T, K] is of any integer dtype, top_k_weights [T, K] of any floating one and used in float32 or wider.
     Under expert parallelism ids >= the number of experts here mean "not here", and so does the id that equals it
     elsewhere, as in eager mode, and -1: nothing is computed or added, and the weight has zero gradient. Other ids out
-    of range raise IndexError (on CPU; a device assertion on CUDA). Older releases of transformers do not tell whether
-    experts are parallel: with them any id past the last expert means "not here".
+    of range raise IndexError (on CPU; a device assertion on CUDA).
 
     Sums accumulate in float32 or wider whatever the dtype; equal input, equal bits. Under autocast products are cast as
     any matrix product is.
@@ -76,7 +75,8 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
             f"{type(experts).__name__}.is_concatenated", False, "True, or an _apply_gate that takes interleaved rows"
         )
 
-    sharded = getattr(experts, "_is_expert_parallel", True)
+    # transformers 5.17 has no such mark. The only id that its expert parallelism gives to other ranks' slots is E.
+    sharded = getattr(experts, "_is_expert_parallel", False)
     expert_ids = top_k_index.to(torch.int64)
     absent = expert_ids >= down.shape[0] if sharded else expert_ids == down.shape[0]
     expert_ids = expert_ids.masked_fill(absent, -1)

@@ -33,7 +33,8 @@ class ProgressDisplay:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self._console.is_terminal:  # before rich 14.3 a disabled bar ends with an empty line
+            self._bar.stop()
 
     def update(self, step: int, loss: float, tokens_per_second: float, max_vio: float) -> None:
         text = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  worst MaxVio {max_vio:.2f}"
