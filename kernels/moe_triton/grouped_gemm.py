@@ -104,9 +104,9 @@ def add_product(
         a_at += token[None, :] * stride_ar
     if GATHER_B:
         b_at += token[:, None] * stride_br
+    tile_b = operand(b_at, here[:, None], in_n, FULL, EVEN_N)
     # a is loaded as it is multiplied: what is transposed after loading is not copied asynchronously on sm_80.
     tile_a = operand(a_at, here[None, :], in_m, FULL, EVEN_M)
-    tile_b = operand(b_at, here[:, None], in_n, FULL, EVEN_N)
     return tl.dot(tile_a, tile_b, total, input_precision="ieee")
 
 

@@ -124,7 +124,7 @@ def hidden_backward_tile(dtype: torch.dtype, block_m: int, shared: int, clamped:
     and three stages each, one multiplies while the other is in its epilogue. With clamping this spills.
     """
     tile = replace(narrowed(rows_tile(dtype, block_m, shared), 128), all_registers=True)
-    half = replace(tile, num_warps=4, num_stages=3)
+    half = replace(tile, num_warps=4, num_stages=3, all_registers=False)
     two = tile.num_warps == 8 and not clamped and 2 * half.shared_memory(dtype.itemsize) <= shared
     return half if two else tile
 
