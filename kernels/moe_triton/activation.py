@@ -2,6 +2,7 @@
 
 # Triton's decorator keeps the signature and hides the result; constexprs take plain values, launches also options.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: reportAttributeAccessIssue=false
 
 from dataclasses import dataclass
 

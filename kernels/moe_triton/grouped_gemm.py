@@ -100,10 +100,10 @@ def add_product(
     """total + a.T @ b over one block of rows, all of which are `here` if it is FULL."""
     if GATHER_A or GATHER_B:
         token = (tl.load(tokens_at) if FULL else tl.load(tokens_at, mask=here, other=0)).to(tl.int64)
-    if GATHER_A:
-        a_at += token[None, :] * stride_ar
-    if GATHER_B:
-        b_at += token[:, None] * stride_br
+        if GATHER_A:
+            a_at += token[None, :] * stride_ar
+        if GATHER_B:
+            b_at += token[:, None] * stride_br
     tile_b = operand(b_at, here[:, None], in_n, FULL, EVEN_N)
     # a is loaded as it is multiplied: what is transposed after loading is not copied asynchronously on sm_80.
     tile_a = operand(a_at, here[None, :], in_m, FULL, EVEN_M)
