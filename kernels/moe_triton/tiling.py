@@ -76,9 +76,9 @@ def row_block(dtype: torch.dtype, num_rows: int, num_groups: int, *sizes: int) -
 
 
 def largest(shared: int) -> Tile:
-    """The tile of a product of half precision whose every size is large, with up to four stages. Where only one program
-    fits into the shared memory, below an A100's, registers need not be left for another."""
-    return Tile(128, 256, 64, 8, 4) if shared >= 200000 else Tile(128, 128, 64, 8, 4, all_registers=shared < 150000)
+    """The tile of a product of half precision whose every size is large, with up to four stages. The smaller one leaves
+    no shared memory for another program either, and then needs to leave no registers."""
+    return Tile(128, 256, 64, 8, 4) if shared >= 200000 else Tile(128, 128, 64, 8, 4, all_registers=True)
 
 
 def rows_tile(dtype: torch.dtype, block_m: int, shared: int) -> Tile:
