@@ -10,7 +10,7 @@ COMMANDS = {
     "cpu": "a whole model beside transformers' on the CPU",
     "load": "loading a checkpoint beside other readers of the same files",
     "parallel": "packing, bytes and scaling of expert parallelism",
-    "qualify": "whether everything works on this machine, in stages: one command for a machine with a GPU",
+    "qualify": "check that everything works on a machine with a GPU, in stages",
 }
 
 

@@ -119,7 +119,7 @@ AT_A_TIME = 2**26  # elements that are summed, each of which takes eight bytes
 
 
 def _sums(tensor: Tensor) -> tuple[int, int]:
-    """Of the bits, in rows and in columns, each with its number as a weight."""
+    """Sums the bits by row and by column, each weighted by its index."""
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     matrix = tensor.detach().view(bits).reshape(-1, tensor.shape[-1])
     rows, columns = [], torch.zeros(matrix.shape[1], dtype=torch.int64, device=matrix.device)

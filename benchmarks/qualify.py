@@ -1,5 +1,4 @@
-"""Does everything work on this machine? One command for a GPU that is there for
-half an hour.
+"""Check that everything works on this machine, in stages with time limits.
 
 Stages, in this order:
   environment  the kernels run at all; optional packages and tools, by probes
@@ -20,17 +19,18 @@ compilation ends that process and is recorded; the rest goes on. Warnings are
 listed in the log and fail nothing, except the one that torch's operators run
 instead of the kernels.
 
---resume skips what has passed or failed, if the device, the program and the
-packages are the same; to repeat a stage, start anew.
+--resume skips tasks that have passed, failed or were not usable, if the device,
+the program and the packages are the same. To repeat them, use a new folder.
 
 The folder --out gets report.md (written afresh after each stage),
 results.jsonl (a line at a time), log.txt, and up to three PNGs.
 
-Needs torch, triton, numpy, pytest, rich, einops and safetensors; nothing has to
-be installed. A task that needs more is "not usable" where that is missing.
+Needs torch, triton, numpy, pytest, rich, einops and safetensors. moesmith need
+not be installed. A task that needs more is "not usable" where that is missing.
 
-Exit status: 0; 1 if a stage failed; 2 for bad input; 130 after Ctrl-C or
-SIGTERM, with the report written.
+Exit status: 0 if nothing failed, even if tasks are left or not usable; 1 if a
+stage failed; 2 for bad input; 130 after Ctrl-C or SIGTERM, with the report
+written.
 """
 
 import argparse
@@ -111,7 +111,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Tasks with a limit in seconds for all of them, so many beside each other; `tool` is a probe that must pass."""
+    """Tasks with a common limit in seconds, at most `beside` at a time; the probe `tool` must pass first."""
 
     name: str
     limit: float
@@ -398,7 +398,7 @@ class Running:
             status, reason = "failed", f"no {self.task.says!r} in its output{_last_line(end.output)}"
         if self.task.kernel and status == "passed":
             figures = profile_rows(end.output)
-            status, reason = ("passed", "") if figures else ("failed", "no figures in ncu's output")
+            status, reason = ("passed", "") if figures else ("failed", "no measurements in ncu's output")
             for number, metrics in enumerate(figures, 1):
                 record = {"kernel": self.task.kernel, "launch": number, "metrics": metrics}
                 self.call.write(self.stage.name, self.task.name, "profile", record)
@@ -469,7 +469,7 @@ def profile_rows(output: str) -> list[dict[str, str]]:
 
 
 def environment_of(beside: int) -> dict[str, str]:
-    """Of a child: it finds this program's packages, the cores are shared, and a crash says where it was."""
+    """Environment of a child process: import path, share of the cores, fault handler."""
     path = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         **os.environ,
@@ -484,7 +484,7 @@ def environment_of(beside: int) -> dict[str, str]:
 
 
 def describe(device: str, small: bool, temporary: Path) -> tuple[Record, list[Record], str]:
-    """What every record says of the machine, facts about it, and why they could not be found; by another process."""
+    """Runs the step `machine`; returns the fields common to all records, facts, and the error if it failed."""
     lines = temporary / "machine.jsonl"
     command = [word.replace("{lines}", str(lines)) for word in step("machine", device=device)]
     program = Program(command, lines=lines, env=environment_of(1), limit=90)
@@ -514,13 +514,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=names,
         default=names,
         metavar="NAME",
-        help=f"in this order; default: {' '.join(names)}",
+        help=f"Stages to run, in the given order; default: {' '.join(names)}",
     )
-    add("--minutes", type=_minutes, metavar="M", help="end before M minutes are over, and say what is left")
-    add("--resume", type=Path, metavar="RESULTS", help="continue an earlier call: its folder or results.jsonl")
-    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    add("--small", action="store_true", help="few cases and small shapes, to see that it works; always so on a CPU")
-    add("--out", type=Path, metavar="DIR", help="folder of the results; default: that of --resume, else runs/qualify")
+    add("--minutes", type=_minutes, metavar="M", help="Stop within M minutes (at least 0.5) and list what is left")
+    add("--resume", type=Path, metavar="RESULTS", help="Continue an earlier call, given by folder or results.jsonl")
+    add("--device", choices=("cpu", "cuda"), help="Device; default: cuda if there is one, otherwise cpu")
+    add("--small", action="store_true", help="Few cases and small shapes; always on with a CPU")
+    add("--out", type=Path, metavar="DIR", help="Output folder; default: that of --resume, otherwise runs/qualify")
 
 
 def _minutes(text: str) -> float:
@@ -529,7 +529,7 @@ def _minutes(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0.5 <= value <= 10000:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes from 0.5")
+        raise argparse.ArgumentTypeError(f"expected 0.5 to 10000 minutes; found {text!r}")
     return value
 
 

@@ -1,4 +1,4 @@
-"""What `qualify` runs in processes of their own: python -m benchmarks.steps STEP [--device D] [--lines FILE] ...
+"""Steps of `qualify`, each in its own process: python -m benchmarks.steps STEP [--device D] [--lines FILE] ...
 
 A step appends JSON lines to its file: facts of the machine, and checks, each a number beside the most that it may be.
 Exit status: 0; 1 if a check or the step itself fails; 3 if something that the step needs is missing.
@@ -39,12 +39,12 @@ PRODUCTS = 6  # chained in one block: two of the queries, attention, its output,
 
 
 class NotUsable(Exception):
-    """What a step needs and does not find."""
+    """A requirement of a step is missing."""
 
 
 @dataclasses.dataclass
 class Step:
-    """Where a step computes, what else it was given, and the lines that it writes."""
+    """Device, arguments and output file of a step."""
 
     device: str
     lines: Path | None
@@ -69,7 +69,7 @@ class Step:
 
 
 def machine(step: Step) -> None:
-    """What every record says of the machine, and facts about it."""
+    """Writes the fields common to all records, and facts about the machine."""
     from benchmarks.layer import about
 
     found = about(step.device)
@@ -390,6 +390,7 @@ OPERATORS = (
 
 def operator(step: Step) -> None:
     """One operator forward and backward in bfloat16, and without a gradient, on a case of the tests."""
+    from benchmarks.peers import tier_for
     from moe import ops
     from tests.cases import BY_NAME, ROUTING_CASES
     from tests.test_ops import fused
@@ -406,7 +407,7 @@ def operator(step: Step) -> None:
         found = BY_NAME[case].inputs(torch.bfloat16)
         inputs = dataclasses.replace(found, **{n: t.to(step.device) for n, t in vars(found).items()}).leaves()
         if name == "moe_mlp":
-            tier: Any = "triton" if step.device == "cuda" else "auto"
+            tier = tier_for(inputs.x)
             y = fused(inputs, tier=tier)
             with torch.no_grad():
                 results = [fused(inputs, tier=tier)]

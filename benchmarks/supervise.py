@@ -108,7 +108,7 @@ class Program:
         return records, None
 
     def send_kill(self) -> None:
-        """Ends it and what it has started, and does not wait for that."""
+        """Kills the program and its descendants without waiting for them."""
         if self._process is None:
             return
         with contextlib.suppress(ProcessLookupError):
@@ -119,7 +119,7 @@ class Program:
                     os.kill(int(folder.name), signal.SIGKILL)
 
     def kill(self, why: str) -> tuple[list[dict[str, Any]], Ended | None]:
-        """Ends it at once."""
+        """Kills the program at once and returns its end."""
         return self._end(why, []) if self._process is not None else self.poll()
 
     def _end(self, why: str, records: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Ended]:

@@ -27,7 +27,7 @@ SAME = ("device", "source", "small", "versions")  # what two calls share if one 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What came of a stage: status, what was counted, seconds, the reason, and the tasks that are left."""
+    """Result of a stage: status, counts, seconds, the reason, and the tasks that are left."""
 
     stage: str
     status: str
@@ -65,7 +65,7 @@ def append(file: TextIO, record: Mapping[str, Any]) -> None:
 
 
 def of_this(records: Iterable[Record], about: Mapping[str, Any]) -> list[Record]:
-    """Those of the same device, program and packages."""
+    """Records with the same device, sources, size and packages."""
     return [record for record in records if all(record.get(name) == about[name] for name in SAME)]
 
 
@@ -195,7 +195,7 @@ def _checks(records: Iterable[Record]) -> list[str]:
 
 
 def _seconds(record: Record) -> float:
-    """Of the faster way: eager or as a graph."""
+    """Median seconds of the faster mode, eager or graph."""
     return min(record[mode]["median_s"] for mode in ("eager", "graph") if record.get(mode))
 
 

@@ -5,8 +5,8 @@
 needs no GPU. It fails where a kernel spills, uses local memory, wants more shared memory than the chip has, or does
 without wgmma on sm_90 where its tile allows it; for NVIDIA's GPUs where products of half precision, with rows that can
 be read 16 bytes at a time, are computed while no copy for the next ones is under way; and on sm_90 where a weight
-gradient takes more than 170 instructions for each step of its largest tile, or the backward kernel's is alone on its
-multiprocessor. CI does so for bfloat16, under the oldest and newest Triton.
+gradient takes more than 170 instructions for each step of its largest tile, or where a multiprocessor holds only one
+program of the backward kernel. CI does so for bfloat16, under the oldest and newest Triton.
 
     python -m tests.compiled --table --gpu sm_90 --shape deepseek_v3 --dtype bfloat16
 
@@ -157,9 +157,9 @@ def slow_on_hopper(launch: Launch, need: Resources) -> str | None:
     tile = launch.name, constants["BLOCK_M"], constants["BLOCK_N"]
     # The tensor cores need 1,024 cycles for a step of 128 x 256 x 64.
     if tile == ("products_kernel", 128, 256) and (need.code is None or need.code.step > 170):
-        return f"more than 170 instructions for each step: {need.code}"
+        return f"instructions per step: expected at most 170; found {need.code}"
     if tile == ("hidden_backward_kernel", 128, 128) and not clamps(launch) and need.programs < 2:
-        return f"{need.programs} programs on a multiprocessor, expected 2"
+        return f"programs per multiprocessor: expected 2; found {need.programs}"
     return None
 
 
@@ -204,7 +204,7 @@ def main() -> int:
     parser.add_argument(
         "--dtype", nargs="+", choices=[str(d)[6:] for d in DTYPES], default=[str(d)[6:] for d in DTYPES]
     )
-    parser.add_argument("--table", action="store_true", help="print what the code of each product needs, check nothing")
+    parser.add_argument("--table", action="store_true", help="Print a table of each product's resources; check nothing")
     args = parser.parse_args()
     shapes = ",".join([*args.shape, "+".join(args.dtype)])
     tasks = [(gpu, shapes, i) for gpu in args.gpu for i in range(len(_launches(gpu, shapes)))]

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
-# Deterministic algorithms need it: without it torch refuses every matrix product on a GPU.
+# With deterministic algorithms, some releases of torch raise at a matrix product on a GPU if it is not set.
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 # Set before transformers is imported anywhere: nothing may look for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"

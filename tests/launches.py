@@ -182,7 +182,7 @@ def copies_ahead(ttgir: str) -> int | None:
 
 
 def instructions(sass: str) -> Code | None:
-    """Where the instructions of a kernel are, None without a loop that multiplies with tensor cores.
+    """Counts the instructions before, in and after the loop that multiplies with tensor cores; None without a loop.
 
     The loop is what the first backward branch over a product goes back to; what follows the last instruction that ends
     the program is padding.

@@ -7,8 +7,8 @@
 A virtual environment gets the minimum version of every dependency of the project and of each extra, and the project
 itself. Their own dependencies are as new as they allow.
 
-Only torch is not at its minimum: it is the CPU build of 2.13.0, which CI has. It requires no version of Triton. Builds
-for CUDA are gigabytes, and each requires one version of Triton, 2.13.0 another one than the minimum.
+Only torch is not at its minimum: it is 2.13.0, of which pip must find the CPU build. A build for CUDA requires one
+version of Triton, which is not the minimum.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def run(*command: str | Path) -> int:
 
 
 def build(folder: Path, wanted: dict[str, Version]) -> Path:
-    """Python of an environment in `folder` that has exactly these versions. What is already there is used again."""
+    """Builds or reuses an environment with exactly these versions in `folder`; returns its Python."""
     python = folder / "bin" / "python"
     if folder.exists() and any(folder.iterdir()) and not (folder / "pyvenv.cfg").exists():
         raise OldestError(f"{folder}: expected a virtual environment, an empty folder or none; found other files")
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.oldest",
         usage="%(prog)s [-h] [--keep DIR] [-n N] [ARGUMENT OF PYTEST ...]",
-        description=f"{str(__doc__).partition(chr(10))[0]} All other arguments go to pytest, whose exit status it has.",
+        description=f"{str(__doc__).partition(chr(10))[0]} Other arguments go to pytest. The exit status is pytest's.",
         epilog=f"torch stays at {TORCH}, the CPU build. Without --keep the environment is temporary, in $TMPDIR.",
         allow_abbrev=False,
     )
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tests.oldest: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted")
+        print("interrupted", file=sys.stderr)
         return 130
 
 

@@ -91,7 +91,10 @@ def pytest_configure(config: pytest.Config) -> None:
     found = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
     expected = leg.instructions.upper() if leg.instructions != "default" else found[0], leg.threads
     if found != expected:
-        raise pytest.UsageError(f"{leg}: torch uses {found[0]} and {found[1]} threads")
+        raise pytest.UsageError(
+            f"{leg}: limits not in effect; expected {expected[0]}, {expected[1]} threads; "
+            f"found {found[0]}, {found[1]} threads"
+        )
 
 
 def selected(few: bool, arguments: list[str]) -> list[str]:
@@ -133,18 +136,20 @@ def main(argv: list[str] | None = None) -> int:
         epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--leg", nargs="+", metavar="NAME", default=list(LEGS), help=f"from {', '.join(LEGS)}")
+    parser.add_argument(
+        "--leg", nargs="+", metavar="NAME", default=list(LEGS), help=f"Legs to run, from {', '.join(LEGS)}"
+    )
     parser.add_argument(
         "--few",
         action="store_true",
-        help="leave out transformers' experts, training runs and compiled graphs, as CI does",
+        help="Leave out transformers' experts, training runs and compiled graphs; CI uses it",
     )
-    parser.add_argument("--list", action="store_true", help="print each leg's environment, and run nothing")
-    parser.add_argument("arguments", nargs="*", metavar="ARGUMENT", help="arguments of pytest, after --")
+    parser.add_argument("--list", action="store_true", help="Print each leg's environment and exit")
+    parser.add_argument("arguments", nargs="*", metavar="ARGUMENT", help="Arguments for pytest, after --")
     options = parser.parse_args(argv)
     unknown = [name for name in options.leg if name not in LEGS]
     if unknown:
-        print(f"--leg {unknown[0]}: expected one of {', '.join(LEGS)}", file=sys.stderr)
+        print(f"--leg: unknown leg; expected one of {', '.join(LEGS)}; found {unknown[0]}", file=sys.stderr)
         return 2
     legs = [LEGS[name] for name in dict.fromkeys(options.leg)]
     if options.list:

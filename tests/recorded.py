@@ -20,9 +20,9 @@ LOST = 70  # exit status
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--record", type=Path, required=True, help="file for the JSON lines")
-    parser.addoption("--part", default="0/1", help="i/n: only each n-th test, from the i-th on")
-    parser.addoption("--without", type=Path, help="file with ids of tests to leave out, one a line")
+    parser.addoption("--record", type=Path, required=True, help="File for the JSON lines")
+    parser.addoption("--part", default="0/1", help="i/n: every n-th test, starting at index i")
+    parser.addoption("--without", type=Path, help="File with ids of tests to leave out, one per line")
 
 
 def pytest_configure(config: pytest.Config) -> None:

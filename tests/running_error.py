@@ -144,7 +144,7 @@ def complaints(
     exact: dict[str, Tensor],
     eager: Callable[[], dict[str, Tensor]],
 ) -> list[str]:
-    """What is wrong with results of `moe_mlp`, one line each; `exact` are those of another implementation in float64.
+    """Lists the errors in results of `moe_mlp`, one line each; `exact` are those of another implementation in float64.
 
     No element may be beyond its running error. Where there are `MANY` slots and numbers, the error is at most twice
     that of eager, too.

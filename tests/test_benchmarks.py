@@ -943,7 +943,7 @@ def test_on_a_gpu_ours_is_the_kernels_or_an_error(monkeypatch):
 
 
 def triton_kernels(with_matmul: bool) -> dict[str, Any]:
-    """What triton_kernels does, as its documentation says, in torch: since triton 3.7, or as it is beside 3.6."""
+    """triton_kernels in plain torch, with the interface for triton 3.7 or for 3.6."""
 
     def metadata(counts: torch.Tensor, rows: int) -> torch.Tensor:
         assert counts.dtype == torch.int32 and int(counts.sum()) == rows

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,7 +85,7 @@ def test_a_task_that_fails_is_recorded_and_the_rest_goes_on(tmp_path: Path, capf
         script("status", "print('the last words'); sys.exit(5)"),
         script("reason", "print(json.dumps({'failed': 'logits: 3, at most 2'}), file=lines); sys.exit(1)"),
         script("signal", "os.kill(os.getpid(), signal.SIGSEGV)"),
-        script("hangs", hangs, limit=3),
+        script("hangs", hangs, limit=20),
         script("silent", "print('{}', file=lines); time.sleep(600)", limit=600, tests=True),
         script("prints", "print('first'); print('x' * 2**23); print('last')"),
         script("cut", 'lines.write(\'{"check": "one", \'); lines.close()'),
@@ -104,7 +105,7 @@ def test_a_task_that_fails_is_recorded_and_the_rest_goes_on(tmp_path: Path, capf
     assert found["status"] == ("failed", "exit status 5: the last words")
     assert found["reason"] == ("failed", "logits: 3, at most 2")
     assert found["signal"][0] == "failed" and "ended by SIGSEGV" in found["signal"][1]
-    assert found["hangs"][0] == "failed" and "no end within 3 s" in found["hangs"][1]
+    assert found["hangs"][0] == "failed" and "no end within 20 s" in found["hangs"][1]
     assert not any(alive(int(pid)) for pid in child.read_text().split())
     assert found["silent"][0] == "failed" and "no result for 3 s" in found["silent"][1]
     assert found["cut"] == ("failed", "the last line of its results is cut")
@@ -204,13 +205,18 @@ def test_minutes_stop_and_resume_continues(tmp_path: Path, switch: Any, monkeypa
         stage("three", switch("e")),
     )
     (tmp_path / "a").touch()
-    monkeypatch.setattr(qualify, "LAST_SECONDS", 26.0)  # of half a minute, the least that can be asked for
-    assert call(out, *stages, minutes=0.5, stage=["one", "two"]) == 0  # what is left has not failed
+
+    def monotonic() -> float:  # an hour later once b has begun
+        return time.monotonic() + (3600 if ran.exists() and "b" in ran.read_text() else 0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(qualify, "time", SimpleNamespace(**{**vars(time), "monotonic": monotonic}))
+        assert call(out, *stages, minutes=10, stage=["one", "two"]) == 0  # what is left has not failed
     assert {name: status for name, (status, _) in ended(out).items()} == {"a": "passed", "b": "stopped"}
     report = (out / "report.md").read_text()
     assert "| one | stopped | 1 of 1 passed |" in report and "--minutes reached, 2 of 3 left |" in report
     assert "| two | stopped |" in report and "| three | not run |" in report
-    assert "- one: b, c" in report and f"--resume {out} --device cpu --minutes 0.5 --stage one two three" in report
+    assert "- one: b, c" in report and f"--resume {out} --device cpu --minutes 10 --stage one two three" in report
     for name in "bcde":
         (tmp_path / name).touch()
     ran.unlink()
@@ -349,7 +355,6 @@ def test_the_benchmark_is_reported_and_plotted(tmp_path: Path) -> None:
     )
     names = {path.name for path in out.iterdir()}
     assert names == {"report.md", RESULTS, "log.txt", "train.png"}
-    assert len({*names, "forward.png", "decode.png"}) <= 8
 
 
 NCU = """==PROF== Connected to process 7
@@ -372,7 +377,7 @@ def test_figures_of_the_profiler(tmp_path: Path) -> None:
     out = tmp_path / "out"
     tasks = (script("up", f"print({NCU!r})", kernel="up_kernel"), script("down", "pass", kernel="rows_kernel"))
     assert call(out, stage("profile", *tasks)) == 1
-    assert ended(out) == {"up": ("passed", ""), "down": ("failed", "no figures in ncu's output")}
+    assert ended(out) == {"up": ("passed", ""), "down": ("failed", "no measurements in ncu's output")}
     assert "| gpu__time_duration.sum [us] | 12.5 | 13.5 |" in (out / "report.md").read_text()
 
 
@@ -409,7 +414,7 @@ def test_results_that_are_not_ours(tmp_path: Path, content: str | None) -> None:
     ("options", "said"),
     [
         (["--stage", "nope"], "argument --stage: invalid choice: 'nope'"),
-        (["--minutes", "soon"], "'soon' is not a number of minutes from 0.5"),
+        (["--minutes", "soon"], "expected 0.5 to 10000 minutes; found 'soon'"),
         (["--device", "cuda"], "--device cuda: this torch finds no GPU"),
         (["--device", "cpu", "--resume", "/no/such"], "--resume /no/such: No such file or directory"),
     ],
@@ -437,7 +442,7 @@ def test_the_plan_names_every_case_that_there_is() -> None:
         for each in qualify.STAGES:
             names = [task.name for task in each.tasks(device, False)]
             assert len(names) == len(set(names))
-            assert sum(task.limit for task in each.tasks(device, False)[:1]) <= each.limit
+            assert all(task.limit <= each.limit for task in each.tasks(device, False))
     shapes = {task.name for task in qualify.benchmark("cuda", False)}
     assert shapes <= set(SHAPES) and {shape.name for shape in SONIC} < shapes and len(shapes) == 17
     for operator in steps.OPERATORS:

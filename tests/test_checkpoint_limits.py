@@ -123,8 +123,8 @@ def test_the_largest_is_refused_in_64_mib_and_no_time(tmp_path: Path, case: str)
     assert done.returncode == 0, done.stderr[-1000:]
     loops, error = done.stdout.splitlines()
     assert error.startswith(str(path)) and message in error
-    # A loop of five million passes is the unit, which a slow or busy machine stretches as well: linear work takes up to
-    # 4.6 of them here, and work that is quadratic in the number of names thousands.
+    # A loop of five million passes is the unit, which a slow or busy machine stretches as well: linear work takes up
+    # to 5 of them, and work that is quadratic in the number of names thousands.
     assert float(loops) < 20
 
 

@@ -57,7 +57,8 @@ def layer(dtype: torch.dtype = torch.bfloat16) -> moe.MoELayer:
 
 @pytest.fixture
 def any_algorithm() -> Iterator[None]:
-    """Not only deterministic ones: for these torch's scatter copies from the host, which waits and is in no graph."""
+    """Allows nondeterministic algorithms: torch's deterministic scatter copies from the host, which a CUDA graph cannot
+    capture."""
     torch.use_deterministic_algorithms(False)
     yield
     torch.use_deterministic_algorithms(True)

@@ -144,13 +144,13 @@ def test_the_limits_on_the_machine_code_see(monkeypatch: pytest.MonkeyPatch) -> 
 
     assert backward() is None
     monkeypatch.setattr(tiling, "hidden_backward_tile", lambda *_: tiling.Tile(128, 128, 64, 8, 4))
-    assert backward() == "1 programs on a multiprocessor, expected 2"
+    assert backward() == "programs per multiprocessor: expected 2; found 1"
     launches = layer(32768, BENCHMARKED["olmoe"], torch.bfloat16, 232448)
     gradient = next(launch for launch in launches if launch.name == "products_kernel")
     fine = Resources(197376, 0, 209, 8, 0, 6, Code(500, 170, 400), 1)
     assert slow_on_hopper(gradient, fine) is None
     slow = dataclasses.replace(fine, code=Code(500, 171, 400))
-    assert slow_on_hopper(gradient, slow) == f"more than 170 instructions for each step: {slow.code}"
+    assert slow_on_hopper(gradient, slow) == f"instructions per step: expected at most 170; found {slow.code}"
 
 
 SASS = """

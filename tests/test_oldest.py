@@ -1,4 +1,4 @@
-"""What `python -m tests.oldest` reads from pyproject.toml. It builds no environment here."""
+"""Tests how `python -m tests.oldest` reads pyproject.toml; no environment is built."""
 
 import re
 import tomllib

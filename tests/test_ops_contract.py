@@ -393,7 +393,7 @@ def test_refused(name: str) -> None:
 
 
 class OnGpu(NamedTuple):
-    """What `kernels_for` asks of a CUDA tensor."""
+    """Stand-in for a CUDA tensor in `kernels_for`."""
 
     device: torch.device = torch.device("cuda", 0)
     dtype: torch.dtype = torch.bfloat16
@@ -437,7 +437,7 @@ def test_cuda_with_an_old_gpu_says_so(no_kernels: None, monkeypatch: pytest.Monk
 
 
 def test_float64_on_cuda_is_torchs_without_a_warning(no_kernels: None) -> None:
-    """By design, with kernels and without them; whoever asks for kernels is told."""
+    """By design, with kernels and without them; tier="triton" raises."""
     assert kernels_of(torch.float64, torch.int64) is None
     with pytest.raises(ValueError, match="tier = 'triton': cannot import moe_triton"):
         kernels_of(torch.float64, tier="triton")

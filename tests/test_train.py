@@ -319,7 +319,7 @@ def command(text: Path, folder: Path, *more: str) -> list[str]:
     return ["train", "--data", str(text), *options, "--out", str(folder), *more]
 
 
-# The run sends itself a signal after a step: whoever watches it from outside may look up several steps later.
+# The run sends itself a signal after a step: an observer outside the process may notice several steps late.
 AND_SIGNAL = """
 import os, sys
 from moe.cli import main

@@ -214,7 +214,7 @@ def backward_epilogue(
     grad_hidden, pre, grad_pre, scaled, weight, row, end, start_n, width, ACTIVATION: tl.constexpr,
     EVEN_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """What `hidden_backward_kernel` stores for each row and column; returns the sums of dots."""
+    """Stores the results of `hidden_backward_kernel` for a tile; returns the tile's part of dots."""
     if PARTS > 1:
         half: tl.constexpr = BLOCK_N // 2
         left, right = halves(grad_hidden, BLOCK_M, BLOCK_N)

@@ -1,11 +1,12 @@
 """The `moesmith` operator namespace, and the one way in which an operator enters it.
 
 An operator has a schema, a CPU implementation, a CUDA implementation (which ROCm shares) and a fake. On CUDA the Triton
-kernels of the same page and name in `moe_triton` run. Torch's operators run the CPU's algorithm for float64, which the
-kernels do not take, and where there are no kernels (before compute capability 8, or not installed): one warning says
-why. A differentiable operator has an "Autograd" implementation as well, which applies an `autograd.Function` when a
-gradient is needed and otherwise goes on below autograd; its backward is an operator of its own. This is the form that
-opcheck and `torch.compile(fullgraph=True, dynamic=True)` both accept, forward and backward.
+kernels of the same page and name in `moe_triton` run. Torch's operators run the CPU's algorithm for float64, silently,
+because the kernels do not take it. They also run where there are no kernels (a GPU before compute capability 8.0, or
+nothing installed), with one warning that says why. A differentiable operator has an "Autograd" implementation as well,
+which applies an `autograd.Function` when a gradient is needed and otherwise goes on below autograd; its backward is an
+operator of its own. This is the form that opcheck and `torch.compile(fullgraph=True, dynamic=True)` both accept,
+forward and backward.
 """
 
 import importlib
@@ -57,7 +58,7 @@ def define(
 
 
 def kernels_for(page: str, tensors: list[Tensor], tier: str = "auto") -> ModuleType | None:
-    """The page of Triton kernels that takes these tensors, or None if torch's operators are to run.
+    """The module of Triton kernels for these tensors, or None if torch's operators are to run.
 
     None for CUDA tensors means that the kernels do not take float64, or, with a warning, that there are no kernels.
     Tier "triton" raises ValueError instead of None.

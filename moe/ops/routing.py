@@ -52,7 +52,8 @@ def route(
     the normalisation its row's weights if it is selected; with softmax the whole row.
 
     `weights` and `scores` carry gradients to `logits`, differentiable once (a second differentiation raises
-    RuntimeError); `correction_bias` gets none. T = 0 gives empty outputs. `tier` is as for `moe_mlp`.
+    RuntimeError, except with tier="reference"); `correction_bias` gets none. T = 0 gives empty outputs. `tier` is as
+    for `moe_mlp`.
 
     Raises TypeError for other dtypes and ValueError for settings that leave a token without top_k candidates:
     top_k > topk_group * (E / n_group), E not divisible by n_group, topk_group > n_group.

@@ -70,8 +70,8 @@ class Evaluation:
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """torch's deterministic algorithms while the block runs."""
-    # Read with the process's first matrix product on a GPU, which some releases of torch refuse without it.
+    """torch's deterministic algorithms while the block runs; CUBLAS_WORKSPACE_CONFIG stays set afterwards."""
+    # cuBLAS reads it at the first matrix product on a GPU. Some releases of torch raise if it is not set.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     memory: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
