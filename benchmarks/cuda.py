@@ -75,7 +75,8 @@ def capture(call: Callable[[], Any], pool: Any) -> Captured:
         with torch.cuda.stream(aside):
             call()
         torch.cuda.current_stream().wait_stream(aside)
-        with torch.cuda.graph(graph, pool=pool):
+        # The outer one gives the stream back where the end of a capture raises.
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=pool):
             result = call()
         for tensor in result if isinstance(result, tuple) else (result,):
             if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():

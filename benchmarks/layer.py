@@ -15,8 +15,9 @@ matrix product and of a large copy, measured in the same run.
 Without a GPU, or with --small, the registry's shapes keep their experts and shrink in d, n and T; one that is given as
 numbers stays as it is.
 
-Exit status: 0; 1 if ours is wrong, fails, or is slower than --compare allows; 2 for bad input; 3 if a candidate left
-the device unusable (an illegal access, say), after which this process can measure nothing; 130 after Ctrl-C.
+Exit status: 0; 1 if ours is wrong, fails, lacks memory, or is slower than --compare allows; 2 for bad input; 3 if a
+candidate left the device unusable (an illegal access, say), after which this process can measure nothing; 130 after
+Ctrl-C.
 """
 
 import argparse
@@ -464,7 +465,7 @@ def run(args: argparse.Namespace) -> int:
     this = Run(device, seconds, args.seed, timer, tuple(peers), found, origin)
     records: list[dict[str, Any]] = []
     report.show_run(this.about, found)
-    status = done = 0
+    status = done = lacking = 0
     try:
         for number, entry in enumerate(todo, 1):
             say(f"{number} of {len(todo)}: {entry}")
@@ -487,6 +488,7 @@ def run(args: argparse.Namespace) -> int:
                 if not out_of_memory(error):
                     raise
                 say(f"{entry}: not enough memory for the inputs and the float64 reference")
+                lacking += 1
                 continue
             records, done = records + new, number
             report.show(str(entry), new)
@@ -507,4 +509,4 @@ def run(args: argparse.Namespace) -> int:
         return status
     bad = any(r["ours"] and r["status"] in ("wrong", "failed") for r in records)
     worse = report.compare(records, old, args.tolerance, planned) if args.compare else False
-    return 1 if bad or worse else 0
+    return 1 if bad or worse or lacking else 0

@@ -43,6 +43,7 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -79,8 +80,8 @@ from benchmarks.verdicts import (
 
 PARTS = 16  # of the kernels' tests, whatever the machine, so that another one can continue
 RESTARTS = 8  # of a part whose processes crash
-QUIET = 120.0  # seconds for one test, compilation included
-LAST_SECONDS = 20.0  # of --minutes: for starting, the plots and the report
+QUIET = 180.0  # seconds for one test, compilation included
+LAST_SECONDS = 30.0  # of --minutes: for starting, the plots and the report
 MODELS = ("qwen3_30b_a3b", "deepseek_v3", "olmoe", "deepseek_v2_lite", "mixtral_8x7b")
 SMALL_SHAPES = ("olmoe", "sonic_768_256_128")
 KERNELS = ("up_kernel", "rows_kernel", "products_kernel", "hidden_backward_kernel")
@@ -182,7 +183,7 @@ TOOLS = ("memcheck", "racecheck", "initcheck")
 def _sanitizer(tool: str, *words: str) -> tuple[str, ...]:
     quiet = ("--report-api-errors", "no") if tool == "memcheck" else ()
     options = ("--tool", tool, *quiet, "--target-processes", "application-only", "--error-exitcode", "86")
-    return ("compute-sanitizer", *options, *step(*words, device="cuda"))
+    return (_found("compute-sanitizer"), *options, *step(*words, device="cuda"))
 
 
 def sanitizer(device: str, small: bool) -> list[Task]:
@@ -190,7 +191,7 @@ def sanitizer(device: str, small: bool) -> list[Task]:
     env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     cases = OPERATORS[:2] if small else OPERATORS
     return [
-        Task(f"{tool} {case}", _sanitizer(tool, "operator", *case.split()), 120, env, says=SUMMARY)
+        Task(f"{tool} {case}", _sanitizer(tool, "operator", *case.split()), 240, env, says=SUMMARY)
         for tool in TOOLS
         for case in cases
     ]
@@ -205,20 +206,28 @@ def benchmark(device: str, small: bool) -> list[Task]:
 
 
 def _ncu(*options: str) -> tuple[str, ...]:
-    return ("ncu", "--clock-control", "none", "--page", "raw", "--csv", *options)
+    watched = ("--target-processes", "application-only")  # not the compilers that it starts
+    return (_found("ncu"), *watched, "--clock-control", "none", "--page", "raw", "--csv", *options)
+
+
+def _found(tool: str) -> str:
+    """Path of one of CUDA's tools, which are often not on PATH."""
+    return shutil.which(tool) or shutil.which(tool, path="/usr/local/cuda/bin") or tool
 
 
 def profile(device: str, small: bool) -> list[Task]:
     sections = [word for name in SECTIONS for word in ("--section", name)]
     shape = ("olmoe", "4096")
-    return [
+    # First without a profiler, which would wait for the compiler.
+    compiled = Task("compiled", step("profile", *shape, device=device), 180)
+    return [compiled] + [
         Task(
             f"{kernel} {' '.join(shape)}",
             (
                 *_ncu("--kernel-name", kernel, "--launch-count", "2", *sections),
                 *step("profile", *shape, device=device),
             ),
-            120,
+            180,
             kernel=kernel,
         )
         for kernel in KERNELS
@@ -233,7 +242,7 @@ STAGES = (
     Stage("model", 900, model, beside=2),
     Stage("sanitizer", 420, sanitizer, beside=min(8, CORES), gpu=True, tool="compute-sanitizer"),
     Stage("benchmark", 1500, benchmark),
-    Stage("profile", 300, profile, gpu=True, tool="ncu"),
+    Stage("profile", 420, profile, gpu=True, tool="ncu"),
 )
 
 
@@ -266,6 +275,12 @@ class Call:
     def planned(self, stage: Stage) -> list[Task]:
         return [] if stage.gpu and self.device == "cpu" else stage.tasks(self.device, self.small)
 
+    def done(self, task: Task, found: Mapping[str, Record]) -> bool:
+        """Whether a task is not run again. A tool that a probe found not usable is tried once in each call."""
+        record = found.get(task.name, {})
+        again = task.probe and record.get("status") == "not usable" and record["run"] != self.about["run"]
+        return record.get("status") in DONE and not again
+
     def unable(self, stage: Stage) -> str:
         """The verdict of a stage that cannot run here, and why."""
         if stage.gpu and self.device == "cpu":
@@ -292,9 +307,7 @@ def run_stage(call: Call, stage: Stage) -> None:
     begun = time.monotonic()
     until = min(call.deadline, begun + stage.limit)
     found = tasks(of_this(call.records, call.about), stage.name)
-    waiting = deque(
-        Running(call, stage, task) for task in call.planned(stage) if found.get(task.name, {}).get("status") not in DONE
-    )
+    waiting = deque(Running(call, stage, task) for task in call.planned(stage) if not call.done(task, found))
     running: list[Running] = []
     why = "interrupted"
     try:
@@ -487,7 +500,7 @@ def describe(device: str, small: bool, temporary: Path) -> tuple[Record, list[Re
     """Runs the step `machine`; returns the fields common to all records, facts, and the error if it failed."""
     lines = temporary / "machine.jsonl"
     command = [word.replace("{lines}", str(lines)) for word in step("machine", device=device)]
-    program = Program(command, lines=lines, env=environment_of(1), limit=90)
+    program = Program(command, lines=lines, env=environment_of(1), limit=180)
     records: list[Record] = []
     try:
         while True:
@@ -580,11 +593,13 @@ def run(args: argparse.Namespace, stages: Sequence[Stage] = STAGES) -> int:
 
 
 def _run(call: Call, stage: Stage) -> None:
-    """One stage; first the probe of its tool, if there was none."""
-    if call.unable(stage):
+    """One stage; first the probe of its tool, if none has passed and there was none in this call."""
+    tool = tasks(of_this(call.records, call.about), "environment").get(stage.tool, {})
+    probe = bool(stage.tool) and tool.get("status") != "passed" and tool.get("run") != call.about["run"]
+    if call.unable(stage) and not probe:
         return
     probes = next((each for each in call.stages if each.name == "environment"), None)
-    if stage.tool and probes and stage.tool not in tasks(of_this(call.records, call.about), "environment"):
+    if probe and probes:
         only = [task for task in probes.tasks(call.device, call.small) if task.name == stage.tool]
         run_stage(call, dataclasses.replace(probes, tasks=lambda device, small: only))
         if call.unable(stage):

@@ -439,7 +439,7 @@ def benchmark(step: Step) -> None:
     for ops, counts in tokens.items():
         status = main([*command, "--op", *ops.split(), *(["--tokens", *counts] if counts else [])])
         if status == 1:
-            step.failed.append(f"{ops}: ours is wrong or fails, see the reasons below the benchmark's table")
+            step.failed.append(f"{ops}: ours is wrong, fails or lacks memory; the benchmark's output says why")
         elif status:  # the device is lost, for one
             step.failed.append(f"{ops}: ended with status {status}")
             return

@@ -26,6 +26,7 @@ from benchmarks.supervise import KEPT
 from benchmarks.verdicts import RESULTS, judge, read
 
 HERE = {
+    "run": "0",
     "device": "a test",
     "source": "0123",
     "small": True,
@@ -294,6 +295,24 @@ def test_a_stage_waits_for_the_probe_of_its_tool(tmp_path: Path, usable: bool) -
     else:
         assert list(ended(out)) == ["ncu"]
         assert "| profile | not usable |  |  | exit status 1: no counters |" in report
+
+
+def test_a_tool_that_was_not_usable_is_tried_once_in_each_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, there = tmp_path / "out", tmp_path / "there"
+    probe = script("ncu", f"sys.exit(not os.path.exists({str(there)!r}))", probe=True)
+    stages = stage("environment", probe), stage("profile", script("a", "pass"), tool="ncu")
+    for run in ("1", "2", "3", "4"):
+        if run == "3":
+            there.touch()
+        monkeypatch.setattr(qualify, "describe", lambda *_, run=run: (HERE | {"run": run}, [], ""))
+        assert call(out, *stages, **({"resume": out} if run != "1" else {})) == 0
+    done = [(r["run"], r["task"], r["status"]) for r in records(out) if r["kind"] == "task"]
+    assert done == [
+        ("1", "ncu", "not usable"),
+        ("2", "ncu", "not usable"),
+        ("3", "ncu", "passed"),
+        ("3", "a", "passed"),
+    ]
 
 
 def task_record(name: str, status: str, **more: Any) -> dict[str, Any]:
