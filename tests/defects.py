@@ -375,8 +375,8 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "logits have two dimensions",
     (
         "moe/ops/routing.py",
-        "return grad, *(None,) * 8",
         "return grad, *(None,) * 9",
+        "return grad, *(None,) * 10",
     ): "autograd drops a None past the last argument",
     (
         "kernels/moe_triton/mlp.py",

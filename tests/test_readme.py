@@ -91,7 +91,7 @@ def test_the_figures_of_placement(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_every_name_of_a_benchmark_command_exists() -> None:
     commands = set(re.findall(r"python -m benchmarks (\w+)", README))
-    assert commands == {"cpu", "layer", "load", "parallel"}
+    assert commands == {"cpu", "layer", "load", "parallel", "qualify"}
     for command in commands:
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks", command, "--help"],
