@@ -67,21 +67,27 @@ LARGE: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "escapes": (single(b'{"__metadata__":{"a":"' + rb"\ud83d\ude00" * MEBI + b'"},"b":1}'), "b: entry"),
     "metadata of many keys": (
-        single(b'{"__metadata__":{' + b",".join(b'"%d":""' % i for i in range(MEBI)) + b"}}"),
-        "__metadata__",
+        single(b'{"__metadata__":{' + b",".join(b'"%d":""' % i for i in range(MEBI)) + b'},"b":1}'),
+        "b: entry",
     ),
     "an index of many tensors": (
         file(INDEX, b'{"weight_map":{' + b",".join(b'"%d":"a.safetensors"' % i for i in range(2**18 + 1)) + b"}}"),
         "tensors in the index",
     ),
-    "an index of lists": (file(INDEX, b'{"metadata":[' + b"[]," * (20 * MEBI) + b"0]}"), "65536 bytes"),
+    "an index of lists": (
+        file(INDEX, b'{"metadata":[' + b"[]," * (20 * MEBI) + b"0]}"),
+        "not used; expected at most 1048576 bytes",
+    ),
+    "an index of brackets": (file(INDEX, b'{"metadata":' + b"[" * (60 * MEBI)), "not used; expected at most 1048576"),
+    "an index of a text": (file(INDEX, b'{"metadata":"' + b"a" * (60 * MEBI)), "expected a string"),
     "an index of one name": (file(INDEX, b'{"weight_map":{"' + b"a" * (60 * MEBI) + b'":0}}'), "a key of at most"),
-    "a configuration of lists": (file("config.json", b'{"a":[' + b"[]," * (MEBI // 3 - 10) + b"0]}"), "model_type"),
+    "a configuration of lists": (file("config.json", b'{"a":[' + b"[]," * 2**17 + b"0]}"), "model_type"),
+    "a configuration of more lists": (file("config.json", b'{"a":[' + b"[]," * (5 * MEBI) + b"0]}"), "too many values"),
     "a configuration of keys": (
         file("config.json", b"{" + b",".join(b'"%d":1' % i for i in range(90_000)) + b"}"),
         "model_type",
     ),
-    "a configuration that is nested": (file("config.json", b"[" * MEBI), "in each other"),
+    "a configuration that is nested": (file("config.json", b"[" * (MEBI // 2)), "in each other"),
 }
 
 
