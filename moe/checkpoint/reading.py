@@ -106,7 +106,7 @@ def load(
     Args:
         folder: config.json and safetensors; pickles are never read. A name like "org/model" that is no folder here is
             looked up with huggingface_hub, if that is installed: in its cache, and online where it may be.
-        device: where the parameters shall be.
+        device: where the parameters are. On "meta" no weights are read: the parameters have shapes and dtypes only.
         dtype: "auto" keeps each tensor as stored. Norms, routers and sinks may have any dtype; all other tensors must
             have one, and quantised ones (FP8 blocks, MXFP4) are dequantised to it. "keep" is the same but leaves
             quantised tensors as they are, frozen: each use dequantises them, and a save writes the same bytes. A
@@ -128,27 +128,32 @@ def load(
     source = examine(folder, dtype, mtp=mtp, experts=experts, max_header_bytes=max_header_bytes)
     todo, shapes, dtypes = source.todo, source.shapes, source.dtypes
     needed = sum(math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items())
-    check_fits(todo.folder, needed, torch.device(device))
-    check_repeats(todo)
+    device = torch.device(device)
+    check_fits(todo.folder, needed, device)
     carried = read_carried(todo.folder)
 
     with torch.device("meta"):
         model = Transformer(todo.config)
     state = {name: torch.empty(shape, dtype=dtypes[name], device=device) for name, shape in shapes.items()}
-    with (
-        Progress("loading", sum(p.row_bytes * len(p.rows) for p in source.pieces), progress) as bar,
-        Files(bar) as files,
-    ):
-        for piece in source.pieces:
-            destination = state[piece.parameter][piece.index]
-            fill(files, piece, destination, todo)
-            if piece.slot.scale_of is not None:
-                check_scales(piece.info, destination)
+    if device.type != "meta":
+        check_repeats(todo)
+        _read(source, state, progress)
     source.check_unchanged()
     _adopt(model, state, todo)
     model.carried_files = carried
     model.origin = source.origin()
     return model.eval()
+
+
+def _read(source: "Source", state: Mapping[str, Tensor], progress: bool | None) -> None:
+    """Fill the parameters."""
+    total = sum(piece.row_bytes * len(piece.rows) for piece in source.pieces)
+    with Progress("loading", total, progress) as bar, Files(bar) as files:
+        for piece in source.pieces:
+            destination = state[piece.parameter][piece.index]
+            fill(files, piece, destination, source.todo)
+            if piece.slot.scale_of is not None:
+                check_scales(piece.info, destination)
 
 
 @dataclass(frozen=True)
