@@ -285,6 +285,26 @@ def test_the_index_decides_which_files_count(tmp_path: Path, caplog: pytest.LogC
     )
 
 
+def test_an_index_whose_files_are_gone_is_ignored_beside_the_file_of_all(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Somebody has merged the shards. transformers reads that file as well."""
+    index = two_shards(tmp_path)
+    write(tmp_path, encode(HEADER))
+    (tmp_path / "one.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"one\.safetensors: No such file"):
+        read_tensors(tmp_path)
+    (tmp_path / "two.safetensors").unlink()
+    caplog.clear()
+    assert sorted(read_tensors(tmp_path)) == ["a.weight", "b", "empty"]
+    assert [message.partition("index.json ")[2] for message in caplog.messages] == [
+        "is ignored: none of its files is there, and model.safetensors is"
+    ]
+    set_index(tmp_path, moved(index, b="../two.safetensors"))
+    with pytest.raises(CheckpointError, match="b: file name"):
+        read_tensors(tmp_path)
+
+
 @pytest.mark.parametrize(
     "metadata", [b"null", b'{"total_size": 7}', b'{"total_size": NaN}', b"[[[]]]", b'"\\"}"', b"-1e9"]
 )

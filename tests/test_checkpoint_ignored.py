@@ -147,6 +147,10 @@ def none_stated(tensors: Tensors, values: dict[str, Any]) -> None:
     values["num_nextn_predict_layers"] = 0
 
 
+def null_stated(tensors: Tensors, values: dict[str, Any]) -> None:
+    values["num_nextn_predict_layers"] = None
+
+
 def none_stated_and_tuned(tensors: Tensors, values: dict[str, Any]) -> None:
     none_stated(tensors, values)
     tuned(tensors, values)
@@ -157,10 +161,10 @@ def a_second_one(tensors: Tensors, values: dict[str, Any]) -> None:
 
 
 BROKEN = (tuned, longer, pieces_missing, too_many_pieces, more_stated, another_dtype)
-UNCOUNTED = (none_stated, none_stated_and_tuned, a_second_one)
+UNCOUNTED = (none_stated, null_stated, none_stated_and_tuned, a_second_one)
 
 
-@pytest.mark.parametrize("change", BROKEN + UNCOUNTED)
+@pytest.mark.parametrize("change", (*BROKEN, *UNCOUNTED))
 def test_without_mtp_its_tensors_are_not_looked_at(change: Any, folder: Path, tmp_path: Path) -> None:
     rewrite(folder, change)
     before = load_file(folder / "model.safetensors")
@@ -172,8 +176,17 @@ def test_without_mtp_its_tensors_are_not_looked_at(change: Any, folder: Path, tm
     convert(folder, tmp_path / "official", table="deepseek", progress=False)  # it has no names for MTP modules
     cut(folder, tmp_path / "cut", layers=[0, 1, 2], experts=range(12), compare=False, progress=False)
     for name in ("saved", "converted", "official", "cut"):
-        assert json.loads((tmp_path / name / "config.json").read_text())["num_nextn_predict_layers"] == 0
+        assert not json.loads((tmp_path / name / "config.json").read_text())["num_nextn_predict_layers"]
         assert_same(moe.load(tmp_path / name), plain)
+
+
+@pytest.mark.parametrize("stated", [-1, 2000, "1", 1.5])
+def test_without_mtp_any_number_of_modules_may_be_stated(stated: Any, folder: Path) -> None:
+    plain = moe.load(folder, mtp=False)
+    rewrite(folder, lambda tensors, values: values.update(num_nextn_predict_layers=stated))
+    with pytest.raises(CheckpointError, match="num_nextn_predict_layers = "):
+        moe.load(folder)
+    assert_same(moe.load(folder, mtp=False), plain)
 
 
 @pytest.mark.parametrize("change", BROKEN)
@@ -195,7 +208,7 @@ def test_modules_that_config_json_does_not_count_are_left_out(
     rewrite(folder, change)
     values = json.loads((folder / "config.json").read_text())
     model = moe.load(folder)
-    assert len(model.mtp) == values["num_nextn_predict_layers"]
+    assert len(model.mtp) == (values["num_nextn_predict_layers"] or 0)
     (warning,) = caplog.messages
     count = sum(name.startswith(MTP) for name in tensors)
     assert f"is {len(model.mtp)}: {count} tensors of other MTP modules are ignored: model.layers." in warning

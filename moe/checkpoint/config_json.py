@@ -23,6 +23,7 @@ _ROPE_KEYS += ("original_max_position_embeddings", "max_position_embeddings", "h
 
 # What null means, where it means something other than None.
 _NULL = {"n_group": 1, "topk_group": 1, "n_shared_experts": 0, "mlp_only_layers": (), "aux_loss_alpha": 0.0}
+_NULL |= {"num_nextn_predict_layers": 0}
 
 
 def read_config(folder: str | PathLike[str]) -> ModelConfig:

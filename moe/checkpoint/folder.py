@@ -156,6 +156,9 @@ def read_tensors(
     index = folder / INDEX
     listed = _read_index(member(folder, INDEX)) if os.path.lexists(index) else None
     present = {path.name for path in folder.glob("model*.safetensors")}
+    if listed and SINGLE in present and not any(os.path.lexists(folder / file) for file in set(listed.values())):
+        logger.warning("%s is ignored: none of its files is there, and %s is", index, SINGLE)
+        listed = None
     names = present if listed is None else set(listed.values())
     if not names:
         raise CheckpointError(folder, "no tensors", expected=f"{SINGLE}, or {INDEX}", found=_what_is_there(folder))

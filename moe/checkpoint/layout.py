@@ -277,10 +277,12 @@ def plan(folder: str | PathLike[str], *, mtp: bool = True, max_header_bytes: int
     """
     path = locate(folder)
     values = read_config_values(path)
-    stated = parse_config(values, path / CONFIG)
-    config = stated if mtp else dataclasses.replace(stated, num_nextn_predict_layers=0)
+    family = family_of(values.get("model_type"), path / CONFIG)
+    stated = _stated_modules(family, values)
+    if not mtp and "num_nextn_predict_layers" in family.keys:
+        values |= {family.keys_of("num_nextn_predict_layers")[0]: 0}  # whatever is stated does not matter
+    config = parse_config(values, path / CONFIG)
     quantization = parse_quantization(values, path / CONFIG)
-    family = family_of(config.model_type, path)
     optional = _may_be_ignored(family, config)
     tensors = read_tensors(path, max_header_bytes=max_header_bytes, optional=optional)
     table = _table_of(family, tensors)
@@ -324,6 +326,13 @@ def _dtype(values: Mapping[str, Any]) -> str | None:
     return stated if stated in ("bfloat16", "float16", "float32", "float64") else None
 
 
+def _stated_modules(family: Family, values: Mapping[str, Any]) -> int:
+    """How many MTP modules config.json states; 0 for what is no number of modules."""
+    name = "num_nextn_predict_layers"
+    stated = values.get(name, family.absent.get(name)) if name in family.keys else 0
+    return stated if type(stated) is int and 0 < stated < 2**16 else 0
+
+
 def _may_be_ignored(family: Family, config: ModelConfig) -> Callable[[str], bool]:
     """Whether a tensor is a buffer, or in a layer behind those of `config`, where MTP modules are."""
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
@@ -337,12 +346,12 @@ def _buffers(family: Family, layers: int) -> set[str]:
 
 
 def _ignored(
-    family: Family, table: Table, config: ModelConfig, stated: ModelConfig, surplus: Iterable[str]
+    family: Family, table: Table, config: ModelConfig, stated: int, surplus: Iterable[str]
 ) -> tuple[list[str], list[str]]:
     """Buffers, and tensors of MTP modules that `config` does not have, among the `surplus` of a layout.
 
-    A layer behind the others is an MTP module if config.json states it or if it holds what only MTP modules have: a
-    num_hidden_layers that is too small must not cut a model.
+    A layer behind the others is an MTP module if it is one of those that config.json states, or if it holds what only
+    MTP modules have: a num_hidden_layers that is too small must not cut a model.
     """
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
     known = _buffers(family, layers)
@@ -352,7 +361,7 @@ def _ignored(
         if table.mtp and (layer := _layer(table, name)[0]) >= layers:
             behind.setdefault(layer, []).append(name)
     marks = {*table.mtp.values(), *table.mtp_repeats.values()}
-    end = config.num_hidden_layers + stated.num_nextn_predict_layers
+    end = config.num_hidden_layers + stated
     modules = [
         name
         for layer, names in behind.items()
