@@ -15,4 +15,8 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, self.weight.dtype)
         y = F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps)
-        return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+        if y.dtype == x.dtype:
+            return y
+        device = x.device.type  # "meta", for one, has no autocast
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        return y if autocast else y.to(x.dtype)

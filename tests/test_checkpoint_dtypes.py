@@ -15,6 +15,7 @@ from moe import CheckpointError, ModelConfig, Transformer
 from moe.cache import Cache
 from moe.checkpoint.convert import convert, cut
 from moe.checkpoint.layout import layout
+from moe.norm import RMSNorm
 
 # Every expert takes every token: no rounding changes the routing.
 COMMON: dict[str, Any] = dict(
@@ -208,3 +209,31 @@ def test_norms_of_another_dtype_compute_as_in_transformers(tmp_path: Path) -> No
             theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")(IDS).logits
         assert ours.dtype == theirs.dtype == torch.bfloat16
         assert distance(ours.double(), exact) <= 1.2 * distance(theirs.double(), exact) < 0.1
+
+
+def test_what_convert_quantised_in_fp32_is_fp32_in_transformers_too(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    base("deepseek_v3", tmp_path / "wide", torch.float32)
+    convert(tmp_path / "wide", tmp_path / "fp8", dtype="fp8", block_size=(2, 2), mtp=False, progress=False)
+    ours = moe.load(tmp_path / "fp8")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fp8", dtype="auto")
+    assert {parameter.dtype for parameter in theirs.parameters()} == {torch.float32}
+    with torch.no_grad():
+        assert distance(ours(IDS).logits, theirs(IDS).logits) < 1e-5
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_norm_keeps_the_dtype_of_its_input_but_under_autocast(compiled: bool) -> None:
+    norm = RMSNorm(6, eps=1e-6).double()
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([0.5, -1.25, 3.0, 1e-3, 2.0, 1.0]))
+    call = torch.compile(norm, backend="aot_eager", fullgraph=True) if compiled else norm
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = norm(x.double())
+    assert exact.dtype == torch.float64
+    assert torch.equal(call(x), exact.bfloat16())
+    norm.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = call(x)
+    assert y.dtype == torch.float32 and torch.allclose(y.double(), exact, rtol=1e-6)
+    assert norm.to("meta")(x.to("meta")).dtype == torch.bfloat16

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moe.checkpoint.atomic import replacing
-from moe.checkpoint.config_json import read_config, render_config
+from moe.checkpoint.config_json import render_config
 from moe.checkpoint.families import Family, family_of
 from moe.checkpoint.folder import CONFIG, RECEIPT, SINGLE, read_carried
 from moe.checkpoint.header import TensorInfo
@@ -162,20 +162,22 @@ def cut(
 
     def finish(folder: Path) -> None:
         if compare:
-            receipt.update(_difference(todo.folder, folder))
+            receipt.update(_difference(todo, folder))
         (folder / RECEIPT).write_bytes(as_json(receipt))
 
     _write(todo, target, entries, value, values, max_shard_bytes, progress, "cutting", table=todo.table, finish=finish)
     return receipt
 
 
-def _difference(source: Path, part: Path) -> dict[str, Any]:
+def _difference(source: Plan, part: Path) -> dict[str, Any]:
     """The logits of the part against the source's, on token ids 0, 7919, 15838 ... modulo the vocabulary."""
-    ids = (torch.arange(COMPARED) * 7919 % read_config(source).vocab_size)[None]
+    ids = (torch.arange(COMPARED) * 7919 % source.config.vocab_size)[None]
     facts: dict[str, Any] = {"token_ids": ids[0].tolist()}
     with torch.no_grad():
         try:
-            found, exact = (load(folder, mtp=False, progress=False)(ids).logits.double() for folder in (part, source))
+            found, exact = (
+                load(folder, mtp=False, progress=False)(ids).logits.double() for folder in (part, source.folder)
+            )
         except CheckpointError as error:  # one of them does not fit into memory
             return facts | {"not_compared": str(error)}
     facts["relative_difference"] = float((found - exact).norm() / exact.norm())
