@@ -22,6 +22,7 @@ from moe.errors import CheckpointError
 logger = logging.getLogger("moe")
 
 MAX_EXPERTS = 2**18  # ten times the largest released model; a config.json from a stranger may ask for billions
+_WITHOUT_MTP = "; mtp=False (--no-mtp) leaves multi-token prediction out"
 MXFP4_BLOCK = 32  # values that share a scale, in 16 bytes
 
 
@@ -259,7 +260,7 @@ class Plan:
     def error(self, name: str, problem: str, *, expected: Any, found: Any = None) -> CheckpointError:
         """An error about a tensor, which says how to do without it if it belongs to an MTP module."""
         if self.is_mtp(name):
-            problem += "; mtp=False (--no-mtp) leaves multi-token prediction out"
+            problem += _WITHOUT_MTP
         path = self.tensors[name].path if name in self.tensors else self.folder
         return CheckpointError(path, problem, tensor=name, expected=expected, found=found)
 
@@ -283,8 +284,7 @@ def plan(folder: str | PathLike[str], *, mtp: bool = True, max_header_bytes: int
         values |= {family.keys_of("num_nextn_predict_layers")[0]: 0}  # whatever is stated does not matter
     config = parse_config(values, path / CONFIG)
     quantization = parse_quantization(values, path / CONFIG)
-    optional = _may_be_ignored(family, config)
-    tensors = read_tensors(path, max_header_bytes=max_header_bytes, optional=optional)
+    tensors = _read_tensors(path, family, config, max_header_bytes)
     table = _table_of(family, tensors)
     names = family.tables[table]
     config = _with_mtp_of_files(names, config, tensors)
@@ -324,6 +324,26 @@ def plan(folder: str | PathLike[str], *, mtp: bool = True, max_header_bytes: int
 def _dtype(values: Mapping[str, Any]) -> str | None:
     stated = values.get("dtype", values.get("torch_dtype"))
     return stated if stated in ("bfloat16", "float16", "float32", "float64") else None
+
+
+def _read_tensors(path: Path, family: Family, config: ModelConfig, max_header_bytes: int) -> dict[str, TensorInfo]:
+    """`read_tensors`, whose error says so if the files can be read without MTP modules."""
+
+    def read(config: ModelConfig) -> dict[str, TensorInfo]:
+        return read_tensors(path, max_header_bytes=max_header_bytes, optional=_may_be_ignored(family, config))
+
+    try:
+        return read(config)
+    except CheckpointError as error:
+        if not config.num_nextn_predict_layers:
+            raise
+        try:
+            read(dataclasses.replace(config, num_nextn_predict_layers=0))
+        except CheckpointError:
+            raise error from None
+        raise CheckpointError(
+            error.path, error.problem + _WITHOUT_MTP, tensor=error.tensor, expected=error.expected, found=error.found
+        ) from None
 
 
 def _stated_modules(family: Family, values: Mapping[str, Any]) -> int:
