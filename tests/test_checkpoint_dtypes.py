@@ -110,7 +110,8 @@ def test_every_role_in_every_dtype_runs_or_is_refused_by_name(family: str, tmp_p
     tensors = base(family, tmp_path, torch.bfloat16)
     exact, _, exact_loss = run(moe.load(tmp_path, dtype=torch.float64))
     bounds = {torch.bfloat16: 2 * distance(run(moe.load(tmp_path))[0], exact), torch.float32: 1e-5}
-    refused = ran = 0
+    refused: set[str] = set()
+    ran: set[str] = set()
     cases = [("BF16", "F32"), ("F32", "BF16")] + [("BF16", "F16")] * (family == "qwen3_moe")
     for most, other in cases:
         for kind, names in roles(moe.checkpoint.read_config(tmp_path)).items():
@@ -121,19 +122,20 @@ def test_every_role_in_every_dtype_runs_or_is_refused_by_name(family: str, tmp_p
             try:
                 model = moe.load(tmp_path)
             except CheckpointError as error:
-                refused += 1
+                refused.add(kind)
                 assert error.tensor in names, (kind, str(error))
                 advice = re.search(r"load with dtype=torch\.(\w+)", str(error))
                 assert advice is not None, str(error)
                 model = moe.load(tmp_path, dtype=getattr(torch, advice[1]))
             else:
-                ran += 1
+                ran.add(kind)
             logits, steps, loss = run(model)
             bound = bounds[model.embed_tokens.weight.dtype]
             assert distance(logits, exact) <= bound, (kind, most, other)
             assert distance(steps, exact) <= bound, (kind, most, other)
             assert loss == pytest.approx(exact_loss, rel=bound), (kind, most, other)
-    assert refused and ran
+    free = re.compile(r"norm\.weight$|mlp\.gate\.(weight|bias)$|sinks$")
+    assert ran and ran == {kind for kind in ran | refused if free.search(kind)}
 
 
 def mixed(folder: Path, tensors: dict[str, Tensor], pattern: str, dtype: torch.dtype = torch.float32) -> Path:
@@ -182,7 +184,8 @@ def test_an_mtp_module_of_another_dtype(tmp_path: Path) -> None:
 def test_quantised_tensors_get_the_dtype_of_the_others(dtype: torch.dtype, tmp_path: Path) -> None:
     """So that what `convert` has quantised runs, and in the dtype that config.json states."""
     base("deepseek_v3", tmp_path / "wide", dtype)
-    convert(tmp_path / "wide", tmp_path / "fp8", dtype="fp8", block_size=(8, 8), progress=False)
+    # Blocks so small that there are more scales, in fp32, than other values.
+    convert(tmp_path / "wide", tmp_path / "fp8", dtype="fp8", block_size=(2, 2), progress=False)
     stated = json.loads((tmp_path / "fp8" / "config.json").read_text())
     assert stated["dtype"] == stated["torch_dtype"] == str(dtype).removeprefix("torch.")
     model = moe.load(tmp_path / "fp8")

@@ -322,7 +322,7 @@ def plan(folder: str | PathLike[str], *, mtp: bool = True, max_header_bytes: int
 
 
 def _dtype(values: Mapping[str, Any]) -> str | None:
-    stated = values.get("dtype", values.get("torch_dtype"))
+    stated = str(values.get("dtype") or values.get("torch_dtype")).removeprefix("torch.")
     return stated if stated in ("bfloat16", "float16", "float32", "float64") else None
 
 
