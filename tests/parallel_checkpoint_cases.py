@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe
 from moe import balance
+from moe.checkpoint.atomic import saved_steps
 from moe.checkpoint.convert import convert
 from moe.errors import CheckpointError
 from moe.model import Transformer
@@ -280,11 +281,11 @@ def failed(ranks: Ranks) -> None:
                 assert "step-000002" in str(error) and "rank 1: OSError: [Errno 28] No space" in str(error), error
             else:
                 raise AssertionError("a failed save was lost")
-        assert [path.name for path in states._states(folder)] == ["step-000001"]
+        assert [path.name for path in saved_steps(folder)] == ["step-000001"]
     for step in (2, 2, 3, 1_000_000):
         writer.save(run.model, run.optimizers, {"step": step})
     writer.wait()
-    assert [path.name for path in states._states(folder)] == ["step-000003", "step-1000000"]
+    assert [path.name for path in saved_steps(folder)] == ["step-000003", "step-1000000"]
     if ranks.rank == 0:
         shutil.copytree(folder / "step-000003", folder / "step-000009.partial")
     dist.barrier()

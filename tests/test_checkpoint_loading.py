@@ -19,6 +19,7 @@ from moe.checkpoint import memory, reading
 from moe.checkpoint.convert import convert
 from moe.checkpoint.hub import find
 from moe.checkpoint.layout import layout
+from tests import skeletons
 from tests.checkpoint_cases import V3
 from tests.test_checkpoint_quantised import GPT_OSS, configured, is_quantised
 
@@ -213,3 +214,23 @@ def test_convert_and_cut_on_the_command_line(saved: Path, tmp_path: Path, capsys
     ):
         status, printed, err = run(*command)
         assert (status, printed, err.count("\n")) == (2, "", 1) and message in err
+
+
+def test_a_load_on_meta_reads_no_weights(tmp_path: Path) -> None:
+    """Of a checkpoint in DeepSeek-V3's layout whose data are holes: scales of 0 would be refused if they were read."""
+    sizes: dict[str, Any] = dict(hidden_size=160, intermediate_size=140, moe_intermediate_size=130, vocab_size=300)
+    sizes |= dict(num_hidden_layers=5, n_routed_experts=8, n_group=2, topk_group=1, num_attention_heads=3)
+    sizes |= dict(num_key_value_heads=3, num_experts_per_tok=2, q_lora_rank=136, kv_lora_rank=144)
+    release = skeletons.RELEASES["deepseek_v3"]
+    release = dataclasses.replace(release, config=release.config | sizes, shard="model-{}-of-11.safetensors", shards=11)
+    skeletons.build(release, tmp_path)
+    model = moe.load(tmp_path, device="meta")
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    assert model.embed_tokens.weight.dtype == torch.bfloat16 and len(model.mtp) == 1
+    stored = {name: shape for name, _, shape in skeletons.tensors(release.config) if "scale" not in name}
+    of_model = {name: slot.shape for name, slot in layout(model.config).items()}
+    assert stored == of_model
+    with pytest.raises(CheckpointError, match="weight_scale_inv: scale; expected finite numbers above 0"):
+        moe.load(tmp_path)
+    kept = moe.load(tmp_path, device="meta", dtype="keep").state_dict()
+    assert kept["layers.4.mlp.experts.down_proj"].dtype == torch.float8_e4m3fn

@@ -263,6 +263,18 @@ def test_states_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         load_latest_state(tmp_path)
 
 
+def test_states_are_ordered_by_the_number_of_their_step(tmp_path: Path) -> None:
+    for step in (999_998, 999_999, 1_000_000, 1_000_001):
+        save_state(tmp_path, {"x": torch.tensor([step])}, {"step": step}, keep=2)
+        saved = load_latest_state(tmp_path)
+        assert saved is not None and saved[1]["step"] == step and saved[0]["x"] == step
+    (tmp_path / "step-of-mine").mkdir()  # nobody's state: neither loaded nor removed
+    save_state(tmp_path, {"x": torch.tensor([0])}, {"step": 10_000_000}, keep=2)
+    saved = load_latest_state(tmp_path)
+    assert saved is not None and saved[1]["step"] == 10_000_000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-10000000", "step-1000001", "step-of-mine"]
+
+
 def test_metrics_forget_what_came_after_the_state(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     metrics = Metrics(file, until=0)

@@ -2,7 +2,7 @@
 
     read_config(folder) -> ModelConfig            config.json alone; no torch
     read_summary(folder) -> CheckpointSummary     config.json and headers; no torch, no weights
-    load(folder, device=, dtype=) -> Transformer
+    load(folder, device=, dtype=, mtp=) -> Transformer
     save(model, folder)
     convert.convert, convert.cut                  a checkpoint made of a checkpoint
     planning.stored, .inference, .training        what a configuration weighs; no torch

@@ -30,7 +30,8 @@ from moe.checkpoint.manifest import Manifest
 from moe.errors import CheckpointError
 
 # The names of weights: adapters and the like, which also end in .safetensors, are somebody's own.
-_TENSORS = re.compile(r"model(-\d{5,6}-of-\d{5,6}|0-mp1)?\.safetensors")
+_TENSORS = re.compile(r"model(-\d{1,6}-of-\d{1,6}|0-mp1)?\.safetensors")
+_STEP = re.compile(r"step-(\d+)", re.ASCII)
 
 
 @contextmanager
@@ -96,6 +97,12 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def saved_steps(folder: Path) -> list[Path]:
+    """The training states `step-NUMBER` in `folder`, oldest first: step 1,000,000 comes after step 999,999."""
+    found = ((_STEP.fullmatch(path.name), path) for path in folder.glob("step-*"))
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moe.checkpoint.atomic import replacing
-from moe.checkpoint.config_json import read_config, render_config
+from moe.checkpoint.config_json import render_config
 from moe.checkpoint.families import Family, family_of
 from moe.checkpoint.folder import CONFIG, RECEIPT, SINGLE, read_carried
 from moe.checkpoint.header import TensorInfo
@@ -26,7 +26,7 @@ from moe.checkpoint.layout import Plan, Slot, fp8_names, layout, plan, with_scal
 from moe.checkpoint.manifest import Manifest
 from moe.checkpoint.progress import Progress
 from moe.checkpoint.reading import BIAS, DTYPES, STORED, Files, Piece, check_dtypes, check_repeats, fill, load, pieces
-from moe.checkpoint.roles import check_scales
+from moe.checkpoint.roles import check_scales, needs_common_dtype
 from moe.checkpoint.shards import Entry, as_json, write_shards
 from moe.config import ModelConfig
 from moe.counts import parameter_shapes
@@ -62,8 +62,8 @@ def convert(
             leaves every tensor as it is. What is equal in both is copied byte for byte.
         table: the layout of the result, one of the family's: "experts" each alone, "stacked" as transformers has them
             in memory, "deepseek" with the names and in the one file of DeepSeek's inference code, "mxfp4" for gpt-oss.
-        mtp: False leaves out multi-token prediction modules; True keeps what there is, or refuses a layout without
-            names for them; None keeps what the layout has names for.
+        mtp: False leaves multi-token prediction modules out and does not look at their tensors; True keeps what there
+            is, or refuses a layout without names for them; None keeps what the layout has names for.
         max_shard_bytes: of data in a file, or one tensor.
 
     Raises CheckpointError for a source that `moe.load` would refuse, and for what the result cannot express.
@@ -74,21 +74,20 @@ def convert(
         raise ConfigError("block_size", block_size, "two positive numbers")
     if scale_fmt is not None and dtype != "fp8":
         raise ConfigError("scale_fmt", scale_fmt, "none without dtype fp8")
-    todo = _checked(source, target)
+    todo = _plan(source, target, mtp=mtp is not False)
     family = family_of(todo.config.model_type, todo.folder)
     table = table or ("stacked" if todo.table == "mxfp4" and dtype is not None else todo.table)
     if table not in family.tables:
         raise ConfigError("layout", table, f"one of {', '.join(family.tables)}, the layouts of {family.model_type}")
-    config = todo.config
-    if config.num_nextn_predict_layers and (mtp is False or not family.tables[table].mtp):
+    if todo.config.num_nextn_predict_layers and not family.tables[table].mtp:
         if mtp:
             raise ConfigError("mtp", mtp, f"false: the layout {table} has no names for MTP modules")
-        if mtp is None:
-            logger.warning("the layout %s has no names for MTP modules: they are left out", table)
-        config = dataclasses.replace(config, num_nextn_predict_layers=0)
-    result = _Result(todo, config, family, table, dtype, block_size, scale_fmt)
+        logger.warning("the layout %s has no names for MTP modules: they are left out", table)
+        todo = plan(todo.folder, mtp=False)
+    _check(todo)
+    result = _Result(todo, todo.config, family, table, dtype, block_size, scale_fmt)
     entries = result.entries()
-    values = render_config(config, Path(target) / CONFIG)
+    values = render_config(todo.config, Path(target) / CONFIG)
     values |= {"architectures": [family.architecture], **result.storage(entries)}
     _write(todo, target, entries, result.value, values, max_shard_bytes, progress, "converting", table=table)
 
@@ -106,14 +105,15 @@ def cut(
     """Write a smaller checkpoint of some layers and some experts of each of them, reading only their bytes.
 
     Layers and experts keep their order and are counted anew; the router keeps the rows of those experts. Every byte is
-    one of the source, quantised or not. MTP modules are left out. Returns the receipt, which is also in the folder as
-    cut.json: what was kept, and with `compare` how far the result's logits are from the source's on a fixed input, for
-    which the whole source is loaded, if it fits into memory.
+    one of the source, quantised or not. MTP modules are left out, whatever the source has of them. Returns the receipt,
+    which is also in the folder as cut.json: what was kept, and with `compare` how far the result's logits are from the
+    source's on a fixed input, for which the whole source is loaded, if it fits into memory.
 
     Raises ConfigError for layers and experts that are not there or twice; CheckpointError where the family cannot
     express the result: experts in groups must be as many in each group that has any.
     """
-    todo = _checked(source, target)
+    todo = _plan(source, target, mtp=False)
+    _check(todo)
     config = cut_config(todo.config, layers, experts, todo.folder)
     family = family_of(config.model_type, todo.folder)
     slots = {name: slot for name, slot in layout(config, todo.table).items() if slot.written}
@@ -141,7 +141,7 @@ def cut(
         entries.append(Entry(name, info.dtype, slot.shape))
 
     values = render_config(config, Path(target) / CONFIG)
-    named = str(_common(entries)).removeprefix("torch.")
+    named = str(_common(entries, slots)).removeprefix("torch.")
     values |= {"architectures": [family.architecture], "dtype": named, "torch_dtype": named}
     if todo.quantization is not None:
         values["quantization_config"] = dict(todo.quantization.raw)
@@ -162,20 +162,22 @@ def cut(
 
     def finish(folder: Path) -> None:
         if compare:
-            receipt.update(_difference(todo.folder, folder))
+            receipt.update(_difference(todo, folder))
         (folder / RECEIPT).write_bytes(as_json(receipt))
 
     _write(todo, target, entries, value, values, max_shard_bytes, progress, "cutting", table=todo.table, finish=finish)
     return receipt
 
 
-def _difference(source: Path, part: Path) -> dict[str, Any]:
+def _difference(source: Plan, part: Path) -> dict[str, Any]:
     """The logits of the part against the source's, on token ids 0, 7919, 15838 ... modulo the vocabulary."""
-    ids = (torch.arange(COMPARED) * 7919 % read_config(source).vocab_size)[None]
+    ids = (torch.arange(COMPARED) * 7919 % source.config.vocab_size)[None]
     facts: dict[str, Any] = {"token_ids": ids[0].tolist()}
     with torch.no_grad():
         try:
-            found, exact = (load(folder, progress=False)(ids).logits.double() for folder in (part, source))
+            found, exact = (
+                load(folder, mtp=False, progress=False)(ids).logits.double() for folder in (part, source.folder)
+            )
         except CheckpointError as error:  # one of them does not fit into memory
             return facts | {"not_compared": str(error)}
     facts["relative_difference"] = float((found - exact).norm() / exact.norm())
@@ -183,16 +185,19 @@ def _difference(source: Path, part: Path) -> dict[str, Any]:
     return facts
 
 
-def _checked(source: str | PathLike[str], target: str | PathLike[str]) -> Plan:
-    """The source, as strictly read as `load` does. Raises if the target would take its place."""
+def _plan(source: str | PathLike[str], target: str | PathLike[str], *, mtp: bool) -> Plan:
+    """The plan of the source. Raises if the target would take its place."""
     folder = find(source)
     if os.path.realpath(folder) == os.path.realpath(target):
         raise CheckpointError(target, "the source itself, which would be replaced", expected="another folder")
-    todo = plan(folder)
+    return plan(folder, mtp=mtp)
+
+
+def _check(todo: Plan) -> None:
+    """Be as strict as `load`."""
     todo.check()
     check_dtypes(todo)
     check_repeats(todo)
-    return todo
 
 
 def cut_config(config: ModelConfig, layers: Sequence[int], experts: Sequence[int], folder: Path) -> ModelConfig:
@@ -282,13 +287,12 @@ def _raw(files: Files, info: TensorInfo) -> Tensor:
     return tensor
 
 
-def _common(entries: Iterable[Entry]) -> torch.dtype:
-    """The floating dtype of most values; of quantised ones, what they become."""
+def _common(entries: Iterable[Entry], slots: Mapping[str, Slot]) -> torch.dtype:
+    """The dtype in which the result runs: that of most values which are not quantised and all need one dtype."""
     sizes: dict[str, int] = {}
     for entry in entries:
-        kind = "BF16" if entry.dtype in ("F8_E4M3", "U8") else entry.dtype
-        if kind in DTYPES:
-            sizes[kind] = sizes.get(kind, 0) + entry.nbytes
+        if entry.dtype in DTYPES and needs_common_dtype(slots[entry.name].parameter):
+            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
     return DTYPES[max(sizes, key=lambda kind: sizes[kind])]
 
 
@@ -339,7 +343,7 @@ class _Result:
 
     def storage(self, entries: list[Entry]) -> dict[str, Any]:
         """The keys of config.json that describe the files."""
-        named = str(_common(entries)).removeprefix("torch.")
+        named = str(_common(entries, self.slots)).removeprefix("torch.")
         keys: dict[str, Any] = {"dtype": named, "torch_dtype": named}
         if any(entry.dtype == "F8_E4M3" for entry in entries):
             raw: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import reduce
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self
@@ -17,7 +18,7 @@ from moe.checkpoint.hub import find
 from moe.checkpoint.layout import Plan, Slot, plan
 from moe.checkpoint.memory import check_fits
 from moe.checkpoint.progress import Progress
-from moe.checkpoint.roles import check_dtype, check_scales
+from moe.checkpoint.roles import allowed_dtypes, check_scales, needs_common_dtype
 from moe.counts import Shape, parameter_shapes
 from moe.errors import CheckpointError
 from moe.layer import Experts
@@ -91,6 +92,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | Literal["auto", "keep"] = "auto",
     *,
+    mtp: bool = True,
     experts: range | None = None,
     max_header_bytes: int = MAX_HEADER_BYTES,
     progress: bool | None = None,
@@ -104,12 +106,14 @@ def load(
     Args:
         folder: config.json and safetensors; pickles are never read. A name like "org/model" that is no folder here is
             looked up with huggingface_hub, if that is installed: in its cache, and online where it may be.
-        device: where the parameters shall be.
-        dtype: "auto" keeps each tensor as stored, and the parts of one parameter (all experts of a layer) must then be
-            stored alike; quantised tensors (FP8 blocks, MXFP4) are dequantised to bfloat16. "keep" is the same but
-            leaves quantised tensors as they are, frozen: each use dequantises them, and a save writes the same bytes. A
+        device: where the parameters are. On "meta" no weights are read: the parameters have shapes and dtypes only.
+        dtype: "auto" keeps each tensor as stored. Norms, routers and sinks may have any dtype; all other tensors must
+            have one, and quantised ones (FP8 blocks, MXFP4) are dequantised to it. "keep" is the same but leaves
+            quantised tensors as they are, frozen: each use dequantises them, and a save writes the same bytes. A
             floating dtype converts everything but the router's correction bias, which is fp32 always (a bf16 or fp16
             one is widened, exactly).
+        mtp: False leaves multi-token prediction modules out and does not look at their tensors. Modules that
+            config.json does not count are left out in any case, with a warning.
         experts: read and hold only these routed experts of each layer, a rank's share; such a model runs only under a
             dispatcher that knows where the others are.
         max_header_bytes: of one file; a released checkpoint's are far below the default of 16 MiB. At most 100 MiB.
@@ -117,33 +121,39 @@ def load(
 
     Raises:
         CheckpointError: naming file, tensor, what was expected and what was found. A tensor is missing, unexpected or
-            mis-shaped; or has a dtype that is not for weights; or a repeated embedding or head differs from the
-            model's own; or the folder is of an unknown family or quantisation, too large, or malformed.
+            mis-shaped; or has a dtype that is not for weights, or that "auto" cannot mix with the others'; or a
+            repeated embedding or head differs from the model's own; or the folder is of an unknown family or
+            quantisation, too large, or malformed.
     """
-    source = examine(folder, dtype, experts=experts, max_header_bytes=max_header_bytes)
+    source = examine(folder, dtype, mtp=mtp, experts=experts, max_header_bytes=max_header_bytes)
     todo, shapes, dtypes = source.todo, source.shapes, source.dtypes
     needed = sum(math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items())
-    check_fits(todo.folder, needed, torch.device(device))
-    check_repeats(todo)
+    device = torch.device(device)
+    check_fits(todo.folder, needed, device)
     carried = read_carried(todo.folder)
 
     with torch.device("meta"):
         model = Transformer(todo.config)
     state = {name: torch.empty(shape, dtype=dtypes[name], device=device) for name, shape in shapes.items()}
-    with (
-        Progress("loading", sum(p.row_bytes * len(p.rows) for p in source.pieces), progress) as bar,
-        Files(bar) as files,
-    ):
-        for piece in source.pieces:
-            destination = state[piece.parameter][piece.index]
-            fill(files, piece, destination, todo)
-            if piece.slot.scale_of is not None:
-                check_scales(piece.info, destination)
+    if device.type != "meta":
+        check_repeats(todo)
+        _read(source, state, progress)
     source.check_unchanged()
     _adopt(model, state, todo)
     model.carried_files = carried
     model.origin = source.origin()
     return model.eval()
+
+
+def _read(source: "Source", state: Mapping[str, Tensor], progress: bool | None) -> None:
+    """Fill the parameters."""
+    total = sum(piece.row_bytes * len(piece.rows) for piece in source.pieces)
+    with Progress("loading", total, progress) as bar, Files(bar) as files:
+        for piece in source.pieces:
+            destination = state[piece.parameter][piece.index]
+            fill(files, piece, destination, source.todo)
+            if piece.slot.scale_of is not None:
+                check_scales(piece.info, destination)
 
 
 @dataclass(frozen=True)
@@ -174,6 +184,7 @@ def examine(
     folder: str | PathLike[str],
     dtype: torch.dtype | Literal["auto", "keep"],
     *,
+    mtp: bool = True,
     experts: range | None = None,
     max_header_bytes: int = MAX_HEADER_BYTES,
 ) -> Source:
@@ -182,12 +193,12 @@ def examine(
         raise ValueError(f"dtype = {dtype!r}: expected 'auto', 'keep' or one of {', '.join(map(str, DTYPES.values()))}")
     path = find(folder)
     identity = _identity(path)
-    todo = plan(path, max_header_bytes=max_header_bytes)
+    todo = plan(path, mtp=mtp, max_header_bytes=max_header_bytes)
     todo.check()
     check_dtypes(todo)
     mine = _experts(todo, experts)
     found = [part for piece in pieces(todo, keep=dtype == "keep") if (part := piece.of(mine)) is not None]
-    return Source(todo, found, _dtypes(found, dtype), _shapes(todo, found, experts), identity, dtype == "keep")
+    return Source(todo, found, _dtypes(todo, found, dtype), _shapes(todo, found, experts), identity, dtype == "keep")
 
 
 def _identity(folder: Path) -> tuple[int, ...]:
@@ -219,24 +230,42 @@ def pieces(todo: Plan, *, keep: bool) -> Iterator[Piece]:
         yield Piece(info, slot, parameter, slot.index, range(info.shape[0] if info.shape else 1), scale)
 
 
-def _dtypes(pieces: list[Piece], dtype: torch.dtype | Literal["auto", "keep"]) -> dict[str, torch.dtype]:
-    """Parameter -> the dtype that it shall have."""
+def _dtypes(todo: Plan, pieces: list[Piece], dtype: torch.dtype | Literal["auto", "keep"]) -> dict[str, torch.dtype]:
+    """Parameter -> the dtype that it gets."""
+    common = dtype if isinstance(dtype, torch.dtype) else _common_dtype(todo)
     result: dict[str, torch.dtype] = {}
-    stored: dict[str, TensorInfo] = {}
     for piece in pieces:
-        info, name = piece.info, piece.parameter
-        first = stored.setdefault(name, info)
-        if dtype in ("auto", "keep") and info.dtype != first.dtype:
-            problem = f"dtype differs within {name}; load with dtype=torch.float32 or another to convert"
-            expected = f"{first.dtype}, as {first.name} has"
-            raise CheckpointError(info.path, problem, tensor=info.name, expected=expected, found=info.dtype)
-        if _is_widened(piece.slot) and info.dtype != "F8_E8M0":
-            result[name] = torch.float32
-        elif isinstance(dtype, torch.dtype):
-            result[name] = dtype
+        stored = piece.info.dtype
+        if _is_widened(piece.slot) and stored != "F8_E8M0":
+            result[piece.parameter] = torch.float32
+        elif isinstance(dtype, torch.dtype) or piece.scale is not None:
+            result[piece.parameter] = common
         else:
-            result[name] = torch.bfloat16 if piece.scale is not None else STORED[info.dtype]
+            result[piece.parameter] = STORED[stored]
     return result
+
+
+def _common_dtype(todo: Plan) -> torch.dtype:
+    """The one dtype of all tensors that a forward pass multiplies with activations, quantised ones left out.
+
+    Raises `CheckpointError` if there are several. Looks at all experts: ranks that read some of them must agree.
+    """
+    found: dict[str, list[str]] = {}
+    for name, slot in todo.slots.items():
+        info = todo.tensors.get(name)
+        if info is not None and info.dtype in DTYPES and not slot.repeat and needs_common_dtype(slot.parameter):
+            found.setdefault(info.dtype, []).append(name)
+    most = max(found, key=lambda kind: sum(todo.tensors[name].numel for name in found[kind]))
+    others = sorted((name for kind in found if kind != most for name in found[kind]), key=todo.is_mtp)
+    if others:
+        widest = str(reduce(torch.promote_types, (DTYPES[kind] for kind in found)))
+        stated = f"torch.{todo.dtype}"
+        advice = f"{stated}, as config.json states" + f", or {widest}" * (stated != widest) if todo.dtype else widest
+        more = f" and {len(others) - 1} more differ" if len(others) > 1 else " differs"
+        problem = f"its dtype{more} from most tensors, and the model needs one; load with dtype={advice}"
+        expected = f"{most}, as {found[most][0]} has"
+        raise todo.error(others[0], problem, expected=expected, found=todo.tensors[others[0]].dtype)
+    return DTYPES[most]
 
 
 def check_dtypes(todo: Plan) -> None:
@@ -247,16 +276,13 @@ def check_dtypes(todo: Plan) -> None:
         if info is None:
             continue
         if slot.parameter.endswith(("_blocks", "_scales")):
-            _only(info, "U8")
+            allowed = ("U8",)
         elif slot.scale_of is not None:
-            _only(info, *SCALES)
+            allowed = tuple(SCALES)
         else:
-            check_dtype(info, slot.parameter, quantised=("F8_E4M3",) if name in scaled else ())
-
-
-def _only(info: TensorInfo, *allowed: str) -> None:
-    if info.dtype not in allowed:
-        raise CheckpointError(info.path, "dtype", tensor=info.name, expected=" or ".join(allowed), found=info.dtype)
+            allowed = allowed_dtypes(slot.parameter, quantised=("F8_E4M3",) if name in scaled else ())
+        if info.dtype not in allowed:
+            raise todo.error(name, "dtype", expected=" or ".join(allowed), found=info.dtype)
 
 
 def _shapes(todo: Plan, pieces: list[Piece], experts: range | None) -> dict[str, Shape]:
@@ -284,30 +310,36 @@ def _reach(so_far: Shape, index: tuple[int | slice, ...], inner: Shape) -> Shape
 
 
 def check_repeats(todo: Plan) -> None:
-    """A repeat that is not bit-equal to the tensor that the model has would be lost without a word."""
+    """Raise for a repeat that has other values than the tensor that the model has: they would be lost silently."""
     originals = {slot.parameter: name for name, slot in todo.slots.items() if not slot.repeat and not slot.index}
     for name, slot in todo.slots.items():
         if not slot.repeat or name not in todo.tensors or slot.parameter not in originals:
             continue
         info, original = todo.tensors[name], todo.tensors[originals[slot.parameter]]
-        equal = info.dtype == original.dtype and all(
-            a == b for a, b in zip(_chunks(info), _chunks(original), strict=True)
-        )
-        if not equal:
-            raise CheckpointError(
-                info.path,
-                "differs from the tensor that it repeats",
-                tensor=name,
-                expected=f"the bytes of {original.name}",
-            )
+        alike = info.dtype == original.dtype
+        if not all(
+            a == b if alike else torch.equal(_wide(info, a), _wide(original, b)) for a, b in _both(info, original)
+        ):
+            problem, expected = "differs from the tensor that it repeats", f"the values of {original.name}"
+            raise todo.error(name, problem, expected=expected)
+
+
+def _both(one: TensorInfo, other: TensorInfo) -> Iterator[tuple[bytes, bytes]]:
+    """The bytes of as many values of two tensors of one shape at a time."""
+    return zip(_chunks(one), _chunks(other), strict=True)
 
 
 def _chunks(info: TensorInfo) -> Iterator[bytes]:
     file, _ = open_regular(info.path)
     with file:
         file.seek(info.offset)
-        for begin in range(0, info.nbytes, _CHUNK):
-            yield read_exactly(file, min(_CHUNK, info.nbytes - begin), info.path)
+        for begin in range(0, info.numel, _CHUNK // 8):
+            count = min(_CHUNK // 8, info.numel - begin)
+            yield read_exactly(file, count * info.nbytes // info.numel, info.path)
+
+
+def _wide(info: TensorInfo, values: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(values), dtype=STORED[info.dtype]).double()
 
 
 class Files:

@@ -32,6 +32,7 @@ class CheckpointSummary:
         parameters: values in the files that fill the model, repeated embeddings and heads left out.
         expected_parameters: the same by arithmetic.
         missing, unexpected, misshaped: names of tensors in the files.
+        ignored: names of tensors that a load skips: rotary tables, and MTP modules that config.json does not count.
         unscaled: quantised tensors whose scales are missing.
     """
 
@@ -49,10 +50,12 @@ class CheckpointSummary:
     unexpected: tuple[str, ...] = ()
     misshaped: tuple[str, ...] = ()
     unscaled: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
     @property
     def agrees(self) -> bool:
-        """The files hold exactly the tensors that config.json asks for, and as many values as arithmetic says."""
+        """Apart from what is ignored, the files hold the tensors that config.json asks for and the values that
+        arithmetic gives."""
         complete = self.config is not None and not (self.missing or self.unexpected or self.misshaped)
         return complete and self.parameters == self.expected_parameters
 
@@ -83,6 +86,7 @@ def read_summary(folder: str | PathLike[str]) -> CheckpointSummary:
             missing=known.missing,
             unexpected=known.unexpected,
             misshaped=known.misshaped,
+            ignored=known.ignored,
             unscaled=tuple(owner for name in known.missing if (owner := known.slots[name].scale_of) in tensors),
         )
     return CheckpointSummary(

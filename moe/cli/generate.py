@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from moe.checkpoint.files import read_bounded
-from moe.checkpoint.folder import CONFIG, MAX_CONFIG_BYTES, locate
-from moe.checkpoint.strict_json import parse_json
+from moe.checkpoint.folder import CONFIG, MAX_CONFIG_BYTES, MAX_CONFIG_VALUES, locate
+from moe.checkpoint.strict_json import parse_as_python
 from moe.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def end_ids(folder: Path) -> set[int]:
     for file in (folder / "generation_config.json", folder / CONFIG):
         if not file.is_file():
             continue
-        values = parse_json(read_bounded(file, MAX_CONFIG_BYTES), file)
+        values = parse_as_python(read_bounded(file, MAX_CONFIG_BYTES), file, max_values=MAX_CONFIG_VALUES)
         found = values.get("eos_token_id") if isinstance(values, dict) else None
         if found is not None:
             ids = found if isinstance(found, list) else [found]

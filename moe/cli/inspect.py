@@ -168,7 +168,7 @@ def _print_stored(console: Console, stored: CheckpointSummary) -> None:
         console.print(f"{stored.model_type} is not a family that can be loaded", markup=False)
     elif stored.agrees:
         console.print("The files hold exactly the tensors that the configuration asks for.")
-    for problem in ("missing", "unexpected", "misshaped", "unscaled"):
+    for problem in ("missing", "unexpected", "misshaped", "unscaled", "ignored"):
         names = getattr(stored, problem)
         if names:
             more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""

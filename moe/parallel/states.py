@@ -12,7 +12,6 @@ only the few classes that belong there are let in. Models are exchanged as safet
 import hashlib
 import json
 import os
-import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +32,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from moe.checkpoint.atomic import settle, sync
+from moe.checkpoint.atomic import saved_steps, settle, sync
 from moe.errors import CheckpointError
 from moe.parallel.agreement import on_first, together
 from moe.parallel.mesh import Mesh, group_timeout
@@ -41,7 +40,6 @@ from moe.parallel.state_parts import METADATA, LoadPlanner, Part, Reader, SavePl
 
 _VALUES = "state.json"
 _PARTIAL = ".partial"
-_NAME = re.compile(r"step-(\d+)")
 # What an optimizer keeps of a parameter once it has stepped it. torch's Muon and ours take each other's.
 _KEPT = {
     "AdamW": {"step", "exp_avg", "exp_avg_sq"},
@@ -188,7 +186,7 @@ class _Writer(FileSystemWriter):
         sync(partial)
         os.rename(partial, self.final)
         sync(self.final.parent)
-        for old in _states(self.final.parent)[: -self.keep]:
+        for old in saved_steps(self.final.parent)[: -self.keep]:
             with suppress(OSError):  # the save is done; the next one tries again
                 doomed = old.with_name(old.name + _PARTIAL)
                 os.rename(old, doomed)  # a kill leaves no half of it under its name
@@ -205,17 +203,11 @@ def _make_room(final: Path) -> bool:
     return True
 
 
-def _states(folder: Path) -> list[Path]:
-    """Oldest first."""
-    found = ((_NAME.fullmatch(path.name), path) for path in folder.glob("step-*"))
-    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
-
-
 def _latest(folder: Path) -> tuple[Path, dict[str, Any], dict[str, tuple[torch.Size, torch.dtype]]] | None:
     """Folder and values of the newest state, and the size and dtype of all that is in it."""
     for leftover in folder.glob("step-*" + _PARTIAL):
         shutil.rmtree(leftover)
-    states = _states(folder)
+    states = saved_steps(folder)
     if not states:
         return None
     path = states[-1]

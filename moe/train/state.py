@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moe.checkpoint.atomic import settle, sync
+from moe.checkpoint.atomic import saved_steps, settle, sync
 from moe.errors import CheckpointError
 
 _PARTIAL = ".partial"
@@ -35,7 +35,7 @@ def save_state(folder: Path, tensors: dict[str, Tensor], values: dict[str, Any],
         sync(partial)
         os.rename(partial, final)
         sync(folder)
-    for old in _states(folder)[:-keep]:
+    for old in saved_steps(folder)[:-keep]:
         shutil.rmtree(old)
     return final
 
@@ -44,7 +44,7 @@ def load_latest_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] 
     """What `save_state` wrote last below `folder`; None if there is nothing. Leftovers of a killed save are removed."""
     for leftover in folder.glob("step-*" + _PARTIAL):
         shutil.rmtree(leftover, ignore_errors=True)  # another rank may be at it
-    states = _states(folder)
+    states = saved_steps(folder)
     if not states:
         return None
     try:
@@ -58,9 +58,5 @@ def load_latest_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] 
 
 def is_safetensors_state(folder: Path) -> bool:
     """Whether the newest state, if there is any, is one of `save_state`, and not of many ranks."""
-    states = _states(folder)
+    states = saved_steps(folder)
     return not states or (states[-1] / "tensors.safetensors").exists()
-
-
-def _states(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if not path.name.endswith(_PARTIAL))
