@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from moe.checkpoint.atomic import replacing
+from moe.checkpoint.carried import read_carried, resolved, write_carried
 from moe.checkpoint.config_json import read_config, render_config
 from moe.checkpoint.families import Family, family_of
-from moe.checkpoint.folder import CONFIG, RECEIPT, SINGLE, read_carried
+from moe.checkpoint.folder import CONFIG, RECEIPT, SINGLE
 from moe.checkpoint.header import TensorInfo
 from moe.checkpoint.hub import find
 from moe.checkpoint.layout import Plan, Slot, fp8_names, layout, plan, with_scales
@@ -65,6 +66,9 @@ def convert(
         mtp: False leaves out multi-token prediction modules; True keeps what there is, or refuses a layout without
             names for them; None keeps what the layout has names for.
         max_shard_bytes: of data in a file, or one tensor.
+
+    Tokenizer files and the code that `auto_map` names are copied. For another layout, code that reads the old one is
+    left out, and a warning says so.
 
     Raises CheckpointError for a source that `moe.load` would refuse, and for what the result cannot express.
     """
@@ -248,7 +252,8 @@ def _write(
     table: str,
     finish: Callable[[Path], object] = lambda folder: None,
 ) -> None:
-    carried, manifest = read_carried(todo.folder), Manifest()
+    config, carried = resolved(config, read_carried(todo.folder), same_layout=table == todo.table)
+    manifest = Manifest()
     single = DEEPSEEK_FILE if table == "deepseek" else SINGLE
     limit = 2**63 if table == "deepseek" else max_shard_bytes
     with replacing(target, manifest) as new, Progress(doing, sum(e.nbytes for e in entries), progress) as bar:
@@ -256,9 +261,7 @@ def _write(
             write_shards(
                 new, entries, lambda entry: value(files, entry), limit, manifest, single=single, wrote=bar.advance
             )
-        for name, content in carried.items():
-            (new / name).write_bytes(content)
-        (new / CONFIG).write_bytes(as_json(config))
+        write_carried(new, {**carried, CONFIG: as_json(config)})
         finish(new)
 
 

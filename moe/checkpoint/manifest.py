@@ -21,8 +21,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
+from moe.checkpoint.carried import CARRIED, is_template
 from moe.checkpoint.files import read_bounded
-from moe.checkpoint.folder import CARRIED, CONFIG, INDEX, MANIFEST, locate
+from moe.checkpoint.folder import CONFIG, INDEX, MANIFEST, locate
 from moe.checkpoint.header import TensorInfo, read_header
 from moe.checkpoint.strict_json import parse_json
 from moe.errors import CheckpointError
@@ -50,14 +51,15 @@ class Manifest:
         """Write the manifest of what `folder` holds. Its tensors must be those that were added."""
         files: dict[str, Any] = {}
         recorded = 0
-        for file in sorted(folder.iterdir()):
-            files[file.name] = {"bytes": file.stat().st_size, "sha256": _digest_of_file(file)}
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            name = file.relative_to(folder).as_posix()
+            files[name] = {"bytes": file.stat().st_size, "sha256": _digest_of_file(file)}
             if file.suffix == _WEIGHTS:
                 header = read_header(file)
                 recorded += len(header)
-                files[file.name]["tensors"] = {
-                    name: {"dtype": info.dtype, "shape": info.shape, "sha256": self._digests[name]}
-                    for name, info in header.items()
+                files[name]["tensors"] = {
+                    tensor: {"dtype": info.dtype, "shape": info.shape, "sha256": self._digests[tensor]}
+                    for tensor, info in header.items()
                 }
         assert recorded == len(self._digests), "a tensor was added and not written"
         (folder / MANIFEST).write_bytes(_sealed({"format": FORMAT, "files": files}))
@@ -240,7 +242,7 @@ def _is_entry(name: str, entry: Any) -> bool:
     """A forger can seal a manifest, too."""
     tensors = entry.get("tensors", {}) if isinstance(entry, dict) else None
     return (
-        not set(name) & set("/\\\0")
+        (not set(name) & set("/\\\0") or is_template(name))
         and isinstance(tensors, dict)
         and entry.keys() - {"tensors"} == {"bytes", "sha256"}
         and type(entry["bytes"]) is int

@@ -15,7 +15,7 @@ from moe.errors import CheckpointError
 MAX_BLOCK = 2**16
 
 # Read only if config.json says nothing; file -> the method of one that does not name it.
-_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
+QUANTIZATION_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
 _MARKS = {"bits", "w_bit", "quant_method"}
 _KEYS = ("quantization_config", "compression_config")
 _SUPPORTED = "unquantised weights, FP8 in blocks or MXFP4"
@@ -69,7 +69,7 @@ def _statements(folder: Path, values: Mapping[str, Any]) -> Iterator[tuple[Path,
         for key in _KEYS:
             if isinstance(place, dict) and place.get(key) is not None:
                 yield folder / CONFIG, prefix + key, "", place[key]
-    for name, method in _FILES.items():
+    for name, method in QUANTIZATION_FILES.items():
         if not os.path.lexists(folder / name):
             continue
         try:

@@ -10,8 +10,9 @@ from typing import Any, BinaryIO, Literal, Self
 import torch
 from torch import Tensor
 
+from moe.checkpoint.carried import read_carried
 from moe.checkpoint.files import open_regular, read_exactly
-from moe.checkpoint.folder import CONFIG, read_carried
+from moe.checkpoint.folder import CONFIG
 from moe.checkpoint.header import MAX_HEADER_BYTES, TensorInfo
 from moe.checkpoint.hub import find
 from moe.checkpoint.layout import Plan, Slot, plan
