@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moe.checkpoint.atomic import replacing
-from moe.checkpoint.carried import read_carried, resolved, write_carried
+from moe.checkpoint.carried import check_carried, read_carried, resolved, write_carried
 from moe.checkpoint.config_json import read_config, render_config
 from moe.checkpoint.families import Family, family_of
 from moe.checkpoint.folder import CONFIG, RECEIPT, SINGLE
@@ -26,9 +26,10 @@ from moe.checkpoint.hub import find
 from moe.checkpoint.layout import Plan, Slot, fp8_names, layout, plan, with_scales
 from moe.checkpoint.manifest import Manifest
 from moe.checkpoint.progress import Progress
+from moe.checkpoint.quantization import MAX_BLOCK
 from moe.checkpoint.reading import BIAS, DTYPES, STORED, Files, Piece, check_dtypes, check_repeats, fill, load, pieces
 from moe.checkpoint.roles import check_scales
-from moe.checkpoint.shards import Entry, as_json, write_shards
+from moe.checkpoint.shards import Entry, as_json, config_bytes, divide, write_shards
 from moe.config import ModelConfig
 from moe.counts import parameter_shapes
 from moe.errors import CheckpointError, ConfigError
@@ -74,8 +75,8 @@ def convert(
     """
     if max_shard_bytes < 1:
         raise ConfigError("max_shard_bytes", max_shard_bytes, "a positive number")
-    if min(block_size) < 1:
-        raise ConfigError("block_size", block_size, "two positive numbers")
+    if not 1 <= min(block_size) <= max(block_size) <= MAX_BLOCK:
+        raise ConfigError("block_size", block_size, f"two numbers from 1 to {MAX_BLOCK}")
     if scale_fmt is not None and dtype != "fp8":
         raise ConfigError("scale_fmt", scale_fmt, "none without dtype fp8")
     todo = _checked(source, target)
@@ -253,15 +254,14 @@ def _write(
     finish: Callable[[Path], object] = lambda folder: None,
 ) -> None:
     config, carried = resolved(config, read_carried(todo.folder), same_layout=table == todo.table)
-    manifest = Manifest()
+    check_carried(config, carried, Path(target))
+    content, manifest = config_bytes(config, Path(target) / CONFIG), Manifest()
     single = DEEPSEEK_FILE if table == "deepseek" else SINGLE
-    limit = 2**63 if table == "deepseek" else max_shard_bytes
+    files = divide(entries, None if table == "deepseek" else max_shard_bytes, Path(target), single=single)
     with replacing(target, manifest) as new, Progress(doing, sum(e.nbytes for e in entries), progress) as bar:
-        with Files(Progress("", 0, False)) as files:
-            write_shards(
-                new, entries, lambda entry: value(files, entry), limit, manifest, single=single, wrote=bar.advance
-            )
-        write_carried(new, {**carried, CONFIG: as_json(config)})
+        with Files(Progress("", 0, False)) as source:
+            write_shards(new, files, lambda entry: value(source, entry), manifest, wrote=bar.advance)
+        write_carried(new, {**carried, CONFIG: content})
         finish(new)
 
 

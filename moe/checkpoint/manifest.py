@@ -14,7 +14,7 @@ A program that saves into the folder later does not know of the manifest: then i
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from os import PathLike
@@ -63,6 +63,11 @@ class Manifest:
                 }
         assert recorded == len(self._digests), "a tensor was added and not written"
         (folder / MANIFEST).write_bytes(_sealed({"format": FORMAT, "files": files}))
+
+
+def record_bytes(name: str, shape: Sequence[int]) -> int:
+    """At most so many bytes of the manifest are about this tensor."""
+    return 192 + len(json.dumps(name)) + sum(12 + len(str(size)) for size in shape)
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ def load(
             one is widened, exactly).
         experts: read and hold only these routed experts of each layer, a rank's share; such a model runs only under a
             dispatcher that knows where the others are.
-        max_header_bytes: of one file; a released checkpoint's are far below the default of 16 MiB. At most 100 MiB.
+        max_header_bytes: of one file; a released checkpoint's are below the default of 16 MiB. At most 100 MiB.
         progress: a bar on stderr; None: if that is a terminal.
 
     Raises:

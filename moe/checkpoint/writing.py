@@ -17,7 +17,7 @@ from moe.checkpoint.folder import CONFIG
 from moe.checkpoint.layout import Slot, layout, with_scales
 from moe.checkpoint.manifest import Manifest
 from moe.checkpoint.reading import BIAS, DTYPES, STORED, Origin
-from moe.checkpoint.shards import Entry, as_json, entry_of, write_shards
+from moe.checkpoint.shards import Entry, config_bytes, divide, entry_of, write_shards
 from moe.counts import parameter_shapes
 from moe.errors import CheckpointError
 from moe.model import Transformer
@@ -64,7 +64,7 @@ def save_through(
     config = _config_values(model, state, target)
     check_carried(config, model.carried_files, target)
     entries = [entry_of(name, state[slot.parameter], slot.shape) for name, slot in slots.items()]
-    manifest = Manifest()
+    files, manifest = divide(entries, max_shard_bytes, target), Manifest()
 
     def value(entry: Entry) -> Tensor:
         slot = slots[entry.name]
@@ -74,8 +74,8 @@ def save_through(
         carried = {**(read_carried(target) if target.exists() else {}), **model.carried_files}
         config, carried = resolved(config, carried)
         check_carried(config, carried, target)
-        write_shards(new, entries, value, max_shard_bytes, manifest)
-        write_carried(new, {**carried, CONFIG: _as_bytes(config, target)})
+        write_shards(new, files, value, manifest)
+        write_carried(new, {**carried, CONFIG: config_bytes(config, target / CONFIG)})
 
 
 def _checked_state(model: Transformer, target: Path) -> tuple[dict[str, Tensor], dict[str, Slot]]:
@@ -132,12 +132,5 @@ def _config_values(model: Transformer, state: Mapping[str, Tensor], target: Path
     values |= {"architectures": [architecture], "dtype": named, "torch_dtype": named}
     if quantization:
         values["quantization_config"] = dict(quantization)
-    _as_bytes(values, target)
+    config_bytes(values, target / CONFIG)
     return values
-
-
-def _as_bytes(values: Mapping[str, Any], target: Path) -> bytes:
-    try:
-        return as_json(values)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(target / CONFIG, f"extra: not JSON: {error}") from error
