@@ -1,6 +1,7 @@
 """Files that a folder's own files refer to travel with it, or the reference goes and a warning says so."""
 
 import base64
+import dataclasses
 import json
 import logging
 import os
@@ -114,6 +115,13 @@ def save(source: Path, target: Path) -> None:
     moe.load(source, progress=False).save(target)
 
 
+def save_without_the_map(source: Path, target: Path) -> None:
+    """As a family does whose files are written in the name of another."""
+    model = moe.load(source, progress=False)
+    model.config = dataclasses.replace(model.config, extra={})
+    model.save(target)
+
+
 WAYS: dict[str, Callable[[Path, Path], object]] = {
     "save": save,
     "save over another": lambda source, target: (build(V3).save(target), save(source, target)),
@@ -202,6 +210,12 @@ def test_a_model_that_was_made_without_files(tmp_path: Path, caplog: pytest.LogC
     model.save(tmp_path / "out")
     assert "auto_map" not in config_of(tmp_path / "out") and config_of(tmp_path / "out")["bos_token_id"] == 1
     assert len(caplog.records) == 1 and "modeling_tiny.py" in caplog.text
+
+
+def test_code_that_nothing_names_any_more(released: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_without_the_map(released, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").glob("*.py")} == {"tokenization_tiny.py", "alphabet.py"}
+    assert "modeling_tiny.py, which no other file names" in caplog.text and len(caplog.records) == 1
 
 
 @pytest.mark.parametrize("table", ["stacked", "deepseek"])
@@ -333,8 +347,8 @@ def test_limits_of_carried_files(released: Path, tmp_path: Path, monkeypatch: py
     for name, content, problem in (
         ("modeling_tiny.py", b"#" * (MAX_CODE_BYTES + 1), "too large"),
         ("tokenizer.json", b"[" * 101, "too large"),
-        ("unnamed.py", b"", "auto_map names"),
-        ("unnamed.model", b"", "auto_map names"),
+        ("unnamed.bin", b"", "auto_map names"),
+        ("model.safetensors.index.json", b"", "auto_map names"),
         ("sub/tokenizer.json", b"", "auto_map names"),
         ("config.json", b"{}", "auto_map names"),
         ("additional_chat_templates/../x.jinja", b"", "auto_map names"),
@@ -374,11 +388,16 @@ def test_a_folder_with_code_of_its_users_is_not_replaced(released: Path) -> None
         build(V3).save(released)
 
 
-def test_files_that_stay_in_a_folder_are_those_that_something_names(released: Path) -> None:
+def test_files_that_stay_in_a_folder_are_those_that_something_names(
+    released: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The tokenizer stays; the code for the model goes with the configuration that named it."""
     build(V3).save(released)
     kept = {name for name in FILES if (released / name).exists()}
     assert kept == FILES.keys() - {"modeling_tiny.py", "configuration_tiny.py"}
+    assert [record.getMessage() for record in caplog.records] == [
+        "not written: configuration_tiny.py, which no other file names; modeling_tiny.py, which no other file names"
+    ]
     build(V3).save(released)
     assert not verify(released).findings
 

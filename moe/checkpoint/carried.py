@@ -93,12 +93,11 @@ def _templates(folder: Path) -> list[str]:
     return [name for name in names if _TEMPLATE.fullmatch(name)][: MAX_CARRIED_FILES + 1]
 
 
-def check_carried(config: Mapping[str, Any], files: Mapping[str, bytes], path: Path) -> None:
-    """Raise `CheckpointError` for a file that a reader of the saved folder would not carry. `path` is for messages."""
-    kept = _reach(config, filter(_is_fixed, files), files.get)
+def check_carried(files: Mapping[str, bytes], path: Path) -> None:
+    """Raise `CheckpointError` for a file that a reader of a folder would not carry. `path` is for messages."""
     for name, content in files.items():
-        if name not in kept:
-            expected = f"one of {', '.join(CARRIED)}, {TEMPLATES}/NAME.jinja, or a file that auto_map names"
+        if not (_is_fixed(name) or _CODE.fullmatch(name) or _is_data(name)):
+            expected = f"one of {', '.join(CARRIED)}, {TEMPLATES}/NAME.jinja, or NAME.py that auto_map names"
             raise CheckpointError(path, f"carried file {name!r}", expected=expected)
         limit = MAX_CODE_BYTES if name.endswith(".py") else MAX_CARRIED_BYTES
         if len(content) > limit:
@@ -111,13 +110,14 @@ def check_carried(config: Mapping[str, Any], files: Mapping[str, bytes], path: P
 def resolved(
     config: Mapping[str, Any], files: Mapping[str, bytes], *, same_layout: bool = True
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The object for config.json and the files to write, without names of files that are not there.
+    """The object for config.json and the files to write: no name of a file that is not there, no code without a name.
 
-    One warning names what is left out. Without `same_layout`, the code for configurations and models is left out too,
+    One warning says what is left out. Without `same_layout`, the code for configurations and models is left out too,
     because it reads another layout than that of the new files.
     """
-    lost: list[str] = []
     values = dict(config)
+    named = _reach(values, filter(_is_fixed, files), files.get)
+    lost = [f"{name}, which no other file names" for name in files if name not in named]
     if not same_layout and isinstance(auto_map := values.get("auto_map"), dict):
         theirs = [key for key in auto_map if key == "AutoConfig" or key.startswith("AutoModel")]
         values["auto_map"] = {key: value for key, value in auto_map.items() if key not in theirs}

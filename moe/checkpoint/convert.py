@@ -254,7 +254,7 @@ def _write(
     finish: Callable[[Path], object] = lambda folder: None,
 ) -> None:
     config, carried = resolved(config, read_carried(todo.folder), same_layout=table == todo.table)
-    check_carried(config, carried, Path(target))
+    check_carried(carried, Path(target))
     content, manifest = config_bytes(config, Path(target) / CONFIG), Manifest()
     single = DEEPSEEK_FILE if table == "deepseek" else SINGLE
     files = divide(entries, None if table == "deepseek" else max_shard_bytes, Path(target), single=single)

@@ -62,7 +62,7 @@ def save_through(
     target = Path(os.path.realpath(folder))
     state, slots = _checked_state(model, target)
     config = _config_values(model, state, target)
-    check_carried(config, model.carried_files, target)
+    check_carried(model.carried_files, target)
     entries = [entry_of(name, state[slot.parameter], slot.shape) for name, slot in slots.items()]
     files, manifest = divide(entries, max_shard_bytes, target), Manifest()
 
@@ -73,7 +73,7 @@ def save_through(
     with replacing(target, manifest) as new:
         carried = {**(read_carried(target) if target.exists() else {}), **model.carried_files}
         config, carried = resolved(config, carried)
-        check_carried(config, carried, target)
+        check_carried(carried, target)
         write_shards(new, files, value, manifest)
         write_carried(new, {**carried, CONFIG: config_bytes(config, target / CONFIG)})
 
