@@ -333,9 +333,15 @@ def test_what_is_downloaded_holds_what_travels() -> None:
 def test_files_named_by_tokenizer_config(released: Path) -> None:
     values = json.loads(FILES["tokenizer_config.json"])
     values |= {"fast_tokenizer_files": ["tokenizer.4.0.0.json", "tokenizer.json"], "vocab_file": "words.txt"}
-    values |= {"a_file": "config.json", "b_file": "../outside.txt", "c_file": "/etc/passwd", "d_file": "README.md"}
+    values |= {
+        "a_file": "config.json",
+        "e_file": "hf_quant_config.json",
+        "b_file": "../outside.txt",
+        "c_file": "/etc/passwd",
+        "d_file": "README.md",
+    }
     (released / "tokenizer_config.json").write_text(json.dumps(values))
-    put(released, {"tokenizer.4.0.0.json": b"{}", "words.txt": b"a\n", "README.md": b""})
+    put(released, {"tokenizer.4.0.0.json": b"{}", "words.txt": b"a\n", "README.md": b"", "hf_quant_config.json": b"{}"})
     (released.parent / "outside.txt").touch()
     found = moe.load(released).carried_files
     assert found.keys() - FILES.keys() == {"tokenizer.4.0.0.json", "words.txt"}
@@ -344,15 +350,18 @@ def test_files_named_by_tokenizer_config(released: Path) -> None:
 def test_limits_of_carried_files(released: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a save accepts a load accepts, and the other way round."""
     model = moe.load(released)
-    for name, content, problem in (
+    cases: list[tuple[str, Any, str]] = [
         ("modeling_tiny.py", b"#" * (MAX_CODE_BYTES + 1), "too large"),
         ("tokenizer.json", b"[" * 101, "too large"),
         ("unnamed.bin", b"", "auto_map names"),
         ("model.safetensors.index.json", b"", "auto_map names"),
+        ("hf_quant_config.json", b"{}", "auto_map names"),
+        ("tokenizer_config.json", "{}", "expected bytes; found str"),
         ("sub/tokenizer.json", b"", "auto_map names"),
         ("config.json", b"{}", "auto_map names"),
         ("additional_chat_templates/../x.jinja", b"", "auto_map names"),
-    ):
+    ]
+    for name, content, problem in cases:
         monkeypatch.setattr(carried, "MAX_CARRIED_BYTES", 100 if name == "tokenizer.json" else 2**26)
         before = dict(model.carried_files)
         model.carried_files[name] = content

@@ -13,6 +13,7 @@ from typing import Any
 
 from moe.checkpoint.files import read_bounded
 from moe.checkpoint.folder import CONFIG, INDEX, MANIFEST, MAX_FILE_NAME_BYTES, RECEIPT, member, read_config_values
+from moe.checkpoint.quantization import QUANTIZATION_FILES
 from moe.checkpoint.strict_json import parse_json
 from moe.errors import CheckpointError, one_line
 
@@ -53,7 +54,7 @@ _VOCABULARIES = (".model", ".tiktoken", ".bpe", ".vocab", ".codes", ".txt", ".ji
 _CODE = re.compile(r"[A-Za-z0-9_-]{1,200}\.py")
 _DATA = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 _TEMPLATE = re.compile(rf"{TEMPLATES}/[A-Za-z0-9_-][A-Za-z0-9_.-]{{0,200}}\.jinja")
-_RESERVED = {CONFIG, INDEX, MANIFEST, RECEIPT, "adapter_config.json"}
+_RESERVED = {CONFIG, INDEX, MANIFEST, RECEIPT, "adapter_config.json", *QUANTIZATION_FILES}
 # As transformers finds them, so that a module has every file that transformers will look for.
 _IMPORT = re.compile(rb"import\s+\.(\S+)\s*$|from\s+\.(\S+)\s+import")
 _QUOTED = re.compile(rb"""["'](?:\./)?([A-Za-z0-9_][A-Za-z0-9_.-]{0,200})["']""")
@@ -96,6 +97,8 @@ def _templates(folder: Path) -> list[str]:
 def check_carried(files: Mapping[str, bytes], path: Path) -> None:
     """Raise `CheckpointError` for a file that a reader of a folder would not carry. `path` is for messages."""
     for name, content in files.items():
+        if not isinstance(content, bytes):
+            raise CheckpointError(path, f"carried file {name!r}", expected="bytes", found=type(content).__name__)
         if not (_is_fixed(name) or _CODE.fullmatch(name) or _is_data(name)):
             expected = f"one of {', '.join(CARRIED)}, {TEMPLATES}/NAME.jinja, or NAME.py that auto_map names"
             raise CheckpointError(path, f"carried file {name!r}", expected=expected)
