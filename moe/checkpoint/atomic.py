@@ -25,7 +25,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from moe.checkpoint.folder import CARRIED, CONFIG, INDEX, MANIFEST, RECEIPT, previous_folder
+from moe.checkpoint.carried import TEMPLATES, read_carried
+from moe.checkpoint.folder import CONFIG, INDEX, MANIFEST, RECEIPT, previous_folder
 from moe.checkpoint.manifest import Manifest
 from moe.errors import CheckpointError
 
@@ -81,9 +82,10 @@ def settle(folder: Path) -> None:
     The safetensors library makes files that only their owner can read; the folder has the mode that the user wants.
     """
     mode = folder.stat().st_mode & 0o666
-    for file in sorted(folder.iterdir()):
-        file.chmod(mode)
-        sync(file)
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            path.chmod(mode)
+        sync(path)
 
 
 def sync(path: Path) -> None:
@@ -206,9 +208,15 @@ def _check_replaceable(target: Path) -> None:
         return
     if not target.is_dir():
         raise CheckpointError(target, "not a folder")
-    known = {CONFIG, INDEX, MANIFEST, RECEIPT, *CARRIED}
+    known = {CONFIG, INDEX, MANIFEST, RECEIPT, *read_carried(target)}
+    inside = target / TEMPLATES
+    paths = [path for path in target.iterdir() if path != inside or not path.is_dir()]
+    paths += inside.iterdir() if inside.is_dir() else ()
+    names = {path.relative_to(target).as_posix(): path for path in paths}
     foreign = sorted(
-        p.name for p in target.iterdir() if not p.is_file() or (p.name not in known and not _TENSORS.fullmatch(p.name))
+        name
+        for name, path in names.items()
+        if not path.is_file() or (name not in known and not _TENSORS.fullmatch(name))
     )
     if foreign:
         shown = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")

@@ -13,7 +13,7 @@ from moe.checkpoint.config_json import parse_config
 from moe.checkpoint.families import MXFP4, Family, Names, Reordered, Table, family_of
 from moe.checkpoint.folder import CONFIG, locate, read_config_values, read_tensors
 from moe.checkpoint.header import MAX_HEADER_BYTES, TensorInfo
-from moe.checkpoint.quantization import Quantization, parse_quantization
+from moe.checkpoint.quantization import Quantization, read_quantization
 from moe.checkpoint.roles import check_experts, role_of
 from moe.config import ModelConfig
 from moe.counts import Shape, parameter_shapes
@@ -271,10 +271,17 @@ class Plan:
         return first <= _layer(table, name)[0] < first + self.config.num_nextn_predict_layers
 
 
-def plan(folder: str | PathLike[str], *, mtp: bool = True, max_header_bytes: int = MAX_HEADER_BYTES) -> Plan:
+def plan(
+    folder: str | PathLike[str],
+    *,
+    mtp: bool = True,
+    max_header_bytes: int = MAX_HEADER_BYTES,
+    any_quantization: bool = False,
+) -> Plan:
     """Read config.json and the headers of `folder`, and compare them.
 
-    Without `mtp` the model has no MTP modules, and tensors of theirs are ignored.
+    Without `mtp` the model has no MTP modules, and tensors of theirs are ignored. A quantisation format that cannot be
+    loaded is refused before the headers are read, unless `any_quantization`.
     """
     path = locate(folder)
     values = read_config_values(path)
@@ -283,7 +290,9 @@ def plan(folder: str | PathLike[str], *, mtp: bool = True, max_header_bytes: int
     if not mtp and "num_nextn_predict_layers" in family.keys:
         values |= {family.keys_of("num_nextn_predict_layers")[0]: 0}  # whatever is stated does not matter
     config = parse_config(values, path / CONFIG)
-    quantization = parse_quantization(values, path / CONFIG)
+    quantization = read_quantization(path, values)
+    if quantization is not None and not any_quantization:
+        quantization.check()
     tensors = _read_tensors(path, family, config, max_header_bytes)
     table = _table_of(family, tensors)
     names = family.tables[table]
