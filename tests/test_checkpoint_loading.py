@@ -201,6 +201,7 @@ def test_convert_and_cut_on_the_command_line(saved: Path, tmp_path: Path, capsys
         "cut", str(saved), "--out", str(tmp_path / "part"), "--layers", "0-1", "--experts", "0,3,6,9"
     )
     assert status == 0 and json.loads(printed)["experts"] == [0, 3, 6, 9]
+    out = str(tmp_path / "never")
     for command, message in (
         (("convert", str(saved), "--out", out, "--max-shard-size", "5XB"), "--max-shard-size = '5XB': expected a size"),
         (
@@ -213,3 +214,4 @@ def test_convert_and_cut_on_the_command_line(saved: Path, tmp_path: Path, capsys
     ):
         status, printed, err = run(*command)
         assert (status, printed, err.count("\n")) == (2, "", 1) and message in err
+    assert not Path(out).exists()

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from moe.checkpoint.atomic import replacing
+from moe.checkpoint.atomic import check_target, replacing
 from moe.checkpoint.config_json import read_config, render_config
 from moe.checkpoint.families import Family, family_of
 from moe.checkpoint.folder import CONFIG, RECEIPT, SINGLE, read_carried
@@ -50,6 +50,7 @@ def convert(
     scale_fmt: Literal["ue8m0"] | None = None,
     table: str | None = None,
     mtp: bool | None = None,
+    overwrite: bool = False,
     max_shard_bytes: int = 5 * 2**30,
     progress: bool | None = None,
 ) -> None:
@@ -64,6 +65,8 @@ def convert(
             in memory, "deepseek" with the names and in the one file of DeepSeek's inference code, "mxfp4" for gpt-oss.
         mtp: False leaves out multi-token prediction modules; True keeps what there is, or refuses a layout without
             names for them; None keeps what the layout has names for.
+        overwrite: replace a checkpoint that is in `target` already. Without it only a new or empty folder is written
+            to. A folder that holds anything but a checkpoint's files is never replaced.
         max_shard_bytes: of data in a file, or one tensor.
 
     Raises CheckpointError for a source that `moe.load` would refuse, and for what the result cannot express.
@@ -74,7 +77,7 @@ def convert(
         raise ConfigError("block_size", block_size, "two positive numbers")
     if scale_fmt is not None and dtype != "fp8":
         raise ConfigError("scale_fmt", scale_fmt, "none without dtype fp8")
-    todo = _checked(source, target)
+    todo = _checked(source, target, overwrite)
     family = family_of(todo.config.model_type, todo.folder)
     table = table or ("stacked" if todo.table == "mxfp4" and dtype is not None else todo.table)
     if table not in family.tables:
@@ -90,7 +93,18 @@ def convert(
     entries = result.entries()
     values = render_config(config, Path(target) / CONFIG)
     values |= {"architectures": [family.architecture], **result.storage(entries)}
-    _write(todo, target, entries, result.value, values, max_shard_bytes, progress, "converting", table=table)
+    _write(
+        todo,
+        target,
+        entries,
+        result.value,
+        values,
+        max_shard_bytes,
+        progress,
+        "converting",
+        table=table,
+        overwrite=overwrite,
+    )
 
 
 def cut(
@@ -100,6 +114,7 @@ def cut(
     layers: Sequence[int],
     experts: Sequence[int],
     compare: bool = True,
+    overwrite: bool = False,
     max_shard_bytes: int = 5 * 2**30,
     progress: bool | None = None,
 ) -> dict[str, Any]:
@@ -108,12 +123,12 @@ def cut(
     Layers and experts keep their order and are counted anew; the router keeps the rows of those experts. Every byte is
     one of the source, quantised or not. MTP modules are left out. Returns the receipt, which is also in the folder as
     cut.json: what was kept, and with `compare` how far the result's logits are from the source's on a fixed input, for
-    which the whole source is loaded, if it fits into memory.
+    which the whole source is loaded, if it fits into memory. `overwrite` is that of `convert`.
 
     Raises ConfigError for layers and experts that are not there or twice; CheckpointError where the family cannot
     express the result: experts in groups must be as many in each group that has any.
     """
-    todo = _checked(source, target)
+    todo = _checked(source, target, overwrite)
     config = cut_config(todo.config, layers, experts, todo.folder)
     family = family_of(config.model_type, todo.folder)
     slots = {name: slot for name, slot in layout(config, todo.table).items() if slot.written}
@@ -165,7 +180,19 @@ def cut(
             receipt.update(_difference(todo.folder, folder))
         (folder / RECEIPT).write_bytes(as_json(receipt))
 
-    _write(todo, target, entries, value, values, max_shard_bytes, progress, "cutting", table=todo.table, finish=finish)
+    _write(
+        todo,
+        target,
+        entries,
+        value,
+        values,
+        max_shard_bytes,
+        progress,
+        "cutting",
+        table=todo.table,
+        overwrite=overwrite,
+        finish=finish,
+    )
     return receipt
 
 
@@ -183,11 +210,15 @@ def _difference(source: Path, part: Path) -> dict[str, Any]:
     return facts
 
 
-def _checked(source: str | PathLike[str], target: str | PathLike[str]) -> Plan:
-    """The source, as strictly read as `load` does. Raises if the target would take its place."""
+def _checked(source: str | PathLike[str], target: str | PathLike[str], overwrite: bool) -> Plan:
+    """The source, as strictly read as `load` does. Before that, raises if the target cannot be written or replaced."""
+    same = "the source itself, which would be replaced"
+    if os.path.realpath(source) == os.path.realpath(target):
+        raise CheckpointError(target, same, expected="another folder")
+    check_target(target, overwrite=overwrite)
     folder = find(source)
-    if os.path.realpath(folder) == os.path.realpath(target):
-        raise CheckpointError(target, "the source itself, which would be replaced", expected="another folder")
+    if os.path.realpath(folder) == os.path.realpath(target):  # a name of a folder elsewhere
+        raise CheckpointError(target, same, expected="another folder")
     todo = plan(folder)
     todo.check()
     check_dtypes(todo)
@@ -246,12 +277,16 @@ def _write(
     doing: str,
     *,
     table: str,
+    overwrite: bool,
     finish: Callable[[Path], object] = lambda folder: None,
 ) -> None:
     carried, manifest = read_carried(todo.folder), Manifest()
     single = DEEPSEEK_FILE if table == "deepseek" else SINGLE
     limit = 2**63 if table == "deepseek" else max_shard_bytes
-    with replacing(target, manifest) as new, Progress(doing, sum(e.nbytes for e in entries), progress) as bar:
+    with (
+        replacing(target, manifest, overwrite=overwrite) as new,
+        Progress(doing, sum(e.nbytes for e in entries), progress) as bar,
+    ):
         with Files(Progress("", 0, False)) as files:
             write_shards(
                 new, entries, lambda entry: value(files, entry), limit, manifest, single=single, wrote=bar.advance

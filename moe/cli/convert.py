@@ -33,6 +33,8 @@ class Args:
     file), mxfp4 (gpt-oss); by default that of the source."""
     mtp: bool | None = None
     """Multi-token prediction modules; by default they are kept where the layout has names for them."""
+    overwrite: bool = False
+    """Replace a checkpoint that is in OUT already."""
     max_shard_size: str = "5GB"
     """Of data in one file."""
     progress: bool | None = None
@@ -53,6 +55,7 @@ def run(args: Args) -> int:
         scale_fmt=args.scale_fmt,
         table=args.layout,
         mtp=args.mtp,
+        overwrite=args.overwrite,
         max_shard_bytes=limit,
         progress=args.progress,
     )

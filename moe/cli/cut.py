@@ -28,6 +28,8 @@ class Args:
     """Of each layer, such as 0-7; with routing limited to groups, as many of each group that has any."""
     compare: bool = True
     """Run the result and, if it fits into memory, the source, on a fixed input."""
+    overwrite: bool = False
+    """Replace a checkpoint that is in OUT already."""
     max_shard_size: str = "5GB"
     """Of data in one file."""
     progress: bool | None = None
@@ -45,6 +47,7 @@ def run(args: Args) -> int:
         layers=layers,
         experts=experts,
         compare=args.compare,
+        overwrite=args.overwrite,
         max_shard_bytes=limit,
         progress=args.progress,
     )
