@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moe.checkpoint.atomic import check_target, replacing
 from moe.checkpoint.config_json import read_config, render_config
+from moe.checkpoint.dtypes import FLOATING, SAFETENSORS, Dtype, parse_dtype
 from moe.checkpoint.families import Family, family_of
 from moe.checkpoint.folder import CONFIG, RECEIPT, SINGLE, read_carried
 from moe.checkpoint.header import TensorInfo
@@ -30,7 +31,7 @@ from moe.checkpoint.roles import check_scales
 from moe.checkpoint.shards import Entry, as_json, write_shards
 from moe.config import ModelConfig
 from moe.counts import parameter_shapes
-from moe.errors import CheckpointError, ConfigError
+from moe.errors import CheckpointError, ConfigError, did_you_mean
 from moe.ops import quantize_blocks, quantize_mxfp4
 
 logger = logging.getLogger("moe")
@@ -45,28 +46,31 @@ def convert(
     source: str | PathLike[str],
     target: str | PathLike[str],
     *,
-    dtype: str | None = None,
+    dtype: Dtype | str | torch.dtype | None = None,
     block_size: tuple[int, int] = (128, 128),
     scale_fmt: Literal["ue8m0"] | None = None,
     table: str | None = None,
     mtp: bool | None = None,
     overwrite: bool = False,
+    revision: str | None = None,
     max_shard_bytes: int = 5 * 2**30,
     progress: bool | None = None,
 ) -> None:
     """Write the checkpoint `source` again as `target`, atomically.
 
     Args:
-        dtype: "F32", "BF16", "F16" or "F64" dequantises and converts all but the correction bias; "fp8" quantises the
-            projections of attention, MLPs and experts, each expert alone, in blocks of `block_size`, with scales that
-            are powers of two for scale_fmt "ue8m0"; it reads the source twice, for scales stand before codes. None
-            leaves every tensor as it is. What is equal in both is copied byte for byte.
+        dtype: "bf16", "fp16", "fp32" or "fp64" (or torch's dtype) dequantises and converts all but the correction bias;
+            "fp8" quantises the projections of attention, MLPs and experts, each expert alone, in blocks of
+            `block_size`, with scales that are powers of two for scale_fmt "ue8m0", and reads the source twice, because
+            scales precede codes; "mxfp4" is the layout of that name. None leaves every tensor as it is. What is equal
+            in both is copied byte for byte.
         table: the layout of the result, one of the family's: "experts" each alone, "stacked" as transformers has them
             in memory, "deepseek" with the names and in the one file of DeepSeek's inference code, "mxfp4" for gpt-oss.
         mtp: False leaves out multi-token prediction modules; True keeps what there is, or refuses a layout without
             names for them; None keeps what the layout has names for.
         overwrite: replace a checkpoint that is in `target` already. Without it only a new or empty folder is written
             to. A folder that holds anything but a checkpoint's files is never replaced.
+        revision: that of `moe.load`, for a source on the Hub.
         max_shard_bytes: of data in a file, or one tensor.
 
     Raises CheckpointError for a source that `moe.load` would refuse, and for what the result cannot express.
@@ -75,13 +79,20 @@ def convert(
         raise ConfigError("max_shard_bytes", max_shard_bytes, "a positive number")
     if min(block_size) < 1:
         raise ConfigError("block_size", block_size, "two positive numbers")
-    if scale_fmt is not None and dtype != "fp8":
+    kind = None if dtype is None else parse_dtype(dtype, "dtype", tuple(SAFETENSORS))
+    if scale_fmt is not None and kind != "fp8":
         raise ConfigError("scale_fmt", scale_fmt, "none without dtype fp8")
-    todo = _checked(source, target, overwrite)
+    todo = _checked(source, target, overwrite, revision)
     family = family_of(todo.config.model_type, todo.folder)
-    table = table or ("stacked" if todo.table == "mxfp4" and dtype is not None else todo.table)
+    if kind == "mxfp4":
+        if "mxfp4" not in family.tables or table not in (None, "mxfp4"):
+            allowed = "another for this layout" if table else f"another: {family.model_type} has no layout for it"
+            raise ConfigError("dtype", dtype, allowed)
+        table, kind = "mxfp4", None
+    table = table or ("stacked" if todo.table == "mxfp4" and kind is not None else todo.table)
     if table not in family.tables:
-        raise ConfigError("layout", table, f"one of {', '.join(family.tables)}, the layouts of {family.model_type}")
+        known = f"one of {', '.join(family.tables)}, the layouts of {family.model_type}"
+        raise ConfigError("layout", table, known + did_you_mean(table, family.tables))
     config = todo.config
     if config.num_nextn_predict_layers and (mtp is False or not family.tables[table].mtp):
         if mtp:
@@ -89,7 +100,8 @@ def convert(
         if mtp is None:
             logger.warning("the layout %s has no names for MTP modules: they are left out", table)
         config = dataclasses.replace(config, num_nextn_predict_layers=0)
-    result = _Result(todo, config, family, table, dtype, block_size, scale_fmt)
+    stored = SAFETENSORS[kind] if kind in FLOATING else kind
+    result = _Result(todo, config, family, table, stored, block_size, scale_fmt)
     entries = result.entries()
     values = render_config(config, Path(target) / CONFIG)
     values |= {"architectures": [family.architecture], **result.storage(entries)}
@@ -115,6 +127,7 @@ def cut(
     experts: Sequence[int],
     compare: bool = True,
     overwrite: bool = False,
+    revision: str | None = None,
     max_shard_bytes: int = 5 * 2**30,
     progress: bool | None = None,
 ) -> dict[str, Any]:
@@ -123,12 +136,12 @@ def cut(
     Layers and experts keep their order and are counted anew; the router keeps the rows of those experts. Every byte is
     one of the source, quantised or not. MTP modules are left out. Returns the receipt, which is also in the folder as
     cut.json: what was kept, and with `compare` how far the result's logits are from the source's on a fixed input, for
-    which the whole source is loaded, if it fits into memory. `overwrite` is that of `convert`.
+    which the whole source is loaded, if it fits into memory. `overwrite` and `revision` are those of `convert`.
 
     Raises ConfigError for layers and experts that are not there or twice; CheckpointError where the family cannot
     express the result: experts in groups must be as many in each group that has any.
     """
-    todo = _checked(source, target, overwrite)
+    todo = _checked(source, target, overwrite, revision)
     config = cut_config(todo.config, layers, experts, todo.folder)
     family = family_of(config.model_type, todo.folder)
     slots = {name: slot for name, slot in layout(config, todo.table).items() if slot.written}
@@ -210,13 +223,13 @@ def _difference(source: Path, part: Path) -> dict[str, Any]:
     return facts
 
 
-def _checked(source: str | PathLike[str], target: str | PathLike[str], overwrite: bool) -> Plan:
+def _checked(source: str | PathLike[str], target: str | PathLike[str], overwrite: bool, revision: str | None) -> Plan:
     """The source, as strictly read as `load` does. Before that, raises if the target cannot be written or replaced."""
     same = "the source itself, which would be replaced"
     if os.path.realpath(source) == os.path.realpath(target):
         raise CheckpointError(target, same, expected="another folder")
     check_target(target, overwrite=overwrite)
-    folder = find(source)
+    folder = find(source, revision)
     if os.path.realpath(folder) == os.path.realpath(target):  # a name of a folder elsewhere
         raise CheckpointError(target, same, expected="another folder")
     todo = plan(folder)

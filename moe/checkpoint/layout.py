@@ -248,11 +248,16 @@ class Plan:
 
 
 def plan(
-    folder: str | PathLike[str], *, max_header_bytes: int = MAX_HEADER_BYTES, any_quantization: bool = False
+    folder: str | PathLike[str],
+    *,
+    max_header_bytes: int = MAX_HEADER_BYTES,
+    any_quantization: bool = False,
+    tensors: dict[str, TensorInfo] | None = None,
 ) -> Plan:
     """Read config.json and the headers of `folder`, and compare them.
 
     A quantisation format that cannot be loaded is refused before the headers are read, unless `any_quantization`.
+    `tensors` are the headers, if they have been read before.
     """
     path = locate(folder)
     values = read_config_values(path)
@@ -260,7 +265,7 @@ def plan(
     quantization = read_quantization(path, values)
     if quantization is not None and not any_quantization:
         quantization.check()
-    tensors = read_tensors(path, max_header_bytes=max_header_bytes)
+    tensors = read_tensors(path, max_header_bytes=max_header_bytes) if tensors is None else tensors
     family = family_of(config.model_type, path)
     table = _table_of(family, tensors)
     names = family.tables[table]

@@ -5,11 +5,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Self
+from typing import Any, BinaryIO, Self
 
 import torch
 from torch import Tensor
 
+from moe.checkpoint.dtypes import FLOATING, SAFETENSORS, parse_dtype
 from moe.checkpoint.files import open_regular, read_exactly
 from moe.checkpoint.folder import CONFIG, read_carried
 from moe.checkpoint.header import MAX_HEADER_BYTES, TensorInfo
@@ -89,8 +90,9 @@ class Piece:
 def load(
     folder: str | PathLike[str],
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | Literal["auto", "keep"] = "auto",
+    dtype: torch.dtype | str = "auto",
     *,
+    revision: str | None = None,
     experts: range | None = None,
     max_header_bytes: int = MAX_HEADER_BYTES,
     progress: bool | None = None,
@@ -102,14 +104,16 @@ def load(
     device goes through a buffer of 16 MiB, or of one expert where the files have its axes in another order.
 
     Args:
-        folder: config.json and safetensors; pickles are never read. A name like "org/model" that is no folder here is
-            looked up with huggingface_hub, if that is installed: in its cache, and online where it may be.
+        folder: config.json and safetensors; pickles are never read. Of a run of `moesmith train`, its checkpoint is
+            loaded. A name like "org/model" or "org/model@revision", unless a folder has that name, is looked up with
+            huggingface_hub, if that is installed: online, or in its cache where the Hub cannot be reached.
         device: where the parameters shall be.
         dtype: "auto" keeps each tensor as stored, and the parts of one parameter (all experts of a layer) must then be
             stored alike; quantised tensors (FP8 blocks, MXFP4) are dequantised to bfloat16. "keep" is the same but
             leaves quantised tensors as they are, frozen: each use dequantises them, and a save writes the same bytes. A
-            floating dtype converts everything but the router's correction bias, which is fp32 always (a bf16 or fp16
-            one is widened, exactly).
+            floating dtype (torch's, or "bf16", "fp16", "fp32", "fp64") converts everything but the router's correction
+            bias, which is fp32 always (a bf16 or fp16 one is widened, exactly).
+        revision: branch, tag or commit of a name on the Hub, instead of "@revision"; a folder has none.
         experts: read and hold only these routed experts of each layer, a rank's share; such a model runs only under a
             dispatcher that knows where the others are.
         max_header_bytes: of one file; a released checkpoint's are far below the default of 16 MiB. At most 100 MiB.
@@ -120,7 +124,7 @@ def load(
             mis-shaped; or has a dtype that is not for weights; or a repeated embedding or head differs from the
             model's own; or the folder is of an unknown family or quantisation, too large, or malformed.
     """
-    source = examine(folder, dtype, experts=experts, max_header_bytes=max_header_bytes)
+    source = examine(folder, dtype, revision=revision, experts=experts, max_header_bytes=max_header_bytes)
     todo, shapes, dtypes = source.todo, source.shapes, source.dtypes
     needed = sum(math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items())
     check_fits(todo.folder, needed, torch.device(device))
@@ -172,22 +176,23 @@ class Source:
 
 def examine(
     folder: str | PathLike[str],
-    dtype: torch.dtype | Literal["auto", "keep"],
+    dtype: torch.dtype | str,
     *,
+    revision: str | None = None,
     experts: range | None = None,
     max_header_bytes: int = MAX_HEADER_BYTES,
 ) -> Source:
     """What `load` with these arguments reads; raises what headers can tell."""
-    if dtype not in ("auto", "keep", *DTYPES.values()):
-        raise ValueError(f"dtype = {dtype!r}: expected 'auto', 'keep' or one of {', '.join(map(str, DTYPES.values()))}")
-    path = find(folder)
+    kind = parse_dtype(dtype, "dtype", ("auto", "keep", *FLOATING))
+    wanted = DTYPES[SAFETENSORS[kind]] if kind in FLOATING else None
+    path = find(folder, revision)
     identity = _identity(path)
     todo = plan(path, max_header_bytes=max_header_bytes)
     todo.check()
     check_dtypes(todo)
     mine = _experts(todo, experts)
-    found = [part for piece in pieces(todo, keep=dtype == "keep") if (part := piece.of(mine)) is not None]
-    return Source(todo, found, _dtypes(found, dtype), _shapes(todo, found, experts), identity, dtype == "keep")
+    found = [part for piece in pieces(todo, keep=kind == "keep") if (part := piece.of(mine)) is not None]
+    return Source(todo, found, _dtypes(found, wanted), _shapes(todo, found, experts), identity, kind == "keep")
 
 
 def _identity(folder: Path) -> tuple[int, ...]:
@@ -219,20 +224,20 @@ def pieces(todo: Plan, *, keep: bool) -> Iterator[Piece]:
         yield Piece(info, slot, parameter, slot.index, range(info.shape[0] if info.shape else 1), scale)
 
 
-def _dtypes(pieces: list[Piece], dtype: torch.dtype | Literal["auto", "keep"]) -> dict[str, torch.dtype]:
-    """Parameter -> the dtype that it shall have."""
+def _dtypes(pieces: list[Piece], dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """Parameter -> the dtype that it gets: `dtype`, or that of the files."""
     result: dict[str, torch.dtype] = {}
     stored: dict[str, TensorInfo] = {}
     for piece in pieces:
         info, name = piece.info, piece.parameter
         first = stored.setdefault(name, info)
-        if dtype in ("auto", "keep") and info.dtype != first.dtype:
+        if dtype is None and info.dtype != first.dtype:
             problem = f"dtype differs within {name}; load with dtype=torch.float32 or another to convert"
             expected = f"{first.dtype}, as {first.name} has"
             raise CheckpointError(info.path, problem, tensor=info.name, expected=expected, found=info.dtype)
         if _is_widened(piece.slot) and info.dtype != "F8_E8M0":
             result[name] = torch.float32
-        elif isinstance(dtype, torch.dtype):
+        elif dtype is not None:
             result[name] = dtype
         else:
             result[name] = torch.bfloat16 if piece.scale is not None else STORED[info.dtype]

@@ -18,7 +18,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from moe.errors import ConfigError
+from moe.checkpoint.hub import find, is_name
+from moe.errors import CheckpointError, ConfigError
 
 END_OF_TEXT = "<|endoftext|>"
 # What released tokenizers call the token between documents, for a tokenizer.json without a tokenizer_config.json.
@@ -157,10 +158,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: Path) -> tuple[Tokenizer, str]:
-    """(tokenizer, end-of-text token) of a tokenizer.json.
+    """(tokenizer, end-of-text token) of a tokenizer.json, or of a checkpoint folder or Hub name that has one.
 
     The token is the `eos_token` of the tokenizer_config.json beside it, else the first of END_OF_TEXT_NAMES there is.
     """
+    if path.is_dir() or is_name(path):
+        try:
+            path = find(path, files=("tokenizer.json", "tokenizer_config.json")) / "tokenizer.json"
+        except CheckpointError as error:
+            raise ConfigError("--tokenizer", str(path), f"a readable tokenizer.json; {error.problem}") from None
     try:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except OSError as error:
