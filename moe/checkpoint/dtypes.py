@@ -17,27 +17,25 @@ SAFETENSORS: dict[str, str] = {
 }
 FLOATING = ("bf16", "fp16", "fp32", "fp64")
 
-_OTHERS = {
-    "bfloat16": "bf16",
-    "float16": "fp16",
-    "half": "fp16",
-    "float32": "fp32",
-    "float": "fp32",
-    "float64": "fp64",
-    "double": "fp64",
-    "float8_e4m3fn": "fp8",
+# Other spellings: torch's dtypes as text, and safetensors' names.
+OTHERS: dict[str, str] = {
+    "torch.bfloat16": "bf16",
+    "torch.float16": "fp16",
+    "torch.float32": "fp32",
+    "torch.float64": "fp64",
+    "torch.float8_e4m3fn": "fp8",
     **{name.lower(): dtype for dtype, name in SAFETENSORS.items() if dtype != "mxfp4"},
 }
 
 
 def parse_dtype(value: Any, field: str, allowed: tuple[str, ...]) -> str:
-    """The one of `allowed` that `value` is: one of these names, a torch dtype, or torch's or safetensors' name for it.
+    """The one of `allowed` that `value` is: such a name, a torch dtype, or safetensors' name for it, in any case.
 
     Raises ConfigError about `field` for anything else.
     """
-    text = str(value).removeprefix("torch.").lower()
-    name = _OTHERS.get(text, text)
+    text = str(value).lower()
+    name = OTHERS.get(text, text)
     if name not in allowed:
-        hint = "" if name in SAFETENSORS else did_you_mean(text, allowed)
+        hint = "" if name in SAFETENSORS else did_you_mean(text.removeprefix("torch."), allowed)
         raise ConfigError(field, value, f"one of {', '.join(allowed)}{hint}")
     return name

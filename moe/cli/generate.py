@@ -80,7 +80,7 @@ def run(args: Args) -> int:
     from moe.generation import stream
 
     device = _device(args.device)
-    model = moe.load(folder, device=device, dtype=args.dtype)
+    model = moe.load(folder, device=device, dtype=read_dtype(args.dtype, COMPUTE_DTYPES))
     vocabulary = model.config.vocab_size
     if max(map(max, ids)) >= vocabulary:
         problem = "the tokenizer does not belong to this model"

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from moe.checkpoint.dtypes import FLOATING, SAFETENSORS, parse_dtype
+from moe.checkpoint.dtypes import FLOATING, OTHERS, SAFETENSORS, parse_dtype
 from moe.errors import did_you_mean
 
 UNSET = tyro.conf.arg(help_behavior_hint="")
@@ -40,7 +40,8 @@ def dtype_option(allowed: tuple[str, ...]) -> Any:
 
 
 def read_dtype(value: str, allowed: tuple[str, ...]) -> str:
-    return parse_dtype(value, "--dtype", allowed)
+    """The one of `allowed` that --dtype names; float32 and the like, as torch has them, are understood, too."""
+    return parse_dtype(OTHERS.get(f"torch.{value}", value), "--dtype", allowed)
 
 
 def _wrapped(text: str) -> str:

@@ -170,7 +170,7 @@ def _find(name: str) -> _Model:
 def _stated(values: Mapping[str, Any]) -> Dtype:
     dtype = values.get("dtype", values.get("torch_dtype"))
     try:
-        return cast(Dtype, parse_dtype(dtype, "dtype", FLOATING))
+        return cast(Dtype, parse_dtype(f"torch.{dtype}", "dtype", FLOATING))
     except ConfigError:  # none, or not one of those that weights have
         return "bf16"
 
