@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -319,3 +320,43 @@ def test_torchs_names_of_dtypes_on_the_command_line(capsys: Any, saved: Path, tm
     assert run(capsys, "convert", str(saved), "--out", str(tmp_path / "out"), "--dtype", "bfloat16")[0] == 0
     assert planned(capsys, str(tmp_path / "out"))["placement"]["dtype"] == "bf16"
     assert planned(capsys, str(saved), "--dtype", "float64")["placement"]["dtype"] == "fp64"
+
+
+def test_a_foreign_settings_file_does_not_make_a_run(capsys: Any, tmp_path: Path) -> None:
+    for content in ('{"editor.tabSize": 4}', "[]", "not JSON"):
+        (tmp_path / "settings.json").write_text(content)
+        line = fails_in_one_line(capsys, "train", "--out", str(tmp_path), "--overwrite")
+        assert "expected a new or empty folder, or that of an earlier run" in line
+        assert (tmp_path / "settings.json").read_text() == content
+
+
+def test_a_folder_that_may_not_be_read(capsys: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    lstat = os.lstat
+
+    def refuse(path: Any, **more: Any) -> os.stat_result:
+        if str(path).startswith(str(tmp_path / "locked")):
+            raise PermissionError(13, "Permission denied", str(path))
+        return lstat(path, **more)
+
+    (tmp_path / "locked").mkdir()
+    monkeypatch.setattr(os, "lstat", refuse)
+    for command, *options in (("inspect",), ("plan",), ("generate", "--prompt", "a"), ("inspect", "--verify")):
+        line = fails_in_one_line(capsys, command, str(tmp_path / "locked"), *options)
+        assert f"{tmp_path / 'locked'}: cannot be read: Permission denied" in line
+
+
+def test_the_receipt_of_a_cut_is_json(capsys: Any, tmp_path: Path) -> None:
+    """A model of zeros has no relative difference."""
+    model = moe.Transformer(V3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    model.save(tmp_path / "zeros")
+    options = ("--out", str(tmp_path / "part"), "--layers", "0-1", "--experts", "0,3,6,9")
+    status, out, _ = run(capsys, "cut", str(tmp_path / "zeros"), *options)
+
+    def refuse(word: str) -> None:
+        raise ValueError(word)
+
+    assert status == 0 and json.loads(out, parse_constant=refuse)["relative_difference"] is None
+    assert json.loads((tmp_path / "part" / "cut.json").read_text(), parse_constant=refuse) == json.loads(out)

@@ -77,9 +77,9 @@ def replacing(folder: str | PathLike[str], manifest: Manifest, *, overwrite: boo
 def check_target(folder: str | PathLike[str], *, overwrite: bool) -> None:
     """Raise the `CheckpointError` with which `replacing` would refuse `folder` as it is now."""
     target = Path(os.path.realpath(folder))
-    if target.is_mount():
-        raise CheckpointError(target, "a mount point, which cannot be replaced in one step; save to a folder in it")
     try:
+        if target.is_mount():
+            raise CheckpointError(target, "a mount point, which cannot be replaced in one step; save to a folder in it")
         _check_replaceable(target, overwrite)
         if not overwrite:  # what a save that died between two renames has left is a checkpoint, too
             _check_replaceable(previous_folder(target), overwrite)

@@ -6,6 +6,7 @@ stacks all experts of a layer, that is all of them.
 
 import dataclasses
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -218,7 +219,8 @@ def _difference(source: Path, part: Path) -> dict[str, Any]:
             found, exact = (load(folder, progress=False)(ids).logits.double() for folder in (part, source))
         except CheckpointError as error:  # one of them does not fit into memory
             return facts | {"not_compared": str(error)}
-    facts["relative_difference"] = float((found - exact).norm() / exact.norm())
+    difference = float((found - exact).norm() / exact.norm())
+    facts["relative_difference"] = difference if math.isfinite(difference) else None  # which JSON cannot hold
     facts["same_first_choice"] = float((found.argmax(-1) == exact.argmax(-1)).double().mean())
     return facts
 

@@ -65,6 +65,7 @@ def locate(folder: str | PathLike[str], revision: str | None = None) -> Path:
     path = Path(folder)
     try:
         mode = os.stat(path).st_mode
+        has_config = stat.S_ISDIR(mode) and _is_there(path / CONFIG)
     except FileNotFoundError:
         if path.name and os.path.isdir(previous_folder(path)):
             return previous_folder(path)
@@ -73,7 +74,6 @@ def locate(folder: str | PathLike[str], revision: str | None = None) -> Path:
         raise CheckpointError(path, f"cannot be read: {getattr(error, 'strerror', error)}") from error
     if not stat.S_ISDIR(mode):
         raise CheckpointError(path, "not a folder")
-    has_config = os.path.lexists(path / CONFIG)
     if not has_config and os.path.isdir(path / "refs") and os.path.isdir(path / "snapshots"):
         return _snapshot(path, revision or "main")
     if revision is not None:
@@ -81,6 +81,15 @@ def locate(folder: str | PathLike[str], revision: str | None = None) -> Path:
     if not has_config and os.path.isfile(path / RUN):
         return _checkpoint_of_run(path)
     return path
+
+
+def _is_there(path: Path) -> bool:
+    """Raises what `os.path.lexists` does not: that the system does not let us look."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _checkpoint_of_run(run: Path) -> Path:
