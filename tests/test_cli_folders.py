@@ -212,7 +212,7 @@ def test_unknown_names(
         ),
         (
             ("generate", "x", "--prompt", "a", "--dtype", "fp8"),
-            "--dtype = 'fp8': expected one of auto, bf16, fp16, fp32, fp64 ",
+            "--dtype = 'fp8': expected one of auto, bf16, fp16, fp32, fp64",
         ),
         (("train", "--optimizer", "muno"), "expected one of adamw, muon; did you mean muon?"),
         (("train", "--schedule", "cosin"), "expected one of cosine, wsd; did you mean cosine?"),
@@ -360,3 +360,16 @@ def test_the_receipt_of_a_cut_is_json(capsys: Any, tmp_path: Path) -> None:
 
     assert status == 0 and json.loads(out, parse_constant=refuse)["relative_difference"] is None
     assert json.loads((tmp_path / "part" / "cut.json").read_text(), parse_constant=refuse) == json.loads(out)
+
+
+@pytest.mark.parametrize("name", ["[red]b[/x]", "a\nb\x1b[31m", "c\udcff"])
+def test_odd_names_and_values_are_shown_as_text(capsys: Any, saved: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    convert(saved, folder)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"note [/x]": "\ud800 [red]x[/red] \x1b[31m"}))
+    for command in ("inspect", "plan"):
+        status, out, err = run(capsys, command, str(folder))
+        assert (status, err) == (0, "") and not set(out) & {"\x1b", "\ud800", "\udcff"}
+        assert json.loads(run(capsys, command, str(folder), "--json")[1])["model"] == str(folder)
+    assert "[red]x[/red]" in run(capsys, "inspect", str(folder))[1]

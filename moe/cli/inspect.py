@@ -19,7 +19,7 @@ from moe.checkpoint.manifest import verify
 from moe.cli.source import MODEL, unknown
 from moe.config import ModelConfig
 from moe.counts import ParameterCounts, count_parameters
-from moe.errors import CheckpointError, ConfigError
+from moe.errors import CheckpointError, ConfigError, one_line
 from moe.presets import PRESETS
 
 _COMPONENTS = ("embedding", "attention", "dense_mlp", "routed_experts", "shared_experts", "routers", "norms", "head")
@@ -130,8 +130,13 @@ def _table(title: str, *headings: str) -> Table:
     return table
 
 
+def _shown(value: Any) -> str:
+    """Text of an untrusted file, which may have markup and commands for the terminal in it."""
+    return escape(one_line(value, 2000))
+
+
 def _print_counts(console: Console, model: str, config: ModelConfig, counts: ParameterCounts) -> None:
-    totals = _table(model, "", "parameters")
+    totals = _table(_shown(model), "", "parameters")
     totals.add_row("total", f"{counts.total:,}")
     totals.add_row("activated by one token", f"{counts.activated:,}")
     totals.add_row("activated, without the input embedding", f"{counts.activated_without_embedding:,}")
@@ -158,13 +163,13 @@ def _print_config(console: Console, config: ModelConfig) -> None:
         rows = {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
         for key, inner in rows.items():
             if inner is not None:
-                values.add_row(key, escape(str(inner)))
+                values.add_row(_shown(key), _shown(inner))
     console.print(values)
 
 
 def _print_stored(console: Console, stored: CheckpointSummary) -> None:
     title = f"{stored.folder}: {stored.model_type}, {stored.files} file{'s' if stored.files > 1 else ''}"
-    files = _table(escape(title), "dtype", "tensors", "values", "bytes")
+    files = _table(_shown(title), "dtype", "tensors", "values", "bytes")
     for name, totals in stored.dtypes.items():
         files.add_row(name, f"{totals.tensors:,}", f"{totals.values:,}", f"{totals.bytes:,}")
     files.add_row("total", f"{stored.tensors:,}", f"{stored.values:,}", f"{stored.bytes:,}")
@@ -173,7 +178,7 @@ def _print_stored(console: Console, stored: CheckpointSummary) -> None:
         note = "" if stored.loadable else ", a format that cannot be loaded"
         console.print(f"quantisation: {stored.quantization}{note}", markup=False)
     if stored.config is None:
-        console.print(f"{stored.model_type} is not a family that can be loaded", markup=False)
+        console.print(f"{_shown(stored.model_type)} is not a family that can be loaded")
     elif stored.agrees:
         console.print("The files hold exactly the tensors that the configuration asks for.")
     for problem in ("missing", "unexpected", "misshaped", "unscaled"):

@@ -23,7 +23,7 @@ from moe.cli.plan_cluster import ClusterArgs, find_gpu, plan_facts, print_plan, 
 from moe.cli.source import MODEL, unknown
 from moe.cluster.settings import Mesh, Run
 from moe.config import ModelConfig
-from moe.errors import CheckpointError, ConfigError
+from moe.errors import CheckpointError, ConfigError, one_line
 from moe.presets import PRESETS
 
 
@@ -141,11 +141,13 @@ def _tables(args: Args, name: str, model: _Model, asked: Dtype | None, memory: i
         print(json.dumps(facts, default=dict))
         return 0
     if found is not None and found.error is not None:
-        console.print(f"{name} holds {found.name} files, which cannot be loaded; planned for {dtype}", markup=False)
+        console.print(
+            f"{one_line(name)} holds {found.name} files, which cannot be loaded; planned for {dtype}", markup=False
+        )
     kinds = ", ".join(f"{kind} {number:,}" for kind, number in stored.values.items())
     source = "by the headers of its files" if files is not None else f"in {dtype}, computed from its configuration"
     size = f"{stored.tensors:,} tensors, {stored.bytes:,} bytes"
-    console.print(f"{name}: {size} (values: {kinds}), {source}", markup=False)
+    console.print(f"{one_line(name)}: {size} (values: {kinds}), {source}", markup=False)
     for purpose, estimate in estimates.items():
         _print(console, purpose, estimate, placement, memory, config)
     return 0
