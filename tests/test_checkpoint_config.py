@@ -301,7 +301,7 @@ BAD_FILES = {
     "an array": (b"[]", "expected an object"),
     "NaN": (b'{"model_type": "deepseek_v3", "rms_norm_eps": NaN}', "NaN"),
     "key twice": (b'{"model_type": "deepseek_v3", "model_type": "deepseek_v2"}', "twice"),
-    "too large": (b'{"a": "' + b"x" * 2**20 + b'"}', "too large"),
+    "too large": (b'{"a": "' + b"x" * 2**24 + b'"}', "too large"),
 }
 
 
@@ -340,3 +340,32 @@ def test_what_transformers_takes_is_taken() -> None:
     assert again["router_aux_loss_coef"] == 0.9
     trained = dataclasses.replace(config, aux_loss_alpha=0.01)
     assert parse_config(render_config(trained, PATH), PATH).aux_loss_alpha == 0.01
+
+
+def test_keys_that_are_not_read_may_hold_what_python_alone_reads(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = json.dumps(V3_FILE)[:-1] + ', "a": NaN, "b": [{"c": -Infinity}], "d": 1, "d": {"e": 2, "e": 3}, "f": [null]}'
+    (tmp_path / "config.json").write_text(text)
+    config = read_config(tmp_path)
+    assert config.extra == {"d": {"e": 3}, "f": [None]}
+    assert [m.partition("config.json: ")[2] for m in caplog.messages] == [
+        "a contains nan: left out",
+        "b contains -inf: left out",
+    ]
+    moe.Transformer(config).save(tmp_path / "saved")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text(), parse_constant=refuse)
+    assert saved["d"] == {"e": 3} and saved["f"] == [None] and "a" not in saved and "b" not in saved
+
+
+@pytest.mark.parametrize("key", ["use_sliding_window", "layer_types", "rotary_dim", "head_dim", "rope_theta"])
+def test_nan_in_a_key_that_is_read_is_refused(key: str) -> None:
+    """Python takes NaN for true, and a key that only decides how others are read has no field that would refuse it."""
+    family = {"use_sliding_window": "qwen3_moe", "layer_types": "gpt_oss", "rotary_dim": "minimax_m2"}
+    values = {"model_type": family.get(key, "deepseek_v3")}
+    with pytest.raises(CheckpointError, match=f"p: {key}; expected one value, and finite numbers; found nan"):
+        parse_config({**values, key: float("nan")}, Path("p"))

@@ -215,8 +215,10 @@ def test_a_repeat_that_differs_is_not_converted(made: Folders, tmp_path: Path) -
     tensors[name] = tensors[name] + 1
     save_file(tensors, file)
     with pytest.raises(CheckpointError, match="differs from the tensor that it repeats") as caught:
-        convert(tmp_path / "source", tmp_path / "out", mtp=False)
-    assert caught.value.tensor == name
+        convert(tmp_path / "source", tmp_path / "out")
+    assert caught.value.tensor == name and "mtp=False (--no-mtp) leaves" in str(caught.value)
+    convert(tmp_path / "source", tmp_path / "out", mtp=False)
+    assert moe.load(tmp_path / "out").config.num_nextn_predict_layers == 0
 
 
 def test_a_source_that_does_not_load_is_not_converted(made: Folders, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, deserialize
 from moe import CheckpointError
 from moe.checkpoint.folder import read_tensors
 from moe.checkpoint.header import MAX_HEADER_BYTES, read_header
-from moe.checkpoint.strict_json import parse_json
+from moe.checkpoint.strict_json import doubt, parse_as_python, parse_json, settled
 
 DATA = bytes(range(34))
 HEADER: dict[str, Any] = {
@@ -55,6 +55,9 @@ def test_a_valid_file(tmp_path: Path) -> None:
         (b"{}", b""),
         (json.dumps(HEADER).encode() + b" " * 7, DATA),  # padding, and unaligned data
         ({"x": {"dtype": "I8", "shape": [], "data_offsets": [0, 1]}}, b"\x01"),
+        (changed("b", more={"a": [1]}), DATA),
+        ({**HEADER, "__metadata__": None}, DATA),
+        (b'{"__metadata__": {"a": "1", "a": "2"}}', b""),
         ({"x": {"dtype": "F4", "shape": [2, 4], "data_offsets": [0, 4]}}, b"\x01" * 4),
     ],
 )
@@ -93,7 +96,6 @@ BAD_HEADERS = {
     "lone surrogate": (encode(b'{"\\ud800": 1}'), "not valid JSON"),
     "entry not an object": (encode({"a": 7}), "entry"),
     "entry without dtype": (encode({"a": {"shape": [1], "data_offsets": [0, 4]}}), "entry"),
-    "entry with more": (encode(changed("b", more=1)), "entry"),
     "unknown dtype": (encode(changed("b", dtype="BF17")), "dtype"),
     "dtype of another type": (encode(changed("b", dtype=["F32"])), "dtype"),
     "negative size": (encode(changed("b", shape=[-5])), "shape"),
@@ -161,6 +163,23 @@ def test_not_a_regular_file(tmp_path: Path) -> None:
         read_tensors(tmp_path)
 
 
+def test_what_python_reads_and_json_does_not_have(tmp_path: Path) -> None:
+    text = b'{"a": [NaN, -Infinity, 1e999], "b": 1, "b": {"c": 2, "c": 3}, "d": 4, "d": 4, "e": [{"f": null}]}'
+    values = parse_as_python(text, tmp_path, max_values=100)
+    assert {key: doubt(value) for key, value in values.items()} == {
+        "a": "nan",
+        "b": "two values: 1 and later {'c': 2 and later 3}",
+        "d": None,
+        "e": None,
+    }
+    assert settled(values)["b"] == json.loads(text)["b"] == {"c": 3}
+    for bad in (b"[1", b"[01]", b"{'a': 1}", b"[" * 65 + b"]" * 65, b"\xff", b"[" + b"1" * 5000 + b"]"):
+        with pytest.raises(CheckpointError, match="not valid JSON"):
+            parse_as_python(bad, tmp_path, max_values=100)
+    with pytest.raises(CheckpointError, match="too many values; expected at most 2 commas and brackets; found 3"):
+        parse_as_python(b"[1, 2, 3]", tmp_path, max_values=2)
+
+
 def test_numbers_and_keys_that_json_does_not_have() -> None:
     for text in (b"[Infinity]", b"[-Infinity]", b"[1e999]", b"[" + b"1" * 5000 + b"]"):
         with pytest.raises(CheckpointError, match="not valid JSON"):
@@ -212,9 +231,15 @@ def without(index: dict[str, Any], name: str) -> dict[str, Any]:
 BAD_INDEXES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "not JSON": (lambda index: b"<html>", "not valid JSON"),
     "an array": (lambda index: [], "expected an object"),
+    "two weight_maps": (lambda index: b'{"weight_map": {}, "weight_map": {}}', "weight_map; expected one; found two"),
+    "metadata of a megabyte": (lambda index: {"metadata": [0] * 2**20, **index}, "at most 1048576 bytes"),
+    "metadata cut": (lambda index: b'{"metadata": {"a": [1, 2]', "expected ',' or the end"),
+    "brackets that differ": (lambda index: b'{"metadata": {"a": [1}, "weight_map": {}}', "expected ',' or the end"),
+    "metadata with a comma too many": (lambda index: b'{"metadata": [1,], "weight_map": {}}', "expected a value"),
+    "metadata without a colon": (lambda index: b'{"metadata": {"a" 1}, "weight_map": {}}', "expected ':'"),
     "no weight_map": (lambda index: {"metadata": {}}, "no weight_map"),
     "weight_map not an object": (lambda index: {"weight_map": ["a"]}, "no weight_map"),
-    "key twice": (lambda index: b'{"weight_map": {"a": "one.safetensors", "a": "one.safetensors"}}', "a: twice"),
+    "key twice": (lambda index: b'{"weight_map": {"a": "one.safetensors", "a": "two.safetensors"}}', "a: twice"),
     "absolute path": (lambda index: moved(index, b="/etc/two.safetensors"), "b: file name"),
     "path upwards": (lambda index: moved(index, b="../two.safetensors"), "b: file name"),
     "path into a folder": (lambda index: moved(index, b="sub/two.safetensors"), "b: file name"),
@@ -244,11 +269,67 @@ def test_a_tensor_in_two_files(tmp_path: Path) -> None:
         read_tensors(tmp_path)
 
 
-def test_an_index_beside_a_file_that_it_does_not_list(tmp_path: Path) -> None:
+def test_the_index_decides_which_files_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     two_shards(tmp_path)
+    for name in ("model-10.safetensors", "model-9.safetensors", "consolidated.safetensors", ".DS_Store"):
+        write(tmp_path, b"no weights", name)
+    assert sorted(read_tensors(tmp_path)) == ["a", "b", "c"]
+    (warning,) = caplog.messages
+    assert warning.endswith("index.json does not list model-9.safetensors and 1 more: ignored")
+    caplog.clear()
     write(tmp_path, encode(HEADER))
-    with pytest.raises(CheckpointError, match="ambiguous"):
+    assert sorted(read_tensors(tmp_path)) == ["a", "b", "c"]
+    (warning,) = caplog.messages
+    assert warning.endswith(
+        "does not list model.safetensors and 2 more: ignored; transformers reads model.safetensors instead of the index"
+    )
+
+
+@pytest.mark.parametrize(
+    "metadata", [b"null", b'{"total_size": 7}', b'{"total_size": NaN}', b"[[[]]]", b'"\\"}"', b"-1e9"]
+)
+def test_metadata_of_an_index_is_not_read(tmp_path: Path, metadata: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    index = two_shards(tmp_path)
+    text = json.dumps(index).encode()
+    set_index(tmp_path, b'{"metadata": ' + metadata + b", " + text[1:-1] + b', "metadata": ' + metadata + b"}")
+    assert sorted(read_tensors(tmp_path)) == ["a", "b", "c"]
+    set_index(
+        tmp_path, b'{"metadata": ' + metadata + b", " + json.dumps(moved(index, d="one.safetensors"))[1:].encode()
+    )
+    with pytest.raises(CheckpointError, match="d: missing"):  # nothing comes before the real error
         read_tensors(tmp_path)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("names", "absent"),
+    [
+        ("model-00001-of-000003 model-00002-of-000003 model-00003-of-000003", None),
+        ("model-1-of-3 model-2-of-3 model-3-of-3", None),
+        ("model-00000-of-00002 model-00001-of-00002 model-00002-of-00002", None),
+        ("model-00000-of-00003 model-00001-of-00003 model-00002-of-00003", None),
+        ("model-00001-of-000004 model-00002-of-000004 model-00003-of-000004", "model-00004-of-000004"),
+        ("model-1-of-11 model-2-of-11 model-11-of-11", "model-3-of-11"),
+        ("model-00000-of-00002 model-00002-of-00002 model-x", "model-00001-of-00002"),
+        ("model-00000-of-00004 model-00001-of-00004 model-00002-of-00004", "model-00003-of-00004"),
+    ],
+)
+def test_numbered_files_without_an_index(tmp_path: Path, names: str, absent: str | None) -> None:
+    for i, name in enumerate(names.split()):
+        entry = {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}
+        write(tmp_path, encode({f"t{i}": entry}, b"\1"), f"{name}.safetensors")
+    if absent is None:
+        assert list(read_tensors(tmp_path)) == ["t0", "t1", "t2"]
+        return
+    with pytest.raises(CheckpointError, match=f"{absent}.safetensors: No such file; expected all that"):
+        read_tensors(tmp_path)
+
+
+def test_shards_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for number in range(1, 12):
+        entry = {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}
+        write(tmp_path, encode({f"t{number}": entry}, b"\1"), f"model-{number}-of-11.safetensors")
+    assert list(read_tensors(tmp_path)) == [f"t{number}" for number in range(1, 12)]
 
 
 def test_pickles_are_refused_with_the_reason(tmp_path: Path) -> None:

@@ -370,6 +370,37 @@ def test_odd_names_and_values_are_shown_as_text(capsys: Any, saved: Path, tmp_pa
     (folder / "config.json").write_text(json.dumps(values | {"note [/x]": "\ud800 [red]x[/red] \x1b[31m"}))
     for command in ("inspect", "plan"):
         status, out, err = run(capsys, command, str(folder))
-        assert (status, err) == (0, "") and not set(out) & {"\x1b", "\ud800", "\udcff"}
+        assert (status, err) == (0, "") and not any(c == "\x1b" or 0xD800 <= ord(c) < 0xE000 for c in out)
         assert json.loads(run(capsys, command, str(folder), "--json")[1])["model"] == str(folder)
     assert "[red]x[/red]" in run(capsys, "inspect", str(folder))[1]
+
+
+def test_inspect_prints_json_of_any_config(capsys: Any, saved: Path, tmp_path: Path) -> None:
+    values = json.loads((saved / "config.json").read_text()) | {"note": [float("nan"), {"x": float("-inf")}, 1.5]}
+    convert(saved, tmp_path / "out")
+    (tmp_path / "out" / "config.json").write_text(json.dumps(values))
+
+    def refuse(word: str) -> None:
+        raise ValueError(word)
+
+    facts = json.loads(run(capsys, "inspect", str(tmp_path / "out"), "--json")[1], parse_constant=refuse)
+    assert facts["stored"]["tensors"] == facts["stored"]["dtypes"]["F32"]["tensors"]
+
+
+def test_generate_without_mtp_modules(capsys: Any, mixed: Path, tmp_path: Path) -> None:
+    """An MTP module whose embedding is not the model's."""
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, models
+
+    convert(mixed, tmp_path / "odd", dtype="fp32")
+    file = tmp_path / "odd" / "model.safetensors"
+    tensors = load_file(file)
+    name = f"model.layers.{V3_MTP.num_hidden_layers}.embed_tokens.weight"
+    save_file(tensors | {name: tensors[name][:-1].clone()}, file)
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    words.save(str(tmp_path / "odd" / "tokenizer.json"))
+    command = ("generate", str(tmp_path / "odd"), "--prompt", "a", "--max-new-tokens", "2", "--json")
+    line = fails_in_one_line(capsys, *command)
+    assert name in line and "--no-mtp" in line
+    status, out, _ = run(capsys, *command, "--no-mtp")
+    assert status == 0 and len(json.loads(out)["token_ids"]) == 2

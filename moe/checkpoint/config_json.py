@@ -1,6 +1,7 @@
 """config.json <-> `ModelConfig`. Whatever is not understood is kept; whatever would be misunderstood is refused."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -8,11 +9,17 @@ from typing import Any
 
 from moe.checkpoint.families import Family, family_of
 from moe.checkpoint.folder import CONFIG, locate, read_config_values
+from moe.checkpoint.strict_json import doubt, settled
 from moe.config import ModelConfig, RopeParameters
 from moe.errors import CheckpointError, ConfigError
 
+logger = logging.getLogger("moe")
+
 # These describe the files and not the model: a save writes its own.
 STORAGE_KEYS = ("architectures", "dtype", "torch_dtype", "quantization_config", "compression_config")
+
+_ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "rotary_dim")
+_ROPE_KEYS += ("original_max_position_embeddings", "max_position_embeddings", "head_dim")
 
 # What null means, where it means something other than None.
 _NULL = {"n_group": 1, "topk_group": 1, "n_shared_experts": 0, "mlp_only_layers": (), "aux_loss_alpha": 0.0}
@@ -28,16 +35,31 @@ def parse_config(values: Mapping[str, Any], path: Path) -> ModelConfig:
     """The object of a config.json as a `ModelConfig`; `path` is for messages.
 
     `extra` gets every key that has no field, and every key that says the same in another way than `render_config`
-    would: an older form of RoPE, a null.
+    would: an older form of RoPE, a null. Keys that are not read may hold what only Python's parser accepts: of two
+    values the last counts, and one that contains NaN or Infinity is left out with a warning, because no file of ours
+    can hold it.
     """
+    read = {*_keys_read(family_of(values.get("model_type"), path)), "quantization_config"}
+    for key, value in values.items():
+        if key in read and (found := doubt(value)) is not None:
+            raise CheckpointError(path, key, expected="one value, and finite numbers", found=found)
     config = _understand(values, path)
     plain = _render(config)
-    extra = {
-        key: value
-        for key, value in values.items()
-        if key not in STORAGE_KEYS and not (key in plain and plain[key] == value)
-    }
+    extra: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in STORAGE_KEYS or (key in plain and plain[key] == value):
+            continue
+        extra[key] = settled(value)
+        if (found := doubt(extra[key])) is not None:
+            logger.warning("%s: %s contains %s: left out", path, key, found)
+            del extra[key]
     return dataclasses.replace(config, extra=extra)
+
+
+def _keys_read(family: Family) -> set[str]:
+    """The keys of config.json that decide what a model of `family` computes."""
+    keys = {key for name in family.keys for key in family.keys_of(name)}
+    return keys.union(family.fixed, family.derived, _ROPE_KEYS, *(form.keys for form in family.forms))
 
 
 def render_config(config: ModelConfig, path: Path) -> dict[str, Any]:

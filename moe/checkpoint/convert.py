@@ -28,7 +28,7 @@ from moe.checkpoint.layout import Plan, Slot, fp8_names, layout, plan, with_scal
 from moe.checkpoint.manifest import Manifest
 from moe.checkpoint.progress import Progress
 from moe.checkpoint.reading import BIAS, DTYPES, STORED, Files, Piece, check_dtypes, check_repeats, fill, load, pieces
-from moe.checkpoint.roles import check_scales
+from moe.checkpoint.roles import check_scales, needs_common_dtype
 from moe.checkpoint.shards import Entry, as_json, write_shards
 from moe.config import ModelConfig
 from moe.counts import parameter_shapes
@@ -67,8 +67,8 @@ def convert(
             in both is copied byte for byte.
         table: the layout of the result, one of the family's: "experts" each alone, "stacked" as transformers has them
             in memory, "deepseek" with the names and in the one file of DeepSeek's inference code, "mxfp4" for gpt-oss.
-        mtp: False leaves out multi-token prediction modules; True keeps what there is, or refuses a layout without
-            names for them; None keeps what the layout has names for.
+        mtp: False leaves multi-token prediction modules out and does not look at their tensors; True keeps what there
+            is, or refuses a layout without names for them; None keeps what the layout has names for.
         overwrite: replace a checkpoint that is in `target` already. Without it only a new or empty folder is written
             to. A folder that holds anything but a checkpoint's files is never replaced.
         revision: that of `moe.load`, for a source on the Hub.
@@ -83,7 +83,7 @@ def convert(
     kind = None if dtype is None else parse_dtype(dtype, "dtype", tuple(SAFETENSORS))
     if scale_fmt is not None and kind != "fp8":
         raise ConfigError("scale_fmt", scale_fmt, "none without dtype fp8")
-    todo = _checked(source, target, overwrite, revision)
+    todo = _plan(source, target, overwrite, revision, mtp=mtp is not False)
     family = family_of(todo.config.model_type, todo.folder)
     if kind == "mxfp4":
         if "mxfp4" not in family.tables or table not in (None, "mxfp4"):
@@ -94,17 +94,16 @@ def convert(
     if table not in family.tables:
         known = f"one of {', '.join(family.tables)}, the layouts of {family.model_type}"
         raise ConfigError("layout", table, known + did_you_mean(table, family.tables))
-    config = todo.config
-    if config.num_nextn_predict_layers and (mtp is False or not family.tables[table].mtp):
+    if todo.config.num_nextn_predict_layers and not family.tables[table].mtp:
         if mtp:
             raise ConfigError("mtp", mtp, f"false: the layout {table} has no names for MTP modules")
-        if mtp is None:
-            logger.warning("the layout %s has no names for MTP modules: they are left out", table)
-        config = dataclasses.replace(config, num_nextn_predict_layers=0)
+        logger.warning("the layout %s has no names for MTP modules: they are left out", table)
+        todo = plan(todo.folder, mtp=False)
+    _check(todo)
     stored = SAFETENSORS[kind] if kind in FLOATING else kind
-    result = _Result(todo, config, family, table, stored, block_size, scale_fmt)
+    result = _Result(todo, todo.config, family, table, stored, block_size, scale_fmt)
     entries = result.entries()
-    values = render_config(config, Path(target) / CONFIG)
+    values = render_config(todo.config, Path(target) / CONFIG)
     values |= {"architectures": [family.architecture], **result.storage(entries)}
     _write(
         todo,
@@ -135,14 +134,16 @@ def cut(
     """Write a smaller checkpoint of some layers and some experts of each of them, reading only their bytes.
 
     Layers and experts keep their order and are counted anew; the router keeps the rows of those experts. Every byte is
-    one of the source, quantised or not. MTP modules are left out. Returns the receipt, which is also in the folder as
-    cut.json: what was kept, and with `compare` how far the result's logits are from the source's on a fixed input, for
-    which the whole source is loaded, if it fits into memory. `overwrite` and `revision` are those of `convert`.
+    one of the source, quantised or not. MTP modules are left out, whatever the source has of them. Returns the receipt,
+    which is also in the folder as cut.json: what was kept, and with `compare` how far the result's logits are from the
+    source's on a fixed input, for which the whole source is loaded, if it fits into memory. `overwrite` and `revision`
+    are those of `convert`.
 
     Raises ConfigError for layers and experts that are not there or twice; CheckpointError where the family cannot
     express the result: experts in groups must be as many in each group that has any.
     """
-    todo = _checked(source, target, overwrite, revision)
+    todo = _plan(source, target, overwrite, revision, mtp=False)
+    _check(todo)
     config = cut_config(todo.config, layers, experts, todo.folder)
     family = family_of(config.model_type, todo.folder)
     slots = {name: slot for name, slot in layout(config, todo.table).items() if slot.written}
@@ -170,7 +171,7 @@ def cut(
         entries.append(Entry(name, info.dtype, slot.shape))
 
     values = render_config(config, Path(target) / CONFIG)
-    named = str(_common(entries)).removeprefix("torch.")
+    named = str(_common(entries, slots)).removeprefix("torch.")
     values |= {"architectures": [family.architecture], "dtype": named, "torch_dtype": named}
     if todo.quantization is not None:
         values["quantization_config"] = dict(todo.quantization.raw)
@@ -216,7 +217,7 @@ def _difference(source: Path, part: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {"token_ids": ids[0].tolist()}
     with torch.no_grad():
         try:
-            found, exact = (load(folder, progress=False)(ids).logits.double() for folder in (part, source))
+            found, exact = (load(folder, mtp=False, progress=False)(ids).logits.double() for folder in (part, source))
         except CheckpointError as error:  # one of them does not fit into memory
             return facts | {"not_compared": str(error)}
     difference = float((found - exact).norm() / exact.norm())
@@ -225,8 +226,10 @@ def _difference(source: Path, part: Path) -> dict[str, Any]:
     return facts
 
 
-def _checked(source: str | PathLike[str], target: str | PathLike[str], overwrite: bool, revision: str | None) -> Plan:
-    """The source, as strictly read as `load` does. Before that, raises if the target cannot be written or replaced."""
+def _plan(
+    source: str | PathLike[str], target: str | PathLike[str], overwrite: bool, revision: str | None, *, mtp: bool
+) -> Plan:
+    """The plan of the source. Before anything is read, raises if the target cannot be written or replaced."""
     same = "the source itself, which would be replaced"
     if os.path.realpath(source) == os.path.realpath(target):
         raise CheckpointError(target, same, expected="another folder")
@@ -234,11 +237,14 @@ def _checked(source: str | PathLike[str], target: str | PathLike[str], overwrite
     folder = find(source, revision)
     if os.path.realpath(folder) == os.path.realpath(target):  # a name of a folder elsewhere
         raise CheckpointError(target, same, expected="another folder")
-    todo = plan(folder)
+    return plan(folder, mtp=mtp)
+
+
+def _check(todo: Plan) -> None:
+    """Be as strict as `load`."""
     todo.check()
     check_dtypes(todo)
     check_repeats(todo)
-    return todo
 
 
 def cut_config(config: ModelConfig, layers: Sequence[int], experts: Sequence[int], folder: Path) -> ModelConfig:
@@ -332,13 +338,12 @@ def _raw(files: Files, info: TensorInfo) -> Tensor:
     return tensor
 
 
-def _common(entries: Iterable[Entry]) -> torch.dtype:
-    """The floating dtype of most values; of quantised ones, what they become."""
+def _common(entries: Iterable[Entry], slots: Mapping[str, Slot]) -> torch.dtype:
+    """The dtype in which the result runs: that of most values which are not quantised and all need one dtype."""
     sizes: dict[str, int] = {}
     for entry in entries:
-        kind = "BF16" if entry.dtype in ("F8_E4M3", "U8") else entry.dtype
-        if kind in DTYPES:
-            sizes[kind] = sizes.get(kind, 0) + entry.nbytes
+        if entry.dtype in DTYPES and needs_common_dtype(slots[entry.name].parameter):
+            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
     return DTYPES[max(sizes, key=lambda kind: sizes[kind])]
 
 
@@ -389,7 +394,7 @@ class _Result:
 
     def storage(self, entries: list[Entry]) -> dict[str, Any]:
         """The keys of config.json that describe the files."""
-        named = str(_common(entries)).removeprefix("torch.")
+        named = str(_common(entries, self.slots)).removeprefix("torch.")
         keys: dict[str, Any] = {"dtype": named, "torch_dtype": named}
         if any(entry.dtype == "F8_E4M3" for entry in entries):
             raw: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}

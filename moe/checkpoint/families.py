@@ -85,6 +85,15 @@ class Form:
     write: Callable[[ModelConfig], dict[str, Any]]
 
 
+# Rotary tables, which older code registered as persistent buffers, in each layer or once for all. Kimi-K2's and
+# Moonlight's files hold inv_freq. transformers and vLLM skip them in every family.
+ROPE_BUFFERS = tuple(
+    f"{owner}.rotary_emb.{kind}"
+    for owner in ("model.layers.{layer}.self_attn", "model")
+    for kind in ("inv_freq", "cos_cached", "sin_cached")
+)
+
+
 @dataclass(frozen=True)
 class Family:
     """How one `model_type` names its tensors and its configuration.
@@ -105,6 +114,8 @@ class Family:
         yarn_from_length: whether YaRN's missing original length is max_position_embeddings to every reader.
         rope: `rope_parameters` where the file has none. Its rope_theta and partial_rotary_factor stand in, too, where
             the file's rope_parameters lack them.
+        buffers: names of tensors, {layer} for each layer's, that some files hold and the model computes itself. They
+            are ignored in any shape and dtype, and never written.
     """
 
     model_type: str
@@ -120,6 +131,7 @@ class Family:
     forms: tuple[Form, ...] = ()
     yarn_from_length: bool = True
     rope: Mapping[str, Any] = field(default_factory=dict)
+    buffers: tuple[str, ...] = ROPE_BUFFERS
 
     def keys_of(self, name: str) -> tuple[str, ...]:
         keys = self.keys[name]

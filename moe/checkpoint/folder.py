@@ -2,18 +2,21 @@
 
 import contextlib
 import itertools
+import logging
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from moe.checkpoint.files import open_regular, read_bounded, read_exactly, recognise
 from moe.checkpoint.header import MAX_HEADER_BYTES, TensorInfo, read_header
-from moe.checkpoint.strict_json import CHARACTERS, KEY, NEXT, Scanner, decode_string, parse_json
+from moe.checkpoint.strict_json import CHARACTERS, KEY, NEXT, Scanner, decode_string, parse_as_python
 from moe.errors import CheckpointError, nearest, one_line
+
+logger = logging.getLogger("moe")
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -24,7 +27,8 @@ RUN, METRICS = "settings.json", "metrics.jsonl"  # a run of `moesmith train` has
 
 NO_FOLDER = "no such folder"  # begins the problem of a path, or a name on the Hub, that leads nowhere
 
-MAX_CONFIG_BYTES = 2**20
+MAX_CONFIG_BYTES = 16 * 2**20  # room for maps of a whole vocabulary, which some tools write
+MAX_CONFIG_VALUES = 2**19
 MAX_INDEX_BYTES = 64 * 2**20
 MAX_INDEX_TENSORS = 2**18  # nearly three times as many as DeepSeek-V3 has in FP8
 MAX_CARRIED_BYTES = 64 * 2**20
@@ -47,7 +51,8 @@ CARRIED = (
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*/*.pth")
 _OTHERS = ("*.safetensors", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.npz")
 _ENTRY = re.compile(KEY + rb'"(' + CHARACTERS + rb')"' + NEXT)
-_SHARD = re.compile(r"model-(\d{1,6})-of-(\d{1,6})\.safetensors")
+_SHARD = re.compile(r"model-(\d{1,6})-of-(\d{1,6})\.safetensors", re.ASCII)
+_DIGITS = re.compile(r"(\d+)", re.ASCII)
 
 
 def previous_folder(folder: Path) -> Path:
@@ -174,12 +179,12 @@ def _roots(folder: Path) -> list[Path]:
 
 
 def read_config_values(folder: Path) -> dict[str, Any]:
-    """The object in config.json, as it stands there."""
+    """The object in config.json, as Python reads it: see `parse_as_python`."""
     path = member(folder, CONFIG)
     if not os.path.lexists(path):
         expected = f"{CONFIG} and {SINGLE}, or its shards"
         raise CheckpointError(path, "No such file", expected=expected, found=_what_is_there(folder))
-    values = parse_json(read_bounded(path, MAX_CONFIG_BYTES), path)
+    values = parse_as_python(read_bounded(path, MAX_CONFIG_BYTES), path, max_values=MAX_CONFIG_VALUES)
     if not isinstance(values, dict):
         raise CheckpointError(path, "wrong JSON value", expected="an object", found=type(values).__name__)
     return values
@@ -191,63 +196,92 @@ def read_carried(folder: Path) -> dict[str, bytes]:
     return {name: read_bounded(member(folder, name), MAX_CARRIED_BYTES) for name in present}
 
 
-def read_tensors(folder: Path, *, max_header_bytes: int = MAX_HEADER_BYTES) -> dict[str, TensorInfo]:
-    """Every tensor of the folder, from headers alone.
+def read_tensors(
+    folder: Path,
+    *,
+    max_header_bytes: int = MAX_HEADER_BYTES,
+    optional: Callable[[str], bool] = lambda name: False,
+) -> dict[str, TensorInfo]:
+    """Every tensor of the folder, from headers alone, file by file; shard 2 comes before shard 10.
 
-    With an index, its files hold exactly the tensors that it lists for them, and as many bytes as it says. Without
-    one, all `model*.safetensors` count, and files that number themselves are all there. A tensor in two files is
-    refused. `max_header_bytes` is for each file's header.
+    With an index, the files that it lists hold exactly the tensors that it lists for them; other files are ignored, and
+    so are its metadata. Without one, all `model*.safetensors` count, and files that number themselves are all there. A
+    tensor in two files is refused. `max_header_bytes` is for each file's header.
+
+    `optional` says of a tensor's name that nothing is lost without the tensor: the index and the files may disagree
+    about it, and a file that cannot be read is ignored if the index lists no others for it.
     """
     index = folder / INDEX
-    weight_map, total = _read_index(member(folder, INDEX)) if os.path.lexists(index) else (None, None)
-    names = set(weight_map.values()) if weight_map is not None else {p.name for p in folder.glob("model*.safetensors")}
+    listed = _read_index(member(folder, INDEX)) if os.path.lexists(index) else None
+    present = {path.name for path in folder.glob("model*.safetensors")}
+    names = present if listed is None else set(listed.values())
     if not names:
         raise CheckpointError(folder, "no tensors", expected=f"{SINGLE}, or {INDEX}", found=_what_is_there(folder))
-    if weight_map is None:
+    if listed is None:
+        needed = names
         _check_complete(folder, names)
-    elif SINGLE not in names and os.path.lexists(folder / SINGLE):
-        raise CheckpointError(index, f"ambiguous: {SINGLE} lies beside it and it does not list that file")
-
-    for name in sorted(names):
+    else:
+        needed = {file for name, file in listed.items() if not optional(name)}
+        _warn_about_others(index, present - names)
+    for name in sorted(needed, key=by_number):
         if not os.path.lexists(folder / name):
             raise CheckpointError(folder / name, "No such file", expected=f"a file, because {INDEX} lists it")
 
     tensors: dict[str, TensorInfo] = {}
-    for file in (member(folder, name) for name in sorted(names)):
-        for name, tensor in read_header(file, max_header_bytes=max_header_bytes).items():
+    for file in sorted(names, key=by_number):
+        try:
+            header = read_header(member(folder, file), max_header_bytes=max_header_bytes)
+        except CheckpointError:
+            if file in needed:
+                raise
+            continue
+        for name, tensor in header.items():
+            in_place = listed is None or listed.get(name) == file
+            if (name in tensors or not in_place) and optional(name):
+                tensors.setdefault(name, tensor)
+                continue
             if name in tensors:
-                raise CheckpointError(file, "in two files", tensor=name, found=f"also in {tensors[name].path.name}")
-            if weight_map is not None and weight_map.get(name) != file.name:
-                expected = weight_map.get(name, "no such tensor")
-                raise CheckpointError(file, "the index disagrees", tensor=name, expected=expected, found=file.name)
+                problem, other = "in two files", tensors[name].path.name
+                raise CheckpointError(tensor.path, problem, tensor=name, found=f"also in {other}")
+            if listed is not None and not in_place:
+                expected = listed.get(name, "no such tensor")
+                raise CheckpointError(tensor.path, "the index disagrees", tensor=name, expected=expected, found=file)
             tensors[name] = tensor
-    for name, file in (weight_map or {}).items():
-        if name not in tensors:
+    for name, file in (listed or {}).items():
+        if name not in tensors and not optional(name):
             raise CheckpointError(folder / file, "missing: the index lists it for this file", tensor=name)
-    if total is not None:
-        _check_total(total, index, tensors, names)
     return tensors
 
 
+def _warn_about_others(index: Path, others: set[str]) -> None:
+    """`others` are files of weights beside an index that does not list them."""
+    if others:
+        first = SINGLE if SINGLE in others else min(others, key=by_number)
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        note = f"; transformers reads {SINGLE} instead of the index" if first == SINGLE else ""
+        logger.warning("%s does not list %s%s: ignored%s", index, first, more, note)
+
+
+def by_number(name: str) -> tuple[tuple[int, int | str], ...]:
+    """A sort key with which "model-10" comes after "model-2"."""
+    return tuple((0, int(part)) if part.isdecimal() else (1, part) for part in _DIGITS.split(name))
+
+
 def _check_complete(folder: Path, names: Iterable[str]) -> None:
-    for name in sorted(names):
-        if found := _SHARD.fullmatch(name):
-            _, count = found.groups()
-            for i in range(1, int(count) + 1):
-                other = f"model-{i:0{len(count)}}-of-{count}.safetensors"
-                if other not in names:
-                    raise CheckpointError(folder / other, "No such file", expected=f"all that {name} counts")
+    """Raise unless the files that number themselves, from 1 or (like gpt-oss's) from 0, are all there."""
+    sets: dict[int, dict[int, re.Match[str]]] = {}
+    for found in filter(None, map(_SHARD.fullmatch, names)):
+        sets.setdefault(int(found[2]), {})[int(found[1])] = found
+    for count, shards in sets.items():
+        like = shards[min(shards)]
+        for number in range(count) if 0 in shards else range(1, count + 1):
+            if number not in shards:
+                other = f"model-{number:0{len(like[1])}}-of-{like[2]}.safetensors"
+                raise CheckpointError(folder / other, "No such file", expected=f"all that {like[0]} counts")
 
 
-def _check_total(total: int, index: Path, tensors: dict[str, TensorInfo], names: Iterable[str]) -> None:
-    data = sum(tensor.nbytes for tensor in tensors.values())
-    if total != data and total != (whole := sum(os.stat(index.with_name(name)).st_size for name in names)):
-        expected = f"{data}, the tensors' bytes (or {whole}, the files')"
-        raise CheckpointError(index, "metadata.total_size disagrees with the files", expected=expected, found=total)
-
-
-def _read_index(path: Path) -> tuple[dict[str, str], int | None]:
-    """Tensor name -> file name, and the bytes that they have in all. A file name is bare: it names nothing outside."""
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> file name. A file name is bare: it names nothing outside. All else in the index is skipped."""
     file, size = open_regular(path)
     with file:
         if size > MAX_INDEX_BYTES:
@@ -258,25 +292,19 @@ def _read_index(path: Path) -> tuple[dict[str, str], int | None]:
         file.seek(0)
         scan = Scanner(file, size, path)
         weight_map: dict[str, str] | None = None
-        total: int | None = None
-        seen: set[str] = set()
         going = scan.object()
         while going:
-            key = scan.key()
-            if key in seen or len(seen) > 64:
-                found = f"{key[:80]!r} twice" if key in seen else f"{len(seen)} keys"
-                raise CheckpointError(path, "keys of the index", expected="metadata and weight_map", found=found)
-            seen.add(key)
-            if key == "weight_map":
+            if scan.key() != "weight_map":
+                scan.skip_value()
+            elif weight_map is None:
                 weight_map = _read_weight_map(scan)
             else:
-                value = scan.value()
-                total = _total_size(value, path) if key == "metadata" else total
+                raise CheckpointError(path, "weight_map", expected="one", found="two")
             going = scan.more()
         scan.end()
     if weight_map is None:
         raise CheckpointError(path, "no weight_map", expected="an object with tensor names and file names")
-    return weight_map, total
+    return weight_map
 
 
 def _read_weight_map(scan: Scanner) -> dict[str, str]:
@@ -291,7 +319,7 @@ def _read_weight_map(scan: Scanner) -> dict[str, str]:
         name, file = decode_string(found[1]), files.get(found[2])
         if file is None:
             file = files[found[2]] = _bare(decode_string(found[2]), name, scan.path)
-        if name in weight_map:
+        if weight_map.get(name, file) != file:
             raise CheckpointError(scan.path, "twice in the index", tensor=name, expected="one file", found="two")
         if len(weight_map) == MAX_INDEX_TENSORS:
             expected = f"at most {MAX_INDEX_TENSORS}"
@@ -310,17 +338,6 @@ def _bare(file: str, name: str, path: Path) -> str:
         expected = "a .safetensors file in this folder"
         raise CheckpointError(path, "file name", tensor=name, expected=expected, found=repr(file[:300]))
     return file
-
-
-def _total_size(metadata: Any, path: Path) -> int | None:
-    if metadata is not None and not isinstance(metadata, dict):
-        raise CheckpointError(path, "metadata", expected="an object", found=repr(metadata)[:200])
-    total = (metadata or {}).get("total_size")
-    if total is None:
-        return None
-    if isinstance(total, bool) or not isinstance(total, int | float) or total < 0 or total != int(total):
-        raise CheckpointError(path, "metadata.total_size", expected="a number of bytes", found=repr(total)[:200])
-    return int(total)
 
 
 def _what_is_there(folder: Path) -> str:

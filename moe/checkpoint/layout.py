@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -212,61 +212,90 @@ class Plan:
     """What a folder holds beside what its configuration asks for. Nothing but headers has been read.
 
     Attributes:
-        config: without MTP modules where the files have none of their tensors, whatever config.json says.
+        config: without MTP modules if the files have none of their tensors, whatever config.json says, or if they are
+            not wanted.
         table: the layout of the files, by its name in the family.
         quantization: how their quantised tensors are to be read, or None.
+        dtype: that of all tensors, as config.json states it; None if it does not.
         tensors: all that the files hold.
         slots: what they should hold.
         missing, unexpected, misshaped: names; repeats are never missing.
+        ignored: names of tensors that are not read: the family's buffers, and MTP modules that `config` does not have.
     """
 
     folder: Path
     config: ModelConfig
     table: str
     quantization: Quantization | None
+    dtype: str | None
     tensors: dict[str, TensorInfo]
     slots: dict[str, Slot]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     misshaped: tuple[str, ...]
+    ignored: tuple[str, ...]
 
     def check(self) -> None:
-        """Raise `CheckpointError` for the first tensor that is missing, unexpected or mis-shaped."""
-        for names, problem in ((self.missing, "missing"), (self.unexpected, "unexpected"), (self.misshaped, "shape")):
-            if not names:
-                continue
-            name = names[0]
-            found = self.tensors.get(name)
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise CheckpointError(
-                found.path if found else self.folder,
-                problem + more,
-                tensor=name,
-                expected=list(self.slots[name].shape) if name in self.slots else "no such tensor",
-                found=list(found.shape) if found else "no such tensor",
+        """Raise `CheckpointError` for the first tensor that is missing, unexpected or mis-shaped, MTP modules' last."""
+        found = [
+            (name, problem, names)
+            for names, problem in (
+                (self.missing, "missing"),
+                (self.unexpected, "unexpected"),
+                (self.misshaped, "shape"),
             )
+            for name in names
+        ]
+        for name, problem, names in sorted(found, key=lambda one: self.is_mtp(one[0])):
+            info = self.tensors.get(name)
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise self.error(
+                name,
+                problem + more,
+                expected=list(self.slots[name].shape) if name in self.slots else "no such tensor",
+                found=list(info.shape) if info else "no such tensor",
+            )
+
+    def error(self, name: str, problem: str, *, expected: Any, found: Any = None) -> CheckpointError:
+        """An error about a tensor, which says how to do without it if it belongs to an MTP module."""
+        if self.is_mtp(name):
+            problem += "; mtp=False (--no-mtp) leaves multi-token prediction out"
+        path = self.tensors[name].path if name in self.tensors else self.folder
+        return CheckpointError(path, problem, tensor=name, expected=expected, found=found)
+
+    def is_mtp(self, name: str) -> bool:
+        """Whether a tensor belongs to one of the MTP modules of `config`."""
+        table = family_of(self.config.model_type, self.folder).tables[self.table]
+        first = self.config.num_hidden_layers
+        return first <= _layer(table, name)[0] < first + self.config.num_nextn_predict_layers
 
 
 def plan(
     folder: str | PathLike[str],
     *,
+    mtp: bool = True,
     max_header_bytes: int = MAX_HEADER_BYTES,
     any_quantization: bool = False,
-    tensors: dict[str, TensorInfo] | None = None,
+    headers: dict[str, TensorInfo] | None = None,
 ) -> Plan:
     """Read config.json and the headers of `folder`, and compare them.
 
-    A quantisation format that cannot be loaded is refused before the headers are read, unless `any_quantization`.
-    `tensors` are the headers, if they have been read before.
+    Without `mtp` the model has no MTP modules, and tensors of theirs are ignored. A quantisation format that cannot be
+    loaded is refused before the headers are read, unless `any_quantization`. `headers` are those of the files, if they
+    have been read before.
     """
     path = locate(folder)
     values = read_config_values(path)
-    config = parse_config(values, path / CONFIG)
+    stated = parse_config(values, path / CONFIG)
+    config = stated if mtp else dataclasses.replace(stated, num_nextn_predict_layers=0)
     quantization = read_quantization(path, values)
     if quantization is not None and not any_quantization:
         quantization.check()
-    tensors = read_tensors(path, max_header_bytes=max_header_bytes) if tensors is None else tensors
     family = family_of(config.model_type, path)
+    optional = _may_be_ignored(family, config)
+    tensors = headers
+    if tensors is None:
+        tensors = read_tensors(path, max_header_bytes=max_header_bytes, optional=optional)
     table = _table_of(family, tensors)
     names = family.tables[table]
     config = _with_mtp_of_files(names, config, tensors)
@@ -277,18 +306,82 @@ def plan(
     if quantization is not None and quantization.block_size is not None:
         fp8 = (n for n, info in tensors.items() if info.dtype == "F8_E4M3" and n in slots and len(slots[n].shape) == 2)
         slots = with_scales(slots, names, quantization.block_size, fp8)
+    buffers, modules = _ignored(family, names, config, stated, [name for name in tensors if name not in slots])
+    ignored = {*buffers, *modules}
+    if buffers:
+        logger.warning(
+            "%s: %d buffers, which the model computes itself, are ignored: %s", path, len(buffers), buffers[0]
+        )
+    if modules and mtp:
+        count = config.num_nextn_predict_layers
+        problem = "%s: num_nextn_predict_layers is %d: %d tensors of other MTP modules are ignored: %s"
+        logger.warning(problem, path, count, len(modules), modules[0])
     return Plan(
         folder=path,
         config=config,
         table=table,
         quantization=quantization,
+        dtype=_dtype(values),
         tensors=tensors,
         slots=slots,
         missing=tuple(name for name, slot in slots.items() if name not in tensors and _is_needed(slot, tensors)),
         # Nothing is lost with a tensor that holds nothing: transformers writes shared experts of width 0.
-        unexpected=tuple(name for name in tensors if name not in slots and tensors[name].numel),
+        unexpected=tuple(n for n, info in tensors.items() if n not in slots and n not in ignored and info.numel),
         misshaped=tuple(name for name in tensors if name in slots and tensors[name].shape != slots[name].shape),
+        ignored=(*buffers, *modules),
     )
+
+
+def _dtype(values: Mapping[str, Any]) -> str | None:
+    stated = values.get("dtype", values.get("torch_dtype"))
+    return stated if stated in ("bfloat16", "float16", "float32", "float64") else None
+
+
+def _may_be_ignored(family: Family, config: ModelConfig) -> Callable[[str], bool]:
+    """Whether a tensor is a buffer, or in a layer behind those of `config`, where MTP modules are."""
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    buffers = _buffers(family, layers)
+    tables = [table for table in family.tables.values() if table.mtp]
+    return lambda name: name in buffers or any(_layer(table, name)[0] >= layers for table in tables)
+
+
+def _buffers(family: Family, layers: int) -> set[str]:
+    return {name.format(layer=layer) for name in family.buffers for layer in range(layers)}
+
+
+def _ignored(
+    family: Family, table: Table, config: ModelConfig, stated: ModelConfig, surplus: Iterable[str]
+) -> tuple[list[str], list[str]]:
+    """Buffers, and tensors of MTP modules that `config` does not have, among the `surplus` of a layout.
+
+    A layer behind the others is an MTP module if config.json states it or if it holds what only MTP modules have: a
+    num_hidden_layers that is too small must not cut a model.
+    """
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    known = _buffers(family, layers)
+    buffers = [name for name in surplus if name in known]
+    behind: dict[int, list[str]] = {}
+    for name in surplus:
+        if table.mtp and (layer := _layer(table, name)[0]) >= layers:
+            behind.setdefault(layer, []).append(name)
+    marks = {*table.mtp.values(), *table.mtp_repeats.values()}
+    end = config.num_hidden_layers + stated.num_nextn_predict_layers
+    modules = [
+        name
+        for layer, names in behind.items()
+        if layer < end or any(_layer(table, name)[1] in marks for name in names)
+        for name in names
+    ]
+    return buffers, modules
+
+
+def _layer(table: Table, name: str) -> tuple[int, str]:
+    """The number of the layer that the name of a file tensor begins with, and the rest; (-1, name) if it does not."""
+    before, after = table.layer_prefix.split("{layer}")
+    number, dot, rest = name.removeprefix(before).partition(after)
+    if name.startswith(before) and dot and number.isdecimal() and number.isascii() and str(int(number)) == number:
+        return int(number), rest
+    return -1, name
 
 
 def _is_needed(slot: Slot, tensors: Mapping[str, TensorInfo]) -> bool:
@@ -302,7 +395,7 @@ def _table_of(family: Family, tensors: Mapping[str, TensorInfo]) -> str:
     return max(family.tables, key=lambda name: len(found & _kinds(family.tables[name])))
 
 
-_NUMBER = re.compile(r"\d+")
+_NUMBER = re.compile(r"\d+", re.ASCII)
 
 
 def _kinds(table: Table) -> set[str]:

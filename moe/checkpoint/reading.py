@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import reduce
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -18,7 +19,7 @@ from moe.checkpoint.hub import find
 from moe.checkpoint.layout import Plan, Slot, plan
 from moe.checkpoint.memory import check_fits
 from moe.checkpoint.progress import Progress
-from moe.checkpoint.roles import check_dtype, check_scales
+from moe.checkpoint.roles import allowed_dtypes, check_scales, needs_common_dtype
 from moe.counts import Shape, parameter_shapes
 from moe.errors import CheckpointError
 from moe.layer import Experts
@@ -93,6 +94,7 @@ def load(
     dtype: torch.dtype | str = "auto",
     *,
     revision: str | None = None,
+    mtp: bool = True,
     experts: range | None = None,
     max_header_bytes: int = MAX_HEADER_BYTES,
     progress: bool | None = None,
@@ -108,12 +110,14 @@ def load(
             loaded. A name like "org/model" or "org/model@revision", unless a folder has that name, is looked up with
             huggingface_hub, if that is installed: online, or in its cache where the Hub cannot be reached.
         device: where the parameters shall be.
-        dtype: "auto" keeps each tensor as stored, and the parts of one parameter (all experts of a layer) must then be
-            stored alike; quantised tensors (FP8 blocks, MXFP4) are dequantised to bfloat16. "keep" is the same but
-            leaves quantised tensors as they are, frozen: each use dequantises them, and a save writes the same bytes. A
+        dtype: "auto" keeps each tensor as stored. Norms, routers and sinks may have any dtype; all other tensors must
+            have one, and quantised ones (FP8 blocks, MXFP4) are dequantised to it. "keep" is the same but leaves
+            quantised tensors as they are, frozen: each use dequantises them, and a save writes the same bytes. A
             floating dtype (torch's, or "bf16", "fp16", "fp32", "fp64") converts everything but the router's correction
             bias, which is fp32 always (a bf16 or fp16 one is widened, exactly).
         revision: branch, tag or commit of a name on the Hub, instead of "@revision"; a folder has none.
+        mtp: False leaves multi-token prediction modules out and does not look at their tensors. Modules that
+            config.json does not count are left out in any case, with a warning.
         experts: read and hold only these routed experts of each layer, a rank's share; such a model runs only under a
             dispatcher that knows where the others are.
         max_header_bytes: of one file; a released checkpoint's are far below the default of 16 MiB. At most 100 MiB.
@@ -121,10 +125,11 @@ def load(
 
     Raises:
         CheckpointError: naming file, tensor, what was expected and what was found. A tensor is missing, unexpected or
-            mis-shaped; or has a dtype that is not for weights; or a repeated embedding or head differs from the
-            model's own; or the folder is of an unknown family or quantisation, too large, or malformed.
+            mis-shaped; or has a dtype that is not for weights, or that "auto" cannot mix with the others'; or a
+            repeated embedding or head differs from the model's own; or the folder is of an unknown family or
+            quantisation, too large, or malformed.
     """
-    source = examine(folder, dtype, revision=revision, experts=experts, max_header_bytes=max_header_bytes)
+    source = examine(folder, dtype, revision=revision, mtp=mtp, experts=experts, max_header_bytes=max_header_bytes)
     todo, shapes, dtypes = source.todo, source.shapes, source.dtypes
     needed = sum(math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items())
     check_fits(todo.folder, needed, torch.device(device))
@@ -179,6 +184,7 @@ def examine(
     dtype: torch.dtype | str,
     *,
     revision: str | None = None,
+    mtp: bool = True,
     experts: range | None = None,
     max_header_bytes: int = MAX_HEADER_BYTES,
 ) -> Source:
@@ -187,12 +193,12 @@ def examine(
     wanted = DTYPES[SAFETENSORS[kind]] if kind in FLOATING else None
     path = find(folder, revision)
     identity = _identity(path)
-    todo = plan(path, max_header_bytes=max_header_bytes)
+    todo = plan(path, mtp=mtp, max_header_bytes=max_header_bytes)
     todo.check()
     check_dtypes(todo)
     mine = _experts(todo, experts)
     found = [part for piece in pieces(todo, keep=kind == "keep") if (part := piece.of(mine)) is not None]
-    return Source(todo, found, _dtypes(found, wanted), _shapes(todo, found, experts), identity, kind == "keep")
+    return Source(todo, found, _dtypes(todo, found, wanted), _shapes(todo, found, experts), identity, kind == "keep")
 
 
 def _identity(folder: Path) -> tuple[int, ...]:
@@ -224,24 +230,42 @@ def pieces(todo: Plan, *, keep: bool) -> Iterator[Piece]:
         yield Piece(info, slot, parameter, slot.index, range(info.shape[0] if info.shape else 1), scale)
 
 
-def _dtypes(pieces: list[Piece], dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+def _dtypes(todo: Plan, pieces: list[Piece], dtype: torch.dtype | None) -> dict[str, torch.dtype]:
     """Parameter -> the dtype that it gets: `dtype`, or that of the files."""
+    common = _common_dtype(todo) if dtype is None else dtype
     result: dict[str, torch.dtype] = {}
-    stored: dict[str, TensorInfo] = {}
     for piece in pieces:
-        info, name = piece.info, piece.parameter
-        first = stored.setdefault(name, info)
-        if dtype is None and info.dtype != first.dtype:
-            problem = f"dtype differs within {name}; load with dtype=torch.float32 or another to convert"
-            expected = f"{first.dtype}, as {first.name} has"
-            raise CheckpointError(info.path, problem, tensor=info.name, expected=expected, found=info.dtype)
-        if _is_widened(piece.slot) and info.dtype != "F8_E8M0":
-            result[name] = torch.float32
-        elif dtype is not None:
-            result[name] = dtype
+        stored = piece.info.dtype
+        if _is_widened(piece.slot) and stored != "F8_E8M0":
+            result[piece.parameter] = torch.float32
+        elif dtype is not None or piece.scale is not None:
+            result[piece.parameter] = common
         else:
-            result[name] = torch.bfloat16 if piece.scale is not None else STORED[info.dtype]
+            result[piece.parameter] = STORED[stored]
     return result
+
+
+def _common_dtype(todo: Plan) -> torch.dtype:
+    """The one dtype of all tensors that a forward pass multiplies with activations, quantised ones left out.
+
+    Raises `CheckpointError` if there are several. Looks at all experts: ranks that read some of them must agree.
+    """
+    found: dict[str, list[str]] = {}
+    for name, slot in todo.slots.items():
+        info = todo.tensors.get(name)
+        if info is not None and info.dtype in DTYPES and not slot.repeat and needs_common_dtype(slot.parameter):
+            found.setdefault(info.dtype, []).append(name)
+    most = max(found, key=lambda kind: sum(todo.tensors[name].numel for name in found[kind]))
+    others = sorted((name for kind in found if kind != most for name in found[kind]), key=todo.is_mtp)
+    if others:
+        widest = str(reduce(torch.promote_types, (DTYPES[kind] for kind in found)))
+        stated = f"torch.{todo.dtype}"
+        advice = f"{stated}, as config.json states" + f", or {widest}" * (stated != widest) if todo.dtype else widest
+        more = f" and {len(others) - 1} more differ" if len(others) > 1 else " differs"
+        problem = f"its dtype{more} from most tensors, and the model needs one; load with dtype={advice}"
+        expected = f"{most}, as {found[most][0]} has"
+        raise todo.error(others[0], problem, expected=expected, found=todo.tensors[others[0]].dtype)
+    return DTYPES[most]
 
 
 def check_dtypes(todo: Plan) -> None:
@@ -252,16 +276,13 @@ def check_dtypes(todo: Plan) -> None:
         if info is None:
             continue
         if slot.parameter.endswith(("_blocks", "_scales")):
-            _only(info, "U8")
+            allowed = ("U8",)
         elif slot.scale_of is not None:
-            _only(info, *SCALES)
+            allowed = tuple(SCALES)
         else:
-            check_dtype(info, slot.parameter, quantised=("F8_E4M3",) if name in scaled else ())
-
-
-def _only(info: TensorInfo, *allowed: str) -> None:
-    if info.dtype not in allowed:
-        raise CheckpointError(info.path, "dtype", tensor=info.name, expected=" or ".join(allowed), found=info.dtype)
+            allowed = allowed_dtypes(slot.parameter, quantised=("F8_E4M3",) if name in scaled else ())
+        if info.dtype not in allowed:
+            raise todo.error(name, "dtype", expected=" or ".join(allowed), found=info.dtype)
 
 
 def _shapes(todo: Plan, pieces: list[Piece], experts: range | None) -> dict[str, Shape]:
@@ -289,30 +310,36 @@ def _reach(so_far: Shape, index: tuple[int | slice, ...], inner: Shape) -> Shape
 
 
 def check_repeats(todo: Plan) -> None:
-    """A repeat that is not bit-equal to the tensor that the model has would be lost without a word."""
+    """Raise for a repeat that has other values than the tensor that the model has: they would be lost silently."""
     originals = {slot.parameter: name for name, slot in todo.slots.items() if not slot.repeat and not slot.index}
     for name, slot in todo.slots.items():
         if not slot.repeat or name not in todo.tensors or slot.parameter not in originals:
             continue
         info, original = todo.tensors[name], todo.tensors[originals[slot.parameter]]
-        equal = info.dtype == original.dtype and all(
-            a == b for a, b in zip(_chunks(info), _chunks(original), strict=True)
-        )
-        if not equal:
-            raise CheckpointError(
-                info.path,
-                "differs from the tensor that it repeats",
-                tensor=name,
-                expected=f"the bytes of {original.name}",
-            )
+        alike = info.dtype == original.dtype
+        if not all(
+            a == b if alike else torch.equal(_wide(info, a), _wide(original, b)) for a, b in _both(info, original)
+        ):
+            problem, expected = "differs from the tensor that it repeats", f"the values of {original.name}"
+            raise todo.error(name, problem, expected=expected)
+
+
+def _both(one: TensorInfo, other: TensorInfo) -> Iterator[tuple[bytes, bytes]]:
+    """The bytes of as many values of two tensors of one shape at a time."""
+    return zip(_chunks(one), _chunks(other), strict=True)
 
 
 def _chunks(info: TensorInfo) -> Iterator[bytes]:
     file, _ = open_regular(info.path)
     with file:
         file.seek(info.offset)
-        for begin in range(0, info.nbytes, _CHUNK):
-            yield read_exactly(file, min(_CHUNK, info.nbytes - begin), info.path)
+        for begin in range(0, info.numel, _CHUNK // 8):
+            count = min(_CHUNK // 8, info.numel - begin)
+            yield read_exactly(file, count * info.nbytes // info.numel, info.path)
+
+
+def _wide(info: TensorInfo, values: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(values), dtype=STORED[info.dtype]).double()
 
 
 class Files:

@@ -40,12 +40,16 @@ def role_of(parameter: str) -> Role:
             return "plain"
 
 
-def check_dtype(info: TensorInfo, parameter: str, *, quantised: Collection[str] = ()) -> None:
-    """Refuse a dtype that the role of `parameter` cannot have; a projection can also have those in `quantised`."""
+def needs_common_dtype(parameter: str) -> bool:
+    """Whether `parameter` must have the dtype of the activations. Norms, routers and sinks compute in their own."""
+    kinds = ("norm.weight", "mlp.gate.weight", "mlp.gate.bias", "e_score_correction_bias", "sinks", "_scale_inv")
+    return not parameter.endswith(kinds)
+
+
+def allowed_dtypes(parameter: str, *, quantised: Collection[str] = ()) -> tuple[str, ...]:
+    """The dtypes that the role of `parameter` allows; a projection may also have those in `quantised`."""
     role = role_of(parameter)
-    allowed = [*ROLE_DTYPES[role], *(quantised if role == "projection" else ())]
-    if info.dtype not in allowed:
-        raise CheckpointError(info.path, "dtype", tensor=info.name, expected=" or ".join(allowed), found=info.dtype)
+    return (*ROLE_DTYPES[role], *(quantised if role == "projection" else ()))
 
 
 def check_scales(info: TensorInfo, values: "Tensor") -> None:

@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +16,7 @@ from moe.errors import CheckpointError, one_line
 MAX_DEPTH = 64  # of arrays and objects in each other; Python's own functions fail at some depth, and differ in which
 WINDOW = 2**18
 MAX_TOKEN = 2**16  # bytes of what is matched, or decoded, at once
+MAX_SKIPPED = 2**20  # bytes of a value that is skipped: tens of bytes in real files
 
 WS = rb"[ \t\n\r]*+"
 # A surrogate stands in a pair or not at all: Python takes a lone one, others do not.
@@ -32,6 +34,11 @@ _CLOSE = re.compile(WS + rb"\}")
 _NEXT = re.compile(NEXT)
 _SPACE = re.compile(rb"[ \t\n\r]++")
 _QUOTE = re.compile(rb'"')
+_SCALAR = re.compile(rb"(?:true|false|null|NaN|-?Infinity|-?[0-9.eE+-]{1,4300}+)(?=[ \t\n\r,\]}])")
+_OPENING = re.compile(rb"[\[{]")
+_CLOSING = {ord("["): re.compile(rb"\]"), ord("{"): re.compile(rb"\}")}
+_COMMA = re.compile(rb",")
+_COLON = re.compile(rb":")
 _PIECE = re.compile(rb'(?:[^"\\\x00-\x1f]{1,4096}+|' + _ESCAPE + rb"){1,64}+")
 _FLAT = re.compile(rb"\{[^{}]{0,4096}+\}")
 _BRACKETS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|([\[{])|[\]}]', re.DOTALL)
@@ -43,12 +50,59 @@ def parse_json(data: bytes, path: Path) -> Any:
     Raises `CheckpointError` for what Python's parser would let pass: a key twice in one object, NaN and Infinity,
     numbers too large for a float; and for what it would answer with another exception: bad UTF-8, deep nesting.
     """
+    return _decode(_DECODER, data, path)
+
+
+def _decode(decoder: json.JSONDecoder, data: bytes, path: Path) -> Any:
     try:
         _check_depth(data)
-        return _DECODER.decode(data.decode("utf-8"))
+        return decoder.decode(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         found = recognise(data[:512]) or ("an empty file" if not data else str(error))
         raise CheckpointError(path, "not valid JSON", expected="JSON in UTF-8", found=found) from error
+
+
+@dataclass(frozen=True)
+class Twice:
+    """The value of a key that one object has twice with different values. Python's parser takes the last one."""
+
+    first: Any
+    last: Any
+
+    def __repr__(self) -> str:
+        return f"{self.first!r} and later {self.last!r}"
+
+
+def parse_as_python(data: bytes, path: Path, *, max_values: int) -> Any:
+    """The value in `data` as Python's parser reads it, which is more than JSON has: NaN, Infinity, a key twice.
+
+    A key that has different values becomes a `Twice`. Raises `CheckpointError` for what Python refuses, for deep
+    nesting, and for more than `max_values` commas and brackets, which bounds the memory of the result.
+    """
+    found = sum(map(data.count, (b",", b"[", b"{")))
+    if found > max_values:
+        expected = f"at most {max_values} commas and brackets"
+        raise CheckpointError(path, "too many values", expected=expected, found=found)
+    return _decode(_PYTHONS, data, path)
+
+
+def doubt(value: Any) -> str | None:
+    """What JSON readers would not agree on in a value of `parse_as_python`: NaN, Infinity, a key twice; or None."""
+    if isinstance(value, Twice):
+        return f"two values: {value}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next(filter(None, map(doubt, inner)), None)
+
+
+def settled(value: Any) -> Any:
+    """`value` with the last of two values for each `Twice`."""
+    if isinstance(value, Twice):
+        return settled(value.last)
+    if isinstance(value, dict):
+        return {key: settled(inner) for key, inner in value.items()}
+    return [settled(inner) for inner in value] if isinstance(value, list) else value
 
 
 class Scanner:
@@ -121,6 +175,44 @@ class Scanner:
             if not self.take(self.look(_PIECE)):
                 raise self.error("a string")
         return True
+
+    def skip_value(self) -> None:
+        """Skip a value of at most `MAX_SKIPPED` bytes. Python's NaN and Infinity count as values."""
+        brackets = bytearray()
+        end = self._before + self._at + MAX_SKIPPED
+        while True:
+            self._skip()
+            if self._before + self._at > end:
+                raise CheckpointError(self.path, "a value that is not used", expected=f"at most {MAX_SKIPPED} bytes")
+            if opened := self.look(_OPENING):
+                self.take(opened)
+                brackets += opened[0]
+                self._skip()
+                if not self.look(_CLOSING[brackets[-1]]):
+                    self._skip_key(brackets)
+                    continue
+            elif not (self.take(self.look(_SCALAR)) or self.skip_string()):
+                raise self.error("a value")
+            while brackets:
+                self._skip()
+                if self.take(self.look(_COMMA)):
+                    self._skip_key(brackets)
+                    break
+                if not self.take(self.look(_CLOSING[brackets[-1]])):
+                    raise self.error("',' or the end of the array or object")
+                brackets.pop()
+            else:
+                return
+
+    def _skip_key(self, brackets: bytearray) -> None:
+        """Skip a key and its colon if the innermost bracket is an object's."""
+        if brackets[-1] == ord("{"):
+            self._skip()
+            if not self.skip_string():
+                raise self.error("a key")
+            self._skip()
+            if not self.take(self.look(_COLON)):
+                raise self.error("':'")
 
     def value(self) -> Any:
         """The value that stands here. It is small, or refused."""
@@ -216,6 +308,16 @@ def _integer(text: str) -> int | float:
     return -0.0 if text == "-0" else int(text)  # no size: no integer but Python's has this sign
 
 
+def _last_counts(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        for key, value in pairs:
+            if values[key] != value and not isinstance(values[key], Twice):
+                values[key] = Twice(value, values[key])
+    return values
+
+
+_PYTHONS = json.JSONDecoder(object_pairs_hook=_last_counts)
 _DECODER = json.JSONDecoder(
     object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite, parse_int=_integer
 )

@@ -34,6 +34,7 @@ class CheckpointSummary:
         parameters: values in the files that fill the model, repeated embeddings and heads left out.
         expected_parameters: the same by arithmetic.
         missing, unexpected, misshaped: names of tensors in the files.
+        ignored: names of tensors that a load skips: rotary tables, and MTP modules that config.json does not count.
         unscaled: quantised tensors whose scales are missing.
         quantization: the format for people, for example "modelopt NVFP4"; None if not quantised.
         loadable: whether `moe.load` reads that format.
@@ -55,10 +56,12 @@ class CheckpointSummary:
     unscaled: tuple[str, ...] = ()
     quantization: str | None = None
     loadable: bool = True
+    ignored: tuple[str, ...] = ()
 
     @property
     def agrees(self) -> bool:
-        """The files hold exactly the tensors that config.json asks for, and as many values as arithmetic says."""
+        """Apart from what is ignored, the files hold the tensors that config.json asks for and the values that
+        arithmetic gives."""
         complete = self.config is not None and not (self.missing or self.unexpected or self.misshaped)
         return complete and self.parameters == self.expected_parameters
 
@@ -75,7 +78,7 @@ def read_summary(folder: str | PathLike[str], revision: str | None = None) -> Ch
     values = read_config_values(path)
     model_type, quantization = values.get("model_type"), read_quantization(path, values)
     is_known = isinstance(model_type, str) and model_type in FAMILIES
-    known = plan(path, any_quantization=True, tensors=headers) if is_known else None
+    known = plan(path, any_quantization=True, headers=headers) if is_known else None
     tensors = known.tensors if known else headers or read_tensors(path)
     dtypes: dict[str, DtypeTotals] = {}
     for tensor in tensors.values():
@@ -93,6 +96,7 @@ def read_summary(folder: str | PathLike[str], revision: str | None = None) -> Ch
             missing=known.missing,
             unexpected=known.unexpected,
             misshaped=known.misshaped,
+            ignored=known.ignored,
             unscaled=tuple(owner for name in known.missing if (owner := known.slots[name].scale_of) in tensors),
         )
     return CheckpointSummary(

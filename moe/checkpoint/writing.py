@@ -16,6 +16,7 @@ from moe.checkpoint.folder import CARRIED, CONFIG, read_carried
 from moe.checkpoint.layout import Slot, layout, with_scales
 from moe.checkpoint.manifest import Manifest
 from moe.checkpoint.reading import BIAS, DTYPES, STORED, Origin
+from moe.checkpoint.roles import needs_common_dtype
 from moe.checkpoint.shards import Entry, as_json, entry_of, write_shards
 from moe.counts import parameter_shapes
 from moe.errors import CheckpointError
@@ -119,12 +120,12 @@ def _as_stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _config_bytes(model: Transformer, state: Mapping[str, Tensor], target: Path) -> bytes:
     sizes: dict[torch.dtype, int] = {}
-    for tensor in state.values():
-        if tensor.dtype in DTYPES.values():
+    for name, tensor in state.items():
+        if tensor.dtype in DTYPES.values() and needs_common_dtype(name):
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
-    # Readers take the one dtype named here for all, so it is that of most values; of quantised ones, what they become.
+    # Readers take the one dtype named here for all, so it is that of most values; quantised ones are dequantised to it.
     quantization = model.origin.quantization if model.origin else None
-    dtype = torch.bfloat16 if quantization else max(sizes, key=lambda d: sizes[d])
+    dtype = max(sizes, key=lambda d: sizes[d])
     named = str(dtype).removeprefix("torch.")
     values = render_config(model.config, target / CONFIG)
     architecture = family_of(model.config.model_type, target).architecture

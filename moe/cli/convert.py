@@ -33,7 +33,8 @@ class Args:
     stacked: all experts of a layer in one tensor, as transformers has them in memory.
     deepseek: one file, with the names of DeepSeek's inference code. mxfp4: gpt-oss."""
     mtp: Annotated[bool | None, UNSET] = None
-    """Keep multi-token prediction modules; default: if the layout has names for them."""
+    """Keep multi-token prediction modules; default: if the layout has names for them.
+    --no-mtp does not look at their tensors."""
     overwrite: bool = False
     """Replace the checkpoint in OUT."""
     max_shard_size: Annotated[str, tyro.conf.arg(metavar="SIZE")] = "5GB"

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from moe.checkpoint.files import read_bounded
-from moe.checkpoint.folder import CONFIG, MAX_CONFIG_BYTES
+from moe.checkpoint.folder import CONFIG, MAX_CONFIG_BYTES, MAX_CONFIG_VALUES
 from moe.checkpoint.hub import find
-from moe.checkpoint.strict_json import parse_json
+from moe.checkpoint.strict_json import parse_as_python
 from moe.cli.options import COMPUTE_DTYPES, UNSET, dtype_option, read_dtype
 from moe.cli.source import FOLDER
 from moe.errors import CheckpointError, ConfigError
@@ -46,6 +46,8 @@ class Args:
     """Sampling seed, for reproducible output."""
     dtype: Annotated[str, dtype_option(COMPUTE_DTYPES)] = "auto"
     """Compute dtype; auto (the default) uses the checkpoint's."""
+    mtp: bool = True
+    """Load the multi-token prediction modules, which generation does not use; --no-mtp ignores their tensors."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto is the GPU if there is one."""
     json: bool = False
@@ -80,7 +82,7 @@ def run(args: Args) -> int:
     from moe.generation import stream
 
     device = _device(args.device)
-    model = moe.load(folder, device=device, dtype=read_dtype(args.dtype, COMPUTE_DTYPES))
+    model = moe.load(folder, device=device, dtype=read_dtype(args.dtype, COMPUTE_DTYPES), mtp=args.mtp)
     vocabulary = model.config.vocab_size
     if max(map(max, ids)) >= vocabulary:
         problem = "the tokenizer does not belong to this model"
@@ -151,7 +153,7 @@ def end_ids(folder: Path) -> set[int]:
     for file in (folder / "generation_config.json", folder / CONFIG):
         if not file.is_file():
             continue
-        values = parse_json(read_bounded(file, MAX_CONFIG_BYTES), file)
+        values = parse_as_python(read_bounded(file, MAX_CONFIG_BYTES), file, max_values=MAX_CONFIG_VALUES)
         found = values.get("eos_token_id") if isinstance(values, dict) else None
         if found is not None:
             ids = found if isinstance(found, list) else [found]

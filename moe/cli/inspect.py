@@ -181,7 +181,7 @@ def _print_stored(console: Console, stored: CheckpointSummary) -> None:
         console.print(f"{_shown(stored.model_type)} is not a family that can be loaded")
     elif stored.agrees:
         console.print("The files hold exactly the tensors that the configuration asks for.")
-    for problem in ("missing", "unexpected", "misshaped", "unscaled"):
+    for problem in ("missing", "unexpected", "misshaped", "unscaled", "ignored"):
         names = getattr(stored, problem)
         if names:
             more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""

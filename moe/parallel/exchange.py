@@ -160,6 +160,7 @@ def load(
     config: ParallelConfig | None = None,
     *,
     dtype: torch.dtype | Literal["auto"] = "auto",
+    mtp: bool = True,
     max_header_bytes: int = MAX_HEADER_BYTES,
     progress: bool | None = None,
 ) -> Transformer:
@@ -170,6 +171,7 @@ def load(
     is what the files have in another order.
 
     Args:
+        mtp: as for `moe.load`.
         dtype: as for `moe.load`; to train in lower precision with `config.param_dtype`, load as torch.float32.
         max_header_bytes: of one file.
         progress: a bar on rank 0's stderr, of what that rank reads; None: if that is a terminal.
@@ -179,7 +181,7 @@ def load(
         ParallelError: the mesh does not fit the model.
     """
     with together(folder):
-        source = examine(folder, dtype, max_header_bytes=max_header_bytes)
+        source = examine(folder, dtype, mtp=mtp, max_header_bytes=max_header_bytes)
     todo = source.todo
     with torch.device("meta"):
         model = Transformer(todo.config)

@@ -1,0 +1,210 @@
+"""Tensors of one dtype among those of another: what loads runs, and is right; what cannot run is refused by name."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import moe
+from moe import CheckpointError, ModelConfig, Transformer
+from moe.cache import Cache
+from moe.checkpoint.convert import convert, cut
+from moe.checkpoint.layout import layout
+
+# Every expert takes every token: no rounding changes the routing.
+COMMON: dict[str, Any] = dict(
+    vocab_size=29,
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=16,
+    moe_intermediate_size=16,
+    n_routed_experts=3,
+    num_experts_per_tok=3,
+    initializer_range=0.2,
+    max_position_embeddings=64,
+)
+MLA: dict[str, Any] = dict(
+    kv_lora_rank=14, q_lora_rank=18, qk_nope_head_dim=10, qk_rope_head_dim=8, v_head_dim=16, n_shared_experts=1
+)
+GQA: dict[str, Any] = dict(num_key_value_heads=1, head_dim=12, scoring_func="softmax", topk_method="greedy")
+GQA |= dict(seq_aux=False)
+SIGMOID: dict[str, Any] = dict(scoring_func="sigmoid", topk_method="noaux_tc")
+CONFIGS = {
+    "deepseek_v3": dict(MLA, first_k_dense_replace=1, num_nextn_predict_layers=1, attention_bias=True),
+    "qwen2_moe": dict(
+        GQA,
+        n_shared_experts=1,
+        shared_expert_gate=True,
+        shared_expert_intermediate_size=20,
+        attention_bias=True,
+        attention_output_bias=False,
+    ),
+    "qwen3_moe": dict(GQA, qk_norm="head", mlp_only_layers=(0,)),
+    "gpt_oss": dict(
+        GQA,
+        attention_bias=True,
+        attention_sinks=True,
+        router_bias=True,
+        expert_bias=True,
+        swiglu_limit=7.0,
+        swiglu_alpha=1.702,
+        swiglu_beta=1.0,
+    ),
+    "olmoe": dict(GQA, qk_norm="whole"),
+    "minimax_m2": dict(GQA | SIGMOID, qk_norm="whole"),
+}
+IDS = torch.tensor([[3, 17, 28, 5, 5, 11, 0, 2]])
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+def base(family: str, folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Save a small model and return the tensors of its file."""
+    model = Transformer(ModelConfig(**COMMON, **CONFIGS[family], model_type=family), seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.ndim == 1:
+                center = 1.0 if "norm" in name else 0.0
+                tensor.copy_(center + 0.3 * torch.randn(tensor.shape, generator=generator))
+    model.to(dtype).save(folder)
+    return load_file(folder / "model.safetensors")
+
+
+def roles(config: ModelConfig) -> dict[str, list[str]]:
+    """Kind of parameter -> its tensors in the last layer that has it, of the last expert; copies included."""
+    found: dict[str, dict[Any, list[str]]] = {}
+    for slot in layout(config).values():
+        kind = re.sub(r"^layers\.\d+\.", "", slot.parameter)
+        expert = slot.index[:1] if slot.index and isinstance(slot.index[0], int) else ()
+        found.setdefault(kind, {}).setdefault((slot.parameter, expert), []).append(slot.name)
+    return {kind: list(places.values())[-1] for kind, places in found.items()}
+
+
+def run(model: Transformer) -> tuple[Tensor, Tensor, float]:
+    """Logits of a prompt, of the same token by token with a cache, and the MTP loss if there is one."""
+    with torch.no_grad():
+        logits = model(IDS).logits
+        cache = Cache(model.config)
+        steps = [model(IDS[:, :3], cache=cache).logits]
+        steps += [model(IDS[:, i : i + 1], cache=cache).logits for i in range(3, IDS.shape[1])]
+        loss = 0.0
+        if model.config.num_nextn_predict_layers:
+            loss = float(model.train()(IDS, labels=IDS).losses["mtp"])
+            model.eval()
+    return logits.double(), torch.cat(steps, dim=1).double(), loss
+
+
+def distance(found: Tensor, exact: Tensor) -> float:
+    return float((found - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_role_in_every_dtype_runs_or_is_refused_by_name(family: str, tmp_path: Path) -> None:
+    tensors = base(family, tmp_path, torch.bfloat16)
+    exact, _, exact_loss = run(moe.load(tmp_path, dtype=torch.float64))
+    bounds = {torch.bfloat16: 2 * distance(run(moe.load(tmp_path))[0], exact), torch.float32: 1e-5}
+    refused = ran = 0
+    cases = [("BF16", "F32"), ("F32", "BF16")] + [("BF16", "F16")] * (family == "qwen3_moe")
+    for most, other in cases:
+        for kind, names in roles(moe.checkpoint.read_config(tmp_path)).items():
+            if tensors[names[0]].dtype == torch.float32:
+                continue  # the correction bias is fp32 in every file
+            found = {n: t.to(DTYPES[other if n in names else most]) for n, t in tensors.items()}
+            save_file(found, tmp_path / "model.safetensors")
+            try:
+                model = moe.load(tmp_path)
+            except CheckpointError as error:
+                refused += 1
+                assert error.tensor in names, (kind, str(error))
+                advice = re.search(r"load with dtype=torch\.(\w+)", str(error))
+                assert advice is not None, str(error)
+                model = moe.load(tmp_path, dtype=getattr(torch, advice[1]))
+            else:
+                ran += 1
+            logits, steps, loss = run(model)
+            bound = bounds[model.embed_tokens.weight.dtype]
+            assert distance(logits, exact) <= bound, (kind, most, other)
+            assert distance(steps, exact) <= bound, (kind, most, other)
+            assert loss == pytest.approx(exact_loss, rel=bound), (kind, most, other)
+    assert refused and ran
+
+
+def mixed(folder: Path, tensors: dict[str, Tensor], pattern: str, dtype: torch.dtype = torch.float32) -> Path:
+    found = {name: t.to(dtype) if re.search(pattern, name) else t for name, t in tensors.items()}
+    save_file(found, folder / "model.safetensors")
+    return folder
+
+
+def test_the_error_counts_what_differs_and_recommends_what_loads(tmp_path: Path) -> None:
+    tensors = base("qwen3_moe", tmp_path, torch.bfloat16)
+    mixed(tmp_path, tensors, r"o_proj|lm_head|norm|mlp\.gate\.")
+    expected = (
+        r"model\.layers\.0\.self_attn\.o_proj\.weight: its dtype and 2 more differ from most tensors, and the model "
+        r"needs one; load with dtype=torch\.bfloat16, as config\.json states, or torch\.float32; "
+        r"expected BF16, as model\.embed_tokens\.weight has; found F32$"
+    )
+    for dtype in ("auto", "keep"):
+        with pytest.raises(CheckpointError, match=expected):
+            moe.load(tmp_path, dtype=dtype)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(CheckpointError, match=expected):
+        moe.load(tmp_path, experts=range(1))  # ranks agree, whichever experts they read
+    config = json.loads((tmp_path / "config.json").read_text())
+    for stated in ({}, {"torch_dtype": "auto"}, {"dtype": None}):
+        text = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")} | stated
+        (tmp_path / "config.json").write_text(json.dumps(text))
+        with pytest.raises(CheckpointError, match=r"needs one; load with dtype=torch\.float32; expected BF16"):
+            moe.load(tmp_path)
+
+
+def test_an_mtp_module_of_another_dtype(tmp_path: Path) -> None:
+    """Its copies of the embedding and the head are compared by value; without the module nothing is mixed."""
+    tensors = base("deepseek_v3", tmp_path, torch.bfloat16)
+    mixed(tmp_path, tensors, r"layers\.2\.")
+    with pytest.raises(CheckpointError, match=r"model\.layers\.2\.eh_proj\.weight: its dtype .*mtp=False \(--no-mtp\)"):
+        moe.load(tmp_path)
+    assert moe.load(tmp_path, dtype=torch.float32).config.num_nextn_predict_layers == 1
+    model = moe.load(tmp_path, mtp=False)
+    assert model.lm_head is not None and model.lm_head.weight.dtype == torch.bfloat16
+    name = "model.layers.2.embed_tokens.weight"
+    save_file(tensors | {name: tensors[name].float() + 1e-6}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{name}: differs from the tensor that it repeats"):
+        moe.load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_quantised_tensors_get_the_dtype_of_the_others(dtype: torch.dtype, tmp_path: Path) -> None:
+    """So that what `convert` has quantised runs, and in the dtype that config.json states."""
+    base("deepseek_v3", tmp_path / "wide", dtype)
+    convert(tmp_path / "wide", tmp_path / "fp8", dtype="fp8", block_size=(8, 8), progress=False)
+    stated = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    assert stated["dtype"] == stated["torch_dtype"] == str(dtype).removeprefix("torch.")
+    model = moe.load(tmp_path / "fp8")
+    assert {p.dtype for n, p in model.named_parameters() if "e_score" not in n} == {dtype}
+    exact = run(moe.load(tmp_path / "fp8", dtype=torch.float64))[0]
+    kept = moe.load(tmp_path / "fp8", dtype="keep")
+    bound = 1e-5 if dtype == torch.float32 else 0.1
+    assert distance(run(model)[0], exact) < bound and distance(run(kept)[0], exact) < bound
+    kept.save(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["dtype"] == stated["dtype"]
+    cut(tmp_path / "fp8", tmp_path / "cut", layers=[1], experts=[0, 2], progress=False)
+    assert json.loads((tmp_path / "cut" / "config.json").read_text())["dtype"] == stated["dtype"]
+
+
+def test_norms_of_another_dtype_compute_as_in_transformers(tmp_path: Path) -> None:
+    """transformers rounds the weights of norms to config.json's dtype; both are as near to float64."""
+    transformers = pytest.importorskip("transformers")
+    for family in ("qwen3_moe", "deepseek_v3"):
+        tensors = base(family, tmp_path / family, torch.bfloat16)
+        folder = mixed(tmp_path / family, tensors, "norm")
+        with torch.no_grad():
+            ours = moe.load(folder)(IDS).logits
+            exact = moe.load(folder, dtype=torch.float64)(IDS).logits
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")(IDS).logits
+        assert ours.dtype == theirs.dtype == torch.bfloat16
+        assert distance(ours.double(), exact) <= 1.2 * distance(theirs.double(), exact) < 0.1
