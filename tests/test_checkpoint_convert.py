@@ -174,7 +174,7 @@ def test_mxfp4(tmp_path: Path) -> None:
     [
         ({"table": "mxfp4"}, "layout = 'mxfp4': expected one of experts, stacked, deepseek"),
         ({"max_shard_bytes": 0}, "max_shard_bytes = 0: expected a positive number"),
-        ({"block_size": (0, 16), "dtype": "fp8"}, "block_size = .0, 16.: expected two positive numbers"),
+        ({"block_size": (0, 16), "dtype": "fp8"}, "block_size = .0, 16.: expected two numbers from 1 to 65536"),
         ({"scale_fmt": "ue8m0"}, "scale_fmt = 'ue8m0': expected none without dtype fp8"),
         ({"table": "stacked", "dtype": "fp8"}, "the layout stacked has no place for experts in FP8"),
         ({"table": "deepseek", "mtp": True}, "mtp = True: expected false: the layout deepseek has no names"),

@@ -16,7 +16,7 @@ from moe import CheckpointError
 from moe.checkpoint import files, read_config
 from moe.checkpoint.config_json import parse_config, render_config
 from moe.checkpoint.folder import read_tensors
-from moe.checkpoint.header import MAX_HEADER_BYTES, read_header
+from moe.checkpoint.header import MAX_HEADER_BYTES, MAX_TENSORS, read_header
 from moe.checkpoint.layout import layout
 from moe.checkpoint.roles import allowed_dtypes, check_experts, check_scales, role_of
 from moe.errors import one_line
@@ -52,12 +52,12 @@ def file(name: str, content: bytes) -> Callable[[Path], Path]:
 
 INDEX = "model.safetensors.index.json"
 LARGE: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "a hundred thousand tensors and a hole": (
-        single(b"{" + entries(100_000) + b',"z":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}', 12 * MEBI),
+    "as many tensors as there may be and a hole": (
+        single(b"{" + entries(MAX_TENSORS - 1) + b',"z":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}', 16 * MEBI),
         "unused bytes",
     ),
-    "more tensors than bytes for them": (single(b"{" + entries(2**17 + 1) + b"}"), "tensors in one file"),
-    "the last name twice": (single(b"{" + entries(120_000) + b"," + entries(1) + b"}"), "twice in the header"),
+    "more tensors than bytes for them": (single(b"{" + entries(MAX_TENSORS + 1) + b"}"), "tensors in one file"),
+    "the last name twice": (single(b"{" + entries(MAX_TENSORS - 1) + b"," + entries(1) + b"}"), "twice in the header"),
     "lists": (single(b'{"a":[' + b"[]," * (5 * MEBI) + b"0]}"), "a: entry"),
     "nested": (single(b'{"a":' + b"[" * (15 * MEBI)), "a: entry"),
     "a name": (single(b'{"' + b"a" * (15 * MEBI) + b'"}'), "a key of at most"),

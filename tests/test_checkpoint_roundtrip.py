@@ -357,7 +357,7 @@ def test_carried_files_travel_without_their_source(saved: Path, tmp_path: Path) 
 
 def test_config_values_that_we_do_not_use_come_back(saved: Path, tmp_path: Path) -> None:
     config = json.loads((saved / "config.json").read_text())
-    config |= {"eos_token_id": [1, 2], "auto_map": {"AutoConfig": "a.B"}, "pretraining_tp": 1}
+    config |= {"eos_token_id": [1, 2], "auto_map": {"AutoConfig": "x/y--a.B"}, "pretraining_tp": 1}
     (saved / "config.json").write_text(json.dumps(config))
     moe.load(saved).save(tmp_path / "copy")
     assert json.loads((tmp_path / "copy" / "config.json").read_text()) == config

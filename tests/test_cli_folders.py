@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 import moe
 from moe import CheckpointError
 from moe.checkpoint import read_summary
+from moe.checkpoint.carried import write_carried
 from moe.checkpoint.convert import convert, cut
 from moe.checkpoint.planning import Placement, inference, stored
-from moe.checkpoint.shards import as_json
 from moe.cli import COMMANDS
 from tests.checkpoint_cases import V3, V3_MTP
 from tests.test_cli import fails_in_one_line, run
@@ -86,12 +86,12 @@ def test_overwrite_replaces_a_checkpoint_and_nothing_else(capsys, saved, tmp_pat
 def test_what_appears_while_a_conversion_runs_is_not_replaced(saved, tmp_path, monkeypatch) -> None:
     out = tmp_path / "out"
 
-    def late(values: object) -> bytes:
+    def late(folder: Path, files: Any) -> None:
         moe.Transformer(moe.preset("tiny")).save(out)
-        return as_json(values)
+        write_carried(folder, files)
 
     monkeypatch.setattr("moe.checkpoint.atomic.locked", lambda target: contextlib.nullcontext(False))
-    monkeypatch.setattr("moe.checkpoint.convert.as_json", late)
+    monkeypatch.setattr("moe.checkpoint.convert.write_carried", late)
     with pytest.raises(CheckpointError, match="exists and is not empty"):
         convert(saved, out)
     assert moe.load(out).config.hidden_size == moe.preset("tiny").hidden_size

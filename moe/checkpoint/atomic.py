@@ -25,7 +25,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from moe.checkpoint.folder import CARRIED, CONFIG, INDEX, MANIFEST, RECEIPT, previous_folder
+from moe.checkpoint.carried import TEMPLATES, read_carried
+from moe.checkpoint.folder import CONFIG, INDEX, MANIFEST, RECEIPT, previous_folder
 from moe.checkpoint.manifest import Manifest
 from moe.errors import CheckpointError
 
@@ -93,9 +94,10 @@ def settle(folder: Path) -> None:
     The safetensors library makes files that only their owner can read; the folder has the mode that the user wants.
     """
     mode = folder.stat().st_mode & 0o666
-    for file in sorted(folder.iterdir()):
-        file.chmod(mode)
-        sync(file)
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            path.chmod(mode)
+        sync(path)
 
 
 def sync(path: Path) -> None:
@@ -218,10 +220,18 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
             target,
             "the folder exists and is not empty",
             expected="a new or empty folder, or overwrite=True (--overwrite)",
-            found=_some([p.name for p in there]),
+            found=_some([path.name for path in there]),
         )
-    known = {CONFIG, INDEX, MANIFEST, RECEIPT, *CARRIED}
-    foreign = [p.name for p in there if not p.is_file() or (p.name not in known and not _TENSORS.fullmatch(p.name))]
+    known = {CONFIG, INDEX, MANIFEST, RECEIPT, *read_carried(target)}
+    inside = target / TEMPLATES
+    paths = [path for path in there if path != inside or not path.is_dir()]
+    paths += inside.iterdir() if inside.is_dir() else ()
+    names = {path.relative_to(target).as_posix(): path for path in paths}
+    foreign = sorted(
+        name
+        for name, path in names.items()
+        if not path.is_file() or (name not in known and not _TENSORS.fullmatch(name))
+    )
     if foreign:
         raise CheckpointError(
             target,

@@ -18,18 +18,20 @@ import torch
 from torch import Tensor
 
 from moe.checkpoint.atomic import check_target, replacing
+from moe.checkpoint.carried import check_carried, read_carried, resolved, write_carried
 from moe.checkpoint.config_json import read_config, render_config
 from moe.checkpoint.dtypes import FLOATING, SAFETENSORS, Dtype, parse_dtype
 from moe.checkpoint.families import Family, family_of
-from moe.checkpoint.folder import CONFIG, RECEIPT, SINGLE, read_carried
+from moe.checkpoint.folder import CONFIG, RECEIPT, SINGLE
 from moe.checkpoint.header import TensorInfo
 from moe.checkpoint.hub import find
 from moe.checkpoint.layout import Plan, Slot, fp8_names, layout, plan, with_scales
 from moe.checkpoint.manifest import Manifest
 from moe.checkpoint.progress import Progress
+from moe.checkpoint.quantization import MAX_BLOCK
 from moe.checkpoint.reading import BIAS, DTYPES, STORED, Files, Piece, check_dtypes, check_repeats, fill, load, pieces
 from moe.checkpoint.roles import check_scales, needs_common_dtype
-from moe.checkpoint.shards import Entry, as_json, write_shards
+from moe.checkpoint.shards import Entry, as_json, config_bytes, divide, write_shards
 from moe.config import ModelConfig
 from moe.counts import parameter_shapes
 from moe.errors import CheckpointError, ConfigError, did_you_mean
@@ -74,12 +76,15 @@ def convert(
         revision: that of `moe.load`, for a source on the Hub.
         max_shard_bytes: of data in a file, or one tensor.
 
+    Tokenizer files and the code that `auto_map` names are copied. For another layout, code that reads the old one is
+    left out, and a warning says so.
+
     Raises CheckpointError for a source that `moe.load` would refuse, and for what the result cannot express.
     """
     if max_shard_bytes < 1:
         raise ConfigError("max_shard_bytes", max_shard_bytes, "a positive number")
-    if min(block_size) < 1:
-        raise ConfigError("block_size", block_size, "two positive numbers")
+    if not 1 <= min(block_size) <= max(block_size) <= MAX_BLOCK:
+        raise ConfigError("block_size", block_size, f"two numbers from 1 to {MAX_BLOCK}")
     kind = None if dtype is None else parse_dtype(dtype, "dtype", tuple(SAFETENSORS))
     if scale_fmt is not None and kind != "fp8":
         raise ConfigError("scale_fmt", scale_fmt, "none without dtype fp8")
@@ -301,20 +306,18 @@ def _write(
     overwrite: bool,
     finish: Callable[[Path], object] = lambda folder: None,
 ) -> None:
-    carried, manifest = read_carried(todo.folder), Manifest()
+    config, carried = resolved(config, read_carried(todo.folder), same_layout=table == todo.table)
+    check_carried(carried, Path(target))
+    content, manifest = config_bytes(config, Path(target) / CONFIG), Manifest()
     single = DEEPSEEK_FILE if table == "deepseek" else SINGLE
-    limit = 2**63 if table == "deepseek" else max_shard_bytes
+    files = divide(entries, None if table == "deepseek" else max_shard_bytes, Path(target), single=single)
     with (
         replacing(target, manifest, overwrite=overwrite) as new,
         Progress(doing, sum(e.nbytes for e in entries), progress) as bar,
     ):
-        with Files(Progress("", 0, False)) as files:
-            write_shards(
-                new, entries, lambda entry: value(files, entry), limit, manifest, single=single, wrote=bar.advance
-            )
-        for name, content in carried.items():
-            (new / name).write_bytes(content)
-        (new / CONFIG).write_bytes(as_json(config))
+        with Files(Progress("", 0, False)) as source:
+            write_shards(new, files, lambda entry: value(source, entry), manifest, wrote=bar.advance)
+        write_carried(new, {**carried, CONFIG: content})
         finish(new)
 
 

@@ -31,22 +31,8 @@ MAX_CONFIG_BYTES = 16 * 2**20  # room for maps of a whole vocabulary, which some
 MAX_CONFIG_VALUES = 2**19
 MAX_INDEX_BYTES = 64 * 2**20
 MAX_INDEX_TENSORS = 2**18  # nearly three times as many as DeepSeek-V3 has in FP8
-MAX_CARRIED_BYTES = 64 * 2**20
 MAX_FILE_NAME_BYTES = 255
 MAX_NEIGHBOURS = 1000  # names that are looked at for a hint
-
-# Files that belong to a model but are not read here: they travel with it from load to save.
-CARRIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*/*.pth")
 _OTHERS = ("*.safetensors", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.npz")
@@ -188,12 +174,6 @@ def read_config_values(folder: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(path, "wrong JSON value", expected="an object", found=type(values).__name__)
     return values
-
-
-def read_carried(folder: Path) -> dict[str, bytes]:
-    """Name -> content of the tokenizer files and the like."""
-    present = [name for name in CARRIED if os.path.lexists(folder / name)]
-    return {name: read_bounded(member(folder, name), MAX_CARRIED_BYTES) for name in present}
 
 
 def read_tensors(

@@ -7,12 +7,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
-from moe.checkpoint.folder import CARRIED, CONFIG, INDEX, SINGLE, has_weights, locate, neighbour, previous_folder
+from moe.checkpoint.carried import PATTERNS
+from moe.checkpoint.folder import CONFIG, INDEX, SINGLE, has_weights, locate, neighbour, previous_folder
 from moe.checkpoint.header import TensorInfo
+from moe.checkpoint.quantization import QUANTIZATION_FILES
 from moe.errors import CheckpointError, ConfigError
 
-CONFIGS = (CONFIG, "hf_quant_config.json")
-FILES = (*CONFIGS, INDEX, "model*.safetensors", *CARRIED)
+CONFIGS = (CONFIG, *QUANTIZATION_FILES)
+FILES = (*CONFIGS, INDEX, "model*.safetensors", *PATTERNS)
 
 _NAME = re.compile(r"(\w[\w.-]{0,95}/\w[\w.-]{0,95})(?:@(\S{1,255}))?")
 _ANSWER = TypeVar("_ANSWER")
@@ -22,8 +24,8 @@ def find(folder: str | PathLike[str], revision: str | None = None, *, files: Seq
     """The checkpoint folder; or, for a name like "org/model" that is no folder here, the snapshot in the Hub's cache.
 
     A name can have a revision (branch, tag or commit), as "org/model@revision" or in `revision`. `files` are the names
-    and patterns that are downloaded, by default those that a load reads. Where the Hub cannot be reached, its cache has
-    to do.
+    and patterns that are downloaded, by default those that a load reads or that travel with the model. Where the Hub
+    cannot be reached, its cache has to do.
 
     Raises `CheckpointError` if there is neither; it says whether the Hub was asked, and what it answered.
     """

@@ -14,15 +14,16 @@ A program that saves into the folder later does not know of the manifest: then i
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
+from moe.checkpoint.carried import CARRIED, is_template
 from moe.checkpoint.files import read_bounded
-from moe.checkpoint.folder import CARRIED, CONFIG, INDEX, MANIFEST, locate
+from moe.checkpoint.folder import CONFIG, INDEX, MANIFEST, locate
 from moe.checkpoint.header import TensorInfo, read_header
 from moe.checkpoint.strict_json import parse_json
 from moe.errors import CheckpointError
@@ -50,17 +51,23 @@ class Manifest:
         """Write the manifest of what `folder` holds. Its tensors must be those that were added."""
         files: dict[str, Any] = {}
         recorded = 0
-        for file in sorted(folder.iterdir()):
-            files[file.name] = {"bytes": file.stat().st_size, "sha256": _digest_of_file(file)}
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            name = file.relative_to(folder).as_posix()
+            files[name] = {"bytes": file.stat().st_size, "sha256": _digest_of_file(file)}
             if file.suffix == _WEIGHTS:
                 header = read_header(file)
                 recorded += len(header)
-                files[file.name]["tensors"] = {
-                    name: {"dtype": info.dtype, "shape": info.shape, "sha256": self._digests[name]}
-                    for name, info in header.items()
+                files[name]["tensors"] = {
+                    tensor: {"dtype": info.dtype, "shape": info.shape, "sha256": self._digests[tensor]}
+                    for tensor, info in header.items()
                 }
         assert recorded == len(self._digests), "a tensor was added and not written"
         (folder / MANIFEST).write_bytes(_sealed({"format": FORMAT, "files": files}))
+
+
+def record_bytes(name: str, shape: Sequence[int]) -> int:
+    """At most so many bytes of the manifest are about this tensor."""
+    return 192 + len(json.dumps(name)) + sum(12 + len(str(size)) for size in shape)
 
 
 @dataclass(frozen=True)
@@ -240,7 +247,7 @@ def _is_entry(name: str, entry: Any) -> bool:
     """A forger can seal a manifest, too."""
     tensors = entry.get("tensors", {}) if isinstance(entry, dict) else None
     return (
-        not set(name) & set("/\\\0")
+        (not set(name) & set("/\\\0") or is_template(name))
         and isinstance(tensors, dict)
         and entry.keys() - {"tensors"} == {"bytes", "sha256"}
         and type(entry["bytes"]) is int

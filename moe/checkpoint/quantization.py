@@ -15,7 +15,7 @@ from moe.errors import CheckpointError
 MAX_BLOCK = 2**16
 
 # Read only if config.json says nothing; file -> the method of one that does not name it.
-_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
+QUANTIZATION_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
 _MARKS = {"bits", "w_bit", "quant_method"}
 _KEYS = ("quantization_config", "compression_config")
 _SUPPORTED = "unquantised weights, FP8 in blocks or MXFP4"
@@ -53,23 +53,37 @@ def read_quantization(folder: Path, values: Mapping[str, Any]) -> Quantization |
     hf_quant_config.json (modelopt), quantize_config.json (GPTQ) or quant_config.json (AWQ) does. Never raises: a
     format that is malformed or not supported is returned with its `error`.
     """
-    for path, key, method, raw in _statements(folder, values):
+    for place, raw in _stated(values):
+        return _parse(folder / CONFIG, place, "", raw, values.get("model_type"))
+    for path, method, raw in _files(folder):
         if isinstance(raw, CheckpointError):
             return Quantization(method, None, {}, method, raw)
-        found = _parse(path, key, method, raw, values.get("model_type"))
-        if found is not None or path.name == CONFIG:
+        found = _parse(path, "", method, raw, values.get("model_type"))
+        if found is not None:
             return found
     return None
 
 
-def _statements(folder: Path, values: Mapping[str, Any]) -> Iterator[tuple[Path, str, str, Any]]:
-    """(file, key in it or "", default method, the object or an error) of all that says something."""
-    inner = values.get("text_config")
-    for prefix, place in (("", values), ("text_config.", inner)):
+def check_quantization(values: Mapping[str, Any], path: Path) -> None:
+    """Raise what a reader of `values`, in a config.json, would. `path` is for messages."""
+    for place, raw in _stated(values):
+        found = _parse(path, place, "", raw, values.get("model_type"))
+        if found is not None:
+            found.check()
+        return
+
+
+def _stated(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The keys of a config.json that state a format, and what they hold."""
+    for prefix, place in (("", values), ("text_config.", values.get("text_config"))):
         for key in _KEYS:
             if isinstance(place, dict) and place.get(key) is not None:
-                yield folder / CONFIG, prefix + key, "", place[key]
-    for name, method in _FILES.items():
+                yield prefix + key, place[key]
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, str, Any]]:
+    """The files beside config.json that state a format, with the method of one that names none, and what they hold."""
+    for name, method in QUANTIZATION_FILES.items():
         if not os.path.lexists(folder / name):
             continue
         try:
@@ -78,7 +92,7 @@ def _statements(folder: Path, values: Mapping[str, Any]) -> Iterator[tuple[Path,
             raw = error
         # The other two names are not reserved: only what such a file always has makes it one.
         if raw is not None and (method == "modelopt" or (isinstance(raw, dict) and raw.keys() & _MARKS)):
-            yield folder / name, "", method, raw
+            yield folder / name, method, raw
 
 
 def _parse(path: Path, key: str, method: str, raw: Any, model_type: Any) -> Quantization | None:

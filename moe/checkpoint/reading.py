@@ -11,9 +11,10 @@ from typing import Any, BinaryIO, Self
 import torch
 from torch import Tensor
 
+from moe.checkpoint.carried import read_carried
 from moe.checkpoint.dtypes import FLOATING, SAFETENSORS, parse_dtype
 from moe.checkpoint.files import open_regular, read_exactly
-from moe.checkpoint.folder import CONFIG, read_carried
+from moe.checkpoint.folder import CONFIG
 from moe.checkpoint.header import MAX_HEADER_BYTES, TensorInfo
 from moe.checkpoint.hub import find
 from moe.checkpoint.layout import Plan, Slot, plan
@@ -120,7 +121,7 @@ def load(
             config.json does not count are left out in any case, with a warning.
         experts: read and hold only these routed experts of each layer, a rank's share; such a model runs only under a
             dispatcher that knows where the others are.
-        max_header_bytes: of one file; a released checkpoint's are far below the default of 16 MiB. At most 100 MiB.
+        max_header_bytes: of one file; a released checkpoint's are below the default of 16 MiB. At most 100 MiB.
         progress: a bar on stderr; None: if that is a terminal.
 
     Raises:

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from moe.checkpoint.atomic import replacing
+from moe.checkpoint.carried import check_carried, read_carried, resolved, write_carried
 from moe.checkpoint.config_json import render_config
 from moe.checkpoint.families import family_of
-from moe.checkpoint.folder import CARRIED, CONFIG, read_carried
+from moe.checkpoint.folder import CONFIG
 from moe.checkpoint.layout import Slot, layout, with_scales
 from moe.checkpoint.manifest import Manifest
 from moe.checkpoint.reading import BIAS, DTYPES, STORED, Origin
 from moe.checkpoint.roles import needs_common_dtype
-from moe.checkpoint.shards import Entry, as_json, entry_of, write_shards
+from moe.checkpoint.shards import Entry, config_bytes, divide, entry_of, write_shards
 from moe.counts import parameter_shapes
 from moe.errors import CheckpointError
 from moe.model import Transformer
@@ -33,9 +34,10 @@ def save(model: Transformer, folder: str | PathLike[str], *, max_shard_bytes: in
 
     The folder is written beside its final place, synced, and renamed in one step. An existing checkpoint stays whole
     until the new one replaces it, whatever fails; of two processes that save to one folder at once, the second is
-    refused. Tokenizer files and the like that are in the folder already stay, unless the model carries its own. A
-    folder that holds anything but a checkpoint's files is refused, and so is a mount point, which nothing can be
-    renamed over. `moesmith inspect --verify` compares a saved folder with its manifest.
+    refused. Tokenizer files and the like that are in the folder already stay, unless the model carries its own.
+    Entries of `auto_map` whose files are not there are left out, and a warning names them. A folder that holds anything
+    but a checkpoint's files is refused, and so is a mount point, which nothing can be renamed over. `moesmith inspect
+    --verify` compares a saved folder with its manifest.
 
     Raises `CheckpointError` before writing anything if the family's files cannot express the model, and for what the
     system answers: a full disk and the like.
@@ -60,22 +62,21 @@ def save_through(
         raise ValueError(f"max_shard_bytes = {max_shard_bytes}: expected a positive number")
     target = Path(os.path.realpath(folder))
     state, slots = _checked_state(model, target)
-    config = _config_bytes(model, state, target)
-    for name in model.carried_files:
-        if name not in CARRIED:
-            raise CheckpointError(target, f"carried file {name!r}", expected=f"one of {', '.join(CARRIED)}")
+    config = _config_values(model, state, target)
+    check_carried(model.carried_files, target)
     entries = [entry_of(name, state[slot.parameter], slot.shape) for name, slot in slots.items()]
-    manifest = Manifest()
+    files, manifest = divide(entries, max_shard_bytes, target), Manifest()
 
     def value(entry: Entry) -> Tensor:
         slot = slots[entry.name]
         return slot.stored(view(slot.parameter, state[slot.parameter]))
 
     with replacing(target, manifest) as new:
-        write_shards(new, entries, value, max_shard_bytes, manifest)
         carried = {**(read_carried(target) if target.exists() else {}), **model.carried_files}
-        for name, content in {**carried, CONFIG: config}.items():
-            (new / name).write_bytes(content)
+        config, carried = resolved(config, carried)
+        check_carried(carried, target)
+        write_shards(new, files, value, manifest)
+        write_carried(new, {**carried, CONFIG: config_bytes(config, target / CONFIG)})
 
 
 def _checked_state(model: Transformer, target: Path) -> tuple[dict[str, Tensor], dict[str, Slot]]:
@@ -118,7 +119,7 @@ def _as_stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if torch.equal(tensor.to(dtype).float(), tensor) else tensor
 
 
-def _config_bytes(model: Transformer, state: Mapping[str, Tensor], target: Path) -> bytes:
+def _config_values(model: Transformer, state: Mapping[str, Tensor], target: Path) -> dict[str, Any]:
     sizes: dict[torch.dtype, int] = {}
     for name, tensor in state.items():
         if tensor.dtype in DTYPES.values() and needs_common_dtype(name):
@@ -132,7 +133,5 @@ def _config_bytes(model: Transformer, state: Mapping[str, Tensor], target: Path)
     values |= {"architectures": [architecture], "dtype": named, "torch_dtype": named}
     if quantization:
         values["quantization_config"] = dict(quantization)
-    try:
-        return as_json(values)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(target / CONFIG, f"extra: not JSON: {error}") from error
+    config_bytes(values, target / CONFIG)
+    return values

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from moe.checkpoint.folder import read_carried
+from moe.checkpoint.carried import read_carried
 from moe.checkpoint.header import MAX_HEADER_BYTES
 from moe.checkpoint.memory import check_fits
 from moe.checkpoint.progress import Progress
