@@ -11,11 +11,14 @@ import pytest
 import torch
 from huggingface_hub import constants, utils
 from safetensors import safe_open
+from tokenizers import Tokenizer, models
 
 import moe
 from moe import CheckpointError, ConfigError
 from moe.checkpoint import hub, read_summary
 from moe.checkpoint.convert import convert
+from moe.train.data import find_tokenizer, load_tokenizer
+from moe.train.settings import Settings
 from tests.checkpoint_cases import V3
 from tests.test_cli import fails_in_one_line, run
 
@@ -196,3 +199,23 @@ def test_a_misspelt_folder_is_named_beside_the_hubs_answer(tmp_path: Path, monke
     for name, meant in (("runs/tniy", "runs/tiny"), ("rums/tiny", "runs/tiny"), ("./run/tiny", "runs/tiny")):
         assert f"; did you mean {meant}?" in fails_in_one_line(capsys, "generate", name, "--prompt", "a")
     assert "did you mean" not in fails_in_one_line(capsys, "generate", "runs/deepseek", "--prompt", "a")
+
+
+def test_the_tokenizer_of_a_training_run(cache: Path, tmp_path: Path, capsys: Any) -> None:
+    snapshot = cache / "snapshots" / COMMITS["v1"]
+    words = Tokenizer(models.WordLevel({"a": 0, "<eos>": 1}, unk_token="a"))
+    words.save(str(snapshot / "tokenizer.json"))
+    for path in (Path("org/model@v1"), snapshot, snapshot / "tokenizer.json"):
+        assert find_tokenizer(path) == snapshot / "tokenizer.json"
+        assert load_tokenizer(find_tokenizer(path))[1] == "<eos>"
+    assert Settings(tokenizer=Path("org/model@v1")).deciding()["tokenizer"] == "org/model@v1"
+    assert Settings(tokenizer=Path("words/words.json/x")).deciding()["tokenizer"] == str(
+        Path.cwd() / "words/words.json/x"
+    )
+    for name, message in (
+        ("org/other", "the Hub is offline"),
+        ("org/model", "No such file"),
+        ("words.json", "No such file"),
+    ):
+        line = fails_in_one_line(capsys, "train", "--out", "run", "--tokenizer", name)
+        assert "--tokenizer = " in line and "expected a readable tokenizer.json; " in line and message in line

@@ -13,13 +13,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from moe.checkpoint import CheckpointSummary, read_summary
+from moe.checkpoint.families import FAMILIES
 from moe.checkpoint.folder import MANIFEST, RECEIPT
 from moe.checkpoint.hub import CONFIGS, FILES, find
 from moe.checkpoint.manifest import verify
 from moe.cli.source import MODEL, unknown
 from moe.config import ModelConfig
 from moe.counts import ParameterCounts, count_parameters
-from moe.errors import CheckpointError, ConfigError, one_line
+from moe.errors import CheckpointError, ConfigError, did_you_mean, one_line
 from moe.presets import PRESETS
 
 _COMPONENTS = ("embedding", "attention", "dense_mlp", "routed_experts", "shared_experts", "routers", "norms", "head")
@@ -178,7 +179,8 @@ def _print_stored(console: Console, stored: CheckpointSummary) -> None:
         note = "" if stored.loadable else ", a format that cannot be loaded"
         console.print(f"quantisation: {stored.quantization}{note}", markup=False)
     if stored.config is None:
-        console.print(f"{_shown(stored.model_type)} is not a family that can be loaded")
+        hint = did_you_mean(stored.model_type, FAMILIES)
+        console.print(f"{_shown(stored.model_type)} is not a family that can be loaded{hint}")
     elif stored.agrees:
         console.print("The files hold exactly the tensors that the configuration asks for.")
     for problem in ("missing", "unexpected", "misshaped", "unscaled", "ignored"):
