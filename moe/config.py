@@ -5,13 +5,12 @@ A `ModelConfig` cannot exist in a state that makes no sense: `validate()` runs w
 """
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
-from moe.errors import ConfigError
+from moe.errors import ConfigError, did_you_mean
 
 ScoringFunc = Literal["sigmoid", "softmax"]
 TopkMethod = Literal["noaux_tc", "group_limited_greedy", "greedy"]
@@ -169,10 +168,7 @@ class ModelConfig:
         known = {f.name: f for f in dataclasses.fields(cls)}
         for name in values:
             if name not in known:
-                near = difflib.get_close_matches(str(name), known, n=1)
-                raise ConfigError(
-                    str(name), values[name], f"no such field{f'; did you mean {near[0]}?' if near else ''}"
-                )
+                raise ConfigError(str(name), values[name], f"no such field{did_you_mean(name, known)}")
         for name, f in known.items():
             required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
             if required and name not in values:

@@ -1,6 +1,8 @@
 """The three errors of the library. Each carries its facts as attributes and says them in one line."""
 
 import copyreg
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -18,6 +20,19 @@ def one_line(value: Any, limit: int = 300) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def nearest(name: Any, known: Iterable[str]) -> str | None:
+    """The one of `known` that `name` is probably a misspelling of. Case, "-" and "_" make no difference."""
+    folded = {each.lower().replace("-", "_"): each for each in known}
+    near = difflib.get_close_matches(str(name)[:200].lower().replace("-", "_"), folded, n=1)
+    return folded[near[0]] if near else None
+
+
+def did_you_mean(name: Any, known: Iterable[str]) -> str:
+    """ "; did you mean X?" for the end of a message about an unknown name, or "" if none is near."""
+    near = nearest(name, known)
+    return "" if near is None else f"; did you mean {near}?"
 
 
 class ConfigError(ValueError):

@@ -1,10 +1,9 @@
 """Complete configurations, as data."""
 
-import difflib
 from dataclasses import replace
 
 from moe.config import LayerType, ModelConfig, RopeParameters
-from moe.errors import ConfigError
+from moe.errors import ConfigError, did_you_mean
 
 _YARN_V3 = RopeParameters(
     rope_type="yarn", factor=40.0, original_max_position_embeddings=4096, mscale=1.0, mscale_all_dim=1.0
@@ -353,7 +352,5 @@ PRESETS: dict[str, ModelConfig] = {
 def preset(name: str) -> ModelConfig:
     """The configuration called `name`; raises `ConfigError` with the nearest name there is."""
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError("preset", name, f"one of {', '.join(PRESETS)}{hint}")
+        raise ConfigError("preset", name, f"one of {', '.join(PRESETS)}{did_you_mean(name, PRESETS)}")
     return PRESETS[name]

@@ -11,6 +11,7 @@ import moe
 from moe import CheckpointError
 from moe.checkpoint import read_summary
 from moe.checkpoint.convert import convert, cut
+from moe.checkpoint.folder import MAX_CONFIG_BYTES
 from moe.checkpoint.quantization import read_quantization
 from moe.cli import main
 from tests.checkpoint_cases import V3, build
@@ -83,7 +84,7 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "truncated": (b'{"quantization": {', "not valid JSON"),
     "a list": (b"[]", "wrong JSON value; expected an object or null"),
     "a text inside": (b'{"quantization": "NVFP4"}', "quantization; expected an object or null; found 'NVFP4'"),
-    "too large": (b" " * 2**20 + b"{}", "file too large"),
+    "too large": (b" " * MAX_CONFIG_BYTES + b"{}", "file too large"),
     "a page": (b"<html>not found</html>", "not valid JSON; expected JSON in UTF-8; found a web page"),
 }
 # None of these says that weights are quantised.

@@ -308,7 +308,7 @@ def test_generate_mistakes(capsys, folder, tmp_path):
 
 
 def generate(capsys, folder: Path, *options: str) -> list[dict]:
-    status, out, err = run(capsys, "generate", str(folder), "--json", "--dtype", "float64", *options)
+    status, out, err = run(capsys, "generate", str(folder), "--json", "--dtype", "fp64", *options)
     assert (status, err) == (0, "")
     return [json.loads(line) for line in out.splitlines()]
 
@@ -316,7 +316,7 @@ def generate(capsys, folder: Path, *options: str) -> list[dict]:
 def test_generate_prints_what_json_says(capsys, folder):
     (result,) = generate(capsys, folder, "--prompt", "How many", "--max-new-tokens", "10")
     assert len(result["token_ids"]) == 10 and result["finish_reason"] == "length"
-    options = ["--prompt", "How many", "--max-new-tokens", "10", "--dtype", "float64"]
+    options = ["--prompt", "How many", "--max-new-tokens", "10", "--dtype", "fp64"]
     status, out, _ = run(capsys, "generate", str(folder), *options)
     assert (status, out) == (0, "How many" + result["text"] + "\n")
 
@@ -328,7 +328,7 @@ def test_a_batch_is_its_prompts_one_by_one(capsys, folder):
     together = generate(capsys, folder, *(part for prompt in prompts for part in ("--prompt", prompt)), *options)
     assert [r["token_ids"] for r in together] == [r["token_ids"] for r in alone]
 
-    shown = ["--dtype", "float64", *options, *(part for prompt in prompts for part in ("--prompt", prompt))]
+    shown = ["--dtype", "fp64", *options, *(part for prompt in prompts for part in ("--prompt", prompt))]
     out = run(capsys, "generate", str(folder), *shown)[1]
     assert out == "\n\n".join(r["prompt"] + r["text"] for r in alone) + "\n"
 

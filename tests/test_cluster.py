@@ -421,7 +421,7 @@ def test_a_gpu_in_other_words(capsys: Any) -> None:
         (("tiny", "--gpu", "h100", "--price", "nan"), "price = nan: expected dollars from 0 up"),
         (("tiny", "--gpu", "h100", "--train-tokens", "many"), "--train-tokens = 'many'"),
         (("tiny", "--published"), "--published = True: expected no other option than --json"),
-        ((), "FOLDER-OR-PRESET = None: expected a folder, or one of the presets"),
+        ((), "MODEL = None: expected a folder, or one of the presets"),
     ],
 )
 def test_what_the_command_refuses(capsys: Any, args: tuple[str, ...], message: str) -> None:

@@ -28,9 +28,9 @@ def test_the_released_deepseek_v3() -> None:
 def test_the_released_gpt_oss(name: str, gib: float) -> None:
     """Checkpoint sizes as its model card has them."""
     assert stored(moe.preset(name), "mxfp4").bytes / 2**30 == pytest.approx(gib, abs=0.05)
-    with pytest.raises(ConfigError, match="dtype = 'fp8': expected bf16, fp32 or mxfp4 for gpt_oss"):
+    with pytest.raises(ConfigError, match="dtype = 'fp8': expected bf16, fp16, fp32, fp64 or mxfp4 for gpt_oss"):
         stored(moe.preset(name), "fp8")
-    with pytest.raises(ConfigError, match="dtype = 'mxfp4': expected fp8, bf16 or fp32 for deepseek_v3"):
+    with pytest.raises(ConfigError, match="dtype = 'mxfp4': expected fp8, bf16, fp16, fp32 or fp64 for deepseek_v3"):
         stored(V3, "mxfp4")
 
 

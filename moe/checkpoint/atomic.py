@@ -36,7 +36,7 @@ _STEP = re.compile(r"step-(\d+)", re.ASCII)
 
 
 @contextmanager
-def replacing(folder: str | PathLike[str], manifest: Manifest) -> Iterator[Path]:
+def replacing(folder: str | PathLike[str], manifest: Manifest, *, overwrite: bool = True) -> Iterator[Path]:
     """An empty folder to write files into. When the block ends, it takes the place of `folder` in one step.
 
     Before that every file gets its mode from the umask and is synced, and the manifest is written, last. After an
@@ -47,16 +47,16 @@ def replacing(folder: str | PathLike[str], manifest: Manifest) -> Iterator[Path]
     One process at a time: a second is refused, not queued. Where the file system has no locks, several may write and
     the last wins, and nothing is swept, because nobody knows which writers live.
 
-    Raises `CheckpointError` where `folder` holds anything but a checkpoint's files, or is a mount point, which
-    nothing can be renamed over; and for what the system or the safetensors library answers, a full disk and the like.
+    Raises `CheckpointError` where `folder` holds anything but a checkpoint's files (without `overwrite`, anything at
+    all), or is a mount point, which nothing can be renamed over; and for what the system or the safetensors library
+    answers, a full disk and the like.
     """
     target = Path(os.path.realpath(folder))
-    if target.is_mount():
-        raise CheckpointError(target, "a mount point, which cannot be replaced in one step; save to a folder in it")
+    check_target(target, overwrite=overwrite)
     try:
         with _parents(target), locked(target) as has_lock:
             _recover(target)
-            _check_replaceable(target)
+            _check_replaceable(target, overwrite)
             if has_lock:
                 _sweep(target)
             new = _partial(target)
@@ -67,13 +67,26 @@ def replacing(folder: str | PathLike[str], manifest: Manifest) -> Iterator[Path]
                 manifest.write(new)
                 sync(new / MANIFEST)
                 sync(new)
-                _check_replaceable(target)  # again: a long save gives time to put something there
+                _check_replaceable(target, overwrite)  # again: a long save gives time to put something there
                 _replace(target, new)
             finally:
                 # What is left there is the old checkpoint, or what has been written until an error.
                 shutil.rmtree(new, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(target, f"not saved, and what was there is as it was: {error}") from error
+
+
+def check_target(folder: str | PathLike[str], *, overwrite: bool) -> None:
+    """Raise the `CheckpointError` with which `replacing` would refuse `folder` as it is now."""
+    target = Path(os.path.realpath(folder))
+    try:
+        if target.is_mount():
+            raise CheckpointError(target, "a mount point, which cannot be replaced in one step; save to a folder in it")
+        _check_replaceable(target, overwrite)
+        if not overwrite:  # what a save that died between two renames has left is a checkpoint, too
+            _check_replaceable(previous_folder(target), overwrite)
+    except OSError as error:
+        raise CheckpointError(target, f"cannot be written: {error}") from error
 
 
 def settle(folder: Path) -> None:
@@ -203,14 +216,22 @@ def _discard(previous: Path, target: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _check_replaceable(target: Path) -> None:
+def _check_replaceable(target: Path, overwrite: bool) -> None:
     if not target.exists():
         return
     if not target.is_dir():
         raise CheckpointError(target, "not a folder")
+    there = sorted(target.iterdir())
+    if there and not overwrite:
+        raise CheckpointError(
+            target,
+            "the folder exists and is not empty",
+            expected="a new or empty folder, or overwrite=True (--overwrite)",
+            found=_some([path.name for path in there]),
+        )
     known = {CONFIG, INDEX, MANIFEST, RECEIPT, *read_carried(target)}
     inside = target / TEMPLATES
-    paths = [path for path in target.iterdir() if path != inside or not path.is_dir()]
+    paths = [path for path in there if path != inside or not path.is_dir()]
     paths += inside.iterdir() if inside.is_dir() else ()
     names = {path.relative_to(target).as_posix(): path for path in paths}
     foreign = sorted(
@@ -219,13 +240,16 @@ def _check_replaceable(target: Path) -> None:
         if not path.is_file() or (name not in known and not _TENSORS.fullmatch(name))
     )
     if foreign:
-        shown = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
         raise CheckpointError(
             target,
             "the folder would be replaced but holds other files",
             expected="a checkpoint or nothing",
-            found=shown,
+            found=_some(foreign),
         )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _replace(target: Path, new: Path) -> None:

@@ -6,6 +6,7 @@ stacks all experts of a layer, that is all of them.
 
 import dataclasses
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from moe.checkpoint.atomic import replacing
+from moe.checkpoint.atomic import check_target, replacing
 from moe.checkpoint.carried import check_carried, read_carried, resolved, write_carried
 from moe.checkpoint.config_json import render_config
+from moe.checkpoint.dtypes import FLOATING, SAFETENSORS, Dtype, parse_dtype
 from moe.checkpoint.families import Family, family_of
 from moe.checkpoint.folder import CONFIG, RECEIPT, SINGLE
 from moe.checkpoint.header import TensorInfo
@@ -32,7 +34,7 @@ from moe.checkpoint.roles import check_scales, needs_common_dtype
 from moe.checkpoint.shards import Entry, as_json, config_bytes, divide, write_shards
 from moe.config import ModelConfig
 from moe.counts import parameter_shapes
-from moe.errors import CheckpointError, ConfigError
+from moe.errors import CheckpointError, ConfigError, did_you_mean
 from moe.ops import quantize_blocks, quantize_mxfp4
 
 logger = logging.getLogger("moe")
@@ -47,25 +49,31 @@ def convert(
     source: str | PathLike[str],
     target: str | PathLike[str],
     *,
-    dtype: str | None = None,
+    dtype: Dtype | str | torch.dtype | None = None,
     block_size: tuple[int, int] = (128, 128),
     scale_fmt: Literal["ue8m0"] | None = None,
     table: str | None = None,
     mtp: bool | None = None,
+    overwrite: bool = False,
+    revision: str | None = None,
     max_shard_bytes: int = 5 * 2**30,
     progress: bool | None = None,
 ) -> None:
     """Write the checkpoint `source` again as `target`, atomically.
 
     Args:
-        dtype: "F32", "BF16", "F16" or "F64" dequantises and converts all but the correction bias; "fp8" quantises the
-            projections of attention, MLPs and experts, each expert alone, in blocks of `block_size`, with scales that
-            are powers of two for scale_fmt "ue8m0"; it reads the source twice, for scales stand before codes. None
-            leaves every tensor as it is. What is equal in both is copied byte for byte.
+        dtype: "bf16", "fp16", "fp32" or "fp64" (or torch's dtype) dequantises and converts all but the correction bias;
+            "fp8" quantises the projections of attention, MLPs and experts, each expert alone, in blocks of
+            `block_size`, with scales that are powers of two for scale_fmt "ue8m0", and reads the source twice, because
+            scales precede codes; "mxfp4" is the layout of that name. None leaves every tensor as it is. What is equal
+            in both is copied byte for byte.
         table: the layout of the result, one of the family's: "experts" each alone, "stacked" as transformers has them
             in memory, "deepseek" with the names and in the one file of DeepSeek's inference code, "mxfp4" for gpt-oss.
         mtp: False leaves multi-token prediction modules out and does not look at their tensors; True keeps what there
             is, or refuses a layout without names for them; None keeps what the layout has names for.
+        overwrite: replace a checkpoint that is in `target` already. Without it only a new or empty folder is written
+            to. A folder that holds anything but a checkpoint's files is never replaced.
+        revision: that of `moe.load`, for a source on the Hub.
         max_shard_bytes: of data in a file, or one tensor.
 
     Tokenizer files and the code that `auto_map` names are copied. For another layout, code that reads the old one is
@@ -77,24 +85,43 @@ def convert(
         raise ConfigError("max_shard_bytes", max_shard_bytes, "a positive number")
     if not 1 <= min(block_size) <= max(block_size) <= MAX_BLOCK:
         raise ConfigError("block_size", block_size, f"two numbers from 1 to {MAX_BLOCK}")
-    if scale_fmt is not None and dtype != "fp8":
+    kind = None if dtype is None else parse_dtype(dtype, "dtype", tuple(SAFETENSORS))
+    if scale_fmt is not None and kind != "fp8":
         raise ConfigError("scale_fmt", scale_fmt, "none without dtype fp8")
-    todo = _plan(source, target, mtp=mtp is not False)
+    todo = _plan(source, target, overwrite, revision, mtp=mtp is not False)
     family = family_of(todo.config.model_type, todo.folder)
-    table = table or ("stacked" if todo.table == "mxfp4" and dtype is not None else todo.table)
+    if kind == "mxfp4":
+        if "mxfp4" not in family.tables or table not in (None, "mxfp4"):
+            allowed = "another for this layout" if table else f"another: {family.model_type} has no layout for it"
+            raise ConfigError("dtype", dtype, allowed)
+        table, kind = "mxfp4", None
+    table = table or ("stacked" if todo.table == "mxfp4" and kind is not None else todo.table)
     if table not in family.tables:
-        raise ConfigError("layout", table, f"one of {', '.join(family.tables)}, the layouts of {family.model_type}")
+        known = f"one of {', '.join(family.tables)}, the layouts of {family.model_type}"
+        raise ConfigError("layout", table, known + did_you_mean(table, family.tables))
     if todo.config.num_nextn_predict_layers and not family.tables[table].mtp:
         if mtp:
             raise ConfigError("mtp", mtp, f"false: the layout {table} has no names for MTP modules")
         logger.warning("the layout %s has no names for MTP modules: they are left out", table)
         todo = plan(todo.folder, mtp=False)
     _check(todo)
-    result = _Result(todo, todo.config, family, table, dtype, block_size, scale_fmt)
+    stored = SAFETENSORS[kind] if kind in FLOATING else kind
+    result = _Result(todo, todo.config, family, table, stored, block_size, scale_fmt)
     entries = result.entries()
     values = render_config(todo.config, Path(target) / CONFIG)
     values |= {"architectures": [family.architecture], **result.storage(entries)}
-    _write(todo, target, entries, result.value, values, max_shard_bytes, progress, "converting", table=table)
+    _write(
+        todo,
+        target,
+        entries,
+        result.value,
+        values,
+        max_shard_bytes,
+        progress,
+        "converting",
+        table=table,
+        overwrite=overwrite,
+    )
 
 
 def cut(
@@ -104,6 +131,8 @@ def cut(
     layers: Sequence[int],
     experts: Sequence[int],
     compare: bool = True,
+    overwrite: bool = False,
+    revision: str | None = None,
     max_shard_bytes: int = 5 * 2**30,
     progress: bool | None = None,
 ) -> dict[str, Any]:
@@ -112,12 +141,13 @@ def cut(
     Layers and experts keep their order and are counted anew; the router keeps the rows of those experts. Every byte is
     one of the source, quantised or not. MTP modules are left out, whatever the source has of them. Returns the receipt,
     which is also in the folder as cut.json: what was kept, and with `compare` how far the result's logits are from the
-    source's on a fixed input, for which the whole source is loaded, if it fits into memory.
+    source's on a fixed input, for which the whole source is loaded, if it fits into memory. `overwrite` and `revision`
+    are those of `convert`.
 
     Raises ConfigError for layers and experts that are not there or twice; CheckpointError where the family cannot
     express the result: experts in groups must be as many in each group that has any.
     """
-    todo = _plan(source, target, mtp=False)
+    todo = _plan(source, target, overwrite, revision, mtp=False)
     _check(todo)
     config = cut_config(todo.config, layers, experts, todo.folder)
     family = family_of(config.model_type, todo.folder)
@@ -170,7 +200,19 @@ def cut(
             receipt.update(_difference(todo, folder))
         (folder / RECEIPT).write_bytes(as_json(receipt))
 
-    _write(todo, target, entries, value, values, max_shard_bytes, progress, "cutting", table=todo.table, finish=finish)
+    _write(
+        todo,
+        target,
+        entries,
+        value,
+        values,
+        max_shard_bytes,
+        progress,
+        "cutting",
+        table=todo.table,
+        overwrite=overwrite,
+        finish=finish,
+    )
     return receipt
 
 
@@ -185,16 +227,23 @@ def _difference(source: Plan, part: Path) -> dict[str, Any]:
             )
         except CheckpointError as error:  # one of them does not fit into memory
             return facts | {"not_compared": str(error)}
-    facts["relative_difference"] = float((found - exact).norm() / exact.norm())
+    difference = float((found - exact).norm() / exact.norm())
+    facts["relative_difference"] = difference if math.isfinite(difference) else None  # which JSON cannot hold
     facts["same_first_choice"] = float((found.argmax(-1) == exact.argmax(-1)).double().mean())
     return facts
 
 
-def _plan(source: str | PathLike[str], target: str | PathLike[str], *, mtp: bool) -> Plan:
-    """The plan of the source. Raises if the target would take its place."""
-    folder = find(source)
-    if os.path.realpath(folder) == os.path.realpath(target):
-        raise CheckpointError(target, "the source itself, which would be replaced", expected="another folder")
+def _plan(
+    source: str | PathLike[str], target: str | PathLike[str], overwrite: bool, revision: str | None, *, mtp: bool
+) -> Plan:
+    """The plan of the source. Before anything is read, raises if the target cannot be written or replaced."""
+    same = "the source itself, which would be replaced"
+    if os.path.realpath(source) == os.path.realpath(target):
+        raise CheckpointError(target, same, expected="another folder")
+    check_target(target, overwrite=overwrite)
+    folder = find(source, revision)
+    if os.path.realpath(folder) == os.path.realpath(target):  # a name of a folder elsewhere
+        raise CheckpointError(target, same, expected="another folder")
     return plan(folder, mtp=mtp)
 
 
@@ -256,6 +305,7 @@ def _write(
     doing: str,
     *,
     table: str,
+    overwrite: bool,
     finish: Callable[[Path], object] = lambda folder: None,
 ) -> None:
     config, carried = resolved(config, read_carried(todo.folder), same_layout=table == todo.table)
@@ -263,7 +313,10 @@ def _write(
     content, manifest = config_bytes(config, Path(target) / CONFIG), Manifest()
     single = DEEPSEEK_FILE if table == "deepseek" else SINGLE
     files = divide(entries, None if table == "deepseek" else max_shard_bytes, Path(target), single=single)
-    with replacing(target, manifest) as new, Progress(doing, sum(e.nbytes for e in entries), progress) as bar:
+    with (
+        replacing(target, manifest, overwrite=overwrite) as new,
+        Progress(doing, sum(e.nbytes for e in entries), progress) as bar,
+    ):
         with Files(Progress("", 0, False)) as source:
             write_shards(new, files, lambda entry: value(source, entry), manifest, wrote=bar.advance)
         write_carried(new, {**carried, CONFIG: content})

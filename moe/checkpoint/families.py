@@ -21,7 +21,7 @@ from typing import Any
 
 from moe.checkpoint.folder import CONFIG
 from moe.config import ModelConfig
-from moe.errors import CheckpointError
+from moe.errors import CheckpointError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -549,5 +549,7 @@ def family_of(model_type: Any, path: Any) -> Family:
     """The family, or a `CheckpointError` about `path` with the list of those there are."""
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
-        raise CheckpointError(path, f"{CONFIG}: model_type", expected=f"one of {', '.join(FAMILIES)}", found=model_type)
+        hint = did_you_mean(model_type, FAMILIES) if isinstance(model_type, str) else ""
+        expected = f"one of {', '.join(FAMILIES)}{hint}"
+        raise CheckpointError(path, f"{CONFIG}: model_type", expected=expected, found=model_type)
     return family

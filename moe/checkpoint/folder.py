@@ -1,5 +1,7 @@
 """A checkpoint folder: which files hold its tensors, and where each tensor is."""
 
+import contextlib
+import itertools
 import logging
 import os
 import re
@@ -12,7 +14,7 @@ from typing import Any
 from moe.checkpoint.files import open_regular, read_bounded, read_exactly, recognise
 from moe.checkpoint.header import MAX_HEADER_BYTES, TensorInfo, read_header
 from moe.checkpoint.strict_json import CHARACTERS, KEY, NEXT, Scanner, decode_string, parse_as_python
-from moe.errors import CheckpointError
+from moe.errors import CheckpointError, nearest, one_line
 
 logger = logging.getLogger("moe")
 
@@ -21,12 +23,16 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "moesmith.manifest.json"  # of what a save wrote; loading does not read it, nor do other programs
 RECEIPT = "cut.json"  # what a cut checkpoint is a part of
+RUN, METRICS = "settings.json", "metrics.jsonl"  # a run of `moesmith train` has them, and at its end a "checkpoint"
+
+NO_FOLDER = "no such folder"  # begins the problem of a path, or a name on the Hub, that leads nowhere
 
 MAX_CONFIG_BYTES = 16 * 2**20  # room for maps of a whole vocabulary, which some tools write
 MAX_CONFIG_VALUES = 2**19
 MAX_INDEX_BYTES = 64 * 2**20
 MAX_INDEX_TENSORS = 2**18  # nearly three times as many as DeepSeek-V3 has in FP8
 MAX_FILE_NAME_BYTES = 255
+MAX_NEIGHBOURS = 1000  # names that are looked at for a hint
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*/*.pth")
 _OTHERS = ("*.safetensors", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.npz")
@@ -40,40 +46,92 @@ def previous_folder(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.previous")
 
 
-def locate(folder: str | PathLike[str]) -> Path:
+def locate(folder: str | PathLike[str], revision: str | None = None) -> Path:
     """`folder` as a path.
 
-    Where a save died between its two renames, the checkpoint that it had put aside; and of a repository in Hugging
-    Face's cache (`models--ORG--NAME`), the snapshot that its refs/main names.
+    Where a save died between its two renames, the checkpoint that it had put aside; of a run of `moesmith train`, its
+    checkpoint; and of a repository in Hugging Face's cache (`models--ORG--NAME`), the snapshot of `revision`, a branch,
+    tag or commit. No other folder has revisions.
     """
     path = Path(folder)
     try:
         mode = os.stat(path).st_mode
+        has_config = stat.S_ISDIR(mode) and _is_there(path / CONFIG)
     except FileNotFoundError:
         if path.name and os.path.isdir(previous_folder(path)):
             return previous_folder(path)
-        raise CheckpointError(path, "no such folder") from None
+        raise CheckpointError(path, f"{NO_FOLDER}{neighbour(path)}") from None
     except (OSError, ValueError) as error:  # a link to itself, a NUL, a name too long
         raise CheckpointError(path, f"cannot be read: {getattr(error, 'strerror', error)}") from error
     if not stat.S_ISDIR(mode):
         raise CheckpointError(path, "not a folder")
-    if not os.path.lexists(path / CONFIG) and os.path.isdir(path / "refs") and os.path.isdir(path / "snapshots"):
-        return _snapshot(path)
+    if not has_config and os.path.isdir(path / "refs") and os.path.isdir(path / "snapshots"):
+        return _snapshot(path, revision or "main")
+    if revision is not None:
+        raise CheckpointError(path, "a folder, which has no revisions", expected="no revision", found=revision)
+    if not has_config and os.path.isfile(path / RUN):
+        return _checkpoint_of_run(path)
     return path
 
 
-def _snapshot(repository: Path) -> Path:
-    ref = repository / "refs" / "main"
-    _check_inside(ref, [Path(os.path.realpath(repository))])
-    revision = read_bounded(ref, 1024).decode("utf-8", "replace").strip()
-    if not re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z._-]{0,254}", revision):
-        raise CheckpointError(ref, "no revision", expected="a commit", found=repr(revision[:80]))
-    path = repository / "snapshots" / revision
+def _is_there(path: Path) -> bool:
+    """Raises what `os.path.lexists` does not: that the system does not let us look."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _checkpoint_of_run(run: Path) -> Path:
+    checkpoint = run / "checkpoint"
+    for path in (checkpoint, previous_folder(checkpoint)):
+        if os.path.isdir(path):
+            return path
+    if os.path.isfile(run / METRICS):
+        problem = "a run of moesmith train that has no checkpoint yet"
+        raise CheckpointError(run, problem, expected="a run that has ended; moesmith train --resume continues it")
+    return run
+
+
+def neighbour(path: Path) -> str:
+    """ "; did you mean FOLDER?" for a path that is not there, or "" if nothing there has such a name."""
+    missing = path
+    while not os.path.isdir(missing.parent):
+        missing = missing.parent
+    with contextlib.suppress(OSError), os.scandir(missing.parent) as entries:
+        names = [entry.name for entry in itertools.islice(entries, MAX_NEIGHBOURS) if entry.is_dir()]
+        meant = nearest(missing.name, names) if missing.name else None
+        if meant is not None and os.path.isdir(other := missing.parent / meant / path.relative_to(missing)):
+            return f"; did you mean {one_line(other)}?"
+    return ""
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether any file of safetensors is there, complete or not."""
+    return any(folder.glob("*.safetensors" if os.path.lexists(folder / INDEX) else "model*.safetensors"))
+
+
+def _snapshot(repository: Path, revision: str) -> Path:
+    ref, commit = repository / "refs" / revision, revision
+    if not re.fullmatch(r"[0-9a-f]{40}", revision):
+        _check_inside(ref, [Path(os.path.realpath(repository))])
+        if not os.path.lexists(ref):
+            there = _some(repository / "refs")
+            raise CheckpointError(repository, "no such revision in the cache", expected=there, found=revision)
+        commit = read_bounded(ref, 1024).decode("utf-8", "replace").strip()
+    if not re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z._-]{0,254}", commit):
+        raise CheckpointError(ref, "no revision", expected="a commit", found=repr(commit[:80]))
+    path = repository / "snapshots" / commit
     if not os.path.isdir(path):
-        there = ", ".join(sorted(p.name for p in (repository / "snapshots").iterdir())[:5]) or "none"
-        raise CheckpointError(ref, "its snapshot is not in the cache", expected=revision, found=there)
+        there = _some(repository / "snapshots")
+        raise CheckpointError(ref, "its snapshot is not in the cache", expected=commit, found=there)
     _check_inside(path, [Path(os.path.realpath(repository))])
     return path
+
+
+def _some(folder: Path) -> str:
+    return ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "none"
 
 
 def member(folder: Path, name: str) -> Path:

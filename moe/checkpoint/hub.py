@@ -1,37 +1,147 @@
 """Models by their name on the Hugging Face Hub, through huggingface_hub if that is installed."""
 
+import os
 import re
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any, TypeVar
 
 from moe.checkpoint.carried import PATTERNS
-from moe.checkpoint.folder import CONFIG, INDEX, locate, previous_folder
+from moe.checkpoint.folder import CONFIG, INDEX, SINGLE, has_weights, locate, neighbour, previous_folder
+from moe.checkpoint.header import TensorInfo
 from moe.checkpoint.quantization import QUANTIZATION_FILES
-from moe.errors import CheckpointError
+from moe.errors import CheckpointError, ConfigError
 
-_NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
+CONFIGS = (CONFIG, *QUANTIZATION_FILES)
+FILES = (*CONFIGS, INDEX, "model*.safetensors", *PATTERNS)
+
+_NAME = re.compile(r"(\w[\w.-]{0,95}/\w[\w.-]{0,95})(?:@(\S{1,255}))?")
+_ANSWER = TypeVar("_ANSWER")
 
 
-def find(folder: str | PathLike[str]) -> Path:
+def find(folder: str | PathLike[str], revision: str | None = None, *, files: Sequence[str] = FILES) -> Path:
     """The checkpoint folder; or, for a name like "org/model" that is no folder here, the snapshot in the Hub's cache.
 
-    Only the files that a load reads or that travel with the model are downloaded. Raises `CheckpointError` if there is
-    neither.
+    A name can have a revision (branch, tag or commit), as "org/model@revision" or in `revision`. `files` are the names
+    and patterns that are downloaded, by default those that a load reads or that travel with the model. Where the Hub
+    cannot be reached, its cache has to do.
+
+    Raises `CheckpointError` if there is neither; it says whether the Hub was asked, and what it answered.
     """
-    path = Path(folder)
-    if not _NAME.fullmatch(str(folder)) or path.exists() or previous_folder(path).exists():
-        return locate(folder)
+    named = _parse(folder, revision)
+    if named is None:
+        return locate(folder, revision)
+    name, revision = named
+    return locate(_ask(lambda hub: hub.snapshot_download(name, revision=revision, allow_patterns=list(files)), *named))
+
+
+def find_headers(folder: str | PathLike[str], revision: str | None = None) -> tuple[Path, dict[str, TensorInfo] | None]:
+    """The checkpoint folder with its config.json; and where its weights are on the Hub alone, their headers from there.
+
+    The paths of such tensors are those that the files would have. Raises as `find` does.
+    """
+    path = find(folder, revision, files=(*CONFIGS, INDEX))
+    named = _parse(folder, revision)
+    if named is None or has_weights(path):
+        return path, None
+    name, revision = named
+    commit = path.name  # of the same snapshot, whatever has been pushed since
     try:
-        from huggingface_hub import snapshot_download
+        found = _ask(lambda hub: hub.get_safetensors_metadata(name, revision=commit), name, revision)
+    except CheckpointError as error:
+        problem = (
+            f"its configuration is in the cache, but not its weights: {error.problem.removeprefix('no such folder; ')}"
+        )
+        raise CheckpointError(error.path, problem, expected=error.expected, found=error.found) from error
+    tensors = {}
+    for file, metadata in found.files_metadata.items():
+        for tensor, info in metadata.tensors.items():
+            begin, end = info.data_offsets
+            tensors[tensor] = TensorInfo(tensor, path / file, info.dtype, tuple(info.shape), begin, end - begin)
+    return path, tensors
+
+
+def is_name(folder: str | PathLike[str]) -> bool:
+    """Whether `find` looks for it on the Hub."""
+    return _parse(folder, None) is not None
+
+
+def _parse(folder: str | PathLike[str], revision: str | None) -> tuple[str, str | None] | None:
+    """Name and revision on the Hub; None for what is a folder here, or can only be one."""
+    found = _NAME.fullmatch(str(folder))
+    if found is None or _is_here(Path(folder)):
+        return None
+    name, given = found.groups()
+    if given is not None and _is_here(Path(name)):
+        expected = f"{name} for the folder, which has no revisions"
+        raise CheckpointError(folder, "no such folder, but one without the revision", expected=expected)
+    if None not in (given, revision) and given != revision:
+        raise ConfigError("revision", revision, f"{given}, as {folder} has it")
+    return name, given or revision
+
+
+def _is_here(path: Path) -> bool:
+    """Whether `locate` has something to say about the path, be it that it cannot be read."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return previous_folder(path).exists()
+    except (OSError, ValueError):
+        return True
+    return True
+
+
+def _ask(question: Callable[[Any], _ANSWER], name: str, revision: str | None) -> _ANSWER:
+    """What huggingface_hub answers. Raises `CheckpointError` with the reason if it has no answer."""
+    where = name if revision is None else f"{name}@{revision}"
+    hint = neighbour(Path(name))
+    try:
+        import huggingface_hub
+        from huggingface_hub import utils
     except ImportError:
-        raise CheckpointError(
-            path, "no such folder; huggingface_hub, which would look it up, is not installed"
-        ) from None
+        problem = f"no such folder; huggingface_hub, which would look it up, is not installed{hint}"
+        raise CheckpointError(where, problem, expected="pip install huggingface_hub, or a folder") from None
     try:
-        files = [CONFIG, INDEX, "model*.safetensors", *QUANTIZATION_FILES, *PATTERNS]
-        return locate(snapshot_download(str(folder), allow_patterns=files))
-    except CheckpointError:
-        raise
-    except Exception as error:  # the library's own errors, the network's and the system's
-        said = " ".join(str(error).split())[:200]
-        raise CheckpointError(path, f"no such folder, and huggingface_hub has no such model: {said}") from error
+        return question(huggingface_hub)
+    except utils.GatedRepoError as error:
+        problem = "access to this model on the Hub is restricted"
+        expected = f"its terms accepted on its page at {_page(name)}, and hf auth login or HF_TOKEN"
+        raise CheckpointError(where, problem, expected=expected) from error
+    except utils.RepositoryNotFoundError as error:
+        problem = f"no such folder, and no such model on the Hub{hint}"
+        raise CheckpointError(where, problem, expected="another name; for a private model, hf auth login") from error
+    except utils.RevisionNotFoundError as error:
+        problem = "the model on the Hub has no such revision"
+        raise CheckpointError(where, problem, expected="a branch, tag or commit of it", found=revision) from error
+    except utils.NotASafetensorsRepoError as error:
+        problem = "the model on the Hub has no safetensors"
+        raise CheckpointError(where, problem, expected=f"{SINGLE} or {INDEX}") from error
+    except utils.HFValidationError as error:
+        raise CheckpointError(where, f"no such folder, and not a valid name on the Hub{hint}", found=name) from error
+    except (utils.LocalEntryNotFoundError, utils.OfflineModeIsEnabled) as error:
+        answered = isinstance(error.__cause__, utils.HfHubHTTPError)
+        state = "answers with an error" if answered else "is offline"
+        problem = (
+            f"no such folder; the Hub {state} ({_cause(error)}), and its cache does not have all of this model{hint}"
+        )
+        expected = "a model that is in the cache, or a connection"
+        raise CheckpointError(where, problem, expected=expected) from error
+    except Exception as error:  # the network's errors, other answers of the Hub, and the system's
+        raise CheckpointError(where, f"no such folder; huggingface_hub failed: {error!r}") from error
+
+
+def _page(name: str) -> str:
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{name}"
+
+
+def _cause(error: BaseException) -> str:
+    """Why the Hub could not be asked."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    cause = error.__cause__
+    return "no connection" if cause is None else str(cause).partition("\n")[0] or type(cause).__name__

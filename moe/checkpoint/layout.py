@@ -277,11 +277,13 @@ def plan(
     mtp: bool = True,
     max_header_bytes: int = MAX_HEADER_BYTES,
     any_quantization: bool = False,
+    headers: dict[str, TensorInfo] | None = None,
 ) -> Plan:
     """Read config.json and the headers of `folder`, and compare them.
 
     Without `mtp` the model has no MTP modules, and tensors of theirs are ignored. A quantisation format that cannot be
-    loaded is refused before the headers are read, unless `any_quantization`.
+    loaded is refused before the headers are read, unless `any_quantization`. `headers` are those of the files, if they
+    have been read before.
     """
     path = locate(folder)
     values = read_config_values(path)
@@ -293,7 +295,7 @@ def plan(
     quantization = read_quantization(path, values)
     if quantization is not None and not any_quantization:
         quantization.check()
-    tensors = _read_tensors(path, family, config, max_header_bytes)
+    tensors = _read_tensors(path, family, config, max_header_bytes) if headers is None else headers
     table = _table_of(family, tensors)
     names = family.tables[table]
     config = _with_mtp_of_files(names, config, tensors)

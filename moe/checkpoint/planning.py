@@ -1,19 +1,18 @@
-"""What a model weighs on disk and on each GPU of a group, by arithmetic: no torch, no weights."""
+"""What a model weighs on disk and on each GPU of a group, from a configuration or headers: no torch, no weights."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
+from moe.checkpoint.dtypes import FLOATING, SAFETENSORS, Dtype
 from moe.checkpoint.families import family_of
 from moe.checkpoint.folder import CONFIG
-from moe.checkpoint.layout import Slot, fp8_names, layout, with_scales
+from moe.checkpoint.layout import Plan, Slot, fp8_names, layout, with_scales
 from moe.config import ModelConfig
 from moe.counts import count_parameters
 from moe.errors import ConfigError
 
-Dtype = Literal["fp8", "mxfp4", "bf16", "fp32"]
-SIZES = {"F8_E4M3": 1, "U8": 1, "BF16": 2, "F32": 4}  # of safetensors' dtypes
+SIZES = {"F8_E4M3": 1, "U8": 1, "BF16": 2, "F16": 2, "F32": 4, "F64": 8}  # of safetensors' dtypes
 FP8_BLOCK = (128, 128)
 BIAS = "e_score_correction_bias"
 
@@ -39,17 +38,35 @@ def stored(config: ModelConfig, dtype: Dtype, block_size: tuple[int, int] = FP8_
     return Stored(len(kinds), values, sum(SIZES[kind] * number for kind, number in values.items()))
 
 
+def stored_in(files: Plan) -> Stored:
+    """The tensors that a folder has, all of them."""
+    values: dict[str, int] = {}
+    for info in files.tensors.values():
+        values[info.dtype] = values.get(info.dtype, 0) + info.numel
+    return Stored(len(files.tensors), values, sum(info.nbytes for info in files.tensors.values()))
+
+
+def dtype_of(files: Plan) -> Dtype:
+    """The name of what a folder's weights are stored in: the quantised ones', otherwise that of most values."""
+    if files.quantization is not None:
+        return "fp8" if files.quantization.method == "fp8" else "mxfp4"
+    values = stored_in(files).values
+    return max(FLOATING, key=lambda name: values.get(SAFETENSORS[name], 0))
+
+
 def _kinds(config: ModelConfig, dtype: Dtype, block_size: tuple[int, int]) -> list[tuple[Slot, str]]:
     """The tensors of a checkpoint, and the safetensors dtype of each."""
     tables = family_of(config.model_type, CONFIG).tables
     name = "mxfp4" if dtype == "mxfp4" else next(iter(tables))
     if name not in tables:
-        raise ConfigError("dtype", dtype, f"fp8, bf16 or fp32 for {config.model_type}")
+        raise ConfigError("dtype", dtype, f"fp8, bf16, fp16, fp32 or fp64 for {config.model_type}")
     slots = {n: slot for n, slot in layout(config, name).items() if slot.written}
     codes: set[str] = set()
     if dtype == "fp8":
         if any(".mlp.experts." in slot.parameter and not slot.index for slot in slots.values()):
-            raise ConfigError("dtype", dtype, f"bf16, fp32 or mxfp4 for {config.model_type}, whose files stack experts")
+            raise ConfigError(
+                "dtype", dtype, f"bf16, fp16, fp32, fp64 or mxfp4 for {config.model_type}, whose files stack experts"
+            )
         codes = set(fp8_names(slots))
         slots = with_scales(slots, tables[name], block_size, codes)
     return [(slot, _kind(n, slot, codes, dtype)) for n, slot in slots.items()]
@@ -62,7 +79,7 @@ def _kind(name: str, slot: Slot, codes: set[str], dtype: Dtype) -> str:
         return "U8"
     if slot.scale_of is not None or slot.parameter.endswith(BIAS):
         return "F32"
-    return "F32" if dtype == "fp32" else "BF16"
+    return SAFETENSORS[dtype] if dtype in FLOATING else "BF16"
 
 
 @dataclass(frozen=True)
@@ -71,13 +88,15 @@ class Placement:
 
     `gpus` hold it together; the experts of each layer are divided among groups of `ep`. Training shards parameters,
     gradients and optimizer over all GPUs that hold the same (FSDP): `gpus` for what is not an expert's, `gpus / ep`
-    for experts. `tokens` a GPU stand in its cache, or go through it in one training step.
+    for experts. `tokens` per GPU are in its cache, or go through it in one training step.
+    `block_size` is that of FP8 weights.
     """
 
     gpus: int
     ep: int
     dtype: Dtype
     tokens: int
+    block_size: tuple[int, int] = FP8_BLOCK
 
 
 @dataclass(frozen=True)
@@ -104,20 +123,32 @@ def check(config: ModelConfig, placement: Placement) -> None:
         raise ConfigError("ep", placement.ep, f"at most the {config.n_routed_experts} experts of a layer")
 
 
-def inference(config: ModelConfig, placement: Placement) -> Estimate:
-    """Weights, cache and the largest activations of a forward pass, on the GPU that holds most."""
+def inference(config: ModelConfig, placement: Placement, files: Plan | None = None) -> Estimate:
+    """Weights, cache and the largest activations of a forward pass, on the GPU that holds most.
+
+    Weights are those of `files`, as they are stored, if given.
+    """
     check(config, placement)
-    weights = _weights(config, placement.ep, placement.dtype)
+    weights = _weights(config, placement) if files is None else _weights_in(files, placement)
     size = 2  # of activations and cache, whatever the weights are
     cache = placement.tokens * config.num_hidden_layers * _cache_values(config) * size
     parts = {"experts": weights[0], "other weights": weights[1], "cache": cache}
     parts["activations"] = _forward_values(config, placement.ep, min(placement.tokens, 8192)) * size
+    replicated = "what is not an expert's is on every GPU (no tensor parallelism)"
+    if files is None:
+        rest = {
+            "fp8": f"FP8: projections in blocks of {' x '.join(map(str, placement.block_size))} with fp32 scales, "
+            "the rest bf16",
+            "mxfp4": "MXFP4: experts, the rest bf16",
+        }
+        held = (f"weights {placement.dtype}; {replicated}", rest.get(placement.dtype, ""))
+    else:
+        lacking = f"{len(files.missing):,} tensors are missing in the files and not counted" if files.missing else ""
+        held = (f"weights in the dtypes of the files; {replicated}", lacking)
     assumptions = (
-        f"weights {placement.dtype}; what is not an expert's is on every GPU (no tensor parallelism)",
-        "FP8: projections in blocks of 128 x 128 with fp32 scales, the rest bf16" if placement.dtype == "fp8" else "",
-        "MXFP4: experts, the rest bf16" if placement.dtype == "mxfp4" else "",
-        f"cache and activations bf16; cache for {placement.tokens:,} tokens a GPU, {_cache_values(config):,} values a "
-        "token and layer",
+        *held,
+        f"cache and activations bf16; cache for {placement.tokens:,} tokens per GPU, {_cache_values(config):,} values "
+        "per token and layer",
         "prefill in chunks of at most 8,192 tokens, experts balanced",
     )
     return Estimate(_share(config, placement.ep), parts, tuple(filter(None, assumptions)))
@@ -147,7 +178,7 @@ def training(config: ModelConfig, placement: Placement) -> Estimate:
     assumptions = (
         "parameters, gradients and both moments of AdamW in fp32, sharded over all GPUs that hold the same",
         "one block gathered in bf16 while it is computed",
-        f"{placement.tokens:,} tokens a GPU and micro-batch; each block's input is kept in bf16, the rest recomputed",
+        f"{placement.tokens:,} tokens per GPU and micro-batch; each block's input is kept in bf16, the rest recomputed",
         "logits and their gradient in fp32, not in chunks; experts balanced",
     )
     return Estimate(share, parts, assumptions)
@@ -164,12 +195,24 @@ def _experts(config: ModelConfig) -> int:
     return each * config.n_routed_experts * (config.num_moe_layers + config.num_nextn_predict_layers)
 
 
-def _weights(config: ModelConfig, ep: int, dtype: Dtype) -> tuple[int, int]:
-    """Bytes of a GPU's experts, and of everything else; embeddings that files repeat count once."""
+def _weights(config: ModelConfig, placement: Placement) -> tuple[int, int]:
+    """Bytes of a GPU's experts, and of everything else."""
+    kinds = _kinds(config, placement.dtype, placement.block_size)
+    sizes = ((slot, math.prod(slot.shape) * SIZES[kind]) for slot, kind in kinds)
+    return _on_a_gpu(config, placement.ep, sizes)
+
+
+def _weights_in(files: Plan, placement: Placement) -> tuple[int, int]:
+    """The same, of the tensors that a folder has for its model."""
+    sizes = ((slot, files.tensors[name].nbytes) for name, slot in files.slots.items() if name in files.tensors)
+    return _on_a_gpu(files.config, placement.ep, sizes)
+
+
+def _on_a_gpu(config: ModelConfig, ep: int, sizes: Iterable[tuple[Slot, int]]) -> tuple[int, int]:
+    """Bytes of experts and of everything else; embeddings that files repeat count once."""
     total = experts = 0
-    for slot, kind in _kinds(config, dtype, FP8_BLOCK):
-        nbytes = 0 if slot.repeat else math.prod(slot.shape) * SIZES[kind]
-        total += nbytes
+    for slot, nbytes in sizes:
+        total += 0 if slot.repeat else nbytes
         experts += nbytes if ".mlp.experts." in slot.parameter else 0
     return math.ceil(experts * _share(config, ep) / config.n_routed_experts), total - experts
 

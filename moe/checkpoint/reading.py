@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Self
+from typing import Any, BinaryIO, Self
 
 import torch
 from torch import Tensor
 
 from moe.checkpoint.carried import read_carried
+from moe.checkpoint.dtypes import FLOATING, SAFETENSORS, parse_dtype
 from moe.checkpoint.files import open_regular, read_exactly
 from moe.checkpoint.folder import CONFIG
 from moe.checkpoint.header import MAX_HEADER_BYTES, TensorInfo
@@ -91,8 +92,9 @@ class Piece:
 def load(
     folder: str | PathLike[str],
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | Literal["auto", "keep"] = "auto",
+    dtype: torch.dtype | str = "auto",
     *,
+    revision: str | None = None,
     mtp: bool = True,
     experts: range | None = None,
     max_header_bytes: int = MAX_HEADER_BYTES,
@@ -105,14 +107,16 @@ def load(
     device goes through a buffer of 16 MiB, or of one expert where the files have its axes in another order.
 
     Args:
-        folder: config.json and safetensors; pickles are never read. A name like "org/model" that is no folder here is
-            looked up with huggingface_hub, if that is installed: in its cache, and online where it may be.
+        folder: config.json and safetensors; pickles are never read. Of a run of `moesmith train`, its checkpoint is
+            loaded. A name like "org/model" or "org/model@revision", unless a folder has that name, is looked up with
+            huggingface_hub, if that is installed: online, or in its cache where the Hub cannot be reached.
         device: where the parameters are. On "meta" no weights are read: the parameters have shapes and dtypes only.
         dtype: "auto" keeps each tensor as stored. Norms, routers and sinks may have any dtype; all other tensors must
             have one, and quantised ones (FP8 blocks, MXFP4) are dequantised to it. "keep" is the same but leaves
             quantised tensors as they are, frozen: each use dequantises them, and a save writes the same bytes. A
-            floating dtype converts everything but the router's correction bias, which is fp32 always (a bf16 or fp16
-            one is widened, exactly).
+            floating dtype (torch's, or "bf16", "fp16", "fp32", "fp64") converts everything but the router's correction
+            bias, which is fp32 always (a bf16 or fp16 one is widened, exactly).
+        revision: branch, tag or commit of a name on the Hub, instead of "@revision"; a folder has none.
         mtp: False leaves multi-token prediction modules out and does not look at their tensors. Modules that
             config.json does not count are left out in any case, with a warning.
         experts: read and hold only these routed experts of each layer, a rank's share; such a model runs only under a
@@ -126,7 +130,7 @@ def load(
             repeated embedding or head differs from the model's own; or the folder is of an unknown family or
             quantisation, too large, or malformed.
     """
-    source = examine(folder, dtype, mtp=mtp, experts=experts, max_header_bytes=max_header_bytes)
+    source = examine(folder, dtype, revision=revision, mtp=mtp, experts=experts, max_header_bytes=max_header_bytes)
     todo, shapes, dtypes = source.todo, source.shapes, source.dtypes
     needed = sum(math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items())
     device = torch.device(device)
@@ -183,23 +187,24 @@ class Source:
 
 def examine(
     folder: str | PathLike[str],
-    dtype: torch.dtype | Literal["auto", "keep"],
+    dtype: torch.dtype | str,
     *,
+    revision: str | None = None,
     mtp: bool = True,
     experts: range | None = None,
     max_header_bytes: int = MAX_HEADER_BYTES,
 ) -> Source:
     """What `load` with these arguments reads; raises what headers can tell."""
-    if dtype not in ("auto", "keep", *DTYPES.values()):
-        raise ValueError(f"dtype = {dtype!r}: expected 'auto', 'keep' or one of {', '.join(map(str, DTYPES.values()))}")
-    path = find(folder)
+    kind = parse_dtype(dtype, "dtype", ("auto", "keep", *FLOATING))
+    wanted = DTYPES[SAFETENSORS[kind]] if kind in FLOATING else None
+    path = find(folder, revision)
     identity = _identity(path)
     todo = plan(path, mtp=mtp, max_header_bytes=max_header_bytes)
     todo.check()
     check_dtypes(todo)
     mine = _experts(todo, experts)
-    found = [part for piece in pieces(todo, keep=dtype == "keep") if (part := piece.of(mine)) is not None]
-    return Source(todo, found, _dtypes(todo, found, dtype), _shapes(todo, found, experts), identity, dtype == "keep")
+    found = [part for piece in pieces(todo, keep=kind == "keep") if (part := piece.of(mine)) is not None]
+    return Source(todo, found, _dtypes(todo, found, wanted), _shapes(todo, found, experts), identity, kind == "keep")
 
 
 def _identity(folder: Path) -> tuple[int, ...]:
@@ -231,15 +236,15 @@ def pieces(todo: Plan, *, keep: bool) -> Iterator[Piece]:
         yield Piece(info, slot, parameter, slot.index, range(info.shape[0] if info.shape else 1), scale)
 
 
-def _dtypes(todo: Plan, pieces: list[Piece], dtype: torch.dtype | Literal["auto", "keep"]) -> dict[str, torch.dtype]:
-    """Parameter -> the dtype that it gets."""
-    common = dtype if isinstance(dtype, torch.dtype) else _common_dtype(todo)
+def _dtypes(todo: Plan, pieces: list[Piece], dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """Parameter -> the dtype that it gets: `dtype`, or that of the files."""
+    common = _common_dtype(todo) if dtype is None else dtype
     result: dict[str, torch.dtype] = {}
     for piece in pieces:
         stored = piece.info.dtype
         if _is_widened(piece.slot) and stored != "F8_E8M0":
             result[piece.parameter] = torch.float32
-        elif isinstance(dtype, torch.dtype) or piece.scale is not None:
+        elif dtype is not None or piece.scale is not None:
             result[piece.parameter] = common
         else:
             result[piece.parameter] = STORED[stored]

@@ -6,7 +6,8 @@ from os import PathLike
 from typing import Any
 
 from moe.checkpoint.families import FAMILIES
-from moe.checkpoint.folder import locate, read_config_values, read_tensors
+from moe.checkpoint.folder import read_config_values, read_tensors
+from moe.checkpoint.hub import find_headers
 from moe.checkpoint.layout import plan
 from moe.checkpoint.quantization import read_quantization
 from moe.config import ModelConfig
@@ -65,17 +66,20 @@ class CheckpointSummary:
         return complete and self.parameters == self.expected_parameters
 
 
-def read_summary(folder: str | PathLike[str]) -> CheckpointSummary:
-    """Summarise any folder of safetensors with a config.json.
+def read_summary(folder: str | PathLike[str], revision: str | None = None) -> CheckpointSummary:
+    """Summarise any folder of safetensors with a config.json, or a model on the Hub, whose weights are not downloaded.
+
+    `folder` and `revision` are those of `moe.load`.
 
     A malformed file raises `CheckpointError`, as does a configuration of a known family that cannot be understood;
     tensors that do not fit it are listed.
     """
-    path = locate(folder)
+    path, headers = find_headers(folder, revision)
     values = read_config_values(path)
     model_type, quantization = values.get("model_type"), read_quantization(path, values)
-    known = plan(path, any_quantization=True) if isinstance(model_type, str) and model_type in FAMILIES else None
-    tensors = known.tensors if known else read_tensors(path)
+    is_known = isinstance(model_type, str) and model_type in FAMILIES
+    known = plan(path, any_quantization=True, headers=headers) if is_known else None
+    tensors = known.tensors if known else headers or read_tensors(path)
     dtypes: dict[str, DtypeTotals] = {}
     for tensor in tensors.values():
         so_far = dtypes.get(tensor.dtype, DtypeTotals(0, 0, 0))

@@ -3,12 +3,11 @@
 Each command is a module here with `Args`, a dataclass that tyro reads, and `run(args) -> exit status`. A module imports
 torch inside `run` only, so that help and wrong arguments answer at once.
 
-Exit status: 0 done, 2 the user's mistake (one line on stderr; tyro's own message for arguments), 130 interrupted. When
-nobody reads the output any more it is 1 without a word, and a bug of ours shows its traceback.
+Exit status: 0 done, 2 the user's mistake (one line on stderr; tyro's own message for arguments), 130 interrupted, 1
+silently on a broken pipe. A bug of ours shows its traceback.
 """
 
 import contextlib
-import difflib
 import importlib
 import io
 import os
@@ -17,17 +16,17 @@ import time
 from collections.abc import Iterator, Sequence
 
 from moe import __version__
-from moe.errors import CheckpointError, ConfigError, ParallelError
+from moe.errors import CheckpointError, ConfigError, ParallelError, did_you_mean
 
 COMMANDS = {
-    "train": "train a model on text, from a preset or a folder, and save it",
-    "generate": "continue prompts with the model in a folder",
-    "inspect": "configuration and parameter counts of a preset or a folder; --verify: are its bytes as saved",
+    "train": "train a preset on text and save it",
+    "generate": "continue prompts with a model",
+    "inspect": "configuration and counts; --verify: check that bytes are unchanged",
     "plan": "what each GPU would hold of a model, and whether it fits",
-    "place": "which GPU holds which experts, hot ones several times, from the loads that a run recorded",
-    "convert": "a checkpoint in another dtype or layout",
-    "cut": "a small checkpoint of some layers and experts of a large one",
-    "doctor": "what this machine has, and which kernels will run on it",
+    "place": "which GPU holds which experts, from the loads that a run recorded",
+    "convert": "rewrite a checkpoint in another dtype or layout",
+    "cut": "small checkpoint of some layers and experts of a large one",
+    "doctor": "what this machine has, and which kernels run on it",
 }
 
 
@@ -43,15 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(_help(), file=sys.stderr)
             return 2
         elif name not in COMMANDS:
-            near = difflib.get_close_matches(name, COMMANDS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
-            return _fail(f"no command {name!r}; {hint}")
+            hint = did_you_mean(name, COMMANDS) or f"; there are {', '.join(COMMANDS)}"
+            return _fail(f"no command {name!r}{hint}")
         else:
-            import tyro  # here, so that what imports a page of this package need not have it
+            from moe.cli.options import parse  # here, so that other modules of this package can be used without tyro
 
             command = importlib.import_module(f"moe.cli.{name}")
             with _said_once():
-                args = tyro.cli(command.Args, prog=f"moesmith {name}", args=rest)
+                args = parse(command.Args, name, rest)
             status = command.run(args)
             sys.stdout.flush()  # here, where a reader that went away is expected
             return status
@@ -93,4 +91,5 @@ Mixture-of-Experts transformers: build, train, load and run them.
 
 {commands}
 
-moesmith COMMAND --help lists a command's options; moesmith --version prints the version."""
+moesmith COMMAND --help lists the options of a command.
+moesmith --version prints the version."""

@@ -7,6 +7,8 @@ from typing import Annotated
 import tyro
 
 from moe.checkpoint.sizes import parse_size
+from moe.cli.options import UNSET
+from moe.cli.source import FOLDER
 from moe.errors import ConfigError
 
 
@@ -14,24 +16,26 @@ from moe.errors import ConfigError
 class Args:
     """Write a small checkpoint of some layers and experts, reading only their bytes.
 
-    Prints the receipt, which is also in OUT as cut.json: what was kept, and how far the logits are from the source's.
-    That comparison loads the whole source, if it fits into memory; --no-compare does without.
+    Prints the receipt, which is also in OUT as cut.json: which layers and experts were kept, and how far the logits are
+    from the source's. That comparison loads the whole source, if it fits into memory; --no-compare skips it.
     """
 
-    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """A checkpoint folder, or a name on the Hugging Face Hub."""
-    out: str
-    """The folder to write."""
-    layers: str
-    """Such as 0,1,3 or 0-2,60."""
-    experts: str
-    """Of each layer, such as 0-7; with routing limited to groups, as many of each group that has any."""
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER", help=FOLDER)]
+    out: Annotated[str, tyro.conf.arg(metavar="OUT")]
+    """Folder to write, new or empty."""
+    layers: Annotated[str, tyro.conf.arg(metavar="LIST")]
+    """Layers to keep, for example 0,1,3 or 0-2,60."""
+    experts: Annotated[str, tyro.conf.arg(metavar="LIST")]
+    """Experts to keep in each layer, for example 0-7.
+    With group-limited routing, the same number from every group used."""
     compare: bool = True
-    """Run the result and, if it fits into memory, the source, on a fixed input."""
-    max_shard_size: str = "5GB"
-    """Of data in one file."""
-    progress: bool | None = None
-    """A bar on stderr; by default if that is a terminal."""
+    """Run the result and, if it fits into memory, the source on a fixed input."""
+    overwrite: bool = False
+    """Replace the checkpoint in OUT."""
+    max_shard_size: Annotated[str, tyro.conf.arg(metavar="SIZE")] = "5GB"
+    """Maximum size of one file."""
+    progress: Annotated[bool | None, UNSET] = None
+    """Progress bar on stderr; default: if stderr is a terminal."""
 
 
 def run(args: Args) -> int:
@@ -45,6 +49,7 @@ def run(args: Args) -> int:
         layers=layers,
         experts=experts,
         compare=args.compare,
+        overwrite=args.overwrite,
         max_shard_bytes=limit,
         progress=args.progress,
     )

@@ -1,4 +1,4 @@
-"""`moesmith generate`: continue prompts with the model in a folder."""
+"""`moesmith generate`: continue prompts with a model."""
 
 import json
 import math
@@ -6,50 +6,52 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from moe.checkpoint.files import read_bounded
-from moe.checkpoint.folder import CONFIG, MAX_CONFIG_BYTES, MAX_CONFIG_VALUES, locate
+from moe.checkpoint.folder import CONFIG, MAX_CONFIG_BYTES, MAX_CONFIG_VALUES
+from moe.checkpoint.hub import find
 from moe.checkpoint.strict_json import parse_as_python
+from moe.cli.options import COMPUTE_DTYPES, UNSET, dtype_option, read_dtype
+from moe.cli.source import FOLDER
 from moe.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer
 
-DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
-
 
 @dataclass(frozen=True)
 class Args:
-    """Continue prompts with the model in a folder.
+    """Continue prompts with a model.
 
-    Each prompt is printed with its continuation, as it comes. Several prompts run as one batch and are printed in
-    their order.
+    Each prompt is printed with its continuation, as it is generated. Several prompts run as one batch and are printed
+    in their order.
     """
 
-    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """Checkpoint folder: config.json, model*.safetensors and tokenizer.json."""
-    prompt: tyro.conf.UseAppendAction[list[str]]
-    """Text to continue; - reads it from standard input. Give the option once for each prompt."""
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER", help=FOLDER)]
+    prompt: Annotated[tyro.conf.UseAppendAction[list[str]], tyro.conf.arg(metavar="TEXT")]
+    """Text to continue; - reads it from standard input. Give the option once per prompt."""
     max_new_tokens: int = 128
-    """Stop here, if the model does not end the text before."""
+    """Maximum number of new tokens; the model may stop earlier."""
     temperature: float = 0.0
-    """0 takes the most likely token each time; larger values draw more freely."""
+    """0 takes the most likely token each time; larger values sample more randomly."""
     top_k: int = 0
-    """Draw among the k most likely tokens; 0 for all."""
+    """Sample among the k most likely tokens; 0 for all."""
     top_p: float = 1.0
-    """Draw among the most likely tokens that together have this probability."""
-    seed: int | None = None
-    """Of the drawing, for repeatable text."""
-    dtype: DType = "auto"
-    """To compute in; auto is the files'."""
+    """Sample among the most likely tokens that together have this probability."""
+    seed: Annotated[int | None, UNSET] = None
+    """Sampling seed, for reproducible output."""
+    dtype: Annotated[str, dtype_option(COMPUTE_DTYPES)] = "auto"
+    """Compute dtype; auto (the default) uses the checkpoint's."""
+    mtp: bool = True
+    """Load the multi-token prediction modules, which generation does not use; --no-mtp ignores their tensors."""
     device: str = "auto"
-    """cpu, cuda, cuda:1 ...; auto is the GPU where there is one."""
+    """cpu, cuda, cuda:1, ...; auto is the GPU if there is one."""
     json: bool = False
-    """One JSON object a prompt instead of text, when all have ended."""
+    """Print one JSON object per prompt, once all are finished, instead of streaming text."""
 
     def __post_init__(self) -> None:
         for option, ok, allowed in (
@@ -62,10 +64,11 @@ class Args:
         ):
             if not ok:
                 raise ConfigError(f"--{option.replace('_', '-')}", getattr(self, option), allowed)
+        read_dtype(self.dtype, COMPUTE_DTYPES)
 
 
 def run(args: Args) -> int:
-    folder = locate(args.folder)
+    folder = find(args.folder)
     tokenizer = read_tokenizer(folder)
     ends = end_ids(folder)
     prompts = [_text(prompt) for prompt in args.prompt]
@@ -79,7 +82,7 @@ def run(args: Args) -> int:
     from moe.generation import stream
 
     device = _device(args.device)
-    model = moe.load(folder, device=device, dtype="auto" if args.dtype == "auto" else getattr(torch, args.dtype))
+    model = moe.load(folder, device=device, dtype=read_dtype(args.dtype, COMPUTE_DTYPES), mtp=args.mtp)
     vocabulary = model.config.vocab_size
     if max(map(max, ids)) >= vocabulary:
         problem = "the tokenizer does not belong to this model"

@@ -4,7 +4,6 @@
 import dataclasses
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -14,10 +13,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from moe.checkpoint import CheckpointSummary, read_summary
+from moe.checkpoint.families import FAMILIES
+from moe.checkpoint.folder import MANIFEST, RECEIPT
+from moe.checkpoint.hub import CONFIGS, FILES, find
 from moe.checkpoint.manifest import verify
+from moe.cli.source import MODEL, unknown
 from moe.config import ModelConfig
 from moe.counts import ParameterCounts, count_parameters
-from moe.errors import CheckpointError, ConfigError
+from moe.errors import CheckpointError, ConfigError, did_you_mean, one_line
 from moe.presets import PRESETS
 
 _COMPONENTS = ("embedding", "attention", "dense_mlp", "routed_experts", "shared_experts", "routers", "norms", "head")
@@ -27,18 +30,17 @@ _SHOWN = 20  # differences; a folder that was saved again by another program has
 
 @dataclass(frozen=True)
 class Args:
-    """Print the configuration and the parameter counts of a preset or a checkpoint folder.
+    """Print the configuration and the parameter counts of a model.
 
-    Of a folder only config.json and the headers of the weight files are read, unless --verify is given.
+    Reads config.json and the headers of the weight files only, unless --verify is given; on the Hub, too.
     """
 
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME-OR-FOLDER")]
-    """A preset (tiny, deepseek_v3 ...) or a folder; ./tiny is a folder whatever the presets are called."""
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL", help=MODEL)]
     json: bool = False
-    """One JSON object instead of tables."""
+    """Print one JSON object instead of tables."""
     verify: bool = False
-    """Instead, read every byte of a folder and compare it with the manifest that was written when it was saved. Each
-    difference is a line; exit status 2 if there is one, or no manifest."""
+    """Instead, check that every byte of a folder is unchanged, against the manifest that its save has written.
+    Prints one line per difference. Exit status 2 if there is one, or no manifest."""
 
 
 def run(args: Args) -> int:
@@ -66,13 +68,16 @@ def run(args: Args) -> int:
 
 def _verify(args: Args) -> int:
     if args.model in PRESETS:
-        raise ConfigError("NAME-OR-FOLDER", args.model, "a folder to verify, not a preset")
+        raise ConfigError("MODEL", args.model, "a folder to verify, not a preset")
+    folder = find(args.model, files=(*CONFIGS, MANIFEST))
+    if (folder / MANIFEST).exists():
+        folder = find(args.model, files=(*FILES, MANIFEST, RECEIPT))
     columns = (TextColumn("verifying"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     terminal = Console(stderr=True)
     terminal.quiet = not terminal.is_terminal  # before rich 14.3 a disabled bar ends with an empty line
     with Progress(*columns, console=terminal, transient=True, disable=terminal.quiet) as progress:
         task = progress.add_task("", total=None)
-        verification = verify(args.model, lambda read, total: progress.update(task, advance=read, total=total))
+        verification = verify(folder, lambda read, total: progress.update(task, advance=read, total=total))
     findings = verification.findings
     size = f"{verification.tensors:,} tensors, {verification.bytes:,} bytes in {verification.files:,} files"
     if args.json:
@@ -94,9 +99,10 @@ def _find(model: str) -> tuple[ModelConfig | None, CheckpointSummary | None]:
     """The configuration (None for a family that we do not know), and for a folder what its headers say."""
     if model in PRESETS:
         return PRESETS[model], None
-    if not Path(model).exists():
-        raise ConfigError("NAME-OR-FOLDER", model, f"a folder, or one of the presets {', '.join(PRESETS)}")
-    stored = read_summary(model)
+    try:
+        stored = read_summary(model)
+    except CheckpointError as error:
+        raise unknown(error, model, "MODEL") from error
     return stored.config, stored
 
 
@@ -125,8 +131,13 @@ def _table(title: str, *headings: str) -> Table:
     return table
 
 
+def _shown(value: Any) -> str:
+    """Text of an untrusted file, which may have markup and commands for the terminal in it."""
+    return escape(one_line(value, 2000))
+
+
 def _print_counts(console: Console, model: str, config: ModelConfig, counts: ParameterCounts) -> None:
-    totals = _table(model, "", "parameters")
+    totals = _table(_shown(model), "", "parameters")
     totals.add_row("total", f"{counts.total:,}")
     totals.add_row("activated by one token", f"{counts.activated:,}")
     totals.add_row("activated, without the input embedding", f"{counts.activated_without_embedding:,}")
@@ -153,22 +164,23 @@ def _print_config(console: Console, config: ModelConfig) -> None:
         rows = {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
         for key, inner in rows.items():
             if inner is not None:
-                values.add_row(key, escape(str(inner)))
+                values.add_row(_shown(key), _shown(inner))
     console.print(values)
 
 
 def _print_stored(console: Console, stored: CheckpointSummary) -> None:
     title = f"{stored.folder}: {stored.model_type}, {stored.files} file{'s' if stored.files > 1 else ''}"
-    files = _table(escape(title), "dtype", "tensors", "values", "bytes")
+    files = _table(_shown(title), "dtype", "tensors", "values", "bytes")
     for name, totals in stored.dtypes.items():
         files.add_row(name, f"{totals.tensors:,}", f"{totals.values:,}", f"{totals.bytes:,}")
-    files.add_row("all", f"{stored.tensors:,}", f"{stored.values:,}", f"{stored.bytes:,}")
+    files.add_row("total", f"{stored.tensors:,}", f"{stored.values:,}", f"{stored.bytes:,}")
     console.print(files)
     if stored.quantization is not None:
         note = "" if stored.loadable else ", a format that cannot be loaded"
         console.print(f"quantisation: {stored.quantization}{note}", markup=False)
     if stored.config is None:
-        console.print(f"{stored.model_type} is not a family that can be loaded", markup=False)
+        hint = did_you_mean(stored.model_type, FAMILIES)
+        console.print(f"{_shown(stored.model_type)} is not a family that can be loaded{hint}")
     elif stored.agrees:
         console.print("The files hold exactly the tensors that the configuration asks for.")
     for problem in ("missing", "unexpected", "misshaped", "unscaled", "ignored"):

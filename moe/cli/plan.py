@@ -2,54 +2,72 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, cast
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 from moe.checkpoint import planning, read_config
-from moe.checkpoint.folder import locate, read_config_values
+from moe.checkpoint.dtypes import FLOATING, Dtype, parse_dtype
+from moe.checkpoint.folder import INDEX, has_weights, read_config_values
+from moe.checkpoint.hub import CONFIGS, find
+from moe.checkpoint.layout import Plan, plan
 from moe.checkpoint.planning import Estimate, Placement
 from moe.checkpoint.quantization import Quantization, read_quantization
 from moe.checkpoint.sizes import parse_size
+from moe.cli.options import DTYPES, UNSET, dtype_option, read_dtype
 from moe.cli.plan_cluster import ClusterArgs, find_gpu, plan_facts, print_plan, print_published, published_facts
+from moe.cli.source import MODEL, unknown
 from moe.cluster.settings import Mesh, Run
 from moe.config import ModelConfig
-from moe.errors import CheckpointError, ConfigError
+from moe.errors import CheckpointError, ConfigError, one_line
 from moe.presets import PRESETS
 
 
 @dataclass(frozen=True)
 class Args:
-    """Say what each GPU would hold of a preset or a checkpoint folder, for inference and for training, and if it fits.
+    """Print what each GPU would hold of a model, for inference and for training, and whether it fits.
 
-    With --gpu: a training run on a cluster of these, memory of a rank, all-to-all bytes, time of a step, days and cost.
-    By arithmetic from config.json alone, on the GPU that holds most; the assumptions are printed.
+    Weights are those of the files, from their headers, if a folder has any; with --dtype for other files, and without
+    files, they are computed from config.json. Figures are of the GPU that holds most; the assumptions are printed.
+
+    With --gpu: a training run on a cluster. Memory of a rank, all-to-all bytes, time of a step, days and cost.
     """
 
-    model: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER-OR-PRESET")] = None
-    """A preset (deepseek_v3, qwen3_30b_a3b ...) or a folder."""
+    model: Annotated[
+        str | None, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL", help=MODEL, help_behavior_hint="")
+    ] = None
     gpus: int = 1
-    """That hold one model together."""
-    gpu: str | None = None
-    """h800, h100, h200, a100, b200 or mi300x."""
-    memory: str | None = None
-    """Of one GPU; by default that of --gpu, and else 80GiB."""
+    """GPUs that share one model."""
+    gpu: Annotated[str | None, UNSET, tyro.conf.arg(metavar="NAME")] = None
+    """Plan a training run on a cluster of these: a100, h100, h200, h800, b200 or mi300x."""
+    memory: Annotated[str | None, UNSET, tyro.conf.arg(metavar="SIZE")] = None
+    """Memory per GPU; default: that of --gpu, otherwise 80GiB."""
     ep: int = 1
-    """GPUs among which the experts of a layer are divided."""
-    dtype: Literal["fp8", "mxfp4", "bf16", "fp32"] | None = None
-    """Of the weights, for inference and on disk; by default a quantised folder's own, and else bf16. With --gpu, of the
-    matrix products: fp8 or bf16, by default bf16."""
-    tokens: int | None = None
-    """A GPU: in the cache for inference, in a micro-batch for training; by default 8,192, with --gpu one sequence."""
+    """GPUs that divide the experts of a layer."""
+    dtype: Annotated[str | None, dtype_option(DTYPES)] = None
+    """Dtype of the weights; default: that of the files, otherwise bf16. With --gpu: fp8 or bf16 matrix products."""
+    tokens: Annotated[int | None, UNSET] = None
+    """Tokens per GPU: in the KV cache (inference) or a micro-batch (training).
+    Default: 8,192, with --gpu one sequence."""
     json: bool = False
-    """One JSON object instead of tables."""
+    """Print one JSON object instead of tables."""
     published: bool = False
-    """Fit the model of a step to DeepSeek-V3's published GPU hours, and set it beside those of other runs."""
+    """Fit the cost model to DeepSeek-V3's published GPU hours and print it beside those of other runs."""
     cluster: Annotated[ClusterArgs, tyro.conf.arg(name="")] = field(default_factory=ClusterArgs)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A configuration; the dtype and the quantisation that a config.json states; headers, if they can be read."""
+
+    config: ModelConfig
+    stated: Dtype = "bf16"
+    quantization: Quantization | None = None
+    files: Plan | None = None
 
 
 def run(args: Args) -> int:
@@ -61,23 +79,23 @@ def run(args: Args) -> int:
         print(json.dumps(facts)) if args.json else print_published(console, facts)
         return 0
     if args.model is None:
-        raise ConfigError("FOLDER-OR-PRESET", None, f"a folder, or one of the presets {', '.join(PRESETS)}")
-    config, found = _config(args.model)
+        raise ConfigError("MODEL", None, f"a folder, or one of the presets {', '.join(PRESETS)}")
+    model = _find(args.model)
     memory = None if args.memory is None else parse_size(args.memory, "--memory")
     if memory is not None and memory < 2**20:
         raise ConfigError("--memory", args.memory, "at least 1MiB, with a unit: 80GiB")
+    dtype: Any = None if args.dtype is None else read_dtype(args.dtype, DTYPES)
     if args.gpu is not None:
-        facts = _cluster(args, args.model, args.gpu, config, memory)
+        facts = _cluster(args, args.model, args.gpu, model.config, dtype, memory)
         print(json.dumps(facts, default=dict)) if args.json else print_plan(console, facts)
         return 0
     if args.cluster != ClusterArgs():
         raise ConfigError("--gpu", None, "a GPU, because an option of a training run is given")
-    dtype = args.dtype or _dtype(found)
-    return _tables(args, args.model, config, dtype, found, memory or 80 * 2**30, console)
+    return _tables(args, args.model, model, dtype, memory or 80 * 2**30, console)
 
 
-def _cluster(args: Args, model: str, name: str, config: ModelConfig, memory: int | None) -> dict[str, Any]:
-    dtype = args.dtype or "bf16"
+def _cluster(args: Args, model: str, name: str, config: ModelConfig, dtype: Any, memory: int | None) -> dict[str, Any]:
+    dtype = dtype or "bf16"
     if dtype not in ("fp8", "bf16"):
         raise ConfigError("dtype", dtype, "fp8 or bf16 with --gpu")
     cluster = args.cluster
@@ -87,10 +105,13 @@ def _cluster(args: Args, model: str, name: str, config: ModelConfig, memory: int
     return plan_facts(model, training_run, name, find_gpu(name, cluster.rated, memory), cluster)
 
 
-def _dtype(found: Quantization | None) -> planning.Dtype:
-    """The dtype of files in this format."""
+def _dtype(model: _Model) -> Dtype:
+    """The dtype of a folder's files, or of those that the configuration would have."""
+    found = model.quantization
+    if model.files is not None:
+        return planning.dtype_of(model.files)
     if found is None:
-        return "bf16"
+        return model.stated
     if found.error is not None:
         error = found.error
         expected = f"{error.expected}, or --dtype to plan for other files"
@@ -98,57 +119,75 @@ def _dtype(found: Quantization | None) -> planning.Dtype:
     return "fp8" if found.method == "fp8" else "mxfp4"
 
 
-def _tables(
-    args: Args,
-    model: str,
-    config: ModelConfig,
-    dtype: planning.Dtype,
-    found: Quantization | None,
-    memory: int,
-    console: Console,
-) -> int:
-    placement = Placement(args.gpus, args.ep, dtype, 8192 if args.tokens is None else args.tokens)
-    estimates = {"inference": planning.inference(config, placement), "training": planning.training(config, placement)}
-    files = planning.stored(config, dtype)
+def _tables(args: Args, name: str, model: _Model, asked: Dtype | None, memory: int, console: Console) -> int:
+    config, found = model.config, model.quantization
+    dtype = asked or _dtype(model)
+    files = model.files if model.files is not None and dtype == planning.dtype_of(model.files) else None
+    block_size = planning.FP8_BLOCK if found is None or found.block_size is None else found.block_size
+    placement = Placement(args.gpus, args.ep, dtype, 8192 if args.tokens is None else args.tokens, block_size)
+    estimates = {
+        "inference": planning.inference(config, placement, files),
+        "training": planning.training(config, placement),
+    }
+    stored = planning.stored(config, dtype, block_size) if files is None else planning.stored_in(files)
     if args.json:
-        facts: dict[str, Any] = {"model": model, "memory": memory, "placement": dataclasses.asdict(placement)}
-        facts["stored"] = dataclasses.asdict(files)
+        facts: dict[str, Any] = {"model": name, "memory": memory, "placement": dataclasses.asdict(placement)}
+        facts["stored"] = dataclasses.asdict(stored)
+        facts["stored_from"] = "config.json" if files is None else "headers"
         facts["quantization"] = None if found is None else found.name
-        for name, estimate in estimates.items():
+        for purpose, estimate in estimates.items():
             fits = estimate.total <= memory
-            facts[name] = dataclasses.asdict(estimate) | {"total": estimate.total, "fits": fits}
+            facts[purpose] = dataclasses.asdict(estimate) | {"total": estimate.total, "fits": fits}
         print(json.dumps(facts, default=dict))
         return 0
     if found is not None and found.error is not None:
-        console.print(f"{model} holds {found.name} files, which cannot be loaded; planned for {dtype}", markup=False)
-    kinds = ", ".join(f"{kind} {number:,}" for kind, number in files.values.items())
-    console.print(f"{model} in {dtype} files: {files.tensors:,} tensors, {files.bytes:,} bytes (values: {kinds})")
-    for name, estimate in estimates.items():
-        _print(console, name, estimate, placement, memory, config)
+        console.print(
+            f"{one_line(name)} holds {found.name} files, which cannot be loaded; planned for {dtype}", markup=False
+        )
+    kinds = ", ".join(f"{kind} {number:,}" for kind, number in stored.values.items())
+    source = "by the headers of its files" if files is not None else f"in {dtype}, computed from its configuration"
+    size = f"{stored.tensors:,} tensors, {stored.bytes:,} bytes"
+    console.print(f"{one_line(name)}: {size} (values: {kinds}), {source}", markup=False)
+    for purpose, estimate in estimates.items():
+        _print(console, purpose, estimate, placement, memory, config)
     return 0
 
 
-def _config(model: str) -> tuple[ModelConfig, Quantization | None]:
-    """The configuration, and the format in which a folder's weights are quantised."""
-    if model in PRESETS:
-        return PRESETS[model], None
-    if not Path(model).exists():
-        raise ConfigError("FOLDER-OR-PRESET", model, f"a folder, or one of the presets {', '.join(PRESETS)}")
-    folder = locate(model)
-    return read_config(model), read_quantization(folder, read_config_values(folder))
+def _find(name: str) -> _Model:
+    """A preset, or what the headers or else config.json say of a folder or a model on the Hub."""
+    if name in PRESETS:
+        return _Model(PRESETS[name])
+    try:
+        folder = find(name, files=(*CONFIGS, INDEX))
+    except CheckpointError as error:
+        raise unknown(error, name, "MODEL") from error
+    values = read_config_values(folder)
+    found = read_quantization(folder, values)
+    if not has_weights(folder) or (found is not None and found.error is not None):
+        return _Model(read_config(folder), _stated(values), found)
+    files = plan(folder)
+    return _Model(files.config, _stated(values), found, files)
+
+
+def _stated(values: Mapping[str, Any]) -> Dtype:
+    dtype = values.get("dtype", values.get("torch_dtype"))
+    try:
+        return cast(Dtype, parse_dtype(f"torch.{dtype}", "dtype", FLOATING))
+    except ConfigError:  # none, or not one of those that weights have
+        return "bf16"
 
 
 def _print(
     console: Console, name: str, estimate: Estimate, placement: Placement, memory: int, config: ModelConfig
 ) -> None:
     where = f"{name} on {placement.gpus} GPU{'s' if placement.gpus > 1 else ''}, EP {placement.ep}"
-    title = f"{where}: {estimate.experts} of {config.n_routed_experts} experts a GPU"
+    title = f"{where}: {estimate.experts} of {config.n_routed_experts} experts per GPU"
     table = Table(title=title, title_justify="left")
     table.add_column("part")
-    table.add_column("GiB a GPU", justify="right", no_wrap=True)
+    table.add_column("GiB per GPU", justify="right", no_wrap=True)
     for part, nbytes in estimate.parts.items():
         table.add_row(part, f"{nbytes / 2**30:,.2f}")
-    table.add_row("all", f"{estimate.total / 2**30:,.2f}", style="bold")
+    table.add_row("total", f"{estimate.total / 2**30:,.2f}", style="bold")
     console.print(table)
     left = memory - estimate.total
     room = f"{abs(left) / 2**30:,.2f} GiB {'to spare' if left >= 0 else 'too much'}"

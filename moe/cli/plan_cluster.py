@@ -1,4 +1,4 @@
-"""What `moesmith plan --gpu` and `--published` print: a run on a cluster, and published runs beside the model."""
+"""Output of `moesmith plan --gpu` and `--published`: a run on a cluster, and published runs beside the model."""
 
 import dataclasses
 import math
@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe.checkpoint.sizes import parse_size
+from moe.cli.options import UNSET
 from moe.cluster.gpus import GPUS, Gpu
 from moe.cluster.memory import memory
 from moe.cluster.published import OTHERS, V3, compare, fit
@@ -17,7 +18,7 @@ from moe.cluster.settings import Rates, Run, Training
 from moe.cluster.stages import ranks
 from moe.cluster.step import ratio, step
 from moe.cluster.traffic import traffic
-from moe.errors import ConfigError
+from moe.errors import ConfigError, did_you_mean
 
 MODEL = (
     "experts are balanced, and a token's groups and experts any; no tensor or context parallelism",
@@ -31,32 +32,32 @@ MODEL = (
 
 @dataclass(frozen=True)
 class Rated:
-    """Of the GPU, in place of what its vendor states."""
+    """Rates of the GPU in place of those that its vendor states."""
 
-    bf16: float | None = None
-    """Dense TFLOP/s."""
-    fp8: float | None = None
-    """Dense TFLOP/s."""
-    bandwidth: float | None = None
-    """Of its memory, GB/s."""
-    nvlink: float | None = None
-    """To its node, GB/s in one direction."""
-    network: float | None = None
-    """Its share of the node's network, GB/s in one direction."""
+    bf16: Annotated[float | None, UNSET] = None
+    """Dense bf16 rate, TFLOP/s; this and the next four default to those of --gpu."""
+    fp8: Annotated[float | None, UNSET] = None
+    """Dense FP8 rate, TFLOP/s."""
+    bandwidth: Annotated[float | None, UNSET] = None
+    """Memory bandwidth, GB/s."""
+    nvlink: Annotated[float | None, UNSET] = None
+    """NVLink bandwidth per GPU, GB/s per direction."""
+    network: Annotated[float | None, UNSET] = None
+    """Network bandwidth per GPU, GB/s per direction."""
 
 
 @dataclass(frozen=True)
 class ClusterArgs:
-    """Of a training run (with --gpu)."""
+    """Options of a training run (with --gpu)."""
 
     pp: int = 1
-    """Stages of the pipeline; the other ranks, GPUS / PP, are data-parallel, and experts are divided among these."""
+    """Pipeline stages. GPUS / PP ranks are data-parallel, and experts are divided among these."""
     gpus_per_node: int = 8
-    """That NVLink connects."""
+    """GPUs per NVLink domain."""
     train_tokens: str = "1T"
-    """Of the whole run, such as 14.8T."""
+    """Tokens of the whole run, for example 14.8T."""
     price: float = 2.0
-    """Of a GPU hour, in dollars."""
+    """Price of a GPU hour in dollars."""
     training: Annotated[Training, tyro.conf.arg(name="")] = field(default_factory=Training)
     rates: Annotated[Rates, tyro.conf.arg(name="")] = field(default_factory=Rates)
     rated: Annotated[Rated, tyro.conf.arg(name="")] = field(default_factory=Rated)
@@ -65,7 +66,7 @@ class ClusterArgs:
 def find_gpu(name: str, rated: Rated, memory_bytes: int | None) -> Gpu:
     """The GPU of the table, with what the user says of it."""
     if name not in GPUS:
-        raise ConfigError("--gpu", name, f"one of {', '.join(GPUS)}")
+        raise ConfigError("--gpu", name, f"one of {', '.join(GPUS)}{did_you_mean(name, GPUS)}")
     given = {key: value for key, value in dataclasses.asdict(rated).items() if value is not None}
     for key, value in given.items():
         if not 0 < value < math.inf:
@@ -111,12 +112,12 @@ def plan_facts(name: str, run: Run, gpu_name: str, gpu: Gpu, args: ClusterArgs) 
 def print_plan(console: Console, facts: dict[str, Any]) -> None:
     mesh, training, gpu = facts["mesh"], facts["training"], facts["gpu"]
     where = f"{facts['model']} on {mesh['gpus']:,} {gpu['name']}, {training['dtype']}"
-    console.print(f"{where}: PP {mesh['pp']} x DP {mesh['dp']}, EP {mesh['ep']} ({mesh['experts']} experts a GPU)")
+    console.print(f"{where}: PP {mesh['pp']} x DP {mesh['dp']}, EP {mesh['ep']} ({mesh['experts']} experts per GPU)")
     held = facts["memory"]
     table = _table(console, f"memory of pipeline rank {held['rank']}, which holds most", "part", "GiB")
     for part, nbytes in held["parts"].items():
         table.add_row(part, f"{nbytes / 2**30:,.2f}")
-    table.add_row("all", f"{held['total'] / 2**30:,.2f}", style="bold")
+    table.add_row("total", f"{held['total'] / 2**30:,.2f}", style="bold")
     console.print(table)
     console.print(f"{'fits' if held['fits'] else 'does not fit'} into {gpu['memory']:,.2f} GiB")
 
@@ -136,10 +137,10 @@ def print_plan(console: Console, facts: dict[str, Any]) -> None:
     )
     for part, seconds in made["parts"].items():
         table.add_row(part, f"{seconds:,.3f}", f"{seconds / made['seconds']:.1%}")
-    table.add_row("all", f"{made['seconds']:,.3f}", "", style="bold")
+    table.add_row("total", f"{made['seconds']:,.3f}", "", style="bold")
     console.print(table)
     console.print(f"communication behind computation: {made['hidden']:,.3f} s")
-    console.print(f"{made['tokens_per_gpu']:,.0f} tokens/s a GPU, MFU {made['mfu']:.1%} of the dense bf16 peak")
+    console.print(f"{made['tokens_per_gpu']:,.0f} tokens/s per GPU, MFU {made['mfu']:.1%} of the dense bf16 peak")
     cost = facts["cost"]
     console.print(
         f"{cost['tokens']:,} tokens: {cost['gpu_hours']:,.0f} GPU hours, {cost['days']:,.1f} days, "

@@ -57,17 +57,17 @@ class Training:
     global_batch: int = 15360
     """Sequences in an optimizer step."""
     schedule: Literal["1f1b", "zb1p", "dualpipe"] = "1f1b"
-    """Of the pipeline; bubbles and copies as in table 2 of DeepSeek-V3's report."""
+    """Pipeline schedule; bubbles and copies as in table 2 of DeepSeek-V3's report."""
     sharding: Literal["zero1", "fsdp"] = "zero1"
-    """zero1: the optimizer over ranks that hold the same; fsdp: parameters and gradients too."""
+    """What data-parallel ranks shard. zero1: optimizer state; fsdp: parameters and gradients, too."""
     recompute: Literal["none", "selective", "full"] = "selective"
-    """selective: norms, SwiGLU and MLA's up-projections again in backward; full: whole blocks."""
+    """Recomputed in backward. selective: norms, SwiGLU and MLA's up-projections; full: whole blocks."""
     moments: Literal["bf16", "fp32"] = "fp32"
-    """Of AdamW; the master weights and gradients are fp32."""
+    """Dtype of AdamW's moments; master weights and gradients are fp32."""
     dispatch: Precision = "bf16"
-    """What tokens travel in to their experts; fp8 adds an fp32 scale for each 128 values. They return in bf16."""
+    """Dtype of tokens on their way to experts; fp8 adds an fp32 scale per 128 values. They return in bf16."""
     transport: Literal["node", "rank"] = "node"
-    """node: one copy to each node, handed on over NVLink; rank: a copy across the network to each rank."""
+    """node: one copy per node, forwarded over NVLink; rank: one copy per rank, across the network."""
 
 
 @dataclass(frozen=True)
@@ -75,15 +75,16 @@ class Rates:
     """What is achieved, as shares of a GPU's rates."""
 
     matmul_share: float = 0.2455
-    """Of the peak, by matrix products. Fitted (--published): all that is not modelled on its own is in it."""
+    """Fraction of peak reached by matrix products.
+    Fitted (--published), so it absorbs everything not modelled separately."""
     attention_share: float = 0.5
-    """Of the bf16 peak, by causal attention, forward and backward (FlashAttention-3 on an H100: 0.4 to 0.6)."""
+    """Fraction of the bf16 peak reached by causal attention (FlashAttention-3 on an H100: 0.4 to 0.6)."""
     link_share: float = 0.8
-    """Of NVLink and network (DeepSeek-V3's report counts on 160 of 200 GB/s of NVLink)."""
+    """Fraction of NVLink and network bandwidth reached (DeepSeek-V3's report: 160 of 200 GB/s of NVLink)."""
     overlap: float = 0.5
-    """Of communication, hidden behind computation."""
+    """Fraction of communication hidden behind computation."""
     latency_us: float = 20.0
-    """Of one all-to-all, before its first byte."""
+    """Latency of one all-to-all in microseconds."""
 
     def check(self) -> None:
         for name in ("matmul_share", "attention_share", "link_share"):

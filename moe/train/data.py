@@ -18,7 +18,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from moe.errors import ConfigError
+from moe.checkpoint.hub import find, is_name
+from moe.errors import CheckpointError, ConfigError
 
 END_OF_TEXT = "<|endoftext|>"
 # What released tokenizers call the token between documents, for a tokenizer.json without a tokenizer_config.json.
@@ -156,6 +157,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def find_tokenizer(path: Path) -> Path:
+    """The tokenizer.json that `path` names: itself, or that of a checkpoint folder, a run or a name on the Hub."""
+    if not path.is_dir() and not is_name(path):
+        return path
+    try:
+        folder = find(path, files=("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"))
+    except CheckpointError as error:
+        raise ConfigError("--tokenizer", str(path), f"a readable tokenizer.json; {error.problem}") from None
+    return folder / "tokenizer.json"
+
+
 def load_tokenizer(path: Path) -> tuple[Tokenizer, str]:
     """(tokenizer, end-of-text token) of a tokenizer.json.
 
@@ -228,6 +240,7 @@ def prepare(folder: Path, data: Sequence[Path], tokenizer_path: Path | None, voc
     if tokenizer_path is None:
         tokenizer, end_name = train_tokenizer((document.text for document in training), vocab_size), END_OF_TEXT
     else:
+        tokenizer_path = find_tokenizer(tokenizer_path)
         tokenizer, end_name = load_tokenizer(tokenizer_path)
     end = tokenizer.token_to_id(end_name)
     assert end is not None  # both ways of getting a tokenizer see to it

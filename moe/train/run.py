@@ -345,13 +345,21 @@ def _open_folder(folder: Path, settings: Settings, *, resume: bool, overwrite: b
             raise ConfigError("--resume", str(folder), f"the settings that the run began with: {', '.join(words)}")
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not file.is_file():
+        if not _is_settings(file):  # other programs have files of that name, too
             raise ConfigError("--out", str(folder), "a new or empty folder, or that of an earlier run")
         if not overwrite:
             raise ConfigError("--out", str(folder), "a new folder, or --resume to go on, or --overwrite to begin again")
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(file, deciding)
+
+
+def _is_settings(file: Path) -> bool:
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and {"preset", "steps", "seq_length"} <= values.keys()
 
 
 def _write_json(file: Path, values: Any) -> None:

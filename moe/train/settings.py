@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from moe.checkpoint.hub import is_name
 from moe.errors import ConfigError
 
 # These change what is written and shown, and where it is computed, not what is trained; a resumed run may have others.
@@ -21,7 +22,7 @@ class Settings:
     data: tuple[Path, ...] = ()
     """UTF-8 text files, or folders of them; by default the language reference that ships with Python."""
     tokenizer: Path | None = None
-    """A tokenizer.json; by default one is trained on the training text."""
+    """tokenizer.json, or a folder or Hub name that has one; default: one trained on the training text."""
     steps: int = 320
     """Optimizer steps."""
     batch_size: int = 4
@@ -99,7 +100,10 @@ class Settings:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(Settings) if f.name not in _FREE}
         values["data"] = [str(path.resolve()) for path in self.data]
         values["lr"] = self.peak_lr
-        values["tokenizer"] = str(self.tokenizer.resolve()) if self.tokenizer else None
+        tokenizer = self.tokenizer
+        values["tokenizer"] = (
+            None if tokenizer is None else str(tokenizer if is_name(tokenizer) else tokenizer.resolve())
+        )
         return values
 
     def options(self) -> list[str]:

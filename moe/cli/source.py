@@ -1,0 +1,20 @@
+"""The models that commands take: presets, folders, runs of `moesmith train`, and names on the Hugging Face Hub."""
+
+from moe.checkpoint.folder import NO_FOLDER
+from moe.errors import CheckpointError, ConfigError, did_you_mean
+from moe.presets import PRESETS
+
+_FOLDER = (
+    "heckpoint folder, run folder of `moesmith train`, or Hugging Face Hub name (ORG/MODEL or ORG/MODEL@REVISION)."
+)
+FOLDER = f"C{_FOLDER}"
+MODEL = f"Preset (tiny, deepseek_v3, ...), c{_FOLDER} Write ./tiny for a folder that has a preset's name."
+
+
+def unknown(error: CheckpointError, model: str, argument: str) -> CheckpointError | ConfigError:
+    """The error to raise for `error`: if `model` is nothing at all, one that lists the presets, too."""
+    if error.problem is None or not error.problem.startswith(NO_FOLDER):
+        return error
+    expected = f"a folder, or one of the presets {', '.join(PRESETS)}{did_you_mean(model, PRESETS)}"
+    wanted = "" if error.expected is None else f"; expected {error.expected}"
+    return ConfigError(argument, model, f"{expected} ({error.problem}{wanted})")
