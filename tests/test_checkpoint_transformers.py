@@ -266,7 +266,9 @@ def test_saved_here_is_what_they_had_saved(world: World, name: str) -> None:
     # They state one MTP layer and save none; the count in the folder we write is that of its files.
     assert before.pop("num_nextn_predict_layers", 0) in (0, 1)
     assert after.pop("num_nextn_predict_layers", 0) == 0
-    before |= {key: 1 for key in ("n_group", "topk_group") if key in before and before[key] is None}  # vLLM needs numbers
+    before |= {
+        key: 1 for key in ("n_group", "topk_group") if key in before and before[key] is None
+    }  # vLLM needs numbers
     assert before.items() <= after.items()
     generation = "generation_config.json"
     assert (theirs / generation).read_bytes() == (ours / generation).read_bytes()
