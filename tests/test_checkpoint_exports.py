@@ -226,7 +226,9 @@ def test_unknown_families_several_problems_and_values_that_are_not_json() -> Non
 
 
 def test_a_default_config_is_interleaved_with_mla_and_in_halves_without() -> None:
-    mla = {name: getattr(V3, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")}
+    mla: dict[str, Any] = {
+        name: getattr(V3, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
+    }
     mla |= dict(num_attention_heads=3, moe_intermediate_size=20, n_routed_experts=4, num_experts_per_tok=2)
     assert ModelConfig(**mla, head_dim=8).rope_interleave is False
     mla |= dict(kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
@@ -286,12 +288,8 @@ def test_interleaving_keeps_the_function(tmp_path: Path, q_lora_rank: int | None
 
 
 def test_interleaving_refuses_before_it_changes_anything() -> None:
-    grouped = ModelConfig(
-        **dict(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8),
-        **dict(moe_intermediate_size=8, n_routed_experts=2, num_experts_per_tok=1),
-    )
     with pytest.raises(ConfigError, match="a model with MLA"):
-        interleave(moe.Transformer(grouped))
+        interleave(moe.Transformer(dataclasses.replace(small(BASE["qwen3_moe"]), hidden_size=8, n_routed_experts=8)))
     model = build(dataclasses.replace(V3, rope_interleave=False))
     last: Any = model.layers[-1].self_attn
     last.kv_a_proj_with_mqa = torch.nn.Sequential(last.kv_a_proj_with_mqa)

@@ -179,8 +179,8 @@ def test_a_users_chat_template_and_padding_travel_into_the_checkpoint(tmp_path: 
     (tmp_path / "chat_template.jinja").write_text(said + "!")  # goes before the other, as in transformers
     dataset = prepare(tmp_path / "data", [text], tmp_path / "tokenizer.json", 0)
     assert template_of(dataset, tmp_path) == "<user>hi!"
-    ids = {"bos_token_id": dataset.end_of_text, "eos_token_id": dataset.end_of_text}
-    ids["pad_token_id"] = dataset.tokenizer.token_to_id("[PAD]")
+    end, pad_id = dataset.end_of_text, dataset.tokenizer.token_to_id("[PAD]")
+    ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": pad_id}
     assert dataset.token_ids == json.loads(dataset.carried_files()["generation_config.json"]) == ids
     beside.write_text(json.dumps({"pad_token": "<no such token>", "chat_template": 3}))
     (tmp_path / "chat_template.jinja").unlink()

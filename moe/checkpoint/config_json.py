@@ -145,8 +145,9 @@ def _settled(config: ModelConfig, family: Family) -> ModelConfig:
         changes |= {"sliding_window": None, "layer_types": None}
     if config.rope_parameters.rope_type == "default":
         rope = config.rope_parameters
-        kept = {"rope_theta": rope.rope_theta, "partial_rotary_factor": rope.partial_rotary_factor}
-        changes["rope_parameters"] = RopeParameters(**kept)
+        changes["rope_parameters"] = RopeParameters(
+            rope_theta=rope.rope_theta, partial_rotary_factor=rope.partial_rotary_factor
+        )
     if config.rope_dim == 2:  # one pair
         changes["rope_interleave"] = config.is_mla
     if not config.num_nextn_predict_layers:

@@ -291,8 +291,8 @@ def setting(config: ModelConfig, field: str) -> Any:
 # What engines do with a key of config.json was read in vLLM 0.33.0 (model_executor/models, layers/rotary_embedding),
 # SGLang 0.5.23 (srt/models, srt/layers/rotary_embedding) and llama.cpp as of llama-cpp-python 0.3.36 (conversion,
 # src/models, llama-graph.cpp, llama-context.cpp). A setting that makes one of them fail with an error needs no rule.
-# Released models are never refused, although llama.cpp computes two of them otherwise: it scores DeepSeek-V2's groups by
-# the sum of two experts instead of the best one, and truncates gpt-oss's YaRN range.
+# Released models are never refused, although llama.cpp computes two of them otherwise: it scores groups of DeepSeek-V2
+# by the sum of two experts instead of the best one, and truncates gpt-oss's YaRN range.
 _PLAIN_YARN = (
     _only("rope_parameters.attention_factor", None, "SGLang and llama.cpp compute it from the factor instead"),
     _only("rope_parameters.mscale", None, "llama.cpp ignores it"),
