@@ -42,7 +42,7 @@ V3_MTP = dataclasses.replace(V3, num_nextn_predict_layers=2)
 V2 = ModelConfig(**SMALL, model_type="deepseek_v2", scoring_func="softmax", topk_method="greedy", norm_topk_prob=False)
 
 YARN = RopeParameters(
-    rope_type="yarn", factor=8.0, original_max_position_embeddings=16, mscale=0.8, mscale_all_dim=1.1, beta_fast=4.0
+    rope_type="yarn", factor=8.0, original_max_position_embeddings=16, mscale=0.8, mscale_all_dim=0.8, beta_fast=4.0
 )
 
 _size = st.integers(1, 9)
@@ -64,7 +64,7 @@ def configs(draw: st.DrawFn, model_type: str | None = None) -> ModelConfig:
         moe_intermediate_size=draw(_size),
         n_shared_experts=draw(st.integers(0, 2)),
         first_k_dense_replace=draw(st.integers(0, layers)),
-        attention_bias=draw(st.booleans()),
+        attention_bias=model_type is None and draw(st.booleans()),
         tie_word_embeddings=draw(st.booleans()),
         routed_scaling_factor=draw(st.sampled_from([1.0, 2.5])),
         rms_norm_eps=draw(st.sampled_from([1e-6, 1e-5])),
@@ -87,10 +87,10 @@ def configs(draw: st.DrawFn, model_type: str | None = None) -> ModelConfig:
             qk_norm=draw(st.sampled_from(["none", "head", "whole"])),
         )
     if model_type == "deepseek_v2":
-        values |= dict(model_type=model_type, scoring_func="softmax", norm_topk_prob=False, rope_interleave=True)
+        values |= dict(model_type=model_type, scoring_func="softmax", norm_topk_prob=False)
         methods = ["greedy", "group_limited_greedy"]
     elif model_type == "deepseek_v3":
-        values |= dict(scoring_func="sigmoid", norm_topk_prob=draw(st.booleans()), rope_interleave=draw(st.booleans()))
+        values |= dict(scoring_func="sigmoid", norm_topk_prob=draw(st.booleans()))
         methods = ["noaux_tc"]
     else:
         values |= dict(scoring_func=draw(st.sampled_from(["sigmoid", "softmax"])))

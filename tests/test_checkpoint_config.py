@@ -26,7 +26,7 @@ OLD_YARN = {
     "beta_slow": 1,
     "factor": 8,
     "mscale": 0.8,
-    "mscale_all_dim": 1.1,
+    "mscale_all_dim": 0.8,
     "original_max_position_embeddings": 16,
     "type": "yarn",
 }
@@ -115,16 +115,18 @@ def test_absent_routing_keys_take_the_familys_default() -> None:
     assert (v2.rope_interleave, v2.routed_scaling_factor) == (True, 1.0)
 
 
-def test_null_groups_are_one_group() -> None:
+def test_null_groups_are_one_group_and_written_so() -> None:
+    """vLLM takes the number as it stands, and cannot have null."""
     config = parse_config({**V2_FILE, "n_group": None, "topk_group": None}, PATH)
     assert (config.n_group, config.topk_group) == (1, 1)
-    assert render_config(config, PATH)["n_group"] is None
+    assert render_config(config, PATH)["n_group"] == 1
 
 
-def test_group_numbers_that_greedy_does_not_look_at_are_kept() -> None:
+def test_group_numbers_that_greedy_does_not_look_at_are_not_written() -> None:
+    """vLLM and llama.cpp limit routing to groups by their number alone."""
     config = parse_config({**V2_FILE, "n_group": 8, "topk_group": 3}, PATH)
     assert (config.n_group, config.topk_group) == (1, 1)
-    assert render_config(config, PATH)["n_group"] == 8
+    assert (render_config(config, PATH)["n_group"], render_config(config, PATH)["topk_group"]) == (1, 1)
     limited = dataclasses.replace(config, topk_method="group_limited_greedy", n_group=4, topk_group=2)
     assert render_config(limited, PATH)["n_group"] == 4
 
@@ -331,10 +333,11 @@ def test_what_transformers_takes_is_taken() -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
     qwen = dict(model_type="qwen3_moe", vocab_size=61, hidden_size=42, num_hidden_layers=3, num_attention_heads=6)
     qwen |= dict(num_key_value_heads=3, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=10)
-    qwen |= dict(intermediate_size=20, max_position_embeddings=64, router_aux_loss_coef=0.9, mlp_only_layers=[1, 7])
-    config = parse_config({**qwen, "rope_scaling": yarn}, PATH)
+    qwen |= dict(intermediate_size=20, max_position_embeddings=64, router_aux_loss_coef=0.9)
+    assert parse_config({**qwen, "mlp_only_layers": [1, 7]}, PATH).mlp_only_layers == (1,)
+    assert not parse_config(qwen, PATH).norm_topk_prob
+    config = parse_config({**qwen, "rope_scaling": yarn, "mlp_only_layers": [7], "norm_topk_prob": True}, PATH)
     assert config.rope_parameters.original_max_position_embeddings == 64
-    assert config.mlp_only_layers == (1,)
     assert config.aux_loss_alpha == 0  # its loss is another, and off
     again = render_config(config, PATH)
     assert again["router_aux_loss_coef"] == 0.9

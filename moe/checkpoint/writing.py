@@ -39,7 +39,7 @@ def save(model: Transformer, folder: str | PathLike[str], *, max_shard_bytes: in
     but a checkpoint's files is refused, and so is a mount point, which nothing can be renamed over. `moesmith inspect
     --verify` compares a saved folder with its manifest.
 
-    Raises `CheckpointError` before writing anything if the family's files cannot express the model, and for what the
+    Raises `CheckpointError` before writing anything for the first of `config.family_problems()`, and for what the
     system answers: a full disk and the like.
     """
     if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
@@ -61,8 +61,9 @@ def save_through(
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes = {max_shard_bytes}: expected a positive number")
     target = Path(os.path.realpath(folder))
+    values = render_config(model.config, target / CONFIG)
     state, slots = _checked_state(model, target)
-    config = _config_values(model, state, target)
+    config = _config_values(values, model, state, target)
     check_carried(model.carried_files, target)
     entries = [entry_of(name, state[slot.parameter], slot.shape) for name, slot in slots.items()]
     files, manifest = divide(entries, max_shard_bytes, target), Manifest()
@@ -119,7 +120,9 @@ def _as_stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if torch.equal(tensor.to(dtype).float(), tensor) else tensor
 
 
-def _config_values(model: Transformer, state: Mapping[str, Tensor], target: Path) -> dict[str, Any]:
+def _config_values(
+    values: Mapping[str, Any], model: Transformer, state: Mapping[str, Tensor], target: Path
+) -> dict[str, Any]:
     sizes: dict[torch.dtype, int] = {}
     for name, tensor in state.items():
         if tensor.dtype in DTYPES.values() and needs_common_dtype(name):
@@ -128,9 +131,10 @@ def _config_values(model: Transformer, state: Mapping[str, Tensor], target: Path
     quantization = model.origin.quantization if model.origin else None
     dtype = max(sizes, key=lambda d: sizes[d])
     named = str(dtype).removeprefix("torch.")
-    values = render_config(model.config, target / CONFIG)
+    if model.origin is None:  # transformers would have the ids of the released tokenizer
+        values = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **values}
     architecture = family_of(model.config.model_type, target).architecture
-    values |= {"architectures": [architecture], "dtype": named, "torch_dtype": named}
+    values = {**values, "architectures": [architecture], "dtype": named, "torch_dtype": named}
     if quantization:
         values["quantization_config"] = dict(quantization)
     config_bytes(values, target / CONFIG)
