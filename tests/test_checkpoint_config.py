@@ -54,11 +54,15 @@ def test_round_trip(config: ModelConfig) -> None:
     assert render_config(back, PATH) == values
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v2", "deepseek_v2_lite", "tiny", "bench_400m"])
+@pytest.mark.parametrize(
+    "name",
+    ["deepseek_v3", "deepseek_v2", "deepseek_v2_lite", "tiny", "bench_400m", "dots_llm1", "glm_4_7_flash"],
+)
 def test_presets_round_trip(name: str) -> None:
     config = moe.preset(name)
     back = parse_config(render_config(config, PATH), PATH)
-    assert dataclasses.replace(back, num_key_value_heads=None) == config
+    heads = None if config.is_mla else config.num_key_value_heads
+    assert dataclasses.replace(back, num_key_value_heads=heads) == config
 
 
 RELEASED = {
@@ -85,6 +89,24 @@ RELEASED = {
         "rope_theta": 10000, "routed_scaling_factor": 1.0, "scoring_func": "softmax", "seq_aux": true,
         "tie_word_embeddings": false, "topk_group": 1, "topk_method": "greedy", "torch_dtype": "bfloat16",
         "use_cache": true, "v_head_dim": 128, "vocab_size": 102400}""",
+    "dots_llm1": """{"architectures": ["Dots1ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+        "first_k_dense_replace": 1, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+        "intermediate_size": 10944, "max_position_embeddings": 32768, "max_window_layers": 62, "model_type": "dots1",
+        "moe_intermediate_size": 1408, "moe_layer_freq": 1, "n_group": 1, "n_routed_experts": 128,
+        "n_shared_experts": 2, "norm_topk_prob": true, "num_attention_heads": 32, "num_experts_per_tok": 6,
+        "num_hidden_layers": 62, "num_key_value_heads": 32, "rms_norm_eps": 1e-05, "rope_scaling": null,
+        "rope_theta": 10000000, "routed_scaling_factor": 2.5, "scoring_func": "noaux_tc", "sliding_window": null,
+        "tie_word_embeddings": false, "topk_group": 1, "topk_method": "noaux_tc", "torch_dtype": "bfloat16",
+        "use_cache": true, "vocab_size": 152064}""",
+    "glm_4_7_flash": """{"architectures": ["Glm4MoeLiteForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+        "first_k_dense_replace": 1, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 10240,
+        "kv_lora_rank": 512, "max_position_embeddings": 202752, "model_type": "glm4_moe_lite",
+        "moe_intermediate_size": 1536, "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 1,
+        "norm_topk_prob": true, "num_attention_heads": 20, "num_experts_per_tok": 4, "num_hidden_layers": 47,
+        "num_key_value_heads": 20, "num_nextn_predict_layers": 1, "partial_rotary_factor": 1.0, "q_lora_rank": 768,
+        "qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-05, "rope_scaling": null,
+        "rope_theta": 1000000, "routed_scaling_factor": 1.8, "tie_word_embeddings": false, "topk_group": 1,
+        "topk_method": "noaux_tc", "v_head_dim": 256, "vocab_size": 154880}""",
 }
 
 
@@ -93,8 +115,9 @@ def test_released_files_are_the_presets(name: str) -> None:
     values = json.loads(RELEASED[name])
     config = parse_config(values, PATH)
     # The balance loss was a matter of training; V3's file does not say.
+    heads, width = (None, None) if config.is_mla else (config.num_key_value_heads, config.qk_head_dim)
     plain = dataclasses.replace(
-        config, extra={}, num_key_value_heads=None, aux_loss_alpha=moe.preset(name).aux_loss_alpha
+        config, extra={}, num_key_value_heads=heads, head_dim=width, aux_loss_alpha=moe.preset(name).aux_loss_alpha
     )
     assert plain == moe.preset(name)
     assert without(values, "architectures", "torch_dtype").items() <= render_config(config, PATH).items()
@@ -340,3 +363,72 @@ def test_what_transformers_takes_is_taken() -> None:
     assert again["router_aux_loss_coef"] == 0.9
     trained = dataclasses.replace(config, aux_loss_alpha=0.01)
     assert parse_config(render_config(trained, PATH), PATH).aux_loss_alpha == 0.01
+
+
+DOTS1_FILE = json.loads(RELEASED["dots_llm1"])
+GLM_LITE_FILE = json.loads(RELEASED["glm_4_7_flash"])
+
+
+def test_windows_of_dots1() -> None:
+    """transformers' defaults, where a file leaves them out: a window of 4,096 from layer 62 on."""
+    deep = {**without(DOTS1_FILE, "sliding_window", "max_window_layers"), "num_hidden_layers": 64}
+    config = parse_config(deep, PATH)
+    assert config.sliding_window == 4096
+    assert [i for i in range(64) if config.is_sliding_layer(i)] == [62, 63]
+    assert parse_config({**deep, "num_hidden_layers": 62}, PATH).sliding_window is None
+    types = ["sliding_attention", "full_attention"]
+    config = parse_config({**DOTS1_FILE, "num_hidden_layers": 2, "layer_types": types, "sliding_window": 8}, PATH)
+    assert (config.sliding_window, config.layer_types) == (8, tuple(types))
+
+
+def test_dense_layers_of_glm4_moe_lite() -> None:
+    """A list to transformers, a number to the engines: either is read, and both are written."""
+    file = {**GLM_LITE_FILE, "num_hidden_layers": 4, "num_nextn_predict_layers": 0}
+    neither = parse_config(without(file, "first_k_dense_replace"), PATH)
+    assert [neither.is_moe_layer(i) for i in range(4)] == [False, True, True, True]
+    assert parse_config({**file, "first_k_dense_replace": 3}, PATH).first_k_dense_replace == 3
+    types = ["dense", "sparse", "dense", "sparse"]
+    config = parse_config({**without(file, "first_k_dense_replace"), "mlp_layer_types": types}, PATH)
+    assert (config.first_k_dense_replace, config.mlp_only_layers) == (1, (2,))
+    written = render_config(config, PATH)
+    assert (written["mlp_layer_types"], written["first_k_dense_replace"]) == (types, 1)
+    other = dataclasses.replace(config, first_k_dense_replace=0, mlp_only_layers=(), decoder_sparse_step=2)
+    assert render_config(other, PATH)["mlp_layer_types"] == types
+
+
+def test_vllm_finds_the_keys_that_it_looks_for() -> None:
+    """Without them it raises AttributeError, or routes by softmax."""
+    dots = render_config(moe.preset("dots_llm1"), PATH)
+    assert (dots["scoring_func"], dots["topk_method"], dots["moe_layer_freq"]) == ("sigmoid", "noaux_tc", 1)
+    glm = render_config(moe.preset("glm_4_7_flash"), PATH)
+    assert (glm["scoring_func"], glm["topk_method"], glm["moe_layer_freq"]) == ("sigmoid", "noaux_tc", 1)
+
+
+REFUSED_BY_FAMILY: dict[str, tuple[dict[str, Any], str]] = {
+    "dots1 with softmax": ({**DOTS1_FILE, "scoring_func": "softmax"}, "scoring_func is not supported"),
+    "dots1 without bias": ({**DOTS1_FILE, "topk_method": "greedy"}, "topk_method is not supported"),
+    "dots1 with MoE in every second layer": ({**DOTS1_FILE, "moe_layer_freq": 2}, "moe_layer_freq"),
+    "dots1 with a window of nothing": (
+        {**DOTS1_FILE, "sliding_window": 0, "max_window_layers": 3},
+        "sliding_window = 0",
+    ),
+    "dots1 with layer types of another model": ({**DOTS1_FILE, "layer_types": ["full_attention"]}, "layer_types"),
+    "GLM with too few layer types": ({**GLM_LITE_FILE, "mlp_layer_types": ["dense", "sparse"]}, "mlp_layer_types"),
+    "GLM with a layer of another kind": (
+        {**GLM_LITE_FILE, "num_hidden_layers": 2, "mlp_layer_types": ["dense", "moe"]},
+        "mlp_layer_types = .*: expected 'dense' or 'sparse' for each layer",
+    ),
+    "GLM with two counts of dense layers": (
+        {**GLM_LITE_FILE, "num_hidden_layers": 3, "mlp_layer_types": ["dense", "dense", "sparse"]},
+        "first_k_dense_replace = 1: expected 2, the leading dense layers of mlp_layer_types",
+    ),
+    "GLM with softmax": ({**GLM_LITE_FILE, "scoring_func": "softmax"}, "scoring_func is not supported"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_BY_FAMILY)
+def test_what_a_family_cannot_be_is_refused_by_name(case: str) -> None:
+    values, message = REFUSED_BY_FAMILY[case]
+    with pytest.raises(CheckpointError, match=message) as caught:
+        parse_config(values, PATH)
+    assert str(caught.value).startswith("config.json: ")

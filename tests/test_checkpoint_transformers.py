@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import moe
 from moe.checkpoint import read_summary
+from moe.counts import count_parameters
 from tests.checkpoint_cases import SMALL, V3_MTP
 
 transformers = pytest.importorskip("transformers")
@@ -64,6 +65,10 @@ QWEN2 = dict(QWEN, shared_expert_intermediate_size=26)
 GLM = dict(GROUPED, n_routed_experts=12, intermediate_size=46, moe_intermediate_size=20, routed_scaling_factor=1.5)
 ONE_WIDTH = dict(GROUPED, intermediate_size=20)
 GPT_OSS = dict(ONE_WIDTH, num_local_experts=12, sliding_window=5, swiglu_limit=0.4)
+# V is wider than the queries and keys here.
+GLM_LITE = {k: v for k, v in COMMON.items() if k != "first_k_dense_replace"} | dict(v_head_dim=22, n_shared_experts=2)
+BIASED = dict(attention_bias=True, tie_word_embeddings=True, rms_norm_eps=1e-3)
+DOTS1 = dict(GROUPED, n_routed_experts=12, intermediate_size=46, moe_intermediate_size=20, n_shared_experts=2)
 OLMOE = dict(ONE_WIDTH, num_experts=12, hidden_size=48, head_dim=8)
 CASES |= {
     "mixtral": ("Mixtral", dict(ONE_WIDTH, num_local_experts=12)),
@@ -98,9 +103,32 @@ CASES |= {
         ),
     ),
     "minimax_m2_whole": ("MiniMaxM2", dict(ONE_WIDTH, num_local_experts=12)),
+    "dots1": ("Dots1", dict(DOTS1, first_k_dense_replace=1, norm_topk_prob=True, routed_scaling_factor=2.5)),
+    "dots1_groups": ("Dots1", dict(DOTS1, n_group=4, topk_group=2, rope_parameters=YARN, tie_word_embeddings=True)),
+    "dots1_windows": ("Dots1", dict(DOTS1, sliding_window=5, max_window_layers=2, rms_norm_eps=1e-3)),
+    "glm4_moe_lite": ("Glm4MoeLite", dict(GLM_LITE, routed_scaling_factor=1.8, n_group=4, topk_group=2)),
+    "glm4_moe_lite_pattern": (
+        "Glm4MoeLite",
+        dict(GLM_LITE, mlp_layer_types=["sparse", "dense", "sparse"], norm_topk_prob=False, q_lora_rank=None),
+    ),
+    "glm4_moe_lite_yarn_halves": (
+        "Glm4MoeLite",
+        dict(GLM_LITE, rope_parameters=dict(YARN, mscale=0.7, mscale_all_dim=1.2), rope_interleave=False, **BIASED),
+    ),
 }
 # The same tensors as transformers has them in memory, all experts of a layer stacked.
-STACKED = ("v3", "v2_groups", "mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "olmoe", "minimax_m2")
+STACKED = (
+    "v3",
+    "v2_groups",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "glm4_moe",
+    "olmoe",
+    "minimax_m2",
+    "dots1",
+    "glm4_moe_lite",
+)
 
 FOLDERS = (*CASES, *(f"{name}.stacked" for name in STACKED))
 
@@ -253,6 +281,31 @@ def test_our_model_with_mtp_loads_there(world: World) -> None:
     assert info["unexpected_keys"] and all(name.startswith(beyond) for name in info["unexpected_keys"])
     with torch.no_grad():
         assert_close(world.here["mtp"], model(world.ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "values"),
+    [
+        # The sizes of GLM-4.7-Flash are the defaults of its class.
+        ("glm_4_7_flash", "Glm4MoeLite", {}),
+        (
+            "dots_llm1",
+            "Dots1",
+            dict(
+                hidden_size=4096,
+                n_routed_experts=128,
+                n_shared_experts=2,
+                num_experts_per_tok=6,
+                first_k_dense_replace=1,
+            ),
+        ),
+    ],
+)
+def test_presets_are_as_large_as_their_models(name: str, kind: str, values: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        model = getattr(transformers, kind + "ForCausalLM")(getattr(transformers, kind + "Config")(**values))
+    theirs = sum(tensor.numel() for tensor in model.state_dict().values())
+    assert count_parameters(moe.preset(name)).total == theirs
 
 
 def test_the_bound_is_tight_enough_to_see_a_wrong_model(world: World) -> None:

@@ -81,13 +81,17 @@ def _canonical(config: ModelConfig) -> ModelConfig:
     if rope.rope_type == "default":
         rope = RopeParameters(rope_theta=rope.rope_theta, partial_rotary_factor=rope.partial_rotary_factor)
     types = tuple(config.is_sliding_layer(i) for i in range(config.num_hidden_layers))
+    dense = [i for i in range(config.num_hidden_layers) if not config.is_moe_layer(i)]
+    leading = next((n for n, i in enumerate(dense) if i != n), len(dense))
     return dataclasses.replace(
         config,
         num_key_value_heads=heads,
         head_dim=None if config.is_mla else config.qk_head_dim,
         rope_parameters=rope,
         attention_output_bias=config.output_bias,
-        mlp_only_layers=tuple(sorted(config.mlp_only_layers)),
+        first_k_dense_replace=leading,
+        mlp_only_layers=tuple(dense[leading:]),
+        decoder_sparse_step=1,
         sliding_window=config.sliding_window if any(types) else None,
         layer_types=tuple("sliding_attention" if s else "full_attention" for s in types) if any(types) else None,
         extra={},
@@ -112,8 +116,11 @@ def _understand(values: Mapping[str, Any], path: Path) -> ModelConfig:
             fields[name] = _NULL.get(name) if given[key] is None else given[key]
         elif name in family.absent:
             fields[name] = family.absent[name]
-    for form in family.forms:
-        fields |= form.read(values)
+    try:
+        for form in family.forms:
+            fields |= form.read(values)
+    except ConfigError as error:
+        raise CheckpointError(path, str(error)) from error
     for name, allowed in family.allowed.items():
         value = fields.get(name, allowed[0])
         if not _is_one_of(value, allowed):

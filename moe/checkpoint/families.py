@@ -21,7 +21,7 @@ from typing import Any
 
 from moe.checkpoint.folder import CONFIG
 from moe.config import ModelConfig
-from moe.errors import CheckpointError
+from moe.errors import CheckpointError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ class Form:
 
     Attributes:
         keys: all that `read` looks at and `write` writes.
-        read: the object of config.json -> fields; a field that is not there keeps its default. Values are not checked.
+        read: the object of config.json -> fields; a field that is not there keeps its default. What is no value of a
+            field is a `ConfigError`; other values are not checked.
         write: the inverse.
     """
 
@@ -303,6 +304,7 @@ _DEEPSEEK_KEYS = _COMMON_KEYS | same(
     *("attention_bias", "rope_interleave"),
     *("num_nextn_predict_layers", "aux_loss_alpha", "seq_aux", "router_z_loss_coef", "mtp_loss_weight"),
 )
+_GLM_LITE_OTHERS = ("scoring_func", "topk_method", "first_k_dense_replace")
 _DEEPSEEK_FIXED = _SILU | {
     "mlp_bias": (False, None),
     "moe_layer_freq": (1, None),
@@ -525,10 +527,99 @@ MINIMAX_M2 = Family(
     rope={"rope_theta": 5e6},
 )
 
+
+def _late_windows_read(values: Mapping[str, Any]) -> dict[str, Any]:
+    """dots1's: the layers from max_window_layers on slide, unless layer_types says which."""
+    window = values.get("sliding_window", 4096)
+    layers, first = values.get("num_hidden_layers"), values.get("max_window_layers", 62)
+    types = values.get("layer_types")
+    if types is None:
+        if window is None or type(layers) is not int or type(first) is not int or not first < layers <= 10_000:
+            return {}
+        types = tuple("sliding_attention" if i >= first else "full_attention" for i in range(layers))
+    return {"sliding_window": window, "layer_types": types}
+
+
+def _late_windows_write(config: ModelConfig) -> dict[str, Any]:
+    types = _layer_types(config)
+    if "sliding_attention" not in types:
+        return {"sliding_window": None}
+    return {"sliding_window": config.sliding_window, "layer_types": types}
+
+
+DOTS1 = Family(
+    model_type="dots1",
+    architecture="Dots1ForCausalLM",
+    tables=_tables(_NORMS | _GQA | _DENSE | _ROUTER | _SHARED),
+    keys=_GQA_KEYS
+    | same("intermediate_size", "moe_intermediate_size", "n_routed_experts", "n_shared_experts")
+    | same("first_k_dense_replace", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
+    | same("attention_bias"),
+    required=(*_SIZES, "intermediate_size", "moe_intermediate_size", "n_routed_experts"),
+    absent={"num_key_value_heads": 32, "max_position_embeddings": 2048, "norm_topk_prob": False},
+    implied={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "qk_norm": "head"},
+    # transformers has no key for the scores; vLLM looks for all three. The first releases called them "noaux_tc".
+    fixed=_SILU
+    | {"scoring_func": ("sigmoid", "noaux_tc", None), "topk_method": ("noaux_tc", None), "moe_layer_freq": (1, None)},
+    forms=(
+        Form(
+            ("sliding_window", "layer_types", "max_window_layers"),
+            _late_windows_read,
+            _late_windows_write,
+        ),
+    ),
+)
+
+
+def _mlp_types_read(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Dense layers by a list, as transformers has them, or by the number of leading ones, as the engines have them."""
+    types, leading, layers = (
+        values.get(key) for key in ("mlp_layer_types", "first_k_dense_replace", "num_hidden_layers")
+    )
+    if types is None:
+        return {"first_k_dense_replace": 1 if leading is None else leading}
+    if not isinstance(types, list) or len(types) != layers or not all(kind in ("dense", "sparse") for kind in types):
+        raise ConfigError("mlp_layer_types", types, "'dense' or 'sparse' for each layer")
+    dense = [i for i, kind in enumerate(types) if kind == "dense"]
+    first = types.index("sparse") if "sparse" in types else layers
+    if leading not in (None, first):
+        raise ConfigError("first_k_dense_replace", leading, f"{first}, the leading dense layers of mlp_layer_types")
+    return {"first_k_dense_replace": first, "mlp_only_layers": tuple(i for i in dense if i > first)}
+
+
+def _mlp_types_write(config: ModelConfig) -> dict[str, Any]:
+    sparse = [config.is_moe_layer(i) for i in range(config.num_hidden_layers)]
+    leading = sparse.index(True) if True in sparse else len(sparse)
+    return {"mlp_layer_types": ["sparse" if s else "dense" for s in sparse], "first_k_dense_replace": leading}
+
+
+# GLM-4.7-Flash: DeepSeek-V3's attention and names.
+GLM4_MOE_LITE = Family(
+    model_type="glm4_moe_lite",
+    architecture="Glm4MoeLiteForCausalLM",
+    tables=_tables(_DEEPSEEK_BLOCK, **_MTP),
+    keys={name: key for name, key in _DEEPSEEK_KEYS.items() if name not in _GLM_LITE_OTHERS},
+    required=_DEEPSEEK_SIZES,
+    absent={
+        "max_position_embeddings": 202752,
+        "rms_norm_eps": 1e-5,
+        "n_shared_experts": 1,
+        "q_lora_rank": 768,
+        "routed_scaling_factor": 1.8,
+        "rope_interleave": True,
+    },
+    implied={"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+    fixed=_DEEPSEEK_FIXED | {"scoring_func": ("sigmoid", None), "topk_method": ("noaux_tc", None)},
+    derived=_DEEPSEEK_DERIVED,
+    forms=(Form(("mlp_layer_types", "first_k_dense_replace"), _mlp_types_read, _mlp_types_write),),
+    yarn_from_length=False,
+)
+
 FAMILIES = {
     family.model_type: family
     for family in (
         *(DEEPSEEK_V3, KIMI_K2, DEEPSEEK_V2, MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE, GPT_OSS, OLMOE, MINIMAX_M2),
+        *(DOTS1, GLM4_MOE_LITE),
     )
 }
 
