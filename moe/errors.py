@@ -39,8 +39,8 @@ class ConfigError(ValueError):
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read or written as asked. Nothing has been loaded or replaced.
 
-    Attributes: path (file or folder), tensor (name or None), expected, found (texts or None). They are as they were
-    found; the message has them escaped and shortened to one line.
+    Attributes: path (file or folder), problem, tensor (name or None), expected, found (texts or None). They are as they
+    were found; the message has them escaped and shortened to one line.
     """
 
     def __init__(
@@ -52,7 +52,8 @@ class CheckpointError(ValueError):
         expected: Any = None,
         found: Any = None,
     ) -> None:
-        self.path, self.tensor, self.expected, self.found = path, tensor, expected, found
+        self.path, self.problem, self.tensor = path, problem, tensor
+        self.expected, self.found = expected, found
         where = one_line(path, 1000)
         if tensor is not None:
             where += f": {one_line(tensor)}"

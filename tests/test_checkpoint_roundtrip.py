@@ -280,13 +280,14 @@ def test_tensors_that_do_not_fit(saved: Path, case: str, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("quantization", "field"),
     [
-        ({"quant_method": "awq"}, "quant_method; expected fp8 or mxfp4; found 'awq'"),
-        ({}, "quant_method; expected fp8 or mxfp4; found None"),
-        ({"quant_method": "fp8"}, "weight_block_size; expected two sizes from 1"),
+        ({"quant_method": "awq"}, "quantization_config: AWQ is not supported; expected unquantised weights, FP8"),
+        ({}, "quant_method; expected fp8, mxfp4 or the name of another method; found None"),
+        ({"quant_method": 8}, "quant_method; expected fp8, mxfp4 or the name of another method; found 8"),
+        ({"quant_method": "fp8"}, "quantization_config: FP8 without weight_block_size is not supported"),
         ({"quant_method": "fp8", "weight_block_size": [128, 0]}, "weight_block_size"),
         ({"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e5m2"}, "fmt; expected e4m3"),
         ({"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "static"}, "activation_scheme"),
-        ("fp8", "quantization_config; expected an object or null; found str"),
+        ("fp8", "quantization_config; expected an object or null; found 'fp8'"),
     ],
 )
 def test_other_quantisations_are_refused(saved: Path, quantization: Any, field: str) -> None:

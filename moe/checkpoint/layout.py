@@ -13,7 +13,7 @@ from moe.checkpoint.config_json import parse_config
 from moe.checkpoint.families import MXFP4, Family, Names, Reordered, Table, family_of
 from moe.checkpoint.folder import CONFIG, locate, read_config_values, read_tensors
 from moe.checkpoint.header import MAX_HEADER_BYTES, TensorInfo
-from moe.checkpoint.quantization import Quantization, parse_quantization
+from moe.checkpoint.quantization import Quantization, read_quantization
 from moe.checkpoint.roles import check_experts, role_of
 from moe.config import ModelConfig
 from moe.counts import Shape, parameter_shapes
@@ -247,12 +247,19 @@ class Plan:
             )
 
 
-def plan(folder: str | PathLike[str], *, max_header_bytes: int = MAX_HEADER_BYTES) -> Plan:
-    """Read config.json and the headers of `folder`, and compare them."""
+def plan(
+    folder: str | PathLike[str], *, max_header_bytes: int = MAX_HEADER_BYTES, any_quantization: bool = False
+) -> Plan:
+    """Read config.json and the headers of `folder`, and compare them.
+
+    A quantisation format that cannot be loaded is refused before the headers are read, unless `any_quantization`.
+    """
     path = locate(folder)
     values = read_config_values(path)
     config = parse_config(values, path / CONFIG)
-    quantization = parse_quantization(values, path / CONFIG)
+    quantization = read_quantization(path, values)
+    if quantization is not None and not any_quantization:
+        quantization.check()
     tensors = read_tensors(path, max_header_bytes=max_header_bytes)
     family = family_of(config.model_type, path)
     table = _table_of(family, tensors)

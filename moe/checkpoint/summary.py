@@ -8,6 +8,7 @@ from typing import Any
 from moe.checkpoint.families import FAMILIES
 from moe.checkpoint.folder import locate, read_config_values, read_tensors
 from moe.checkpoint.layout import plan
+from moe.checkpoint.quantization import read_quantization
 from moe.config import ModelConfig
 from moe.counts import count_parameters
 
@@ -33,6 +34,8 @@ class CheckpointSummary:
         expected_parameters: the same by arithmetic.
         missing, unexpected, misshaped: names of tensors in the files.
         unscaled: quantised tensors whose scales are missing.
+        quantization: the format for people, for example "modelopt NVFP4"; None if not quantised.
+        loadable: whether `moe.load` reads that format.
     """
 
     folder: str
@@ -49,6 +52,8 @@ class CheckpointSummary:
     unexpected: tuple[str, ...] = ()
     misshaped: tuple[str, ...] = ()
     unscaled: tuple[str, ...] = ()
+    quantization: str | None = None
+    loadable: bool = True
 
     @property
     def agrees(self) -> bool:
@@ -64,8 +69,9 @@ def read_summary(folder: str | PathLike[str]) -> CheckpointSummary:
     tensors that do not fit it are listed.
     """
     path = locate(folder)
-    model_type = read_config_values(path).get("model_type")
-    known = plan(path) if isinstance(model_type, str) and model_type in FAMILIES else None
+    values = read_config_values(path)
+    model_type, quantization = values.get("model_type"), read_quantization(path, values)
+    known = plan(path, any_quantization=True) if isinstance(model_type, str) and model_type in FAMILIES else None
     tensors = known.tensors if known else read_tensors(path)
     dtypes: dict[str, DtypeTotals] = {}
     for tensor in tensors.values():
@@ -93,5 +99,7 @@ def read_summary(folder: str | PathLike[str]) -> CheckpointSummary:
         values=sum(totals.values for totals in dtypes.values()),
         bytes=sum(totals.bytes for totals in dtypes.values()),
         dtypes=dtypes,
+        quantization=None if quantization is None else quantization.name,
+        loadable=quantization is None or quantization.error is None,
         **fit,
     )

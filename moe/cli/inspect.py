@@ -164,6 +164,9 @@ def _print_stored(console: Console, stored: CheckpointSummary) -> None:
         files.add_row(name, f"{totals.tensors:,}", f"{totals.values:,}", f"{totals.bytes:,}")
     files.add_row("all", f"{stored.tensors:,}", f"{stored.values:,}", f"{stored.bytes:,}")
     console.print(files)
+    if stored.quantization is not None:
+        note = "" if stored.loadable else ", a format that cannot be loaded"
+        console.print(f"quantisation: {stored.quantization}{note}", markup=False)
     if stored.config is None:
         console.print(f"{stored.model_type} is not a family that can be loaded", markup=False)
     elif stored.agrees:

@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from moe.checkpoint import planning, read_config
-from moe.checkpoint.folder import CONFIG, locate, read_config_values
+from moe.checkpoint.folder import locate, read_config_values
 from moe.checkpoint.planning import Estimate, Placement
-from moe.checkpoint.quantization import parse_quantization
+from moe.checkpoint.quantization import Quantization, read_quantization
 from moe.checkpoint.sizes import parse_size
 from moe.cli.plan_cluster import ClusterArgs, find_gpu, plan_facts, print_plan, print_published, published_facts
 from moe.cluster.settings import Mesh, Run
 from moe.config import ModelConfig
-from moe.errors import ConfigError
+from moe.errors import CheckpointError, ConfigError
 from moe.presets import PRESETS
 
 
@@ -62,7 +62,7 @@ def run(args: Args) -> int:
         return 0
     if args.model is None:
         raise ConfigError("FOLDER-OR-PRESET", None, f"a folder, or one of the presets {', '.join(PRESETS)}")
-    config, own = _config(args.model)
+    config, found = _config(args.model)
     memory = None if args.memory is None else parse_size(args.memory, "--memory")
     if memory is not None and memory < 2**20:
         raise ConfigError("--memory", args.memory, "at least 1MiB, with a unit: 80GiB")
@@ -72,7 +72,8 @@ def run(args: Args) -> int:
         return 0
     if args.cluster != ClusterArgs():
         raise ConfigError("--gpu", None, "a GPU, because an option of a training run is given")
-    return _tables(args, args.model, config, args.dtype or own, memory or 80 * 2**30, console)
+    dtype = args.dtype or _dtype(found)
+    return _tables(args, args.model, config, dtype, found, memory or 80 * 2**30, console)
 
 
 def _cluster(args: Args, model: str, name: str, config: ModelConfig, memory: int | None) -> dict[str, Any]:
@@ -86,18 +87,40 @@ def _cluster(args: Args, model: str, name: str, config: ModelConfig, memory: int
     return plan_facts(model, training_run, name, find_gpu(name, cluster.rated, memory), cluster)
 
 
-def _tables(args: Args, model: str, config: ModelConfig, dtype: planning.Dtype, memory: int, console: Console) -> int:
+def _dtype(found: Quantization | None) -> planning.Dtype:
+    """The dtype of files in this format."""
+    if found is None:
+        return "bf16"
+    if found.error is not None:
+        error = found.error
+        expected = f"{error.expected}, or --dtype to plan for other files"
+        raise CheckpointError(error.path, error.problem, expected=expected, found=error.found)
+    return "fp8" if found.method == "fp8" else "mxfp4"
+
+
+def _tables(
+    args: Args,
+    model: str,
+    config: ModelConfig,
+    dtype: planning.Dtype,
+    found: Quantization | None,
+    memory: int,
+    console: Console,
+) -> int:
     placement = Placement(args.gpus, args.ep, dtype, 8192 if args.tokens is None else args.tokens)
     estimates = {"inference": planning.inference(config, placement), "training": planning.training(config, placement)}
     files = planning.stored(config, dtype)
     if args.json:
         facts: dict[str, Any] = {"model": model, "memory": memory, "placement": dataclasses.asdict(placement)}
         facts["stored"] = dataclasses.asdict(files)
+        facts["quantization"] = None if found is None else found.name
         for name, estimate in estimates.items():
             fits = estimate.total <= memory
             facts[name] = dataclasses.asdict(estimate) | {"total": estimate.total, "fits": fits}
         print(json.dumps(facts, default=dict))
         return 0
+    if found is not None and found.error is not None:
+        console.print(f"{model} holds {found.name} files, which cannot be loaded; planned for {dtype}", markup=False)
     kinds = ", ".join(f"{kind} {number:,}" for kind, number in files.values.items())
     console.print(f"{model} in {dtype} files: {files.tensors:,} tensors, {files.bytes:,} bytes (values: {kinds})")
     for name, estimate in estimates.items():
@@ -105,15 +128,14 @@ def _tables(args: Args, model: str, config: ModelConfig, dtype: planning.Dtype, 
     return 0
 
 
-def _config(model: str) -> tuple[ModelConfig, planning.Dtype]:
-    """The configuration, and the dtype in which a folder's weights are quantised."""
+def _config(model: str) -> tuple[ModelConfig, Quantization | None]:
+    """The configuration, and the format in which a folder's weights are quantised."""
     if model in PRESETS:
-        return PRESETS[model], "bf16"
+        return PRESETS[model], None
     if not Path(model).exists():
         raise ConfigError("FOLDER-OR-PRESET", model, f"a folder, or one of the presets {', '.join(PRESETS)}")
     folder = locate(model)
-    found = parse_quantization(read_config_values(folder), folder / CONFIG)
-    return read_config(model), "bf16" if found is None else "fp8" if found.method == "fp8" else "mxfp4"
+    return read_config(model), read_quantization(folder, read_config_values(folder))
 
 
 def _print(
