@@ -50,6 +50,32 @@ _GPT_OSS = ModelConfig(
     seq_aux=False,
 )
 
+_ERNIE_21B = ModelConfig(
+    model_type="ernie4_5_moe",
+    vocab_size=103424,
+    hidden_size=2560,
+    num_hidden_layers=28,
+    num_attention_heads=20,
+    num_key_value_heads=4,
+    head_dim=128,
+    intermediate_size=12288,
+    moe_intermediate_size=1536,
+    n_routed_experts=64,
+    n_shared_experts=2,
+    num_experts_per_tok=6,
+    first_k_dense_replace=1,
+    rope_parameters=RopeParameters(rope_theta=5e5),
+    rope_interleave=True,
+    max_position_embeddings=131072,
+    rms_norm_eps=1e-5,
+    scoring_func="softmax",
+    topk_method="noaux_tc",
+    moe_norm_min=1e-12,
+    tie_word_embeddings=True,
+    aux_loss_alpha=0.001,
+    seq_aux=False,
+)
+
 PRESETS: dict[str, ModelConfig] = {
     # Trains in two to three minutes on two CPU cores; every part of DeepSeek-V3 is present.
     "tiny": ModelConfig(
@@ -390,6 +416,20 @@ PRESETS: dict[str, ModelConfig] = {
         rms_norm_eps=1e-5,
         routed_scaling_factor=1.8,
         num_nextn_predict_layers=1,
+    ),
+    "ernie_4_5_21b_a3b": _ERNIE_21B,
+    "ernie_4_5_300b_a47b": replace(
+        _ERNIE_21B,
+        hidden_size=8192,
+        num_hidden_layers=54,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        intermediate_size=28672,
+        moe_intermediate_size=3584,
+        n_shared_experts=0,
+        num_experts_per_tok=8,
+        first_k_dense_replace=3,
+        tie_word_embeddings=False,
     ),
 }
 

@@ -45,6 +45,61 @@ YARN = RopeParameters(
     rope_type="yarn", factor=8.0, original_max_position_embeddings=16, mscale=0.8, mscale_all_dim=1.1, beta_fast=4.0
 )
 
+_GROUPED: dict[str, Any] = {k: v for k, v in SMALL.items() if not k.startswith(("kv_", "q_", "qk_", "v_", "rope_"))}
+_GROUPED |= dict(num_attention_heads=6, num_key_value_heads=2, head_dim=12)
+_PLAIN = dict(n_shared_experts=0, first_k_dense_replace=0)
+_SOFTMAX: dict[str, Any] = dict(scoring_func="softmax", topk_method="greedy", seq_aux=False)
+_ONE_WIDTH: dict[str, Any] = dict(_GROUPED, **_PLAIN, intermediate_size=20)
+
+# One small model of each family that files are written for.
+BY_FAMILY = {
+    config.model_type: config
+    for config in (
+        V3_MTP,
+        dataclasses.replace(V3, model_type="kimi_k2", num_nextn_predict_layers=0),
+        V2,
+        ModelConfig(**_ONE_WIDTH, **_SOFTMAX, model_type="mixtral", sliding_window=9),
+        ModelConfig(
+            **_GROUPED | _PLAIN | _SOFTMAX | dict(n_shared_experts=1, shared_expert_intermediate_size=26),
+            model_type="qwen2_moe",
+            shared_expert_gate=True,
+            attention_bias=True,
+            attention_output_bias=False,
+            norm_topk_prob=False,
+            mlp_only_layers=(1,),
+        ),
+        ModelConfig(**_GROUPED | _PLAIN | _SOFTMAX, model_type="qwen3_moe", qk_norm="head", decoder_sparse_step=2),
+        ModelConfig(
+            **_GROUPED, model_type="glm4_moe", qk_norm="head", attention_output_bias=False, num_nextn_predict_layers=1
+        ),
+        ModelConfig(
+            **_ONE_WIDTH,
+            **_SOFTMAX,
+            model_type="gpt_oss",
+            attention_sinks=True,
+            router_bias=True,
+            expert_bias=True,
+            attention_bias=True,
+            swiglu_limit=7.0,
+            swiglu_alpha=1.702,
+            swiglu_beta=1.0,
+        ),
+        ModelConfig(**_ONE_WIDTH, **_SOFTMAX, model_type="olmoe", qk_norm="whole", norm_topk_prob=False),
+        ModelConfig(**_ONE_WIDTH, model_type="minimax_m2", qk_norm="whole", seq_aux=False),
+        ModelConfig(**_GROUPED, model_type="dots1", qk_norm="head", routed_scaling_factor=2.5),
+        ModelConfig(**SMALL | dict(v_head_dim=22), model_type="glm4_moe_lite", num_nextn_predict_layers=1),
+        ModelConfig(
+            **_GROUPED,
+            model_type="ernie4_5_moe",
+            rope_interleave=True,
+            scoring_func="softmax",
+            seq_aux=False,
+            moe_norm_min=1e-12,
+            tie_word_embeddings=True,
+        ),
+    )
+}
+
 _size = st.integers(1, 9)
 
 

@@ -56,7 +56,10 @@ def test_round_trip(config: ModelConfig) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["deepseek_v3", "deepseek_v2", "deepseek_v2_lite", "tiny", "bench_400m", "dots_llm1", "glm_4_7_flash"],
+    [
+        *("deepseek_v3", "deepseek_v2", "deepseek_v2_lite", "tiny", "bench_400m"),
+        *("dots_llm1", "glm_4_7_flash", "ernie_4_5_21b_a3b", "ernie_4_5_300b_a47b"),
+    ],
 )
 def test_presets_round_trip(name: str) -> None:
     config = moe.preset(name)
@@ -107,6 +110,14 @@ RELEASED = {
         "qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-05, "rope_scaling": null,
         "rope_theta": 1000000, "routed_scaling_factor": 1.8, "tie_word_embeddings": false, "topk_group": 1,
         "topk_method": "noaux_tc", "v_head_dim": 256, "vocab_size": 154880}""",
+    "ernie_4_5_21b_a3b": """{"architectures": ["Ernie4_5_MoeForCausalLM"], "head_dim": 128, "hidden_act": "silu",
+        "hidden_size": 2560, "intermediate_size": 12288, "max_position_embeddings": 131072,
+        "model_type": "ernie4_5_moe", "moe_capacity": [64, 64, 64], "moe_gate": "topk", "moe_intermediate_size": 1536,
+        "moe_k": 6, "moe_layer_end_index": 27, "moe_layer_interval": 1, "moe_layer_start_index": 1,
+        "moe_num_experts": 64, "moe_num_shared_experts": 2, "moe_use_aux_free": true, "num_attention_heads": 20,
+        "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-05, "rope_scaling": null,
+        "rope_theta": 500000.0, "tie_word_embeddings": true, "torch_dtype": "bfloat16", "use_bias": false,
+        "use_cache": false, "vocab_size": 103424}""",
 }
 
 
@@ -116,9 +127,8 @@ def test_released_files_are_the_presets(name: str) -> None:
     config = parse_config(values, PATH)
     # The balance loss was a matter of training; V3's file does not say.
     heads, width = (None, None) if config.is_mla else (config.num_key_value_heads, config.qk_head_dim)
-    plain = dataclasses.replace(
-        config, extra={}, num_key_value_heads=heads, head_dim=width, aux_loss_alpha=moe.preset(name).aux_loss_alpha
-    )
+    trained = {key: getattr(moe.preset(name), key) for key in ("aux_loss_alpha", "seq_aux")}
+    plain = dataclasses.replace(config, extra={}, num_key_value_heads=heads, head_dim=width, **trained)
     assert plain == moe.preset(name)
     assert without(values, "architectures", "torch_dtype").items() <= render_config(config, PATH).items()
 
@@ -367,6 +377,7 @@ def test_what_transformers_takes_is_taken() -> None:
 
 DOTS1_FILE = json.loads(RELEASED["dots_llm1"])
 GLM_LITE_FILE = json.loads(RELEASED["glm_4_7_flash"])
+ERNIE_FILE = json.loads(RELEASED["ernie_4_5_21b_a3b"])
 
 
 def test_windows_of_dots1() -> None:
@@ -404,6 +415,27 @@ def test_vllm_finds_the_keys_that_it_looks_for() -> None:
     assert (glm["scoring_func"], glm["topk_method"], glm["moe_layer_freq"]) == ("sigmoid", "noaux_tc", 1)
 
 
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({}, [1, 2, 3]),
+        ({"moe_layer_end_index": -1}, [1, 2, 3]),
+        ({"moe_layer_end_index": 2}, [1, 2]),
+        ({"moe_layer_end_index": 9}, [1, 2, 3]),
+        ({"moe_layer_end_index": -2}, []),
+        ({"moe_layer_interval": 2}, [1, 3]),
+        ({"moe_layer_interval": 2, "moe_layer_start_index": 2}, [3]),
+        ({"moe_layer_interval": 3, "moe_layer_end_index": 2}, [2]),
+        ({"moe_layer_start_index": 3, "moe_layer_end_index": 1}, []),
+    ],
+)
+def test_layers_with_experts_of_ernie(keys: dict[str, int], expected: list[int]) -> None:
+    config = parse_config({**without(ERNIE_FILE, "moe_layer_end_index"), "num_hidden_layers": 4, **keys}, PATH)
+    assert [i for i in range(4) if config.is_moe_layer(i)] == expected
+    back = parse_config(render_config(config, PATH), PATH)
+    assert [i for i in range(4) if back.is_moe_layer(i)] == expected
+
+
 REFUSED_BY_FAMILY: dict[str, tuple[dict[str, Any], str]] = {
     "dots1 with softmax": ({**DOTS1_FILE, "scoring_func": "softmax"}, "scoring_func is not supported"),
     "dots1 without bias": ({**DOTS1_FILE, "topk_method": "greedy"}, "topk_method is not supported"),
@@ -422,6 +454,20 @@ REFUSED_BY_FAMILY: dict[str, tuple[dict[str, Any], str]] = {
         {**GLM_LITE_FILE, "num_hidden_layers": 3, "mlp_layer_types": ["dense", "dense", "sparse"]},
         "first_k_dense_replace = 1: expected 2, the leading dense layers of mlp_layer_types",
     ),
+    "ERNIE with biases": ({**ERNIE_FILE, "use_bias": True}, "use_bias is not supported"),
+    "ERNIE with sigmoid": ({**ERNIE_FILE, "moe_gate_act": "sigmoid"}, "moe_gate_act is not supported"),
+    "ERNIE without correction bias": ({**ERNIE_FILE, "moe_use_aux_free": False}, "moe_use_aux_free is not supported"),
+    "ERNIE with half of each head rotated": (
+        {**ERNIE_FILE, "partial_rotary_factor": 0.5},
+        "partial_rotary_factor is not supported",
+    ),
+    "ERNIE with another least sum": ({**ERNIE_FILE, "moe_norm_min": 0.1}, "moe_norm_min: readers .* do not agree"),
+    "ERNIE with a text for its last layer": (
+        {**ERNIE_FILE, "moe_layer_end_index": "last"},
+        "moe_layer_end_index = 'last': expected an integer",
+    ),
+    "ERNIE with two counts of experts": ({**ERNIE_FILE, "num_experts": 32}, "moe_num_experts and num_experts disagree"),
+    "ERNIE with images": ({**ERNIE_FILE, "model_type": "ernie4_5_vl_moe"}, "model_type; expected one of"),
     "GLM with softmax": ({**GLM_LITE_FILE, "scoring_func": "softmax"}, "scoring_func is not supported"),
 }
 

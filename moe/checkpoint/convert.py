@@ -137,7 +137,8 @@ def cut(
     entries = []
     for name, slot in slots.items():
         info = origin(slot)
-        takes[name] = (info, experts if _has_rows_of_experts(slot) else None)
+        rows = dataclasses.replace(info, shape=info.shape[1:]) if slot.is_row else info
+        takes[name] = (rows, experts if _has_rows_of_experts(slot) else None)
         entries.append(Entry(name, info.dtype, slot.shape))
 
     values = render_config(config, Path(target) / CONFIG)
@@ -150,7 +151,7 @@ def cut(
         info, rows = takes[entry.name]
         if rows is None:
             return _raw(files, info)
-        return torch.cat([files.read(info, range(row, row + 1)).clone() for row in rows])
+        return torch.cat([files.read(info, range(row, row + 1)).clone() for row in rows]).view(entry.shape)
 
     receipt: dict[str, Any] = {
         "layers": list(layers),

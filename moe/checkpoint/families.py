@@ -7,6 +7,7 @@ A name table maps each tensor of the model to the tensors of the files that fill
     "experts": "experts.{expert}.weight"               one file tensor for each slice along the first dimension
     "experts": Reordered("experts", "e d f two", "e two f d")      one, with its axes in another order
     "experts": MXFP4("experts")                        one, as experts_blocks and experts_scales
+    "bias": Row("bias")                                one, a vector in the model and a matrix of one row in the files
 
 The table reads and writes: every tensor of the model has exactly one entry, and entries tile what they fill. A family
 has several where its files come in several layouts; the names in the files decide. `layout.py` expands a table for a
@@ -45,7 +46,14 @@ class MXFP4:
     interleaved: bool = False
 
 
-Names = Mapping[str, str | tuple[str, ...] | Reordered | MXFP4]
+@dataclass(frozen=True)
+class Row:
+    """`name` [1, N], where the model has [N]."""
+
+    name: str
+
+
+Names = Mapping[str, str | tuple[str, ...] | Reordered | MXFP4 | Row]
 
 
 @dataclass(frozen=True)
@@ -560,7 +568,8 @@ DOTS1 = Family(
     implied={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "qk_norm": "head"},
     # transformers has no key for the scores; vLLM looks for all three. The first releases called them "noaux_tc".
     fixed=_SILU
-    | {"scoring_func": ("sigmoid", "noaux_tc", None), "topk_method": ("noaux_tc", None), "moe_layer_freq": (1, None)},
+    | {"scoring_func": ("sigmoid", "noaux_tc", None), "topk_method": ("noaux_tc", None), "moe_layer_freq": (1, None)}
+    | {"partial_rotary_factor": (None, 1.0)},
     forms=(
         Form(
             ("sliding_window", "layer_types", "max_window_layers"),
@@ -615,11 +624,69 @@ GLM4_MOE_LITE = Family(
     yarn_from_length=False,
 )
 
+
+def _last_layer_read(values: Mapping[str, Any]) -> dict[str, Any]:
+    """ERNIE's: layers past moe_layer_end_index are dense; -1 is the last layer, and less is none."""
+    end, layers = values.get("moe_layer_end_index"), values.get("num_hidden_layers")
+    if end is None or end == -1 or type(layers) is not int or not 0 <= layers <= 10_000:
+        return {}
+    if type(end) is not int:
+        raise ConfigError("moe_layer_end_index", end, "an integer")
+    return {"mlp_only_layers": tuple(range(max(end + 1, 0), layers))}
+
+
+def _last_layer_write(config: ModelConfig) -> dict[str, Any]:
+    dense = (i for i in reversed(range(config.num_hidden_layers)) if i not in config.mlp_only_layers)
+    return {"moe_layer_end_index": next(dense, -2)}
+
+
+def _ernie_table(table: Table, bias: str) -> Table:
+    return replace(table, block={**table.block, "mlp.gate.e_score_correction_bias": Row(bias)})
+
+
+_ERNIE_TABLES = _tables(_NORMS | _GQA | _DENSE | same("mlp.gate.weight") | _SHARED)
+ERNIE4_5_MOE = Family(
+    model_type="ernie4_5_moe",
+    architecture="Ernie4_5_MoeForCausalLM",
+    tables={
+        "experts": _ernie_table(_ERNIE_TABLES["experts"], "mlp.moe_statics.e_score_correction_bias"),
+        "stacked": _ernie_table(_ERNIE_TABLES["stacked"], "mlp.gate.moe_statics.e_score_correction_bias"),
+    },
+    keys=_GQA_KEYS
+    | same("intermediate_size", "moe_intermediate_size", "moe_norm_min")
+    | {
+        "n_routed_experts": ("moe_num_experts", "num_experts"),
+        "num_experts_per_tok": ("moe_k", "num_experts_per_tok"),
+        "n_shared_experts": "moe_num_shared_experts",
+        "first_k_dense_replace": "moe_layer_start_index",
+        "decoder_sparse_step": "moe_layer_interval",
+    },
+    required=(*_SIZES, "intermediate_size", "moe_intermediate_size", "n_routed_experts"),
+    absent={
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "moe_norm_min": 1e-12,
+    },
+    implied=_SOFTMAX | {"topk_method": "noaux_tc", "rope_interleave": True},
+    # transformers alone reads it.
+    allowed={"moe_norm_min": (1e-12,)},
+    # With use_bias vLLM drops the biases of attention's output and of the head.
+    fixed=_SILU
+    | {"use_bias": (False, None), "moe_gate_act": ("softmax", None), "moe_use_aux_free": (True, None)}
+    | {"use_moe": (None, True), "partial_rotary_factor": (None, 1.0)},
+    forms=(Form(("moe_layer_end_index",), _last_layer_read, _last_layer_write),),
+    rope={"rope_theta": 500000.0},
+)
+
 FAMILIES = {
     family.model_type: family
     for family in (
         *(DEEPSEEK_V3, KIMI_K2, DEEPSEEK_V2, MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE, GPT_OSS, OLMOE, MINIMAX_M2),
-        *(DOTS1, GLM4_MOE_LITE),
+        *(DOTS1, GLM4_MOE_LITE, ERNIE4_5_MOE),
     )
 }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.checkpoint.config_json import parse_config
-from moe.checkpoint.families import MXFP4, Family, Names, Reordered, Table, family_of
+from moe.checkpoint.families import MXFP4, Family, Names, Reordered, Row, Table, family_of
 from moe.checkpoint.folder import CONFIG, locate, read_config_values, read_tensors
 from moe.checkpoint.header import MAX_HEADER_BYTES, TensorInfo
 from moe.checkpoint.quantization import Quantization, read_quantization
@@ -32,7 +32,8 @@ class Slot:
     Its values stand in the file in `shape`. Where `axes` is not None, that shape with its axes told apart is `split`,
     and `split` permuted by `axes` is what fills the parameter's part (whose sizes then multiply to the same).
     A repeat is one more copy of a parameter that has a slot of its own; where the files have it, it must be equal.
-    `written` says whether a save writes it. `scale_of` is the name of the quantised tensor whose scales these are.
+    `written` says whether a save writes it. `is_row` says that `shape` is [1, N] where the model has [N]. `scale_of` is
+    the name of the quantised tensor whose scales these are.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Slot:
     written: bool = True
     split: Shape = ()
     axes: tuple[int, ...] | None = None
+    is_row: bool = False
     scale_of: str | None = None
 
     @property
@@ -54,7 +56,7 @@ class Slot:
         """The values of this slot as they stand in the file, from the whole parameter (a torch tensor)."""
         part = parameter[self.index]
         if self.axes is None:
-            return part
+            return part[None] if self.is_row else part
         apart = part.reshape([self.split[axis] for axis in self.axes])
         return apart.permute([self.axes.index(axis) for axis in range(len(self.axes))]).reshape(self.shape)
 
@@ -99,13 +101,16 @@ def _mtp_prefix(table: Table, config: ModelConfig, module: int) -> str:
 
 
 def _expand(
-    prefix: str, names: str | tuple[str, ...] | Reordered | MXFP4, parameter: str, shape: Shape
+    prefix: str, names: str | tuple[str, ...] | Reordered | MXFP4 | Row, parameter: str, shape: Shape
 ) -> Iterator[Slot]:
     if isinstance(names, MXFP4):
         yield from _expand_mxfp4(prefix, names, parameter, shape)
         return
     if isinstance(names, Reordered):
         yield _reordered(prefix + names.name, names.file, names.model, parameter, shape)
+        return
+    if isinstance(names, Row):
+        yield Slot(prefix + names.name, parameter, (), (1, *shape), is_row=True)
         return
     names = (names,) if isinstance(names, str) else names
     stacked = "{expert}" in names[0]
@@ -308,7 +313,7 @@ def _kinds(table: Table) -> set[str]:
             match entry:
                 case MXFP4():
                     found = (entry.name + "_blocks", entry.name + "_scales")
-                case Reordered():
+                case Reordered() | Row():
                     found = (entry.name,)
                 case str():
                     found = (entry,)
