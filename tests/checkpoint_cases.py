@@ -47,7 +47,7 @@ YARN = RopeParameters(
 
 _GROUPED: dict[str, Any] = {k: v for k, v in SMALL.items() if not k.startswith(("kv_", "q_", "qk_", "v_", "rope_"))}
 _GROUPED |= dict(num_attention_heads=6, num_key_value_heads=2, head_dim=12)
-_PLAIN = dict(n_shared_experts=0, first_k_dense_replace=0)
+_PLAIN: dict[str, Any] = dict(n_shared_experts=0, first_k_dense_replace=0)
 _SOFTMAX: dict[str, Any] = dict(scoring_func="softmax", topk_method="greedy", seq_aux=False)
 _ONE_WIDTH: dict[str, Any] = dict(_GROUPED, **_PLAIN, intermediate_size=20)
 
@@ -60,15 +60,18 @@ BY_FAMILY = {
         V2,
         ModelConfig(**_ONE_WIDTH, **_SOFTMAX, model_type="mixtral", sliding_window=9),
         ModelConfig(
-            **_GROUPED | _PLAIN | _SOFTMAX | dict(n_shared_experts=1, shared_expert_intermediate_size=26),
+            **{**_GROUPED, **_PLAIN, **_SOFTMAX, "n_shared_experts": 1},
             model_type="qwen2_moe",
+            shared_expert_intermediate_size=26,
             shared_expert_gate=True,
             attention_bias=True,
             attention_output_bias=False,
             norm_topk_prob=False,
             mlp_only_layers=(1,),
         ),
-        ModelConfig(**_GROUPED | _PLAIN | _SOFTMAX, model_type="qwen3_moe", qk_norm="head", decoder_sparse_step=2),
+        ModelConfig(
+            **{**_GROUPED, **_PLAIN, **_SOFTMAX}, model_type="qwen3_moe", qk_norm="head", decoder_sparse_step=2
+        ),
         ModelConfig(
             **_GROUPED, model_type="glm4_moe", qk_norm="head", attention_output_bias=False, num_nextn_predict_layers=1
         ),
@@ -87,7 +90,7 @@ BY_FAMILY = {
         ModelConfig(**_ONE_WIDTH, **_SOFTMAX, model_type="olmoe", qk_norm="whole", norm_topk_prob=False),
         ModelConfig(**_ONE_WIDTH, model_type="minimax_m2", qk_norm="whole", seq_aux=False),
         ModelConfig(**_GROUPED, model_type="dots1", qk_norm="head", routed_scaling_factor=2.5),
-        ModelConfig(**SMALL | dict(v_head_dim=22), model_type="glm4_moe_lite", num_nextn_predict_layers=1),
+        ModelConfig(**{**SMALL, "v_head_dim": 22}, model_type="glm4_moe_lite", num_nextn_predict_layers=1),
         ModelConfig(
             **_GROUPED,
             model_type="ernie4_5_moe",
