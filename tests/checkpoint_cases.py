@@ -1,10 +1,13 @@
 """Configurations and models that the tests of counts and checkpoints share."""
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from moe import ModelConfig, RopeParameters, Transformer
 
@@ -51,7 +54,7 @@ _PLAIN: dict[str, Any] = dict(n_shared_experts=0, first_k_dense_replace=0)
 _SOFTMAX: dict[str, Any] = dict(scoring_func="softmax", topk_method="greedy", seq_aux=False)
 _ONE_WIDTH: dict[str, Any] = dict(_GROUPED, **_PLAIN, intermediate_size=20)
 
-# One small model of each family that files are written for.
+# One small model of each family; a save of kimi_k25 is a deepseek_v3.
 BY_FAMILY = {
     config.model_type: config
     for config in (
@@ -100,6 +103,7 @@ BY_FAMILY = {
             moe_norm_min=1e-12,
             tie_word_embeddings=True,
         ),
+        dataclasses.replace(V3, model_type="kimi_k25"),
     )
 }
 
@@ -177,6 +181,24 @@ def build(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32
         for tensor in model.state_dict().values():
             tensor.copy_(torch.randn(tensor.shape, generator=generator))
     return model
+
+
+def as_kimi_k25(folder: Path) -> None:
+    """Make a saved deepseek_v3 a kimi_k25 as released: other names, its config in text_config, and a vision tower."""
+    config = json.loads((folder / "config.json").read_text())
+    whole = {"model_type": "kimi_k25", "architectures": ["KimiK25ForConditionalGeneration"], "text_config": config}
+    whole |= {"media_placeholder_token_id": 60, "tie_word_embeddings": False, "vision_config": {"patch_size": 14}}
+    (folder / "config.json").write_text(json.dumps(whole))
+    vision = {"vision_tower.patch_embed.pos_emb.weight": torch.ones(2, 3), "mm_projector.proj.0.bias": torch.ones(5)}
+    *_, last = files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        tensors = {f"language_model.{name}": tensor for name, tensor in load_file(file).items()}
+        save_file(tensors | (vision if file == last else {}), file, metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = json.loads(index.read_text())["weight_map"]
+        names = {f"language_model.{name}": file for name, file in names.items()} | dict.fromkeys(vision, last.name)
+        index.write_text(json.dumps({"weight_map": names}))
 
 
 def assert_same(a: Transformer, b: Transformer) -> None:

@@ -245,7 +245,7 @@ class Lab:
         import moe
         from moe.checkpoint import save
         from moe.checkpoint.layout import layout
-        from tests.checkpoint_cases import BY_FAMILY
+        from tests.checkpoint_cases import BY_FAMILY, as_kimi_k25
 
         torch.set_num_threads(1)
         config = BY_FAMILY[family]
@@ -260,6 +260,8 @@ class Lab:
                 tensor.copy_(torch.randn(tensor.shape, generator=generator))
         self.folder = folder
         save(model, folder, max_shard_bytes=120_000)
+        if family == "kimi_k25":
+            as_kimi_k25(folder)
         self.files = {path.name: path.read_bytes() for path in folder.glob("model*")}
         self.slots = [slot for slot in layout(self.config).values() if not slot.repeat]
         self.state = moe.load(folder).state_dict()

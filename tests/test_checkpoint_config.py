@@ -436,6 +436,29 @@ def test_layers_with_experts_of_ernie(keys: dict[str, int], expected: list[int])
     assert [i for i in range(4) if back.is_moe_layer(i)] == expected
 
 
+@pytest.mark.parametrize("inner", ["kimi_k2", "deepseek_v3", None])
+def test_the_text_of_kimi_k25(inner: str | None) -> None:
+    """What stands outside it is for the whole: transformers and vLLM read these keys there."""
+    text = {**V3_FILE, "model_type": inner, "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}}
+    text |= {"eos_token_id": 1, "use_cache": True}
+    outside = {"tie_word_embeddings": True, "eos_token_id": 2, "image_token_id": 5, "vision_config": {"patch_size": 14}}
+    config = parse_config({"model_type": "kimi_k25", "text_config": text, **outside}, PATH)
+    assert fields(config) == dataclasses.replace(
+        V3, model_type="kimi_k25", tie_word_embeddings=True, num_key_value_heads=V3.num_attention_heads
+    )
+    assert config.extra == {"eos_token_id": 2, "use_cache": True}
+    written = render_config(config, PATH)
+    assert (written["model_type"], written["eos_token_id"]) == ("deepseek_v3", 2)
+
+
+def test_presets_of_kimi_differ_in_length_alone() -> None:
+    k2, k25 = moe.preset("kimi_k2"), moe.preset("kimi_k2_5")
+    same = {"model_type", "rope_parameters", "max_position_embeddings", "rms_norm_eps"}
+    different = {f.name for f in dataclasses.fields(k2) if getattr(k2, f.name) != getattr(k25, f.name)}
+    assert different == same
+    assert (k25.rope_parameters.factor, k25.max_position_embeddings) == (64.0, 64 * 4096)
+
+
 REFUSED_BY_FAMILY: dict[str, tuple[dict[str, Any], str]] = {
     "dots1 with softmax": ({**DOTS1_FILE, "scoring_func": "softmax"}, "scoring_func is not supported"),
     "dots1 without bias": ({**DOTS1_FILE, "topk_method": "greedy"}, "topk_method is not supported"),
@@ -468,6 +491,15 @@ REFUSED_BY_FAMILY: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "ERNIE with two counts of experts": ({**ERNIE_FILE, "num_experts": 32}, "moe_num_experts and num_experts disagree"),
     "ERNIE with images": ({**ERNIE_FILE, "model_type": "ernie4_5_vl_moe"}, "model_type; expected one of"),
+    "Kimi-K2.5 without its text": ({"model_type": "kimi_k25", "vision_config": {}}, "text_config; expected an object"),
+    "Kimi-K2.5 with another text": (
+        {"model_type": "kimi_k25", "text_config": {**V3_FILE, "model_type": "llama"}},
+        "text_config.model_type; expected deepseek_v3 or kimi_k2; found 'llama'",
+    ),
+    "Kimi-K2.5 with nonsense in its text": (
+        {"model_type": "kimi_k25", "text_config": {**V3_FILE, "hidden_size": "wide"}},
+        "hidden_size = 'wide': expected an integer",
+    ),
     "GLM with softmax": ({**GLM_LITE_FILE, "scoring_func": "softmax"}, "scoring_func is not supported"),
 }
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import moe
 from moe.checkpoint import read_summary
+from moe.checkpoint.config_json import parse_config
 from moe.counts import count_parameters
 from tests.checkpoint_cases import SMALL, V3_MTP
 
@@ -138,6 +139,30 @@ STACKED = (
     "glm4_moe_lite",
     "ernie4_5_moe",
 )
+
+# Kimi-K2.5's text_config as released, without its sizes and quantisation.
+KIMI_TEXT = """{"_name_or_path": "", "add_cross_attention": false, "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": false, "attention_dropout": 0.0, "auto_map": {"AutoConfig":
+    "configuration_deepseek.DeepseekV3Config", "AutoModel": "modeling_deepseek.DeepseekV3Model", "AutoModelForCausalLM":
+    "modeling_deepseek.DeepseekV3ForCausalLM"}, "aux_loss_alpha": 0.001, "bad_words_ids": null,
+    "begin_suppress_tokens": null, "bos_token_id": 58, "chunk_size_feed_forward": 0,
+    "cross_attention_hidden_size": null, "decoder_start_token_id": null, "diversity_penalty": 0.0, "do_sample": false,
+    "dtype": "bfloat16", "early_stopping": false, "encoder_no_repeat_ngram_size": 0, "eos_token_id": 59, "ep_size": 1,
+    "exponential_decay_length_penalty": null, "finetuning_task": null, "forced_bos_token_id": null,
+    "forced_eos_token_id": null, "hidden_act": "silu", "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+    "initializer_range": 0.02, "is_decoder": false, "is_encoder_decoder": false, "label2id": {"LABEL_0": 0,
+    "LABEL_1": 1}, "length_penalty": 1.0, "max_length": 20, "min_length": 0, "model_type": "kimi_k2",
+    "moe_layer_freq": 1, "n_group": 1, "no_repeat_ngram_size": 0, "norm_topk_prob": true, "num_beam_groups": 1,
+    "num_beams": 1, "num_nextn_predict_layers": 0, "num_return_sequences": 1, "output_attentions": false,
+    "output_hidden_states": false, "output_scores": false, "pad_token_id": 60, "prefix": null, "pretraining_tp": 1,
+    "problem_type": null, "pruned_heads": {}, "remove_invalid_values": false, "repetition_penalty": 1.0,
+    "return_dict": true, "return_dict_in_generate": false, "rms_norm_eps": 1e-05, "rope_scaling": {"beta_fast": 32.0,
+    "beta_slow": 1.0, "factor": 64.0, "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096,
+    "type": "yarn"}, "rope_theta": 50000.0, "routed_scaling_factor": 2.827, "scoring_func": "sigmoid",
+    "sep_token_id": null, "seq_aux": true, "suppress_tokens": null, "task_specific_params": null, "temperature": 1.0,
+    "tf_legacy_loss": false, "tie_encoder_decoder": false, "tie_word_embeddings": false, "tokenizer_class": null,
+    "top_k": 50, "top_p": 1.0, "topk_group": 1, "topk_method": "noaux_tc", "torchscript": false,
+    "transformers_version": "4.56.2", "typical_p": 1.0, "use_bfloat16": false, "use_cache": true}"""
 
 FOLDERS = (*CASES, *(f"{name}.stacked" for name in STACKED))
 
@@ -291,6 +316,68 @@ def test_our_model_with_mtp_loads_there(world: World) -> None:
     assert info["unexpected_keys"] and all(name.startswith(beyond) for name in info["unexpected_keys"])
     with torch.no_grad():
         assert_close(world.here["mtp"], model(world.ids).logits)
+
+
+@pytest.fixture(scope="module")
+def kimi(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor, torch.Tensor]:
+    """A Kimi-K2.5 of transformers, saved by it ("theirs") and with the names of the release ("released"); token ids and
+    their logits."""
+    if not hasattr(transformers, "Kimi_K25Config"):
+        pytest.skip("transformers without Kimi-K2.5")
+    root = tmp_path_factory.mktemp("kimi")
+    vision = dict(num_hidden_layers=1, hidden_size=24, num_attention_heads=2, intermediate_size=30)
+    vision |= dict(pos_emb_height=4, pos_emb_width=4)
+    text = dict(COMMON, model_type="deepseek_v3", n_group=1, topk_group=1, rope_parameters=dict(YARN, mscale=1.0))
+    config = transformers.Kimi_K25Config(
+        text_config=text, vision_config=vision, projection_hidden_size=24, tie_word_embeddings=False
+    )
+    model = transformers.Kimi_K25ForConditionalGeneration(config).eval()
+    model.set_experts_implementation("eager")
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            size = 0.3 if name.endswith("e_score_correction_bias") else 0.25
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * size + (1.0 if "norm" in name else 0.0))
+    model.save_pretrained(root / "theirs")
+    shutil.copytree(root / "theirs", root / "released")
+    tensors = load_file(root / "theirs" / "model.safetensors")
+    renamed = {
+        name.replace("language_model.model.blocks.", "language_model.model.layers."): t for name, t in tensors.items()
+    }
+    save_file(renamed, root / "released" / "model.safetensors", metadata={"format": "pt"})
+    ids = torch.randint(0, SMALL["vocab_size"], (2, 48), generator=generator)
+    with torch.no_grad():
+        return root, ids, model(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("name", ["theirs", "released"])
+def test_kimi_k25(kimi: tuple[Path, torch.Tensor, torch.Tensor], name: str) -> None:
+    """Text alone, in both directions: what we save of it is a DeepSeek-V3 to them."""
+    root, ids, expected = kimi
+    there = transformers.Kimi_K25ForConditionalGeneration.from_pretrained(root / name, experts_implementation="eager")
+    model = moe.load(root / name)
+    with torch.no_grad():
+        assert torch.equal(there.eval()(input_ids=ids).logits, expected)
+        assert_close(model(ids).logits, expected)
+    model.save(root / f"{name}.saved")
+    assert transformers.AutoConfig.from_pretrained(root / f"{name}.saved").model_type == "deepseek_v3"
+    back, info = read_there(root / f"{name}.saved", "DeepseekV3")
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        assert torch.equal(back(ids).logits, expected)
+
+
+def test_what_is_saved_of_the_released_kimi_k25_config_is_read_there(tmp_path: Path) -> None:
+    """Its text_config has keys of generation that transformers wrote years ago."""
+    text = {**json.loads(KIMI_TEXT), **{k: v for k, v in COMMON.items() if not k.endswith("_token_id")}}
+    moe.Transformer(parse_config({"model_type": "kimi_k25", "text_config": text}, Path("config.json"))).save(
+        tmp_path / "m"
+    )
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "m")
+    assert (config.model_type, config.routed_scaling_factor) == ("deepseek_v3", 2.827)
+    assert config.rope_parameters["factor"] == 64.0 and not hasattr(config, "auto_map")
+    _, info = read_there(tmp_path / "m", "DeepseekV3")
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
 @pytest.mark.parametrize(

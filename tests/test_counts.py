@@ -52,6 +52,7 @@ def test_deepseek_v2(name: str, total: int, activated: int) -> None:
         ("gpt_oss_20b", 20_914_757_184),
         ("gpt_oss_120b", 116_829_156_672),
         ("dots_llm1", 142_774_381_696),
+        ("kimi_k2_5", 1_026_408_232_448),
         ("ernie_4_5_21b_a3b", 21_825_437_888),
     ],
 )

@@ -30,14 +30,35 @@ def parse_config(values: Mapping[str, Any], path: Path) -> ModelConfig:
     `extra` gets every key that has no field, and every key that says the same in another way than `render_config`
     would: an older form of RoPE, a null.
     """
+    values = _language_model(values, path)
     config = _understand(values, path)
     plain = _render(config)
+    dropped = {*STORAGE_KEYS, *family_of(config.model_type, path).left_out_keys}
     extra = {
-        key: value
-        for key, value in values.items()
-        if key not in STORAGE_KEYS and not (key in plain and plain[key] == value)
+        key: value for key, value in values.items() if key not in dropped and not (key in plain and plain[key] == value)
     }
     return dataclasses.replace(config, extra=extra)
+
+
+def _language_model(values: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """The language model's object in a config.json that has more than that, with what stands outside for the whole."""
+    family = family_of(values.get("model_type"), path)
+    if family.text is None:
+        return values
+    inner = values.get(family.text)
+    if not isinstance(inner, dict):
+        raise CheckpointError(path, family.text, expected="an object", found=repr(inner)[:80])
+    if inner.get("model_type") not in (None, "deepseek_v3", "kimi_k2"):
+        problem = f"{family.text}.model_type"
+        raise CheckpointError(path, problem, expected="deepseek_v3 or kimi_k2", found=repr(inner["model_type"])[:80])
+    outside = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    return {**inner, **{key: values[key] for key in outside if key in values}, "model_type": family.model_type}
+
+
+def as_written(config: ModelConfig, path: Path) -> ModelConfig:
+    """The config in the family whose files a save writes; `path` is for messages."""
+    written_as = family_of(config.model_type, path).written_as
+    return dataclasses.replace(config, model_type=written_as) if written_as else config
 
 
 def render_config(config: ModelConfig, path: Path) -> dict[str, Any]:
@@ -47,6 +68,7 @@ def render_config(config: ModelConfig, path: Path) -> dict[str, Any]:
     defaults and say nothing. A key from `extra` stands as it was read, as long as the whole still means `config`. A
     config that would come back as another one is refused: the family's readers cannot express it.
     """
+    config = as_written(config, path)
     values = _render(config)
     wanted, found = _canonical(config), _canonical(_understand(values, path))
     for f in dataclasses.fields(ModelConfig):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moe.checkpoint.atomic import replacing
-from moe.checkpoint.config_json import read_config, render_config
+from moe.checkpoint.config_json import as_written, read_config, render_config
 from moe.checkpoint.families import Family, family_of
 from moe.checkpoint.folder import CONFIG, RECEIPT, SINGLE, read_carried
 from moe.checkpoint.header import TensorInfo
@@ -75,11 +75,11 @@ def convert(
     if scale_fmt is not None and dtype != "fp8":
         raise ConfigError("scale_fmt", scale_fmt, "none without dtype fp8")
     todo = _checked(source, target)
-    family = family_of(todo.config.model_type, todo.folder)
-    table = table or ("stacked" if todo.table == "mxfp4" and dtype is not None else todo.table)
+    config = as_written(todo.config, todo.folder)
+    family = family_of(config.model_type, todo.folder)
+    table = table or ("stacked" if todo.table == "mxfp4" and dtype is not None else _table(todo, family))
     if table not in family.tables:
         raise ConfigError("layout", table, f"one of {', '.join(family.tables)}, the layouts of {family.model_type}")
-    config = todo.config
     if config.num_nextn_predict_layers and (mtp is False or not family.tables[table].mtp):
         if mtp:
             raise ConfigError("mtp", mtp, f"false: the layout {table} has no names for MTP modules")
@@ -114,9 +114,10 @@ def cut(
     express the result: experts in groups must be as many in each group that has any.
     """
     todo = _checked(source, target)
-    config = cut_config(todo.config, layers, experts, todo.folder)
+    config = cut_config(as_written(todo.config, todo.folder), layers, experts, todo.folder)
     family = family_of(config.model_type, todo.folder)
-    slots = {name: slot for name, slot in layout(config, todo.table).items() if slot.written}
+    table = _table(todo, family)
+    slots = {name: slot for name, slot in layout(config, table).items() if slot.written}
     by_key = _by_key(todo)
     takes: dict[str, tuple[TensorInfo, Sequence[int] | None]] = {}
 
@@ -133,7 +134,7 @@ def cut(
     fp8 = [name for name, slot in slots.items() if origin(slot).dtype == "F8_E4M3"]
     if fp8:
         assert todo.quantization is not None and todo.quantization.block_size is not None
-        slots = with_scales(slots, family.tables[todo.table], todo.quantization.block_size, fp8)
+        slots = with_scales(slots, family.tables[table], todo.quantization.block_size, fp8)
     entries = []
     for name, slot in slots.items():
         info = origin(slot)
@@ -166,8 +167,13 @@ def cut(
             receipt.update(_difference(todo.folder, folder))
         (folder / RECEIPT).write_bytes(as_json(receipt))
 
-    _write(todo, target, entries, value, values, max_shard_bytes, progress, "cutting", table=todo.table, finish=finish)
+    _write(todo, target, entries, value, values, max_shard_bytes, progress, "cutting", table=table, finish=finish)
     return receipt
+
+
+def _table(todo: Plan, family: Family) -> str:
+    """The layout of the source, or if the result's family does not have it, the first."""
+    return todo.table if todo.table in family.tables else next(iter(family.tables))
 
 
 def _difference(source: Path, part: Path) -> dict[str, Any]:

@@ -114,6 +114,11 @@ class Family:
         yarn_from_length: whether YaRN's missing original length is max_position_embeddings to every reader.
         rope: `rope_parameters` where the file has none. Its rope_theta and partial_rotary_factor stand in, too, where
             the file's rope_parameters lack them.
+        left_out: beginnings of the names of tensors that files hold and the model does not have, such as a vision
+            tower's. They are not read.
+        left_out_keys: keys of config.json that are true of these parts alone. They are not kept.
+        text: the key of config.json that holds the language model's object, if the whole is more than that.
+        written_as: the family whose files a save writes, if not this one.
     """
 
     model_type: str
@@ -129,6 +134,10 @@ class Family:
     forms: tuple[Form, ...] = ()
     yarn_from_length: bool = True
     rope: Mapping[str, Any] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    left_out_keys: tuple[str, ...] = ()
+    text: str | None = None
+    written_as: str | None = None
 
     def keys_of(self, name: str) -> tuple[str, ...]:
         keys = self.keys[name]
@@ -349,6 +358,28 @@ DEEPSEEK_V3 = Family(
 
 # Kimi-K2: DeepSeek-V3's code and names, other sizes.
 KIMI_K2 = replace(DEEPSEEK_V3, model_type="kimi_k2")
+
+
+def _within(prefix: str, table: Table, layers: str = "layers") -> Table:
+    """The same names in the model, in the files behind a prefix."""
+    top = {name: f"{prefix}{file}" for name, file in table.top.items()}
+    return replace(table, top=top, layer_prefix=prefix + table.layer_prefix.replace("layers", layers))
+
+
+# Kimi-K2.5 and K2.6: a DeepSeek-V3 with a vision tower. What is left without the tower is a DeepSeek-V3, which every
+# engine loads; as kimi_k25 transformers and vLLM would give it a tower of random weights. transformers 5.24 writes
+# "blocks" for "layers", which it reads as well.
+KIMI_K25 = replace(
+    DEEPSEEK_V3,
+    model_type="kimi_k25",
+    architecture="KimiK25ForConditionalGeneration",
+    tables={name: _within("language_model.", DEEPSEEK_V3.tables[name]) for name in ("experts", "stacked")}
+    | {"blocks": _within("language_model.", DEEPSEEK_V3.tables["experts"], layers="blocks")},
+    left_out=("vision_tower.", "mm_projector.", "model.mm_projector."),
+    left_out_keys=("auto_map",),
+    text="text_config",
+    written_as="deepseek_v3",
+)
 
 DEEPSEEK_V2 = Family(
     model_type="deepseek_v2",
@@ -590,7 +621,7 @@ def _mlp_types_read(values: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(types, list) or len(types) != layers or not all(kind in ("dense", "sparse") for kind in types):
         raise ConfigError("mlp_layer_types", types, "'dense' or 'sparse' for each layer")
     dense = [i for i, kind in enumerate(types) if kind == "dense"]
-    first = types.index("sparse") if "sparse" in types else layers
+    first = types.index("sparse") if "sparse" in types else len(types)
     if leading not in (None, first):
         raise ConfigError("first_k_dense_replace", leading, f"{first}, the leading dense layers of mlp_layer_types")
     return {"first_k_dense_replace": first, "mlp_only_layers": tuple(i for i in dense if i > first)}
@@ -680,13 +711,16 @@ ERNIE4_5_MOE = Family(
     | {"use_moe": (None, True), "partial_rotary_factor": (None, 1.0)},
     forms=(Form(("moe_layer_end_index",), _last_layer_read, _last_layer_write),),
     rope={"rope_theta": 500000.0},
+    # Its MTP module is a dense layer.
+    left_out=tuple(f"model.mtp_{part}." for part in ("block", "emb_norm", "hidden_norm", "linear_proj")),
+    left_out_keys=("num_nextn_predict_layers",),
 )
 
 FAMILIES = {
     family.model_type: family
     for family in (
         *(DEEPSEEK_V3, KIMI_K2, DEEPSEEK_V2, MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE, GPT_OSS, OLMOE, MINIMAX_M2),
-        *(DOTS1, GLM4_MOE_LITE, ERNIE4_5_MOE),
+        *(DOTS1, GLM4_MOE_LITE, ERNIE4_5_MOE, KIMI_K25),
     )
 }
 

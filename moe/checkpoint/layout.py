@@ -270,7 +270,11 @@ def plan(
     table = _table_of(family, tensors)
     names = family.tables[table]
     config = _with_mtp_of_files(names, config, tensors)
-    if table == "experts":
+    left_out = [name for name in tensors if name.startswith(family.left_out)]
+    if left_out:
+        problem = "%s: %d tensors are left out, because only the language model is loaded: %s"
+        logger.warning(problem, path, len(left_out), left_out[0])
+    if "{expert}" in str(names.block["mlp.experts.down_proj"]):
         modules = config.num_moe_layers + config.num_nextn_predict_layers
         check_experts(config.n_routed_experts * modules, tensors, path / CONFIG)
     slots = layout(config, table, path / CONFIG)
@@ -286,7 +290,9 @@ def plan(
         slots=slots,
         missing=tuple(name for name, slot in slots.items() if name not in tensors and _is_needed(slot, tensors)),
         # Nothing is lost with a tensor that holds nothing: transformers writes shared experts of width 0.
-        unexpected=tuple(name for name in tensors if name not in slots and tensors[name].numel),
+        unexpected=tuple(
+            name for name, info in tensors.items() if name not in slots and name not in left_out and info.numel
+        ),
         misshaped=tuple(name for name in tensors if name in slots and tensors[name].shape != slots[name].shape),
     )
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe.checkpoint.atomic import replacing
-from moe.checkpoint.config_json import render_config
+from moe.checkpoint.config_json import as_written, render_config
 from moe.checkpoint.families import family_of
 from moe.checkpoint.folder import CARRIED, CONFIG, read_carried
 from moe.checkpoint.layout import Slot, layout, with_scales
@@ -81,13 +81,15 @@ def _checked_state(model: Transformer, target: Path) -> tuple[dict[str, Tensor],
     """The model's tensors, and where they go in the files; refuses what a reader of the files would refuse."""
     state: dict[str, Tensor] = dict(model.state_dict())
     origin: Origin | None = model.origin
-    slots = {n: slot for n, slot in layout(model.config, origin and origin.table).items() if slot.written}
+    config = as_written(model.config, target)
+    family = family_of(config.model_type, target)
+    table = origin.table if origin is not None and origin.table in family.tables else next(iter(family.tables))
+    slots = {n: slot for n, slot in layout(config, table).items() if slot.written}
     if origin is not None:
         slots = {name: slot for name, slot in slots.items() if name not in origin.omitted}
         if origin.block_size is not None:
-            family = family_of(model.config.model_type, target)
             kept = [n for n, slot in slots.items() if state[slot.parameter].dtype == torch.float8_e4m3fn]
-            slots = with_scales(slots, family.tables[origin.table], origin.block_size, kept)
+            slots = with_scales(slots, family.tables[table], origin.block_size, kept)
     shapes = parameter_shapes(model.config) | {
         slot.parameter: tuple(state[slot.parameter].shape)
         for slot in slots.values()
@@ -127,7 +129,7 @@ def _config_bytes(model: Transformer, state: Mapping[str, Tensor], target: Path)
     dtype = torch.bfloat16 if quantization else max(sizes, key=lambda d: sizes[d])
     named = str(dtype).removeprefix("torch.")
     values = render_config(model.config, target / CONFIG)
-    architecture = family_of(model.config.model_type, target).architecture
+    architecture = family_of(values["model_type"], target).architecture
     values |= {"architectures": [architecture], "dtype": named, "torch_dtype": named}
     if quantization:
         values["quantization_config"] = dict(quantization)
