@@ -24,6 +24,7 @@ to case and is replaced when it dies.
 import argparse
 import dataclasses
 import json
+import logging
 import math
 import os
 import random
@@ -355,6 +356,7 @@ def work(seed: int, place: Path) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     root = Path(tempfile.mkdtemp(dir=place))
+    logging.getLogger("moe").setLevel(logging.ERROR)  # each load of a vision tower says that it is left out
     labs = [Lab(root / family, family) for family in FAMILIES]
     for lab in labs:
         lab.judge({})
