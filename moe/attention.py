@@ -100,7 +100,7 @@ class MLA(nn.Module):
         self.heads = config.num_attention_heads
         self.latent, self.nope, self.rope = config.kv_lora_rank, config.qk_nope_head_dim, config.qk_rope_head_dim
         self.value = config.v_head_dim
-        self.interleave = config.rope_interleave
+        self.interleave = bool(config.rope_interleave)
         self.scale = softmax_scale(config)
 
         width, bias = config.hidden_size, config.attention_bias
@@ -175,7 +175,7 @@ class GQA(nn.Module):
         super().__init__()
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads or self.heads
-        self.interleave = config.rope_interleave
+        self.interleave = bool(config.rope_interleave)
         self.scale = softmax_scale(config)
         self.qk_norm = config.qk_norm
         self.rope_dim = config.rope_dim

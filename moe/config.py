@@ -80,7 +80,8 @@ class ModelConfig:
     "whole": all heads of a token together), attention_sinks (a learnt logit for each head that takes attention and
     gives nothing) and sliding_window: a query sees that many tokens, itself included, in the layers that `layer_types`
     calls "sliding_attention" (None: in all). attention_bias is of the projections of q, k and v;
-    attention_output_bias of the output's (None: as attention_bias).
+    attention_output_bias of the output's (None: as attention_bias). rope_interleave rotates pairs (2i, 2i + 1) of a
+    head's dimensions instead of (i, i + half); None becomes True with MLA and False without, as in released models.
 
     MLP. Layer i has experts if i >= first_k_dense_replace, it is not in mlp_only_layers and i + 1 is a multiple of
     decoder_sparse_step. The shared expert has the width n_shared_experts * moe_intermediate_size, or
@@ -135,7 +136,7 @@ class ModelConfig:
     sliding_window: int | None = None
     layer_types: tuple[LayerType, ...] | None = None
     rope_parameters: RopeParameters = field(default_factory=RopeParameters)
-    rope_interleave: bool = False
+    rope_interleave: bool | None = None
     max_position_embeddings: int = 4096
 
     scoring_func: ScoringFunc = "sigmoid"
@@ -164,6 +165,8 @@ class ModelConfig:
         for name in ("mlp_only_layers", "layer_types"):  # JSON has lists
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.rope_interleave is None:
+            object.__setattr__(self, "rope_interleave", self.is_mla)
         self.validate()
 
     @classmethod
@@ -237,6 +240,16 @@ class ModelConfig:
         if self.sliding_window is None:
             return False
         return self.layer_types is None or self.layer_types[index] == "sliding_attention"
+
+    def family_problems(self) -> tuple[str, ...]:
+        """Why checkpoint files of `model_type` cannot express this config, one line for each reason; empty if they can.
+
+        Every valid config builds and trains. A save refuses one whose files would lack something, or would mean
+        something else in transformers, vLLM, SGLang or llama.cpp. Fields without effect are no reason.
+        """
+        from moe.checkpoint.config_json import family_problems  # stands above this module: only when it is called
+
+        return family_problems(self)
 
     def validate(self) -> None:
         """Raise `ConfigError` for the first field that makes no sense. Allocates nothing."""

@@ -1,7 +1,7 @@
 """Prefill, decode and sampling. The function is `moe.generate`."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -21,7 +21,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int | None = None,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
 ) -> Tensor:
     """Continue each sequence: int64 [B, S] -> [B, S + new], new <= max_new_tokens.
 
@@ -32,8 +32,8 @@ def generate(
         top_k: sample among the k most likely; 0 for all.
         top_p: sample among the smallest set of most likely tokens whose probability reaches top_p.
         seed: of the sampling, for repeatable text; None draws from the global generator.
-        eos_token_id: ends a sequence; its later positions repeat this id, and generation stops when all have ended. Not
-            on a mesh, where every rank has to make equally many steps.
+        eos_token_id: an id, or several, that end a sequence; its later positions repeat the (first) id, and generation
+            stops when all have ended. Not on a mesh, where every rank has to make equally many steps.
 
     Raises:
         ValueError: an empty prompt, a mask with padding on the right, or a sampling parameter out of range.
@@ -62,7 +62,7 @@ def stream(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int | None = None,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
 ) -> Iterator[Tensor]:
     """As `generate`, one step at a time: yields int64 [B], the next token of every sequence."""
     if input_ids.ndim != 2 or input_ids.shape[1] == 0:
@@ -77,7 +77,10 @@ def stream(
         mask = attention_mask.bool()
         if mask.shape != input_ids.shape or not bool((mask[:, :-1] <= mask[:, 1:]).all() and mask[:, -1].all()):
             raise ValueError("attention_mask: expected the shape of input_ids, with padding on the left only")
-    return _steps(model, input_ids, max_new_tokens, mask, temperature, top_k, top_p, seed, eos_token_id)
+    ends = (
+        tuple(eos_token_id) if isinstance(eos_token_id, Sequence) else () if eos_token_id is None else (eos_token_id,)
+    )
+    return _steps(model, input_ids, max_new_tokens, mask, temperature, top_k, top_p, seed, ends)
 
 
 @torch.inference_mode()
@@ -90,21 +93,22 @@ def _steps(
     top_k: int,
     top_p: float,
     seed: int | None,
-    eos_token_id: int | None,
+    ends: tuple[int, ...],
 ) -> Iterator[Tensor]:
     generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
     cache = Cache(model.config)
     ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    last = torch.tensor(ends, dtype=torch.int64, device=input_ids.device)
     fed = input_ids
     for _ in range(max_new_tokens):
         with _eval_mode(model):
             logits = model(fed, attention_mask=mask, cache=cache, logits_to_keep=1).logits[:, -1]
         token = sample(logits, temperature, top_k, top_p, generator)
-        if eos_token_id is not None:
-            token = token.masked_fill(ended, eos_token_id)
-            ended = ended | (token == eos_token_id)
+        if ends:
+            token = token.masked_fill(ended, ends[0])
+            ended = ended | torch.isin(token, last)
         yield token
-        if eos_token_id is not None and bool(ended.all()):
+        if ends and bool(ended.all()):
             return
         fed = token.unsqueeze(1)
         if mask is not None:

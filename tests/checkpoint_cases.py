@@ -45,7 +45,7 @@ V3_MTP = dataclasses.replace(V3, num_nextn_predict_layers=2)
 V2 = ModelConfig(**SMALL, model_type="deepseek_v2", scoring_func="softmax", topk_method="greedy", norm_topk_prob=False)
 
 YARN = RopeParameters(
-    rope_type="yarn", factor=8.0, original_max_position_embeddings=16, mscale=0.8, mscale_all_dim=1.1, beta_fast=4.0
+    rope_type="yarn", factor=8.0, original_max_position_embeddings=16, mscale=0.8, mscale_all_dim=0.8, beta_fast=4.0
 )
 
 _GROUPED: dict[str, Any] = {k: v for k, v in SMALL.items() if not k.startswith(("kv_", "q_", "qk_", "v_", "rope_"))}
@@ -61,7 +61,7 @@ BY_FAMILY = {
         V3_MTP,
         dataclasses.replace(V3, model_type="kimi_k2", num_nextn_predict_layers=0),
         V2,
-        ModelConfig(**_ONE_WIDTH, **_SOFTMAX, model_type="mixtral", sliding_window=9),
+        ModelConfig(**_ONE_WIDTH, **_SOFTMAX, model_type="mixtral"),
         ModelConfig(
             **{**_GROUPED, **_PLAIN, **_SOFTMAX, "n_shared_experts": 1},
             model_type="qwen2_moe",
@@ -70,10 +70,11 @@ BY_FAMILY = {
             attention_bias=True,
             attention_output_bias=False,
             norm_topk_prob=False,
-            mlp_only_layers=(1,),
         ),
         ModelConfig(
-            **{**_GROUPED, **_PLAIN, **_SOFTMAX}, model_type="qwen3_moe", qk_norm="head", decoder_sparse_step=2
+            **{**_GROUPED, **_PLAIN, **_SOFTMAX},
+            model_type="qwen3_moe",
+            qk_norm="head",
         ),
         ModelConfig(
             **_GROUPED, model_type="glm4_moe", qk_norm="head", attention_output_bias=False, num_nextn_predict_layers=1
@@ -83,6 +84,8 @@ BY_FAMILY = {
             **_SOFTMAX,
             model_type="gpt_oss",
             attention_sinks=True,
+            sliding_window=9,
+            layer_types=("sliding_attention", "full_attention", "sliding_attention"),
             router_bias=True,
             expert_bias=True,
             attention_bias=True,
@@ -90,7 +93,9 @@ BY_FAMILY = {
             swiglu_alpha=1.702,
             swiglu_beta=1.0,
         ),
-        ModelConfig(**_ONE_WIDTH, **_SOFTMAX, model_type="olmoe", qk_norm="whole", norm_topk_prob=False),
+        ModelConfig(
+            **_ONE_WIDTH, **_SOFTMAX, model_type="olmoe", qk_norm="whole", norm_topk_prob=False, rms_norm_eps=1e-5
+        ),
         ModelConfig(**_ONE_WIDTH, model_type="minimax_m2", qk_norm="whole", seq_aux=False),
         ModelConfig(**_GROUPED, model_type="dots1", qk_norm="head", routed_scaling_factor=2.5),
         ModelConfig(**{**SMALL, "v_head_dim": 22}, model_type="glm4_moe_lite", num_nextn_predict_layers=1),
@@ -126,7 +131,7 @@ def configs(draw: st.DrawFn, model_type: str | None = None) -> ModelConfig:
         moe_intermediate_size=draw(_size),
         n_shared_experts=draw(st.integers(0, 2)),
         first_k_dense_replace=draw(st.integers(0, layers)),
-        attention_bias=draw(st.booleans()),
+        attention_bias=model_type is None and draw(st.booleans()),
         tie_word_embeddings=draw(st.booleans()),
         routed_scaling_factor=draw(st.sampled_from([1.0, 2.5])),
         rms_norm_eps=draw(st.sampled_from([1e-6, 1e-5])),
@@ -149,10 +154,10 @@ def configs(draw: st.DrawFn, model_type: str | None = None) -> ModelConfig:
             qk_norm=draw(st.sampled_from(["none", "head", "whole"])),
         )
     if model_type == "deepseek_v2":
-        values |= dict(model_type=model_type, scoring_func="softmax", norm_topk_prob=False, rope_interleave=True)
+        values |= dict(model_type=model_type, scoring_func="softmax", norm_topk_prob=False)
         methods = ["greedy", "group_limited_greedy"]
     elif model_type == "deepseek_v3":
-        values |= dict(scoring_func="sigmoid", norm_topk_prob=draw(st.booleans()), rope_interleave=draw(st.booleans()))
+        values |= dict(scoring_func="sigmoid", norm_topk_prob=draw(st.booleans()))
         methods = ["noaux_tc"]
     else:
         values |= dict(scoring_func=draw(st.sampled_from(["sigmoid", "softmax"])))

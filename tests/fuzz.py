@@ -250,9 +250,14 @@ class Lab:
 
         torch.set_num_threads(1)
         config = BY_FAMILY[family]
-        groups = min(config.n_group, 2)
         self.config = dataclasses.replace(
-            config, num_hidden_layers=2, n_routed_experts=4, n_group=groups, topk_group=1, num_experts_per_tok=2
+            config,
+            num_hidden_layers=2,
+            layer_types=config.layer_types and config.layer_types[:2],
+            n_routed_experts=4,
+            n_group=min(config.n_group, 2),
+            topk_group=1,
+            num_experts_per_tok=2,
         )
         model = moe.Transformer(self.config)
         generator = torch.Generator().manual_seed(0)

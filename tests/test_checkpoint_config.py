@@ -26,7 +26,7 @@ OLD_YARN = {
     "beta_slow": 1,
     "factor": 8,
     "mscale": 0.8,
-    "mscale_all_dim": 1.1,
+    "mscale_all_dim": 0.8,
     "original_max_position_embeddings": 16,
     "type": "yarn",
 }
@@ -98,7 +98,7 @@ RELEASED = {
         "moe_intermediate_size": 1408, "moe_layer_freq": 1, "n_group": 1, "n_routed_experts": 128,
         "n_shared_experts": 2, "norm_topk_prob": true, "num_attention_heads": 32, "num_experts_per_tok": 6,
         "num_hidden_layers": 62, "num_key_value_heads": 32, "rms_norm_eps": 1e-05, "rope_scaling": null,
-        "rope_theta": 10000000, "routed_scaling_factor": 2.5, "scoring_func": "noaux_tc", "sliding_window": null,
+        "rope_theta": 10000000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "sliding_window": null,
         "tie_word_embeddings": false, "topk_group": 1, "topk_method": "noaux_tc", "torch_dtype": "bfloat16",
         "use_cache": true, "vocab_size": 152064}""",
     "glm_4_7_flash": """{"architectures": ["Glm4MoeLiteForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
@@ -148,16 +148,18 @@ def test_absent_routing_keys_take_the_familys_default() -> None:
     assert (v2.rope_interleave, v2.routed_scaling_factor) == (True, 1.0)
 
 
-def test_null_groups_are_one_group() -> None:
+def test_null_groups_are_one_group_and_written_so() -> None:
+    """vLLM takes the number as it stands, and cannot have null."""
     config = parse_config({**V2_FILE, "n_group": None, "topk_group": None}, PATH)
     assert (config.n_group, config.topk_group) == (1, 1)
-    assert render_config(config, PATH)["n_group"] is None
+    assert render_config(config, PATH)["n_group"] == 1
 
 
-def test_group_numbers_that_greedy_does_not_look_at_are_kept() -> None:
+def test_group_numbers_that_greedy_does_not_look_at_are_not_written() -> None:
+    """vLLM and llama.cpp limit routing to groups by their number alone."""
     config = parse_config({**V2_FILE, "n_group": 8, "topk_group": 3}, PATH)
     assert (config.n_group, config.topk_group) == (1, 1)
-    assert render_config(config, PATH)["n_group"] == 8
+    assert (render_config(config, PATH)["n_group"], render_config(config, PATH)["topk_group"]) == (1, 1)
     limited = dataclasses.replace(config, topk_method="group_limited_greedy", n_group=4, topk_group=2)
     assert render_config(limited, PATH)["n_group"] == 4
 
@@ -364,10 +366,11 @@ def test_what_transformers_takes_is_taken() -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
     qwen = dict(model_type="qwen3_moe", vocab_size=61, hidden_size=42, num_hidden_layers=3, num_attention_heads=6)
     qwen |= dict(num_key_value_heads=3, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=10)
-    qwen |= dict(intermediate_size=20, max_position_embeddings=64, router_aux_loss_coef=0.9, mlp_only_layers=[1, 7])
-    config = parse_config({**qwen, "rope_scaling": yarn}, PATH)
+    qwen |= dict(intermediate_size=20, max_position_embeddings=64, router_aux_loss_coef=0.9)
+    assert parse_config({**qwen, "mlp_only_layers": [1, 7]}, PATH).mlp_only_layers == (1,)
+    assert not parse_config(qwen, PATH).norm_topk_prob
+    config = parse_config({**qwen, "rope_scaling": yarn, "mlp_only_layers": [7], "norm_topk_prob": True}, PATH)
     assert config.rope_parameters.original_max_position_embeddings == 64
-    assert config.mlp_only_layers == (1,)
     assert config.aux_loss_alpha == 0  # its loss is another, and off
     again = render_config(config, PATH)
     assert again["router_aux_loss_coef"] == 0.9
@@ -401,16 +404,23 @@ def test_dense_layers_of_glm4_moe_lite() -> None:
     types = ["dense", "sparse", "dense", "sparse"]
     config = parse_config({**without(file, "first_k_dense_replace"), "mlp_layer_types": types}, PATH)
     assert (config.first_k_dense_replace, config.mlp_only_layers) == (1, (2,))
-    written = render_config(config, PATH)
-    assert (written["mlp_layer_types"], written["first_k_dense_replace"]) == (types, 1)
-    other = dataclasses.replace(config, first_k_dense_replace=0, mlp_only_layers=(), decoder_sparse_step=2)
-    assert render_config(other, PATH)["mlp_layer_types"] == types
+    with pytest.raises(CheckpointError, match="mlp_only_layers: SGLang builds experts there"):
+        render_config(config, PATH)
+    for leading in (
+        dataclasses.replace(config, first_k_dense_replace=2, mlp_only_layers=()),
+        dataclasses.replace(config, first_k_dense_replace=0, mlp_only_layers=(1, 0)),
+    ):
+        written = render_config(leading, PATH)
+        assert written["mlp_layer_types"] == ["dense", "dense", "sparse", "sparse"]
+        assert written["first_k_dense_replace"] == 2
 
 
 def test_vllm_finds_the_keys_that_it_looks_for() -> None:
     """Without them it raises AttributeError, or routes by softmax."""
     dots = render_config(moe.preset("dots_llm1"), PATH)
     assert (dots["scoring_func"], dots["topk_method"], dots["moe_layer_freq"]) == ("sigmoid", "noaux_tc", 1)
+    early = parse_config({**DOTS1_FILE, "scoring_func": "noaux_tc"}, PATH)  # as it was called at first
+    assert render_config(early, PATH)["scoring_func"] == "sigmoid"
     glm = render_config(moe.preset("glm_4_7_flash"), PATH)
     assert (glm["scoring_func"], glm["topk_method"], glm["moe_layer_freq"]) == ("sigmoid", "noaux_tc", 1)
 
@@ -484,7 +494,6 @@ REFUSED_BY_FAMILY: dict[str, tuple[dict[str, Any], str]] = {
         {**ERNIE_FILE, "partial_rotary_factor": 0.5},
         "partial_rotary_factor is not supported",
     ),
-    "ERNIE with another least sum": ({**ERNIE_FILE, "moe_norm_min": 0.1}, "moe_norm_min: readers .* do not agree"),
     "ERNIE with a text for its last layer": (
         {**ERNIE_FILE, "moe_layer_end_index": "last"},
         "moe_layer_end_index = 'last': expected an integer",

@@ -4,6 +4,7 @@
     read_summary(folder) -> CheckpointSummary     config.json and headers; no torch, no weights
     load(folder, device=, dtype=) -> Transformer
     save(model, folder)
+    interleave(model)                             rotary rows in the order that a save to DeepSeek's families needs
     convert.convert, convert.cut                  a checkpoint made of a checkpoint
     planning.stored, .inference, .training        what a configuration weighs; no torch
 
@@ -17,17 +18,22 @@ from moe.checkpoint.summary import CheckpointSummary, read_summary
 
 if TYPE_CHECKING:
     from moe.checkpoint.reading import load
+    from moe.checkpoint.rotary import interleave
     from moe.checkpoint.writing import save
 
-__all__ = ["CheckpointSummary", "load", "read_config", "read_summary", "save"]
+__all__ = ["CheckpointSummary", "interleave", "load", "read_config", "read_summary", "save"]
 
 
 def __getattr__(name: str) -> Any:
-    # These two need torch; `moesmith inspect` does not.
+    # These need torch; `moesmith inspect` does not.
     if name == "load":
         from moe.checkpoint.reading import load
 
         return load
+    if name == "interleave":
+        from moe.checkpoint.rotary import interleave
+
+        return interleave
     if name == "save":
         from moe.checkpoint.writing import save
 

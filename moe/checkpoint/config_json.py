@@ -1,12 +1,13 @@
 """config.json <-> `ModelConfig`. Whatever is not understood is kept; whatever would be misunderstood is refused."""
 
 import dataclasses
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from moe.checkpoint.families import Family, family_of
+from moe.checkpoint.families import FAMILIES, Family, family_of, setting
 from moe.checkpoint.folder import CONFIG, locate, read_config_values
 from moe.config import ModelConfig, RopeParameters
 from moe.errors import CheckpointError, ConfigError
@@ -65,22 +66,21 @@ def render_config(config: ModelConfig, path: Path) -> dict[str, Any]:
     """The object for config.json, without `STORAGE_KEYS`; `path` is for messages.
 
     RoPE is written in the older form too, because a reader that does not know the newer one would compute with its
-    defaults and say nothing. A key from `extra` stands as it was read, as long as the whole still means `config`. A
-    config that would come back as another one is refused: the family's readers cannot express it.
+    defaults and say nothing. A key from `extra` stands as it was read, as long as the whole still means `config` and no
+    engine takes that spelling for something else. Raises CheckpointError for the first of `family_problems`.
     """
     config = as_written(config, path)
-    values = _render(config)
-    wanted, found = _canonical(config), _canonical(_understand(values, path))
-    for f in dataclasses.fields(ModelConfig):
-        mine, back = getattr(wanted, f.name), getattr(found, f.name)
-        if mine != back:
-            raise CheckpointError(path, f"{f.name}: {config.model_type} cannot express it", expected=back, found=mine)
     family = family_of(config.model_type, path)
+    for problem in _problems(config, family, path):
+        raise problem
+    values, wanted = _render(config), _canonical(config)
     ours = {key for name in family.keys for key in family.keys_of(name)} | {
         k for form in family.forms for k in form.keys
     }
+    fixed = {key for key, harmless in family.fixed.items() if harmless[0] is not None}
+    fixed |= {key for name in family.own for key in family.keys_of(name)}
     for key, value in config.extra.items():
-        if key in STORAGE_KEYS:
+        if key in STORAGE_KEYS or key in fixed:
             continue
         candidate = {**values, key: value}
         if key in family.derived:
@@ -96,25 +96,131 @@ def render_config(config: ModelConfig, path: Path) -> dict[str, Any]:
     return values
 
 
+def family_problems(config: ModelConfig) -> tuple[str, ...]:
+    """Why files of the config's family cannot express it, one line each; see `ModelConfig.family_problems`."""
+    path = Path(CONFIG)
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        return (f"model_type: no such family; expected one of {', '.join(FAMILIES)}; found {config.model_type}",)
+    found: list[Exception] = list(_problems(config, family, path))
+    if not found:
+        try:
+            json.dumps(render_config(config, path), allow_nan=False)
+        except CheckpointError as error:
+            found = [error]
+        except (TypeError, ValueError) as error:
+            found = [ValueError(f"extra: not JSON: {error}")]
+    return tuple(str(error).removeprefix(f"{path}: ") for error in found)
+
+
+def _problems(config: ModelConfig, family: Family, path: Path) -> Iterator[CheckpointError]:
+    """What the family's files cannot express, and what some engine would not read in them."""
+    settled = _settled(config, family)
+    for rule in family.rules:
+        if not rule.holds(settled):
+            found = setting(settled, rule.field)
+            yield CheckpointError(path, f"{rule.field}: {rule.reason}", expected=rule.expected, found=str(found))
+    try:
+        back = _canonical(_understand(_render(config), path))
+    except CheckpointError as error:
+        yield error
+        return
+    wanted = _canonical(config)
+    for f in dataclasses.fields(ModelConfig):
+        mine, there = getattr(wanted, f.name), getattr(back, f.name)
+        if mine != there:
+            name = f.name if f.name != "mlp_only_layers" else _name_of_dense_layers(settled, family)
+            problem = f"{name}: {config.model_type} cannot express it"
+            yield CheckpointError(path, problem, expected=str(there), found=str(mine))
+
+
+# What says which layers are dense, with the value that says nothing.
+_LAYERS = {"first_k_dense_replace": 0, "mlp_only_layers": (), "decoder_sparse_step": 1}
+
+
+def _name_of_dense_layers(config: ModelConfig, family: Family) -> str:
+    set_here = [name for name, nothing in _LAYERS.items() if getattr(config, name) != nothing]
+    return next((name for name in set_here if name not in family.keys), "mlp_only_layers")
+
+
+def _dense_layers(config: ModelConfig) -> tuple[int, ...]:
+    return tuple(i for i in range(config.num_hidden_layers) if not config.is_moe_layer(i))
+
+
+def _settled(config: ModelConfig, family: Family) -> ModelConfig:
+    """The config with what changes neither the model's function nor its training as the family's files have it."""
+    layers = config.num_hidden_layers
+    dense = _dense_layers(config)
+    leading = next((i for i, layer in enumerate(dense) if i != layer), len(dense))
+    ways: tuple[dict[str, Any], ...] = (
+        {},
+        *({name: getattr(config, name)} for name in _LAYERS),
+        {"first_k_dense_replace": leading},
+        {"mlp_only_layers": dense},
+    )
+    for way in ways:
+        same = dataclasses.replace(config, **{**_LAYERS, **way})
+        if family.keys.keys() >= way.keys() and _dense_layers(same) == dense:
+            config = same
+            break
+
+    changes: dict[str, Any] = {}
+    if not any(config.is_sliding_layer(i) for i in range(layers)):
+        changes |= {"sliding_window": None, "layer_types": None}
+    if config.rope_dim == 2:  # one pair
+        changes["rope_interleave"] = config.is_mla
+    if not config.num_nextn_predict_layers:
+        changes["mtp_loss_weight"] = _usual("mtp_loss_weight", config, family)
+    if not dense and family.keys.get("intermediate_size") == family.keys["moe_intermediate_size"]:
+        changes["intermediate_size"] = config.moe_intermediate_size
+    if config.topk_group == config.n_group and "n_group" not in family.keys:
+        changes |= {"n_group": 1, "topk_group": 1}
+        if config.topk_method == "group_limited_greedy":
+            changes["topk_method"] = "greedy"
+    if config.shared_width:
+        changes |= {"n_shared_experts": 1, "shared_expert_intermediate_size": config.shared_width}
+        count, rest = divmod(config.shared_width, config.moe_intermediate_size)
+        if "shared_expert_intermediate_size" not in family.keys and not rest and count <= 1024:
+            changes |= {"n_shared_experts": count, "shared_expert_intermediate_size": None}
+    if len(dense) == layers and not config.num_nextn_predict_layers:
+        changes |= {name: _usual(name, config, family) for name in _OF_EXPERTS}
+        if changes["topk_method"] != config.topk_method:
+            changes |= {"n_group": 1, "topk_group": 1}
+    return dataclasses.replace(config, **changes)
+
+
+# Fields that say nothing in a model without experts.
+_OF_EXPERTS = (
+    *("scoring_func", "topk_method", "norm_topk_prob", "routed_scaling_factor", "router_bias", "expert_bias"),
+    *("swiglu_limit", "swiglu_alpha", "swiglu_beta", "aux_loss_alpha", "router_z_loss_coef"),
+)
+
+
+def _usual(name: str, config: ModelConfig, family: Family) -> Any:
+    """The value of a field that has no effect: its own, or else one that the family's files can have."""
+    value = getattr(config, name)
+    if name in family.keys:
+        allowed = family.allowed.get(name, (value,))
+        return value if value in allowed else allowed[0]
+    default = next(f.default for f in dataclasses.fields(ModelConfig) if f.name == name)
+    return family.implied.get(name, default)
+
+
 def _canonical(config: ModelConfig) -> ModelConfig:
-    """Two configs that differ only in spelling have the same canonical form."""
+    """Two configs that differ only in spelling, or in what has no effect, have the same canonical form."""
+    config = _settled(config, family_of(config.model_type, CONFIG))
     heads = None if config.is_mla else config.num_key_value_heads or config.num_attention_heads
     rope = config.rope_parameters
     if rope.rope_type == "default":
         rope = RopeParameters(rope_theta=rope.rope_theta, partial_rotary_factor=rope.partial_rotary_factor)
     types = tuple(config.is_sliding_layer(i) for i in range(config.num_hidden_layers))
-    dense = [i for i in range(config.num_hidden_layers) if not config.is_moe_layer(i)]
-    leading = next((n for n, i in enumerate(dense) if i != n), len(dense))
     return dataclasses.replace(
         config,
         num_key_value_heads=heads,
         head_dim=None if config.is_mla else config.qk_head_dim,
         rope_parameters=rope,
         attention_output_bias=config.output_bias,
-        first_k_dense_replace=leading,
-        mlp_only_layers=tuple(dense[leading:]),
-        decoder_sparse_step=1,
-        sliding_window=config.sliding_window if any(types) else None,
+        **{**_LAYERS, "mlp_only_layers": _dense_layers(config)},
         layer_types=tuple("sliding_attention" if s else "full_attention" for s in types) if any(types) else None,
         extra={},
     )
@@ -207,7 +313,7 @@ def _rope(
         name = "rope_type" if name == "type" else name
         if value is None or (name == "partial_rotary_factor" and value == 1 and name in family.fixed):
             continue
-        if name not in known:
+        if name not in known or name in family.fixed:
             raise CheckpointError(path, f"{key}.{name} is not supported", found=repr(value)[:80])
         if fields.setdefault(name, value) != value:
             raise CheckpointError(path, f"{key}: {name} is given twice", expected=fields[name], found=value)
@@ -223,6 +329,7 @@ def _rope(
 
 def _render(config: ModelConfig) -> dict[str, Any]:
     family = family_of(config.model_type, CONFIG)
+    config = _settled(config, family)
     values = {family.keys_of(name)[0]: getattr(config, name) for name in family.keys}
     if config.num_key_value_heads is None:
         values["num_key_value_heads"] = config.num_attention_heads

@@ -95,6 +95,23 @@ class Form:
 
 
 @dataclass(frozen=True)
+class Rule:
+    """A setting with which vLLM, SGLang and llama.cpp compute what transformers does; others make a save fail.
+
+    Attributes:
+        field: of `ModelConfig`, or "rope_parameters.NAME".
+        holds: whether they all do.
+        expected: the values with which they do.
+        reason: which engine does what otherwise, without an error.
+    """
+
+    field: str
+    holds: Callable[[ModelConfig], bool]
+    expected: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Family:
     """How one `model_type` names its tensors and its configuration.
 
@@ -105,10 +122,13 @@ class Family:
         required: fields that a file must give and that are not null.
         absent: fields -> value where the file does not give them, which is what transformers assumes.
         implied: fields that no key tells -> their value in this family.
-        allowed: fields -> the values that this family's readers implement. Others ignore the key, or compute
-            something else, without a word.
+        allowed: fields -> the values that can be read: with others, the family's own code and transformers compute
+            different functions.
+        rules: what a save requires besides. Reading does not: transformers computes as the file says.
         fixed: keys that no field holds -> the values that leave the model's function as it is; the first is
             written, unless it is None.
+        own: fields that are always written from the model, however the file spelled them, because engines read the key
+            where transformers does not.
         derived: keys that repeat what fields say -> how. transformers writes them, and computes with what it reads.
         forms: see `Form`.
         yarn_from_length: whether YaRN's missing original length is max_position_embeddings to every reader.
@@ -129,7 +149,9 @@ class Family:
     absent: Mapping[str, Any] = field(default_factory=dict)
     implied: Mapping[str, Any] = field(default_factory=dict)
     allowed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    rules: tuple[Rule, ...] = ()
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    own: tuple[str, ...] = ()
     derived: Mapping[str, Callable[[ModelConfig], Any]] = field(default_factory=dict)
     forms: tuple[Form, ...] = ()
     yarn_from_length: bool = True
@@ -266,17 +288,87 @@ _GPT_OSS_MXFP4: dict[str, Any] = {
     "mlp.experts.down_proj": MXFP4("mlp.experts.down_proj"),
 }
 
+
+def _only(field: str, value: Any, reason: str) -> Rule:
+    """The rule that `field` has this value."""
+
+    def holds(config: ModelConfig) -> bool:
+        return setting(config, field) == value
+
+    return Rule(field, holds, str(value).lower() if value is None or isinstance(value, bool) else str(value), reason)
+
+
+def setting(config: ModelConfig, field: str) -> Any:
+    """The value of a field of `ModelConfig`, or of "rope_parameters.NAME"."""
+    for name in field.split("."):
+        config = getattr(config, name)
+    return config
+
+
+# What engines do with a key of config.json was read in vLLM 0.33.0 (model_executor/models, layers/rotary_embedding),
+# SGLang 0.5.23 (srt/models, srt/layers/rotary_embedding) and llama.cpp as of llama-cpp-python 0.3.36 (conversion,
+# src/models, llama-graph.cpp, llama-context.cpp). A setting that makes one of them fail with an error needs no rule.
+# docs/engines.md has the whole table.
+_PLAIN_YARN = (
+    _only("rope_parameters.attention_factor", None, "SGLang and llama.cpp compute it from the factor instead"),
+    _only("rope_parameters.mscale", None, "llama.cpp ignores it"),
+    _only("rope_parameters.mscale_all_dim", None, "llama.cpp ignores it"),
+)
+_TRUNCATED_YARN = _only("rope_parameters.truncate", True, "llama.cpp always truncates YaRN's range")
+_UNTIED = _only("tie_word_embeddings", False, "SGLang does not tie and leaves the missing head uninitialised")
+_NO_WINDOW = _only("sliding_window", None, "SGLang and llama.cpp attend to all tokens")
+_ALL_SPARSE = (
+    _only("decoder_sparse_step", 1, "SGLang builds experts in every layer"),
+    _only("mlp_only_layers", (), "SGLang builds experts in every layer"),
+)
+
+
+def _yarn_agrees(config: ModelConfig) -> bool:
+    rope = config.rope_parameters
+    return rope.rope_type != "yarn" or (bool(rope.mscale) and rope.mscale == rope.mscale_all_dim)
+
+
+_MLA_RULES = (
+    Rule(
+        "rope_interleave",
+        lambda config: config.rope_interleave is True or not config.is_mla,
+        "true",
+        "vLLM and llama.cpp always rotate interleaved pairs; moe.checkpoint.interleave(model) reorders the weights",
+    ),
+    _only("attention_bias", False, "vLLM leaves out biases of MLA's projections"),
+    # The latents' norms have 1e-6 in transformers and DeepSeek's code, rms_norm_eps in the engines. Kimi-K2.5 and
+    # Moonlight have 1e-5.
+    Rule(
+        "rms_norm_eps",
+        lambda config: config.rms_norm_eps <= 1e-5,
+        "at most 1e-5",
+        "the engines apply it to the latents, transformers does not",
+    ),
+    Rule(
+        "rope_parameters.mscale",
+        _yarn_agrees,
+        "mscale_all_dim's value, above 0",
+        "llama.cpp reads mscale_all_dim for both",
+    ),
+    _only("rope_parameters.attention_factor", None, "vLLM and SGLang compute it from mscale and mscale_all_dim"),
+    _only("rope_parameters.truncate", True, "the engines always truncate YaRN's range"),
+)
+
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_experts_per_tok")
 _COMMON_KEYS = same(
     *_SIZES,
     *("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "initializer_range", "tie_word_embeddings"),
+    # Training's, under names that no other reader has for something else. Not router_aux_loss_coef: transformers' loss
+    # pools all layers, does not divide by K, and is off unless asked for.
+    *("aux_loss_alpha", "seq_aux", "router_z_loss_coef", "mtp_loss_weight"),
 )
-# Not router_aux_loss_coef: transformers' loss pools all layers, does not divide by K, and is off unless asked for.
-_GQA_KEYS = {**_COMMON_KEYS, "head_dim": "head_dim", "aux_loss_alpha": "aux_loss_alpha"}
+_GQA_KEYS = {**_COMMON_KEYS, "head_dim": "head_dim"}
 _EXPERT_COUNT = ("num_experts", "num_local_experts")
 _ONE_WIDTH = {"intermediate_size": "intermediate_size", "moe_intermediate_size": "intermediate_size"}
 _SILU = {"hidden_act": ("silu",), "attention_dropout": (0.0, None)}
-_SOFTMAX = {"scoring_func": "softmax", "topk_method": "greedy", "seq_aux": False}
+# transformers rotates whole heads, whatever this key says, and vLLM reads it.
+_WHOLE_HEADS = _SILU | {"partial_rotary_factor": (None, 1.0)}
+_SOFTMAX = {"scoring_func": "softmax", "topk_method": "greedy"}
 
 
 def _window_read(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -318,15 +410,12 @@ _DEEPSEEK_KEYS = _COMMON_KEYS | same(
     *_DEEPSEEK_SIZES,
     *("q_lora_rank", "n_shared_experts", "first_k_dense_replace"),
     *("scoring_func", "topk_method", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor"),
-    *("attention_bias", "rope_interleave"),
-    *("num_nextn_predict_layers", "aux_loss_alpha", "seq_aux", "router_z_loss_coef", "mtp_loss_weight"),
+    *("attention_bias", "rope_interleave", "num_nextn_predict_layers"),
 )
 _GLM_LITE_OTHERS = ("scoring_func", "topk_method", "first_k_dense_replace")
-_DEEPSEEK_FIXED = _SILU | {
-    "mlp_bias": (False, None),
-    "moe_layer_freq": (1, None),
-    "partial_rotary_factor": (None, 1.0),
-}
+_DEEPSEEK_FIXED = _WHOLE_HEADS | {"mlp_bias": (False, None), "moe_layer_freq": (1, None)}
+# Files may carry groups that topk_method "greedy" does not look at, or null; engines do look at them.
+_DEEPSEEK_OWN = ("n_group", "topk_group")
 _DEEPSEEK_DERIVED: dict[str, Callable[[ModelConfig], Any]] = {
     "head_dim": lambda config: config.qk_rope_head_dim,
     "qk_head_dim": lambda config: config.qk_head_dim,
@@ -351,7 +440,9 @@ DEEPSEEK_V3 = Family(
         "rope_interleave": True,
     },
     allowed={"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
+    rules=_MLA_RULES,
     fixed=_DEEPSEEK_FIXED,
+    own=_DEEPSEEK_OWN,
     derived=_DEEPSEEK_DERIVED,
     yarn_from_length=False,
 )
@@ -403,7 +494,9 @@ DEEPSEEK_V2 = Family(
         "rope_interleave": (True,),
         "num_nextn_predict_layers": (0,),
     },
+    rules=_MLA_RULES,
     fixed=_DEEPSEEK_FIXED,
+    own=_DEEPSEEK_OWN,
     derived=_DEEPSEEK_DERIVED,
     yarn_from_length=False,
 )
@@ -414,9 +507,20 @@ MIXTRAL = Family(
     tables=_mixtral_tables(same("mlp.gate.weight")),
     keys=_GQA_KEYS | _ONE_WIDTH | {"n_routed_experts": _EXPERT_COUNT[::-1], "sliding_window": "sliding_window"},
     required=(*_SIZES, "moe_intermediate_size", "n_routed_experts"),
-    absent={"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5},
+    absent={"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "seq_aux": False},
     implied=_SOFTMAX,
-    fixed=_SILU,
+    rules=(
+        _UNTIED,
+        _NO_WINDOW,
+        _only("rope_parameters.rope_type", "default", "SGLang reads no more than rope_theta"),
+        Rule(
+            "rope_parameters.rope_theta",
+            lambda config: float(config.rope_parameters.rope_theta).is_integer(),
+            "a whole number",
+            "SGLang rounds it down",
+        ),
+    ),
+    fixed=_WHOLE_HEADS,
     rope={"rope_theta": 1e6},
 )
 
@@ -441,9 +545,13 @@ QWEN2_MOE = Family(
         "n_routed_experts",
         "shared_expert_intermediate_size",
     ),
-    absent={"norm_topk_prob": False, "attention_bias": True, "max_position_embeddings": 32768},
+    absent={"norm_topk_prob": False, "attention_bias": True, "max_position_embeddings": 32768, "seq_aux": False},
     implied=_SOFTMAX | {"n_shared_experts": 1, "shared_expert_gate": True, "attention_output_bias": False},
-    fixed=_SILU,
+    rules=(
+        _only("norm_topk_prob", False, "llama.cpp does not normalise, whatever the key says"),
+        *(*_ALL_SPARSE, _UNTIED, _NO_WINDOW, *_PLAIN_YARN, _TRUNCATED_YARN),
+    ),
+    fixed=_WHOLE_HEADS,
     forms=(
         Form(
             ("use_sliding_window", "sliding_window", "layer_types", "max_window_layers"),
@@ -461,9 +569,14 @@ QWEN3_MOE = Family(
     | same("intermediate_size", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers")
     | {"n_routed_experts": _EXPERT_COUNT, "attention_bias": "attention_bias"},
     required=(*_SIZES, "intermediate_size", "moe_intermediate_size", "n_routed_experts"),
-    absent={"norm_topk_prob": False, "num_key_value_heads": 4, "max_position_embeddings": 32768},
+    absent={"norm_topk_prob": False, "num_key_value_heads": 4, "max_position_embeddings": 32768, "seq_aux": False},
     implied=_SOFTMAX | {"qk_norm": "head"},
-    fixed=_SILU,
+    rules=(
+        _only("norm_topk_prob", True, "llama.cpp normalises, whatever the key says"),
+        _only("attention_bias", False, "vLLM leaves out the output projection's bias"),
+        *(*_ALL_SPARSE, _UNTIED, _NO_WINDOW, *_PLAIN_YARN, _TRUNCATED_YARN),
+    ),
+    fixed=_WHOLE_HEADS,
     forms=(Form(("use_sliding_window", "sliding_window"), _window_read, _window_write),),
 )
 
@@ -485,6 +598,7 @@ GLM4_MOE = Family(
         "num_nextn_predict_layers": 1,
     },
     implied={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "attention_output_bias": False},
+    rules=(_UNTIED, *_PLAIN_YARN, _TRUNCATED_YARN),
     fixed=_SILU,
     forms=(
         Form(
@@ -509,9 +623,20 @@ GPT_OSS = Family(
     | {"n_routed_experts": _EXPERT_COUNT[::-1]},
     required=(*_SIZES, "moe_intermediate_size", "n_routed_experts"),
     absent={"attention_bias": True, "sliding_window": 128, "swiglu_limit": 7.0, "swiglu_alpha": 1.702, "head_dim": 64}
-    | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5},
+    | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "seq_aux": False},
     implied=_SOFTMAX | {"attention_sinks": True, "router_bias": True, "expert_bias": True, "swiglu_beta": 1.0},
-    fixed=_SILU,
+    rules=(
+        _only("swiglu_limit", 7.0, "llama.cpp has this constant"),
+        _only("swiglu_alpha", 1.702, "SGLang and llama.cpp have this constant"),
+        Rule(
+            "layer_types",
+            lambda config: all(config.is_sliding_layer(i) == (i % 2 == 0) for i in range(config.num_hidden_layers)),
+            "sliding_attention and full_attention in turn",
+            "vLLM and llama.cpp slide in every other layer",
+        ),
+        *(_UNTIED, *_PLAIN_YARN),
+    ),
+    fixed=_WHOLE_HEADS,
     forms=(
         Form(
             ("layer_types",),
@@ -543,9 +668,15 @@ OLMOE = Family(
     tables=_tables(_NORMS | _GQA | same("mlp.gate.weight")),
     keys=_GQA_KEYS | _ONE_WIDTH | same("norm_topk_prob", "attention_bias") | {"n_routed_experts": _EXPERT_COUNT},
     required=(*_SIZES, "moe_intermediate_size", "n_routed_experts"),
-    absent={"norm_topk_prob": False, "rms_norm_eps": 1e-5},
+    absent={"norm_topk_prob": False, "rms_norm_eps": 1e-5, "seq_aux": False},
     implied=_SOFTMAX | {"qk_norm": "whole"},
-    fixed=_SILU | {"clip_qkv": (None,)},
+    rules=(
+        _only("norm_topk_prob", False, "vLLM, SGLang and llama.cpp do not normalise, whatever the key says"),
+        _only("rms_norm_eps", 1e-5, "vLLM, SGLang and llama.cpp have this constant"),
+        _only("attention_bias", False, "vLLM and SGLang leave out biases"),
+        *(_UNTIED, *_PLAIN_YARN, _TRUNCATED_YARN),
+    ),
+    fixed=_WHOLE_HEADS | {"clip_qkv": (None,)},
 )
 
 MINIMAX_M2 = Family(
@@ -556,11 +687,14 @@ MINIMAX_M2 = Family(
     ),
     keys=_GQA_KEYS | _ONE_WIDTH | {"n_routed_experts": _EXPERT_COUNT[::-1]},
     required=(*_SIZES, "moe_intermediate_size", "n_routed_experts"),
-    absent={"num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 196608},
-    implied={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "seq_aux": False, "qk_norm": "whole"},
+    absent={"num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 196608, "seq_aux": False},
+    implied={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "qk_norm": "whole"},
+    rules=(_UNTIED, *_PLAIN_YARN, _TRUNCATED_YARN),
+    # transformers knows none of these keys. Without them vLLM and SGLang leave out the correction bias, SGLang the
+    # norms, and llama.cpp has no scoring function.
     fixed=_SILU
-    | {"use_qk_norm": (None, True), "qk_norm_type": (None, "per_layer"), "scoring_func": (None, "sigmoid")}
-    | {"use_routing_bias": (None, True), "shared_intermediate_size": (None, 0)},
+    | {"use_qk_norm": (True, None), "qk_norm_type": ("per_layer", None), "scoring_func": ("sigmoid", None)}
+    | {"use_routing_bias": (True, None), "shared_intermediate_size": (None, 0)},
     # Other readers have the rotating dimensions from this key; it is read with the rest of RoPE.
     forms=(Form(("rotary_dim",), lambda values: {}, lambda config: {"rotary_dim": config.rope_dim}),),
     rope={"rope_theta": 5e6},
@@ -597,10 +731,16 @@ DOTS1 = Family(
     required=(*_SIZES, "intermediate_size", "moe_intermediate_size", "n_routed_experts"),
     absent={"num_key_value_heads": 32, "max_position_embeddings": 2048, "norm_topk_prob": False},
     implied={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "qk_norm": "head"},
+    # SGLang does not know the family, nor does vLLM from 0.23 on.
+    rules=(
+        _only("attention_bias", False, "vLLM leaves out the output projection's bias"),
+        _only("sliding_window", None, "vLLM and llama.cpp attend to all tokens"),
+        _only("tie_word_embeddings", False, "vLLM does not tie and leaves the missing head uninitialised"),
+        *(*_PLAIN_YARN, _TRUNCATED_YARN),
+    ),
     # transformers has no key for the scores; vLLM looks for all three. The first releases called them "noaux_tc".
-    fixed=_SILU
-    | {"scoring_func": ("sigmoid", "noaux_tc", None), "topk_method": ("noaux_tc", None), "moe_layer_freq": (1, None)}
-    | {"partial_rotary_factor": (None, 1.0)},
+    fixed=_WHOLE_HEADS
+    | {"scoring_func": ("sigmoid", "noaux_tc", None), "topk_method": ("noaux_tc", None), "moe_layer_freq": (1, None)},
     forms=(
         Form(
             ("sliding_window", "layer_types", "max_window_layers"),
@@ -628,9 +768,14 @@ def _mlp_types_read(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _mlp_types_write(config: ModelConfig) -> dict[str, Any]:
-    sparse = [config.is_moe_layer(i) for i in range(config.num_hidden_layers)]
-    leading = sparse.index(True) if True in sparse else len(sparse)
-    return {"mlp_layer_types": ["sparse" if s else "dense" for s in sparse], "first_k_dense_replace": leading}
+    types = ["sparse" if config.is_moe_layer(i) else "dense" for i in range(config.num_hidden_layers)]
+    return {"mlp_layer_types": types, "first_k_dense_replace": _leading(config)}
+
+
+def _leading(config: ModelConfig) -> int:
+    """The number of dense layers before the first with experts."""
+    layers = range(config.num_hidden_layers)
+    return next((i for i in layers if config.is_moe_layer(i)), len(layers))
 
 
 # GLM-4.7-Flash: DeepSeek-V3's attention and names.
@@ -649,7 +794,18 @@ GLM4_MOE_LITE = Family(
         "rope_interleave": True,
     },
     implied={"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+    rules=(
+        *_MLA_RULES,
+        _only("tie_word_embeddings", False, "vLLM and SGLang do not tie and leave the missing head uninitialised"),
+        Rule(
+            "mlp_only_layers",
+            lambda config: config.num_hidden_layers - config.num_moe_layers == _leading(config),
+            "no dense layers behind the leading ones",
+            "SGLang builds experts there",
+        ),
+    ),
     fixed=_DEEPSEEK_FIXED | {"scoring_func": ("sigmoid", None), "topk_method": ("noaux_tc", None)},
+    own=_DEEPSEEK_OWN,
     derived=_DEEPSEEK_DERIVED,
     forms=(Form(("mlp_layer_types", "first_k_dense_replace"), _mlp_types_read, _mlp_types_write),),
     yarn_from_length=False,
@@ -701,14 +857,17 @@ ERNIE4_5_MOE = Family(
         "n_shared_experts": 2,
         "first_k_dense_replace": 1,
         "moe_norm_min": 1e-12,
+        "seq_aux": False,
     },
     implied=_SOFTMAX | {"topk_method": "noaux_tc", "rope_interleave": True},
-    # transformers alone reads it.
-    allowed={"moe_norm_min": (1e-12,)},
+    rules=(
+        _only("moe_norm_min", 1e-12, "vLLM, SGLang and llama.cpp ignore it"),
+        *(*_PLAIN_YARN, _TRUNCATED_YARN),
+    ),
     # With use_bias vLLM drops the biases of attention's output and of the head.
-    fixed=_SILU
+    fixed=_WHOLE_HEADS
     | {"use_bias": (False, None), "moe_gate_act": ("softmax", None), "moe_use_aux_free": (True, None)}
-    | {"use_moe": (None, True), "partial_rotary_factor": (None, 1.0)},
+    | {"use_moe": (None, True)},
     forms=(Form(("moe_layer_end_index",), _last_layer_read, _last_layer_write),),
     rope={"rope_theta": 500000.0},
     # Its MTP module is a dense layer.

@@ -146,18 +146,16 @@ def read_tokenizer(folder: Path) -> "Tokenizer":
 
 
 def end_ids(folder: Path) -> set[int]:
-    """Ids that end a text, from generation_config.json or else config.json; empty where neither says."""
-    for file in (folder / "generation_config.json", folder / CONFIG):
-        if not file.is_file():
-            continue
-        values = parse_json(read_bounded(file, MAX_CONFIG_BYTES), file)
-        found = values.get("eos_token_id") if isinstance(values, dict) else None
-        if found is not None:
-            ids = found if isinstance(found, list) else [found]
-            if not all(isinstance(i, int) for i in ids):
-                raise CheckpointError(file, "eos_token_id", expected="an id or a list of ids", found=repr(found)[:80])
-            return set(ids)
-    return set()
+    """Ids that end a text: those of generation_config.json, or of config.json without that file, as in transformers."""
+    file = next((f for f in (folder / "generation_config.json", folder / CONFIG) if f.is_file()), None)
+    if file is None:
+        return set()
+    values = parse_json(read_bounded(file, MAX_CONFIG_BYTES), file)
+    found = values.get("eos_token_id") if isinstance(values, dict) else None
+    ids = [] if found is None else found if isinstance(found, list) else [found]
+    if not all(type(i) is int for i in ids):
+        raise CheckpointError(file, "eos_token_id", expected="an id or a list of ids", found=repr(found)[:80])
+    return set(ids)
 
 
 def _device(name: str) -> "torch.device":

@@ -183,6 +183,25 @@ def load_tokenizer(path: Path) -> tuple[Tokenizer, str]:
     raise ConfigError("--tokenizer", str(path), f"a tokenizer with an end-of-text token, one of {', '.join(names)}")
 
 
+def read_tokenizer_settings(tokenizer_path: Path) -> dict[str, Any]:
+    """What an exported checkpoint keeps of the files beside a tokenizer.json: "chat_template" and "pad_token".
+
+    chat_template.jinja goes before the chat_template of tokenizer_config.json, as in transformers. Keys that the files
+    do not give are absent.
+    """
+    found: dict[str, Any] = {}
+    beside = tokenizer_path.with_name("tokenizer_config.json")
+    if beside.is_file():
+        values = json.loads(beside.read_text(encoding="utf-8"))
+        pad = values.get("pad_token")
+        pad = pad.get("content") if isinstance(pad, dict) else pad
+        found = {"chat_template": values.get("chat_template"), "pad_token": pad if isinstance(pad, str) else None}
+    template = tokenizer_path.with_name("chat_template.jinja")
+    if template.is_file():
+        found["chat_template"] = _read_utf8(template)
+    return {name: value for name, value in found.items() if value is not None}
+
+
 @dataclass(frozen=True)
 class Dataset:
     """Packed tokens of both parts and what scoring them needs.
@@ -192,7 +211,8 @@ class Dataset:
     Attributes:
         end_of_text: id of <end>.
         train, validation: memory-mapped, <end> document <end> document ... <end>.
-        facts: what data.json says: tokens, documents and hash of each part, names of the held-out documents.
+        facts: what data.json says: tokens, documents and hash of each part, names of the held-out documents, and
+            `read_tokenizer_settings`.
     """
 
     tokenizer: Tokenizer
@@ -206,29 +226,41 @@ class Dataset:
         """UTF-8 bytes of the held-out documents."""
         return self.facts["validation_bytes"]
 
+    @property
+    def token_ids(self) -> dict[str, int]:
+        """Special tokens as config.json and generation_config.json name them. A text begins and ends with <end>."""
+        ids = {"bos_token_id": self.end_of_text, "eos_token_id": self.end_of_text}
+        pad = self.tokenizer.token_to_id(self._settings.get("pad_token") or "")
+        return ids if pad is None else {**ids, "pad_token_id": pad}
+
     def carried_files(self) -> dict[str, bytes]:
-        """Files that make transformers' AutoTokenizer read the checkpoint's tokenizer."""
-        name = self.tokenizer.id_to_token(self.end_of_text)
-        settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": name,
-            "eos_token": name,
-            "clean_up_tokenization_spaces": False,
-        }
-        return {
-            "tokenizer.json": self.tokenizer.to_str(pretty=True).encode(),
-            "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False).encode(),
-        }
+        """Files of a checkpoint with which transformers' AutoTokenizer reads the tokenizer and generate() stops."""
+        names = {key.removesuffix("_id"): self.tokenizer.id_to_token(number) for key, number in self.token_ids.items()}
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names, "clean_up_tokenization_spaces": False}
+        files: dict[str, Any] = {"tokenizer_config.json": settings, "generation_config.json": self.token_ids}
+        template = self._settings.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            settings["chat_template"] = template
+        carried = {name: json.dumps(values, indent=2, ensure_ascii=False).encode() for name, values in files.items()}
+        if isinstance(template, str):
+            carried["chat_template.jinja"] = template.encode()
+        return {"tokenizer.json": self.tokenizer.to_str(pretty=True).encode(), **carried}
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return self.facts.get("tokenizer", {})
 
 
 def prepare(folder: Path, data: Sequence[Path], tokenizer_path: Path | None, vocab_size: int) -> Dataset:
     """Read, split, tokenize and pack into `folder`. data.json is written last: with it the folder is complete."""
     documents = read_files(data) if data else python_topics()
     training, validation = split(documents)
+    settings: dict[str, Any] = {}
     if tokenizer_path is None:
         tokenizer, end_name = train_tokenizer((document.text for document in training), vocab_size), END_OF_TEXT
     else:
         tokenizer, end_name = load_tokenizer(tokenizer_path)
+        settings = read_tokenizer_settings(tokenizer_path)
     end = tokenizer.token_to_id(end_name)
     assert end is not None  # both ways of getting a tokenizer see to it
     folder.mkdir(parents=True, exist_ok=True)
@@ -238,6 +270,7 @@ def prepare(folder: Path, data: Sequence[Path], tokenizer_path: Path | None, voc
         "vocab_size": tokenizer.get_vocab_size(),
         "validation_bytes": sum(len(document.text.encode()) for document in validation),
         "held_out": [document.name for document in validation],
+        "tokenizer": settings,
     }
     for part, members in (("train", training), ("validation", validation)):
         tokens = np.fromiter(_pack(tokenizer, end, members), dtype=facts["dtype"])

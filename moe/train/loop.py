@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe import balance
+from moe.config import ModelConfig
 from moe.errors import ConfigError
 from moe.model import Output, Transformer
 from moe.train.baselines import bits_per_byte
@@ -85,10 +86,17 @@ def deterministic() -> Iterator[None]:
         memory.fill_uninitialized_memory = before[1]
 
 
+def check_savable(config: ModelConfig) -> None:
+    """Raise ConfigError, before any training, if a checkpoint of the model could not be saved."""
+    if problems := config.family_problems():
+        raise ConfigError("model_type", config.model_type, f"a model that its files can express; {'; '.join(problems)}")
+
+
 class Trainer:
     """Steps a model along a schedule. `state` after step n, loaded into a new Trainer, gives the same step n + 1."""
 
     def __init__(self, model: Transformer, dataset: Dataset, settings: Settings, mesh: "Mesh | None" = None) -> None:
+        check_savable(model.config)
         self.model, self.dataset, self.settings, self.mesh = model, dataset, settings, mesh
         self.ranks = mesh.size if mesh is not None else 1
         if settings.batch_size % self.ranks:

@@ -26,7 +26,7 @@ from moe.model import Transformer
 from moe.presets import preset
 from moe.train.baselines import bigram_nats, bits_per_byte, unigram_nats
 from moe.train.data import Dataset, open_dataset, prepare
-from moe.train.loop import Trainer, deterministic
+from moe.train.loop import Trainer, check_savable, deterministic
 from moe.train.metrics import Metrics
 from moe.train.report import ProgressDisplay
 from moe.train.settings import Settings
@@ -143,6 +143,7 @@ def _agreed(mesh: "Mesh | None") -> Iterator[None]:
 
 def _dataset(folder: Path, settings: Settings) -> Dataset:
     config = preset(settings.preset)
+    check_savable(config)
     if settings.seq_length > config.max_position_embeddings:
         raise ConfigError("--seq-length", settings.seq_length, f"at most {config.max_position_embeddings}")
     if (folder / "data" / "data.json").exists():
@@ -152,9 +153,9 @@ def _dataset(folder: Path, settings: Settings) -> Dataset:
 
 def _trainer(folder: Path, settings: Settings, mesh: "Mesh | None") -> Trainer:
     dataset = _dataset(folder, settings)
-    ends = {"bos_token_id": dataset.end_of_text, "eos_token_id": dataset.end_of_text}
     config = preset(settings.preset)
-    config = dataclasses.replace(config, vocab_size=dataset.facts["vocab_size"], extra={**config.extra, **ends})
+    extra = {**config.extra, **dataset.token_ids}
+    config = dataclasses.replace(config, vocab_size=dataset.facts["vocab_size"], extra=extra)
     torch.manual_seed(settings.seed)
     if mesh is None:
         with torch.device(settings.device):
