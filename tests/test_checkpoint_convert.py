@@ -269,11 +269,13 @@ def test_cutting_nothing_off_is_the_same_model(made: Folders, tmp_path: Path) ->
     assert receipt["relative_difference"] == 0 and receipt["same_first_choice"] == 1
     folder, _ = make_mxfp4(tmp_path)
     assert cut(folder, tmp_path / "all4", layers=[0, 1], experts=range(6))["relative_difference"] == 0
-    part = cut(folder, tmp_path / "some4", layers=[1], experts=[1, 4])
-    assert part["of_experts"] == 6 and read_config(tmp_path / "some4").layer_types == ("full_attention",)
+    part = cut(folder, tmp_path / "some4", layers=[0], experts=[1, 4])
+    assert part["of_experts"] == 6 and read_config(tmp_path / "some4").layer_types == ("sliding_attention",)
     kept = tensors_of(tmp_path / "some4")["model.layers.0.mlp.experts.gate_up_proj_blocks"]
-    whole = tensors_of(folder)["model.layers.1.mlp.experts.gate_up_proj_blocks"]
+    whole = tensors_of(folder)["model.layers.0.mlp.experts.gate_up_proj_blocks"]
     assert torch.equal(kept, whole[[1, 4]])
+    with pytest.raises(CheckpointError, match=r"layer_types: vLLM and llama\.cpp slide in every other layer"):
+        cut(folder, tmp_path / "full4", layers=[1], experts=[1, 4])
 
 
 def test_a_cut_reads_only_what_it_keeps(tmp_path: Path) -> None:

@@ -77,10 +77,9 @@ def render_config(config: ModelConfig, path: Path) -> dict[str, Any]:
     ours = {key for name in family.keys for key in family.keys_of(name)} | {
         k for form in family.forms for k in form.keys
     }
-    fixed = {key for key, harmless in family.fixed.items() if harmless[0] is not None}
-    fixed |= {key for name in family.own for key in family.keys_of(name)}
+    own = {*family.own, *(key for key, harmless in family.fixed.items() if harmless[0] is not None)}
     for key, value in config.extra.items():
-        if key in STORAGE_KEYS or key in fixed:
+        if key in STORAGE_KEYS or key in own:
             continue
         candidate = {**values, key: value}
         if key in family.derived:
@@ -99,9 +98,10 @@ def render_config(config: ModelConfig, path: Path) -> dict[str, Any]:
 def family_problems(config: ModelConfig) -> tuple[str, ...]:
     """Why files of the config's family cannot express it, one line each; see `ModelConfig.family_problems`."""
     path = Path(CONFIG)
-    family = FAMILIES.get(config.model_type)
-    if family is None:
+    if config.model_type not in FAMILIES:
         return (f"model_type: no such family; expected one of {', '.join(FAMILIES)}; found {config.model_type}",)
+    config = as_written(config, path)
+    family = FAMILIES[config.model_type]
     found: list[Exception] = list(_problems(config, family, path))
     if not found:
         try:
@@ -156,7 +156,6 @@ def _settled(config: ModelConfig, family: Family) -> ModelConfig:
         {},
         *({name: getattr(config, name)} for name in _LAYERS),
         {"first_k_dense_replace": leading},
-        {"mlp_only_layers": dense},
     )
     for way in ways:
         same = dataclasses.replace(config, **{**_LAYERS, **way})
@@ -167,6 +166,10 @@ def _settled(config: ModelConfig, family: Family) -> ModelConfig:
     changes: dict[str, Any] = {}
     if not any(config.is_sliding_layer(i) for i in range(layers)):
         changes |= {"sliding_window": None, "layer_types": None}
+    if config.rope_parameters.rope_type == "default":
+        rope = config.rope_parameters
+        kept = {"rope_theta": rope.rope_theta, "partial_rotary_factor": rope.partial_rotary_factor}
+        changes["rope_parameters"] = RopeParameters(**kept)
     if config.rope_dim == 2:  # one pair
         changes["rope_interleave"] = config.is_mla
     if not config.num_nextn_predict_layers:
@@ -210,15 +213,11 @@ def _canonical(config: ModelConfig) -> ModelConfig:
     """Two configs that differ only in spelling, or in what has no effect, have the same canonical form."""
     config = _settled(config, family_of(config.model_type, CONFIG))
     heads = None if config.is_mla else config.num_key_value_heads or config.num_attention_heads
-    rope = config.rope_parameters
-    if rope.rope_type == "default":
-        rope = RopeParameters(rope_theta=rope.rope_theta, partial_rotary_factor=rope.partial_rotary_factor)
     types = tuple(config.is_sliding_layer(i) for i in range(config.num_hidden_layers))
     return dataclasses.replace(
         config,
         num_key_value_heads=heads,
         head_dim=None if config.is_mla else config.qk_head_dim,
-        rope_parameters=rope,
         attention_output_bias=config.output_bias,
         **{**_LAYERS, "mlp_only_layers": _dense_layers(config)},
         layer_types=tuple("sliding_attention" if s else "full_attention" for s in types) if any(types) else None,

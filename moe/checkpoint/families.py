@@ -127,8 +127,8 @@ class Family:
         rules: what a save requires besides. Reading does not: transformers computes as the file says.
         fixed: keys that no field holds -> the values that leave the model's function as it is; the first is
             written, unless it is None.
-        own: fields that are always written from the model, however the file spelled them, because engines read the key
-            where transformers does not.
+        own: keys that are always written from the model, however the file spelled them, because engines read them where
+            transformers does not.
         derived: keys that repeat what fields say -> how. transformers writes them, and computes with what it reads.
         forms: see `Form`.
         yarn_from_length: whether YaRN's missing original length is max_position_embeddings to every reader.
@@ -696,6 +696,7 @@ MINIMAX_M2 = Family(
     | {"use_qk_norm": (True, None), "qk_norm_type": ("per_layer", None), "scoring_func": ("sigmoid", None)}
     | {"use_routing_bias": (True, None), "shared_intermediate_size": (None, 0)},
     # Other readers have the rotating dimensions from this key; it is read with the rest of RoPE.
+    own=("rotary_dim",),
     forms=(Form(("rotary_dim",), lambda values: {}, lambda config: {"rotary_dim": config.rope_dim}),),
     rope={"rope_theta": 5e6},
 )

@@ -58,8 +58,9 @@ def save_through(
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes = {max_shard_bytes}: expected a positive number")
     target = Path(os.path.realpath(folder))
+    values = render_config(model.config, target / CONFIG)
     state, slots = _checked_state(model, target)
-    config = _config_bytes(model, state, target)
+    config = _config_bytes(values, model, state, target)
     for name in model.carried_files:
         if name not in CARRIED:
             raise CheckpointError(target, f"carried file {name!r}", expected=f"one of {', '.join(CARRIED)}")
@@ -119,7 +120,7 @@ def _as_stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if torch.equal(tensor.to(dtype).float(), tensor) else tensor
 
 
-def _config_bytes(model: Transformer, state: Mapping[str, Tensor], target: Path) -> bytes:
+def _config_bytes(values: Mapping[str, Any], model: Transformer, state: Mapping[str, Tensor], target: Path) -> bytes:
     sizes: dict[torch.dtype, int] = {}
     for tensor in state.values():
         if tensor.dtype in DTYPES.values():
@@ -128,9 +129,10 @@ def _config_bytes(model: Transformer, state: Mapping[str, Tensor], target: Path)
     quantization = model.origin.quantization if model.origin else None
     dtype = torch.bfloat16 if quantization else max(sizes, key=lambda d: sizes[d])
     named = str(dtype).removeprefix("torch.")
-    values = render_config(model.config, target / CONFIG)
+    if model.origin is None:  # transformers would have the ids of the released tokenizer
+        values = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **values}
     architecture = family_of(values["model_type"], target).architecture
-    values |= {"architectures": [architecture], "dtype": named, "torch_dtype": named}
+    values = {**values, "architectures": [architecture], "dtype": named, "torch_dtype": named}
     if quantization:
         values["quantization_config"] = dict(quantization)
     try:
