@@ -176,7 +176,7 @@ def read_in_transformers(folder: Path, model_type: str) -> tuple[Any, dict[str, 
     if model_type == "kimi_k2":  # transformers has DeepSeek-V3's code for it, under that name
         file = folder / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "deepseek_v3"}))
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         folder, output_loading_info=True, experts_implementation="eager", attn_implementation="eager"
     )
     model, info = loaded

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+import moe
 from moe.cli import COMMANDS, main
-from moe.cli.generate import GrowingText, read_tokenizer
+from moe.cli.generate import GrowingText, end_ids, read_tokenizer
+from tests.checkpoint_cases import V3
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
@@ -331,6 +333,20 @@ def test_a_batch_is_its_prompts_one_by_one(capsys, folder):
     shown = ["--dtype", "float64", *options, *(part for prompt in prompts for part in ("--prompt", prompt))]
     out = run(capsys, "generate", str(folder), *shown)[1]
     assert out == "\n\n".join(r["prompt"] + r["text"] for r in alone) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [(None, {5}), ({}, set()), ({"eos_token_id": None}, set()), ({"eos_token_id": [7, 8]}, {7, 8})],
+)
+def test_end_ids_are_those_of_transformers(tmp_path, generation, expected):
+    transformers = pytest.importorskip("transformers")
+    model = moe.Transformer(dataclasses.replace(V3, extra={"eos_token_id": 5}))
+    if generation is not None:
+        model.carried_files["generation_config.json"] = json.dumps(generation).encode()
+    model.save(tmp_path / "m")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").generation_config.eos_token_id
+    assert end_ids(tmp_path / "m") == expected == set(theirs if isinstance(theirs, list) else [theirs]) - {None}
 
 
 def test_a_text_ends_at_any_of_the_end_ids(capsys, folder, tmp_path):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from moe.train.data import (
     COPY_MIN_CHARACTERS,
     DOCUMENT_BYTES,
     END_OF_TEXT,
+    Dataset,
     Document,
     Sampler,
     document_ids,
@@ -141,6 +143,49 @@ def test_a_users_tokenizer(tmp_path: Path) -> None:
         load_tokenizer(file)
     with pytest.raises(ConfigError, match="readable"):
         load_tokenizer(tmp_path / "nowhere.json")
+
+
+def template_of(dataset: Dataset, tmp_path: Path) -> str:
+    """A chat as transformers renders it with the checkpoint's files."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path / "exported"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name, content in dataset.carried_files().items():
+        (folder / name).write_bytes(content)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.eos_token_id == dataset.end_of_text and tokenizer.pad_token == "[PAD]"
+    return tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+
+
+def test_a_users_chat_template_and_padding_travel_into_the_checkpoint(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    for i, document in enumerate(make_documents(4)):
+        (text / f"{i}.txt").write_text(document.text)
+    tokenizer = train_tokenizer(["some text"], 300)
+    tokenizer.add_special_tokens(["[PAD]"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    said = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    beside = tmp_path / "tokenizer_config.json"
+    pad = {"pad_token": {"content": "[PAD]"}, "add_bos_token": True}
+    for number, (template, expected) in enumerate(
+        ((said, "<user>hi"), ([{"name": "default", "template": said}, {"name": "other", "template": ""}], "<user>hi"))
+    ):
+        beside.write_text(json.dumps({**pad, "chat_template": template}))
+        prepare(tmp_path / f"data{number}", [text], tmp_path / "tokenizer.json", 0)
+        dataset = open_dataset(tmp_path / f"data{number}")
+        assert template_of(dataset, tmp_path) == expected
+    (tmp_path / "chat_template.jinja").write_text(said + "!")  # goes before the other, as in transformers
+    dataset = prepare(tmp_path / "data", [text], tmp_path / "tokenizer.json", 0)
+    assert template_of(dataset, tmp_path) == "<user>hi!"
+    end, pad_id = dataset.end_of_text, dataset.tokenizer.token_to_id("[PAD]")
+    ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": pad_id}
+    assert dataset.token_ids == json.loads(dataset.carried_files()["generation_config.json"]) == ids
+    beside.write_text(json.dumps({"pad_token": "<no such token>", "chat_template": 3}))
+    (tmp_path / "chat_template.jinja").unlink()
+    dataset = prepare(tmp_path / "plain", [text], tmp_path / "tokenizer.json", 0)
+    assert "pad_token_id" not in dataset.token_ids and "chat_template.jinja" not in dataset.carried_files()
 
 
 def test_packed_tokens_are_the_documents_between_end_tokens(tmp_path: Path) -> None:

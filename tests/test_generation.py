@@ -69,6 +69,19 @@ def test_eos_ends_a_sequence_and_then_the_batch() -> None:
     assert alone.shape[1] == first + 1  # nothing is computed once all have ended
 
 
+def test_any_of_several_ids_ends_a_sequence() -> None:
+    model = Transformer(SMALL).double().eval()
+    ids = torch.randint(0, 61, (1, 4))
+    free = moe.generate(model, ids, max_new_tokens=10)
+    drawn = free[0, 4:].tolist()
+    other = next(i for i in range(61) if i not in drawn)
+    ended = moe.generate(model, ids, max_new_tokens=10, eos_token_id=[other, drawn[5]])
+    assert torch.equal(ended, free[:, : 4 + drawn.index(drawn[5]) + 1])
+    assert torch.equal(moe.generate(model, ids, max_new_tokens=10, eos_token_id=[]), free)
+    two = moe.generate(model, ids.repeat(2, 1), max_new_tokens=10, eos_token_id=[other, drawn[5]])
+    assert torch.equal(two[0], two[1]) and torch.equal(two[:1], ended)
+
+
 def test_an_ended_row_stays_ended_while_others_go_on() -> None:
     model = Transformer(SMALL).double().eval()
     ids = torch.randint(0, 61, (6, 4))

@@ -506,6 +506,51 @@ def test_a_users_tokenizer_sets_the_vocabulary(text: Path, tmp_path: Path, datas
     assert model.config.extra["eos_token_id"] == dataset.end_of_text
 
 
+def test_transformers_generate_stops_where_the_runs_texts_end(text: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    train(dataclasses.replace(MICRO_SETTINGS, data=(text,), steps=1), tmp_path / "run", console=QUIET)
+    checkpoint = tmp_path / "run" / "checkpoint"
+    model = moe.load(checkpoint)
+    end = model.config.extra["eos_token_id"]
+    with torch.no_grad():  # equal logits: the first token is the likeliest, and it ends texts
+        model.norm.weight.zero_()
+    model.save(checkpoint)
+    assert end == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    assert theirs.config.eos_token_id == theirs.generation_config.eos_token_id == tokenizer.eos_token_id == end
+    ids = torch.tensor([[3, 4, 5]])
+    assert theirs.generate(ids, max_new_tokens=8).tolist() == [[3, 4, 5, end]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [({"attention_bias": True}, "attention_bias: vLLM"), ({"rope_interleave": False}, "rope_interleave: vLLM")],
+)
+def test_a_model_that_cannot_be_saved_is_not_trained(
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    problem: str,
+) -> None:
+    monkeypatch.setitem(PRESETS, "micro", dataclasses.replace(MICRO, **changes))
+    monkeypatch.setattr("moe.train.run.prepare", None)  # not even the data is read
+    argv = ["train", "--preset", "micro", "--data", str(text), "--seq-length", "16", "--out", str(tmp_path / "run")]
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    expected = "model_type = 'deepseek_v3': expected a model that its files can express; "
+    assert said.count("\n") == 1 and expected + problem in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_trainer_refuses_what_it_could_not_save(dataset: Dataset) -> None:
+    config = dataclasses.replace(MICRO, vocab_size=dataset.facts["vocab_size"], router_bias=True)
+    with pytest.raises(moe.ConfigError, match="router_bias: deepseek_v3 cannot express it"):
+        Trainer(moe.Transformer(config), dataset, MICRO_SETTINGS)
+
+
 def test_two_runs_in_one_folder_are_refused(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = start(command(text, tmp_path / "run"), step=1, number=signal.SIGSTOP)
     assert os.WIFSTOPPED(os.waitpid(first.pid, os.WUNTRACED)[1])

@@ -168,12 +168,11 @@ def _settled(config: ModelConfig, family: Family) -> ModelConfig:
         changes |= {"sliding_window": None, "layer_types": None}
     if config.rope_parameters.rope_type == "default":
         rope = config.rope_parameters
-        kept = {"rope_theta": rope.rope_theta, "partial_rotary_factor": rope.partial_rotary_factor}
-        changes["rope_parameters"] = RopeParameters(**kept)
+        changes["rope_parameters"] = RopeParameters(
+            rope_theta=rope.rope_theta, partial_rotary_factor=rope.partial_rotary_factor
+        )
     if config.rope_dim == 2:  # one pair
         changes["rope_interleave"] = config.is_mla
-    if not config.num_nextn_predict_layers:
-        changes["mtp_loss_weight"] = _usual("mtp_loss_weight", config, family)
     if not dense and family.keys.get("intermediate_size") == family.keys["moe_intermediate_size"]:
         changes["intermediate_size"] = config.moe_intermediate_size
     if config.topk_group == config.n_group and "n_group" not in family.keys:

@@ -127,8 +127,9 @@ class Family:
         rules: what a save requires besides. Reading does not: transformers computes as the file says.
         fixed: keys that no field holds -> the values that leave the model's function as it is; the first is
             written, unless it is None.
-        own: keys that are always written from the model, however the file spelled them, because engines read them where
-            transformers does not.
+        own: keys that are written as the model has them, or not at all, however the file spelled them, because engines
+            read them where transformers does not: vLLM takes null for a number of groups, and llama.cpp limits routing
+            to groups in every family.
         derived: keys that repeat what fields say -> how. transformers writes them, and computes with what it reads.
         forms: see `Form`.
         yarn_from_length: whether YaRN's missing original length is max_position_embeddings to every reader.
@@ -151,7 +152,7 @@ class Family:
     allowed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    own: tuple[str, ...] = ()
+    own: tuple[str, ...] = ("n_group", "topk_group")
     derived: Mapping[str, Callable[[ModelConfig], Any]] = field(default_factory=dict)
     forms: tuple[Form, ...] = ()
     yarn_from_length: bool = True
@@ -308,7 +309,8 @@ def setting(config: ModelConfig, field: str) -> Any:
 # What engines do with a key of config.json was read in vLLM 0.33.0 (model_executor/models, layers/rotary_embedding),
 # SGLang 0.5.23 (srt/models, srt/layers/rotary_embedding) and llama.cpp as of llama-cpp-python 0.3.36 (conversion,
 # src/models, llama-graph.cpp, llama-context.cpp). A setting that makes one of them fail with an error needs no rule.
-# docs/engines.md has the whole table.
+# Released models are never refused, although llama.cpp computes two of them otherwise: it scores groups of DeepSeek-V2
+# by the sum of two experts instead of the best one, and truncates gpt-oss's YaRN range.
 _PLAIN_YARN = (
     _only("rope_parameters.attention_factor", None, "SGLang and llama.cpp compute it from the factor instead"),
     _only("rope_parameters.mscale", None, "llama.cpp ignores it"),
@@ -414,8 +416,6 @@ _DEEPSEEK_KEYS = _COMMON_KEYS | same(
 )
 _GLM_LITE_OTHERS = ("scoring_func", "topk_method", "first_k_dense_replace")
 _DEEPSEEK_FIXED = _WHOLE_HEADS | {"mlp_bias": (False, None), "moe_layer_freq": (1, None)}
-# Files may carry groups that topk_method "greedy" does not look at, or null; engines do look at them.
-_DEEPSEEK_OWN = ("n_group", "topk_group")
 _DEEPSEEK_DERIVED: dict[str, Callable[[ModelConfig], Any]] = {
     "head_dim": lambda config: config.qk_rope_head_dim,
     "qk_head_dim": lambda config: config.qk_head_dim,
@@ -442,7 +442,6 @@ DEEPSEEK_V3 = Family(
     allowed={"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
     rules=_MLA_RULES,
     fixed=_DEEPSEEK_FIXED,
-    own=_DEEPSEEK_OWN,
     derived=_DEEPSEEK_DERIVED,
     yarn_from_length=False,
 )
@@ -496,7 +495,6 @@ DEEPSEEK_V2 = Family(
     },
     rules=_MLA_RULES,
     fixed=_DEEPSEEK_FIXED,
-    own=_DEEPSEEK_OWN,
     derived=_DEEPSEEK_DERIVED,
     yarn_from_length=False,
 )
@@ -696,7 +694,7 @@ MINIMAX_M2 = Family(
     | {"use_qk_norm": (True, None), "qk_norm_type": ("per_layer", None), "scoring_func": ("sigmoid", None)}
     | {"use_routing_bias": (True, None), "shared_intermediate_size": (None, 0)},
     # Other readers have the rotating dimensions from this key; it is read with the rest of RoPE.
-    own=("rotary_dim",),
+    own=("n_group", "topk_group", "rotary_dim"),
     forms=(Form(("rotary_dim",), lambda values: {}, lambda config: {"rotary_dim": config.rope_dim}),),
     rope={"rope_theta": 5e6},
 )
