@@ -804,7 +804,6 @@ GLM4_MOE_LITE = Family(
         ),
     ),
     fixed=_DEEPSEEK_FIXED | {"scoring_func": ("sigmoid", None), "topk_method": ("noaux_tc", None)},
-    own=_DEEPSEEK_OWN,
     derived=_DEEPSEEK_DERIVED,
     forms=(Form(("mlp_layer_types", "first_k_dense_replace"), _mlp_types_read, _mlp_types_write),),
     yarn_from_length=False,
