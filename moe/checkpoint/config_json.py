@@ -15,6 +15,10 @@ from moe.errors import CheckpointError, ConfigError
 # These describe the files and not the model: a save writes its own.
 STORAGE_KEYS = ("architectures", "dtype", "torch_dtype", "quantization_config", "compression_config")
 
+# What RoPE is read from, in every family.
+_ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings", "rotary_dim")
+_ROPE_KEYS += ("partial_rotary_factor", "head_dim", "max_position_embeddings")
+
 # What null means, where it means something other than None.
 _NULL = {"n_group": 1, "topk_group": 1, "n_shared_experts": 0, "mlp_only_layers": (), "aux_loss_alpha": 0.0}
 
@@ -78,8 +82,12 @@ def render_config(config: ModelConfig, path: Path) -> dict[str, Any]:
         k for form in family.forms for k in form.keys
     }
     own = {*family.own, *(key for key, harmless in family.fixed.items() if harmless[0] is not None)}
+    understood = {*ours, *family.fixed, *family.derived, *_ROPE_KEYS, "model_type"}
     for key, value in config.extra.items():
         if key in STORAGE_KEYS or key in own:
+            continue
+        if key not in understood:
+            values[key] = value
             continue
         candidate = {**values, key: value}
         if key in family.derived:

@@ -36,7 +36,7 @@ def save(model: Transformer, folder: str | PathLike[str], *, max_shard_bytes: in
     folder that holds anything but a checkpoint's files is refused, and so is a mount point, which nothing can be
     renamed over. `moesmith inspect --verify` compares a saved folder with its manifest.
 
-    Raises `CheckpointError` before writing anything if the family's files cannot express the model, and for what the
+    Raises `CheckpointError` before writing anything for the first of `config.family_problems()`, and for what the
     system answers: a full disk and the like.
     """
     if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
