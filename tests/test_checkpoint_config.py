@@ -477,6 +477,10 @@ REFUSED_BY_FAMILY: dict[str, tuple[dict[str, Any], str]] = {
         {**DOTS1_FILE, "sliding_window": 0, "max_window_layers": 3},
         "sliding_window = 0",
     ),
+    "dots1 with a text for its first window": (
+        {**DOTS1_FILE, "sliding_window": 4, "max_window_layers": "x"},
+        "max_window_layers = 'x': expected an integer",
+    ),
     "dots1 with layer types of another model": ({**DOTS1_FILE, "layer_types": ["full_attention"]}, "layer_types"),
     "GLM with too few layer types": ({**GLM_LITE_FILE, "mlp_layer_types": ["dense", "sparse"]}, "mlp_layer_types"),
     "GLM with a layer of another kind": (

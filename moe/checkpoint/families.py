@@ -706,7 +706,11 @@ def _late_windows_read(values: Mapping[str, Any]) -> dict[str, Any]:
     layers, first = values.get("num_hidden_layers"), values.get("max_window_layers", 62)
     types = values.get("layer_types")
     if types is None:
-        if window is None or type(layers) is not int or type(first) is not int or not first < layers <= 10_000:
+        if window is None or type(layers) is not int or not 0 <= layers <= 10_000:
+            return {}
+        if type(first) is not int:
+            raise ConfigError("max_window_layers", first, "an integer")
+        if first >= layers:
             return {}
         types = tuple("sliding_attention" if i >= first else "full_attention" for i in range(layers))
     return {"sliding_window": window, "layer_types": types}
