@@ -94,6 +94,8 @@ class ModelConfig:
     - "group_limited_greedy": no bias; a group's score is its best expert.
     - "greedy": no bias, no groups.
 
+    With norm_topk_prob, a token's weights are divided by their sum, or by moe_norm_min if the sum is smaller.
+
     Losses. `aux_loss_alpha` scales the balance loss, per sequence when `seq_aux`, else over the whole batch;
     `router_z_loss_coef` scales the mean squared logsumexp of the router's logits; `mtp_loss_weight` is the lambda of
     multi-token prediction. `model_type` is Hugging Face's and decides the checkpoint layout only. `extra` holds values
@@ -143,6 +145,7 @@ class ModelConfig:
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
     router_bias: bool = False
+    moe_norm_min: float = 0.0
 
     num_nextn_predict_layers: int = 0
     tie_word_embeddings: bool = False
@@ -270,7 +273,7 @@ class ModelConfig:
 
         for name in ("rms_norm_eps", "initializer_range"):
             self._require(name, 0 < getattr(self, name) < 1, "a number between 0 and 1")
-        for name in ("aux_loss_alpha", "router_z_loss_coef", "mtp_loss_weight"):
+        for name in ("aux_loss_alpha", "router_z_loss_coef", "mtp_loss_weight", "moe_norm_min"):
             self._require(name, getattr(self, name) >= 0, "a number from 0 up")
         # Products, not the exact count: this guard must not depend on code that the config feeds.
         for name, values in (

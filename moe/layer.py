@@ -96,6 +96,7 @@ class Router(nn.Module):
         norm_topk_prob: bool,
         routed_scaling_factor: float,
         router_bias: bool = False,
+        moe_norm_min: float = 0.0,
     ) -> None:
         super().__init__()
         self.num_experts = n_routed_experts
@@ -107,6 +108,7 @@ class Router(nn.Module):
             "group_score": "top2" if topk_method == "noaux_tc" else "max",
             "norm_topk_prob": norm_topk_prob,
             "routed_scaling_factor": routed_scaling_factor,
+            "norm_min": moe_norm_min,
         }
         self.weight = nn.Parameter(torch.empty(n_routed_experts, hidden_size))
         self.bias = nn.Parameter(torch.empty(n_routed_experts)) if router_bias else None
@@ -133,7 +135,7 @@ class Router(nn.Module):
         scores = logits.sigmoid() if self.selection["scoring_func"] == "sigmoid" else logits.softmax(-1)
         weights = scores.gather(-1, expert_ids.clamp_min(0)).masked_fill(expert_ids < 0, 0)
         if self.selection["norm_topk_prob"]:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+            weights = weights / (weights.sum(-1, keepdim=True).clamp_min(self.selection["norm_min"]) + 1e-20)
         return Routing(weights * self.selection["routed_scaling_factor"], expert_ids, scores)
 
     def forward(self, x: Tensor) -> Routing:
@@ -238,8 +240,8 @@ class MoELayer(nn.Module):
         n_routed_experts, num_experts_per_tok: E and K.
         n_shared_experts: width of the always-on expert in units of F; 0 for none.
         shared_expert_intermediate_size, shared_expert_gate, expert_bias, swiglu_limit, swiglu_alpha, swiglu_beta,
-        scoring_func, topk_method, n_group, topk_group, norm_topk_prob, routed_scaling_factor, router_bias: see
-            `ModelConfig`.
+        scoring_func, topk_method, n_group, topk_group, norm_topk_prob, routed_scaling_factor, router_bias,
+        moe_norm_min: see `ModelConfig`.
         aux_loss_alpha, seq_aux, router_z_loss_coef: coefficients of the losses of `moe.balance`.
         initializer_range, seed: see `initialize`; without a seed, each layer draws one from torch's generator.
 
@@ -268,6 +270,7 @@ class MoELayer(nn.Module):
         norm_topk_prob: bool = True,
         routed_scaling_factor: float = 1.0,
         router_bias: bool = False,
+        moe_norm_min: float = 0.0,
         aux_loss_alpha: float = 0.0,
         seq_aux: bool = True,
         router_z_loss_coef: float = 0.0,
@@ -299,6 +302,7 @@ class MoELayer(nn.Module):
             norm_topk_prob=norm_topk_prob,
             routed_scaling_factor=routed_scaling_factor,
             router_bias=router_bias,
+            moe_norm_min=moe_norm_min,
             aux_loss_alpha=aux_loss_alpha,
             seq_aux=seq_aux,
             router_z_loss_coef=router_z_loss_coef,
@@ -320,6 +324,7 @@ class MoELayer(nn.Module):
                 norm_topk_prob=norm_topk_prob,
                 routed_scaling_factor=routed_scaling_factor,
                 router_bias=router_bias,
+                moe_norm_min=moe_norm_min,
             )
             self.experts = Experts(
                 n_routed_experts,

@@ -151,6 +151,7 @@ class RoutingCase:
     group_score: Literal["top2", "max"] = "top2"
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
+    norm_min: float = 0.0
     tokens: int = 40
 
     def __str__(self) -> str:
@@ -159,7 +160,7 @@ class RoutingCase:
     @property
     def settings(self) -> dict:
         names = ("top_k", "scoring_func", "n_group", "topk_group", "group_score", "norm_topk_prob")
-        return {name: getattr(self, name) for name in (*names, "routed_scaling_factor")}
+        return {name: getattr(self, name) for name in (*names, "routed_scaling_factor", "norm_min")}
 
     def inputs(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """(logits [T, E], correction bias [E] or None)"""
@@ -212,6 +213,10 @@ ROUTING_CASES = (
         routed_scaling_factor=16.0,
     ),
     RoutingCase("softmax_normalised", scoring_func="softmax"),
+    RoutingCase("ernie4_5", experts=64, top_k=6, scoring_func="softmax", bias="mixed", norm_min=1e-12),
+    # The bias chooses experts of little score, so that some sums are below the least one.
+    RoutingCase("least_sum", scoring_func="softmax", bias="huge", norm_min=0.2, routed_scaling_factor=2.5),
+    RoutingCase("least_sum_nan", logits="nan_row", bias="mixed", norm_min=2.0, n_group=4, topk_group=2),
     RoutingCase("negative_bias", bias="negative", n_group=4, topk_group=2),
     RoutingCase("huge_bias", bias="huge", n_group=4, topk_group=2),
     RoutingCase("tied_bias", logits="coarse", bias="tied", n_group=4, topk_group=2),

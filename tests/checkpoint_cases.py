@@ -1,10 +1,13 @@
 """Configurations and models that the tests of counts and checkpoints share."""
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from moe import ModelConfig, RopeParameters, Transformer
 
@@ -44,6 +47,70 @@ V2 = ModelConfig(**SMALL, model_type="deepseek_v2", scoring_func="softmax", topk
 YARN = RopeParameters(
     rope_type="yarn", factor=8.0, original_max_position_embeddings=16, mscale=0.8, mscale_all_dim=0.8, beta_fast=4.0
 )
+
+_GROUPED: dict[str, Any] = {k: v for k, v in SMALL.items() if not k.startswith(("kv_", "q_", "qk_", "v_", "rope_"))}
+_GROUPED |= dict(num_attention_heads=6, num_key_value_heads=2, head_dim=12)
+_PLAIN: dict[str, Any] = dict(n_shared_experts=0, first_k_dense_replace=0)
+_SOFTMAX: dict[str, Any] = dict(scoring_func="softmax", topk_method="greedy", seq_aux=False)
+_ONE_WIDTH: dict[str, Any] = dict(_GROUPED, **_PLAIN, intermediate_size=20)
+
+# One small model of each family; a save of kimi_k25 is a deepseek_v3.
+BY_FAMILY = {
+    config.model_type: config
+    for config in (
+        V3_MTP,
+        dataclasses.replace(V3, model_type="kimi_k2", num_nextn_predict_layers=0),
+        V2,
+        ModelConfig(**_ONE_WIDTH, **_SOFTMAX, model_type="mixtral"),
+        ModelConfig(
+            **{**_GROUPED, **_PLAIN, **_SOFTMAX, "n_shared_experts": 1},
+            model_type="qwen2_moe",
+            shared_expert_intermediate_size=26,
+            shared_expert_gate=True,
+            attention_bias=True,
+            attention_output_bias=False,
+            norm_topk_prob=False,
+        ),
+        ModelConfig(
+            **{**_GROUPED, **_PLAIN, **_SOFTMAX},
+            model_type="qwen3_moe",
+            qk_norm="head",
+        ),
+        ModelConfig(
+            **_GROUPED, model_type="glm4_moe", qk_norm="head", attention_output_bias=False, num_nextn_predict_layers=1
+        ),
+        ModelConfig(
+            **_ONE_WIDTH,
+            **_SOFTMAX,
+            model_type="gpt_oss",
+            attention_sinks=True,
+            sliding_window=9,
+            layer_types=("sliding_attention", "full_attention", "sliding_attention"),
+            router_bias=True,
+            expert_bias=True,
+            attention_bias=True,
+            swiglu_limit=7.0,
+            swiglu_alpha=1.702,
+            swiglu_beta=1.0,
+        ),
+        ModelConfig(
+            **_ONE_WIDTH, **_SOFTMAX, model_type="olmoe", qk_norm="whole", norm_topk_prob=False, rms_norm_eps=1e-5
+        ),
+        ModelConfig(**_ONE_WIDTH, model_type="minimax_m2", qk_norm="whole", seq_aux=False),
+        ModelConfig(**_GROUPED, model_type="dots1", qk_norm="head", routed_scaling_factor=2.5),
+        ModelConfig(**{**SMALL, "v_head_dim": 22}, model_type="glm4_moe_lite", num_nextn_predict_layers=1),
+        ModelConfig(
+            **_GROUPED,
+            model_type="ernie4_5_moe",
+            rope_interleave=True,
+            scoring_func="softmax",
+            seq_aux=False,
+            moe_norm_min=1e-12,
+            tie_word_embeddings=True,
+        ),
+        dataclasses.replace(V3, model_type="kimi_k25"),
+    )
+}
 
 _size = st.integers(1, 9)
 
@@ -119,6 +186,24 @@ def build(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32
         for tensor in model.state_dict().values():
             tensor.copy_(torch.randn(tensor.shape, generator=generator))
     return model
+
+
+def as_kimi_k25(folder: Path) -> None:
+    """Make a saved deepseek_v3 a kimi_k25 as released: other names, its config in text_config, and a vision tower."""
+    config = json.loads((folder / "config.json").read_text())
+    whole = {"model_type": "kimi_k25", "architectures": ["KimiK25ForConditionalGeneration"], "text_config": config}
+    whole |= {"media_placeholder_token_id": 60, "tie_word_embeddings": False, "vision_config": {"patch_size": 14}}
+    (folder / "config.json").write_text(json.dumps(whole))
+    vision = {"vision_tower.patch_embed.pos_emb.weight": torch.ones(2, 3), "mm_projector.proj.0.bias": torch.ones(5)}
+    *_, last = files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        tensors = {f"language_model.{name}": tensor for name, tensor in load_file(file).items()}
+        save_file(tensors | (vision if file == last else {}), file, metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = json.loads(index.read_text())["weight_map"]
+        names = {f"language_model.{name}": file for name, file in names.items()} | dict.fromkeys(vision, last.name)
+        index.write_text(json.dumps({"weight_map": names}))
 
 
 def assert_same(a: Transformer, b: Transformer) -> None:

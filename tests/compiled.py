@@ -35,9 +35,10 @@ from tests.launches import GPUS, Gpu, Launch, Resources, compile, record
 SHAPES = BENCHMARKED | {"odd": Shape("odd", 1000, 500, 8, 2)}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ROUTINGS = (
-    (8, "sigmoid", 8, 4, "top2", True, 2.5),
-    (6, "softmax", 8, 3, "max", False, 16.0),
-    (4, "softmax", 1, 1, "top2", True, 1.0),
+    (8, "sigmoid", 8, 4, "top2", True, 2.5, 0.0),
+    (6, "softmax", 8, 3, "max", False, 16.0, 0.0),
+    (4, "softmax", 1, 1, "top2", True, 1.0, 0.0),
+    (6, "softmax", 1, 1, "top2", True, 1.0, 1e-12),
 )
 
 

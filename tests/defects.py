@@ -121,19 +121,25 @@ NAMED = (
     ops(
         "routing",
         "normalised after scaling",
-        """        weights /= weights.sum(dim=-1, keepdim=True) + 1e-20
+        """        weights /= weights.sum(dim=-1, keepdim=True).clamp_min_(norm_min) + 1e-20
     if routed_scaling_factor != 1.0:
         weights *= routed_scaling_factor
     return weights, expert_ids, scores""",
         """        weights *= routed_scaling_factor
-        weights /= weights.sum(dim=-1, keepdim=True) + 1e-20
+        weights /= weights.sum(dim=-1, keepdim=True).clamp_min_(norm_min) + 1e-20
     return weights, expert_ids, scores""",
     ),
     ops(
         "routing",
         "normalised without epsilon",
-        "weights /= weights.sum(dim=-1, keepdim=True) + 1e-20",
-        "weights /= weights.sum(dim=-1, keepdim=True)",
+        "weights /= weights.sum(dim=-1, keepdim=True).clamp_min_(norm_min) + 1e-20",
+        "weights /= weights.sum(dim=-1, keepdim=True).clamp_min_(norm_min)",
+    ),
+    ops(
+        "routing",
+        "a gradient through a sum that was raised",
+        "through_total.masked_fill(raised, 0)",
+        "through_total",
     ),
     ops(
         "quantization", "scale of a block of zeros is zero", "torch.where(amax == 0, 127,", "torch.where(amax < 0, 127,"

@@ -31,7 +31,7 @@ def draw(rng: random.Random, model_type: str) -> ModelConfig | None:
     None if the fields drawn do not go together.
     """
     pick = rng.choice
-    mla = model_type in ("deepseek_v3", "kimi_k2", "deepseek_v2")
+    mla = model_type in ("deepseek_v3", "kimi_k2", "kimi_k25", "deepseek_v2", "glm4_moe_lite")
     layers, heads = rng.randint(1, 3), pick((2, 4))
     groups, each = pick((1, 1, 2, 4)), pick((2, 3))
     values: dict[str, Any] = dict(
@@ -70,7 +70,7 @@ def draw(rng: random.Random, model_type: str) -> ModelConfig | None:
         case "deepseek_v2":
             values |= dict(scoring_func="softmax", topk_method=pick(("greedy", "group_limited_greedy")))
             values |= dict(norm_topk_prob=False) | ({} if values["topk_method"] != "greedy" else softmax)
-        case "deepseek_v3" | "kimi_k2":
+        case "deepseek_v3" | "kimi_k2" | "kimi_k25":
             values |= dict(norm_topk_prob=pick((True, False)))
         case "mixtral":
             values |= softmax
@@ -93,6 +93,15 @@ def draw(rng: random.Random, model_type: str) -> ModelConfig | None:
             values |= dict(swiglu_limit=7.0, swiglu_alpha=1.702, swiglu_beta=1.0)
         case "olmoe":
             values |= softmax | dict(qk_norm="whole", norm_topk_prob=False)
+        case "glm4_moe_lite":
+            values |= dict(norm_topk_prob=pick((True, False)), tie_word_embeddings=False)
+        case "dots1":
+            values |= dict(qk_norm="head", norm_topk_prob=pick((True, False)), n_shared_experts=rng.randint(1, 2))
+            values |= dict(first_k_dense_replace=rng.randint(0, layers), routed_scaling_factor=pick((1.0, 2.5)))
+        case "ernie4_5_moe":
+            values |= softmax | dict(topk_method="noaux_tc", rope_interleave=True, moe_norm_min=1e-12)
+            values |= dict(first_k_dense_replace=rng.randint(0, layers), decoder_sparse_step=pick((1, 2)))
+            values |= dict(n_shared_experts=rng.randint(0, 2), tie_word_embeddings=pick((True, False)))
         case _:
             values |= dict(qk_norm="whole", n_group=groups, topk_group=groups)
             values["num_experts_per_tok"] = rng.randint(1, groups * each)
@@ -116,6 +125,7 @@ def draw(rng: random.Random, model_type: str) -> ModelConfig | None:
             for change in ({"truncate": False}, {"mscale": 0.5})
         ),
         *({"rope_parameters": RopeParameters(partial_rotary_factor=0.5)}, {"qk_norm": "head"}, {"qk_norm": "none"}),
+        *({"moe_norm_min": least} for least in (0.0, 1e-12, 0.5)),
     ]
     try:
         return ModelConfig(**values | (pick(odd) if pick((True, False)) else {}))

@@ -3,8 +3,8 @@
     python -m tests.fuzz --count 2000 --seed 1       figures; exit status 1 if one of the last four is not 0
     python -m tests.fuzz --seed 1 --only 17          one case, with what was changed and what came of it
 
-Each case changes headers, their lengths, the data's length, or the index of a small DeepSeek-V3 in several files, in
-one to three places, and calls `moe.load`. It ends as one of these:
+Each case changes headers, their lengths, the data's length, or the index of a small model in several files, in one to
+three places, and calls `moe.load`. The families take turns. A case ends as one of these:
 
     refused        one `CheckpointError`, in one line, about a file of the folder
     unchanged      loaded, and every tensor of the model is bit-equal to the original's
@@ -17,13 +17,14 @@ one to three places, and calls `moe.load`. It ends as one of these:
     disagreement   a file whose header is accepted, loaded or not, that the safetensors library refuses, or in which it
                    reads other names, dtypes, shapes or bytes
 
-The cases run in a process that may use 256 MiB more than it has after loading the original once; it goes on from case
+The cases run in a process that may use 256 MiB more than it has after loading each original once; it goes on from case
 to case and is replaced when it dies.
 """
 
 import argparse
 import dataclasses
 import json
+import logging
 import math
 import os
 import random
@@ -239,17 +240,24 @@ def damage(rng: random.Random, files: dict[str, bytes]) -> tuple[dict[str, bytes
 class Lab:
     """A valid folder that can be damaged and judged, again and again."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, family: str = "deepseek_v3") -> None:
         import torch
 
         import moe
         from moe.checkpoint import save
         from moe.checkpoint.layout import layout
-        from tests.checkpoint_cases import V3_MTP
+        from tests.checkpoint_cases import BY_FAMILY, as_kimi_k25
 
         torch.set_num_threads(1)
+        config = BY_FAMILY[family]
         self.config = dataclasses.replace(
-            V3_MTP, num_hidden_layers=2, n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2
+            config,
+            num_hidden_layers=2,
+            layer_types=config.layer_types and config.layer_types[:2],
+            n_routed_experts=4,
+            n_group=min(config.n_group, 2),
+            topk_group=1,
+            num_experts_per_tok=2,
         )
         model = moe.Transformer(self.config)
         generator = torch.Generator().manual_seed(0)
@@ -258,13 +266,15 @@ class Lab:
                 tensor.copy_(torch.randn(tensor.shape, generator=generator))
         self.folder = folder
         save(model, folder, max_shard_bytes=120_000)
+        if family == "kimi_k25":
+            as_kimi_k25(folder)
         self.files = {path.name: path.read_bytes() for path in folder.glob("model*")}
         self.slots = [slot for slot in layout(self.config).values() if not slot.repeat]
         self.state = moe.load(folder).state_dict()
 
     def case(self, seed: int, index: int) -> Verdict:
         changed, changes = damage(random.Random(f"{seed}:{index}"), self.files)
-        return dataclasses.replace(self.judge(changed), changes=changes)
+        return dataclasses.replace(self.judge(changed), changes=(f"family: {self.config.model_type}", *changes))
 
     def judge(self, changed: dict[str, bytes]) -> Verdict:
         """What comes of the folder with these files in the place of the valid ones, which it has again afterwards."""
@@ -338,23 +348,28 @@ class Lab:
         for path in self.folder.glob("model*.safetensors"):
             theirs |= load(path.read_bytes())
         for slot in self.slots:
-            if slot.name not in theirs or not same(state[slot.parameter][slot.index], theirs[slot.name]):
+            if slot.name not in theirs or not same(slot.stored(state[slot.parameter]), theirs[slot.name]):
                 return Verdict("silent", f"{slot.name} is neither the original's nor the file's")
         return Verdict("legal", different[0])
 
 
 def work(seed: int, place: Path) -> None:
-    """The process that runs cases, in a new folder in `place`: a number comes in, a verdict goes out."""
+    """The process that runs cases, in new folders in `place`: a number comes in, a verdict goes out."""
+    from moe.checkpoint.families import FAMILIES
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process ends this one
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    lab = Lab(Path(tempfile.mkdtemp(dir=place)) / "model")
-    lab.judge({})
+    root = Path(tempfile.mkdtemp(dir=place))
+    logging.getLogger("moe").setLevel(logging.ERROR)  # each load of a vision tower says that it is left out
+    labs = [Lab(root / family, family) for family in FAMILIES]
+    for lab in labs:
+        lab.judge({})
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
     print("ready", file=answers)
     for line in sys.stdin:
-        print(json.dumps(dataclasses.asdict(lab.case(seed, int(line)))), file=answers)
+        print(json.dumps(dataclasses.asdict(labs[int(line) % len(labs)].case(seed, int(line)))), file=answers)
 
 
 class Worker:

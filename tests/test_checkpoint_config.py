@@ -54,11 +54,18 @@ def test_round_trip(config: ModelConfig) -> None:
     assert render_config(back, PATH) == values
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v2", "deepseek_v2_lite", "tiny", "bench_400m"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("deepseek_v3", "deepseek_v2", "deepseek_v2_lite", "tiny", "bench_400m"),
+        *("dots_llm1", "glm_4_7_flash", "ernie_4_5_21b_a3b", "ernie_4_5_300b_a47b"),
+    ],
+)
 def test_presets_round_trip(name: str) -> None:
     config = moe.preset(name)
     back = parse_config(render_config(config, PATH), PATH)
-    assert dataclasses.replace(back, num_key_value_heads=None) == config
+    heads = None if config.is_mla else config.num_key_value_heads
+    assert dataclasses.replace(back, num_key_value_heads=heads) == config
 
 
 RELEASED = {
@@ -85,6 +92,32 @@ RELEASED = {
         "rope_theta": 10000, "routed_scaling_factor": 1.0, "scoring_func": "softmax", "seq_aux": true,
         "tie_word_embeddings": false, "topk_group": 1, "topk_method": "greedy", "torch_dtype": "bfloat16",
         "use_cache": true, "v_head_dim": 128, "vocab_size": 102400}""",
+    "dots_llm1": """{"architectures": ["Dots1ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+        "first_k_dense_replace": 1, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+        "intermediate_size": 10944, "max_position_embeddings": 32768, "max_window_layers": 62, "model_type": "dots1",
+        "moe_intermediate_size": 1408, "moe_layer_freq": 1, "n_group": 1, "n_routed_experts": 128,
+        "n_shared_experts": 2, "norm_topk_prob": true, "num_attention_heads": 32, "num_experts_per_tok": 6,
+        "num_hidden_layers": 62, "num_key_value_heads": 32, "rms_norm_eps": 1e-05, "rope_scaling": null,
+        "rope_theta": 10000000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "sliding_window": null,
+        "tie_word_embeddings": false, "topk_group": 1, "topk_method": "noaux_tc", "torch_dtype": "bfloat16",
+        "use_cache": true, "vocab_size": 152064}""",
+    "glm_4_7_flash": """{"architectures": ["Glm4MoeLiteForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+        "first_k_dense_replace": 1, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 10240,
+        "kv_lora_rank": 512, "max_position_embeddings": 202752, "model_type": "glm4_moe_lite",
+        "moe_intermediate_size": 1536, "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 1,
+        "norm_topk_prob": true, "num_attention_heads": 20, "num_experts_per_tok": 4, "num_hidden_layers": 47,
+        "num_key_value_heads": 20, "num_nextn_predict_layers": 1, "partial_rotary_factor": 1.0, "q_lora_rank": 768,
+        "qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-05, "rope_scaling": null,
+        "rope_theta": 1000000, "routed_scaling_factor": 1.8, "tie_word_embeddings": false, "topk_group": 1,
+        "topk_method": "noaux_tc", "v_head_dim": 256, "vocab_size": 154880}""",
+    "ernie_4_5_21b_a3b": """{"architectures": ["Ernie4_5_MoeForCausalLM"], "head_dim": 128, "hidden_act": "silu",
+        "hidden_size": 2560, "intermediate_size": 12288, "max_position_embeddings": 131072,
+        "model_type": "ernie4_5_moe", "moe_capacity": [64, 64, 64], "moe_gate": "topk", "moe_intermediate_size": 1536,
+        "moe_k": 6, "moe_layer_end_index": 27, "moe_layer_interval": 1, "moe_layer_start_index": 1,
+        "moe_num_experts": 64, "moe_num_shared_experts": 2, "moe_use_aux_free": true, "num_attention_heads": 20,
+        "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-05, "rope_scaling": null,
+        "rope_theta": 500000.0, "tie_word_embeddings": true, "torch_dtype": "bfloat16", "use_bias": false,
+        "use_cache": false, "vocab_size": 103424}""",
 }
 
 
@@ -93,9 +126,9 @@ def test_released_files_are_the_presets(name: str) -> None:
     values = json.loads(RELEASED[name])
     config = parse_config(values, PATH)
     # The balance loss was a matter of training; V3's file does not say.
-    plain = dataclasses.replace(
-        config, extra={}, num_key_value_heads=None, aux_loss_alpha=moe.preset(name).aux_loss_alpha
-    )
+    heads, width = (None, None) if config.is_mla else (config.num_key_value_heads, config.qk_head_dim)
+    trained = {key: getattr(moe.preset(name), key) for key in ("aux_loss_alpha", "seq_aux")}
+    plain = dataclasses.replace(config, extra={}, num_key_value_heads=heads, head_dim=width, **trained)
     assert plain == moe.preset(name)
     assert without(values, "architectures", "torch_dtype").items() <= render_config(config, PATH).items()
 
@@ -372,3 +405,150 @@ def test_nan_in_a_key_that_is_read_is_refused(key: str) -> None:
     values = {"model_type": family.get(key, "deepseek_v3")}
     with pytest.raises(CheckpointError, match=f"p: {key}; expected one value, and finite numbers; found nan"):
         parse_config({**values, key: float("nan")}, Path("p"))
+
+
+DOTS1_FILE = json.loads(RELEASED["dots_llm1"])
+GLM_LITE_FILE = json.loads(RELEASED["glm_4_7_flash"])
+ERNIE_FILE = json.loads(RELEASED["ernie_4_5_21b_a3b"])
+
+
+def test_windows_of_dots1() -> None:
+    """transformers' defaults, where a file leaves them out: a window of 4,096 from layer 62 on."""
+    deep = {**without(DOTS1_FILE, "sliding_window", "max_window_layers"), "num_hidden_layers": 64}
+    config = parse_config(deep, PATH)
+    assert config.sliding_window == 4096
+    assert [i for i in range(64) if config.is_sliding_layer(i)] == [62, 63]
+    assert parse_config({**deep, "num_hidden_layers": 62}, PATH).sliding_window is None
+    types = ["sliding_attention", "full_attention"]
+    config = parse_config({**DOTS1_FILE, "num_hidden_layers": 2, "layer_types": types, "sliding_window": 8}, PATH)
+    assert (config.sliding_window, config.layer_types) == (8, tuple(types))
+
+
+def test_dense_layers_of_glm4_moe_lite() -> None:
+    """A list to transformers, a number to the engines: either is read, and both are written."""
+    file = {**GLM_LITE_FILE, "num_hidden_layers": 4, "num_nextn_predict_layers": 0}
+    neither = parse_config(without(file, "first_k_dense_replace"), PATH)
+    assert [neither.is_moe_layer(i) for i in range(4)] == [False, True, True, True]
+    assert parse_config({**file, "first_k_dense_replace": 3}, PATH).first_k_dense_replace == 3
+    types = ["dense", "sparse", "dense", "sparse"]
+    config = parse_config({**without(file, "first_k_dense_replace"), "mlp_layer_types": types}, PATH)
+    assert (config.first_k_dense_replace, config.mlp_only_layers) == (1, (2,))
+    with pytest.raises(CheckpointError, match="mlp_only_layers: SGLang builds experts there"):
+        render_config(config, PATH)
+    for leading in (
+        dataclasses.replace(config, first_k_dense_replace=2, mlp_only_layers=()),
+        dataclasses.replace(config, first_k_dense_replace=0, mlp_only_layers=(1, 0)),
+    ):
+        written = render_config(leading, PATH)
+        assert written["mlp_layer_types"] == ["dense", "dense", "sparse", "sparse"]
+        assert written["first_k_dense_replace"] == 2
+
+
+def test_vllm_finds_the_keys_that_it_looks_for() -> None:
+    """Without them it raises AttributeError, or routes by softmax."""
+    dots = render_config(moe.preset("dots_llm1"), PATH)
+    assert (dots["scoring_func"], dots["topk_method"], dots["moe_layer_freq"]) == ("sigmoid", "noaux_tc", 1)
+    early = parse_config({**DOTS1_FILE, "scoring_func": "noaux_tc"}, PATH)  # as it was called at first
+    assert render_config(early, PATH)["scoring_func"] == "sigmoid"
+    glm = render_config(moe.preset("glm_4_7_flash"), PATH)
+    assert (glm["scoring_func"], glm["topk_method"], glm["moe_layer_freq"]) == ("sigmoid", "noaux_tc", 1)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({}, [1, 2, 3]),
+        ({"moe_layer_end_index": -1}, [1, 2, 3]),
+        ({"moe_layer_end_index": 2}, [1, 2]),
+        ({"moe_layer_end_index": 9}, [1, 2, 3]),
+        ({"moe_layer_end_index": -2}, []),
+        ({"moe_layer_interval": 2}, [1, 3]),
+        ({"moe_layer_interval": 2, "moe_layer_start_index": 2}, [3]),
+        ({"moe_layer_interval": 3, "moe_layer_end_index": 2}, [2]),
+        ({"moe_layer_start_index": 3, "moe_layer_end_index": 1}, []),
+    ],
+)
+def test_layers_with_experts_of_ernie(keys: dict[str, int], expected: list[int]) -> None:
+    config = parse_config({**without(ERNIE_FILE, "moe_layer_end_index"), "num_hidden_layers": 4, **keys}, PATH)
+    assert [i for i in range(4) if config.is_moe_layer(i)] == expected
+    back = parse_config(render_config(config, PATH), PATH)
+    assert [i for i in range(4) if back.is_moe_layer(i)] == expected
+
+
+@pytest.mark.parametrize("inner", ["kimi_k2", "deepseek_v3", None])
+def test_the_text_of_kimi_k25(inner: str | None) -> None:
+    """What stands outside it is for the whole: transformers and vLLM read these keys there."""
+    text = {**V3_FILE, "model_type": inner, "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}}
+    text |= {"eos_token_id": 1, "use_cache": True}
+    outside = {"tie_word_embeddings": True, "eos_token_id": 2, "image_token_id": 5, "vision_config": {"patch_size": 14}}
+    config = parse_config({"model_type": "kimi_k25", "text_config": text, **outside}, PATH)
+    assert fields(config) == dataclasses.replace(
+        V3, model_type="kimi_k25", tie_word_embeddings=True, num_key_value_heads=V3.num_attention_heads
+    )
+    assert config.extra == {"eos_token_id": 2, "use_cache": True}
+    written = render_config(config, PATH)
+    assert (written["model_type"], written["eos_token_id"]) == ("deepseek_v3", 2)
+
+
+def test_presets_of_kimi_differ_in_length_alone() -> None:
+    k2, k25 = moe.preset("kimi_k2"), moe.preset("kimi_k2_5")
+    same = {"model_type", "rope_parameters", "max_position_embeddings", "rms_norm_eps"}
+    different = {f.name for f in dataclasses.fields(k2) if getattr(k2, f.name) != getattr(k25, f.name)}
+    assert different == same
+    assert (k25.rope_parameters.factor, k25.max_position_embeddings) == (64.0, 64 * 4096)
+
+
+REFUSED_BY_FAMILY: dict[str, tuple[dict[str, Any], str]] = {
+    "dots1 with softmax": ({**DOTS1_FILE, "scoring_func": "softmax"}, "scoring_func is not supported"),
+    "dots1 without bias": ({**DOTS1_FILE, "topk_method": "greedy"}, "topk_method is not supported"),
+    "dots1 with MoE in every second layer": ({**DOTS1_FILE, "moe_layer_freq": 2}, "moe_layer_freq"),
+    "dots1 with a window of nothing": (
+        {**DOTS1_FILE, "sliding_window": 0, "max_window_layers": 3},
+        "sliding_window = 0",
+    ),
+    "dots1 with a text for its first window": (
+        {**DOTS1_FILE, "sliding_window": 4, "max_window_layers": "x"},
+        "max_window_layers = 'x': expected an integer",
+    ),
+    "dots1 with layer types of another model": ({**DOTS1_FILE, "layer_types": ["full_attention"]}, "layer_types"),
+    "GLM with too few layer types": ({**GLM_LITE_FILE, "mlp_layer_types": ["dense", "sparse"]}, "mlp_layer_types"),
+    "GLM with a layer of another kind": (
+        {**GLM_LITE_FILE, "num_hidden_layers": 2, "mlp_layer_types": ["dense", "moe"]},
+        "mlp_layer_types = .*: expected 'dense' or 'sparse' for each layer",
+    ),
+    "GLM with two counts of dense layers": (
+        {**GLM_LITE_FILE, "num_hidden_layers": 3, "mlp_layer_types": ["dense", "dense", "sparse"]},
+        "first_k_dense_replace = 1: expected 2, the leading dense layers of mlp_layer_types",
+    ),
+    "ERNIE with biases": ({**ERNIE_FILE, "use_bias": True}, "use_bias is not supported"),
+    "ERNIE with sigmoid": ({**ERNIE_FILE, "moe_gate_act": "sigmoid"}, "moe_gate_act is not supported"),
+    "ERNIE without correction bias": ({**ERNIE_FILE, "moe_use_aux_free": False}, "moe_use_aux_free is not supported"),
+    "ERNIE with half of each head rotated": (
+        {**ERNIE_FILE, "partial_rotary_factor": 0.5},
+        "partial_rotary_factor is not supported",
+    ),
+    "ERNIE with a text for its last layer": (
+        {**ERNIE_FILE, "moe_layer_end_index": "last"},
+        "moe_layer_end_index = 'last': expected an integer",
+    ),
+    "ERNIE with two counts of experts": ({**ERNIE_FILE, "num_experts": 32}, "moe_num_experts and num_experts disagree"),
+    "ERNIE with images": ({**ERNIE_FILE, "model_type": "ernie4_5_vl_moe"}, "model_type; expected one of"),
+    "Kimi-K2.5 without its text": ({"model_type": "kimi_k25", "vision_config": {}}, "text_config; expected an object"),
+    "Kimi-K2.5 with another text": (
+        {"model_type": "kimi_k25", "text_config": {**V3_FILE, "model_type": "llama"}},
+        "text_config.model_type; expected deepseek_v3 or kimi_k2; found 'llama'",
+    ),
+    "Kimi-K2.5 with nonsense in its text": (
+        {"model_type": "kimi_k25", "text_config": {**V3_FILE, "hidden_size": "wide"}},
+        "hidden_size = 'wide': expected an integer",
+    ),
+    "GLM with softmax": ({**GLM_LITE_FILE, "scoring_func": "softmax"}, "scoring_func is not supported"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_BY_FAMILY)
+def test_what_a_family_cannot_be_is_refused_by_name(case: str) -> None:
+    values, message = REFUSED_BY_FAMILY[case]
+    with pytest.raises(CheckpointError, match=message) as caught:
+        parse_config(values, PATH)
+    assert str(caught.value).startswith("config.json: ")

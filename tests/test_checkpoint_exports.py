@@ -53,6 +53,7 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "topk_group": (1,),
     "norm_topk_prob": (True, False),
     "routed_scaling_factor": (1.0, 3.0),
+    "moe_norm_min": (0.0, 1e-12, 0.1),
     "router_bias": (True, False),
     "num_nextn_predict_layers": (0, 1),
     "tie_word_embeddings": (True, False),
@@ -67,8 +68,8 @@ OTHERS: dict[str, tuple[Any, ...]] = {
 
 # Families, field and values of which some engine computes something else than transformers, without an error. The
 # sources: vLLM 0.33.0, SGLang 0.5.23, llama.cpp of llama-cpp-python 0.3.36. None: every family.
-MLA = ("deepseek_v3", "kimi_k2", "deepseek_v2")
-GQA = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "gpt_oss", "olmoe", "minimax_m2")
+MLA = ("deepseek_v3", "kimi_k2", "deepseek_v2", "glm4_moe_lite", "kimi_k25")
+GQA = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "gpt_oss", "olmoe", "minimax_m2", "dots1")
 DIFFERENT: list[tuple[tuple[str, ...], str, Any]] = [
     (MLA, "rope_interleave", False),
     (MLA, "attention_bias", True),
@@ -76,10 +77,15 @@ DIFFERENT: list[tuple[tuple[str, ...], str, Any]] = [
     (("olmoe",), "rms_norm_eps", 1e-6),
     (("olmoe", "qwen2_moe"), "norm_topk_prob", True),
     (("qwen3_moe",), "norm_topk_prob", False),
-    (("olmoe", "qwen3_moe"), "attention_bias", True),
+    (("olmoe", "qwen3_moe", "dots1"), "attention_bias", True),
     (GQA, "tie_word_embeddings", True),
-    (("mixtral", "qwen2_moe", "qwen3_moe"), "sliding_window", 7),
+    (("mixtral", "qwen2_moe", "qwen3_moe", "dots1"), "sliding_window", 7),
     (("qwen2_moe", "qwen3_moe"), "mlp_only_layers", (1,)),
+    (("glm4_moe_lite",), "decoder_sparse_step", 2),
+    (("glm4_moe_lite",), "tie_word_embeddings", True),
+    (("ernie4_5_moe",), "moe_norm_min", 0.1),
+    (("ernie4_5_moe",), "rope_parameters", dataclasses.replace(YARN, attention_factor=1.1)),
+    (("ernie4_5_moe",), "rope_parameters", dataclasses.replace(YARN, truncate=False)),
     (("qwen2_moe", "qwen3_moe"), "decoder_sparse_step", 2),
     (("gpt_oss",), "swiglu_limit", 1.0),
     (("gpt_oss",), "swiglu_alpha", 1.5),
@@ -95,7 +101,7 @@ DIFFERENT: list[tuple[tuple[str, ...], str, Any]] = [
     ),
     (tuple({*MLA, *GQA} - {"gpt_oss"}), "rope_parameters", dataclasses.replace(YARN, truncate=False)),
     (
-        ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe"),
+        ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe", "dots1", "ernie4_5_moe"),
         "rope_parameters",
         RopeParameters(partial_rotary_factor=0.25),
     ),
@@ -106,6 +112,7 @@ DIFFERENT: list[tuple[tuple[str, ...], str, Any]] = [
 ALIASES = {
     "n_shared_experts": ("shared_expert_intermediate_size",),
     "shared_expert_intermediate_size": ("n_shared_experts",),
+    "decoder_sparse_step": ("mlp_only_layers",),
     "sliding_window": ("layer_types",),
     "layer_types": ("sliding_window",),
     "rope_parameters": ("partial_rotary_factor",),

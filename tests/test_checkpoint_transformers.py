@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import moe
 from moe.checkpoint import read_summary
+from moe.checkpoint.config_json import parse_config
+from moe.counts import count_parameters
 from tests.checkpoint_cases import SMALL, V3_MTP
 
 transformers = pytest.importorskip("transformers")
@@ -65,6 +67,12 @@ QWEN2 = dict(QWEN, shared_expert_intermediate_size=26)
 GLM = dict(GROUPED, n_routed_experts=12, intermediate_size=46, moe_intermediate_size=20, routed_scaling_factor=1.5)
 ONE_WIDTH = dict(GROUPED, intermediate_size=20)
 GPT_OSS = dict(ONE_WIDTH, num_local_experts=12, sliding_window=5, swiglu_limit=0.4)
+# V is wider than the queries and keys here.
+GLM_LITE = {k: v for k, v in COMMON.items() if k != "first_k_dense_replace"} | dict(v_head_dim=22, n_shared_experts=2)
+BIASED = dict(attention_bias=True, tie_word_embeddings=True, rms_norm_eps=1e-3)
+ERNIE = dict(GROUPED, moe_num_experts=12, moe_k=3, intermediate_size=46, moe_intermediate_size=20)
+ERNIE = {k: v for k, v in ERNIE.items() if k != "num_experts_per_tok"}
+DOTS1 = dict(GROUPED, n_routed_experts=12, intermediate_size=46, moe_intermediate_size=20, n_shared_experts=2)
 OLMOE = dict(ONE_WIDTH, num_experts=12, hidden_size=48, head_dim=8)
 CASES |= {
     "mixtral": ("Mixtral", dict(ONE_WIDTH, num_local_experts=12)),
@@ -102,9 +110,74 @@ CASES |= {
         ),
     ),
     "minimax_m2_whole": ("MiniMaxM2", dict(ONE_WIDTH, num_local_experts=12)),
+    "dots1": ("Dots1", dict(DOTS1, first_k_dense_replace=1, norm_topk_prob=True, routed_scaling_factor=2.5)),
+    "dots1_groups": ("Dots1", dict(DOTS1, n_group=4, topk_group=2, rope_parameters=YARN)),
+    "dots1_tied": ("Dots1", dict(DOTS1, tie_word_embeddings=True)),
+    "dots1_windows": ("Dots1", dict(DOTS1, sliding_window=5, max_window_layers=2, rms_norm_eps=1e-3)),
+    "glm4_moe_lite": ("Glm4MoeLite", dict(GLM_LITE, routed_scaling_factor=1.8, n_group=4, topk_group=2)),
+    "glm4_moe_lite_leading": (
+        "Glm4MoeLite",
+        dict(
+            GLM_LITE,
+            mlp_layer_types=["dense", "dense", "sparse"],
+            q_lora_rank=None,
+            rope_parameters=dict(YARN, mscale=0.7, mscale_all_dim=0.7),
+        ),
+    ),
+    "glm4_moe_lite_pattern": (
+        "Glm4MoeLite",
+        dict(GLM_LITE, mlp_layer_types=["sparse", "dense", "sparse"], norm_topk_prob=False, q_lora_rank=None),
+    ),
+    "glm4_moe_lite_yarn_halves": (
+        "Glm4MoeLite",
+        dict(GLM_LITE, rope_parameters=dict(YARN, mscale=0.7, mscale_all_dim=1.2), rope_interleave=False, **BIASED),
+    ),
+    "ernie4_5_moe": ("Ernie4_5_Moe", ERNIE),
+    "ernie4_5_moe_some_layers": (
+        "Ernie4_5_Moe",
+        dict(ERNIE, moe_layer_interval=2, moe_layer_end_index=2, moe_num_shared_experts=0, tie_word_embeddings=False),
+    ),
+    "ernie4_5_moe_least_sum": ("Ernie4_5_Moe", dict(ERNIE, moe_norm_min=0.4)),
+    "ernie4_5_moe_yarn": ("Ernie4_5_Moe", dict(ERNIE, moe_layer_start_index=0, rope_parameters=YARN)),
 }
 # The same tensors as transformers has them in memory, all experts of a layer stacked.
-STACKED = ("v3", "v2_groups", "mixtral", "qwen2_moe_no_bias", "qwen3_moe_normalised", "glm4_moe", "olmoe", "minimax_m2")
+STACKED = (
+    "v3",
+    "v2_groups",
+    "mixtral",
+    "qwen2_moe_no_bias",
+    "qwen3_moe_normalised",
+    "glm4_moe",
+    "olmoe",
+    "minimax_m2",
+    "dots1",
+    "glm4_moe_lite",
+    "ernie4_5_moe",
+)
+
+# Kimi-K2.5's text_config as released, without its sizes and quantisation.
+KIMI_TEXT = """{"_name_or_path": "", "add_cross_attention": false, "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": false, "attention_dropout": 0.0, "auto_map": {"AutoConfig":
+    "configuration_deepseek.DeepseekV3Config", "AutoModel": "modeling_deepseek.DeepseekV3Model", "AutoModelForCausalLM":
+    "modeling_deepseek.DeepseekV3ForCausalLM"}, "aux_loss_alpha": 0.001, "bad_words_ids": null,
+    "begin_suppress_tokens": null, "bos_token_id": 58, "chunk_size_feed_forward": 0,
+    "cross_attention_hidden_size": null, "decoder_start_token_id": null, "diversity_penalty": 0.0, "do_sample": false,
+    "dtype": "bfloat16", "early_stopping": false, "encoder_no_repeat_ngram_size": 0, "eos_token_id": 59, "ep_size": 1,
+    "exponential_decay_length_penalty": null, "finetuning_task": null, "forced_bos_token_id": null,
+    "forced_eos_token_id": null, "hidden_act": "silu", "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+    "initializer_range": 0.02, "is_decoder": false, "is_encoder_decoder": false, "label2id": {"LABEL_0": 0,
+    "LABEL_1": 1}, "length_penalty": 1.0, "max_length": 20, "min_length": 0, "model_type": "kimi_k2",
+    "moe_layer_freq": 1, "n_group": 1, "no_repeat_ngram_size": 0, "norm_topk_prob": true, "num_beam_groups": 1,
+    "num_beams": 1, "num_nextn_predict_layers": 0, "num_return_sequences": 1, "output_attentions": false,
+    "output_hidden_states": false, "output_scores": false, "pad_token_id": 60, "prefix": null, "pretraining_tp": 1,
+    "problem_type": null, "pruned_heads": {}, "remove_invalid_values": false, "repetition_penalty": 1.0,
+    "return_dict": true, "return_dict_in_generate": false, "rms_norm_eps": 1e-05, "rope_scaling": {"beta_fast": 32.0,
+    "beta_slow": 1.0, "factor": 64.0, "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096,
+    "type": "yarn"}, "rope_theta": 50000.0, "routed_scaling_factor": 2.827, "scoring_func": "sigmoid",
+    "sep_token_id": null, "seq_aux": true, "suppress_tokens": null, "task_specific_params": null, "temperature": 1.0,
+    "tf_legacy_loss": false, "tie_encoder_decoder": false, "tie_word_embeddings": false, "tokenizer_class": null,
+    "top_k": 50, "top_p": 1.0, "topk_group": 1, "topk_method": "noaux_tc", "torchscript": false,
+    "transformers_version": "4.56.2", "typical_p": 1.0, "use_bfloat16": false, "use_cache": true}"""
 
 FOLDERS = (*CASES, *(f"{name}.stacked" for name in STACKED))
 
@@ -125,6 +198,11 @@ REFUSED = {
     "gpt_oss_limit": "swiglu_limit",
     "gpt_oss_full": "swiglu_limit",
     "olmoe_normalised": "norm_topk_prob",
+    "dots1_tied": "tie_word_embeddings",
+    "dots1_windows": "sliding_window",
+    "glm4_moe_lite_pattern": "mlp_only_layers",
+    "glm4_moe_lite_yarn_halves": "rope_interleave",
+    "ernie4_5_moe_least_sum": "moe_norm_min",
 }
 SAVED = tuple(name for name in FOLDERS if name not in REFUSED)
 
@@ -220,7 +298,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             there[name] = model(ids).logits
         if name in STACKED:
             shutil.copytree(root / name, root / f"{name}.stacked")
-            tensors = {n: t for n, t in model.state_dict().items() if n != "lm_head.weight" or "tie" not in str(values)}
+            tied = model.config.tie_word_embeddings
+            tensors = {n: t for n, t in model.state_dict().items() if n != "lm_head.weight" or not tied}
             save_file(tensors, root / f"{name}.stacked" / "model.safetensors", metadata={"format": "pt"})
             there[f"{name}.stacked"] = there[name]
     mtp = moe.Transformer(V3_MTP, seed=3)
@@ -294,6 +373,100 @@ def test_our_model_with_mtp_loads_there(world: World) -> None:
     assert info["unexpected_keys"] and all(name.startswith(beyond) for name in info["unexpected_keys"])
     with torch.no_grad():
         assert_close(world.here["mtp"], model(world.ids).logits)
+
+
+@pytest.fixture(scope="module")
+def kimi(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor, torch.Tensor]:
+    """A Kimi-K2.5 of transformers, saved by it ("theirs") and with the names of the release ("released"); token ids and
+    their logits."""
+    if not hasattr(transformers, "Kimi_K25Config"):
+        pytest.skip("transformers without Kimi-K2.5")
+    root = tmp_path_factory.mktemp("kimi")
+    vision = dict(num_hidden_layers=1, hidden_size=24, num_attention_heads=2, intermediate_size=30)
+    vision |= dict(pos_emb_height=4, pos_emb_width=4)
+    text = dict(
+        COMMON,
+        model_type="deepseek_v3",
+        n_group=1,
+        topk_group=1,
+        rope_parameters=dict(YARN, mscale=1.0, mscale_all_dim=1.0),
+    )
+    config = transformers.Kimi_K25Config(
+        text_config=text, vision_config=vision, projection_hidden_size=24, tie_word_embeddings=False
+    )
+    model = transformers.Kimi_K25ForConditionalGeneration(config).eval()
+    model.set_experts_implementation("eager")
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            size = 0.3 if name.endswith("e_score_correction_bias") else 0.25
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * size + (1.0 if "norm" in name else 0.0))
+    model.save_pretrained(root / "theirs")
+    shutil.copytree(root / "theirs", root / "released")
+    tensors = load_file(root / "theirs" / "model.safetensors")
+    renamed = {
+        name.replace("language_model.model.blocks.", "language_model.model.layers."): t for name, t in tensors.items()
+    }
+    save_file(renamed, root / "released" / "model.safetensors", metadata={"format": "pt"})
+    ids = torch.randint(0, SMALL["vocab_size"], (2, 48), generator=generator)
+    with torch.no_grad():
+        return root, ids, model(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("name", ["theirs", "released"])
+def test_kimi_k25(kimi: tuple[Path, torch.Tensor, torch.Tensor], name: str) -> None:
+    """Text alone, in both directions: what we save of it is a DeepSeek-V3 to them."""
+    root, ids, expected = kimi
+    there = transformers.Kimi_K25ForConditionalGeneration.from_pretrained(root / name, experts_implementation="eager")
+    model = moe.load(root / name)
+    with torch.no_grad():
+        assert torch.equal(there.eval()(input_ids=ids).logits, expected)
+        assert_close(model(ids).logits, expected)
+    model.save(root / f"{name}.saved")
+    assert transformers.AutoConfig.from_pretrained(root / f"{name}.saved").model_type == "deepseek_v3"
+    back, info = read_there(root / f"{name}.saved", "DeepseekV3")
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        assert torch.equal(back(ids).logits, expected)
+
+
+def test_what_is_saved_of_the_released_kimi_k25_config_is_read_there(tmp_path: Path) -> None:
+    """Its text_config has keys of generation that transformers wrote years ago."""
+    text = {**json.loads(KIMI_TEXT), **{k: v for k, v in COMMON.items() if not k.endswith("_token_id")}}
+    moe.Transformer(parse_config({"model_type": "kimi_k25", "text_config": text}, Path("config.json"))).save(
+        tmp_path / "m"
+    )
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "m")
+    assert (config.model_type, config.routed_scaling_factor) == ("deepseek_v3", 2.827)
+    assert config.rope_parameters["factor"] == 64.0 and not hasattr(config, "auto_map")
+    _, info = read_there(tmp_path / "m", "DeepseekV3")
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "values"),
+    [
+        # The sizes of GLM-4.7-Flash and ERNIE-4.5-21B-A3B are the defaults of their classes.
+        ("glm_4_7_flash", "Glm4MoeLite", {}),
+        ("ernie_4_5_21b_a3b", "Ernie4_5_Moe", {}),
+        (
+            "dots_llm1",
+            "Dots1",
+            dict(
+                hidden_size=4096,
+                n_routed_experts=128,
+                n_shared_experts=2,
+                num_experts_per_tok=6,
+                first_k_dense_replace=1,
+            ),
+        ),
+    ],
+)
+def test_presets_are_as_large_as_their_models(name: str, kind: str, values: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        model = getattr(transformers, kind + "ForCausalLM")(getattr(transformers, kind + "Config")(**values))
+    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}  # a tied one once
+    assert count_parameters(moe.preset(name)).total == sum(tensor.numel() for tensor in tensors.values())
 
 
 def test_the_bound_is_tight_enough_to_see_a_wrong_model(world: World) -> None:

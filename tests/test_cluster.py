@@ -18,7 +18,7 @@ from moe import ConfigError
 from moe.cli import main
 from moe.cluster.gpus import GPUS
 from moe.cluster.memory import in_flight, memory
-from moe.cluster.published import DOTS_LLM1, OTHERS, V3, compare, fit
+from moe.cluster.published import OTHERS, V3, compare, fit
 from moe.cluster.settings import Mesh, Rates, Run, Training
 from moe.cluster.stages import _divide, blocks, mean_context, model_flops, ranks
 from moe.cluster.step import collective_seconds, step
@@ -368,7 +368,7 @@ def test_runs_that_were_not_fitted() -> None:
 
 
 def test_dots_llm1_is_as_large_as_published() -> None:
-    counts = count_parameters(DOTS_LLM1)
+    counts = count_parameters(moe.preset("dots_llm1"))
     assert counts.total == pytest.approx(142e9, rel=0.01) and counts.activated == pytest.approx(14e9, rel=0.01)
 
 

@@ -47,6 +47,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"qk_norm": "head"}, "qk_norm", "'none' with MLA"),
     ({"kv_lora_rank": None}, "q_lora_rank", "None without kv_lora_rank"),
     ({"aux_loss_alpha": -1e-4}, "aux_loss_alpha", "0 up"),
+    ({"moe_norm_min": -1e-12}, "moe_norm_min", "0 up"),
     ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers", "0 to 1024"),
     ({"rope_parameters": {}}, "rope_parameters", "RopeParameters"),
     ({"model_type": 3}, "model_type", "a string"),

@@ -51,10 +51,24 @@ def test_deepseek_v2(name: str, total: int, activated: int) -> None:
         ("olmoe_1b_7b", 6_919_161_856),
         ("gpt_oss_20b", 20_914_757_184),
         ("gpt_oss_120b", 116_829_156_672),
+        ("dots_llm1", 142_774_381_696),
+        ("kimi_k2_5", 1_026_408_232_448),
+        ("ernie_4_5_21b_a3b", 21_825_437_888),
     ],
 )
 def test_other_released_models(name: str, total: int) -> None:
     assert count_parameters(moe.preset(name)).total == total
+
+
+def test_glm_4_7_flash() -> None:
+    """Its files have the MTP layer and repeat embedding and head in it."""
+    counts = count_parameters(moe.preset("glm_4_7_flash"))
+    assert (counts.total, counts.released) == (29_943_393_920, 31_221_488_576)
+
+
+def test_ernie_4_5_300b_is_as_large_as_its_name() -> None:
+    counts = count_parameters(moe.preset("ernie_4_5_300b_a47b"))
+    assert counts.total == pytest.approx(300e9, rel=0.01) and counts.activated == pytest.approx(47e9, rel=0.02)
 
 
 def test_tied_embeddings_count_once_and_stay_the_head() -> None:

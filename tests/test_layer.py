@@ -17,6 +17,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"scoring_func": "softmax", "topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1},
     {"topk_method": "noaux_tc", "scoring_func": "softmax", "norm_topk_prob": False, "routed_scaling_factor": 16.0},
     {"n_shared_experts": 1, "shared_expert_intermediate_size": 14, "shared_expert_gate": True, "router_bias": True},
+    {"scoring_func": "softmax", "topk_method": "noaux_tc", "moe_norm_min": 0.4, "n_shared_experts": 1},
     {"expert_bias": True, "router_bias": True, "swiglu_limit": 0.5, "swiglu_alpha": 1.702, "swiglu_beta": 1.0},
 ]
 
@@ -48,7 +49,8 @@ def formula(layer: MoELayer, x: Tensor, options: dict[str, Any]) -> Tensor:
         size = groups.shape[1]
         candidates = [e for e in range(8) if e // size in allowed]
         chosen = sorted(candidates, key=lambda e: -choice[e].item())[:3]
-        norm = sum(scores[e] for e in chosen) if options.get("norm_topk_prob", True) else 1.0
+        least = torch.tensor(options.get("moe_norm_min", 0.0), dtype=torch.float64)
+        norm = max(sum(scores[e] for e in chosen), least) if options.get("norm_topk_prob", True) else 1.0
         y = torch.zeros(24, dtype=torch.float64)
         for e in chosen:
             pre, value = weights["experts.gate_up_proj"][e] @ token, torch.zeros(24, dtype=torch.float64)

@@ -33,8 +33,8 @@ def samples(case: Case, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
     permuted = ops.permute(plain.x, plain.expert_ids, case.experts)
     rows, position, offsets = permuted.rows, permuted.position, permuted.offsets
     logits = torch.randn(case.tokens, 8, requires_grad=True)
-    bias, grouped = torch.randn(8), (3, "sigmoid", 4, 2, "top2", True, 2.5, "auto")
-    plain_softmax = (3, "softmax", 1, 1, "max", False, 1.0, "auto")
+    bias, grouped = torch.randn(8), (3, "sigmoid", 4, 2, "top2", True, 2.5, 0.5, "auto")
+    plain_softmax = (3, "softmax", 1, 1, "max", False, 1.0, 0.0, "auto")
     routing = ops.route(logits.detach(), bias, top_k=3)
     weight = leaves.gate_up.detach().mT.requires_grad_()
     experts = (plain.gate_up, plain.down)
@@ -49,9 +49,9 @@ def samples(case: Case, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
         "swiglu_backward": [(plain.gate_up[..., : case.hidden, :].mT, plain.gate_up.mT, 0.5, 1.0, 0.5)],
         "route": [(logits, bias, *grouped), (logits, None, *plain_softmax)],
         "route_backward": [
-            (routing.weights, None, routing.scores, routing.expert_ids, "sigmoid", True, 2.5, "auto"),
-            (routing.weights, routing.scores, routing.scores, routing.expert_ids, "softmax", False, 1.0, "auto"),
-            (None, routing.scores, routing.scores, routing.expert_ids, "sigmoid", True, 1.0, "auto"),
+            (routing.weights, None, routing.scores, routing.expert_ids, "sigmoid", True, 2.5, 1.5, "auto"),
+            (routing.weights, routing.scores, routing.scores, routing.expert_ids, "softmax", False, 1.0, 0.0, "auto"),
+            (None, routing.scores, routing.scores, routing.expert_ids, "sigmoid", True, 1.0, 0.0, "auto"),
         ],
         "permute": [
             (leaves.x, leaves.expert_ids, case.experts),

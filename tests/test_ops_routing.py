@@ -55,7 +55,7 @@ def test_route(case: RoutingCase, dtype: torch.dtype) -> None:
     assert torch.allclose(routing.scores.double(), exact, rtol=2**-20, atol=1e-37, equal_nan=True)
     weights = exact.gather(1, routing.expert_ids)
     if case.norm_topk_prob:
-        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        weights = weights / (weights.sum(dim=-1, keepdim=True).clamp_min(case.norm_min) + 1e-20)
     weights = weights * case.routed_scaling_factor
     assert torch.allclose(routing.weights.double(), weights, rtol=2**-20, atol=1e-30, equal_nan=True)
 
@@ -93,7 +93,7 @@ def test_route_gradient_in_float32(case: RoutingCase) -> None:
     scores = exact_logits.sigmoid() if case.scoring_func == "sigmoid" else exact_logits.softmax(dim=-1)
     weights = scores.gather(1, routing.expert_ids)
     if case.norm_topk_prob:
-        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        weights = weights / (weights.sum(dim=-1, keepdim=True).clamp_min(case.norm_min) + 1e-20)
     weights = weights * case.routed_scaling_factor
     outputs, exact_outputs = (routing.weights, routing.scores), (weights, scores)
     grads = [torch.randn_like(output) for output in outputs]
@@ -145,6 +145,7 @@ REFUSED = {
     "uneven groups": ((E32,), {"top_k": 1, "n_group": 3}, ValueError, "n_group = 3"),
     "too many groups": ((E32,), {"top_k": 1, "n_group": 2, "topk_group": 3}, ValueError, "topk_group = 3"),
     "unknown scores": ((E32,), {"top_k": 1, "scoring_func": "relu"}, ValueError, "scoring_func = 'relu'"),
+    "negative least sum": ((E32,), {"top_k": 1, "norm_min": -1.0}, ValueError, "norm_min = -1.0: expected a number"),
     "unknown group score": ((E32,), {"top_k": 1, "group_score": "sum"}, ValueError, "group_score = 'sum'"),
 }
 
@@ -179,6 +180,26 @@ def test_deepseek_v3_of_transformers_agrees() -> None:
     assert torch.equal(order.values, our_order.values)
     ours = routing.weights.gather(1, our_order.indices)
     assert torch.allclose(weights.gather(1, order.indices), ours, rtol=2**-20, atol=0)
+
+
+def test_ernie4_5_of_transformers_agrees() -> None:
+    """Scores by softmax, chosen with the bias, divided by their sum or by the least one, of which there are both."""
+    from transformers import Ernie4_5_MoeConfig
+    from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import Ernie4_5_MoeTopKRouter
+
+    config = Ernie4_5_MoeConfig(hidden_size=32, moe_num_experts=64, moe_k=6, moe_norm_min=0.3)
+    theirs = Ernie4_5_MoeTopKRouter(config)
+    torch.nn.init.normal_(theirs.weight, std=0.3)
+    torch.nn.init.uniform_(theirs.moe_statics.e_score_correction_bias, -0.1, 0.1)
+    logits, weights, ids = theirs(torch.randn(200, 32))
+    bias = theirs.moe_statics.e_score_correction_bias[0]
+    settings = {"top_k": 6, "scoring_func": "softmax"}
+    routing = ops.route(logits, bias, **settings, norm_min=0.3)
+    assert torch.equal(ids, routing.expert_ids)
+    assert torch.allclose(weights, routing.weights, rtol=2**-20, atol=0)
+    sums = routing.weights.sum(dim=1)
+    assert (sums < 0.99).sum() > 20 and (sums > 0.999).sum() > 20
+    assert not torch.equal(ids, ops.route(logits, **settings).expert_ids)
 
 
 def wrong_route(bug: str, case: RoutingCase, logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

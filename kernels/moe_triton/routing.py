@@ -32,6 +32,7 @@ def route_kernel(
     expert_ids,
     scores,
     scale,
+    norm_min,
     stride_logits,
     num_experts,
     members,
@@ -96,6 +97,7 @@ def route_kernel(
         total += s
         keys = tl.where(taken, never, keys)
     if NORMALISE:
+        total = tl.where(total < norm_min, norm_min, total)  # a NaN stays
         weight = tl.div_rn(weight, total + 1e-20)
     weight *= scale
     tl.store(weights + token * TOP_K + k_index, weight, mask=k_index < TOP_K)
@@ -110,6 +112,7 @@ def route_backward_kernel(
     expert_ids,
     grad_logits,
     scale,
+    norm_min,
     num_experts,
     HAS_WEIGHTS: tl.constexpr,
     HAS_SCORES: tl.constexpr,
@@ -133,8 +136,11 @@ def route_backward_kernel(
         part = tl.load(grad_weights + slot, mask=k < TOP_K, other=0.0) * scale
         if NORMALISE:
             selected = tl.load(scores + token * num_experts + ids, mask=k < TOP_K, other=0.0)
-            total = tl.sum(selected, 0) + 1e-20
-            part = tl.div_rn(part - tl.sum(part * tl.div_rn(selected, total), 0), total)
+            total = tl.sum(selected, 0)
+            raised = total < norm_min
+            total = tl.where(raised, norm_min, total) + 1e-20
+            through_total = tl.where(raised, 0.0, tl.sum(part * tl.div_rn(selected, total), 0))
+            part = tl.div_rn(part - through_total, total)
         # The ids of a row are distinct: each expert gets at most one part.
         hit = (expert[:, None] == ids[None, :]) & (k[None, :] < TOP_K)
         grad += tl.sum(tl.where(hit, part[None, :], 0.0), 1)
@@ -152,6 +158,7 @@ def route(
     group_score: str,
     norm_topk_prob: bool,
     routed_scaling_factor: float,
+    norm_min: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens, experts = logits.shape
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
@@ -167,6 +174,7 @@ def route(
             expert_ids,
             scores,
             routed_scaling_factor,
+            norm_min,
             logits.stride(0),
             experts,
             experts // n_group,
@@ -193,6 +201,7 @@ def route_backward(
     scoring_func: str,
     norm_topk_prob: bool,
     routed_scaling_factor: float,
+    norm_min: float,
 ) -> Tensor:
     tokens, experts = scores.shape
     grad_logits = torch.empty((tokens, experts), dtype=torch.float32, device=scores.device)
@@ -205,6 +214,7 @@ def route_backward(
             expert_ids.contiguous(),
             grad_logits,
             routed_scaling_factor,
+            norm_min,
             experts,
             HAS_WEIGHTS=grad_weights is not None,
             HAS_SCORES=grad_scores is not None,

@@ -42,7 +42,9 @@ def parse_config(values: Mapping[str, Any], path: Path) -> ModelConfig:
     values the last counts, and one that contains NaN or Infinity is left out with a warning, because no file of ours
     can hold it.
     """
-    read = {*_keys_read(family_of(values.get("model_type"), path)), "quantization_config"}
+    values = _language_model(values, path)
+    family = family_of(values["model_type"], path)
+    read = {*_keys_read(family), "quantization_config"}
     for key, value in values.items():
         if key in read and (found := doubt(value)) is not None:
             raise CheckpointError(path, key, expected="one value, and finite numbers", found=found)
@@ -50,7 +52,7 @@ def parse_config(values: Mapping[str, Any], path: Path) -> ModelConfig:
     plain = _render(config)
     extra: dict[str, Any] = {}
     for key, value in values.items():
-        if key in STORAGE_KEYS or (key in plain and plain[key] == value):
+        if key in STORAGE_KEYS or key in family.left_out_keys or (key in plain and plain[key] == value):
             continue
         extra[key] = settled(value)
         if (found := doubt(extra[key])) is not None:
@@ -59,10 +61,31 @@ def parse_config(values: Mapping[str, Any], path: Path) -> ModelConfig:
     return dataclasses.replace(config, extra=extra)
 
 
+def _language_model(values: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """The language model's object in a config.json that has more than that, with what stands outside for the whole."""
+    family = family_of(values.get("model_type"), path)
+    if family.text is None:
+        return values
+    inner = values.get(family.text)
+    if not isinstance(inner, dict):
+        raise CheckpointError(path, family.text, expected="an object", found=repr(inner)[:80])
+    if inner.get("model_type") not in (None, "deepseek_v3", "kimi_k2"):
+        problem = f"{family.text}.model_type"
+        raise CheckpointError(path, problem, expected="deepseek_v3 or kimi_k2", found=repr(inner["model_type"])[:80])
+    outside = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    return {**inner, **{key: values[key] for key in outside if key in values}, "model_type": family.model_type}
+
+
 def _keys_read(family: Family) -> set[str]:
     """The keys of config.json that decide what a model of `family` computes."""
     keys = {key for name in family.keys for key in family.keys_of(name)}
     return keys.union(family.fixed, family.derived, _ROPE_KEYS, *(form.keys for form in family.forms))
+
+
+def as_written(config: ModelConfig, path: Path) -> ModelConfig:
+    """The config in the family whose files a save writes; `path` is for messages."""
+    written_as = family_of(config.model_type, path).written_as
+    return dataclasses.replace(config, model_type=written_as) if written_as else config
 
 
 def render_config(config: ModelConfig, path: Path) -> dict[str, Any]:
@@ -72,6 +95,7 @@ def render_config(config: ModelConfig, path: Path) -> dict[str, Any]:
     defaults and say nothing. A key from `extra` stands as it was read, as long as the whole still means `config` and no
     engine takes that spelling for something else. Raises CheckpointError for the first of `family_problems`.
     """
+    config = as_written(config, path)
     family = family_of(config.model_type, path)
     for problem in _problems(config, family, path):
         raise problem
@@ -104,9 +128,10 @@ def render_config(config: ModelConfig, path: Path) -> dict[str, Any]:
 def family_problems(config: ModelConfig) -> tuple[str, ...]:
     """Why files of the config's family cannot express it, one line each; see `ModelConfig.family_problems`."""
     path = Path(CONFIG)
-    family = FAMILIES.get(config.model_type)
-    if family is None:
+    if config.model_type not in FAMILIES:
         return (f"model_type: no such family; expected one of {', '.join(FAMILIES)}; found {config.model_type}",)
+    config = as_written(config, path)
+    family = FAMILIES[config.model_type]
     found: list[Exception] = list(_problems(config, family, path))
     if not found:
         try:
@@ -247,8 +272,11 @@ def _understand(values: Mapping[str, Any], path: Path) -> ModelConfig:
             fields[name] = _NULL.get(name) if given[key] is None else given[key]
         elif name in family.absent:
             fields[name] = family.absent[name]
-    for form in family.forms:
-        fields |= form.read(values)
+    try:
+        for form in family.forms:
+            fields |= form.read(values)
+    except ConfigError as error:
+        raise CheckpointError(path, str(error)) from error
     for name, allowed in family.allowed.items():
         value = fields.get(name, allowed[0])
         if not _is_one_of(value, allowed):

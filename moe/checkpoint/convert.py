@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moe.checkpoint.atomic import check_target, replacing
 from moe.checkpoint.carried import check_carried, read_carried, resolved, write_carried
-from moe.checkpoint.config_json import render_config
+from moe.checkpoint.config_json import as_written, render_config
 from moe.checkpoint.dtypes import FLOATING, SAFETENSORS, Dtype, parse_dtype
 from moe.checkpoint.families import Family, family_of
 from moe.checkpoint.folder import CONFIG, RECEIPT, SINGLE
@@ -89,13 +89,13 @@ def convert(
     if scale_fmt is not None and kind != "fp8":
         raise ConfigError("scale_fmt", scale_fmt, "none without dtype fp8")
     todo = _plan(source, target, overwrite, revision, mtp=mtp is not False)
-    family = family_of(todo.config.model_type, todo.folder)
+    family = family_of(as_written(todo.config, todo.folder).model_type, todo.folder)
     if kind == "mxfp4":
         if "mxfp4" not in family.tables or table not in (None, "mxfp4"):
             allowed = "another for this layout" if table else f"another: {family.model_type} has no layout for it"
             raise ConfigError("dtype", dtype, allowed)
         table, kind = "mxfp4", None
-    table = table or ("stacked" if todo.table == "mxfp4" and kind is not None else todo.table)
+    table = table or ("stacked" if todo.table == "mxfp4" and kind is not None else _table(todo, family))
     if table not in family.tables:
         known = f"one of {', '.join(family.tables)}, the layouts of {family.model_type}"
         raise ConfigError("layout", table, known + did_you_mean(table, family.tables))
@@ -106,9 +106,10 @@ def convert(
         todo = plan(todo.folder, mtp=False)
     _check(todo)
     stored = SAFETENSORS[kind] if kind in FLOATING else kind
-    result = _Result(todo, todo.config, family, table, stored, block_size, scale_fmt)
+    config = as_written(todo.config, todo.folder)
+    result = _Result(todo, config, family, table, stored, block_size, scale_fmt)
     entries = result.entries()
-    values = render_config(todo.config, Path(target) / CONFIG)
+    values = render_config(config, Path(target) / CONFIG)
     values |= {"architectures": [family.architecture], **result.storage(entries)}
     _write(
         todo,
@@ -149,9 +150,10 @@ def cut(
     """
     todo = _plan(source, target, overwrite, revision, mtp=False)
     _check(todo)
-    config = cut_config(todo.config, layers, experts, todo.folder)
+    config = cut_config(as_written(todo.config, todo.folder), layers, experts, todo.folder)
     family = family_of(config.model_type, todo.folder)
-    slots = {name: slot for name, slot in layout(config, todo.table).items() if slot.written}
+    table = _table(todo, family)
+    slots = {name: slot for name, slot in layout(config, table).items() if slot.written}
     by_key = _by_key(todo)
     takes: dict[str, tuple[TensorInfo, Sequence[int] | None]] = {}
 
@@ -168,11 +170,12 @@ def cut(
     fp8 = [name for name, slot in slots.items() if origin(slot).dtype == "F8_E4M3"]
     if fp8:
         assert todo.quantization is not None and todo.quantization.block_size is not None
-        slots = with_scales(slots, family.tables[todo.table], todo.quantization.block_size, fp8)
+        slots = with_scales(slots, family.tables[table], todo.quantization.block_size, fp8)
     entries = []
     for name, slot in slots.items():
         info = origin(slot)
-        takes[name] = (info, experts if _has_rows_of_experts(slot) else None)
+        rows = dataclasses.replace(info, shape=info.shape[1:]) if slot.is_row else info
+        takes[name] = (rows, experts if _has_rows_of_experts(slot) else None)
         entries.append(Entry(name, info.dtype, slot.shape))
 
     values = render_config(config, Path(target) / CONFIG)
@@ -185,7 +188,7 @@ def cut(
         info, rows = takes[entry.name]
         if rows is None:
             return _raw(files, info)
-        return torch.cat([files.read(info, range(row, row + 1)).clone() for row in rows])
+        return torch.cat([files.read(info, range(row, row + 1)).clone() for row in rows]).view(entry.shape)
 
     receipt: dict[str, Any] = {
         "layers": list(layers),
@@ -209,11 +212,16 @@ def cut(
         max_shard_bytes,
         progress,
         "cutting",
-        table=todo.table,
+        table=table,
         overwrite=overwrite,
         finish=finish,
     )
     return receipt
+
+
+def _table(todo: Plan, family: Family) -> str:
+    """The layout of the source, or if the result's family does not have it, the first."""
+    return todo.table if todo.table in family.tables else next(iter(family.tables))
 
 
 def _difference(source: Plan, part: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ A name table maps each tensor of the model to the tensors of the files that fill
     "experts": "experts.{expert}.weight"               one file tensor for each slice along the first dimension
     "experts": Reordered("experts", "e d f two", "e two f d")      one, with its axes in another order
     "experts": MXFP4("experts")                        one, as experts_blocks and experts_scales
+    "bias": Row("bias")                                one, a vector in the model and a matrix of one row in the files
 
 The table reads and writes: every tensor of the model has exactly one entry, and entries tile what they fill. A family
 has several where its files come in several layouts; the names in the files decide. `layout.py` expands a table for a
@@ -21,7 +22,7 @@ from typing import Any
 
 from moe.checkpoint.folder import CONFIG
 from moe.config import ModelConfig
-from moe.errors import CheckpointError, did_you_mean
+from moe.errors import CheckpointError, ConfigError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,14 @@ class MXFP4:
     interleaved: bool = False
 
 
-Names = Mapping[str, str | tuple[str, ...] | Reordered | MXFP4]
+@dataclass(frozen=True)
+class Row:
+    """`name` [1, N], where the model has [N]."""
+
+    name: str
+
+
+Names = Mapping[str, str | tuple[str, ...] | Reordered | MXFP4 | Row]
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,8 @@ class Form:
 
     Attributes:
         keys: all that `read` looks at and `write` writes.
-        read: the object of config.json -> fields; a field that is not there keeps its default. Values are not checked.
+        read: the object of config.json -> fields; a field that is not there keeps its default. What is no value of a
+            field is a `ConfigError`; other values are not checked.
         write: the inverse.
     """
 
@@ -137,6 +146,11 @@ class Family:
             the file's rope_parameters lack them.
         buffers: names of tensors, {layer} for each layer's, that some files hold and the model computes itself. They
             are ignored in any shape and dtype, and never written.
+        left_out: beginnings of the names of tensors that files hold and the model does not have, such as a vision
+            tower's. They are not read.
+        left_out_keys: keys of config.json that are true of these parts alone. They are not kept.
+        text: the key of config.json that holds the language model's object, if the whole is more than that.
+        written_as: the family whose files a save writes, if not this one.
     """
 
     model_type: str
@@ -155,6 +169,10 @@ class Family:
     yarn_from_length: bool = True
     rope: Mapping[str, Any] = field(default_factory=dict)
     buffers: tuple[str, ...] = ROPE_BUFFERS
+    left_out: tuple[str, ...] = ()
+    left_out_keys: tuple[str, ...] = ()
+    text: str | None = None
+    written_as: str | None = None
 
     def keys_of(self, name: str) -> tuple[str, ...]:
         keys = self.keys[name]
@@ -408,6 +426,7 @@ _DEEPSEEK_KEYS = _COMMON_KEYS | same(
     *("scoring_func", "topk_method", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor"),
     *("attention_bias", "rope_interleave", "num_nextn_predict_layers"),
 )
+_GLM_LITE_OTHERS = ("scoring_func", "topk_method", "first_k_dense_replace")
 _DEEPSEEK_FIXED = _WHOLE_HEADS | {"mlp_bias": (False, None), "moe_layer_freq": (1, None)}
 _DEEPSEEK_DERIVED: dict[str, Callable[[ModelConfig], Any]] = {
     "head_dim": lambda config: config.qk_rope_head_dim,
@@ -441,6 +460,29 @@ DEEPSEEK_V3 = Family(
 
 # Kimi-K2: DeepSeek-V3's code and names, other sizes.
 KIMI_K2 = replace(DEEPSEEK_V3, model_type="kimi_k2")
+
+
+def _within(prefix: str, table: Table, layers: str = "layers") -> Table:
+    """The same names in the model, in the files behind a prefix."""
+    top = {name: f"{prefix}{file}" for name, file in table.top.items()}
+    return replace(table, top=top, layer_prefix=prefix + table.layer_prefix.replace("layers", layers))
+
+
+# Kimi-K2.5 and K2.6: a DeepSeek-V3 with a vision tower. What is left without the tower is a DeepSeek-V3, which every
+# engine loads; as kimi_k25 transformers and vLLM would give it a tower of random weights. transformers 5.24 writes
+# "blocks" for "layers", which it reads as well.
+KIMI_K25 = replace(
+    DEEPSEEK_V3,
+    model_type="kimi_k25",
+    architecture="KimiK25ForConditionalGeneration",
+    tables={name: _within("language_model.", DEEPSEEK_V3.tables[name]) for name in ("experts", "stacked")}
+    | {"blocks": _within("language_model.", DEEPSEEK_V3.tables["experts"], layers="blocks")},
+    left_out=("vision_tower.", "mm_projector.", "model.mm_projector."),
+    left_out_keys=("auto_map",),
+    text="text_config",
+    written_as="deepseek_v3",
+    buffers=tuple("language_model." + name for name in ROPE_BUFFERS),
+)
 
 DEEPSEEK_V2 = Family(
     model_type="deepseek_v2",
@@ -670,10 +712,189 @@ MINIMAX_M2 = Family(
     rope={"rope_theta": 5e6},
 )
 
+
+def _late_windows_read(values: Mapping[str, Any]) -> dict[str, Any]:
+    """dots1's: the layers from max_window_layers on slide, unless layer_types says which."""
+    window = values.get("sliding_window", 4096)
+    layers, first = values.get("num_hidden_layers"), values.get("max_window_layers", 62)
+    types = values.get("layer_types")
+    if types is None:
+        if window is None or type(layers) is not int or not 0 <= layers <= 10_000:
+            return {}
+        if type(first) is not int:
+            raise ConfigError("max_window_layers", first, "an integer")
+        if first >= layers:
+            return {}
+        types = tuple("sliding_attention" if i >= first else "full_attention" for i in range(layers))
+    return {"sliding_window": window, "layer_types": types}
+
+
+def _late_windows_write(config: ModelConfig) -> dict[str, Any]:
+    types = _layer_types(config)
+    if "sliding_attention" not in types:
+        return {"sliding_window": None}
+    return {"sliding_window": config.sliding_window, "layer_types": types}
+
+
+DOTS1 = Family(
+    model_type="dots1",
+    architecture="Dots1ForCausalLM",
+    tables=_tables(_NORMS | _GQA | _DENSE | _ROUTER | _SHARED),
+    keys=_GQA_KEYS
+    | same("intermediate_size", "moe_intermediate_size", "n_routed_experts", "n_shared_experts")
+    | same("first_k_dense_replace", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
+    | same("attention_bias"),
+    required=(*_SIZES, "intermediate_size", "moe_intermediate_size", "n_routed_experts"),
+    absent={"num_key_value_heads": 32, "max_position_embeddings": 2048, "norm_topk_prob": False},
+    implied={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "qk_norm": "head"},
+    # SGLang does not know the family, nor does vLLM from 0.23 on.
+    rules=(
+        _only("attention_bias", False, "vLLM leaves out the output projection's bias"),
+        _only("sliding_window", None, "vLLM and llama.cpp attend to all tokens"),
+        _only("tie_word_embeddings", False, "vLLM does not tie and leaves the missing head uninitialised"),
+        *(*_PLAIN_YARN, _TRUNCATED_YARN),
+    ),
+    # transformers has no key for the scores; vLLM looks for all three. The first releases called them "noaux_tc".
+    fixed=_WHOLE_HEADS
+    | {"scoring_func": ("sigmoid", "noaux_tc", None), "topk_method": ("noaux_tc", None), "moe_layer_freq": (1, None)},
+    forms=(
+        Form(
+            ("sliding_window", "layer_types", "max_window_layers"),
+            _late_windows_read,
+            _late_windows_write,
+        ),
+    ),
+)
+
+
+def _mlp_types_read(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Dense layers by a list, as transformers has them, or by the number of leading ones, as the engines have them."""
+    types, leading, layers = (
+        values.get(key) for key in ("mlp_layer_types", "first_k_dense_replace", "num_hidden_layers")
+    )
+    if types is None:
+        return {"first_k_dense_replace": 1 if leading is None else leading}
+    if not isinstance(types, list) or len(types) != layers or not all(kind in ("dense", "sparse") for kind in types):
+        raise ConfigError("mlp_layer_types", types, "'dense' or 'sparse' for each layer")
+    dense = [i for i, kind in enumerate(types) if kind == "dense"]
+    first = types.index("sparse") if "sparse" in types else len(types)
+    if leading not in (None, first):
+        raise ConfigError("first_k_dense_replace", leading, f"{first}, the leading dense layers of mlp_layer_types")
+    return {"first_k_dense_replace": first, "mlp_only_layers": tuple(i for i in dense if i > first)}
+
+
+def _mlp_types_write(config: ModelConfig) -> dict[str, Any]:
+    types = ["sparse" if config.is_moe_layer(i) else "dense" for i in range(config.num_hidden_layers)]
+    return {"mlp_layer_types": types, "first_k_dense_replace": _leading(config)}
+
+
+def _leading(config: ModelConfig) -> int:
+    """The number of dense layers before the first with experts."""
+    layers = range(config.num_hidden_layers)
+    return next((i for i in layers if config.is_moe_layer(i)), len(layers))
+
+
+# GLM-4.7-Flash: DeepSeek-V3's attention and names.
+GLM4_MOE_LITE = Family(
+    model_type="glm4_moe_lite",
+    architecture="Glm4MoeLiteForCausalLM",
+    tables=_tables(_DEEPSEEK_BLOCK, **_MTP),
+    keys={name: key for name, key in _DEEPSEEK_KEYS.items() if name not in _GLM_LITE_OTHERS},
+    required=_DEEPSEEK_SIZES,
+    absent={
+        "max_position_embeddings": 202752,
+        "rms_norm_eps": 1e-5,
+        "n_shared_experts": 1,
+        "q_lora_rank": 768,
+        "routed_scaling_factor": 1.8,
+        "rope_interleave": True,
+    },
+    implied={"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+    rules=(
+        *_MLA_RULES,
+        _only("tie_word_embeddings", False, "vLLM and SGLang do not tie and leave the missing head uninitialised"),
+        Rule(
+            "mlp_only_layers",
+            lambda config: config.num_hidden_layers - config.num_moe_layers == _leading(config),
+            "no dense layers behind the leading ones",
+            "SGLang builds experts there",
+        ),
+    ),
+    fixed=_DEEPSEEK_FIXED | {"scoring_func": ("sigmoid", None), "topk_method": ("noaux_tc", None)},
+    derived=_DEEPSEEK_DERIVED,
+    forms=(Form(("mlp_layer_types", "first_k_dense_replace"), _mlp_types_read, _mlp_types_write),),
+    yarn_from_length=False,
+)
+
+
+def _last_layer_read(values: Mapping[str, Any]) -> dict[str, Any]:
+    """ERNIE's: layers past moe_layer_end_index are dense; -1 is the last layer, and less is none."""
+    end, layers = values.get("moe_layer_end_index"), values.get("num_hidden_layers")
+    if end is None or end == -1 or type(layers) is not int or not 0 <= layers <= 10_000:
+        return {}
+    if type(end) is not int:
+        raise ConfigError("moe_layer_end_index", end, "an integer")
+    return {"mlp_only_layers": tuple(range(max(end + 1, 0), layers))}
+
+
+def _last_layer_write(config: ModelConfig) -> dict[str, Any]:
+    dense = (i for i in reversed(range(config.num_hidden_layers)) if i not in config.mlp_only_layers)
+    return {"moe_layer_end_index": next(dense, -2)}
+
+
+def _ernie_table(table: Table, bias: str) -> Table:
+    return replace(table, block={**table.block, "mlp.gate.e_score_correction_bias": Row(bias)})
+
+
+_ERNIE_TABLES = _tables(_NORMS | _GQA | _DENSE | same("mlp.gate.weight") | _SHARED)
+ERNIE4_5_MOE = Family(
+    model_type="ernie4_5_moe",
+    architecture="Ernie4_5_MoeForCausalLM",
+    tables={
+        "experts": _ernie_table(_ERNIE_TABLES["experts"], "mlp.moe_statics.e_score_correction_bias"),
+        "stacked": _ernie_table(_ERNIE_TABLES["stacked"], "mlp.gate.moe_statics.e_score_correction_bias"),
+    },
+    keys=_GQA_KEYS
+    | same("intermediate_size", "moe_intermediate_size", "moe_norm_min")
+    | {
+        "n_routed_experts": ("moe_num_experts", "num_experts"),
+        "num_experts_per_tok": ("moe_k", "num_experts_per_tok"),
+        "n_shared_experts": "moe_num_shared_experts",
+        "first_k_dense_replace": "moe_layer_start_index",
+        "decoder_sparse_step": "moe_layer_interval",
+    },
+    required=(*_SIZES, "intermediate_size", "moe_intermediate_size", "n_routed_experts"),
+    absent={
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "moe_norm_min": 1e-12,
+        "seq_aux": False,
+    },
+    implied=_SOFTMAX | {"topk_method": "noaux_tc", "rope_interleave": True},
+    rules=(
+        _only("moe_norm_min", 1e-12, "vLLM, SGLang and llama.cpp ignore it"),
+        *(*_PLAIN_YARN, _TRUNCATED_YARN),
+    ),
+    # With use_bias vLLM drops the biases of attention's output and of the head.
+    fixed=_WHOLE_HEADS
+    | {"use_bias": (False, None), "moe_gate_act": ("softmax", None), "moe_use_aux_free": (True, None)}
+    | {"use_moe": (None, True)},
+    forms=(Form(("moe_layer_end_index",), _last_layer_read, _last_layer_write),),
+    rope={"rope_theta": 500000.0},
+    # Its MTP module is a dense layer.
+    left_out=tuple(f"model.mtp_{part}." for part in ("block", "emb_norm", "hidden_norm", "linear_proj")),
+    left_out_keys=("num_nextn_predict_layers",),
+)
+
 FAMILIES = {
     family.model_type: family
     for family in (
         *(DEEPSEEK_V3, KIMI_K2, DEEPSEEK_V2, MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE, GPT_OSS, OLMOE, MINIMAX_M2),
+        *(DOTS1, GLM4_MOE_LITE, ERNIE4_5_MOE, KIMI_K25),
     )
 }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.checkpoint.config_json import parse_config
-from moe.checkpoint.families import MXFP4, Family, Names, Reordered, Table, family_of
+from moe.checkpoint.families import MXFP4, Family, Names, Reordered, Row, Table, family_of
 from moe.checkpoint.folder import CONFIG, locate, read_config_values, read_tensors
 from moe.checkpoint.header import MAX_HEADER_BYTES, TensorInfo
 from moe.checkpoint.quantization import Quantization, read_quantization
@@ -33,7 +33,8 @@ class Slot:
     Its values stand in the file in `shape`. Where `axes` is not None, that shape with its axes told apart is `split`,
     and `split` permuted by `axes` is what fills the parameter's part (whose sizes then multiply to the same).
     A repeat is one more copy of a parameter that has a slot of its own; where the files have it, it must be equal.
-    `written` says whether a save writes it. `scale_of` is the name of the quantised tensor whose scales these are.
+    `written` says whether a save writes it. `is_row` says that `shape` is [1, N] where the model has [N]. `scale_of` is
+    the name of the quantised tensor whose scales these are.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Slot:
     written: bool = True
     split: Shape = ()
     axes: tuple[int, ...] | None = None
+    is_row: bool = False
     scale_of: str | None = None
 
     @property
@@ -55,7 +57,7 @@ class Slot:
         """The values of this slot as they stand in the file, from the whole parameter (a torch tensor)."""
         part = parameter[self.index]
         if self.axes is None:
-            return part
+            return part[None] if self.is_row else part
         apart = part.reshape([self.split[axis] for axis in self.axes])
         return apart.permute([self.axes.index(axis) for axis in range(len(self.axes))]).reshape(self.shape)
 
@@ -100,13 +102,16 @@ def _mtp_prefix(table: Table, config: ModelConfig, module: int) -> str:
 
 
 def _expand(
-    prefix: str, names: str | tuple[str, ...] | Reordered | MXFP4, parameter: str, shape: Shape
+    prefix: str, names: str | tuple[str, ...] | Reordered | MXFP4 | Row, parameter: str, shape: Shape
 ) -> Iterator[Slot]:
     if isinstance(names, MXFP4):
         yield from _expand_mxfp4(prefix, names, parameter, shape)
         return
     if isinstance(names, Reordered):
         yield _reordered(prefix + names.name, names.file, names.model, parameter, shape)
+        return
+    if isinstance(names, Row):
+        yield Slot(prefix + names.name, parameter, (), (1, *shape), is_row=True)
         return
     names = (names,) if isinstance(names, str) else names
     stacked = "{expert}" in names[0]
@@ -288,9 +293,11 @@ def plan(
     path = locate(folder)
     values = read_config_values(path)
     family = family_of(values.get("model_type"), path / CONFIG)
-    stated = _stated_modules(family, values)
+    inner = values.get(family.text or "")
+    of_model = inner if isinstance(inner, dict) else values
+    stated = _stated_modules(family, of_model)
     if not mtp and "num_nextn_predict_layers" in family.keys:
-        values |= {family.keys_of("num_nextn_predict_layers")[0]: 0}  # whatever is stated does not matter
+        of_model |= {family.keys_of("num_nextn_predict_layers")[0]: 0}  # whatever is stated does not matter
     config = parse_config(values, path / CONFIG)
     quantization = read_quantization(path, values)
     if quantization is not None and not any_quantization:
@@ -299,7 +306,11 @@ def plan(
     table = _table_of(family, tensors)
     names = family.tables[table]
     config = _with_mtp_of_files(names, config, tensors)
-    if table == "experts":
+    left_out = [name for name in tensors if name.startswith(family.left_out)]
+    if left_out:
+        problem = "%s: %d tensors are left out, because only the language model is loaded: %s"
+        logger.warning(problem, path, len(left_out), left_out[0])
+    if "{expert}" in str(names.block["mlp.experts.down_proj"]):
         modules = config.num_moe_layers + config.num_nextn_predict_layers
         check_experts(config.n_routed_experts * modules, tensors, path / CONFIG)
     slots = layout(config, table, path / CONFIG)
@@ -307,7 +318,7 @@ def plan(
         fp8 = (n for n, info in tensors.items() if info.dtype == "F8_E4M3" and n in slots and len(slots[n].shape) == 2)
         slots = with_scales(slots, names, quantization.block_size, fp8)
     buffers, modules = _ignored(family, names, config, stated, [name for name in tensors if name not in slots])
-    ignored = {*buffers, *modules}
+    ignored = {*buffers, *modules, *left_out}
     if buffers:
         logger.warning(
             "%s: %d buffers, which the model computes itself, are ignored: %s", path, len(buffers), buffers[0]
@@ -321,14 +332,14 @@ def plan(
         config=config,
         table=table,
         quantization=quantization,
-        dtype=_dtype(values),
+        dtype=_dtype(values) or _dtype(of_model),
         tensors=tensors,
         slots=slots,
         missing=tuple(name for name, slot in slots.items() if name not in tensors and _is_needed(slot, tensors)),
         # Nothing is lost with a tensor that holds nothing: transformers writes shared experts of width 0.
         unexpected=tuple(n for n, info in tensors.items() if n not in slots and n not in ignored and info.numel),
         misshaped=tuple(name for name in tensors if name in slots and tensors[name].shape != slots[name].shape),
-        ignored=(*buffers, *modules),
+        ignored=(*buffers, *modules, *left_out),
     )
 
 
@@ -365,11 +376,16 @@ def _stated_modules(family: Family, values: Mapping[str, Any]) -> int:
 
 
 def _may_be_ignored(family: Family, config: ModelConfig) -> Callable[[str], bool]:
-    """Whether a tensor is a buffer, or in a layer behind those of `config`, where MTP modules are."""
+    """Whether a tensor is a buffer, left out, or in a layer behind those of `config`, where MTP modules are."""
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
     buffers = _buffers(family, layers)
     tables = [table for table in family.tables.values() if table.mtp]
-    return lambda name: name in buffers or any(_layer(table, name)[0] >= layers for table in tables)
+
+    def may_be_ignored(name: str) -> bool:
+        skipped = name in buffers or name.startswith(family.left_out)
+        return skipped or any(_layer(table, name)[0] >= layers for table in tables)
+
+    return may_be_ignored
 
 
 def _buffers(family: Family, layers: int) -> set[str]:
@@ -433,7 +449,7 @@ def _kinds(table: Table) -> set[str]:
             match entry:
                 case MXFP4():
                     found = (entry.name + "_blocks", entry.name + "_scales")
-                case Reordered():
+                case Reordered() | Row():
                     found = (entry.name,)
                 case str():
                     found = (entry,)

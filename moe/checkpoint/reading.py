@@ -229,6 +229,8 @@ def pieces(todo: Plan, *, keep: bool) -> Iterator[Piece]:
         slot = todo.slots.get(name)
         if slot is None or slot.repeat or (slot.scale_of is not None and not keep):
             continue
+        if slot.is_row:
+            info = replace(info, shape=info.shape[1:])
         scale = None if keep else scales.get(name)
         parameter = slot.parameter
         if scale is not None and slot.axes is not None:

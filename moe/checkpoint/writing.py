@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe.checkpoint.atomic import replacing
 from moe.checkpoint.carried import check_carried, read_carried, resolved, write_carried
-from moe.checkpoint.config_json import render_config
+from moe.checkpoint.config_json import as_written, render_config
 from moe.checkpoint.families import family_of
 from moe.checkpoint.folder import CONFIG
 from moe.checkpoint.layout import Slot, layout, with_scales
@@ -84,13 +84,15 @@ def _checked_state(model: Transformer, target: Path) -> tuple[dict[str, Tensor],
     """The model's tensors, and where they go in the files; refuses what a reader of the files would refuse."""
     state: dict[str, Tensor] = dict(model.state_dict())
     origin: Origin | None = model.origin
-    slots = {n: slot for n, slot in layout(model.config, origin and origin.table).items() if slot.written}
+    config = as_written(model.config, target)
+    family = family_of(config.model_type, target)
+    table = origin.table if origin is not None and origin.table in family.tables else next(iter(family.tables))
+    slots = {n: slot for n, slot in layout(config, table).items() if slot.written}
     if origin is not None:
         slots = {name: slot for name, slot in slots.items() if name not in origin.omitted}
         if origin.block_size is not None:
-            family = family_of(model.config.model_type, target)
             kept = [n for n, slot in slots.items() if state[slot.parameter].dtype == torch.float8_e4m3fn]
-            slots = with_scales(slots, family.tables[origin.table], origin.block_size, kept)
+            slots = with_scales(slots, family.tables[table], origin.block_size, kept)
     shapes = parameter_shapes(model.config) | {
         slot.parameter: tuple(state[slot.parameter].shape)
         for slot in slots.values()
@@ -133,7 +135,7 @@ def _config_values(
     named = str(dtype).removeprefix("torch.")
     if model.origin is None:  # transformers would have the ids of the released tokenizer
         values = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **values}
-    architecture = family_of(model.config.model_type, target).architecture
+    architecture = family_of(values["model_type"], target).architecture
     values = {**values, "architectures": [architecture], "dtype": named, "torch_dtype": named}
     if quantization:
         values["quantization_config"] = dict(quantization)

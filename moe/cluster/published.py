@@ -10,7 +10,6 @@ from moe.cluster.gpus import GPUS
 from moe.cluster.settings import Mesh, Rates, Run, Training
 from moe.cluster.stages import model_flops
 from moe.cluster.step import Step, step
-from moe.config import ModelConfig
 from moe.presets import PRESETS
 
 
@@ -35,25 +34,6 @@ class Published:
         flops = model_flops(self.run.config, self.run.training.sequence) * self.tokens
         return flops / (self.gpu_hours * 3600 * GPUS[self.gpu].bf16 * 1e12)
 
-
-# From its config.json; a family that this library does not load. It makes 142B parameters, 14B activated, as published.
-DOTS_LLM1 = ModelConfig(
-    model_type="dots1",
-    vocab_size=152064,
-    hidden_size=4096,
-    num_hidden_layers=62,
-    num_attention_heads=32,
-    num_key_value_heads=32,
-    head_dim=128,
-    qk_norm="head",
-    intermediate_size=10944,
-    moe_intermediate_size=1408,
-    n_routed_experts=128,
-    n_shared_experts=2,
-    num_experts_per_tok=6,
-    first_k_dense_replace=1,
-    topk_method="noaux_tc",
-)
 
 V3 = Published(
     "DeepSeek-V3",
@@ -91,7 +71,7 @@ OTHERS = (
     Published(
         "dots.llm1",
         Run(
-            DOTS_LLM1,
+            PRESETS["dots_llm1"],
             Mesh(gpus=1024, pp=16, ep=8),
             Training(sequence=8192, global_batch=8192),
             tokens=8192,

@@ -32,6 +32,7 @@ def route(
     group_score: GroupScore = "top2",
     norm_topk_prob: bool = True,
     routed_scaling_factor: float = 1.0,
+    norm_min: float = 0.0,
     tier: Tier = "auto",
 ) -> Routing:
     """Selects `top_k` of the E experts for each row of `logits` [T, E] (float32 or float64).
@@ -43,24 +44,25 @@ def route(
             of the best topk_group groups can be selected
         expert_ids = the first top_k in the order below
         weights = scores[expert_ids]                          # unbiased
-        if norm_topk_prob: weights /= sum(weights) + 1e-20
+        if norm_topk_prob: weights /= max(sum(weights), norm_min) + 1e-20
         weights *= routed_scaling_factor
 
     One total order decides, for experts and for groups, on every backend: value descending, index ascending among equal
     values, NaN after everything else (-inf included), again by index. So the ids of a row are distinct and in [0, E)
     whatever the logits are, and always in the selected groups. A NaN logit reaches only its own row: its weight, and by
-    the normalisation its row's weights if it is selected; with softmax the whole row.
+    the normalisation its row's weights if it is selected; with softmax the whole row. A sum that is NaN stays NaN.
 
     `weights` and `scores` carry gradients to `logits`, differentiable once (a second differentiation raises
     RuntimeError, except with tier="reference"); `correction_bias` gets none. T = 0 gives empty outputs. `tier` is as
     for `moe_mlp`.
 
     Raises TypeError for other dtypes and ValueError for settings that leave a token without top_k candidates:
-    top_k > topk_group * (E / n_group), E not divisible by n_group, topk_group > n_group.
+    top_k > topk_group * (E / n_group), E not divisible by n_group, topk_group > n_group; or for a negative norm_min.
 
-    Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 2.1.2; V2 (softmax, max): arXiv 2405.04434.
+    Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 2.1.2; V2 (softmax, max): arXiv 2405.04434;
+    norm_min: ERNIE 4.5's moe_norm_min.
     """
-    _check(logits, correction_bias, top_k, scoring_func, n_group, topk_group, group_score)
+    _check(logits, correction_bias, top_k, scoring_func, n_group, topk_group, group_score, norm_min)
     check_tier(tier)
     settings: dict[str, Any] = {
         "top_k": top_k,
@@ -70,6 +72,7 @@ def route(
         "group_score": group_score,
         "norm_topk_prob": norm_topk_prob,
         "routed_scaling_factor": routed_scaling_factor,
+        "norm_min": norm_min,
     }
     if tier == "reference":
         return route_reference(logits, correction_bias, **settings)
@@ -87,16 +90,17 @@ def route_reference(
     group_score: GroupScore = "top2",
     norm_topk_prob: bool = True,
     routed_scaling_factor: float = 1.0,
+    norm_min: float = 0.0,
 ) -> Routing:
     """The definition of `route`."""
-    _check(logits, correction_bias, top_k, scoring_func, n_group, topk_group, group_score)
+    _check(logits, correction_bias, top_k, scoring_func, n_group, topk_group, group_score, norm_min)
     scores = logits.sigmoid() if scoring_func == "sigmoid" else logits.softmax(dim=-1)
     with torch.no_grad():
         choice = scores if correction_bias is None else scores + correction_bias
         expert_ids = _select_by_sorting(choice, top_k, n_group, topk_group, group_score)
     weights = scores.gather(1, expert_ids)
     if norm_topk_prob:
-        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        weights = weights / (weights.sum(dim=-1, keepdim=True).clamp_min(norm_min) + 1e-20)
     return Routing(weights * routed_scaling_factor, expert_ids, scores.clone())
 
 
@@ -108,6 +112,7 @@ def _check(
     n_group: int,
     topk_group: int,
     group_score: str,
+    norm_min: float,
 ) -> None:
     if logits.dim() != 2:
         raise ValueError(f"logits: expected [T, E], got {tuple(logits.shape)}")
@@ -132,6 +137,8 @@ def _check(
         raise ValueError(
             f"top_k = {top_k}: expected 1 to {candidates}, the experts of {topk_group} in {n_group} groups"
         )
+    if not norm_min >= 0:
+        raise ValueError(f"norm_min = {norm_min}: expected a number from 0 up")
 
 
 def _group_scores(choice: Tensor, n_group: int, group_score: str) -> Tensor:
@@ -201,6 +208,7 @@ def _forward(
     group_score: str,
     norm_topk_prob: bool,
     routed_scaling_factor: float,
+    norm_min: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     scores = logits.sigmoid() if scoring_func == "sigmoid" else logits.softmax(dim=-1)
     choice = scores if correction_bias is None else scores + correction_bias
@@ -208,7 +216,7 @@ def _forward(
     expert_ids = select(choice, top_k, n_group, topk_group, group_score)
     weights = scores.gather(1, expert_ids)
     if norm_topk_prob:
-        weights /= weights.sum(dim=-1, keepdim=True) + 1e-20
+        weights /= weights.sum(dim=-1, keepdim=True).clamp_min_(norm_min) + 1e-20
     if routed_scaling_factor != 1.0:
         weights *= routed_scaling_factor
     return weights, expert_ids, scores
@@ -228,14 +236,17 @@ def _backward(
     scoring_func: str,
     norm_topk_prob: bool,
     routed_scaling_factor: float,
+    norm_min: float,
 ) -> Tensor:
     grad = scores.new_zeros(scores.shape) if grad_scores is None else grad_scores.clone()
     if grad_weights is not None:
         part = grad_weights * routed_scaling_factor
         if norm_topk_prob:
             selected = scores.gather(1, expert_ids)
-            total = selected.sum(dim=-1, keepdim=True) + 1e-20
-            part = (part - (part * (selected / total)).sum(dim=-1, keepdim=True)) / total
+            total = selected.sum(dim=-1, keepdim=True)
+            raised, total = total < norm_min, total.clamp_min(norm_min) + 1e-20
+            through_total = (part * (selected / total)).sum(dim=-1, keepdim=True)
+            part = (part - through_total.masked_fill(raised, 0)) / total
         grad.scatter_add_(1, expert_ids, part)  # the ids of a row are distinct, so nothing is added twice
     if scoring_func == "sigmoid":
         return grad.mul_(scores).mul_(1 - scores)
@@ -248,7 +259,8 @@ def _backward_fake(grad_weights: Tensor | None, grad_scores: Tensor | None, scor
 
 _ROUTE = define(
     "route(Tensor logits, Tensor? correction_bias, int top_k, str scoring_func, int n_group, int topk_group, "
-    "str group_score, bool norm_topk_prob, float routed_scaling_factor, str tier) -> (Tensor, Tensor, Tensor)",
+    "str group_score, bool norm_topk_prob, float routed_scaling_factor, float norm_min, str tier) "
+    "-> (Tensor, Tensor, Tensor)",
     page="routing",
     cpu=_forward,
     fake=_forward_fake,
@@ -256,7 +268,7 @@ _ROUTE = define(
 )
 _ROUTE_BACKWARD = define(
     "route_backward(Tensor? grad_weights, Tensor? grad_scores, Tensor scores, Tensor expert_ids, str scoring_func, "
-    "bool norm_topk_prob, float routed_scaling_factor, str tier) -> Tensor",
+    "bool norm_topk_prob, float routed_scaling_factor, float norm_min, str tier) -> Tensor",
     page="routing",
     cpu=_backward,
     fake=_backward_fake,
@@ -278,7 +290,7 @@ def _gradient(
     grad = None
     if ctx.needs_input_grad[0] and (grad_weights is not None or grad_scores is not None):
         grad = _ROUTE_BACKWARD(grad_weights, grad_scores, *saved, *ctx.settings)
-    return grad, *(None,) * 9
+    return grad, *(None,) * 10
 
 
 define_gradient(_ROUTE, _save, _gradient)
