@@ -333,6 +333,7 @@ def test_what_extra_says_of_a_field_gives_way() -> None:
 BAD_FILES = {
     "not JSON": (b"<!DOCTYPE html>", "not valid JSON"),
     "empty": (b"", "not valid JSON"),
+    "behind a byte order mark": (b"\xef\xbb\xbf{}", "not valid JSON; expected JSON in UTF-8; found a byte order mark"),
     "an array": (b"[]", "expected an object"),
     "NaN": (b'{"model_type": "deepseek_v3", "rms_norm_eps": NaN}', "NaN"),
     "key twice": (b'{"model_type": "deepseek_v3", "model_type": "deepseek_v2"}', "twice"),

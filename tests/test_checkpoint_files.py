@@ -285,6 +285,18 @@ def test_the_index_decides_which_files_count(tmp_path: Path, caplog: pytest.LogC
     )
 
 
+def test_without_an_index_model_safetensors_is_read_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """transformers opens nothing else. A copy beside it holds the same names; half a set of shards is no reason."""
+    write(tmp_path, encode(HEADER))
+    alone = read_tensors(tmp_path)
+    assert not caplog.messages
+    for name in ("model-backup.safetensors", "model-00001-of-00002.safetensors"):
+        write(tmp_path, encode(HEADER), name)
+    assert read_tensors(tmp_path) == alone
+    (warning,) = caplog.messages
+    assert warning.endswith("model.safetensors is read alone: ignored are model-00001-of-00002.safetensors and 1 more")
+
+
 def test_an_index_whose_files_are_gone_is_ignored_beside_the_file_of_all(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -18,6 +18,7 @@ A configuration maps key by key, by `keys`; what one key does not say alone has 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from moe.checkpoint.folder import CONFIG
@@ -900,10 +901,11 @@ FAMILIES = {
 
 
 def family_of(model_type: Any, path: Any) -> Family:
-    """The family, or a `CheckpointError` about `path` with the list of those there are."""
+    """The family, or a `CheckpointError` about `path`, a folder or its config.json, with the list of families."""
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         hint = did_you_mean(model_type, FAMILIES) if isinstance(model_type, str) else ""
         expected = f"one of {', '.join(FAMILIES)}{hint}"
-        raise CheckpointError(path, f"{CONFIG}: model_type", expected=expected, found=model_type)
+        where = path if Path(path).name == CONFIG else Path(path) / CONFIG
+        raise CheckpointError(where, "model_type", expected=expected, found=model_type)
     return family

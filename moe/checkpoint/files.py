@@ -83,6 +83,8 @@ def recognise(head: bytes) -> str | None:
     """What a file is that begins with `head` and is not what it should be, where its beginning says so."""
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
         return "a Git LFS pointer: the file itself was not downloaded (git lfs pull)"
+    if head.startswith(b"\xef\xbb\xbf{"):
+        return "a byte order mark before the text"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
         return "a web page: an error of the download, or a login"

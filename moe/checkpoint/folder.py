@@ -185,8 +185,9 @@ def read_tensors(
     """Every tensor of the folder, from headers alone, file by file; shard 2 comes before shard 10.
 
     With an index, the files that it lists hold exactly the tensors that it lists for them; other files are ignored, and
-    so are its metadata. Without one, all `model*.safetensors` count, and files that number themselves are all there. A
-    tensor in two files is refused. `max_header_bytes` is for each file's header.
+    so are its metadata. Without one, model.safetensors counts alone, as in transformers, or if it is missing, all
+    `model*.safetensors` do, and files that number themselves are all there. A tensor in two files is refused.
+    `max_header_bytes` is for each file's header.
 
     `optional` says of a tensor's name that nothing is lost without the tensor: the index and the files may disagree
     about it, and a file that cannot be read is ignored if the index lists no others for it.
@@ -197,7 +198,7 @@ def read_tensors(
     if listed and SINGLE in present and not any(os.path.lexists(folder / file) for file in set(listed.values())):
         logger.warning("%s is ignored: none of its files is there, and %s is", index, SINGLE)
         listed = None
-    names = present if listed is None else set(listed.values())
+    names = set(listed.values()) if listed is not None else {SINGLE} if SINGLE in present else present
     if not names:
         raise CheckpointError(folder, "no tensors", expected=f"{SINGLE}, or {INDEX}", found=_what_is_there(folder))
     if listed is None:
@@ -205,7 +206,7 @@ def read_tensors(
         _check_complete(folder, names)
     else:
         needed = {file for name, file in listed.items() if not optional(name)}
-        _warn_about_others(index, present - names)
+    _warn_about_others(folder / SINGLE if listed is None else index, present - names)
     for name in sorted(needed, key=by_number):
         if not os.path.lexists(folder / name):
             raise CheckpointError(folder / name, "No such file", expected=f"a file, because {INDEX} lists it")
@@ -236,13 +237,15 @@ def read_tensors(
     return tensors
 
 
-def _warn_about_others(index: Path, others: set[str]) -> None:
-    """`others` are files of weights beside an index that does not list them."""
+def _warn_about_others(chosen: Path, others: set[str]) -> None:
+    """`others` are files of weights beside an index that does not list them, or beside model.safetensors."""
     if others:
         first = SINGLE if SINGLE in others else min(others, key=by_number)
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         note = f"; transformers reads {SINGLE} instead of the index" if first == SINGLE else ""
-        logger.warning("%s does not list %s%s: ignored%s", index, first, more, note)
+        problem = "is read alone: ignored are" if chosen.name == SINGLE else "does not list"
+        end = "" if chosen.name == SINGLE else ": ignored"
+        logger.warning("%s %s %s%s%s%s", chosen, problem, first, more, end, note)
 
 
 def by_number(name: str) -> tuple[tuple[int, int | str], ...]:
