@@ -489,6 +489,11 @@ def test_folders_are_not_overwritten_or_resumed_by_accident(
         assert error.count("\n") == 1 and expected in error
     (out / "mark").touch()
     assert main([*argv, "--resume"]) == 0 and (out / "mark").exists()
+    before = sorted(path.relative_to(out) for path in out.rglob("*"))
+    for wrong in (("--data", str(tmp_path / "none")), ("--tokenizer", str(tmp_path / "none.json"))):
+        assert main([*argv, *wrong, "--overwrite"]) == 2  # the run that was there is still there
+        assert sorted(path.relative_to(out) for path in out.rglob("*")) == before
+        assert not list(out.parent.glob(".run.*ritten"))
     assert main([*argv, "--overwrite"]) == 0 and not (out / "mark").exists()
     capsys.readouterr()
 

@@ -77,6 +77,7 @@ def train(
     """
     started = time.perf_counter()
     first = mesh is None or dist.get_rank() == 0
+    overwritten = _overwritten(folder)
     with (
         deterministic(),
         _stop_signals(console, once_more_kills=mesh is None) as stopped,
@@ -93,10 +94,14 @@ def train(
                     _dataset(folder, settings)
             with _agreed(mesh):
                 trainer = _trainer(folder, settings, mesh)
-        except ConfigError:
+        except BaseException:
             if first and not resume:
                 shutil.rmtree(folder)  # nothing was done there yet, and the next attempt needs the name
+                if overwritten.exists():
+                    os.replace(overwritten, folder)
             raise
+        if first and overwritten.exists():
+            shutil.rmtree(overwritten)
         facts = trainer.dataset.facts
         _say(
             console,
@@ -350,9 +355,16 @@ def _open_folder(folder: Path, settings: Settings, *, resume: bool, overwrite: b
             raise ConfigError("--out", str(folder), "a new or empty folder, or that of an earlier run")
         if not overwrite:
             raise ConfigError("--out", str(folder), "a new folder, or --resume to go on, or --overwrite to begin again")
-        shutil.rmtree(folder)
+        if _overwritten(folder).exists():
+            shutil.rmtree(_overwritten(folder))
+        os.replace(folder, _overwritten(folder))
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(file, deciding)
+
+
+def _overwritten(folder: Path) -> Path:
+    """Where a run that --overwrite replaces is kept until the new one is ready to begin."""
+    return folder.with_name(f".{folder.name}.overwritten")
 
 
 def _is_settings(file: Path) -> bool:
