@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -182,6 +183,13 @@ def test_inspect_reads_headers_from_the_hub_and_plan_only_config(cache: Path, ca
 
     monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", metadata)
     assert json.loads(run(capsys, "inspect", "org/model", "--json")[1]) == whole
+
+    wrong: list[tuple[Any, ...]] = [("\x1b[2J", "BF16", [2], (0, 4)), ("a", "\x1b[2J", [2], (0, 4))]
+    for key, *entry in [*wrong, ("a", "BF16", [-2], (0, 4)), ("a", "BF16", [3], (0, 4)), ("a", "BF16", [2], (4, 0))]:
+        parsed = {"model.safetensors": utils.SafetensorsFileMetadata({}, {key: utils.TensorInfo(*entry)})}
+        found = utils.SafetensorsRepoMetadata(None, False, {key: "model.safetensors"}, parsed)
+        monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", mock.Mock(return_value=found))
+        assert "\x1b" not in fails_in_one_line(capsys, "inspect", "org/model")
 
 
 def test_what_is_here_comes_first(cache: Path, saved: dict[str, Path], capsys: Any) -> None:

@@ -197,7 +197,7 @@ def _skip_metadata(scan: Scanner) -> None:
 
 
 def check_name(name: str, path: Path) -> None:
-    """Raise `CheckpointError` about `path` for what is no name of a tensor."""
+    """Raise `CheckpointError` about `path` if `name` is not a valid tensor name."""
     length = len(name.encode("utf-8"))
     if not name or length > MAX_NAME_BYTES or not name.isprintable():
         found = "an empty name" if not name else f"{length} bytes" if name.isprintable() else repr(name[:80])
@@ -222,13 +222,21 @@ _PLAIN = re.compile(
 
 
 def _tensor(name: str, scan: Scanner, start: int) -> TensorInfo:
-    def fail(problem: str, expected: Any, found: Any) -> CheckpointError:
-        return CheckpointError(scan.path, problem, tensor=name, expected=expected, found=repr(found)[:200])
-
     try:
         entry = scan.value()
     except CheckpointError as error:
-        raise fail(f"entry: {error.__cause__}", "dtype, shape and data_offsets", scan.rest()) from error
+        problem, found = f"entry: {error.__cause__}", repr(scan.rest())[:200]
+        expected = "dtype, shape and data_offsets"
+        raise CheckpointError(scan.path, problem, tensor=name, expected=expected, found=found) from error
+    return parse_entry(name, entry, scan.path, start)
+
+
+def parse_entry(name: str, entry: Any, path: Path, start: int) -> TensorInfo:
+    """The entry of a tensor in the header of `path`, whose data begin at byte `start`; raises for what it cannot be."""
+
+    def fail(problem: str, expected: Any, found: Any) -> CheckpointError:
+        return CheckpointError(path, problem, tensor=name, expected=expected, found=repr(found)[:200])
+
     if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
         raise fail("entry", "dtype, shape and data_offsets", entry)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -242,7 +250,7 @@ def _tensor(name: str, scan: Scanner, start: int) -> TensorInfo:
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if 8 * (end - begin) != bits:
         raise fail("data_offsets", f"{-(-bits // 8)} bytes for {dtype} {shape}", end - begin)
-    return TensorInfo(name, scan.path, dtype, tuple(shape), start + begin, end - begin)
+    return TensorInfo(name, path, dtype, tuple(shape), start + begin, end - begin)
 
 
 def _is_sizes(value: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from moe.checkpoint.carried import PATTERNS
 from moe.checkpoint.folder import CONFIG, INDEX, SINGLE, has_weights, locate, neighbour, previous_folder
-from moe.checkpoint.header import TensorInfo
+from moe.checkpoint.header import TensorInfo, check_name, parse_entry
 from moe.checkpoint.quantization import QUANTIZATION_FILES
 from moe.errors import CheckpointError, ConfigError
 
@@ -25,10 +25,12 @@ def find(folder: str | PathLike[str], revision: str | None = None, *, files: Seq
 
     A name can have a revision (branch, tag or commit), as "org/model@revision" or in `revision`. `files` are the names
     and patterns that are downloaded, by default those that a load reads or that travel with the model. Where the Hub
-    cannot be reached, its cache has to do.
+    cannot be reached, the local cache is used.
 
     Raises `CheckpointError` if there is neither; it says whether the Hub was asked, and what it answered.
     """
+    if not str(folder):
+        raise CheckpointError("''", "not a folder", expected="the name of a folder")
     named = _parse(folder, revision)
     if named is None:
         return locate(folder, revision)
@@ -57,8 +59,9 @@ def find_headers(folder: str | PathLike[str], revision: str | None = None) -> tu
     tensors = {}
     for file, metadata in found.files_metadata.items():
         for tensor, info in metadata.tensors.items():
-            begin, end = info.data_offsets
-            tensors[tensor] = TensorInfo(tensor, path / file, info.dtype, tuple(info.shape), begin, end - begin)
+            check_name(tensor, path / file)
+            entry = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
+            tensors[tensor] = parse_entry(tensor, entry, path / file, 0)
     return path, tensors
 
 

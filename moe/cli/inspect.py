@@ -172,7 +172,7 @@ def _print_stored(console: Console, stored: CheckpointSummary) -> None:
     title = f"{stored.folder}: {stored.model_type}, {stored.files} file{'s' if stored.files > 1 else ''}"
     files = _table(_shown(title), "dtype", "tensors", "values", "bytes")
     for name, totals in stored.dtypes.items():
-        files.add_row(name, f"{totals.tensors:,}", f"{totals.values:,}", f"{totals.bytes:,}")
+        files.add_row(_shown(name), f"{totals.tensors:,}", f"{totals.values:,}", f"{totals.bytes:,}")
     files.add_row("total", f"{stored.tensors:,}", f"{stored.values:,}", f"{stored.bytes:,}")
     console.print(files)
     if stored.quantization is not None:
@@ -182,9 +182,10 @@ def _print_stored(console: Console, stored: CheckpointSummary) -> None:
         hint = did_you_mean(stored.model_type, FAMILIES)
         console.print(f"{_shown(stored.model_type)} is not a family that can be loaded{hint}")
     elif stored.agrees:
-        console.print("The files hold exactly the tensors that the configuration asks for.")
+        apart = "Apart from ignored tensors, the" if stored.ignored else "The"
+        console.print(f"{apart} files hold exactly the tensors that the configuration asks for.")
     for problem in ("missing", "unexpected", "misshaped", "unscaled", "ignored"):
         names = getattr(stored, problem)
         if names:
             more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
-            console.print(f"{problem}: {', '.join(names[:3])}{more}", markup=False)
+            console.print(f"{problem}: {', '.join(map(_shown, names[:3]))}{more}")
