@@ -176,7 +176,7 @@ def test_mxfp4(tmp_path: Path) -> None:
         ({"max_shard_bytes": 0}, "max_shard_bytes = 0: expected a positive number"),
         ({"block_size": (0, 16), "dtype": "fp8"}, "block_size = .0, 16.: expected two numbers from 1 to 65536"),
         ({"scale_fmt": "ue8m0"}, "scale_fmt = 'ue8m0': expected none without dtype fp8"),
-        ({"table": "stacked", "dtype": "fp8"}, "the layout stacked has no place for experts in FP8"),
+        ({"table": "stacked", "dtype": "fp8"}, "the layout stacked cannot hold experts in FP8"),
         ({"table": "deepseek", "mtp": True}, "mtp = True: expected false: the layout deepseek has no names"),
     ],
 )

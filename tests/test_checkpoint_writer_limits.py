@@ -15,7 +15,7 @@ from moe import CheckpointError, ConfigError
 from moe.checkpoint import header, read_summary, save, shards
 from moe.checkpoint.convert import convert, cut
 from moe.checkpoint.families import family_of
-from moe.checkpoint.folder import MAX_CONFIG_BYTES, read_tensors
+from moe.checkpoint.folder import MAX_CONFIG_BYTES, MAX_CONFIG_VALUES, read_tensors
 from moe.checkpoint.header import read_header
 from moe.checkpoint.layout import fp8_names, layout, with_scales
 from moe.checkpoint.manifest import MANIFEST, record_bytes, verify
@@ -152,6 +152,14 @@ def test_a_config_that_a_reader_refuses(extra: Any, message: str, tmp_path: Path
     with pytest.raises(CheckpointError, match=message):
         model.save(tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_config_of_more_values_than_a_reader_takes(tmp_path: Path) -> None:
+    model = build(V3)
+    model.config = dataclasses.replace(V3, extra={"x": [0] * (MAX_CONFIG_VALUES + 1)})
+    with pytest.raises(CheckpointError, match=r"config\.json: too many values"):
+        model.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_config_that_is_small_without_line_breaks(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,24 @@ def test_what_is_there_is_not_replaced(capsys, saved, tmp_path, monkeypatch, wri
     with pytest.raises(CheckpointError, match="exists and is not empty"):
         cut(saved, out, layers=[0], experts=[0, 3, 6, 9]) if command == "cut" else convert(saved, out)
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_the_source_stays_as_it_is(capsys, saved, tmp_path, writer) -> None:
+    command, options = WRITERS[writer]
+    source = shutil.copytree(saved, tmp_path / "source")
+    before = contents(source)
+    inside = fails_in_one_line(capsys, command, str(source), "--out", str(source / "new"), *options)
+    assert "new: inside the source, which is only read; expected a folder outside it" in inside
+    assert "not a folder; expected the name of a folder" in fails_in_one_line(
+        capsys, command, str(source), "--out", "", *options
+    )
+    assert "not a folder" in fails_in_one_line(capsys, command, "", "--out", str(tmp_path / "a"), *options)
+    few = fails_in_one_line(
+        capsys, command, str(source), "--out", str(tmp_path / "a"), *options, "--max-shard-size", "5"
+    )
+    assert "--max-shard-size = '5': expected at least 1000 bytes: 5GB" in few
+    assert contents(source) == before
 
 
 @pytest.mark.parametrize("writer", WRITERS)

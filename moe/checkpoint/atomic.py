@@ -78,6 +78,8 @@ def replacing(folder: str | PathLike[str], manifest: Manifest, *, overwrite: boo
 
 def check_target(folder: str | PathLike[str], *, overwrite: bool) -> None:
     """Raise the `CheckpointError` with which `replacing` would refuse `folder` as it is now."""
+    if not str(folder):
+        raise CheckpointError("''", "not a folder", expected="the name of a folder to write")
     target = Path(os.path.realpath(folder))
     try:
         if target.is_mount():

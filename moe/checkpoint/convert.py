@@ -81,8 +81,6 @@ def convert(
 
     Raises CheckpointError for a source that `moe.load` would refuse, and for what the result cannot express.
     """
-    if max_shard_bytes < 1:
-        raise ConfigError("max_shard_bytes", max_shard_bytes, "a positive number")
     if not 1 <= min(block_size) <= max(block_size) <= MAX_BLOCK:
         raise ConfigError("block_size", block_size, f"two numbers from 1 to {MAX_BLOCK}")
     kind = None if dtype is None else parse_dtype(dtype, "dtype", tuple(SAFETENSORS))
@@ -250,8 +248,11 @@ def _plan(
         raise CheckpointError(target, same, expected="another folder")
     check_target(target, overwrite=overwrite)
     folder = find(source, revision)
-    if os.path.realpath(folder) == os.path.realpath(target):  # a name of a folder elsewhere
+    real = Path(os.path.realpath(folder))
+    if real == Path(os.path.realpath(target)):  # a name of a folder elsewhere
         raise CheckpointError(target, same, expected="another folder")
+    if Path(os.path.realpath(target)).is_relative_to(real):
+        raise CheckpointError(target, "inside the source, which is only read", expected="a folder outside it")
     return plan(folder, mtp=mtp)
 
 
@@ -385,10 +386,10 @@ class _Result:
         quantization = todo.quantization
         stacked = any(".mlp.experts." in slot.parameter and not slot.index for slot in slots.values())
         if stacked and self.dtype == "fp8":
-            raise ConfigError("dtype", "fp8", f"another: the layout {self.table} has no place for experts in FP8")
+            raise ConfigError("dtype", "fp8", f"bf16, fp16 or fp32: the layout {self.table} cannot hold experts in FP8")
         if stacked and self.dtype is None and quantization is not None and self.table != todo.table:
             raise ConfigError(
-                "dtype", None, f"one for the layout {self.table}, which has no place for quantised experts"
+                "dtype", None, f"a dtype such as bf16: the layout {self.table} cannot hold quantised experts"
             )
         if self.dtype == "fp8":
             slots = with_scales(slots, self.names, self.block_size, fp8_names(slots))

@@ -13,13 +13,21 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from moe.checkpoint.folder import INDEX, MANIFEST, MAX_CONFIG_BYTES, MAX_INDEX_BYTES, MAX_INDEX_TENSORS, SINGLE
+from moe.checkpoint.folder import (
+    INDEX,
+    MANIFEST,
+    MAX_CONFIG_BYTES,
+    MAX_CONFIG_VALUES,
+    MAX_INDEX_BYTES,
+    MAX_INDEX_TENSORS,
+    SINGLE,
+)
 from moe.checkpoint.header import DTYPE_BITS, MAX_HEADER_BYTES, MAX_TENSORS, check_name
 from moe.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest, record_bytes
 from moe.checkpoint.quantization import check_quantization
 from moe.checkpoint.reading import STORED
-from moe.checkpoint.strict_json import parse_json
-from moe.errors import CheckpointError
+from moe.checkpoint.strict_json import parse_as_python, parse_json
+from moe.errors import CheckpointError, ConfigError
 
 _NAMES = {dtype: name for name, dtype in STORED.items()}
 _CHUNK = 64 * 2**20
@@ -51,8 +59,11 @@ def divide(
     A shard also ends where a reader would refuse a larger header. `max_shard_bytes` None makes one file, whatever it
     holds. A single file is called `single`.
 
-    Raises `CheckpointError` about `target` if a reader would refuse the files, their index or their manifest.
+    Raises `CheckpointError` about `target` if a reader would refuse the files, their index or their manifest, and
+    `ConfigError` if `max_shard_bytes` is not positive.
     """
+    if max_shard_bytes is not None and max_shard_bytes < 1:
+        raise ConfigError("max_shard_bytes", max_shard_bytes, "a positive number")
     whole = [list(entries)]
     shards = [_aligned(shard) for shard in (whole if max_shard_bytes is None else _shards(entries, max_shard_bytes))]
     files = dict(zip([single] if len(shards) == 1 else _names_of(len(shards)), shards, strict=True))
@@ -137,6 +148,7 @@ def config_bytes(values: Mapping[str, Any], path: Path) -> bytes:
         expected = f"at most {MAX_CONFIG_BYTES} bytes"
         raise CheckpointError(path, "extra: more than can be read", expected=expected, found=len(content))
     parse_json(content, path)
+    parse_as_python(content, path, max_values=MAX_CONFIG_VALUES)
     check_quantization(values, path)
     return content
 

@@ -58,8 +58,6 @@ def save_through(
 
     Of the parameter itself only shape and dtype are used; of correction biases the values, too.
     """
-    if max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes = {max_shard_bytes}: expected a positive number")
     target = Path(os.path.realpath(folder))
     values = render_config(model.config, target / CONFIG)
     state, slots = _checked_state(model, target)

@@ -44,7 +44,7 @@ class Args:
 
 
 def run(args: Args) -> int:
-    limit = parse_size(args.max_shard_size, "--max-shard-size")
+    limit = parse_size(args.max_shard_size, "--max-shard-size", least=1000)
     dtype = None if args.dtype is None else read_dtype(args.dtype, DTYPES)
     if args.block_size is not None and dtype != "fp8":
         raise ConfigError("--block-size", args.block_size, "none without --dtype fp8")

@@ -40,7 +40,7 @@ class Args:
 
 def run(args: Args) -> int:
     layers, experts = parse_ranges(args.layers, "--layers"), parse_ranges(args.experts, "--experts")
-    limit = parse_size(args.max_shard_size, "--max-shard-size")
+    limit = parse_size(args.max_shard_size, "--max-shard-size", least=1000)
     from moe.checkpoint.convert import cut
 
     receipt = cut(
