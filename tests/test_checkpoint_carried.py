@@ -204,6 +204,18 @@ def test_a_reference_to_nothing_goes_with_one_warning(
         assert part in record.getMessage()
 
 
+def test_files_named_in_json_that_python_alone_reads(released: Path, tmp_path: Path) -> None:
+    """transformers reads tokenizer_config.json with Python's parser: NaN is a number, the last of two values counts."""
+    path = released / "tokenizer_config.json"
+    path.write_text(path.read_text()[:-1] + ', "model_max_length": NaN, "unk_token": "a", "unk_token": null}')
+    moe.load(released).save(tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").glob("*.py")} == {n for n in FILES if n.endswith(".py")}
+    assert (tmp_path / "out" / "tiny.tiktoken").exists()
+    (released / "alphabet.py").unlink()
+    moe.load(released).save(tmp_path / "without")
+    assert "auto_map" not in json.loads((tmp_path / "without" / "tokenizer_config.json").read_text())
+
+
 def test_a_model_that_was_made_without_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = build(V3)
     model.config = moe.ModelConfig.from_dict(V3.to_dict() | {"extra": {"auto_map": MAP, "bos_token_id": 1}})

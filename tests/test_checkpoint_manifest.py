@@ -180,6 +180,14 @@ NORM = "model.norm.weight"
 CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config": (edit_config, r"^config\.json: bytes changed since it was saved; expected sha256 .*; found "),
     "tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), r"^tokenizer\.json: bytes changed"),
+    "quantisation added": (lambda f: (f / "hf_quant_config.json").write_text("{}"), r"^hf_quant_config\.json: "),
+    "template added": (
+        lambda f: (
+            (f / "additional_chat_templates").mkdir(),
+            (f / "additional_chat_templates" / "a.jinja").write_text("a"),
+        ),
+        r"^additional_chat_templates/a\.jinja: ",
+    ),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), r"^tokenizer\.json: missing"),
     "no shard": (lambda f: (f / SHARDS[1]).unlink(), rf"^{SHARDS[1]}: missing$"),
     "one byte short": (

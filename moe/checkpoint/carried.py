@@ -12,9 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from moe.checkpoint.files import read_bounded
-from moe.checkpoint.folder import CONFIG, INDEX, MANIFEST, MAX_FILE_NAME_BYTES, RECEIPT, member, read_config_values
+from moe.checkpoint.folder import (
+    CONFIG,
+    INDEX,
+    MANIFEST,
+    MAX_CONFIG_VALUES,
+    MAX_FILE_NAME_BYTES,
+    RECEIPT,
+    member,
+    read_config_values,
+)
 from moe.checkpoint.quantization import QUANTIZATION_FILES
-from moe.checkpoint.strict_json import parse_json
+from moe.checkpoint.strict_json import parse_as_python, settled
 from moe.errors import CheckpointError, one_line
 
 logger = logging.getLogger("moe")
@@ -79,14 +88,15 @@ def read_carried(folder: Path) -> dict[str, bytes]:
         config = read_config_values(folder)
     except CheckpointError:  # a folder of tokenizer files, or a broken checkpoint that a save replaces
         config = {}
-    files = _reach(config, [*CARRIED, *_templates(folder)], read)
+    files = _reach(config, [*CARRIED, *templates(folder)], read)
     if len(files) > MAX_CARRIED_FILES:
         expected = f"at most {MAX_CARRIED_FILES}"
         raise CheckpointError(folder, "files that travel with the model", expected=expected, found=len(files))
     return files
 
 
-def _templates(folder: Path) -> list[str]:
+def templates(folder: Path) -> list[str]:
+    """Names of the additional chat templates in `folder`."""
     path = member(folder, TEMPLATES)
     if not os.path.isdir(path):
         return []
@@ -215,9 +225,9 @@ def _file_of(reference: Any) -> str | None:
 
 
 def _object(content: bytes | None) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is none."""
+    """The object in a JSON file, as Python reads it; empty if there is none."""
     try:
-        values = parse_json(content or b"{}", Path())
+        values = settled(parse_as_python(content or b"{}", Path(), max_values=MAX_CONFIG_VALUES))
     except CheckpointError:
         return {}
     return values if isinstance(values, dict) else {}

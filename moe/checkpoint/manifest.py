@@ -21,10 +21,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
-from moe.checkpoint.carried import CARRIED, is_template
+from moe.checkpoint.carried import CARRIED, is_template, templates
 from moe.checkpoint.files import read_bounded
 from moe.checkpoint.folder import CONFIG, INDEX, MANIFEST, locate
 from moe.checkpoint.header import TensorInfo, read_header
+from moe.checkpoint.quantization import QUANTIZATION_FILES
 from moe.checkpoint.strict_json import parse_json
 from moe.errors import CheckpointError
 
@@ -155,7 +156,7 @@ class _Check:
         self.headers = {entry["sha256"]: file for file, entry in files.items() if "tensors" in entry}
         self.unread: set[str] = set()  # files without a header that could be read: reported once, not per tensor
         weights = {name for name, entry in files.items() if "tensors" in entry}
-        for name in sorted({*files, CONFIG, INDEX, *CARRIED} - weights):
+        for name in sorted({*files, CONFIG, INDEX, *CARRIED, *QUANTIZATION_FILES, *templates(folder)} - weights):
             self._file(name)
         seen: dict[str, TensorInfo] = {}
         for name in sorted(weights | {path.name for path in folder.glob(f"model*{_WEIGHTS}")}):
@@ -244,7 +245,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _is_entry(name: str, entry: Any) -> bool:
-    """A forger can seal a manifest, too."""
+    """A manifest may be forged, so every entry is validated."""
     tensors = entry.get("tensors", {}) if isinstance(entry, dict) else None
     return (
         (not set(name) & set("/\\\0") or is_template(name))
