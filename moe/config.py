@@ -240,10 +240,10 @@ class ModelConfig:
     def family_problems(self) -> tuple[str, ...]:
         """Why checkpoint files of `model_type` cannot express this config, one line for each reason; empty if they can.
 
-        Every valid config builds and trains. A save refuses one whose files would lack something, or would mean
-        something else in transformers, vLLM, SGLang or llama.cpp. Fields without effect are no reason.
+        Every valid config builds and trains. A save refuses a config whose files would lack something, or would mean
+        something else in transformers, vLLM, SGLang or llama.cpp. Fields without effect are ignored.
         """
-        from moe.checkpoint.config_json import family_problems  # stands above this module: only when it is called
+        from moe.checkpoint.config_json import family_problems  # a higher layer, so imported only when called
 
         return family_problems(self)
 

@@ -23,7 +23,7 @@ def one_line(value: Any, limit: int = 300) -> str:
 
 
 def nearest(name: Any, known: Iterable[str]) -> str | None:
-    """The one of `known` that `name` is probably a misspelling of. Case, "-" and "_" make no difference."""
+    """Return the closest match to `name` in `known`, or None; ignores case, "-" and "_"."""
     folded = {each.lower().replace("-", "_"): each for each in known}
     near = difflib.get_close_matches(str(name)[:200].lower().replace("-", "_"), folded, n=1)
     return folded[near[0]] if near else None

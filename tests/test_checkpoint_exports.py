@@ -208,6 +208,11 @@ WITHOUT_EFFECT: list[tuple[str, dict[str, Any]]] = [
         for model_type in (*MLA, "glm4_moe")
         for name, value in (("scoring_func", "softmax"), ("scoring_func", "sigmoid"), ("router_bias", True))
     ),
+    *(
+        ("deepseek_v3", {"first_k_dense_replace": 4, "moe_norm_min": x, "num_nextn_predict_layers": 0})
+        for x in (0.0, 0.5)
+    ),
+    ("olmoe", {"norm_topk_prob": False, "moe_norm_min": 0.5}),
     ("deepseek_v3", {"rope_parameters": RopeParameters(mscale=0.4, attention_factor=2.0, truncate=False)}),
 ]
 

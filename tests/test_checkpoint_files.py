@@ -275,13 +275,13 @@ def test_the_index_decides_which_files_count(tmp_path: Path, caplog: pytest.LogC
         write(tmp_path, b"no weights", name)
     assert sorted(read_tensors(tmp_path)) == ["a", "b", "c"]
     (warning,) = caplog.messages
-    assert warning.endswith("index.json does not list model-9.safetensors and 1 more: ignored")
+    assert warning.endswith("index.json does not list some files, which are ignored: model-9.safetensors and 1 more")
     caplog.clear()
     write(tmp_path, encode(HEADER))
     assert sorted(read_tensors(tmp_path)) == ["a", "b", "c"]
     (warning,) = caplog.messages
     assert warning.endswith(
-        "does not list model.safetensors and 2 more: ignored; transformers reads model.safetensors instead of the index"
+        "are ignored: model.safetensors and 2 more; transformers reads model.safetensors instead of the index"
     )
 
 
@@ -294,7 +294,7 @@ def test_without_an_index_model_safetensors_is_read_alone(tmp_path: Path, caplog
         write(tmp_path, encode(HEADER), name)
     assert read_tensors(tmp_path) == alone
     (warning,) = caplog.messages
-    assert warning.endswith("model.safetensors is read alone: ignored are model-00001-of-00002.safetensors and 1 more")
+    assert warning.endswith("other weight files are ignored: model-00001-of-00002.safetensors and 1 more")
 
 
 def test_an_index_whose_files_are_gone_is_ignored_beside_the_file_of_all(

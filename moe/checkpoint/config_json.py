@@ -44,7 +44,7 @@ def parse_config(values: Mapping[str, Any], path: Path) -> ModelConfig:
     """
     values = _language_model(values, path)
     family = family_of(values["model_type"], path)
-    read = {*_keys_read(family), "quantization_config"}
+    read = {*_keys_read(family), "quantization_config", "compression_config"}
     for key, value in values.items():
         if key in read and (found := doubt(value)) is not None:
             raise CheckpointError(path, key, expected="one value, and finite numbers", found=found)
@@ -69,9 +69,9 @@ def _language_model(values: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     inner = values.get(family.text)
     if not isinstance(inner, dict):
         raise CheckpointError(path, family.text, expected="an object", found=repr(inner)[:80])
-    if inner.get("model_type") not in (None, "deepseek_v3", "kimi_k2"):
-        problem = f"{family.text}.model_type"
-        raise CheckpointError(path, problem, expected="deepseek_v3 or kimi_k2", found=repr(inner["model_type"])[:80])
+    if inner.get("model_type") not in (None, *family.text_types):
+        problem, expected = f"{family.text}.model_type", " or ".join(family.text_types)
+        raise CheckpointError(path, problem, expected=expected, found=repr(inner["model_type"])[:80])
     outside = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
     return {**inner, **{key: values[key] for key in outside if key in values}, "model_type": family.model_type}
 
@@ -145,10 +145,10 @@ def family_problems(config: ModelConfig) -> tuple[str, ...]:
 
 def _problems(config: ModelConfig, family: Family, path: Path) -> Iterator[CheckpointError]:
     """What the family's files cannot express, and what some engine would not read in them."""
-    settled = _settled(config, family)
+    plain = _settled(config, family)
     for rule in family.rules:
-        if not rule.holds(settled):
-            found = setting(settled, rule.field)
+        if not rule.holds(plain):
+            found = setting(plain, rule.field)
             yield CheckpointError(path, f"{rule.field}: {rule.reason}", expected=rule.expected, found=str(found))
     try:
         back = _canonical(_understand(_render(config), path))
@@ -159,7 +159,7 @@ def _problems(config: ModelConfig, family: Family, path: Path) -> Iterator[Check
     for f in dataclasses.fields(ModelConfig):
         mine, there = getattr(wanted, f.name), getattr(back, f.name)
         if mine != there:
-            name = f.name if f.name != "mlp_only_layers" else _name_of_dense_layers(settled, family)
+            name = f.name if f.name != "mlp_only_layers" else _name_of_dense_layers(plain, family)
             problem = f"{name}: {config.model_type} cannot express it"
             yield CheckpointError(path, problem, expected=str(there), found=str(mine))
 
@@ -214,6 +214,8 @@ def _settled(config: ModelConfig, family: Family) -> ModelConfig:
         count, rest = divmod(config.shared_width, config.moe_intermediate_size)
         if "shared_expert_intermediate_size" not in family.keys and not rest and count <= 1024:
             changes |= {"n_shared_experts": count, "shared_expert_intermediate_size": None}
+    if not config.norm_topk_prob:
+        changes["moe_norm_min"] = _usual("moe_norm_min", config, family)
     if len(dense) == layers and not config.num_nextn_predict_layers:
         changes |= {name: _usual(name, config, family) for name in _OF_EXPERTS}
         if changes["topk_method"] != config.topk_method:
@@ -221,10 +223,11 @@ def _settled(config: ModelConfig, family: Family) -> ModelConfig:
     return dataclasses.replace(config, **changes)
 
 
-# Fields that say nothing in a model without experts.
+# Fields that have no effect in a model without experts.
 _OF_EXPERTS = (
     *("scoring_func", "topk_method", "norm_topk_prob", "routed_scaling_factor", "router_bias", "expert_bias"),
     *("swiglu_limit", "swiglu_alpha", "swiglu_beta", "aux_loss_alpha", "router_z_loss_coef"),
+    "moe_norm_min",
 )
 
 

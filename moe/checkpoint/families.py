@@ -106,13 +106,13 @@ ROPE_BUFFERS = tuple(
 
 @dataclass(frozen=True)
 class Rule:
-    """A setting with which vLLM, SGLang and llama.cpp compute what transformers does; others make a save fail.
+    """A constraint on a field. If it does not hold, an engine silently computes something else, so a save raises.
 
     Attributes:
-        field: of `ModelConfig`, or "rope_parameters.NAME".
-        holds: whether they all do.
-        expected: the values with which they do.
-        reason: which engine does what otherwise, without an error.
+        field: name in `ModelConfig`, or "rope_parameters.NAME".
+        holds: whether a config satisfies the constraint.
+        expected: the values that satisfy it.
+        reason: which engine does what with other values.
     """
 
     field: str
@@ -131,10 +131,10 @@ class Family:
         keys: fields of `ModelConfig` -> their keys in config.json; of several, the first is written and any is read.
         required: fields that a file must give and that are not null.
         absent: fields -> value where the file does not give them, which is what transformers assumes.
-        implied: fields that no key tells -> their value in this family.
+        implied: fields without a key -> their value in this family.
         allowed: fields -> the values that can be read: with others, the family's own code and transformers compute
             different functions.
-        rules: what a save requires besides. Reading does not: transformers computes as the file says.
+        rules: constraints on what is saved. Reading has none of them: transformers computes as the file says.
         fixed: keys that no field holds -> the values that leave the model's function as it is; the first is
             written, unless it is None.
         own: keys that are written as the model has them, or not at all, however the file spelled them, because engines
@@ -150,7 +150,8 @@ class Family:
         left_out: beginnings of the names of tensors that files hold and the model does not have, such as a vision
             tower's. They are not read.
         left_out_keys: keys of config.json that are true of these parts alone. They are not kept.
-        text: the key of config.json that holds the language model's object, if the whole is more than that.
+        text: key of config.json that holds the language model's object, if the whole is more than that.
+        text_types: values that model_type can have in that object.
         written_as: the family whose files a save writes, if not this one.
     """
 
@@ -173,6 +174,7 @@ class Family:
     left_out: tuple[str, ...] = ()
     left_out_keys: tuple[str, ...] = ()
     text: str | None = None
+    text_types: tuple[str, ...] = ()
     written_as: str | None = None
 
     def keys_of(self, name: str) -> tuple[str, ...]:
@@ -481,6 +483,7 @@ KIMI_K25 = replace(
     left_out=("vision_tower.", "mm_projector.", "model.mm_projector."),
     left_out_keys=("auto_map",),
     text="text_config",
+    text_types=("deepseek_v3", "kimi_k2"),
     written_as="deepseek_v3",
     buffers=tuple("language_model." + name for name in ROPE_BUFFERS),
 )

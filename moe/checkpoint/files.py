@@ -1,4 +1,4 @@
-"""Opening what a stranger calls a file: never waiting, never more than asked for, and saying what it really is."""
+"""Bounded, non-blocking reads of untrusted files, which are recognised by their content."""
 
 import os
 import stat

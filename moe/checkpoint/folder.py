@@ -75,7 +75,7 @@ def locate(folder: str | PathLike[str], revision: str | None = None) -> Path:
 
 
 def _is_there(path: Path) -> bool:
-    """Raises what `os.path.lexists` does not: that the system does not let us look."""
+    """Like `os.path.lexists`, but raises OSError if the path cannot be examined."""
     try:
         os.lstat(path)
     except FileNotFoundError:
@@ -243,9 +243,8 @@ def _warn_about_others(chosen: Path, others: set[str]) -> None:
         first = SINGLE if SINGLE in others else min(others, key=by_number)
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         note = f"; transformers reads {SINGLE} instead of the index" if first == SINGLE else ""
-        problem = "is read alone: ignored are" if chosen.name == SINGLE else "does not list"
-        end = "" if chosen.name == SINGLE else ": ignored"
-        logger.warning("%s %s %s%s%s%s", chosen, problem, first, more, end, note)
+        problem = "is read, other weight files are" if chosen.name == SINGLE else "does not list some files, which are"
+        logger.warning("%s %s ignored: %s%s%s", chosen, problem, first, more, note)
 
 
 def by_number(name: str) -> tuple[tuple[int, int | str], ...]:

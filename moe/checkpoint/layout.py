@@ -308,7 +308,7 @@ def plan(
     config = _with_mtp_of_files(names, config, tensors)
     left_out = [name for name in tensors if name.startswith(family.left_out)]
     if left_out:
-        problem = "%s: %d tensors are left out, because only the language model is loaded: %s"
+        problem = "%s: %d tensors are ignored, because they belong to parts that the model does not have: %s"
         logger.warning(problem, path, len(left_out), left_out[0])
     if "{expert}" in str(names.block["mlp.experts.down_proj"]):
         modules = config.num_moe_layers + config.num_nextn_predict_layers
@@ -369,7 +369,7 @@ def _read_tensors(path: Path, family: Family, config: ModelConfig, max_header_by
 
 
 def _stated_modules(family: Family, values: Mapping[str, Any]) -> int:
-    """How many MTP modules config.json states; 0 for what is no number of modules."""
+    """Number of MTP modules in config.json; 0 if the value is not a valid count."""
     name = "num_nextn_predict_layers"
     stated = values.get(name, family.absent.get(name)) if name in family.keys else 0
     return stated if type(stated) is int and 0 < stated < 2**16 else 0

@@ -104,7 +104,8 @@ def _parse(path: Path, key: str, method: str, raw: Any, model_type: Any) -> Quan
         return Quantization(method, None, raw if isinstance(raw, dict) else {}, name, error)
 
     if method == "modelopt" and isinstance(raw, dict) and raw.get("quantization") is not None:
-        values, prefix, key = raw["quantization"], "quantization.", "quantization"
+        raw = values = raw["quantization"]
+        prefix, key = "quantization.", "quantization"
     if not isinstance(values, dict):
         return refused(key or "wrong JSON value", "an object or null", found=values)
     stated = values.get("quant_method")

@@ -165,7 +165,7 @@ def _read(source: "Source", state: Mapping[str, Tensor], progress: bool | None) 
 class Source:
     """A folder whose headers are in order, what is read of it, and what it is read into: parameter -> shape and dtype.
 
-    `identity` is of the checkpoint that stood there; `kept` says whether quantised tensors are read as they are.
+    `identity` identifies the checkpoint that was examined; `kept` says whether quantised tensors are read as stored.
     """
 
     todo: Plan

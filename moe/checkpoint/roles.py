@@ -72,8 +72,8 @@ def check_scales(info: TensorInfo, values: "Tensor") -> None:
 def check_experts(asked: int, tensors: Collection[str], path: Path) -> None:
     """Refuse a config.json with far more experts, in all layers, than the files have tensors.
 
-    For families that have a tensor or more for each expert. The names of all that it asks for would cost a stranger
-    nothing and us hundreds of megabytes; a smaller difference is an error that names the first one missing.
+    For families that have a tensor or more for each expert. Limits memory: a small config.json could otherwise request
+    hundreds of megabytes of names. A smaller difference is an error that names the first missing tensor.
     """
     if asked > len(tensors) + _SURPLUS:
         expected = f"no more than there are tensors in the files ({len(tensors)})"

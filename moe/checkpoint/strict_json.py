@@ -1,4 +1,4 @@
-"""JSON as the standard has it, for files from strangers: whole where it is small, through a window where it is not."""
+"""Strict JSON for untrusted files: small ones are parsed whole, large ones are scanned through a window."""
 
 import codecs
 import json

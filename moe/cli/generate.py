@@ -4,14 +4,16 @@ import json
 import math
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from moe.checkpoint import read_config
 from moe.checkpoint.files import read_bounded
-from moe.checkpoint.folder import CONFIG, MAX_CONFIG_BYTES, MAX_CONFIG_VALUES
+from moe.checkpoint.folder import CONFIG, MAX_CONFIG_BYTES, MAX_CONFIG_VALUES, member
 from moe.checkpoint.hub import find
 from moe.checkpoint.strict_json import parse_as_python
 from moe.cli.options import COMPUTE_DTYPES, UNSET, dtype_option, read_dtype
@@ -153,8 +155,12 @@ def end_ids(folder: Path) -> set[int]:
     file = next((f for f in (folder / "generation_config.json", folder / CONFIG) if f.is_file()), None)
     if file is None:
         return set()
-    values = parse_as_python(read_bounded(file, MAX_CONFIG_BYTES), file, max_values=MAX_CONFIG_VALUES)
-    found = values.get("eos_token_id") if isinstance(values, dict) else None
+    if file.name == CONFIG:
+        values = read_config(folder).extra
+    else:
+        content = read_bounded(member(folder, file.name), MAX_CONFIG_BYTES)
+        values = parse_as_python(content, file, max_values=MAX_CONFIG_VALUES)
+    found = values.get("eos_token_id") if isinstance(values, Mapping) else None
     ids = [] if found is None else found if isinstance(found, list) else [found]
     if not all(type(i) is int for i in ids):
         raise CheckpointError(file, "eos_token_id", expected="an id or a list of ids", found=repr(found)[:80])

@@ -12,8 +12,8 @@ MODEL = f"Preset (tiny, deepseek_v3, ...), c{_FOLDER} Write ./tiny for a folder 
 
 
 def unknown(error: CheckpointError, model: str, argument: str) -> CheckpointError | ConfigError:
-    """The error to raise for `error`: if `model` is nothing at all, one that lists the presets, too."""
-    if error.problem is None or not error.problem.startswith(NO_FOLDER):
+    """The error to raise for `error`: one that also lists the presets if `model` was not found."""
+    if not error.problem.startswith(NO_FOLDER):
         return error
     expected = f"a folder, or one of the presets {', '.join(PRESETS)}{did_you_mean(model, PRESETS)}"
     wanted = "" if error.expected is None else f"; expected {error.expected}"

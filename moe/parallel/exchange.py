@@ -18,7 +18,7 @@ from moe.checkpoint.memory import check_fits
 from moe.checkpoint.progress import Progress
 from moe.checkpoint.reading import Files, Piece, Source, check_repeats, examine, fill
 from moe.checkpoint.writing import MAX_SHARD_BYTES, save_through
-from moe.errors import CheckpointError
+from moe.errors import CheckpointError, ConfigError
 from moe.model import Transformer
 from moe.parallel.agreement import about, together
 from moe.parallel.apply import ParallelConfig, mesh_of, parallelize, region
@@ -180,6 +180,8 @@ def load(
         CheckpointError: on all ranks, what `moe.load` raises, or what one of them cannot read.
         ParallelError: the mesh does not fit the model.
     """
+    if dtype == "keep":
+        raise ConfigError("dtype", dtype, "auto or a floating dtype: quantised tensors cannot be divided among ranks")
     with together(folder):
         source = examine(folder, dtype, mtp=mtp, max_header_bytes=max_header_bytes)
     todo = source.todo

@@ -159,7 +159,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def find_tokenizer(path: Path) -> Path:
     """The tokenizer.json that `path` names: itself, or that of a checkpoint folder, a run or a name on the Hub."""
-    if not path.is_dir() and not is_name(path):
+    if path.suffix == ".json" or not (path.is_dir() or is_name(path)):
         return path
     try:
         folder = find(path, files=("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"))

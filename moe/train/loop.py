@@ -96,7 +96,6 @@ class Trainer:
     """Steps a model along a schedule. `state` after step n, loaded into a new Trainer, gives the same step n + 1."""
 
     def __init__(self, model: Transformer, dataset: Dataset, settings: Settings, mesh: "Mesh | None" = None) -> None:
-        check_savable(model.config)
         self.model, self.dataset, self.settings, self.mesh = model, dataset, settings, mesh
         self.ranks = mesh.size if mesh is not None else 1
         if settings.batch_size % self.ranks:
