@@ -100,15 +100,18 @@ def _gather(pipes: list[Any]) -> list[Any]:
     while len(found) < len(pipes):
         waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in found]
         ready: Any = connection.wait(waiting)
+        faults: list[tuple[float, str]] = []
         for pipe in ready:
             rank = pipes.index(pipe)
             try:
-                result, fault = pipe.recv()
+                found[rank], fault, when = pipe.recv()
             except EOFError:
-                raise RankFailed(f"rank {rank} of {len(pipes)} ended without a word") from None
+                faults.append((0.0, f"rank {rank} of {len(pipes)} ended without a word"))
+                continue
             if fault:
-                raise RankFailed(f"rank {rank} of {len(pipes)}: {fault}")
-            found[rank] = result
+                faults.append((when, f"rank {rank} of {len(pipes)}: {fault}"))
+        if faults:  # the first is the cause: the others fail because its connections are closed
+            raise RankFailed(min(faults)[1])
     return [found[rank] for rank in range(len(pipes))]
 
 
@@ -126,9 +129,9 @@ def _work(rank: int, size: int, folder: str, pipe: Any, jobs: Sequence[Callable[
         )
         world = World(rank, size)
         for job in jobs:
-            pipe.send((job(world), ""))
+            pipe.send((job(world), "", 0.0))
     except Exception as error:  # the others wait for this rank in vain: the parent ends them
-        pipe.send((None, f"{type(error).__name__}: {one_line(error)}"))
+        pipe.send((None, f"{type(error).__name__}: {one_line(error)}", time.monotonic()))
     os._exit(0)  # groups cannot be taken down in order after a failure
 
 
