@@ -221,8 +221,13 @@ def test_norms_of_another_dtype_compute_as_in_transformers(tmp_path: Path) -> No
         assert distance(ours.double(), exact) <= 1.2 * distance(theirs.double(), exact) < 0.1
 
 
-def test_what_convert_quantised_in_fp32_is_fp32_in_transformers_too(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+def test_what_convert_quantised_in_fp32_is_fp32_in_transformers_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    # It asks for accelerate, and then loads to the CPU without it.
+    monkeypatch.setattr("transformers.quantizers.quantizer_finegrained_fp8.is_accelerate_available", lambda: True)
     base("deepseek_v3", tmp_path / "wide", torch.float32)
     convert(tmp_path / "wide", tmp_path / "fp8", dtype="fp8", block_size=(2, 2), mtp=False, progress=False)
     ours = moe.load(tmp_path / "fp8")
@@ -247,3 +252,92 @@ def test_a_norm_keeps_the_dtype_of_its_input_but_under_autocast(compiled: bool) 
         y = call(x)
     assert y.dtype == torch.float32 and torch.allclose(y.double(), exact, rtol=1e-6)
     assert norm.to("meta")(x.to("meta")).dtype == torch.bfloat16
+
+
+def mixed_fp8(folder: Path, change: Any) -> Path:
+    """A folder in FP8 in which `change` has replaced some tensors of the experts by those of the source."""
+    wide = base("minimax_m2", folder / "wide", torch.bfloat16)
+    convert(folder / "wide", folder / "fp8", dtype="fp8", block_size=(8, 8), progress=False)
+    file = folder / "fp8" / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors, wide)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder / "fp8"
+
+
+EXPERT = "model.layers.1.block_sparse_moe.experts"
+
+
+@pytest.mark.parametrize(("experts", "parts"), [((0,), "w1"), ((2,), "w3"), ((0,), "w2"), ((0, 1, 2), "w3")])
+def test_experts_that_are_quantised_in_part_are_not_kept(experts: tuple[int, ...], parts: str, tmp_path: Path) -> None:
+    def change(tensors: dict[str, Tensor], wide: dict[str, Tensor]) -> None:
+        for expert in experts:
+            name = f"{EXPERT}.{expert}.{parts}.weight"
+            tensors[name] = wide[name]
+            del tensors[f"{name}_scale_inv"]
+
+    folder = mixed_fp8(tmp_path, change)
+    assert distance(run(moe.load(folder))[0], run(moe.load(tmp_path / "wide"))[0]) < 0.2
+    with pytest.raises(
+        CheckpointError, match=r"its dtype differs within layers\.1\.mlp\.experts.*load with dtype='auto'"
+    ):
+        moe.load(folder, dtype="keep")
+
+
+def test_scales_in_two_formats_are_not_kept(tmp_path: Path) -> None:
+    def change(tensors: dict[str, Tensor], wide: dict[str, Tensor]) -> None:
+        name = f"{EXPERT}.2.w2.weight_scale_inv"
+        tensors[name] = tensors[name].to(torch.float8_e8m0fnu)
+
+    folder = mixed_fp8(tmp_path, change)
+    assert run(moe.load(folder))[0].isfinite().all()
+    with pytest.raises(CheckpointError, match=r"w2\.weight_scale_inv.* differs within .*; expected F32.*found F8_E8M0"):
+        moe.load(folder, dtype="keep")
+
+
+def test_experts_of_two_dtypes_are_not_stacked_in_one(tmp_path: Path) -> None:
+    tensors = base("minimax_m2", tmp_path / "m", torch.float32)
+    name = f"{EXPERT}.0.w2.weight"
+    save_file(tensors | {name: tensors[name].bfloat16()}, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"its dtype differs within .*down_proj.* stacked; choose a dtype"):
+        convert(tmp_path / "m", tmp_path / "stacked", table="stacked", progress=False)
+    assert not (tmp_path / "stacked").exists()
+    convert(tmp_path / "m", tmp_path / "stacked", table="stacked", dtype="fp32", progress=False)
+    stacked, each = moe.load(tmp_path / "stacked"), moe.load(tmp_path / "m", dtype="fp32")
+    assert torch.equal(run(stacked)[0], run(each)[0])
+
+
+def test_values_that_a_dtype_cannot_hold_are_refused_by_name(tmp_path: Path) -> None:
+    tensors = base("minimax_m2", tmp_path / "m", torch.float32)
+    tensors["lm_head.weight"][3, 2] = 1e6
+    save_file(tensors, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    for call in (
+        lambda: moe.load(tmp_path / "m", dtype=torch.float16),
+        lambda: convert(tmp_path / "m", tmp_path / "out", dtype="fp16", progress=False),
+    ):
+        with pytest.raises(CheckpointError, match=r"lm_head\.weight: a value that float16 cannot hold"):
+            call()
+    name = f"{EXPERT}.0.w2.weight"
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)}: cannot be quantised: .*NaN"):
+        convert(tmp_path / "m", tmp_path / "out", dtype="fp8", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_modules_that_are_not_quantised_are_listed_as_they_are(tmp_path: Path) -> None:
+    """vLLM builds a linear layer in FP8, with a scale that no file has, for a router that is not listed."""
+    base("qwen2_moe", tmp_path / "m", torch.bfloat16)
+    convert(tmp_path / "m", tmp_path / "fp8", dtype="fp8", block_size=(4, 4), progress=False)
+
+    def listed(folder: Path) -> list[str]:
+        config = json.loads((folder / "config.json").read_text())
+        return config["quantization_config"]["modules_to_not_convert"]
+
+    gates = [f"model.layers.{i}.mlp.{name}" for i in (0, 1) for name in ("gate", "shared_expert_gate")]
+    assert sorted(listed(tmp_path / "fp8")) == sorted(["lm_head", *gates])
+    cut(tmp_path / "fp8", tmp_path / "cut", layers=[1], experts=[0, 1, 2], compare=False, progress=False)
+    assert sorted(listed(tmp_path / "cut")) == sorted(["lm_head", *gates[:2]])
+    kept = moe.load(tmp_path / "fp8", dtype="keep")
+    kept.save(tmp_path / "saved")
+    assert listed(tmp_path / "saved") == listed(tmp_path / "fp8")

@@ -4,11 +4,12 @@ Neither builds a model. Memory holds one tensor of the result (and of the source
 stacks all experts of a layer, that is all of them.
 """
 
+import contextlib
 import dataclasses
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -180,7 +181,7 @@ def cut(
     named = str(_common(entries, slots)).removeprefix("torch.")
     values |= {"architectures": [family.architecture], "dtype": named, "torch_dtype": named}
     if todo.quantization is not None:
-        values["quantization_config"] = dict(todo.quantization.raw)
+        values["quantization_config"] = _quantization_config(todo.quantization.raw, entries)
 
     def value(files: Files, entry: Entry) -> Tensor:
         info, rows = takes[entry.name]
@@ -283,8 +284,15 @@ def cut_config(config: ModelConfig, layers: Sequence[int], experts: Sequence[int
     leading = next((i for i, d in enumerate(dense) if not d), len(dense))
     others = tuple(i for i, d in enumerate(dense) if d and i >= leading)
     types = config.layer_types
+    extra = {
+        key: [value[layer] for layer in layers]
+        if isinstance(value, list) and len(value) == config.num_hidden_layers
+        else value
+        for key, value in config.extra.items()
+    }
     return dataclasses.replace(
         config,
+        extra=extra,
         num_hidden_layers=len(layers),
         n_routed_experts=len(experts),
         n_group=len(kept),
@@ -361,6 +369,20 @@ def _common(entries: Iterable[Entry], slots: Mapping[str, Slot]) -> torch.dtype:
     return DTYPES[max(sizes, key=lambda kind: sizes[kind])]
 
 
+def _quantization_config(raw: Mapping[str, Any], entries: Iterable[Entry]) -> dict[str, Any]:
+    """`raw` with the list of modules that are not quantised, if it has one, as it is for these tensors.
+
+    vLLM and transformers build a linear layer in FP8 for every matrix that the list does not name.
+    """
+    plain = [
+        entry.name.removesuffix(".weight")
+        for entry in entries
+        if entry.name.endswith(".weight") and len(entry.shape) == 2 and entry.dtype in DTYPES
+    ]
+    plain = [name for name in plain if not name.endswith("embed_tokens")]
+    return {key: plain if key in ("modules_to_not_convert", "ignored_layers") else raw[key] for key in raw}
+
+
 @dataclass
 class _Result:
     """What `convert` writes, and how each tensor comes about."""
@@ -414,8 +436,9 @@ class _Result:
             raw: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
             raw |= {"weight_block_size": list(self.block_size)}
             raw |= {"scale_fmt": self.scale_fmt} if self.scale_fmt else {}
+            raw |= {"modules_to_not_convert": []}
             kept = self.todo.quantization if self.dtype is None else None
-            keys["quantization_config"] = dict(kept.raw) if kept else raw
+            keys["quantization_config"] = _quantization_config(kept.raw if kept else raw, entries)
         elif self.table == "mxfp4":
             kept = self.todo.quantization
             keys["quantization_config"] = dict(kept.raw) if kept else {"quant_method": "mxfp4"}
@@ -445,8 +468,15 @@ class _Result:
             return self.dtype
         if same is not None:
             return same.dtype
-        stored = next(p.info.dtype for p in self._pieces(slot.parameter))
-        return stored if stored in DTYPES else "BF16"
+        first, *others = (p.info for p in self._pieces(slot.parameter))
+        for info in others:
+            if info.dtype != first.dtype:
+                problem = (
+                    f"its dtype differs within {slot.name}, a single tensor in the layout {self.table}; choose a dtype"
+                )
+                expected = f"{first.dtype}, as {first.name} has"
+                raise self.todo.error(info.name, problem, expected=expected, found=info.dtype)
+        return first.dtype if first.dtype in DTYPES else "BF16"
 
     def value(self, files: Files, entry: Entry) -> Tensor:
         slot, same = self.slots[entry.name], self._same(self.slots[entry.name])
@@ -469,14 +499,24 @@ class _Result:
         """The codes; their scales are kept for the next call."""
         if slot.parameter.endswith("_blocks"):
             parameter = slot.parameter.removesuffix("_blocks")
-            blocks, scales = quantize_mxfp4(self._whole(files, parameter, torch.float32))
+            whole = self._whole(files, parameter, torch.float32)
+            with self._about(slot):
+                blocks, scales = quantize_mxfp4(whole)
             scale_slot = self.slots[slot.name.removesuffix("_blocks") + "_scales"]
             self.made = (scale_slot.name, scale_slot.stored(scales))
             return slot.stored(blocks)
         values = self._values(files, slot, torch.float32)
-        codes, scale = quantize_blocks(values, self.block_size, scale_fmt=self.scale_fmt)
+        with self._about(slot):
+            codes, scale = quantize_blocks(values, self.block_size, scale_fmt=self.scale_fmt)
         self.made = (slot.name.removesuffix(self.names.scale[0]) + self.names.scale[1], scale)
         return codes
+
+    @contextlib.contextmanager
+    def _about(self, slot: Slot) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:  # NaN or infinity
+            raise CheckpointError(self.todo.folder, f"cannot be quantised: {error}", tensor=slot.name) from error
 
     def _values(self, files: Files, slot: Slot, dtype: torch.dtype) -> Tensor:
         if slot.index and isinstance(slot.index[0], int):

@@ -202,6 +202,8 @@ def examine(
     todo = plan(path, mtp=mtp, max_header_bytes=max_header_bytes)
     todo.check()
     check_dtypes(todo)
+    if kind == "keep":
+        _check_kept(todo)
     mine = _experts(todo, experts)
     found = [part for piece in pieces(todo, keep=kind == "keep") if (part := piece.of(mine)) is not None]
     return Source(todo, found, _dtypes(todo, found, wanted), _shapes(todo, found, experts), identity, kind == "keep")
@@ -236,6 +238,16 @@ def pieces(todo: Plan, *, keep: bool) -> Iterator[Piece]:
         if scale is not None and slot.axes is not None:
             parameter = parameter.removesuffix("_blocks")
         yield Piece(info, slot, parameter, slot.index, range(info.shape[0] if info.shape else 1), scale)
+
+
+def _check_kept(todo: Plan) -> None:
+    """Refuse a parameter of which some parts are quantised and others not, or whose scales are in different formats."""
+    first: dict[str, TensorInfo] = {}
+    for piece in pieces(todo, keep=True):
+        info, before = piece.info, first.setdefault(piece.parameter, piece.info)
+        if info.dtype != before.dtype and {info.dtype, before.dtype} & {"F8_E4M3", "F8_E8M0"}:
+            problem = f"its dtype differs within {piece.parameter}, which cannot be kept; load with dtype='auto'"
+            raise todo.error(info.name, problem, expected=f"{before.dtype}, as {before.name} has", found=info.dtype)
 
 
 def _dtypes(todo: Plan, pieces: list[Piece], dtype: torch.dtype | None) -> dict[str, torch.dtype]:
@@ -395,7 +407,15 @@ class Files:
 
 
 def fill(files: Files, piece: Piece, destination: Tensor, todo: Plan) -> None:
-    """Fill `destination`, a contiguous part of a parameter."""
+    """Fill `destination`, a contiguous part of a parameter. Raises if float16 cannot hold a value."""
+    _fill(files, piece, destination, todo)
+    if destination.dtype == torch.float16 and piece.info.dtype != "F16" and not destination.isfinite().all():
+        raise todo.error(
+            piece.info.name, "a value that float16 cannot hold", expected="at most 65504", found="inf or NaN"
+        )
+
+
+def _fill(files: Files, piece: Piece, destination: Tensor, todo: Plan) -> None:
     info, slot = piece.info, piece.slot
     if piece.scale is None and slot.axes is None:
         if destination.is_cpu and destination.dtype == STORED[info.dtype]:
