@@ -204,13 +204,23 @@ def test_a_reference_to_nothing_goes_with_one_warning(
         assert part in record.getMessage()
 
 
-def test_files_named_in_json_that_python_alone_reads(released: Path, tmp_path: Path) -> None:
+def test_files_named_in_json_that_python_alone_reads(
+    released: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """transformers reads tokenizer_config.json with Python's parser: NaN is a number, the last of two values counts."""
     path = released / "tokenizer_config.json"
     path.write_text(path.read_text()[:-1] + ', "model_max_length": NaN, "unk_token": "a", "unk_token": null}')
     moe.load(released).save(tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").glob("*.py")} == {n for n in FILES if n.endswith(".py")}
     assert (tmp_path / "out" / "tiny.tiktoken").exists()
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert moe.load(released).carried_files.keys() == FILES.keys()
+    assert not caplog.messages
+    text = path.read_text(encoding="utf-8-sig")
+    path.write_text(text[:-1])
+    assert "tokenization_tiny.py" not in moe.load(released).carried_files
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("files that it may name do not travel: ")
+    path.write_text(text)
     (released / "alphabet.py").unlink()
     moe.load(released).save(tmp_path / "without")
     assert "auto_map" not in json.loads((tmp_path / "without" / "tokenizer_config.json").read_text())

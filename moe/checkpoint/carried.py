@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from moe.checkpoint.families import FAMILIES
 from moe.checkpoint.files import read_bounded
 from moe.checkpoint.folder import (
     CONFIG,
@@ -92,6 +93,11 @@ def read_carried(folder: Path) -> dict[str, bytes]:
     if len(files) > MAX_CARRIED_FILES:
         expected = f"at most {MAX_CARRIED_FILES}"
         raise CheckpointError(folder, "files that travel with the model", expected=expected, found=len(files))
+    for name in _NAMING:
+        try:
+            _parse(files.get(name, b"{}"), folder / name)
+        except CheckpointError as error:
+            logger.warning("files that it may name do not travel: %s", error)
     return files
 
 
@@ -126,7 +132,8 @@ def resolved(
     """The object for config.json and the files to write: no name of a file that is not there, no code without a name.
 
     One warning says what is left out. Without `same_layout`, the code for configurations and models is left out too,
-    because it reads another layout than that of the new files.
+    because it reads another layout than that of the new files. A model_type that only such code explains becomes
+    `Family.without_code`.
     """
     values = dict(config)
     named = _reach(values, filter(_is_fixed, files), files.get)
@@ -138,6 +145,9 @@ def resolved(
             del values["auto_map"]
         lost += [f"auto_map.{key} of {CONFIG}, whose code reads another layout" for key in theirs]
     _remove_dangling(values, CONFIG, files, lost)
+    without_code = FAMILIES[values["model_type"]].without_code
+    if without_code is not None and "AutoConfig" not in values.get("auto_map", {}):
+        values["model_type"] = without_code
     changed: dict[str, bytes] = {}
     for name in _NAMING:
         inner = _object(files.get(name))
@@ -225,11 +235,17 @@ def _file_of(reference: Any) -> str | None:
 
 
 def _object(content: bytes | None) -> dict[str, Any]:
-    """The object in a JSON file, as Python reads it; empty if there is none."""
+    """The object in a JSON file; empty if there is none."""
     try:
-        values = settled(parse_as_python(content or b"{}", Path(), max_values=MAX_CONFIG_VALUES))
+        return _parse(content or b"{}", Path())
     except CheckpointError:
         return {}
+
+
+def _parse(content: bytes, path: Path) -> dict[str, Any]:
+    """The object in a JSON file, as Python reads it, with or without a byte order mark."""
+    text = content.removeprefix(b"\xef\xbb\xbf")
+    values = settled(parse_as_python(text, path, max_values=MAX_CONFIG_VALUES))
     return values if isinstance(values, dict) else {}
 
 

@@ -153,6 +153,8 @@ class Family:
         text: key of config.json that holds the language model's object, if the whole is more than that.
         text_types: values that model_type can have in that object.
         written_as: the family whose files a save writes, if not this one.
+        without_code: model_type that is written if no code for the configuration travels with the files, because
+            transformers does not know this one by itself.
     """
 
     model_type: str
@@ -176,6 +178,7 @@ class Family:
     text: str | None = None
     text_types: tuple[str, ...] = ()
     written_as: str | None = None
+    without_code: str | None = None
 
     def keys_of(self, name: str) -> tuple[str, ...]:
         keys = self.keys[name]
@@ -462,7 +465,7 @@ DEEPSEEK_V3 = Family(
 )
 
 # Kimi-K2: DeepSeek-V3's code and names, other sizes.
-KIMI_K2 = replace(DEEPSEEK_V3, model_type="kimi_k2")
+KIMI_K2 = replace(DEEPSEEK_V3, model_type="kimi_k2", without_code="deepseek_v3")
 
 
 def _within(prefix: str, table: Table, layers: str = "layers") -> Table:
@@ -651,6 +654,7 @@ GPT_OSS = Family(
         ),
         *(_UNTIED, *_PLAIN_YARN),
     ),
+    derived={"experts_per_token": lambda config: config.num_experts_per_tok},  # which vLLM reads
     fixed=_WHOLE_HEADS,
     forms=(
         Form(
