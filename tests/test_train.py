@@ -562,10 +562,15 @@ def test_a_model_that_cannot_be_saved_is_not_trained(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_trainer_refuses_what_it_could_not_save(dataset: Dataset) -> None:
+def test_a_trainer_steps_what_no_files_can_express(dataset: Dataset, tmp_path: Path) -> None:
+    """`moesmith train`, which saves at the end, refuses it at the beginning."""
     config = dataclasses.replace(MICRO, vocab_size=dataset.facts["vocab_size"], router_bias=True)
-    with pytest.raises(moe.ConfigError, match="router_bias: deepseek_v3 cannot express it"):
-        Trainer(moe.Transformer(config), dataset, MICRO_SETTINGS)
+    trainer = Trainer(moe.Transformer(config), dataset, MICRO_SETTINGS)
+    before = trainer.model.embed_tokens.weight.detach().clone()
+    trainer.step()
+    assert not torch.equal(trainer.model.embed_tokens.weight, before)
+    with pytest.raises(moe.CheckpointError, match="router_bias: deepseek_v3 cannot express it"):
+        trainer.model.save(tmp_path / "m")
 
 
 def test_two_runs_in_one_folder_are_refused(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
