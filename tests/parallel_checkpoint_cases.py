@@ -437,7 +437,7 @@ def _other_layouts(ranks: Ranks, whole: Path) -> None:
     for name, settings in {"fp8": {"dtype": "fp8", "block_size": (4, 4)}, "stacked": {"table": "stacked"}}.items():
         source, again, out = (ranks.folder / f"{what} {name}" for what in ("converted", "saved", "exported"))
         if ranks.rank == 0:
-            convert(whole, source, **settings)  # pyright: ignore[reportArgumentType]
+            convert(whole, source, overwrite=True, **settings)  # pyright: ignore[reportArgumentType]
             moe.load(source).save(again)
         dist.barrier()
         loaded = load(source, there)
