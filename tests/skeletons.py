@@ -8,7 +8,7 @@ The names, shapes and dtypes are written down here independently of `moe.checkpo
 those of the releases before anything else. The files are sparse: 688 GB and 1,029 GB take a few MB of disk. Each of
 these runs in a process of its own, and its result, seconds and peak memory are printed:
 
-    plan       `moesmith plan`: the values that the configuration gives are those of the files
+    plan       `moesmith plan`: the values of each dtype are those of the headers
     inspect    `moesmith inspect`: the files agree with the configuration, and what is ignored is counted
     load       `moe.load(folder, device="meta")`: every parameter, and no byte of weights is read
 """
@@ -226,7 +226,7 @@ def check(task: str, folder: Path, release: Release) -> dict[str, tuple[Any, Any
     buffers = [tensor for tensor in every if tensor[0].endswith("inv_freq")]
     if task == "plan":
         stored = json.loads(_command("plan", str(folder)))["stored"]
-        values = {kind: sum(math.prod(s) for n, d, s in every if d == kind and "inv_freq" not in n) for kind in BYTES}
+        values = {kind: sum(math.prod(s) for _, d, s in every if d == kind) for kind in BYTES}
         return {"values": (values, stored["values"])}
     if task == "inspect":
         stored = json.loads(_command("inspect", str(folder)))["stored"]
