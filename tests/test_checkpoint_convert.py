@@ -16,7 +16,7 @@ from moe.checkpoint import read_config, read_summary
 from moe.checkpoint.convert import DEEPSEEK_FILE, convert, cut
 from moe.checkpoint.manifest import verify
 from moe.ops import dequantize_blocks, quantize_blocks
-from tests.checkpoint_cases import V3, V3_MTP
+from tests.checkpoint_cases import BY_FAMILY, V3, V3_MTP, build
 from tests.test_checkpoint_quantised import (
     BLOCK,
     GPT_OSS,
@@ -342,3 +342,23 @@ def test_what_does_not_fit_is_not_compared(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(module, "load", load)
     receipt = cut(tmp_path / "whole", tmp_path / "part", layers=[0], experts=[0, 1])
     assert "does not fit" in receipt["not_compared"] and "relative_difference" not in receipt
+
+
+def test_a_cut_counts_what_config_json_repeats_for_layers_and_experts(tmp_path: Path) -> None:
+    """And leaves other lists alone, even if they are as long as there are layers."""
+    config = BY_FAMILY["qwen3_moe"]
+    layers = config.num_hidden_layers
+    extra = {
+        "layer_types": ["full_attention"] * layers,
+        "eos_token_id": list(range(layers)),
+        "attn_type_list": [1] * layers,
+    }
+    build(dataclasses.replace(config, extra=extra)).save(tmp_path / "m")
+    cut(tmp_path / "m", tmp_path / "cut", layers=[0], experts=[0, 1], compare=False, progress=False)
+    written = json.loads((tmp_path / "cut" / "config.json").read_text())
+    assert (written["layer_types"], written["attn_type_list"]) == (["full_attention"], [1])
+    assert written["eos_token_id"] == list(range(layers))
+    build(dataclasses.replace(BY_FAMILY["gpt_oss"], extra={"experts_per_token": 3})).save(tmp_path / "oss")
+    cut(tmp_path / "oss", tmp_path / "few", layers=[0, 1], experts=[0, 1], compare=False, progress=False)
+    written = json.loads((tmp_path / "few" / "config.json").read_text())
+    assert written["experts_per_token"] == written["num_experts_per_tok"] == 2

@@ -264,6 +264,10 @@ def _check(todo: Plan) -> None:
     check_repeats(todo)
 
 
+# Lists with an entry for each layer that no field holds, and that other readers compare with the number of layers.
+_PER_LAYER = ("layer_types", "mlp_layer_types", "attn_type_list")
+
+
 def cut_config(config: ModelConfig, layers: Sequence[int], experts: Sequence[int], folder: Path) -> ModelConfig:
     """The configuration of some layers and experts of `config`. `folder` is for messages."""
     for name, chosen, count in (
@@ -286,7 +290,7 @@ def cut_config(config: ModelConfig, layers: Sequence[int], experts: Sequence[int
     types = config.layer_types
     extra = {
         key: [value[layer] for layer in layers]
-        if isinstance(value, list) and len(value) == config.num_hidden_layers
+        if key in _PER_LAYER and isinstance(value, list) and len(value) == config.num_hidden_layers
         else value
         for key, value in config.extra.items()
     }
