@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -277,6 +278,14 @@ def test_results_come_by_rank_and_a_rank_that_fails_is_named():
         list(over(2, [leaves]))
     with pytest.raises(RankFailed, match=r"^rank 1 of 2: ValueError: of its own$"):
         list(over(2, [ranks_of, fails]))
+
+
+def test_of_ranks_that_fail_the_first_is_named_whoever_is_heard_first():
+    pipes = [multiprocessing.Pipe(duplex=False) for _ in range(2)]
+    pipes[0][1].send((None, "RuntimeError: connection closed", 2.0))
+    pipes[1][1].send((None, "ValueError: of its own", 1.0))
+    with pytest.raises(RankFailed, match=r"^rank 1 of 2: ValueError: of its own$"):
+        ranks._gather([here for here, _ in pipes])
 
 
 def test_a_device_that_fails_in_a_part_leaves_the_others(monkeypatch, capsys):
