@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moe.router import Router
+
 COUNTER_DTYPE = torch.float64  # gradients must be floating point; counts are exact up to 2^53
 
 
@@ -114,9 +116,7 @@ def carry(y: Tensor, *, loss: Tensor | None, scale: float, counter: Tensor | Non
 
 
 def routers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(name, router) of every `moe.layer.Router` in the model, in order, MTP modules included."""
-    from moe.layer import Router
-
+    """(name, router) of every `moe.router.Router` in the model, in order, MTP modules included."""
     for name, module in model.named_modules():
         if isinstance(module, Router):
             yield name, module

@@ -1,10 +1,9 @@
-"""The Mixture-of-Experts layer: Router, Experts, MoELayer, and the one function that initialises weights."""
+"""The Mixture-of-Experts layer: experts, shared experts, and the layer that routes tokens to them."""
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -12,52 +11,9 @@ from torch import Tensor, nn
 
 from moe import balance, ops
 from moe.config import ModelConfig, ScoringFunc, TopkMethod
+from moe.init import materialize
 from moe.ops import Routing
-
-
-@torch.no_grad()
-def initialize(module: nn.Module, *, std: float, seed: int) -> None:
-    """Initialise every parameter and buffer below `module`.
-
-    Norm weights are 1, biases (the correction bias too) 0, everything else normal with standard deviation `std`. Each
-    tensor, and each expert's slice of a stacked one, has its own generator seeded by (seed, name, expert): the result
-    does not depend on the order of creation, and a rank that owns a few experts can make exactly those.
-    """
-    norms = {name for name, child in module.named_modules() if isinstance(child, nn.RMSNorm)}
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        fill(tensor, name, norm=name.rpartition(".")[0] in norms, std=std, seed=seed)
-
-
-def fill(tensor: Tensor, name: str, *, norm: bool, std: float, seed: int, first_expert: int = 0) -> None:
-    """One tensor of `initialize`; of stacked experts, those from `first_expert` on."""
-    if norm:
-        tensor.fill_(1.0)
-    elif name.endswith("bias"):
-        tensor.zero_()
-    elif tensor.ndim == 3:
-        for expert, part in enumerate(tensor, first_expert):
-            part.normal_(0.0, std, generator=_generator(tensor.device, seed, name, expert))
-    else:
-        tensor.normal_(0.0, std, generator=_generator(tensor.device, seed, name, 0))
-
-
-def _generator(device: torch.device, seed: int, name: str, expert: int) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}/{name}/{expert}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def materialize(module: nn.Module, *, std: float, seed: int | None) -> None:
-    """Turn a module built on the meta device into an initialised one on the default device; a no-op if that is meta.
-
-    Building on meta first keeps torch's own initialisation from running. A seed of None is drawn from the global
-    generator, which is not moved otherwise.
-    """
-    device = torch.get_default_device()
-    if device.type != "meta":
-        if seed is None:
-            seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_().item())
-        module.to_empty(device=device)
-        initialize(module, std=std, seed=seed)
+from moe.router import Router
 
 
 class MLP(nn.Module):
@@ -71,89 +27,6 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Router(nn.Module):
-    """Scores, correction bias and top-k selection; see `moe.ops.route` for the contract of the selection.
-
-    Logits are computed in promote_types(x.dtype, float32), with autocast off: F.linear under autocast would be bf16.
-    The correction bias [E] is float32 whatever the module is cast to: released biases are 2 to 5 and their update is
-    0.001, which bf16 cannot hold.
-    """
-
-    e_score_correction_bias: Tensor | None
-
-    def __init__(
-        self,
-        hidden_size: int,
-        n_routed_experts: int,
-        num_experts_per_tok: int,
-        *,
-        scoring_func: ScoringFunc,
-        topk_method: TopkMethod,
-        n_group: int,
-        topk_group: int,
-        norm_topk_prob: bool,
-        routed_scaling_factor: float,
-        router_bias: bool = False,
-        moe_norm_min: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.num_experts = n_routed_experts
-        self.selection: dict[str, Any] = {
-            "top_k": num_experts_per_tok,
-            "scoring_func": scoring_func,
-            "n_group": n_group,
-            "topk_group": topk_group,
-            "group_score": "top2" if topk_method == "noaux_tc" else "max",
-            "norm_topk_prob": norm_topk_prob,
-            "routed_scaling_factor": routed_scaling_factor,
-            "norm_min": moe_norm_min,
-        }
-        self.weight = nn.Parameter(torch.empty(n_routed_experts, hidden_size))
-        self.bias = nn.Parameter(torch.empty(n_routed_experts)) if router_bias else None
-        bias = torch.zeros(n_routed_experts, dtype=torch.float32) if topk_method == "noaux_tc" else None
-        self.register_buffer("e_score_correction_bias", bias)
-        # Set by balance.attach: a leaf whose gradient is the load of the step, and the group of the global batch.
-        self.counter: Tensor | None = None
-        self.group: Any = None
-        # Set by moe.parallel: torch.distributed's, with a name for errors.
-        self.all_reduce: Callable[..., None] | None = None
-        self.loss_scale = 1.0
-
-    def logits(self, x: Tensor) -> Tensor:
-        """x [T, D] -> [T, E]."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
-
-    def route(self, logits: Tensor) -> Routing:
-        return ops.route(logits, self.e_score_correction_bias, **self.selection)
-
-    def replay(self, logits: Tensor, expert_ids: Tensor) -> Routing:
-        """The routing that `expert_ids` [T, K] would give: weights from this router's own scores."""
-        scores = logits.sigmoid() if self.selection["scoring_func"] == "sigmoid" else logits.softmax(-1)
-        weights = scores.gather(-1, expert_ids.clamp_min(0)).masked_fill(expert_ids < 0, 0)
-        if self.selection["norm_topk_prob"]:
-            weights = weights / (weights.sum(-1, keepdim=True).clamp_min(self.selection["norm_min"]) + 1e-20)
-        return Routing(weights * self.selection["routed_scaling_factor"], expert_ids, scores)
-
-    def forward(self, x: Tensor) -> Routing:
-        return self.route(self.logits(x))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
-        bias, counter = self.e_score_correction_bias, self.counter
-        super()._apply(fn, recurse)
-        moved = self.e_score_correction_bias
-        if bias is not None and moved is not None and moved.dtype != bias.dtype:
-            self.e_score_correction_bias = bias.to(moved.device)
-        if counter is not None and counter.device != self.weight.device:
-            self.counter = counter.detach().to(self.weight.device).requires_grad_()
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy or a pickle is a model of its own, and not attached to the optimizer of this one.
-        return {**self.__dict__, "counter": None}
 
 
 class Experts(nn.Module):

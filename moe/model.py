@@ -21,7 +21,8 @@ from moe.attention import GQA, MLA
 from moe.balance import LoadReport, carry, routers
 from moe.cache import Cache, LayerCache
 from moe.config import ModelConfig
-from moe.layer import MLP, MoELayer, MoEStats, materialize
+from moe.init import materialize
+from moe.layer import MLP, MoELayer, MoEStats
 from moe.loss import Mean, next_token_loss
 from moe.norm import RMSNorm
 from moe.quantized import Quantized

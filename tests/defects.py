@@ -18,7 +18,7 @@ def ops(page: str, name: str, old: str, new: str) -> Defect:
 
 
 def router(name: str, old: str, new: str) -> Defect:
-    return Defect(name, "moe/layer.py", old, new)
+    return Defect(name, "moe/router.py", old, new)
 
 
 def kernel(page: str, name: str, old: str, new: str) -> Defect:
@@ -375,7 +375,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "ids = tl.load(position + token * TOP_K + k, mask=k < TOP_K, other=-0)",
     ): "only asserted to be allowed, as both are",
     (
-        "moe/layer.py",
+        "moe/router.py",
         'scores = logits.sigmoid() if self.selection["scoring_func"] == "sigmoid" else logits.softmax(-1)',
         'scores = logits.sigmoid() if self.selection["scoring_func"] == "sigmoid" else logits.softmax(1)',
     ): "logits have two dimensions",

@@ -89,7 +89,7 @@ PLANS: dict[str, tuple[Stage, ...]] = {
     "moe/ops/product.py": (Stage((OPS, CONTRACT), ("grouped_mm", "test_moe_mlp", ANY)),),
     "moe/ops/quantization.py": (Stage((QUANTIZATION, CONTRACT)),),
     "moe/ops/routing.py": (Stage((ROUTING, CONTRACT)),),
-    "moe/layer.py": (Stage(("tests/test_layer.py", ROUTING, "tests/test_balance.py")),),
+    "moe/router.py": (Stage(("tests/test_layer.py", ROUTING, "tests/test_balance.py")),),
     "kernels/moe_triton/activation.py": on_kernels("swiglu", "clamped", "test_moe_mlp["),
     "kernels/moe_triton/grouped_gemm.py": on_kernels("grouped_mm", "offsets.py", "test_moe_mlp["),
     "kernels/moe_triton/mlp.py": on_kernels(
@@ -104,7 +104,7 @@ PLANS: dict[str, tuple[Stage, ...]] = {
 SLOW = ("many_experts", "transformers", "compile", "127x129", "257x65", "256x128")  # last of their stage
 
 # Where only a part of a file makes numbers.
-PARTS = {"moe/layer.py": ("Router",), "kernels/moe_triton/tiling.py": ("even", "last_stride_one")}
+PARTS = {"kernels/moe_triton/tiling.py": ("even", "last_stride_one")}
 SPEED = re.compile(r"num_warps|num_stages|BLOCK\w*|COLUMNS|SLOTS|debug|sanitize_overflow|asserted|_by_onednn")
 REFUSALS = ("device_assert", "_assert_async", "msg")
 DEFINITIONS = ("define", "define_gradient")

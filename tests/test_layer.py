@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import moe
-from moe.layer import MoELayer, Router
+from moe.layer import MoELayer
+from moe.router import Router
 
 OPTIONS: list[dict[str, Any]] = [
     {"n_shared_experts": 1, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},

@@ -15,12 +15,14 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from moe import balance
 from moe.errors import ParallelError
-from moe.layer import Experts, MoELayer, Router, fill
+from moe.init import fill
+from moe.layer import Experts, MoELayer
 from moe.model import Block, Transformer
 from moe.parallel.dispatch import AllToAllDispatcher, Payload
 from moe.parallel.journal import Journal, name_ranks
 from moe.parallel.mesh import Mesh, device_of
 from moe.quantized import Quantized
+from moe.router import Router
 
 
 @dataclass(frozen=True)
@@ -307,7 +309,7 @@ def mesh_of(model: nn.Module) -> DeviceMesh:
 
 
 def fill_part(tensor: Tensor, name: str, **how: Any) -> None:
-    """`moe.layer.fill` of what this rank holds of a tensor."""
+    """`moe.init.fill` of what this rank holds of a tensor."""
     if not isinstance(tensor, DTensor):
         fill(tensor, name, **how)
         return
