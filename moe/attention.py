@@ -130,7 +130,9 @@ class MLA(nn.Module):
         if cache is not None:
             (entry,) = cache.append(past, torch.cat((c, k_pe), dim=-1))
             if past > 0 and self._absorbing_is_cheaper(x.shape[1]):
-                return self.o_proj(self._attend_absorbed(q_nope, q_pe, entry, mask))
+                # A graph is freed by its backward pass: with gradients, each forward pass needs its own.
+                w = self._absorbed(c) if torch.is_grad_enabled() else cache.once(lambda: self._absorbed(c))
+                return self.o_proj(self._attend_absorbed(q_nope, q_pe, entry, mask, *w))
             c, k_pe = entry.split((self.latent, self.rope), dim=-1)
 
         kv = rearrange(self.kv_b_proj(c), "b s (h d) -> b s h d", h=self.heads)
@@ -140,17 +142,34 @@ class MLA(nn.Module):
         return self.o_proj(attend(q, k, v, mask, self.scale))
 
     def _absorbing_is_cheaper(self, queries: int) -> bool:
-        if type(self.kv_b_proj) is not nn.Linear:
-            return False  # an adapter around it must be called, and absorption reads its weight only
         # Per cached token and head: expanding costs C (nope + value) once and nope + rope + value a query;
         # absorbed costs 2 C + rope a query.
         expanded = self.latent * (self.nope + self.value)
         return queries * (2 * self.latent - self.nope - self.value) < expanded
 
-    def _attend_absorbed(self, q_nope: Tensor, q_pe: Tensor, entry: Tensor, mask: Tensor | None) -> Tensor:
+    def _absorbed(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """W_UK [H, nope, C], W_UV [H, C, value] and the constant [H, value] of kv_b, in the dtype of `like`.
+
+        kv_b is called with the identity, and with zero for what an adapter may add. That is exact for a linear module,
+        and includes what is around it: adapters, offloading, quantisation. The constant of the keys changes all logits
+        of a query alike, and so nothing.
+        """
+        w = self.kv_b_proj(torch.eye(self.latent + 1, self.latent, dtype=like.dtype, device=like.device))
+        w = rearrange(w, "c (h d) -> h c d", h=self.heads)
+        w_uk, w_uv = (w[:, :-1] - w[:, -1:]).split((self.nope, self.value), dim=2)
+        return w_uk.mT.contiguous(), w_uv.contiguous(), w[:, -1, self.nope :].contiguous()
+
+    def _attend_absorbed(
+        self,
+        q_nope: Tensor,
+        q_pe: Tensor,
+        entry: Tensor,
+        mask: Tensor | None,
+        w_uk: Tensor,
+        w_uv: Tensor,
+        constant: Tensor,
+    ) -> Tensor:
         """As `attend`, from cache entries [B, S_total, C + rope]: score = (q_nope W_UK) c + q_pe k_pe."""
-        w = self.kv_b_proj.weight.view(self.heads, self.nope + self.value, self.latent)
-        w_uk, w_uv = w.split((self.nope, self.value), dim=1)
         q = torch.cat((torch.einsum("bshn,hnc->bshc", q_nope, w_uk), q_pe), dim=-1)
         batch, queries = q.shape[:2]
         scores = torch.matmul(q.flatten(1, 2), entry.transpose(1, 2))
@@ -160,7 +179,7 @@ class MLA(nn.Module):
             scores = scores.masked_fill(~mask.transpose(1, 2), float("-inf"))
         attn = scores.softmax(dim=-1).to(q.dtype)
         o = torch.matmul(attn.flatten(1, 2), entry[..., : self.latent]).view(batch, queries, self.heads, self.latent)
-        return torch.einsum("bshc,hvc->bshv", o, w_uv).flatten(2)
+        return (torch.einsum("bshc,hcv->bshv", o, w_uv) + constant).flatten(2)
 
 
 class GQA(nn.Module):

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe.router import Router
-
-COUNTER_DTYPE = torch.float64  # gradients must be floating point; counts are exact up to 2^53
+from moe.global_batch import GlobalBatch
+from moe.loss import Mean, Term
+from moe.ops import Routing
+from moe.router import COUNTER_DTYPE, Router
 
 
 def expert_load(expert_ids: Tensor, num_experts: int, token_mask: Tensor | None = None) -> Tensor:
@@ -46,7 +46,7 @@ def balance_loss(
     token_mask: Tensor | None = None,
     *,
     seq_aux: bool = True,
-    group: Any = None,
+    batch: GlobalBatch | None = None,
 ) -> Tensor:
     """sum_i f_i P_i with f_i = E / (K T) * count_i and P_i = mean over tokens of s_i / sum_j s_j; 1 when balanced.
 
@@ -55,8 +55,8 @@ def balance_loss(
         expert_ids: int64 [B, S, K].
         token_mask: bool [B, S]; padding enters neither f, nor P, nor T.
         seq_aux: T is one sequence, and the losses of the sequences that have a token are averaged. Otherwise T is the
-            whole batch, and the counts f are summed over `group`.
-        group: process group of the global batch; None means the default group where torch.distributed runs.
+            whole batch, and the counts f are summed over the ranks of `batch`.
+        batch: the global batch; None means that of the default group where torch.distributed runs.
 
     Returns:
         scalar in scores' dtype; 0 when no token is real.
@@ -73,9 +73,8 @@ def balance_loss(
     if not seq_aux:
         load, tokens, share = load.sum(0, keepdim=True), tokens.sum(0, keepdim=True), share.sum(0, keepdim=True)
     p = share / tokens.clamp_min(1).unsqueeze(-1)
-    if not seq_aux and dist.is_available() and dist.is_initialized():
-        everywhere = torch.cat((load.flatten(), tokens))
-        dist.all_reduce(everywhere, group=group)
+    if not seq_aux:
+        everywhere = (batch or GlobalBatch()).sum(torch.cat((load.flatten(), tokens)), "balance loss")
         load, tokens = everywhere[:-1].unsqueeze(0), everywhere[-1:]
     f = load.to(scores.dtype) * num_experts / (k * tokens.clamp_min(1)).unsqueeze(-1)
     return (f * p).sum() / (tokens > 0).sum().clamp_min(1)
@@ -89,7 +88,32 @@ def z_loss(logits: Tensor, token_mask: Tensor | None = None) -> Tensor:
     return z.masked_fill(~token_mask, 0).sum() / token_mask.sum().clamp_min(1)
 
 
-class _Carry(torch.autograd.Function):
+def loss_terms(
+    config: Any, routing: Routing, shape: tuple[int, int], token_mask: Tensor | None, tokens: Tensor, batch: GlobalBatch
+) -> tuple[Term, ...]:
+    """The losses of a layer's routing that have a coefficient, multiplied by it.
+
+    Args:
+        config: aux_loss_alpha, seq_aux and router_z_loss_coef.
+        routing: of T = B * S tokens; without logits it has no z-loss. Padding has ids of -1.
+        shape: (B, S).
+        token_mask: bool [B, S], True for real tokens.
+        tokens: int64 [B], real tokens of each sequence.
+        batch: over which the balance loss without `seq_aux` is computed.
+    """
+    terms = []
+    if config.aux_loss_alpha:
+        scores, ids = routing.scores.unflatten(0, shape), routing.expert_ids.unflatten(0, shape)
+        loss = balance_loss(scores, ids, token_mask, seq_aux=config.seq_aux, batch=batch)
+        over = (tokens > 0).sum() if config.seq_aux else tokens.sum()
+        terms.append(Term("balance", Mean(config.aux_loss_alpha * loss, over)))
+    if config.router_z_loss_coef and routing.logits is not None:
+        loss = z_loss(routing.logits.unflatten(0, shape), token_mask)
+        terms.append(Term("z", Mean(config.router_z_loss_coef * loss, tokens.sum())))
+    return tuple(terms)
+
+
+class _Inject(torch.autograd.Function):
     """The identity on y, whose backward also feeds `loss` (gradient `scale`) and `counter` (gradient `load`)."""
 
     @staticmethod
@@ -107,12 +131,14 @@ class _Carry(torch.autograd.Function):
         return grads[0], scale if ctx.has_loss else None, None, grad_counter, None
 
 
-def carry(y: Tensor, *, loss: Tensor | None, scale: float, counter: Tensor | None, load: Tensor | None) -> Tensor:
+def inject_gradients(
+    y: Tensor, *, loss: Tensor | None, scale: float, counter: Tensor | None, load: Tensor | None
+) -> Tensor:
     """y unchanged; when gradients flow through it, `loss` gets the gradient `scale` and `counter` gets `load`."""
     if not torch.is_grad_enabled() or (loss is None and counter is None):
         return y
     at = y if loss is None else loss
-    return _Carry.apply(y, loss, torch.full((), scale, dtype=at.dtype, device=at.device), counter, load)
+    return _Inject.apply(y, loss, torch.full((), scale, dtype=at.dtype, device=at.device), counter, load)
 
 
 def routers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -130,7 +156,7 @@ def set_loss_scale(model: nn.Module, scale: float) -> None:
     itself and needs none of this.
     """
     for _, router in routers(model):
-        router.loss_scale = scale
+        router.global_batch.scale_loss(scale)
 
 
 class Handle:
@@ -142,7 +168,7 @@ class Handle:
     def remove(self) -> None:
         self._hook.remove()
         for router in self._attached:
-            router.counter = None
+            router.stop_counting()
         self._attached = []
 
 
@@ -154,42 +180,40 @@ def attach(
     Works on any model that contains `moe.MoELayer`s and in any trainer: call it once, after the model is on its device
     and before the first forward (and before torch.compile), and attach to one optimizer only when there are several.
     The load of a step is everything that went backward since the last one, summed over `group` (None: the default group
-    where torch.distributed runs), which is also the group of the global-batch loss. A step without any token leaves the
-    biases alone. `handle.remove()` ends it; change the speed by removing and attaching again. A copy of the model is
-    not attached.
+    where torch.distributed runs). The global-batch loss of all routers, those without a correction bias too, sums over
+    the same group. A step without any token leaves the biases alone. `handle.remove()` ends the updates; change the
+    speed by removing and attaching again. A copy of the model is not attached.
 
     Raises:
-        ValueError: no router with a correction bias, routers already attached, or a speed below 0 or not finite.
+        ValueError: no router, or without a group none with a correction bias; routers that are attached already; a
+            speed below 0 or not finite. Nothing is changed then.
 
     Source: arXiv 2408.15664; DeepSeek-V3 (arXiv 2412.19437), section 2.1.2 (speed 0.001, 0 at the end of training).
     """
     if not 0 <= bias_update_speed < math.inf:
         raise ValueError(f"bias_update_speed = {bias_update_speed}: expected a finite number from 0 up")
-    biased = [router for _, router in routers(model) if router.e_score_correction_bias is not None]
-    if not biased:
+    found = [router for _, router in routers(model)]
+    biased = [router for router in found if router.e_score_correction_bias is not None]
+    if not biased and (group is None or not found):
         raise ValueError("attach: the model has no router with a correction bias (topk_method 'noaux_tc')")
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if biased[0].all_reduce is not None and not any(hasattr(parameter, "device_mesh") for parameter in held):
+    if found[0].global_batch.lockstep and not any(hasattr(parameter, "device_mesh") for parameter in held):
         raise ValueError("attach: the optimizer holds none of the model's parameters; build it after parallelize")
     if any(router.counter is not None for router in biased):
         raise ValueError("attach: this model is attached already; call remove() on the earlier handle first")
+    for router in found:
+        router.global_batch.restrict(group)
     for router in biased:
-        device = router.weight.device
-        router.counter = torch.zeros(router.num_experts, dtype=COUNTER_DTYPE, device=device, requires_grad=True)
-        router.group = group
+        router.start_counting()
 
-    @torch.no_grad()
     def update(*_: Any) -> None:
-        loads = [r.counter.grad if r.counter.grad is not None else torch.zeros_like(r.counter) for r in biased]
-        for router in biased:
-            router.counter.grad = None
-        sizes = [router.num_experts for router in biased]
+        loads = [router.take_load() for router in biased]
+        if not loads:
+            return
         flat = torch.cat([load.to(loads[0].device) for load in loads]).to(torch.int64)
-        if dist.is_available() and dist.is_initialized():
-            (biased[0].all_reduce or dist.all_reduce)(flat, group=group)
-        for router, load in zip(biased, flat.split(sizes), strict=True):
-            step = bias_update_speed * torch.sign(load.double().mean() - load).float()
-            router.e_score_correction_bias += step.to(router.e_score_correction_bias.device)
+        flat = biased[0].global_batch.sum(flat, "bias update")
+        for router, load in zip(biased, flat.split([len(load) for load in loads]), strict=True):
+            router.move_bias(bias_update_speed * torch.sign(load.double().mean() - load).float())
 
     return Handle(biased, optimizer.register_step_post_hook(update))
 

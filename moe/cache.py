@@ -1,5 +1,7 @@
 """What attention keeps of earlier tokens: keys and values, or the latents of MLA."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ class LayerCache:
     def __init__(self, shapes: list[tuple[int, ...]]) -> None:
         self.shapes = shapes
         self.entries: list[Tensor] = []
+        self.made: tuple[Tensor, ...] | None = None
 
     def append(self, start: int, *new: Tensor) -> list[Tensor]:
         """Write `new` (each [B, S, ...]) at rows start to start + S; returns views of rows 0 to start + S.
@@ -32,6 +35,16 @@ class LayerCache:
         for entry, n in zip(self.entries, new, strict=True):
             entry[:, start:end] = n
         return [entry[:, :end] for entry in self.entries]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the sequences `rows`, in that order."""
+        self.entries = [torch.index_select(entry, 0, rows) for entry in self.entries]
+
+    def once(self, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What `make` returned at the first call, for tensors that depend on the weights only."""
+        if self.made is None:
+            self.made = make()
+        return self.made
 
 
 class Cache:
@@ -66,4 +79,8 @@ class Cache:
     def select(self, rows: Tensor) -> None:
         """Keep the sequences `rows` (int64 indices into the batch), in that order."""
         for layer in self.layers:
-            layer.entries = [torch.index_select(e, 0, rows) for e in layer.entries]
+            layer.select(rows)
+
+    def advance(self, length: int) -> None:
+        """Count `length` more tokens, which every layer has appended."""
+        self.length += length

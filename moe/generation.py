@@ -69,7 +69,7 @@ def stream(
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected [B, S] with S of 1 or more")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens = {max_new_tokens}: expected 0 or more")
-    if eos_token_id is not None and model.mean_weights is not None:
+    if eos_token_id is not None and model.global_batch.lockstep:
         raise ValueError("eos_token_id: on a mesh other ranks' sequences end elsewhere; cut them after max_new_tokens")
     check_sampling(temperature, top_k, top_p)
     mask = None

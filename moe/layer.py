@@ -1,9 +1,8 @@
 """The Mixture-of-Experts layer: experts, shared experts, and the layer that routes tokens to them."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Any, Literal, Protocol, overload
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +10,9 @@ from torch import Tensor, nn
 
 from moe import balance, ops
 from moe.config import ModelConfig, ScoringFunc, TopkMethod
+from moe.global_batch import GlobalBatch
 from moe.init import materialize
+from moe.loss import Term
 from moe.ops import Routing
 from moe.router import Router
 
@@ -71,12 +72,44 @@ class Experts(nn.Module):
         return self.gate_up_proj, self.down_proj, self.gate_up_proj_bias, self.down_proj_bias
 
 
-def local_dispatcher(
-    x: Tensor, routing: Routing, experts: Experts, shared: Callable[[Tensor], Tensor] | None
-) -> Tensor:
-    """x [T, D] through its experts, plus shared(x): [T, D]. Every expert is here: no communication."""
-    y = experts(x, routing.weights, routing.expert_ids)
-    return y if shared is None else y + shared(x)
+class Dispatched(Protocol):
+    """Tokens on their way to the ranks that have their experts."""
+
+    def wait(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What arrives at this rank's experts: rows [N, D], weights [N, K] and expert ids [N, K], -1 for "not here"."""
+        ...
+
+
+class Dispatcher(Protocol):
+    """How a layer reaches its experts. Other work may be done between `dispatch` and `Dispatched.wait`."""
+
+    def dispatch(self, x: Tensor, routing: Routing) -> Dispatched:
+        """Start to move x [T, D] to its experts."""
+        ...
+
+    def combine(self, y: Tensor, sent: Any) -> Tensor:
+        """y [N, D], what the experts made of the rows that arrived -> the sum of each token of `sent`, [T, D]."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Here:
+    rows: Tensor
+    weights: Tensor
+    expert_ids: Tensor
+
+    def wait(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.rows, self.weights, self.expert_ids
+
+
+class LocalDispatcher:
+    """Every expert is here: nothing moves."""
+
+    def dispatch(self, x: Tensor, routing: Routing) -> _Here:
+        return _Here(x, routing.weights, routing.expert_ids)
+
+    def combine(self, y: Tensor, sent: _Here) -> Tensor:
+        return y
 
 
 @dataclass(frozen=True)
@@ -85,20 +118,33 @@ class MoEStats:
 
     Attributes:
         load: int64 [E], real tokens that chose each expert.
-        balance_loss, z_loss: scalars, already multiplied by their coefficients; 0 where a coefficient is 0. They are
-            means, the first over the sequences that have a real token (all real tokens without `seq_aux`), the second
-            over real tokens.
         tokens: int64 [B], real tokens of each sequence.
+        terms: the losses of the routing, in training only; see `moe.balance.loss_terms`.
     """
 
     load: Tensor
-    balance_loss: Tensor
-    z_loss: Tensor
     tokens: Tensor
+    terms: tuple[Term, ...] = ()
+
+    @property
+    def balance_loss(self) -> Tensor:
+        """Scalar, multiplied by its coefficient: a mean over the sequences that have a real token, without `seq_aux`
+        over all real tokens; 0 if the coefficient is 0."""
+        return self._sum("balance")
+
+    @property
+    def z_loss(self) -> Tensor:
+        """Scalar, multiplied by its coefficient: a mean over real tokens; 0 if the coefficient is 0."""
+        return self._sum("z")
 
     @property
     def aux_loss(self) -> Tensor:
-        return self.balance_loss + self.z_loss
+        """Scalar: the sum of all terms."""
+        return self._sum()
+
+    def _sum(self, name: str | None = None) -> Tensor:
+        means = [term.mean.value for term in self.terms if name is None or term.name == name]
+        return torch.stack(means).sum() if means else torch.zeros((), device=self.load.device)
 
 
 class MoELayer(nn.Module):
@@ -181,10 +227,8 @@ class MoELayer(nn.Module):
             router_z_loss_coef=router_z_loss_coef,
             initializer_range=initializer_range,
         )
-        self.hidden_size = hidden_size
-        self.alpha, self.seq_aux, self.z_coef = aux_loss_alpha, seq_aux, router_z_loss_coef
-        # Swapped by moe.parallel for one that reaches experts on other ranks, and computes `shared` meanwhile.
-        self.dispatcher: Callable[..., Tensor] = local_dispatcher
+        self.config = config
+        self.dispatcher: Dispatcher = LocalDispatcher()
         with torch.device("meta"):
             self.gate = Router(
                 hidden_size,
@@ -247,10 +291,11 @@ class MoELayer(nn.Module):
             routing: replaces the router. A `Routing` is used as it is, and has no z-loss; int64 expert ids [T, K] are
                 replayed with weights from this router's scores.
         """
-        if x.ndim < 2 or x.shape[-1] != self.hidden_size:
-            raise ValueError(f"x has shape {tuple(x.shape)}: expected [..., S, {self.hidden_size}]")
+        width = self.config.hidden_size
+        if x.ndim < 2 or x.shape[-1] != width:
+            raise ValueError(f"x has shape {tuple(x.shape)}: expected [..., S, {width}]")
         shape = (math.prod(x.shape[:-2]), x.shape[-2])
-        rows = x.reshape(shape[0] * shape[1], x.shape[-1])
+        rows = x.reshape(shape[0] * shape[1], width)
         if token_mask is not None:
             if token_mask.shape != x.shape[:-1] or token_mask.dtype != torch.bool:
                 found = f"{token_mask.dtype} {tuple(token_mask.shape)}"
@@ -258,28 +303,39 @@ class MoELayer(nn.Module):
             token_mask = token_mask.reshape(shape)
             rows = rows.masked_fill(~token_mask.reshape(-1, 1), 0)
 
-        logits = None
-        if isinstance(routing, Routing):
-            chosen = routing
-        else:
-            logits = self.gate.logits(rows)
-            chosen = self.gate.route(logits) if routing is None else self.gate.replay(logits, routing)
+        if routing is None:
+            routing = self.gate(rows)
+        elif isinstance(routing, Tensor):
+            routing = self.gate(rows, routing)
+        assert isinstance(routing, Routing)
         if token_mask is not None:
-            ids = chosen.expert_ids.masked_fill(~token_mask.reshape(-1, 1), -1)
-            chosen = Routing(chosen.weights, ids, chosen.scores)
-
-        stats = self._stats(chosen, logits, shape, token_mask)
+            routing = routing._replace(expert_ids=routing.expert_ids.masked_fill(~token_mask.reshape(-1, 1), -1))
+        router = routing.router if routing.router is not None else self._router()
+        stats = self._stats(routing, router.global_batch, shape, token_mask)
         if self.training:
-            gate = self.gate
-            loss = None if return_stats or not (self.alpha or self.z_coef) else stats.aux_loss
             # On the weights and not on y: y's gradient passes through them, and they are a D-th of its size.
-            weights = balance.carry(
-                chosen.weights, loss=loss, scale=gate.loss_scale, counter=gate.counter, load=stats.load
+            weights = balance.inject_gradients(
+                routing.weights,
+                loss=None if return_stats or not stats.terms else stats.aux_loss,
+                scale=router.global_batch.loss_scale,
+                counter=router.counter,
+                load=stats.load,
             )
-            chosen = Routing(weights, chosen.expert_ids, chosen.scores)
-        y = self.dispatcher(rows, chosen, self.experts, None if self.shared_experts is None else self._shared)
-        y = y.view(x.shape)
+            routing = routing._replace(weights=weights)
+
+        sent = self.dispatcher.dispatch(rows, routing)
+        shared = None if self.shared_experts is None else self._shared(rows)  # while tokens travel
+        y = self.dispatcher.combine(self.experts(*sent.wait()), sent)
+        y = (y if shared is None else y + shared).view(x.shape)
         return (y, stats) if return_stats else y
+
+    def divide(self, experts: nn.Module, dispatcher: Dispatcher) -> None:
+        """Hold only `experts`, and reach the others through `dispatcher`."""
+        self.experts, self.dispatcher = experts, dispatcher
+
+    def _router(self) -> Router:
+        """The router, whatever is around it."""
+        return next(module for module in self.gate.modules() if isinstance(module, Router))
 
     def _shared(self, x: Tensor) -> Tensor:
         assert self.shared_experts is not None
@@ -287,18 +343,10 @@ class MoELayer(nn.Module):
         return y if self.shared_expert_gate is None else self.shared_expert_gate(x).sigmoid() * y
 
     def _stats(
-        self, routing: Routing, logits: Tensor | None, shape: tuple[int, int], token_mask: Tensor | None
+        self, routing: Routing, batch: GlobalBatch, shape: tuple[int, int], token_mask: Tensor | None
     ) -> MoEStats:
-        ids = routing.expert_ids.view(*shape, routing.expert_ids.shape[1])
-        zero = routing.scores.new_zeros(())
-        loss, z = zero, zero
-        if self.training and self.alpha:
-            scores = routing.scores.view(*shape, self.gate.num_experts)
-            loss = self.alpha * balance.balance_loss(
-                scores, ids, token_mask, seq_aux=self.seq_aux, group=self.gate.group
-            )
-        if self.training and self.z_coef and logits is not None:
-            z = self.z_coef * balance.z_loss(logits.view(*shape, self.gate.num_experts), token_mask)
-        load = balance.expert_load(routing.expert_ids, self.gate.num_experts)
+        load = balance.expert_load(routing.expert_ids, self.config.n_routed_experts)
         tokens = load.new_full(shape[:1], shape[1]) if token_mask is None else token_mask.sum(-1)
-        return MoEStats(load, loss, z, tokens)
+        if not self.training:
+            return MoEStats(load, tokens)
+        return MoEStats(load, tokens, balance.loss_terms(self.config, routing, shape, token_mask, tokens, batch))

@@ -18,6 +18,18 @@ class Mean:
     count: Tensor
 
 
+@dataclass(frozen=True)
+class Term:
+    """One term of the loss, which is the sum of weight * mean over all terms.
+
+    Terms of one name, of several layers for example, are reported as the sum of their means.
+    """
+
+    name: str
+    mean: Mean
+    weight: float = 1.0
+
+
 def next_token_loss(
     logits: Tensor, labels: Tensor, ahead: int, document_ids: Tensor | None, token_mask: Tensor | None
 ) -> Mean:

@@ -6,8 +6,9 @@ where `mlp` is a dense MLP in some blocks, as the config says, and a `MoELayer` 
 prediction modules (DeepSeek-V3, arXiv 2412.19437, section 2.2) stand behind the last block and are used in training.
 """
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from inspect import signature
 from os import PathLike
 from typing import Any
@@ -18,12 +19,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe.attention import GQA, MLA
-from moe.balance import LoadReport, carry, routers
+from moe.balance import LoadReport, inject_gradients, routers
 from moe.cache import Cache, LayerCache
 from moe.config import ModelConfig
+from moe.global_batch import GlobalBatch
 from moe.init import materialize
 from moe.layer import MLP, MoELayer, MoEStats
-from moe.loss import Mean, next_token_loss
+from moe.loss import Term, next_token_loss
 from moe.norm import RMSNorm
 from moe.quantized import Quantized
 from moe.rope import rope_tables
@@ -55,6 +57,16 @@ class Output:
 MOE_FIELDS = tuple(name for name in signature(MoELayer).parameters if name != "seed")
 
 
+class Embedding(nn.Embedding):
+    """Token ids [...] -> vectors [..., D]; and as the tied head, vectors [..., D] -> logits [..., V].
+
+    One module for both, since offloading, sharding and hooks see parameters where their module is called.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight) if input.is_floating_point() else super().forward(input)
+
+
 class Block(nn.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
@@ -64,7 +76,8 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(width, eps=config.rms_norm_eps)
         self.self_attn = MLA(config) if config.is_mla else GQA(config)
         self.post_attention_layernorm = RMSNorm(width, eps=config.rms_norm_eps)
-        self.mlp: MLP | MoELayer
+        self.has_experts = has_experts  # and not the class of mlp, which others wrap
+        self.mlp: nn.Module
         if has_experts:
             self.mlp = MoELayer(**{name: getattr(config, name) for name in MOE_FIELDS})
         else:
@@ -75,7 +88,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, MoEStats | None]:
         h = h + self.self_attn(self.input_layernorm(h), rope, mask, cache, past)
         x = self.post_attention_layernorm(h)
-        if isinstance(self.mlp, MoELayer):
+        if self.has_experts:
             y, stats = self.mlp(x, token_mask, return_stats=True)
             return h + y, stats
         return h + self.mlp(x), None
@@ -125,15 +138,11 @@ class Transformer(nn.Module):
         self.carried_files: dict[str, bytes] = {}
         self.origin: Any = None
         self.activation_checkpointing = False
-        self.has_balance_losses = bool(config.aux_loss_alpha or config.router_z_loss_coef)
-        # Set from outside where other ranks have other parts of the batch: counts int64 [N] of this part -> weights of
-        # its means, so that their mean over ranks is the mean over the whole batch.
-        self.mean_weights: Callable[[Tensor], Tensor] | None = None
         self._load: Tensor | None = None
         with torch.device("meta"):
             # Not nn.Embedding(V, D): its normal_ on the meta device imports torch's compiler, which takes seconds.
             embedding = torch.empty(config.vocab_size, config.hidden_size)
-            self.embed_tokens = nn.Embedding.from_pretrained(embedding, freeze=False)
+            self.embed_tokens = Embedding.from_pretrained(embedding, freeze=False)
             self.layers = nn.ModuleList(
                 Block(config, has_experts=config.is_moe_layer(i)) for i in range(config.num_hidden_layers)
             )
@@ -142,6 +151,13 @@ class Transformer(nn.Module):
             tied = config.tie_word_embeddings
             self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         materialize(self, std=config.initializer_range, seed=seed)
+        self.join(GlobalBatch())
+
+    def join(self, batch: GlobalBatch) -> None:
+        """Take part in `batch`, with all routers."""
+        self.global_batch = batch
+        for _, router in routers(self):
+            router.join(batch)
 
     def forward(
         self,
@@ -185,61 +201,48 @@ class Transformer(nn.Module):
             if block_stats is not None:
                 stats.append(block_stats)
         h = self.norm(h)
-        if labels is None and self.training and stats and self.has_balance_losses:
-            # Nobody will see `out.loss`; a caller who computes a loss from `out` gets these all the same.
-            aux = torch.stack(self._weighted(self._balance_means(stats))).sum()
-            scale = next(router.loss_scale for _, router in routers(self))
-            h = carry(h, loss=aux, scale=scale, counter=None, load=None)
+        terms = [term for s in stats for term in s.terms]
+        if labels is None and terms:
+            # Without labels there is no `out.loss`, so the auxiliary losses are injected through h.
+            aux = torch.stack(self._weigh(terms)).sum()
+            h = inject_gradients(h, loss=aux, scale=self.global_batch.loss_scale, counter=None, load=None)
         if cache is not None:
-            cache.length += length
+            cache.advance(length)
         logits = self.head(h[:, -logits_to_keep:] if logits_to_keep else h)
 
         if labels is not None and token_mask is not None:
             labels = labels.masked_fill(~token_mask, -100)
-        means: list[Mean] = []
+        ahead: list[Term] = []
         if self.training and labels is not None:
-            means, mtp_stats = self._predict_ahead(h, input_ids, labels, rope, real, document_ids)
-            stats.extend(mtp_stats)
+            ahead, mtp_stats = self._predict_ahead(h, input_ids, labels, rope, real, document_ids)
+            stats += mtp_stats
+            terms += [term for s in mtp_stats for term in s.terms]
 
         load = torch.stack([s.load for s in stats]) if stats else None
         if load is not None:
             self._count(load)
         if labels is None:
             return Output(logits, h, load=load)
-        modules = len(means)
-        means = [next_token_loss(logits, labels, 1, document_ids, token_mask), *means]
-        if self.training:
-            means += self._balance_means(stats)
-        loss, *others = self._weighted(means)
-        losses = {"ce": loss}
-        if modules:
-            losses["mtp"] = torch.stack(others[:modules]).mean()
-            loss = loss + self.config.mtp_loss_weight * losses["mtp"]
-        for name, parts in (("balance", others[modules::2]), ("z", others[modules + 1 :: 2])):
-            coefficient = self.config.aux_loss_alpha if name == "balance" else self.config.router_z_loss_coef
-            if parts and coefficient:
-                losses[name] = torch.stack(parts).sum()
-                loss = loss + losses[name]
-        return Output(logits, h, loss, {name: part.detach() for name, part in losses.items()}, load)
+        next_token = Term("ce", next_token_loss(logits, labels, 1, document_ids, token_mask))
+        loss, losses = self._total([next_token, *ahead, *terms])
+        return Output(logits, h, loss, losses, load)
 
-    def _balance_means(self, stats: list[MoEStats]) -> list[Mean]:
-        """The balance loss and the z-loss of each layer with experts, in turn; none if the model has no such loss."""
-        means = []
-        for s in stats if self.has_balance_losses else []:
-            sequences = (s.tokens > 0).sum() if self.config.seq_aux else s.tokens.sum()
-            means += [Mean(s.balance_loss, sequences), Mean(s.z_loss, s.tokens.sum())]
-        return means
+    def _total(self, terms: list[Term]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and what `Output.losses` reports of it."""
+        by_name: dict[str, list[Tensor]] = {}
+        for term, mean in zip(terms, self._weigh(terms), strict=True):
+            by_name.setdefault(term.name, []).append(mean)
+        losses = {name: torch.stack(means).sum() if len(means) > 1 else means[0] for name, means in by_name.items()}
+        weights = {term.name: term.weight for term in terms}
+        parts = [mean if weights[name] == 1 else weights[name] * mean for name, mean in losses.items()]
+        return functools.reduce(torch.add, parts), {name: mean.detach() for name, mean in losses.items()}
 
-    def _weighted(self, means: list[Mean]) -> list[Tensor]:
-        values = [mean.value for mean in means]
-        if self.mean_weights is None or not means:
-            return values
-        weights = self.mean_weights(torch.stack([mean.count for mean in means]))
-        return [value * weight.to(value.dtype) for value, weight in zip(values, weights, strict=True)]
+    def _weigh(self, terms: list[Term]) -> list[Tensor]:
+        return self.global_batch.weigh([term.mean.value for term in terms], [term.mean.count for term in terms])
 
     def head(self, h: Tensor) -> Tensor:
         """h [..., D], normalised -> logits [..., V]."""
-        return F.linear(h, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(h)
+        return self.embed_tokens(h) if self.lm_head is None else self.lm_head(h)
 
     def save(self, folder: str | PathLike[str]) -> None:
         """Write a Hugging Face checkpoint folder, atomically; see `moe.checkpoint.save`."""
@@ -259,7 +262,8 @@ class Transformer(nn.Module):
 
     def load_report(self, *, reset: bool = False) -> LoadReport:
         """Expert load summed over the forward passes, of training and eval, since the last reset."""
-        names = [name for name, _ in routers(self)]
+        names = [f"layers.{i}.mlp.gate" for i in range(len(self.layers)) if self.config.is_moe_layer(i)]
+        names += [f"mtp.{k}.block.mlp.gate" for k in range(len(self.mtp))]
         load = torch.zeros(len(names), self.config.n_routed_experts, dtype=torch.int64)
         if self._load is not None:
             load[: len(self._load)] = self._load.cpu()
@@ -290,13 +294,15 @@ class Transformer(nn.Module):
         rope: Rope,
         real: Tensor | None,
         document_ids: Tensor | None,
-    ) -> tuple[list[Mean], list[MoEStats]]:
+    ) -> tuple[list[Term], list[MoEStats]]:
         """The MTP modules' losses and statistics. Module k drops the last k + 1 positions: they have no token ahead."""
-        losses, stats = [], []
+        terms: list[Term] = []
+        stats: list[MoEStats] = []
+        modules = min(len(self.mtp), input_ids.shape[1] - 1)
         for k, module in enumerate(self.mtp):
             keep = input_ids.shape[1] - (k + 1)
             if keep < 1:
-                if self.mean_weights is not None:  # other ranks may run the module, and would wait for this one
+                if self.global_batch.lockstep:  # other ranks may run the module, and would wait for this one
                     raise ValueError(f"sequences of {keep + k + 1} tokens: on a mesh {k + 2} or more, for mtp.{k}")
                 break
             embedding = self.embed_tokens(input_ids[:, k + 1 :])
@@ -308,10 +314,11 @@ class Transformer(nn.Module):
             cos, sin = rope
             args = (embedding, (cos[:, :keep], sin[:, :keep]), mask, token_mask)
             h, block_stats = self._run(module, h[:, :keep], *args)
-            losses.append(next_token_loss(self.head(h), labels, k + 2, document_ids, token_mask))
+            mean = next_token_loss(self.head(h), labels, k + 2, document_ids, token_mask)
+            terms.append(Term("mtp", replace(mean, value=mean.value / modules), self.config.mtp_loss_weight))
             if block_stats is not None:
                 stats.append(block_stats)
-        return losses, stats
+        return terms, stats
 
     def _count(self, load: Tensor) -> None:
         load = load.detach()

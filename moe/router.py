@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 from moe import ops
 from moe.config import ScoringFunc, TopkMethod
+from moe.global_batch import GlobalBatch
 from moe.ops import Routing
+
+COUNTER_DTYPE = torch.float64  # gradients must be floating point; counts are exact up to 2^53
 
 
 class Router(nn.Module):
@@ -53,12 +56,34 @@ class Router(nn.Module):
         self.bias = nn.Parameter(torch.empty(n_routed_experts)) if router_bias else None
         bias = torch.zeros(n_routed_experts, dtype=torch.float32) if topk_method == "noaux_tc" else None
         self.register_buffer("e_score_correction_bias", bias)
-        # Set by balance.attach: a leaf whose gradient is the load of the step, and the group of the global batch.
+        self.global_batch = GlobalBatch()
         self.counter: Tensor | None = None
-        self.group: Any = None
-        # Set by moe.parallel: torch.distributed's, with a name for errors.
-        self.all_reduce: Callable[..., None] | None = None
-        self.loss_scale = 1.0
+
+    def join(self, batch: GlobalBatch) -> None:
+        """Take part in `batch`, which the routers of a model share."""
+        self.global_batch = batch
+
+    def start_counting(self) -> Tensor:
+        """Make and return the counter, float64 [E]: a leaf whose gradient is the load of the step."""
+        self.counter = torch.zeros(self.num_experts, dtype=COUNTER_DTYPE, device=self.weight.device, requires_grad=True)
+        return self.counter
+
+    def stop_counting(self) -> None:
+        self.counter = None
+
+    @torch.no_grad()
+    def take_load(self) -> Tensor:
+        """float64 [E]: the tokens counted since the last call."""
+        assert self.counter is not None
+        load = self.counter.grad if self.counter.grad is not None else torch.zeros_like(self.counter)
+        self.counter.grad = None
+        return load
+
+    @torch.no_grad()
+    def move_bias(self, step: Tensor) -> None:
+        """Add float32 [E] to the correction bias."""
+        assert self.e_score_correction_bias is not None
+        self.e_score_correction_bias += step.to(self.e_score_correction_bias.device)
 
     def logits(self, x: Tensor) -> Tensor:
         """x [T, D] -> [T, E]."""
@@ -77,8 +102,11 @@ class Router(nn.Module):
             weights = weights / (weights.sum(-1, keepdim=True).clamp_min(self.selection["norm_min"]) + 1e-20)
         return Routing(weights * self.selection["routed_scaling_factor"], expert_ids, scores)
 
-    def forward(self, x: Tensor) -> Routing:
-        return self.route(self.logits(x))
+    def forward(self, x: Tensor, expert_ids: Tensor | None = None) -> Routing:
+        """x [T, D] -> its routing, with the logits; `expert_ids` [T, K] replace the selection."""
+        logits = self.logits(x)
+        routing = self.route(logits) if expert_ids is None else self.replay(logits, expert_ids)
+        return routing._replace(logits=logits, router=self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         bias, counter = self.e_score_correction_bias, self.counter

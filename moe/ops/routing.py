@@ -1,7 +1,6 @@
 """Top-k routing: which experts a token goes to, and with what weight."""
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,13 +11,18 @@ ScoringFunc = Literal["sigmoid", "softmax"]
 GroupScore = Literal["top2", "max"]
 
 
-@dataclass(frozen=True)
-class Routing:
-    """weights [T, K] and scores [T, E] in the logits' dtype, expert_ids [T, K] int64, best expert first."""
+class Routing(NamedTuple):
+    """weights [T, K] and scores [T, E] in the logits' dtype, expert_ids [T, K] int64, best expert first.
+
+    A named tuple, because FSDP and other wrappers of modules look for tensors in tuples. `moe.router.Router` adds the
+    logits [T, E] and itself.
+    """
 
     weights: Tensor
     expert_ids: Tensor
     scores: Tensor
+    logits: Tensor | None = None
+    router: Any = None
 
 
 def route(

@@ -16,5 +16,8 @@ from moe.parallel.placement import Placement as Placement
 from moe.parallel.placement import place as place
 from moe.parallel.states import StateWriter as StateWriter
 from moe.parallel.states import load_latest as load_latest
+from moe.parallel.transport import AllToAll as AllToAll
+from moe.parallel.transport import Loopback as Loopback
+from moe.parallel.transport import Transport as Transport
 from moe.parallel.watch import Watch as Watch
 from moe.parallel.watch import start as start

@@ -1,6 +1,6 @@
 """A model onto a mesh: experts divided among ranks, everything cut by FSDP2. The only page that knows both."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,18 +9,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from moe import balance
 from moe.errors import ParallelError
+from moe.global_batch import GlobalBatch
 from moe.init import fill
 from moe.layer import Experts, MoELayer
 from moe.model import Block, Transformer
 from moe.parallel.dispatch import AllToAllDispatcher, Payload
 from moe.parallel.journal import Journal, name_ranks
 from moe.parallel.mesh import Mesh, device_of
+from moe.parallel.transport import AllToAll, eager
 from moe.quantized import Quantized
 from moe.router import Router
 
@@ -112,16 +113,17 @@ def divide_experts(
     """
     if isinstance(layer.experts, DividedExperts):
         raise ParallelError("the experts of this layer are divided already", layer=name)
-    total, held = layer.gate.num_experts, _held(layer.experts)
-    dispatcher = AllToAllDispatcher(ep.get_group(), total, payload=payload, name=name, journal=journal)
+    total, held = layer.config.n_routed_experts, _held(layer.experts)
+    dispatcher = AllToAllDispatcher(AllToAll(ep.get_group(), name, journal), total, payload=payload)
     if held not in (total, dispatcher.experts_per_rank):
         wanted = f"all {total} or this rank's {dispatcher.experts_per_rank}"
         raise ParallelError(f"the layer holds {held} experts: expected {wanted}", layer=name)
-    if isinstance(layer.experts, Experts):
-        layer.experts = DividedExperts(layer.experts, ep, total)
+    experts: nn.Module = layer.experts
+    if isinstance(experts, Experts):
+        experts = DividedExperts(experts, ep, total)
     elif held != dispatcher.experts_per_rank:
         raise ParallelError("quantised experts cannot be divided: load this rank's with experts=range(...)", layer=name)
-    layer.dispatcher = dispatcher
+    layer.divide(experts, dispatcher)
     return layer
 
 
@@ -172,7 +174,6 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig | None = 
             place = partial(_placement, mesh=mesh.experts, layer=name)
             fully_shard(layer.experts, mesh=cut, mp_policy=uncast, shard_placement_fn=place, **reshard)
         fully_shard(layer.gate, mesh=dense, mp_policy=exact, **reshard)
-        register_fsdp_forward_method(layer.gate, "logits")
     for block in model.layers:
         fully_shard(block, mesh=dense, mp_policy=uncast, **reshard)
     for module in model.mtp:
@@ -183,9 +184,7 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig | None = 
             module.set_custom_all_gather(_AllGather(journal, name or "embedding and head"))
             module.set_custom_reduce_scatter(_ReduceScatter(journal, name or "embedding and head"))
             module.set_force_sum_reduction_for_comms(True)  # then one division: gloo has no average
-    for _, router in balance.routers(model):
-        router.all_reduce = _AllReduce(journal, "routers", "bias update")
-    model.mean_weights = _MeanWeights(journal)
+    model.join(MeshBatch(journal))
     model.register_forward_pre_hook(_FirstPass(), prepend=True)
     model.register_forward_hook(_cut_again)
     return model
@@ -233,27 +232,32 @@ class _ReduceScatter(DefaultReduceScatter):
             return super().__call__(output_tensor, input_tensor, group, op, async_op)
 
 
-class _AllReduce:
-    """`dist.all_reduce`, noted in the journal."""
+class MeshBatch(GlobalBatch):
+    """The global batch of a model on a mesh, whose ranks have parts with unequal numbers of tokens."""
 
-    def __init__(self, journal: Journal, layer: str, operation: str) -> None:
-        self.journal, self.layer, self.operation = journal, layer, operation
-
-    def __call__(self, tensor: Tensor, group: Any = None) -> None:
-        with self.journal.collective(self.layer, self.operation, group, size=tensor.numel()):
-            dist.all_reduce(tensor, group=group)
-
-
-class _MeanWeights:
-    """counts [N] of this rank -> ranks * counts / sum of all ranks' counts."""
+    lockstep = True
 
     def __init__(self, journal: Journal) -> None:
-        self.all_reduce = _AllReduce(journal, "loss", "sum of counts")
+        super().__init__()
+        self.journal = journal
 
-    def __call__(self, counts: Tensor) -> Tensor:
-        everywhere = counts.clone()
-        self.all_reduce(everywhere)
-        return counts.double() * dist.get_world_size() / everywhere.clamp_min(1)
+    @eager
+    def sum(self, values: Tensor, operation: str) -> Tensor:
+        return self._sum(values, "routers", operation)
+
+    def weigh(self, means: Sequence[Tensor], counts: Sequence[Tensor]) -> list[Tensor]:
+        """Each mean times ranks * its count / the sum of all ranks' counts."""
+        if not means:
+            return []
+        mine = torch.stack(list(counts))
+        everywhere = self._sum(mine.clone(), "loss", "sum of counts")
+        weights = mine.double() * dist.get_world_size() / everywhere.clamp_min(1)
+        return [mean * weight.to(mean.dtype) for mean, weight in zip(means, weights, strict=True)]
+
+    def _sum(self, values: Tensor, layer: str, operation: str) -> Tensor:
+        with self.journal.collective(layer, operation, self.group, size=values.numel()):
+            dist.all_reduce(values, group=self.group)
+        return values
 
 
 def _check(model: Transformer, mesh: Mesh) -> None:

@@ -8,26 +8,22 @@ Four collectives forward (counts, routing, rows, results), three backward, on ev
 few tokens it has. The one host synchronisation is the read of the counts, which all_to_all needs as Python integers.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe import ops
 from moe.errors import ParallelError
-from moe.layer import Experts
 from moe.ops import Routing
 from moe.ops.library import autocast
 from moe.ops.quantization import dequantize_blocks, quantize_rows
-from moe.parallel.journal import Journal
+from moe.parallel.transport import Splits, Transport, eager
 
 Payload = Literal["same", "fp8"]
 FP8_BLOCK = 128
-MAX_ROWS = 2**31  # from one rank to another: more is no number of tokens
 
 
 @dataclass(frozen=True)
@@ -50,59 +46,76 @@ class Traffic:
         return away * self.bytes_out + back * self.bytes_back
 
 
-class AllToAllDispatcher:
-    """The dispatcher of a layer whose experts are divided among the ranks of `group`, in order, equally many each.
+@dataclass(frozen=True)
+class Sent:
+    """Tokens on their way: what `AllToAllDispatcher.dispatch` returns.
 
-    Takes the place of `moe.layer.local_dispatcher`; the layer's `experts` are then this rank's alone.
-
-    Args:
-        group: the ranks; a rank's place in the group says which experts it has.
-        num_experts: E, a multiple of the group's size.
-        payload: how rows travel to the experts: "same", in their dtype, or "fp8", as e4m3 with a float32 scale for
-            every 128 values (DeepSeek-V3's dispatch). Results and gradients always travel in their dtype.
-        name, journal: for errors: the layer, and the journal that collectives are noted in.
+    Attributes:
+        traffic: what is moved.
+        position: int64 [T, J], the row of each of a token's copies; see `moe.ops.permute`.
     """
 
-    def __init__(
-        self, group: Any, num_experts: int, *, payload: Payload = "same", name: str = "", journal: Journal | None = None
-    ) -> None:
-        self.group, self.name, self.payload = group, name, payload
-        self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        self.journal = journal if journal is not None else Journal(dist.get_rank())
-        self.traffic: Traffic | None = None
-        if num_experts % self.size:
-            raise ParallelError(f"{num_experts} experts: expected a multiple of the {self.size} ranks", layer=name)
-        if payload not in ("same", "fp8"):
-            raise ParallelError(f"payload = {payload!r}: expected 'same' or 'fp8'", layer=name)
-        self.experts_per_rank = num_experts // self.size
+    dispatcher: "AllToAllDispatcher"
+    traffic: Traffic
+    position: Tensor
+    arriving: tuple[Tensor, ...]
+
+    def wait(self) -> tuple[Tensor, Tensor, Tensor]:
+        """rows [N, D], weights [N, K] and the ids [N, K] of this rank's experts, -1 for those of other ranks."""
+        return self.dispatcher.arrive(self)
+
+
+class AllToAllDispatcher:
+    """The dispatcher of a layer whose experts are divided among ranks, in order, equally many each.
+
+    Takes the place of `moe.layer.LocalDispatcher`; the layer's `experts` are then this rank's alone.
+
+    Args:
+        transport: what moves rows between the ranks.
+        num_experts: E, a multiple of the number of ranks.
+        payload: how rows travel to the experts: "same", in their dtype, or "fp8", as e4m3 with a float32 scale for
+            every 128 values (DeepSeek-V3's dispatch). Results and gradients always travel in their dtype.
+    """
+
+    def __init__(self, transport: Transport, num_experts: int, *, payload: Payload = "same") -> None:
+        self.transport, self.payload = transport, payload
+        if num_experts % transport.size:
+            problem = f"{num_experts} experts: expected a multiple of the {transport.size} ranks"
+            raise ParallelError(problem, layer=transport.name)
+        if payload not in get_args(Payload):
+            raise ParallelError(f"payload = {payload!r}: expected 'same' or 'fp8'", layer=transport.name)
+        self.experts_per_rank = num_experts // transport.size
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AllToAllDispatcher":
         return self  # a copy of the layer talks to the same ranks
 
-    def __call__(
-        self, x: Tensor, routing: Routing, experts: Experts, shared: Callable[[Tensor], Tensor] | None
-    ) -> Tensor:
-        """x [T, D] -> [T, D], as `local_dispatcher`; `shared` is computed while rows travel."""
-        return self._eager(x, routing, experts, shared)  # pyright: ignore[reportCallIssue]
-
-    @torch.compiler.disable
-    def _eager(
-        self, x: Tensor, routing: Routing, experts: Experts, shared: Callable[[Tensor], Tensor] | None
-    ) -> Tensor:
+    @eager
+    def dispatch(self, x: Tensor, routing: Routing) -> Sent:
+        """Start to move x [T, D] to the ranks that have its experts. A collective call."""
         (sending,) = autocast(x)  # the experts would, and half the bytes travel
         assert sending is not None
-        first = self.destinations(routing.expert_ids)
-        sent = ops.permute(sending.detach(), first, self.size)
-        counts = sent.offsets.diff(prepend=sent.offsets.new_zeros(1)).to(torch.int64)
-        trip = self._agree(counts)
-        rows, weights = _Send.apply(sending, routing.weights, routing.expert_ids, sent, self, trip)
-        alongside = None if shared is None else shared(x)
-        rows, weights, ids = _Arrive.apply(rows, weights, self, trip)
-        start = self.rank * self.experts_per_rank
+        permuted = ops.permute(sending.detach(), self.destinations(routing.expert_ids), self.transport.size)
+        counts = permuted.offsets.diff(prepend=permuted.offsets.new_zeros(1)).to(torch.int64)
+        splits = self.transport.agree(counts)
+        arriving = _Send.apply(sending, routing.weights, routing.expert_ids, permuted, self, splits)
+        out = sum(part.shape[1] * part.itemsize for part in arriving[2:])
+        back = sending.shape[1] * sending.itemsize
+        traffic = Traffic(tuple(splits[0]), tuple(splits[1]), self.transport.rank, out, back)
+        return Sent(self, traffic, permuted.position, arriving)
+
+    @eager
+    def arrive(self, sent: Sent) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Sent.wait`."""
+        rows, weights, ids = _Arrive.apply(*sent.arriving, self, (sent.traffic.sent, sent.traffic.received))
+        start = self.transport.rank * self.experts_per_rank
         here = (ids >= start) & (ids < start + self.experts_per_rank)
-        y = experts(rows, weights, torch.where(here, ids - start, -1))
-        y = ops.unpermute(_Return.apply(y, self, trip), sent.position)
-        return y if alongside is None else y + alongside
+        return rows, weights, torch.where(here, ids - start, -1)
+
+    @eager
+    def combine(self, y: Tensor, sent: Sent) -> Tensor:
+        """y [N, D] of the rows that arrived -> [T, D], each token's sum on its own rank. A collective call."""
+        rows = _Return.apply(y, self.transport, (sent.traffic.sent, sent.traffic.received))
+        return ops.unpermute(rows, sent.position)
 
     def destinations(self, expert_ids: Tensor) -> Tensor:
         """expert_ids [T, K] -> ranks [T, min(K, ranks)]: the distinct ones of each token, descending, then -1."""
@@ -111,64 +124,28 @@ class AllToAllDispatcher:
         again = torch.zeros_like(ordered, dtype=torch.bool)
         again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
         ordered = ordered.masked_fill(again, -1).sort(dim=-1, descending=True).values
-        return ordered[:, : self.size].contiguous()
+        return ordered[:, : self.transport.size].contiguous()
 
-    def _agree(self, counts: Tensor) -> "_Trip":
-        operation = "exchange of counts"
-        with self.journal.collective(self.name, operation, self.group) as entry:
-            # The ticket says which collective it is: no rows follow counts that were meant for another.
-            leaving = torch.stack((counts, torch.full_like(counts, entry.ticket)), dim=1)
-            arriving = torch.empty_like(leaving)
-            dist.all_to_all_single(arriving, leaving, group=self.group)
-        told = torch.cat((leaving, arriving), dim=1).tolist()
-        for place, (_, ticket, rows, theirs) in enumerate(told):
-            rank = dist.get_global_rank(self.group, place)
-            if theirs != ticket:
-                raise self.journal.error(f"rank {rank} came to another collective", self.name, operation)
-            if not 0 <= rows < MAX_ROWS:
-                raise self.journal.error(f"it wants to send {rows} rows", self.name, operation, culprit=rank)
-        return _Trip([row[0] for row in told], [row[2] for row in told])
+    def pack(self, rows: Tensor, weights: Tensor, expert_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """What travels of rows [N, D] and their routing [N, K]: (routing in bytes [N, ...], rows or bytes [N, ...])."""
+        if self.payload == "fp8":
+            codes, scales = quantize_rows(rows, FP8_BLOCK)
+            rows = torch.cat((_bytes(scales), _bytes(codes)), dim=1)
+        return torch.cat((_bytes(weights), _bytes(expert_ids.to(torch.int32))), dim=1), rows
 
-    def exchange(self, operation: str, source: Tensor, trip: "_Trip", *, back: bool = False) -> tuple[Tensor, Any]:
-        """Starts to move rows [leaving, ...], or with `back` [arriving, ...] -> (what will be filled, the work)."""
-        out_splits, in_splits = (trip.sent, trip.received) if back else (trip.received, trip.sent)
-        target = source.new_empty((sum(out_splits), *source.shape[1:]))
-        with self.journal.collective(self.name, operation, self.group, sent=in_splits, expected=out_splits):
-            work = dist.all_to_all_single(
-                target, source.contiguous(), out_splits, in_splits, group=self.group, async_op=True
-            )
-        return target, work
-
-    def wait(self, operation: str, work: Any) -> None:
-        self.journal.wait(self.name, operation, work)
+    def unpack(
+        self, routing: Tensor, rows: Tensor, like_rows: Tensor, like_weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """rows [N, D], weights [N, K] and expert ids int64 [N, K], widths and dtypes as packed: those of `like_*`."""
+        if self.payload == "fp8":
+            at = rows.shape[1] - like_rows.shape[1]
+            scales, codes = _typed(rows[:, :at], torch.float32), _typed(rows[:, at:], torch.float8_e4m3fn)
+            rows = dequantize_blocks(codes, scales, (1, FP8_BLOCK), like_rows.dtype)
+        at = like_weights.shape[1] * like_weights.itemsize
+        return rows, _typed(routing[:, :at], like_weights.dtype), _typed(routing[:, at:], torch.int32).to(torch.int64)
 
 
-@dataclass
-class _Trip:
-    """Rows for, and from, each rank; and what is under way between the two autograd functions of a direction."""
-
-    sent: list[int]
-    received: list[int]
-    landing: Sequence[tuple[str, Tensor, Any]] = ()
-
-    @property
-    def leaving(self) -> int:
-        return sum(self.sent)
-
-    @property
-    def arriving(self) -> int:
-        return sum(self.received)
-
-    def landed(self, dispatcher: AllToAllDispatcher) -> list[Tensor]:
-        """Waits for what is under way, and returns it."""
-        for operation, _, work in self.landing:
-            dispatcher.wait(operation, work)
-        buffers = [buffer for _, buffer, _ in self.landing]
-        self.landing = ()
-        return buffers
-
-
-def _source_tokens(position: Tensor) -> Tensor:
+def source_tokens(position: Tensor) -> Tensor:
     """position [T, J] of `permute` -> the token of each row [T * J]; those past the last offset are any."""
     tokens, each = position.shape
     flat = position.reshape(-1)
@@ -191,10 +168,10 @@ def _typed(data: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Send(torch.autograd.Function):
-    """Starts the dispatch: of x [T, D] the rows in order of destinations, and of their tokens weights and ids [T, K].
+    """Starts the dispatch of x [T, D], weights and ids [T, K]: the routing and the rows that are arriving.
 
-    Its results [arriving, ...] hold nothing yet and only carry the graph to `_Arrive`. Backward, it waits for the
-    gradients whose way back `_Arrive` has started; what autograd hands it holds nothing.
+    Its first two results hold nothing and only carry the graph to `_Arrive`. Their gradients are what `_Arrive` has
+    started to move back, and arrive here.
     """
 
     @staticmethod
@@ -203,32 +180,31 @@ class _Send(torch.autograd.Function):
         x: Tensor,
         weights: Tensor,
         expert_ids: Tensor,
-        sent: ops.Permuted,
+        permuted: ops.Permuted,
         dispatcher: AllToAllDispatcher,
-        trip: _Trip,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.dispatcher, ctx.trip = dispatcher, trip
-        ctx.save_for_backward(sent.position)
-        here, token = sent.rows[: trip.leaving], _source_tokens(sent.position)[: trip.leaving]
+        splits: Splits,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ctx.transport = transport = dispatcher.transport
+        ctx.save_for_backward(permuted.position)
+        leaving = sum(splits[0])
+        token = source_tokens(permuted.position)[:leaving]
         weight, ids = weights.index_select(0, token), expert_ids.index_select(0, token)
-        if dispatcher.payload == "fp8":
-            codes, scales = quantize_rows(here, FP8_BLOCK)
-            here = torch.cat((_bytes(scales), _bytes(codes)), dim=1)
-        routing = torch.cat((_bytes(weight), _bytes(ids.to(torch.int32))), dim=1)
-        trip.landing = (
-            ("dispatch of routing", *dispatcher.exchange("dispatch of routing", routing, trip)),
-            ("dispatch of rows", *dispatcher.exchange("dispatch of rows", here, trip)),
+        routing, rows = dispatcher.pack(permuted.rows[:leaving], weight, ids)
+        arriving = (
+            transport.start("dispatch of routing", routing, *splits),
+            transport.start("dispatch of rows", rows, *splits),
         )
-        out, back = routing.shape[1] + here.shape[1] * here.itemsize, x.shape[1] * x.itemsize
-        dispatcher.traffic = Traffic(tuple(trip.sent), tuple(trip.received), dispatcher.rank, out, back)
-        return x.new_empty(trip.arriving, x.shape[1]), weights.new_empty(trip.arriving, weights.shape[1])
+        ctx.mark_non_differentiable(*arriving)
+        ctx.set_materialize_grads(False)
+        return x.new_empty(leaving, x.shape[1]), weights.new_empty(leaving, weights.shape[1]), *arriving
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (position,) = ctx.saved_tensors
-        grads = (ops.unpermute(grad, position) for grad in ctx.trip.landed(ctx.dispatcher))
-        return *grads, None, None, None, None
+        for operation, grad in zip(("gradient of rows", "gradient of weights"), grads, strict=False):
+            ctx.transport.wait(operation, grad)
+        return *(ops.unpermute(grad, position) for grad in grads[:2]), None, None, None, None
 
 
 class _Arrive(torch.autograd.Function):
@@ -236,44 +212,47 @@ class _Arrive(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weights: Tensor, dispatcher: AllToAllDispatcher, trip: _Trip
+        ctx: Any,
+        rows: Tensor,
+        weights: Tensor,
+        routing: Tensor,
+        arriving: Tensor,
+        dispatcher: AllToAllDispatcher,
+        splits: Splits,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.dispatcher, ctx.trip = dispatcher, trip
-        routing, arrived = trip.landed(dispatcher)
-        if dispatcher.payload == "fp8":
-            at = arrived.shape[1] - rows.shape[1]
-            scales, codes = _typed(arrived[:, :at], torch.float32), _typed(arrived[:, at:], torch.float8_e4m3fn)
-            arrived = dequantize_blocks(codes, scales, (1, FP8_BLOCK), rows.dtype)
-        at = weights.shape[1] * weights.itemsize
-        ids = _typed(routing[:, at:], torch.int32).to(torch.int64)
+        ctx.transport, ctx.splits = dispatcher.transport, splits
+        ctx.transport.wait("dispatch of routing", routing)
+        ctx.transport.wait("dispatch of rows", arriving)
+        arrived, weights, ids = dispatcher.unpack(routing, arriving, rows, weights)
         ctx.mark_non_differentiable(ids)
-        return arrived, _typed(routing[:, :at], weights.dtype), ids
+        return arrived, weights, ids
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor, grad_weights: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        dispatcher, trip = ctx.dispatcher, ctx.trip
-        trip.landing = tuple(
-            (operation, *dispatcher.exchange(operation, grad, trip, back=True))
-            for operation, grad in (("gradient of rows", grad_rows), ("gradient of weights", grad_weights))
+        back = ctx.splits[::-1]
+        grads = (
+            ctx.transport.start("gradient of rows", grad_rows, *back),
+            ctx.transport.start("gradient of weights", grad_weights, *back),
         )
-        return (*(grad.new_zeros(()).expand_as(grad) for grad in (grad_rows, grad_weights)), None, None)
+        return *grads, None, None, None, None
 
 
 class _Return(torch.autograd.Function):
     """y [arriving, D] back to where the rows came from: [leaving, D]."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, dispatcher: AllToAllDispatcher, trip: _Trip) -> Tensor:
-        ctx.dispatcher, ctx.trip = dispatcher, trip
-        rows, work = dispatcher.exchange("return of results", y, trip, back=True)
-        dispatcher.wait("return of results", work)
-        return rows
+    def forward(ctx: Any, y: Tensor, transport: Transport, splits: Splits) -> Tensor:
+        ctx.transport, ctx.splits = transport, splits
+        return _move(transport, "return of results", y, (splits[1], splits[0]))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        dispatcher, trip = ctx.dispatcher, ctx.trip
-        rows, work = dispatcher.exchange("gradient of results", grad, trip)
-        dispatcher.wait("gradient of results", work)
-        return rows, None, None
+        return _move(ctx.transport, "gradient of results", grad, ctx.splits), None, None
+
+
+def _move(transport: Transport, operation: str, rows: Tensor, splits: Splits) -> Tensor:
+    moved = transport.start(operation, rows, *splits)
+    transport.wait(operation, moved)
+    return moved
