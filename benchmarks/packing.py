@@ -35,38 +35,23 @@ from benchmarks.shapes import Shape
 from moe import ops
 from moe.ops import Routing
 from moe.ops.quantization import FP8_MAX, quantize_rows
-from moe.parallel.dispatch import FP8_BLOCK, AllToAllDispatcher, Payload, _bytes, _source_tokens, _Trip, _typed
-from moe.parallel.journal import Journal
+from moe.parallel.dispatch import FP8_BLOCK, AllToAllDispatcher, Payload, Traffic, source_tokens
+from moe.parallel.transport import Loopback
 
 VIRTUAL_RANKS = (8, 16, 64)
 ROUNDS = range(5, 201)
 
 
-def _untouched(rows: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
-    return rows
+def virtual_rank(size: int, num_experts: int, payload: Payload = "same") -> AllToAllDispatcher:
+    """The last of `size` ranks without the others."""
+    return AllToAllDispatcher(Loopback(size, size - 1), num_experts, payload=payload)
 
 
-NO_EXPERTS: Any = _untouched  # in the place of `Experts`, so that nothing but the dispatch is seen
-
-
-class VirtualRank(AllToAllDispatcher):
-    """The last of `size` ranks without the others: what it sends comes back to it, untouched and at once."""
-
-    def __init__(self, size: int, num_experts: int, payload: Payload = "same") -> None:
-        # Not the parent's: there is no process group to ask.
-        self.group, self.name, self.payload = None, "", payload
-        self.size, self.rank, self.experts_per_rank = size, size - 1, num_experts // size
-        self.journal, self.traffic = Journal(self.rank), None
-
-    def _agree(self, counts: Tensor) -> _Trip:
-        sent = counts.tolist()  # the host waits for it here as in the real one
-        return _Trip(sent, sent)
-
-    def exchange(self, operation: str, source: Tensor, trip: _Trip, *, back: bool = False) -> tuple[Tensor, Any]:
-        return source.contiguous(), None
-
-    def wait(self, operation: str, work: Any) -> None:
-        pass
+def trip(dispatcher: AllToAllDispatcher, x: Tensor, routing: Routing) -> tuple[Tensor, Traffic]:
+    """There and back, through experts that do nothing, so that nothing but the dispatch is seen."""
+    sent = dispatcher.dispatch(x, routing)
+    rows, _, _ = sent.wait()
+    return dispatcher.combine(rows, sent), sent.traffic
 
 
 @dataclass(frozen=True)
@@ -172,7 +157,7 @@ class Packing:
         return Work((Phase(0.0, of[step]),))
 
     def destinations(self) -> Step:
-        rank, ranks = VirtualRank(self.entry.ranks, self.shape.experts), self.entry.ranks
+        rank, ranks = virtual_rank(self.entry.ranks, self.shape.experts), self.entry.ranks
 
         def mask() -> Tensor:
             found = torch.zeros(len(self.ids), ranks, dtype=torch.bool, device=self.ids.device)
@@ -191,7 +176,7 @@ class Packing:
         return Step("destinations", (ours, Candidate("torch: mask", mask)), fault, self._moved("destinations"))
 
     def permute(self) -> Step:
-        rank, ranks = VirtualRank(self.entry.ranks, self.shape.experts), self.entry.ranks
+        rank, ranks = virtual_rank(self.entry.ranks, self.shape.experts), self.entry.ranks
 
         def ours() -> tuple[Tensor, Tensor]:
             sent = ops.permute(self.x, rank.destinations(self.ids), ranks)
@@ -224,14 +209,14 @@ class Packing:
         return "" if same else "other rows, or in another order"
 
     def routing(self) -> Step:
-        rank = VirtualRank(self.entry.ranks, self.shape.experts)
+        rank = virtual_rank(self.entry.ranks, self.shape.experts)
         first = rank.destinations(self.ids)
         position = ops.permute(self.x[:, :1].contiguous(), first, self.entry.ranks).position
 
         def ours() -> Tensor:
-            weights = ops.permute(self.weights, first, self.entry.ranks).rows[: self.rows]
-            ids = self.ids.index_select(0, _source_tokens(position)[: self.rows])
-            return torch.cat((_bytes(weights), _bytes(ids.to(torch.int32))), dim=1)
+            token = source_tokens(position)[: self.rows]
+            packed, _ = rank.pack(self.x, self.weights.index_select(0, token), self.ids.index_select(0, token))
+            return packed
 
         def fault(found: Tensor) -> str:
             weights, ids = self.weights[self.token], self.ids[self.token].int()
@@ -274,7 +259,7 @@ class Packing:
         return Step("quantise", candidates, fault, self._moved("quantise"), (rows,))
 
     def unpermute(self) -> Step:
-        first = VirtualRank(self.entry.ranks, self.shape.experts).destinations(self.ids)
+        first = virtual_rank(self.entry.ranks, self.shape.experts).destinations(self.ids)
         position = ops.permute(self.x[:, :1].contiguous(), first, self.entry.ranks).position
         back = self._normal(position.numel(), self.shape.d)  # rows past the last are read by nobody
 
@@ -307,7 +292,7 @@ class Packing:
     def trip(self) -> Step:
         ranks, shape = self.entry.ranks, self.shape
         routing = Routing(self.weights, self.ids, self.weights)
-        ours = VirtualRank(ranks, shape.experts)
+        ours = virtual_rank(ranks, shape.experts)
 
         def torchs() -> Tensor:
             token, counts = by_mask(self.ids, ranks, self.each)
@@ -315,18 +300,18 @@ class Packing:
             rows = self.x.index_select(0, token)
             packed = self._packed_routing()
             at = 4 * shape.top_k
-            _ = _typed(packed[:, :at], torch.float32), _typed(packed[:, at:], torch.int32).long()
+            _ = packed[:, :at].contiguous().view(torch.float32), packed[:, at:].contiguous().view(torch.int32).long()
             y = torch.zeros(len(self.x), shape.d, dtype=torch.float32, device=rows.device)
             return y.index_add_(0, token, rows.float()).to(self.x.dtype)
 
         candidates = (
-            Candidate("moesmith", lambda: ours(self.x, routing, NO_EXPERTS, None)),
+            Candidate("moesmith", lambda: trip(ours, self.x, routing)[0]),
             Candidate("torch: mask, index_add", torchs),
         )
         return Step("trip", candidates, lambda y: self._off(y, self.x[self.token]), self._moved("trip"), (self.x,))
 
     def trip_fp8(self) -> Step:
-        ours = VirtualRank(self.entry.ranks, self.shape.experts, payload="fp8")
+        ours = virtual_rank(self.entry.ranks, self.shape.experts, payload="fp8")
         routing = Routing(self.weights, self.ids, self.weights)
 
         def fault(y: Tensor) -> str:
@@ -336,7 +321,7 @@ class Packing:
             read = (blocks / scale).to(torch.float8_e4m3fn).float() * scale
             return self._off(y, read.flatten(1)[:, : self.shape.d].to(self.x.dtype)[self.token])
 
-        candidates = (Candidate("moesmith", lambda: ours(self.x, routing, NO_EXPERTS, None)),)
+        candidates = (Candidate("moesmith", lambda: trip(ours, self.x, routing)[0]),)
         return Step("trip, fp8", candidates, fault, self._moved("trip, fp8"), (self.x,))
 
     def experts(self) -> Step:

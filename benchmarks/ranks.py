@@ -28,7 +28,7 @@ from torch import Tensor
 
 from benchmarks import gate
 from benchmarks.harness import once, one_line, summary
-from benchmarks.packing import NO_EXPERTS, members
+from benchmarks.packing import members, trip
 from benchmarks.routings import Assignment, assign
 from benchmarks.shapes import Shape
 from moe.cluster import traffic
@@ -38,6 +38,7 @@ from moe.ops import Routing
 from moe.parallel import divide_experts, make_mesh
 from moe.parallel.dispatch import AllToAllDispatcher, Payload, Traffic
 from moe.parallel.journal import Journal
+from moe.parallel.transport import AllToAll
 
 START = "forkserver"
 TIMEOUT = 300  # seconds for a collective
@@ -159,29 +160,27 @@ class CountBytes:
         parts = self.routed(world.size)
         mine = parts[world.rank]
         x = torch.randn(len(mine.weights), self.shape.d, generator=torch.Generator().manual_seed(world.rank))
-        dispatcher = Counting(world.ep.get_group(), self.shape.experts, payload=self.payload, name="layer")
+        transport = Counting(world.ep.get_group(), "layer")
+        dispatcher = AllToAllDispatcher(transport, self.shape.experts, payload=self.payload)
         with torch.no_grad():
-            dispatcher(x.bfloat16(), Routing(mine.weights, mine.expert_ids, mine.weights), NO_EXPERTS, None)
-        counted = dispatcher.traffic
-        assert counted is not None
+            _, counted = trip(dispatcher, x.bfloat16(), Routing(mine.weights, mine.expert_ids, mine.weights))
         each = self.shape.experts // world.size
         return {
             "sent": counted.sent,
             "bytes": counted.to_others,
             "slots": int((mine.expert_ids // each != world.rank).sum()),
-            "fault": miscounted(self, [part.expert_ids for part in parts], counted, dispatcher.away),
+            "fault": miscounted(self, [part.expert_ids for part in parts], counted, transport.away),
         }
 
 
-class Counting(AllToAllDispatcher):
+class Counting(AllToAll):
     """`away`: bytes of rows and their routing that were handed to a collective for other ranks."""
 
     away = 0
 
-    def exchange(self, operation: str, source: Tensor, trip: Any, *, back: bool = False) -> tuple[Tensor, Any]:
-        rows = trip.received if back else trip.sent
-        self.away += (sum(rows) - rows[self.rank]) * math.prod(source.shape[1:]) * source.itemsize
-        return super().exchange(operation, source, trip, back=back)
+    def start(self, operation: str, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        self.away += (sum(sent) - sent[self.rank]) * math.prod(rows.shape[1:]) * rows.itemsize
+        return super().start(operation, rows, sent, received)
 
 
 def miscounted(job: CountBytes, expert_ids: list[Tensor], counted: Traffic, away: int) -> str:
@@ -385,8 +384,8 @@ def train(layer: MoELayer, x: Tensor, expert_ids: Tensor, grad: Tensor) -> tuple
 def wrong(divided: MoELayer, undivided: MoELayer, x: Tensor, expert_ids: Tensor, grad: Tensor, world: World) -> str:
     """What float64 says of y and the gradients of x, router and experts, where `undivided` is the same layer whole and
     its experts' gradients are summed over ranks by torch; empty if all are right. A collective call."""
-    start = world.rank * (undivided.gate.num_experts // world.size)
-    mine = slice(start, start + undivided.gate.num_experts // world.size)
+    start = world.rank * (undivided.config.n_routed_experts // world.size)
+    mine = slice(start, start + undivided.config.n_routed_experts // world.size)
 
     def whole(layer: MoELayer, dtype: torch.dtype) -> dict[str, Tensor]:
         y, dx = train(layer, x.to(dtype), expert_ids, grad.to(dtype))

@@ -331,7 +331,8 @@ class MoELayer(nn.Module):
 
     def divide(self, experts: nn.Module, dispatcher: Dispatcher) -> None:
         """Hold only `experts`, and reach the others through `dispatcher`."""
-        self.experts, self.dispatcher = experts, dispatcher
+        self.register_module("experts", experts)
+        self.dispatcher = dispatcher
 
     def _router(self) -> Router:
         """The router, whatever is around it."""

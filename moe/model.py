@@ -77,7 +77,7 @@ class Block(nn.Module):
         self.self_attn = MLA(config) if config.is_mla else GQA(config)
         self.post_attention_layernorm = RMSNorm(width, eps=config.rms_norm_eps)
         self.has_experts = has_experts  # and not the class of mlp, which others wrap
-        self.mlp: nn.Module
+        self.mlp: MLP | MoELayer
         if has_experts:
             self.mlp = MoELayer(**{name: getattr(config, name) for name in MOE_FIELDS})
         else:

@@ -28,7 +28,8 @@ from moe.model import Transformer
 from moe.ops import Routing
 from moe.parallel import apply, divide_experts, make_mesh, parallelize
 from moe.parallel.apply import ParallelConfig, clip_grad_norm, part_like, region
-from moe.parallel.dispatch import AllToAllDispatcher
+from moe.parallel.dispatch import AllToAllDispatcher, Traffic
+from moe.parallel.transport import AllToAll
 from moe.train.optimizer import build_optimizers, orthogonalize
 from tests.bound import UNIT, excess
 
@@ -223,12 +224,13 @@ def dispatch(ranks: Ranks, how: str) -> None:
     mesh = make_mesh(ep=ranks.size)
     layer = divide_experts(_layer(), mesh.experts["ep"], name="layer")
     dispatcher = layer.dispatcher
-    assert isinstance(dispatcher, AllToAllDispatcher)
+    assert isinstance(dispatcher, AllToAllDispatcher) and isinstance(dispatcher.transport, AllToAll)
+    journal = dispatcher.transport.journal
     # Twice: nothing may be left over from the step before, and gradients add up.
     for times in (1, 2):
-        before = dispatcher.journal.count
+        before = journal.count
         results = _through(layer, *parts[ranks.rank])
-        assert dispatcher.journal.count - before == 7  # wherever tokens go
+        assert journal.count - before == 7  # wherever tokens go
         for result, whole_result, what in zip(results, expected, ("y", "gradient of x", "of weights"), strict=True):
             close(result, whole_result[mine], what)
         for name, parameter in layer.experts.named_parameters():
@@ -237,13 +239,15 @@ def dispatch(ranks: Ranks, how: str) -> None:
             share = region(parameter)[0] if isinstance(parameter, DTensor) else slice(None)
             mean = times / ranks.size * gradient[share]
             close(parameter.grad.to_local(), mean, f"gradient of {name}")
-    _check_traffic(dispatcher, parts, ranks)
+    x, weights, ids = parts[ranks.rank]
+    sent = dispatcher.dispatch(x, Routing(weights, ids, weights))
+    _check_traffic(sent.traffic, parts, ranks)
+    sent.wait()
 
 
-def _check_traffic(dispatcher: AllToAllDispatcher, parts: list[tuple[Tensor, Tensor, Tensor]], ranks: Ranks) -> None:
+def _check_traffic(traffic: Traffic, parts: list[tuple[Tensor, Tensor, Tensor]], ranks: Ranks) -> None:
     """A token goes once to each distinct rank: counted here by sets."""
-    traffic, each = dispatcher.traffic, EXPERTS // ranks.size
-    assert traffic is not None
+    each = EXPERTS // ranks.size
     sent = [
         [sum(to in {int(i) // each for i in row if i >= 0} for row in ids) for to in range(ranks.size)]
         for _, _, ids in parts
@@ -267,15 +271,13 @@ def payload(ranks: Ranks, how: str) -> None:
     ids = torch.randint(0, EXPERTS, (tokens, TOP_K))
     weights = torch.ones(tokens, TOP_K)
     kind: Any = "fp8" if how == "fp8" else "same"
-    dispatcher = AllToAllDispatcher(mesh.experts["ep"].get_group(), EXPERTS, payload=kind, name="layer")
-
-    def identity(rows: Tensor, _: Tensor, here: Tensor) -> Tensor:
-        return rows * (here >= 0).any(-1, keepdim=True)
-
+    dispatcher = AllToAllDispatcher(AllToAll(mesh.experts["ep"].get_group(), "layer"), EXPERTS, payload=kind)
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
-        y = dispatcher(x, Routing(weights, ids, weights), identity, None)  # pyright: ignore[reportArgumentType]
+        sent = dispatcher.dispatch(x, Routing(weights, ids, weights))
+        rows, _, here = sent.wait()
+        y = dispatcher.combine(rows * (here >= 0).any(-1, keepdim=True), sent)
     dtype = torch.float32 if how == "fp8" else torch.bfloat16
-    assert y.dtype == dtype and dispatcher.traffic is not None
+    assert y.dtype == dtype
     reached = [len({int(i) // (EXPERTS // ranks.size) for i in row}) for row in ids]
     times = torch.tensor(reached, dtype=torch.int64)[:, None]
     arrived = x.detach().to(dtype)
@@ -283,7 +285,7 @@ def payload(ranks: Ranks, how: str) -> None:
         blocks = torch.nn.functional.pad(arrived, (0, 56)).view(tokens, 2, 128)
         scale = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-4) / 448
         arrived = ((blocks / scale).to(torch.float8_e4m3fn).float() * scale).view(tokens, 256)[:, :200]
-    assert dispatcher.traffic.bytes_out == (200 + 2 * 4 if how == "fp8" else 200 * 2) + TOP_K * 8
+    assert sent.traffic.bytes_out == (200 + 2 * 4 if how == "fp8" else 200 * 2) + TOP_K * 8
     total = torch.zeros_like(arrived, dtype=torch.float32)
     for i in range(max(reached, default=0)):
         total = total + torch.where(i < times, arrived.float(), 0)
@@ -449,7 +451,7 @@ def training(ranks: Ranks, mesh: tuple[int, int, int], how: str) -> None:
     def in_one_process() -> Trace:
         alone = built(settings)
         for _, router in balance.routers(alone):
-            router.group = ranks.alone
+            router.global_batch.restrict(ranks.alone)
         return _train(alone, settings, slice(None), ranks.alone, nn.utils.clip_grad_norm_)
 
     expected: Trace = ranks.once(f"training {how}", in_one_process)

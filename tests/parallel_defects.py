@@ -34,36 +34,38 @@ DEFECTS = (
     dispatch(
         "a token sent twice to one rank", ".masked_fill(again, -1).sort(", ".masked_fill(again & False, -1).sort("
     ),
-    dispatch("the neighbour's experts", "start = self.rank *", "start = (self.rank ^ 1) *"),
+    dispatch("the neighbour's experts", "start = self.transport.rank *", "start = (self.transport.rank ^ 1) *"),
     dispatch(
         "slots of other ranks computed here", "torch.where(here, ids - start, -1)", "torch.where(here, ids - start, 0)"
     ),
     dispatch(
         "gradients of tokens lost",
-        "return *grads, None",
-        "return 0 * next(grads), *grads, None",
+        "*(ops.unpermute(grad, position) for grad in grads[:2])",
+        "*(i * ops.unpermute(grad, position) for i, grad in enumerate(grads[:2]))",
     ),
     dispatch(
         "gradients of weights for those of another micro-batch",
-        '("gradient of weights", grad_weights))',
-        '("gradient of weights", grad_weights.flip(0)))',
+        '"gradient of weights", grad_weights,',
+        '"gradient of weights", grad_weights.flip(0),',
     ),
     dispatch(
         "results not returned in order",
-        'wait("return of results", work)\n        return rows',
-        'wait("return of results", work)\n        return rows.flip(0)',
+        "return ops.unpermute(rows, sent.position)",
+        "return ops.unpermute(rows.flip(0), sent.position)",
     ),
-    dispatch("shared expert left out", "return y if alongside is None else y + alongside", "return y"),
+    Defect(
+        "shared expert left out", "moe/layer.py", "(y if shared is None else y + shared)", "(y)", 4, "recomputed, ep 4"
+    ),
     dispatch(
         "scales of FP8 shifted",
-        "scales, codes = _typed(arrived[:, :at]",
-        "scales, codes = 2 * _typed(arrived[:, :at]",
+        "scales, codes = _typed(rows[:, :at]",
+        "scales, codes = 2 * _typed(rows[:, :at]",
         "payload fp8",
     ),
     dispatch(
         "weights in half precision",
-        "(_bytes(weight), ",
-        "(_bytes(weight.half().to(weight.dtype)), ",
+        "torch.cat((_bytes(weights), ",
+        "torch.cat((_bytes(weights.half().to(weights.dtype)), ",
     ),
     apply(
         "expert gradients summed and not averaged",
@@ -79,8 +81,8 @@ DEFECTS = (
     ),
     apply(
         "a rank's mean taken for the mean of all",
-        "return counts.double() * dist.get_world_size() / everywhere.clamp_min(1)",
-        "return torch.ones_like(counts).double()",
+        "weights = mine.double() * dist.get_world_size() / everywhere.clamp_min(1)",
+        "weights = torch.ones_like(mine).double()",
         "padded",
     ),
     apply("the norm of one rank", "        dist.all_reduce(total)", "        pass", "plain"),
@@ -103,7 +105,7 @@ DEFECTS = (
     Defect(
         "counts of one rank",
         "moe/balance.py",
-        "(biased[0].all_reduce or dist.all_reduce)(flat, group=group)",
+        'flat = biased[0].global_batch.sum(flat, "bias update")',
         "pass",
         4,
         "recomputed, ep 4",
@@ -111,8 +113,8 @@ DEFECTS = (
     Defect(
         "global loss over one rank",
         "moe/balance.py",
-        "dist.all_reduce(everywhere, group=group)",
-        "pass",
+        '(batch or GlobalBatch()).sum(torch.cat((load.flatten(), tokens)), "balance loss")',
+        "torch.cat((load.flatten(), tokens))",
         4,
         "global loss",
     ),
