@@ -30,6 +30,8 @@ _HOME = {
     "Transformer": "moe.model",
     "generate": "moe.generation",
     "load": "moe.checkpoint",
+    "save": "moe.checkpoint",
+    "family_problems": "moe.checkpoint.config_json",
     "balance": "moe.balance",
     "ops": "moe.ops",
 }
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from moe import ops as ops
     from moe import presets as presets
     from moe.checkpoint import load as load
+    from moe.checkpoint import save as save
+    from moe.checkpoint.config_json import family_problems as family_problems
     from moe.config import ModelConfig as ModelConfig
     from moe.config import RopeParameters as RopeParameters
     from moe.errors import CheckpointError as CheckpointError

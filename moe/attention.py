@@ -141,6 +141,10 @@ class MLA(nn.Module):
         k = torch.cat((k_nope, k_pe.unsqueeze(2).expand(-1, -1, self.heads, -1)), dim=-1)
         return self.o_proj(attend(q, k, v, mask, self.scale))
 
+    def interleave_rope(self) -> None:
+        """See `Transformer.interleave_rope`."""
+        self.interleave = True
+
     def _absorbing_is_cheaper(self, queries: int) -> bool:
         # Per cached token and head: expanding costs C (nope + value) once and nope + rope + value a query;
         # absorbed costs 2 C + rope a query.

@@ -243,9 +243,9 @@ class ModelConfig:
         Every valid config builds and trains. A save refuses a config whose files would lack something, or would mean
         something else in transformers, vLLM, SGLang or llama.cpp. Fields without effect are ignored.
         """
-        from moe.checkpoint.config_json import family_problems  # a higher layer, so imported only when called
+        import moe  # the lazy package: families of files are built on configs, and not the reverse
 
-        return family_problems(self)
+        return moe.family_problems(self)
 
     def validate(self) -> None:
         """Raise `ConfigError` for the first field that makes no sense. Allocates nothing."""

@@ -240,15 +240,22 @@ class Transformer(nn.Module):
     def _weigh(self, terms: list[Term]) -> list[Tensor]:
         return self.global_batch.weigh([term.mean.value for term in terms], [term.mean.count for term in terms])
 
+    def interleave_rope(self) -> None:
+        """Rotate pairs of neighbouring rows from now on: `rope_interleave` of the config. The weights stay."""
+        self.config = replace(self.config, rope_interleave=True)
+        for module in self.modules():
+            if isinstance(module, MLA):
+                module.interleave_rope()
+
     def head(self, h: Tensor) -> Tensor:
         """h [..., D], normalised -> logits [..., V]."""
         return self.embed_tokens(h) if self.lm_head is None else self.lm_head(h)
 
     def save(self, folder: str | PathLike[str]) -> None:
-        """Write a Hugging Face checkpoint folder, atomically; see `moe.checkpoint.save`."""
-        from moe.checkpoint import save
+        """Write a Hugging Face checkpoint folder, atomically; see `moe.save`."""
+        import moe  # the lazy package: saving is built on models, and not the reverse
 
-        save(self, folder)
+        moe.save(self, folder)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
         for module in self.modules():  # all of them first: a refused cast leaves nothing half cast

@@ -173,7 +173,7 @@ def train(rank: int, size: int, port: int, fault: Fault, timeout: float, folder:
                 faulty = Faulty(watch.journal, fault, folder / "injected")
                 watch.journal.collective = faulty  # pyright: ignore[reportAttributeAccessIssue]
             for step in range(STEPS):
-                watch.journal.step = step
+                watch.journal.begin(step)
                 loss = model(**token_batch(step, rank)).loss
                 assert loss is not None
                 loss.backward()

@@ -1,7 +1,5 @@
 """`interleave`: the rows of a model's rotary projections in the order that engines expect of DeepSeek's families."""
 
-import dataclasses
-
 import torch
 from torch import nn
 
@@ -36,6 +34,4 @@ def interleave(model: Transformer) -> None:
         for part in projection.parameters():
             rows = part.view(heads, projection.out_features // heads, -1)[:, -rotary:]
             rows.copy_(torch.stack(rows.chunk(2, dim=1), dim=2).flatten(1, 2))
-    for layer in layers:
-        layer.interleave = True
-    model.config = dataclasses.replace(model.config, rope_interleave=True)
+    model.interleave_rope()

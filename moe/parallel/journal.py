@@ -68,10 +68,10 @@ class Journal:
     differ say which rank left the others.
 
     Attributes:
-        step: of the optimizer, to be set by who trains.
+        step: of the optimizer.
         digest: of everything noted so far: equal on all ranks.
         roll_call: compare with the other ranks before each collective (gloo).
-        stopped: set from another thread when another rank has failed: what is raised instead of the next collective.
+        stopped: what is raised instead of the next collective, once another rank has failed.
     """
 
     rank: int
@@ -84,6 +84,14 @@ class Journal:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Journal":
         return self  # a copy of a model does its collectives on the same rank
+
+    def begin(self, step: int) -> None:
+        """Number the collectives that follow as those of an optimizer step."""
+        self.step = step
+
+    def stop(self, reason: str) -> None:
+        """Raise at the next collective of this rank, and in one that waits (gloo). Called from another thread."""
+        self.stopped = reason
 
     def note(self, layer: str, operation: str, size: int = 0) -> Entry:
         self.count += 1

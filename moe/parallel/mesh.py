@@ -101,7 +101,9 @@ def group_timeout(kind: str) -> timedelta:
 
 def _device_mesh(kind: str, **dims: int) -> DeviceMesh:
     options: Any = {}
+    kinds: Any = dist.ProcessGroupNCCL.Options if kind == "cuda" else dist.ProcessGroupGloo._Options  # pyright: ignore[reportAttributeAccessIssue]
     for name in dims:
-        options[name] = dist.ProcessGroupNCCL.Options() if kind == "cuda" else dist.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
-        options[name]._timeout = group_timeout(kind)
+        made = kinds()
+        made._timeout = group_timeout(kind)
+        options[name] = made
     return init_device_mesh(kind, tuple(dims.values()), mesh_dim_names=tuple(dims), backend_override=options)

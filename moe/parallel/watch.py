@@ -189,7 +189,7 @@ class _Lookout(threading.Thread):
     def _watch(self, store: Store) -> None:
         while self._write(store).state == "running":
             if self.journal.stopped is None and store.check([FAILED]):
-                self.journal.stopped = "another rank has failed"
+                self.journal.stop("another rank has failed")
             self.wake.wait(BEAT)
         end = self.account
         if end.state == "failed":

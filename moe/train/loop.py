@@ -124,7 +124,7 @@ class Trainer:
             optimizer.zero_grad()
         self.model.train()
         if self.mesh is not None:
-            self.mesh.journal.step = number
+            self.mesh.journal.begin(number)
         losses: dict[str, float] = {}
         load = torch.zeros((), dtype=torch.int64, device=self.device)
         for _ in range(settings.accumulation):
