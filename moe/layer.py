@@ -303,14 +303,14 @@ class MoELayer(nn.Module):
             token_mask = token_mask.reshape(shape)
             rows = rows.masked_fill(~token_mask.reshape(-1, 1), 0)
 
-        if routing is None:
-            routing = self.gate(rows)
-        elif isinstance(routing, Tensor):
-            routing = self.gate(rows, routing)
-        assert isinstance(routing, Routing)
+        if isinstance(routing, Routing):
+            routing, router = routing._replace(logits=None), self._router()
+        else:
+            routing = self.gate(rows) if routing is None else self.gate(rows, routing)
+            assert isinstance(routing, Routing)
+            router = routing.router
         if token_mask is not None:
             routing = routing._replace(expert_ids=routing.expert_ids.masked_fill(~token_mask.reshape(-1, 1), -1))
-        router = routing.router if routing.router is not None else self._router()
         stats = self._stats(routing, router.global_batch, shape, token_mask)
         if self.training:
             # On the weights and not on y: y's gradient passes through them, and they are a D-th of its size.
@@ -335,8 +335,9 @@ class MoELayer(nn.Module):
         self.dispatcher = dispatcher
 
     def _router(self) -> Router:
-        """The router, whatever is around it."""
-        return next(module for module in self.gate.modules() if isinstance(module, Router))
+        """The router, whatever is around it. PEFT puts the copy that is used behind the original."""
+        *_, router = (module for module in self.gate.modules() if isinstance(module, Router))
+        return router
 
     def _shared(self, x: Tensor) -> Tensor:
         assert self.shared_experts is not None

@@ -1,0 +1,227 @@
+"""Modules that others put something around: hooks, adapters, wrappers, offloading. Nothing may change silently."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+import moe
+from moe import attention, balance
+from moe.cache import Cache
+
+MLA = dict(kv_lora_rank=16, q_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10)
+GQA = dict(num_key_value_heads=2, head_dim=8, tie_word_embeddings=True)
+
+
+def build(attention: dict[str, Any], **more: Any) -> moe.Transformer:
+    settings: dict[str, Any] = dict(vocab_size=61, hidden_size=32, num_hidden_layers=3, num_attention_heads=4)
+    settings |= dict(intermediate_size=24, moe_intermediate_size=12, n_routed_experts=8, num_experts_per_tok=3)
+    settings |= dict(first_k_dense_replace=1, aux_loss_alpha=0.1, router_z_loss_coef=0.01, initializer_range=0.2)
+    return moe.Transformer(moe.ModelConfig(**settings | attention | more))
+
+
+class Around(nn.Module):
+    """What an adapter, a profiler or a quantiser is: a module that calls another one."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.calls = inner, 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return self.inner(*args, **kwargs)
+
+
+class OneOfTwo(nn.Module):
+    """As PEFT's modules_to_save: a copy is trained, and the original stays beside it."""
+
+    def __init__(self, original_module: nn.Module) -> None:
+        super().__init__()
+        self.original_module = original_module
+        self.modules_to_save = nn.ModuleDict({"default": copy.deepcopy(original_module)})
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.modules_to_save["default"](*args, **kwargs)
+
+
+def same_module(module: nn.Module) -> nn.Module:
+    return module
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
+    "none": same_module,
+    "around": Around,
+    "checkpoint": checkpoint_wrapper,
+    "compiled": lambda module: torch.compile(module, backend="eager"),
+    "copied": OneOfTwo,
+}
+
+
+def test_a_layer_calls_its_modules() -> None:
+    layer = moe.MoELayer(32, 16, 8, 2, n_shared_experts=1, shared_expert_gate=True, seed=0)
+    called = {name: 0 for name, module in layer.named_modules() if name}
+
+    def count(name: str) -> Any:
+        def hook(*_: Any) -> None:
+            called[name] += 1
+
+        return hook
+
+    for name, module in layer.named_modules():
+        if name:
+            module.register_forward_hook(count(name))
+    layer(torch.randn(2, 5, 32))
+    assert set(called.values()) == {1}, called
+
+
+@pytest.mark.parametrize("given", ["nothing", "ids", "routing"])
+def test_a_module_around_the_router(given: str) -> None:
+    layer = moe.MoELayer(32, 16, 8, 2, seed=0, aux_loss_alpha=0.1, initializer_range=0.3)
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(5).expand(2, 5) < torch.tensor([[5], [3]])
+    routing: Any = None
+    if given == "routing":
+        with torch.no_grad():
+            routing = layer.gate(x.flatten(0, 1))
+        routing.weights.requires_grad_()
+    elif given == "ids":
+        routing = torch.arange(20).view(10, 2) % 8
+
+    def run(layer: moe.MoELayer) -> tuple[Any, ...]:
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        handle = balance.attach(layer, optimizer)
+        y, stats = layer(x, mask, routing, return_stats=True)
+        (y.square().sum() + stats.aux_loss).backward()
+        (router,) = [router for _, router in balance.routers(layer)]
+        found = y.detach(), stats.load, stats.aux_loss.detach(), router.counter.grad.clone()
+        handle.remove()
+        return found
+
+    expected = run(copy.deepcopy(layer))
+    layer.gate = around = Around(layer.gate)  # pyright: ignore[reportAttributeAccessIssue]
+    for found, exact in zip(run(layer), expected, strict=True):
+        assert torch.equal(found, exact)
+    assert around.calls == (given != "routing")
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("wrapper", list(WRAPPERS))
+def test_a_wrapped_layer_of_a_model(wrapper: str) -> None:
+    """Padding, losses, counts and reports are those of the plain model, each under its layer's name."""
+    ids = torch.randint(1, 61, (2, 8), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+
+    def run(wrap: Callable[[nn.Module], Any]) -> dict[str, Any]:
+        model = build(MLA, num_nextn_predict_layers=1)
+        blocks: list[Any] = [*model.layers, model.mtp[0].block]
+        for block in blocks:
+            block.mlp = wrap(block.mlp)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        balance.attach(model, optimizer)
+        out = model(ids, labels=ids, attention_mask=mask)
+        (out.loss / 4).backward()
+        active = [router for _, router in balance.routers(model) if router.counter.grad is not None]
+        found = {"load": out.load, "loss": out.loss.detach(), **out.losses}
+        found |= {f"counter {i}": router.counter.grad.clone() for i, router in enumerate(active)}
+        found |= {f"gradient {i}": router.weight.grad for i, router in enumerate(active)}
+        optimizer.step()
+        found |= {f"bias {i}": router.e_score_correction_bias for i, router in enumerate(active)}
+        report = model.load_report()
+        return found | {"report": report.load, "names": report.layers}
+
+    expected, found = run(same_module), run(WRAPPERS[wrapper])
+    assert expected["names"] == ["layers.1.mlp.gate", "layers.2.mlp.gate", "mtp.0.block.mlp.gate"]
+    assert found.pop("names") == expected.pop("names") and found.keys() == expected.keys()
+    for name, exact in expected.items():
+        assert torch.equal(found[name], exact), name
+
+
+def offload(module: nn.Module) -> None:
+    """Keep every parameter and buffer away from its module, except while that module is called."""
+    for child in module.modules():
+        away = {**child._parameters, **child._buffers}
+        away = {name: tensor for name, tensor in away.items() if tensor is not None}
+        if not away:
+            continue
+
+        def fetch(child: nn.Module, *_: Any, away: dict[str, Tensor] = away) -> None:
+            for name, tensor in away.items():
+                (child._parameters if name in child._parameters else child._buffers)[name] = tensor  # pyright: ignore
+
+        def leave(child: nn.Module, *_: Any, away: dict[str, Tensor] = away) -> None:
+            for name, tensor in away.items():
+                empty = tensor.detach().to("meta")
+                if name in child._parameters:
+                    child._parameters[name] = nn.Parameter(empty, requires_grad=False)
+                else:
+                    child._buffers[name] = empty
+
+        child.register_forward_pre_hook(fetch)
+        child.register_forward_hook(leave)
+        leave(child)
+
+
+@pytest.mark.parametrize(("attention", "more"), [(MLA, {}), (GQA, {}), (GQA, {"qk_norm": "head"})])
+@torch.no_grad()
+def test_offloaded_parameters_come_back_where_they_are_used(attention: dict[str, Any], more: dict[str, Any]) -> None:
+    model = build(attention, n_shared_experts=1, shared_expert_gate=True, **more).eval()
+    ids = torch.tensor([[1, 2, 3], [9, 8, 7]])
+    logits, text = model(ids).logits, moe.generate(model, ids, max_new_tokens=6)
+    offload(model)
+    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    assert torch.equal(model(ids).logits, logits)
+    assert torch.equal(moe.generate(model, ids, max_new_tokens=6), text)
+
+
+class Adapter(nn.Module):
+    """A low-rank adapter with a bias."""
+
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__()
+        self.inner = inner
+        self.a = nn.Linear(inner.in_features, 2, bias=False, dtype=inner.weight.dtype)
+        self.b = nn.Linear(2, inner.out_features, dtype=inner.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + self.b(self.a(x))
+
+
+@torch.no_grad()
+def test_decoding_includes_an_adapter_of_the_latent() -> None:
+    """Absorbed decoding of one token against all tokens at once, whose keys and values are expanded."""
+    torch.manual_seed(0)
+    model = build(MLA, max_position_embeddings=64).double().eval()
+    for block in model.layers:
+        latent: Any = block.self_attn
+        latent.kv_b_proj = Adapter(latent.kv_b_proj)
+    ids = torch.randint(0, 61, (2, 20))
+    expected = model(ids).logits
+    cache = Cache(model.config)
+    model(ids[:, :10], cache=cache)
+    for at in range(10, 20):
+        found = model(ids[:, at : at + 1], cache=cache).logits
+        torch.testing.assert_close(found[:, 0], expected[:, at], rtol=1e-10, atol=1e-10)
+
+
+def test_a_decoding_step_with_gradients_reaches_the_latent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After steps without gradients, against the same step with expanded keys and values."""
+    ids = torch.randint(0, 61, (2, 10), generator=torch.Generator().manual_seed(0))
+
+    def gradient() -> Tensor:
+        model = build(MLA).double().eval()
+        cache = Cache(model.config)
+        with torch.no_grad():
+            model(ids[:, :8], cache=cache)
+            model(ids[:, 8:9], cache=cache)
+        model(ids[:, 9:], cache=cache).logits.square().sum().backward()
+        latent: Any = model.layers[1].self_attn
+        return latent.kv_b_proj.weight.grad
+
+    found = gradient()
+    monkeypatch.setattr(attention.MLA, "_absorbing_is_cheaper", lambda *_: False)
+    torch.testing.assert_close(found, gradient(), rtol=1e-9, atol=1e-9)
