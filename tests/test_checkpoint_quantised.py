@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import moe
-from moe import CheckpointError, ModelConfig, RopeParameters
+import moe.parallel
+from moe import CheckpointError, ConfigError, ModelConfig, RopeParameters
 from moe.checkpoint import read_summary
 from moe.ops import quantize_blocks, quantize_mxfp4
 from tests.checkpoint_cases import V2, V3_MTP
@@ -393,3 +394,13 @@ def test_experts_of_a_rank_are_its_part(made: Folders, tmp_path: Path) -> None:
     for wrong in (range(0), range(3, 13), range(0, 4, 2)):
         with pytest.raises(ValueError, match="experts = range"):
             moe.load(made.fp8, experts=wrong)
+
+
+@pytest.mark.parametrize("spelling", ["keep", "KEEP"])
+def test_quantised_tensors_are_not_divided_among_ranks(spelling: str) -> None:
+    """Refused before a mesh or a folder is looked at."""
+    nowhere: Any = None
+    with pytest.raises(ConfigError, match=f"dtype = '{spelling}': expected auto or a floating dtype: quantised"):
+        moe.parallel.load("nowhere", nowhere, dtype=spelling)
+    with pytest.raises(ConfigError, match="dtype = 'int8': expected one of auto, keep, bf16"):
+        moe.parallel.load("nowhere", nowhere, dtype="int8")
