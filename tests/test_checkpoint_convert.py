@@ -177,7 +177,7 @@ def test_mxfp4(tmp_path: Path) -> None:
         ({"block_size": (0, 16), "dtype": "fp8"}, "block_size = .0, 16.: expected two numbers from 1 to 65536"),
         ({"scale_fmt": "ue8m0"}, "scale_fmt = 'ue8m0': expected none without dtype fp8"),
         ({"table": "stacked", "dtype": "fp8"}, "the layout stacked cannot hold experts in FP8"),
-        ({"table": "deepseek", "mtp": True}, "mtp = True: expected false: the layout deepseek has no names"),
+        ({"table": "deepseek", "mtp": True}, "mtp = True: expected False .--no-mtp.: the layout deepseek has no"),
     ],
 )
 def test_conversions_that_make_no_sense(made: Folders, tmp_path: Path, settings: dict[str, Any], error: str) -> None:

@@ -100,7 +100,7 @@ def convert(
         raise ConfigError("layout", table, known + did_you_mean(table, family.tables))
     if todo.config.num_nextn_predict_layers and not family.tables[table].mtp:
         if mtp:
-            raise ConfigError("mtp", mtp, f"false: the layout {table} has no names for MTP modules")
+            raise ConfigError("mtp", mtp, f"False (--no-mtp): the layout {table} has no names for MTP modules")
         logger.warning("the layout %s has no names for MTP modules: they are left out", table)
         todo = plan(todo.folder, mtp=False)
     _check(todo)

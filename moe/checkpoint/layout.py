@@ -22,7 +22,7 @@ from moe.errors import CheckpointError
 logger = logging.getLogger("moe")
 
 MAX_EXPERTS = 2**18  # ten times the largest released model; a config.json from a stranger may ask for billions
-_WITHOUT_MTP = "; mtp=False (--no-mtp) leaves multi-token prediction out"
+WITHOUT_MTP = "; mtp=False (--no-mtp) leaves multi-token prediction out"
 MXFP4_BLOCK = 32  # values that share a scale, in 16 bytes
 
 
@@ -265,7 +265,7 @@ class Plan:
     def error(self, name: str, problem: str, *, expected: Any, found: Any = None) -> CheckpointError:
         """An error about a tensor, which says how to do without it if it belongs to an MTP module."""
         if self.is_mtp(name):
-            problem += _WITHOUT_MTP
+            problem += WITHOUT_MTP
         path = self.tensors[name].path if name in self.tensors else self.folder
         return CheckpointError(path, problem, tensor=name, expected=expected, found=found)
 
@@ -364,7 +364,7 @@ def _read_tensors(path: Path, family: Family, config: ModelConfig, max_header_by
         except CheckpointError:
             raise error from None
         raise CheckpointError(
-            error.path, error.problem + _WITHOUT_MTP, tensor=error.tensor, expected=error.expected, found=error.found
+            error.path, error.problem + WITHOUT_MTP, tensor=error.tensor, expected=error.expected, found=error.found
         ) from None
 
 

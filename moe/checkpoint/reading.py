@@ -280,7 +280,8 @@ def _common_dtype(todo: Plan) -> torch.dtype:
     if others:
         widest = str(reduce(torch.promote_types, (DTYPES[kind] for kind in found)))
         stated = f"torch.{todo.dtype}"
-        advice = f"{stated}, as config.json states" + f", or {widest}" * (stated != widest) if todo.dtype else widest
+        advice = f"{stated}, as config.json states" if todo.dtype else widest
+        advice += f", or dtype={widest}" * (todo.dtype is not None and stated != widest)
         more = f" and {len(others) - 1} more differ" if len(others) > 1 else " differs"
         problem = f"its dtype{more} from most tensors, and the model needs one; load with dtype={advice}"
         expected = f"{most}, as {found[most][0]} has"

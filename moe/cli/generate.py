@@ -16,7 +16,7 @@ from moe.checkpoint.files import read_bounded
 from moe.checkpoint.folder import CONFIG, MAX_CONFIG_BYTES, MAX_CONFIG_VALUES, member
 from moe.checkpoint.hub import find
 from moe.checkpoint.strict_json import parse_as_python
-from moe.cli.options import COMPUTE_DTYPES, UNSET, dtype_option, read_dtype
+from moe.cli.options import COMPUTE_DTYPES, UNSET, dtype_option, option, read_dtype
 from moe.cli.source import FOLDER
 from moe.errors import CheckpointError, ConfigError
 
@@ -55,8 +55,8 @@ class Args:
     json: bool = False
     """Print one JSON object per prompt, once all are finished, instead of streaming text."""
 
-    def __post_init__(self) -> None:
-        for option, ok, allowed in (
+    def check(self) -> None:
+        for name, ok, allowed in (
             ("prompt", bool(self.prompt), "at least one"),
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
             ("temperature", 0 <= self.temperature < math.inf, "a finite number from 0 up"),
@@ -65,7 +65,7 @@ class Args:
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "an integer from 0 to 2^63 - 1"),
         ):
             if not ok:
-                raise ConfigError(f"--{option.replace('_', '-')}", getattr(self, option), allowed)
+                raise ConfigError(option(name), getattr(self, name), allowed)
         read_dtype(self.dtype, COMPUTE_DTYPES)
 
 
