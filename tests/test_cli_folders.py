@@ -172,6 +172,42 @@ def test_plan_without_files_or_for_others_is_arithmetic(capsys: Any, mixed: Path
     assert other["stored"]["bytes"] == 2 * values["F16"] + 4 * values["F32"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [
+        ({"table": "stacked"}, "bf16"),
+        ({"table": "stacked"}, "fp32"),
+        ({"table": "stacked"}, "fp64"),
+        ({"table": "deepseek"}, "bf16"),
+        ({"table": "deepseek"}, "fp8"),
+        ({"mtp": False}, "fp16"),
+        ({}, "fp8"),
+    ],
+)
+def test_plan_for_another_dtype_is_what_convert_writes(
+    capsys: Any, mixed: Path, tmp_path: Path, settings: Any, dtype: str
+) -> None:
+    """The layout of the files is kept, and so is it whether they repeat the embedding for MTP modules."""
+    convert(mixed, tmp_path / "source", dtype="fp32", **settings)
+    convert(tmp_path / "source", tmp_path / "out", dtype=dtype)
+    expected, found = (planned(capsys, str(tmp_path / name), "--dtype", dtype) for name in ("out", "source"))
+    assert expected["stored_from"] == "headers"
+    assert found["stored"]["tensors"] == expected["stored"]["tensors"]
+    if dtype != "fp8":  # convert leaves fp32 in what is not quantised
+        assert (found["stored"], found["training"]) == (expected["stored"], expected["training"])
+        assert found["inference"]["parts"] == expected["inference"]["parts"]
+
+
+def test_plan_takes_another_layout_where_that_of_the_files_cannot_hold_the_dtype(
+    capsys: Any, saved: Path, tmp_path: Path
+) -> None:
+    convert(saved, tmp_path / "stacked", table="stacked")
+    assert (
+        planned(capsys, str(tmp_path / "stacked"), "--dtype", "fp8")["stored"]
+        == (planned(capsys, str(saved), "--dtype", "fp8")["stored"])
+    )
+
+
 def test_plan_of_plain_files_names_their_dtype(capsys: Any, saved: Path, tmp_path: Path) -> None:
     facts = planned(capsys, str(saved))
     assert facts["placement"]["dtype"] == "fp32" and set(facts["stored"]["values"]) == {"F32"}

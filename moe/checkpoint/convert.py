@@ -25,7 +25,7 @@ from moe.checkpoint.dtypes import FLOATING, SAFETENSORS, Dtype, parse_dtype
 from moe.checkpoint.families import Family, family_of
 from moe.checkpoint.folder import CONFIG, RECEIPT, SINGLE
 from moe.checkpoint.header import TensorInfo
-from moe.checkpoint.hub import find
+from moe.checkpoint.hub import find, from_cache
 from moe.checkpoint.layout import Plan, Slot, fp8_names, layout, plan, with_scales
 from moe.checkpoint.manifest import Manifest
 from moe.checkpoint.progress import Progress
@@ -254,7 +254,8 @@ def _plan(
         raise CheckpointError(target, same, expected="another folder")
     if Path(os.path.realpath(target)).is_relative_to(real):
         raise CheckpointError(target, "inside the source, which is only read", expected="a folder outside it")
-    return plan(folder, mtp=mtp)
+    with from_cache(source, revision):
+        return plan(folder, mtp=mtp)
 
 
 def _check(todo: Plan) -> None:

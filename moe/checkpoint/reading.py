@@ -16,7 +16,7 @@ from moe.checkpoint.dtypes import FLOATING, SAFETENSORS, parse_dtype
 from moe.checkpoint.files import open_regular, read_exactly
 from moe.checkpoint.folder import CONFIG
 from moe.checkpoint.header import MAX_HEADER_BYTES, TensorInfo
-from moe.checkpoint.hub import find
+from moe.checkpoint.hub import find, from_cache
 from moe.checkpoint.layout import Plan, Slot, plan
 from moe.checkpoint.memory import check_fits
 from moe.checkpoint.progress import Progress
@@ -199,7 +199,8 @@ def examine(
     wanted = DTYPES[SAFETENSORS[kind]] if kind in FLOATING else None
     path = find(folder, revision)
     identity = _identity(path)
-    todo = plan(path, mtp=mtp, max_header_bytes=max_header_bytes)
+    with from_cache(folder, revision):
+        todo = plan(path, mtp=mtp, max_header_bytes=max_header_bytes)
     todo.check()
     check_dtypes(todo)
     if kind == "keep":

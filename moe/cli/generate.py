@@ -14,7 +14,7 @@ import tyro
 from moe.checkpoint import read_config
 from moe.checkpoint.files import read_bounded
 from moe.checkpoint.folder import CONFIG, MAX_CONFIG_BYTES, MAX_CONFIG_VALUES, member
-from moe.checkpoint.hub import find
+from moe.checkpoint.hub import find, from_cache
 from moe.checkpoint.strict_json import parse_as_python
 from moe.cli.options import COMPUTE_DTYPES, UNSET, dtype_option, option, read_dtype
 from moe.cli.source import FOLDER
@@ -71,7 +71,8 @@ class Args:
 
 def run(args: Args) -> int:
     folder = find(args.folder)
-    tokenizer = read_tokenizer(folder)
+    with from_cache(args.folder):
+        tokenizer = read_tokenizer(folder)
     ends = end_ids(folder)
     prompts = [_text(prompt) for prompt in args.prompt]
     ids = [tokenizer.encode(prompt).ids for prompt in prompts]
@@ -84,7 +85,8 @@ def run(args: Args) -> int:
     from moe.generation import stream
 
     device = _device(args.device)
-    model = moe.load(folder, device=device, dtype=read_dtype(args.dtype, COMPUTE_DTYPES), mtp=args.mtp)
+    with from_cache(args.folder):
+        model = moe.load(folder, device=device, dtype=read_dtype(args.dtype, COMPUTE_DTYPES), mtp=args.mtp)
     vocabulary = model.config.vocab_size
     if max(map(max, ids)) >= vocabulary:
         problem = "the tokenizer does not belong to this model"
