@@ -52,7 +52,7 @@ def find(folder: str | PathLike[str], revision: str | None = None, *, files: Seq
 def headers_on_hub(
     path: Path, folder: str | PathLike[str], revision: str | None = None, *, optional: bool = False
 ) -> dict[str, TensorInfo] | None:
-    """The headers of weights that are on the Hub and not all in its cache; None where the files of `path` are to be read.
+    """The headers of weights that are on the Hub and not all in its cache; None if the files of `path` are to be read.
 
     `path` is what `find` has returned for `folder` and `revision`. The paths of the tensors are those that the files
     would have. Raises CheckpointError if the Hub does not answer, or with `optional` returns an empty dictionary.

@@ -32,7 +32,8 @@ class Args:
     """Print what each GPU would hold of a model, for inference and for training, and whether it fits.
 
     Weights are those of the files, from their headers, also on the Hub. With --dtype for other files, and without
-    files, they are computed from config.json, in the layout of the files if there are any. Figures are of the GPU that holds most; the assumptions are printed.
+    files, they are computed from config.json, in the layout of the files if there are any. Figures are of the GPU that
+    holds most; the assumptions are printed.
 
     With --gpu: a training run on a cluster. Memory of a rank, all-to-all bytes, time of a step, days and cost.
     """
