@@ -33,6 +33,7 @@ from moe.checkpoint.quantization import MAX_BLOCK
 from moe.checkpoint.reading import BIAS, DTYPES, STORED, Files, Piece, check_dtypes, check_repeats, fill, load, pieces
 from moe.checkpoint.roles import check_scales, needs_common_dtype
 from moe.checkpoint.shards import Entry, as_json, config_bytes, divide, write_shards
+from moe.checkpoint.writing import listed_anew
 from moe.config import ModelConfig
 from moe.counts import parameter_shapes
 from moe.errors import CheckpointError, ConfigError, did_you_mean
@@ -180,8 +181,8 @@ def cut(
     values = render_config(config, Path(target) / CONFIG)
     named = str(_common(entries, slots)).removeprefix("torch.")
     values |= {"architectures": [family.architecture], "dtype": named, "torch_dtype": named}
-    if todo.quantization is not None:
-        values["quantization_config"] = _quantization_config(todo.quantization.raw, entries)
+    if todo.quantization is not None and todo.has_quantised_tensors:
+        values["quantization_config"] = listed_anew(todo.quantization.raw, entries)
 
     def value(files: Files, entry: Entry) -> Tensor:
         info, rows = takes[entry.name]
@@ -374,20 +375,6 @@ def _common(entries: Iterable[Entry], slots: Mapping[str, Slot]) -> torch.dtype:
     return DTYPES[max(sizes, key=lambda kind: sizes[kind])]
 
 
-def _quantization_config(raw: Mapping[str, Any], entries: Iterable[Entry]) -> dict[str, Any]:
-    """`raw` with the list of modules that are not quantised, if it has one, as it is for these tensors.
-
-    vLLM and transformers build a linear layer in FP8 for every matrix that the list does not name.
-    """
-    plain = [
-        entry.name.removesuffix(".weight")
-        for entry in entries
-        if entry.name.endswith(".weight") and len(entry.shape) == 2 and entry.dtype in DTYPES
-    ]
-    plain = [name for name in plain if not name.endswith("embed_tokens")]
-    return {key: plain if key in ("modules_to_not_convert", "ignored_layers") else raw[key] for key in raw}
-
-
 @dataclass
 class _Result:
     """What `convert` writes, and how each tensor comes about."""
@@ -443,7 +430,7 @@ class _Result:
             raw |= {"scale_fmt": self.scale_fmt} if self.scale_fmt else {}
             raw |= {"modules_to_not_convert": []}
             kept = self.todo.quantization if self.dtype is None else None
-            keys["quantization_config"] = _quantization_config(kept.raw if kept else raw, entries)
+            keys["quantization_config"] = listed_anew(kept.raw if kept else raw, entries)
         elif self.table == "mxfp4":
             kept = self.todo.quantization
             keys["quantization_config"] = dict(kept.raw) if kept else {"quant_method": "mxfp4"}

@@ -51,7 +51,7 @@ def stored_in(files: Plan) -> Stored:
 
 def dtype_of(files: Plan) -> Dtype:
     """The name of what a folder's weights are stored in: the quantised ones', otherwise that of most values."""
-    if files.quantization is not None:
+    if files.quantization is not None and files.has_quantised_tensors:
         return "fp8" if files.quantization.method == "fp8" else "mxfp4"
     values = stored_in(files).values
     return max(FLOATING, key=lambda name: values.get(SAFETENSORS[name], 0))

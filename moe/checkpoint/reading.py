@@ -13,11 +13,12 @@ from torch import Tensor
 
 from moe.checkpoint.carried import read_carried
 from moe.checkpoint.dtypes import FLOATING, SAFETENSORS, parse_dtype
+from moe.checkpoint.families import family_of
 from moe.checkpoint.files import open_regular, read_exactly
 from moe.checkpoint.folder import CONFIG
 from moe.checkpoint.header import MAX_HEADER_BYTES, TensorInfo
 from moe.checkpoint.hub import find, from_cache
-from moe.checkpoint.layout import Plan, Slot, plan
+from moe.checkpoint.layout import Plan, Slot, layer_of, plan
 from moe.checkpoint.memory import check_fits
 from moe.checkpoint.progress import Progress
 from moe.checkpoint.roles import allowed_dtypes, check_scales, needs_common_dtype
@@ -44,14 +45,14 @@ class Origin:
 
     Attributes:
         table: the layout of its files.
-        omitted: repeats that the files did without.
+        omitted: repeats that the files did without, by layer and name within it.
         narrow: correction bias, or scales that were kept -> the dtype in which they are stored, where that is not fp32.
         quantization: the object in config.json, if quantised tensors were kept.
         block_size: of FP8 that was kept.
     """
 
     table: str
-    omitted: frozenset[str]
+    omitted: frozenset[tuple[int, str]]
     narrow: Mapping[str, torch.dtype]
     quantization: Mapping[str, Any] | None
     block_size: tuple[int, int] | None
@@ -544,13 +545,15 @@ def _origin(todo: Plan, *, kept: bool) -> Origin:
         for name, slot in todo.slots.items()
         if name in todo.tensors and todo.tensors[name].dtype in ("BF16", "F16") and _is_widened(slot)
     }
-    quantization = todo.quantization if kept else None
+    quantization = todo.quantization if kept and todo.has_quantised_tensors else None
     table = todo.table
+    names = family_of(todo.config.model_type, todo.folder).tables[table]
+    omitted = (layer_of(names, name) for name, slot in todo.slots.items() if slot.repeat and name not in todo.tensors)
     if table == "mxfp4" and not kept:
         table = "stacked"
     return Origin(
         table=table,
-        omitted=frozenset(n for n, slot in todo.slots.items() if slot.repeat and n not in todo.tensors),
+        omitted=frozenset(omitted),
         narrow=narrow,
         quantization=quantization.raw if quantization else None,
         block_size=quantization.block_size if quantization else None,
