@@ -218,7 +218,7 @@ def test_an_attention_factor_that_says_what_is_computed_anyway_is_kept(where: st
         with pytest.raises(CheckpointError, match=problem):
             other = parse_config({**NO_ROPE, where: {**OLD_YARN, "attention_factor": factor}}, PATH)
             render_config(other, PATH)
-    with pytest.raises(CheckpointError, match="attn_factor is not supported; found 2.0"):
+    with pytest.raises(CheckpointError, match=r"attn_factor is not supported; found 2\.0"):
         parse_config({**NO_ROPE, where: {**OLD_YARN, "attn_factor": 2.0}}, PATH)
 
 

@@ -77,10 +77,10 @@ _QUOTED = re.compile(rb"""["'](?:\./)?([A-Za-z0-9_][A-Za-z0-9_.-]{0,200})["']"""
 def read_carried(folder: Path) -> dict[str, bytes]:
     """Name -> content of all files that travel from `folder`.
 
-    These are `CARRIED`, licences, additional chat templates, the Python files that `auto_map` names in config.json and beside it,
-    the modules that these import relatively, and vocabularies that are named in the code or in tokenizer_config.json.
-    Nothing outside the folder is read. Raises `CheckpointError` for a link that leads out of it, for too large a file
-    and for too many files.
+    These are `CARRIED`, licences, additional chat templates, the Python files that `auto_map` names in config.json and
+    beside it, the modules that these import relatively, and vocabularies that are named in the code or in
+    tokenizer_config.json. Nothing outside the folder is read. Raises `CheckpointError` for a link that leads out of it,
+    for too large a file and for too many files; a licence that is either is left behind.
     """
 
     def read(name: str) -> bytes | None:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from moe.checkpoint.hub import find, from_cache
 from moe.checkpoint.layout import Plan, Slot, fp8_names, layout, plan, with_scales
 from moe.checkpoint.manifest import Manifest
 from moe.checkpoint.progress import Progress
-from moe.checkpoint.quantization import MAX_BLOCK
+from moe.checkpoint.quantization import MAX_BLOCK, is_block_size
 from moe.checkpoint.reading import BIAS, DTYPES, STORED, Files, Piece, check_dtypes, check_repeats, fill, load, pieces
 from moe.checkpoint.roles import check_scales, needs_common_dtype
 from moe.checkpoint.shards import Entry, as_json, config_bytes, divide, write_shards
@@ -83,8 +84,10 @@ def convert(
 
     Raises CheckpointError for a source that `moe.load` would refuse, and for what the result cannot express.
     """
-    if not 1 <= min(block_size) <= max(block_size) <= MAX_BLOCK:
+    if not is_block_size(block_size):
         raise ConfigError("block_size", block_size, f"two numbers from 1 to {MAX_BLOCK}")
+    if scale_fmt not in (None, "ue8m0"):
+        raise ConfigError("scale_fmt", scale_fmt, "ue8m0 or None")
     kind = None if dtype is None else parse_dtype(dtype, "dtype", tuple(SAFETENSORS))
     if scale_fmt is not None and kind != "fp8":
         raise ConfigError("scale_fmt", scale_fmt, "none without dtype fp8")
@@ -107,7 +110,7 @@ def convert(
     _check(todo)
     stored = SAFETENSORS[kind] if kind in FLOATING else kind
     config = as_written(todo.config, todo.folder)
-    result = _Result(todo, config, family, table, stored, block_size, scale_fmt)
+    result = _Result(todo, config, family, table, stored, (block_size[0], block_size[1]), scale_fmt)
     entries = result.entries()
     values = render_config(config, Path(target) / CONFIG)
     values |= {"architectures": [family.architecture], **result.storage(entries)}
@@ -148,6 +151,7 @@ def cut(
     Raises ConfigError for layers and experts that are not there or twice; CheckpointError where the family cannot
     express the result: experts in groups must be as many in each group that has any.
     """
+    layers, experts = _numbers("layers", layers), _numbers("experts", experts)
     todo = _plan(source, target, overwrite, revision, mtp=False)
     _check(todo)
     config = cut_config(as_written(todo.config, todo.folder), layers, experts, todo.folder)
@@ -310,6 +314,13 @@ def cut_config(config: ModelConfig, layers: Sequence[int], experts: Sequence[int
         mlp_only_layers=others if config.first_k_dense_replace else tuple(i for i, d in enumerate(dense) if d),
         layer_types=None if types is None else tuple(types[layer] for layer in layers),
     )
+
+
+def _numbers(name: str, chosen: Any) -> list[int]:
+    try:
+        return [operator.index(number) for number in chosen]
+    except TypeError:
+        raise ConfigError(name, chosen, "a sequence of integers") from None
 
 
 def _has_rows_of_experts(slot: Slot) -> bool:

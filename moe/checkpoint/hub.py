@@ -40,6 +40,8 @@ def find(folder: str | PathLike[str], revision: str | None = None, *, files: Seq
 
     Raises `CheckpointError` if there is neither; it says whether the Hub was asked, and what it answered.
     """
+    if not isinstance(folder, str | PathLike):
+        raise ConfigError("folder", folder, "a path, or a name on the Hub")
     if not str(folder):
         raise CheckpointError("''", "not a folder", expected="the name of a folder")
     named = _parse(folder, revision)

@@ -23,7 +23,7 @@ from moe.checkpoint.memory import check_fits
 from moe.checkpoint.progress import Progress
 from moe.checkpoint.roles import allowed_dtypes, check_scales, needs_common_dtype
 from moe.counts import Shape, parameter_shapes
-from moe.errors import CheckpointError
+from moe.errors import CheckpointError, ConfigError
 from moe.layer import Experts
 from moe.model import Transformer
 from moe.ops import dequantize_blocks, dequantize_mxfp4
@@ -130,11 +130,12 @@ def load(
             mis-shaped; or has a dtype that is not for weights, or that "auto" cannot mix with the others'; or a
             repeated embedding or head differs from the model's own; or the folder is of an unknown family or
             quantisation, too large, or malformed.
+        ConfigError: naming the argument that has a wrong value.
     """
+    device = usable_device(device)
     source = examine(folder, dtype, revision=revision, mtp=mtp, experts=experts, max_header_bytes=max_header_bytes)
     todo, shapes, dtypes = source.todo, source.shapes, source.dtypes
     needed = sum(math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items())
-    device = torch.device(device)
     check_fits(todo.folder, needed, device)
     carried = read_carried(todo.folder)
 
@@ -149,6 +150,15 @@ def load(
     model.carried_files = carried
     model.origin = source.origin()
     return model.eval()
+
+
+def usable_device(device: Any) -> torch.device:
+    """`device` as torch knows it. Raises ConfigError for one that this machine does not have."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError("device", device, f"a device of this machine ({reason})") from None
 
 
 def _read(source: "Source", state: Mapping[str, Tensor], progress: bool | None) -> None:
@@ -221,8 +231,8 @@ def _experts(todo: Plan, experts: range | None) -> range:
     count = todo.config.n_routed_experts
     if experts is None:
         return range(count)
-    if experts.step != 1 or not 0 <= experts.start < experts.stop <= count:
-        raise ValueError(f"experts = {experts}: expected a range within the {count} experts, step 1, not empty")
+    if not isinstance(experts, range) or experts.step != 1 or not 0 <= experts.start < experts.stop <= count:
+        raise ConfigError("experts", experts, f"a range within the {count} experts, step 1, not empty")
     return experts
 
 

@@ -21,7 +21,6 @@ from moe.cli.source import FOLDER
 from moe.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    import torch
     from tokenizers import Tokenizer
 
 
@@ -82,9 +81,10 @@ def run(args: Args) -> int:
     import torch
 
     import moe
+    from moe.checkpoint.reading import usable_device
     from moe.generation import stream
 
-    device = _device(args.device)
+    device = usable_device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
     with from_cache(args.folder):
         model = moe.load(folder, device=device, dtype=read_dtype(args.dtype, COMPUTE_DTYPES), mtp=args.mtp)
     vocabulary = model.config.vocab_size
@@ -167,17 +167,6 @@ def end_ids(folder: Path) -> set[int]:
     if not all(type(i) is int for i in ids):
         raise CheckpointError(file, "eos_token_id", expected="an id or a list of ids", found=repr(found)[:80])
     return set(ids)
-
-
-def _device(name: str) -> "torch.device":
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError("--device", name, f"a device of this machine ({str(error).splitlines()[0]})") from None
 
 
 class GrowingText:
