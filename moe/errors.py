@@ -25,8 +25,16 @@ def one_line(value: Any, limit: int = 300) -> str:
 def nearest(name: Any, known: Iterable[str]) -> str | None:
     """Return the closest match to `name` in `known`, or None; ignores case, "-" and "_"."""
     folded = {each.lower().replace("-", "_"): each for each in known}
-    near = difflib.get_close_matches(str(name)[:200].lower().replace("-", "_"), folded, n=1)
+    word = str(name)[:200].lower().replace("-", "_")
+    # difflib counts letters in order, so of a short word with two letters exchanged it finds little.
+    near = [each for each in folded if _are_exchanged(word, each)] or difflib.get_close_matches(word, folded, n=1)
     return folded[near[0]] if near else None
+
+
+def _are_exchanged(word: str, other: str) -> bool:
+    """Whether the words differ in two letters that have changed places."""
+    pairs = [pair for pair in zip(word, other, strict=False) if pair[0] != pair[1]]
+    return len(word) == len(other) and len(pairs) == 2 and pairs[0] == pairs[1][::-1]
 
 
 def did_you_mean(name: Any, known: Iterable[str]) -> str:

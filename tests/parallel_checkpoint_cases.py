@@ -22,6 +22,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import constants
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -429,6 +430,7 @@ def folder(ranks: Ranks, how: str, meshes: list[tuple[int, int, int]]) -> None:
     _errors(ranks, whole, built())
     if how == "rows":
         _other_layouts(ranks, whole)
+        _on_the_hub(ranks, whole)
 
 
 def _other_layouts(ranks: Ranks, whole: Path) -> None:
@@ -446,6 +448,26 @@ def _other_layouts(ranks: Ranks, whole: Path) -> None:
         export(loaded, out)
         for file in again.iterdir():
             assert (out / file.name).read_bytes() == file.read_bytes(), (name, file.name)
+
+
+def _on_the_hub(ranks: Ranks, whole: Path) -> None:
+    """A name and a revision mean what they mean to `moe.load`; another revision is there, of another dtype."""
+    there, repository = make_mesh(), ranks.folder / "hub" / "models--org--model"
+    if ranks.rank == 0:
+        (repository / "refs").mkdir(parents=True)
+        for revision, commit, dtype in (("main", "a" * 40, "bf16"), ("v1", "b" * 40, None)):
+            (repository / "refs" / revision).write_text(commit)
+            convert(whole, repository / "snapshots" / commit, dtype=dtype)
+    dist.barrier()
+    cached = mock.patch.multiple(constants, HF_HUB_CACHE=str(repository.parent), HF_HUB_OFFLINE=True)
+    expected = moe.load(whole).state_dict()
+    with cached:
+        assert load("org/model", there).norm.weight.dtype == torch.bfloat16
+        for name, revision in (("org/model@v1", None), ("org/model", "v1"), (str(repository), "v1")):
+            for key, tensor in load(name, there, revision=revision).state_dict().items():
+                assert torch.equal(common.whole(tensor), expected[key]), (name, key)
+        _raises(lambda: load("org/model", there, revision="v2"), "org/model@v2: no such folder; the Hub is offline")
+        _raises(lambda: load(whole, there, revision="v1"), "a folder, which has no revisions")
 
 
 def _errors(ranks: Ranks, whole: Path, model: Transformer) -> None:

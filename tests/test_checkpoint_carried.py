@@ -16,7 +16,7 @@ import torch
 import moe
 from moe import CheckpointError
 from moe.checkpoint import carried
-from moe.checkpoint.carried import MAX_CARRIED_FILES, MAX_CODE_BYTES, PATTERNS, read_carried
+from moe.checkpoint.carried import MAX_CARRIED_FILES, MAX_CODE_BYTES, MAX_LICENSE_BYTES, PATTERNS, read_carried
 from moe.checkpoint.convert import convert, cut
 from moe.checkpoint.manifest import verify
 from tests.checkpoint_cases import V3, assert_same, build
@@ -347,6 +347,7 @@ def test_what_is_downloaded_holds_what_travels() -> None:
     from fnmatch import fnmatch
 
     names = {*FILES, "tiktoken.model", "hy.tiktoken", "spm.model", "chat_template.json", "tokenizer.4.0.0.json"}
+    names |= {"LICENSE", "LICENSE-MODEL"}
     assert not [name for name in names if not any(fnmatch(name, pattern) for pattern in PATTERNS)]
     for name in ("pytorch_model.bin", "model.gguf", "consolidated.safetensors", "figures/a.png", "README.md"):
         assert not any(fnmatch(name, pattern) for pattern in PATTERNS)
@@ -438,3 +439,27 @@ def test_a_malformed_tokenizer_config_travels_as_it_is(released: Path, content: 
     (released / "tokenizer_config.json").write_bytes(content)
     save(released, tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer_config.json").read_bytes() == content
+
+
+def test_licences_travel_and_a_description_of_another_model_does_not(released: Path, tmp_path: Path) -> None:
+    licences = {"LICENSE": b"MIT", "LICENSE-MODEL": b"a", "LICENSE.txt": b"x" * MAX_LICENSE_BYTES}
+    others = {"README.md": b"# Tiny", "LICENSE-LONG": b"x" * (MAX_LICENSE_BYTES + 1), "my LICENSE": b"b"}
+    put(released, licences | others)
+    (released / "LICENSES").mkdir()
+    (tmp_path / "elsewhere").write_bytes(b"not of this model")
+    (released / "LICENSE-LINK").symlink_to(tmp_path / "elsewhere")
+    model = moe.load(released)
+    assert model.carried_files == FILES | licences
+    model.save(tmp_path / "saved")
+    convert(released, tmp_path / "converted", dtype="bf16")
+    cut(released, tmp_path / "cut", layers=[0], experts=[0, 3, 6, 9], compare=False)
+    for name in ("saved", "converted", "cut"):
+        written = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.is_file()}
+        assert licences.items() <= written.items() and not others.keys() & written.keys()
+        assert not verify(tmp_path / name).findings
+    model.carried_files = {}
+    model.save(tmp_path / "saved")  # a folder of a save, which keeps what it has
+    assert (tmp_path / "saved" / "LICENSE").read_bytes() == b"MIT"
+    model.carried_files = {"LICENSE": others["LICENSE-LONG"]}
+    with pytest.raises(CheckpointError, match=f"'LICENSE' is too large; expected at most {MAX_LICENSE_BYTES} bytes"):
+        model.save(tmp_path / "long")

@@ -14,7 +14,8 @@ import moe
 from moe import CheckpointError, ModelConfig, RopeParameters
 from moe.checkpoint import read_config
 from moe.checkpoint.config_json import parse_config, render_config
-from tests.checkpoint_cases import V2, V3, V3_MTP, YARN, configs
+from moe.rope import attention_factor
+from tests.checkpoint_cases import BY_FAMILY, V2, V3, V3_MTP, YARN, configs
 
 PATH = Path("config.json")
 
@@ -69,7 +70,9 @@ def test_presets_round_trip(name: str) -> None:
 
 
 RELEASED = {
-    # As published in each model's config.json, without token ids, quantisation and the classes of remote code.
+    # The first two as in each model's published config.json, without token ids, quantisation and the classes of remote
+    # code. The others were put together from excerpts of the published files and from transformers' defaults, so single
+    # keys may be missing in the real files or be spelt otherwise there.
     "deepseek_v3": """{"architectures": ["DeepseekV3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
         "ep_size": 1, "first_k_dense_replace": 3, "hidden_act": "silu", "hidden_size": 7168, "initializer_range": 0.02,
         "intermediate_size": 18432, "kv_lora_rank": 512, "max_position_embeddings": 163840, "model_type": "deepseek_v3",
@@ -148,6 +151,20 @@ def test_absent_routing_keys_take_the_familys_default() -> None:
     assert (v2.rope_interleave, v2.routed_scaling_factor) == (True, 1.0)
 
 
+def test_null_routing_keys_are_absent_and_written_with_their_values() -> None:
+    """For a topk_method of null vLLM leaves out the correction bias."""
+    for family, file in (("deepseek_v3", V3_FILE), ("deepseek_v2", V2_FILE)):
+        config = parse_config({**file, "scoring_func": None, "topk_method": None}, PATH)
+        assert fields(config) == fields(parse_config(file, PATH)), family
+        assert render_config(config, PATH) == file
+    others = {"minimax_m2": "scoring_func", "dots1": "topk_method", "glm4_moe_lite": "topk_method"}
+    for family, key in others.items():
+        file = json.loads(json.dumps(render_config(BY_FAMILY[family], PATH)))
+        config = parse_config({**file, key: None}, PATH)
+        assert fields(config) == fields(parse_config(file, PATH)), family
+        assert render_config(config, PATH).get(key) == file.get(key)
+
+
 def test_null_groups_are_one_group_and_written_so() -> None:
     """vLLM takes the number as it stands, and cannot have null."""
     config = parse_config({**V2_FILE, "n_group": None, "topk_group": None}, PATH)
@@ -174,6 +191,8 @@ def test_group_numbers_that_greedy_does_not_look_at_are_not_written() -> None:
         {"rope_parameters": {**OLD_YARN, "partial_rotary_factor": 1.0, "truncate": None}},
         {"rope_parameters": OLD_YARN, "original_max_position_embeddings": 16},
         {"rope_parameters": OLD_YARN, "rope_scaling": {**OLD_YARN, "beta_slow": None}},
+        {"rope_scaling": {**OLD_YARN, "attn_factor": 1.0}},
+        {"rope_parameters": {**OLD_YARN, "attn_factor": 1}},
     ],
 )
 def test_every_form_of_rope_means_the_same_and_is_kept(rope: dict[str, Any]) -> None:
@@ -182,6 +201,43 @@ def test_every_form_of_rope_means_the_same_and_is_kept(rope: dict[str, Any]) -> 
     written = render_config(config, PATH)
     assert rope.items() <= written.items()
     assert fields(parse_config(written, PATH)) == fields(config)
+
+
+@pytest.mark.parametrize("where", ["rope_parameters", "rope_scaling"])
+def test_an_attention_factor_that_says_what_is_computed_anyway_is_kept(where: str) -> None:
+    """mscale over mscale_all_dim is 1; another factor is a function that the engines do not compute."""
+    config = parse_config({**NO_ROPE, where: {**OLD_YARN, "attention_factor": 1.0}}, PATH)
+    assert attention_factor(dataclasses.replace(YARN, attention_factor=1.0)) == attention_factor(YARN) == 1
+    assert config.rope_parameters == YARN
+    for rope in (YARN, dataclasses.replace(YARN, attention_factor=1.0)):
+        assert not dataclasses.replace(V3, rope_parameters=rope).family_problems()
+    written = render_config(config, PATH)
+    assert written[where] == {**OLD_YARN, "attention_factor": 1.0}
+    assert config.family_problems() == ()
+    for factor, problem in ((1.5, "attention_factor"), (True, "attention_factor")):
+        with pytest.raises(CheckpointError, match=problem):
+            other = parse_config({**NO_ROPE, where: {**OLD_YARN, "attention_factor": factor}}, PATH)
+            render_config(other, PATH)
+    with pytest.raises(CheckpointError, match=r"attn_factor is not supported; found 2\.0"):
+        parse_config({**NO_ROPE, where: {**OLD_YARN, "attn_factor": 2.0}}, PATH)
+
+
+@pytest.mark.parametrize("file", [{"sliding_window": None}, {}])
+def test_a_mixtral_without_a_window_is_written_as_it_was_and_one_with_a_window_is_refused(file: dict[str, Any]) -> None:
+    """As Mixtral-8x7B's file has it, and as the first releases and Mistral's have it."""
+    whole = json.loads(json.dumps(render_config(BY_FAMILY["mixtral"], PATH)))
+    released = without(whole, "sliding_window", "head_dim", "rope_parameters", "partial_rotary_factor") | file
+    released |= {"output_router_logits": False, "router_aux_loss_coef": 0.02, "attention_dropout": 0.0}
+    config = parse_config({**released, "head_dim": BY_FAMILY["mixtral"].head_dim}, PATH)
+    assert config.sliding_window is None
+    assert released.items() <= render_config(config, PATH).items()
+
+    sliding = parse_config({**whole, "sliding_window": 4096}, PATH)
+    assert sliding.sliding_window == 4096 and sliding.is_sliding_layer(0)
+    message = "sliding_window: SGLang and llama.cpp attend to all tokens; expected none; found 4096"
+    assert sliding.family_problems() == (message,)
+    with pytest.raises(CheckpointError, match=f"config.json: {message}"):
+        render_config(sliding, PATH)
 
 
 def test_readers_of_both_generations_find_their_rope() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -176,14 +177,40 @@ def test_mxfp4(tmp_path: Path) -> None:
         ({"max_shard_bytes": 0}, "max_shard_bytes = 0: expected a positive number"),
         ({"block_size": (0, 16), "dtype": "fp8"}, "block_size = .0, 16.: expected two numbers from 1 to 65536"),
         ({"scale_fmt": "ue8m0"}, "scale_fmt = 'ue8m0': expected none without dtype fp8"),
+        ({"scale_fmt": "ue4", "dtype": "fp8"}, "scale_fmt = 'ue4': expected ue8m0 or None"),
+        ({"block_size": 8, "dtype": "fp8"}, "block_size = 8: expected two numbers from 1 to 65536"),
+        ({"block_size": (8,), "dtype": "fp8"}, "block_size = .8,.: expected two numbers"),
+        ({"block_size": (8, 1.5)}, "block_size = .8, 1.5.: expected two numbers"),
+        ({"max_shard_bytes": "5GB"}, "max_shard_bytes = '5GB': expected a positive number"),
+        ({"max_shard_bytes": math.nan}, "max_shard_bytes = nan: expected a positive number"),
+        ({"dtype": 8}, "dtype = 8: expected one of bf16, fp16"),
         ({"table": "stacked", "dtype": "fp8"}, "the layout stacked cannot hold experts in FP8"),
-        ({"table": "deepseek", "mtp": True}, "mtp = True: expected false: the layout deepseek has no names"),
+        ({"table": "deepseek", "mtp": True}, "mtp = True: expected False .--no-mtp.: the layout deepseek has no"),
     ],
 )
 def test_conversions_that_make_no_sense(made: Folders, tmp_path: Path, settings: dict[str, Any], error: str) -> None:
     with pytest.raises(ConfigError, match=error):
         convert(made.plain, tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen", "error"),
+    [
+        ("experts", [0.5], "experts = .0.5.: expected a sequence of integers"),
+        ("experts", 3, "experts = 3: expected a sequence of integers"),
+        ("layers", "0-3", "layers = '0-3': expected a sequence of integers"),
+        ("layers", [1, 0], "layers = .1, 0.: expected ascending numbers from 0 to 2, none twice"),
+        ("layers", [], "layers = ..: expected ascending numbers"),
+    ],
+)
+def test_what_cannot_be_cut_out(made: Folders, tmp_path: Path, name: str, chosen: Any, error: str) -> None:
+    arguments: Any = {"layers": [0], "experts": [0, 3, 6, 9], name: chosen}
+    with pytest.raises(ConfigError, match=error):
+        cut(made.plain, tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+    whole = cut(made.plain, tmp_path / "out", layers=torch.tensor([0, 1]), experts=range(12), compare=False)  # pyright: ignore[reportArgumentType]
+    assert whole["layers"] == [0, 1]
 
 
 def test_quantised_experts_are_not_stacked_without_a_word(made: Folders, tmp_path: Path) -> None:

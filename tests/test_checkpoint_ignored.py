@@ -15,7 +15,7 @@ import moe
 from moe import CheckpointError, Transformer
 from moe.checkpoint import read_summary
 from moe.checkpoint.convert import convert, cut
-from tests.checkpoint_cases import V3_MTP, assert_same
+from tests.checkpoint_cases import V3_MTP, as_kimi_k25, assert_same
 from tests.test_checkpoint_quantised import GPT_OSS
 
 CONFIG = dataclasses.replace(V3_MTP, num_nextn_predict_layers=1)
@@ -82,6 +82,29 @@ def test_rotary_tables_are_ignored_and_reported_once(
         assert names and not [n for n in names if "rotary" in n], name
 
 
+@pytest.mark.parametrize("kimi", [False, True])
+def test_scales_of_a_quantised_cache_are_ignored_and_reported_once(
+    kimi: bool, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In every place where vLLM looks for them; the module of MTP has them, too."""
+    expected = moe.load(folder)
+    if kimi:
+        as_kimi_k25(folder)
+        expected = moe.load(folder)
+    places = ("k_scale", "v_scale", "kv_scale", "attn.k_scale", "attn.v_scale", "k_proj.k_scale", "v_proj.v_scale")
+    prefix = "language_model." * kimi + "model.layers"
+    scales: Tensors = {f"{prefix}.{i}.self_attn.{place}": torch.tensor(0.5) for i in range(4) for place in places}
+    rewrite(folder, lambda tensors, values: tensors.update(scales))
+    caplog.clear()
+    model = moe.load(folder)
+    assert_same(model, expected)
+    message = f"28 scales of a quantised KV cache, which the model does not have, are ignored: {prefix}."
+    assert [message in text for text in caplog.messages] == [False] * kimi + [True]
+    assert set(read_summary(folder).ignored) >= scales.keys()
+    model.save(tmp_path / "saved")
+    assert not [name for name in load_file(tmp_path / "saved" / "model.safetensors") if name.endswith("_scale")]
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -91,7 +114,10 @@ def test_rotary_tables_are_ignored_and_reported_once(
         "model.layers.0.rotary_emb.inv_freq",
         "layers.0.self_attn.rotary_emb.inv_freq",
         "model.layers.0.self_attn.masked_bias",
-        "model.layers.0.self_attn.k_scale",
+        "model.layers.0.self_attn.k_proj.v_scale",
+        "model.layers.0.self_attn.q_proj.input_scale",
+        "model.layers.0.k_scale",
+        "model.layers.4.self_attn.k_scale",
     ],
 )
 def test_nothing_else_is_ignored(name: str, folder: Path) -> None:

@@ -238,3 +238,23 @@ def test_a_load_on_meta_reads_no_weights(tmp_path: Path) -> None:
         moe.load(tmp_path)
     kept = moe.load(tmp_path, device="meta", dtype="keep").state_dict()
     assert kept["layers.4.mlp.experts.down_proj"].dtype == torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device": "bogus"}, "device = 'bogus': expected a device of this machine .Expected one of cpu"),
+        ({"device": 1.5}, "device = 1.5: expected a device of this machine"),
+        ({"device": "cpu:x"}, "device = 'cpu:x': expected a device of this machine"),
+        ({"dtype": 5}, "dtype = 5: expected one of auto, keep, bf16"),
+        ({"experts": 5}, "experts = 5: expected a range within the "),
+        ({"experts": range(0)}, r"experts = range.0, 0.: expected a range within the "),
+        ({"max_header_bytes": "16MB"}, "max_header_bytes = '16MB': expected 2 to "),
+        ({"max_header_bytes": 1}, "max_header_bytes = 1: expected 2 to "),
+        ({"folder": 5}, "folder = 5: expected a path, or a name on the Hub"),
+        ({"folder": None}, "folder = None: expected a path, or a name on the Hub"),
+    ],
+)
+def test_a_wrong_argument_is_named(saved: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(moe.ConfigError, match=f"^{message}"):
+        moe.load(**{"folder": saved, **arguments})

@@ -12,10 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import moe
-from moe import CheckpointError, ModelConfig, RopeParameters
+import moe.parallel
+from moe import CheckpointError, ConfigError, ModelConfig, RopeParameters
 from moe.checkpoint import read_summary
+from moe.checkpoint.convert import convert, cut
+from moe.checkpoint.layout import plan
+from moe.checkpoint.planning import dtype_of
 from moe.ops import quantize_blocks, quantize_mxfp4
-from tests.checkpoint_cases import V2, V3_MTP
+from tests.checkpoint_cases import V2, V3_MTP, as_kimi_k25
 
 BLOCK = (8, 16)  # no size of the model is a multiple of both
 IDS = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -393,3 +397,58 @@ def test_experts_of_a_rank_are_its_part(made: Folders, tmp_path: Path) -> None:
     for wrong in (range(0), range(3, 13), range(0, 4, 2)):
         with pytest.raises(ValueError, match="experts = range"):
             moe.load(made.fp8, experts=wrong)
+
+
+@pytest.mark.parametrize("spelling", ["keep", "KEEP"])
+def test_quantised_tensors_are_not_divided_among_ranks(spelling: str) -> None:
+    """Refused before a mesh or a folder is looked at."""
+    nowhere: Any = None
+    with pytest.raises(ConfigError, match=f"dtype = '{spelling}': expected auto or a floating dtype: quantised"):
+        moe.parallel.load("nowhere", nowhere, dtype=spelling)
+    with pytest.raises(ConfigError, match="dtype = 'int8': expected one of auto, keep, bf16"):
+        moe.parallel.load("nowhere", nowhere, dtype="int8")
+
+
+def test_an_object_that_dequantising_left_behind_is_not_written_again(made: Folders, tmp_path: Path) -> None:
+    """quantization_config of FP8 above plain weights."""
+    moe.load(made.fp8).save(tmp_path / "plain")
+    config = tmp_path / "plain" / "config.json"
+    stated = json.loads((made.fp8 / "config.json").read_text())["quantization_config"]
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": stated}))
+    kept = moe.load(tmp_path / "plain", dtype="keep")
+    assert_same_state(kept, moe.load(made.fp8))
+    kept.save(tmp_path / "saved")
+    convert(tmp_path / "plain", tmp_path / "converted")
+    cut(tmp_path / "plain", tmp_path / "cut", layers=[0], experts=range(V3_MTP.n_routed_experts), compare=False)
+    for name in ("saved", "converted", "cut"):
+        assert "quantization_config" not in json.loads((tmp_path / name / "config.json").read_text()), name
+        assert read_summary(tmp_path / name).quantization is None
+    assert dtype_of(plan(tmp_path / "plain")) == "bf16" and dtype_of(plan(made.fp8)) == "fp8"
+
+
+@pytest.mark.parametrize("repeats", [True, False])
+def test_a_kept_kimi_k25_is_written_under_the_names_of_deepseek_v3(fp8: Folders, tmp_path: Path, repeats: bool) -> None:
+    """The list of modules that are not quantised, and whether the files of MTP modules repeat embeddings and heads."""
+    written = fp8.tensors()
+    endings = ("embed_tokens.weight", "head.weight")
+    again = [name for name in written if name.startswith("model.layers.") and name.endswith(endings)]
+    assert len(again) == 4
+    if not repeats:
+        written = {name: tensor for name, tensor in written.items() if name not in again}
+        fp8.write(written)
+    plain = [name.removesuffix(".weight") for name, t in written.items() if t.ndim == 2 and t.dtype == torch.bfloat16]
+    plain = [name for name in plain if not name.endswith("embed_tokens")]
+    as_kimi_k25(fp8.fp8)
+    values = json.loads((fp8.fp8 / "config.json").read_text())
+    stated = values["text_config"].pop("quantization_config")
+    stated |= {"modules_to_not_convert": [f"language_model.{name}" for name in plain]}
+    (fp8.fp8 / "config.json").write_text(json.dumps(values | {"quantization_config": stated}))
+    model = moe.load(fp8.fp8, dtype="keep")
+    model.save(tmp_path / "saved")
+    convert(fp8.fp8, tmp_path / "converted")
+    for name in ("saved", "converted"):
+        assert load_file(tmp_path / name / "model.safetensors").keys() == written.keys(), name
+        found = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+        assert sorted(found.pop("modules_to_not_convert")) == sorted(plain)
+        assert found.items() <= stated.items()
+        assert_same_state(moe.load(tmp_path / name, dtype="keep"), model)

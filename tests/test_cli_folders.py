@@ -20,6 +20,8 @@ from moe.checkpoint.carried import write_carried
 from moe.checkpoint.convert import convert, cut
 from moe.checkpoint.planning import Placement, inference, stored
 from moe.cli import COMMANDS
+from moe.cli.options import parse
+from moe.cli.train import Args as TrainArgs
 from tests.checkpoint_cases import V3, V3_MTP
 from tests.test_cli import fails_in_one_line, run
 
@@ -170,6 +172,52 @@ def test_plan_without_files_or_for_others_is_arithmetic(capsys: Any, mixed: Path
     assert other["stored"]["bytes"] == 2 * values["F16"] + 4 * values["F32"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [
+        ({"table": "stacked"}, "bf16"),
+        ({"table": "stacked"}, "fp32"),
+        ({"table": "stacked"}, "fp64"),
+        ({"table": "deepseek"}, "bf16"),
+        ({"table": "deepseek"}, "fp8"),
+        ({"mtp": False}, "fp16"),
+        ({}, "fp8"),
+        ("no repeats", "bf16"),
+    ],
+)
+def test_plan_for_another_dtype_is_what_convert_writes(
+    capsys: Any, mixed: Path, tmp_path: Path, settings: Any, dtype: str
+) -> None:
+    """The layout of the files is kept, and so is it whether they repeat the embedding for MTP modules."""
+    from safetensors.torch import save_file
+
+    if settings == "no repeats":
+        convert(mixed, tmp_path / "source", dtype="fp32")
+        file = tmp_path / "source" / "model.safetensors"
+        repeats = ("embed_tokens.weight", "head.weight")
+        tensors = {n: t for n, t in load_file(file).items() if not (".layers." in n and n.endswith(repeats))}
+        save_file(tensors, file)
+    else:
+        convert(mixed, tmp_path / "source", dtype="fp32", **settings)
+    convert(tmp_path / "source", tmp_path / "out", dtype=dtype)
+    expected, found = (planned(capsys, str(tmp_path / name), "--dtype", dtype) for name in ("out", "source"))
+    assert expected["stored_from"] == "headers"
+    assert found["stored"]["tensors"] == expected["stored"]["tensors"]
+    if dtype != "fp8":  # convert leaves fp32 in what is not quantised
+        assert (found["stored"], found["training"]) == (expected["stored"], expected["training"])
+        assert found["inference"]["parts"] == expected["inference"]["parts"]
+
+
+def test_plan_takes_another_layout_where_that_of_the_files_cannot_hold_the_dtype(
+    capsys: Any, saved: Path, tmp_path: Path
+) -> None:
+    convert(saved, tmp_path / "stacked", table="stacked")
+    assert (
+        planned(capsys, str(tmp_path / "stacked"), "--dtype", "fp8")["stored"]
+        == (planned(capsys, str(saved), "--dtype", "fp8")["stored"])
+    )
+
+
 def test_plan_of_plain_files_names_their_dtype(capsys: Any, saved: Path, tmp_path: Path) -> None:
     facts = planned(capsys, str(saved))
     assert facts["placement"]["dtype"] == "fp32" and set(facts["stored"]["values"]) == {"F32"}
@@ -206,9 +254,13 @@ def test_spellings_of_a_dtype(saved: Path, tmp_path: Path, spelling: Any) -> Non
         ),
         (
             ("convert", "--out", "never", "--dtype", "mxfp4"),
-            "dtype = 'mxfp4': expected another: deepseek_v3 has no layout for it",
+            "moesmith: --dtype = 'mxfp4': expected another: deepseek_v3 has no layout for it",
         ),
-        (("convert", "--out", "never", "--layout", "stackd"), "the layouts of deepseek_v3; did you mean stacked?"),
+        (
+            ("convert", "--out", "never", "--layout", "stackd"),
+            "moesmith: --layout = 'stackd': expected one of experts, stacked, deepseek, the layouts of deepseek_v3; "
+            "did you mean stacked?",
+        ),
         (("plan", "--dtype", "int4"), "expected one of bf16, fp16, fp32, fp64, fp8, mxfp4"),
         (("plan", "--gpu", "H-100"), "expected one of a100, h100, h800, h200, b200, mi300x; did you mean h100?"),
     ],
@@ -233,15 +285,21 @@ def test_unknown_names(
             ("generate", "x", "--prompt", "a", "--dtype", "fp8"),
             "--dtype = 'fp8': expected one of auto, bf16, fp16, fp32, fp64",
         ),
-        (("train", "--optimizer", "muno"), "expected one of adamw, muon; did you mean muon?"),
-        (("train", "--schedule", "cosin"), "expected one of cosine, wsd; did you mean cosine?"),
-        (("convert", "x", "--out", "y", "--scale-fmt", "UE8M"), "expected one of ue8m0; did you mean ue8m0?"),
-        (("plan", "tiny", "--sharding", "fspd"), "expected one of zero1, fsdp; did you mean fsdp?"),
+        (("train", "--optimizer", "muno"), "--optimizer = 'muno': expected one of adamw, muon; did you mean muon?"),
+        (("train", "--schedule", "cosin"), "--schedule = 'cosin': expected one of cosine, wsd; did you mean cosine?"),
+        (("train", "--dtype", "bf61"), "--dtype = 'bf61': expected one of fp32, bf16; did you mean bf16?"),
+        (
+            ("convert", "x", "--out", "y", "--scale-fmt", "UE8M"),
+            "--scale-fmt = 'UE8M': expected one of ue8m0; did you mean ue8m0?",
+        ),
+        (
+            ("plan", "tiny", "--sharding", "fspd"),
+            "--sharding = 'fspd': expected one of zero1, fsdp; did you mean fsdp?",
+        ),
     ],
 )
 def test_unknown_choices(capsys: Any, arguments: Any, hint: str) -> None:
-    status, out, err = run(capsys, *arguments)
-    assert (status, out) == (2, "") and hint in " ".join(err.replace("│", " ").split())
+    assert fails_in_one_line(capsys, *arguments) == f"moesmith: {hint}\n"
 
 
 def test_unknown_model_types_and_presets(capsys: Any, saved: Path, tmp_path: Path) -> None:
@@ -292,7 +350,7 @@ def test_on_and_off_options(capsys: Any, mixed: Path, tmp_path: Path) -> None:
     assert status == 0 and "converting" in err
     assert read_summary(tmp_path / "b").config.num_nextn_predict_layers == 2  # pyright: ignore[reportOptionalMemberAccess]
     options = ("--out", str(tmp_path / "c"), "--layout", "deepseek", "--mtp")
-    assert "mtp = True: expected false: the layout deepseek" in fails_in_one_line(
+    assert "moesmith: --mtp = True: expected False (--no-mtp): the layout deepseek" in fails_in_one_line(
         capsys, "convert", str(mixed), *options
     )
 
@@ -339,6 +397,11 @@ def test_torchs_names_of_dtypes_on_the_command_line(capsys: Any, saved: Path, tm
     assert run(capsys, "convert", str(saved), "--out", str(tmp_path / "out"), "--dtype", "bfloat16")[0] == 0
     assert planned(capsys, str(tmp_path / "out"))["placement"]["dtype"] == "bf16"
     assert planned(capsys, str(saved), "--dtype", "float64")["placement"]["dtype"] == "fp64"
+    facts = planned(capsys, "tiny", "--gpu", "h100", "--moments", "bfloat16", "--dispatch", "float8_e4m3fn")
+    assert (facts["training"]["moments"], facts["training"]["dispatch"]) == ("bf16", "fp8")
+    for word, name in (("float32", "fp32"), ("BF16", "bf16")):
+        args = parse(TrainArgs, "train", ["--dtype", word])
+        assert args.dtype == args.deciding()["dtype"] == name  # what settings.json has, so that a run can be resumed
 
 
 def test_a_foreign_settings_file_does_not_make_a_run(capsys: Any, tmp_path: Path) -> None:
@@ -404,6 +467,34 @@ def test_inspect_prints_json_of_any_config(capsys: Any, saved: Path, tmp_path: P
 
     facts = json.loads(run(capsys, "inspect", str(tmp_path / "out"), "--json")[1], parse_constant=refuse)
     assert facts["stored"]["tensors"] == facts["stored"]["dtypes"]["F32"]["tensors"]
+
+
+def test_an_option_is_named_only_by_commands_that_have_it(capsys: Any, mixed: Path, tmp_path: Path) -> None:
+    """The file of the MTP modules is not there."""
+    from safetensors.torch import save_file
+
+    convert(mixed, tmp_path / "odd", dtype="fp32", max_shard_bytes=2**14)
+    index = json.loads((tmp_path / "odd" / "model.safetensors.index.json").read_text())["weight_map"]
+    (tmp_path / "odd" / index[f"model.layers.{V3_MTP.num_hidden_layers + 1}.enorm.weight"]).unlink()
+    out = ("--out", str(tmp_path / "out"))
+    advice = "; mtp=False (--no-mtp) leaves multi-token prediction out"
+    for command, *options in (("inspect",), ("plan",), ("convert", *out)):
+        line = fails_in_one_line(capsys, command, str(tmp_path / "odd"), *options)
+        assert "No such file" in line and (advice in line) == (command == "convert")
+        assert ("mtp" in line) == (command == "convert")
+
+    words = tmp_path / "words"
+    convert(mixed, words, dtype="bf16", mtp=False)
+    tensors = load_file(words / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["lm_head.weight"].float()}, words / "model.safetensors")
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(words / "tokenizer.json"))
+    line = fails_in_one_line(capsys, "generate", str(words), "--prompt", "a")
+    assert "; load with --dtype bfloat16, as config.json states, or --dtype float32; expected BF16" in line
+    options = ("--prompt", "a", "--max-new-tokens", "2", "--json")
+    for dtype in ("bfloat16", "float32"):
+        assert run(capsys, "generate", str(words), *options, "--dtype", dtype)[0] == 0
 
 
 def test_generate_without_mtp_modules(capsys: Any, mixed: Path, tmp_path: Path) -> None:

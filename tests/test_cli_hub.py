@@ -99,8 +99,44 @@ def test_every_command_takes_a_name(cache: Path, capsys: Any, tmp_path: Path) ->
     for command, options in (("convert", ()), ("cut", layers)):
         assert run(capsys, command, "org/model@v1", "--out", str(tmp_path / command), *options)[0] == 0
         assert width(moe.load(tmp_path / command)) == V3.moe_intermediate_size + 8
+
+
+def test_a_cache_that_lacks_a_file(cache: Path, capsys: Any, tmp_path: Path) -> None:
+    """What an interrupted download leaves. The Hub cannot be asked, so nobody knows whether the model has the file."""
+    offline = "moesmith: org/model@v1: the Hub is offline (HF_HUB_OFFLINE is set), and its cache has no"
     line = fails_in_one_line(capsys, "generate", "org/model@v1", "--prompt", "a")
-    assert f"snapshots/{COMMITS['v1']}/tokenizer.json: no such file" in line
+    assert line.startswith(f"{offline} tokenizer.json; text needs the tokenizer that the model was trained with; exp")
+    snapshot, out = cache / "snapshots" / COMMITS["v1"], ("--out", str(tmp_path / "out"))
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(snapshot / "tokenizer.json"))
+    commands = (
+        ("generate", "org/model@v1", "--prompt", "a"),
+        ("convert", "org/model@v1", *out),
+        ("cut", "org/model@v1", *out, "--layers", "0", "--experts", "0"),
+    )
+    (snapshot / "model.safetensors").unlink()
+    for command in commands:
+        line = fails_in_one_line(capsys, *command)
+        assert line == f"{offline} model.safetensors; expected a model that is in the cache, or a connection\n"
+
+    convert(hub.find("org/model"), tmp_path / "shards", max_shard_bytes=2**16)
+    for path in (tmp_path / "shards").iterdir():
+        (snapshot / path.name).unlink(missing_ok=True)
+        (snapshot / path.name).write_bytes(path.read_bytes())
+    assert run(capsys, *commands[0], "--max-new-tokens", "1")[0] == 0
+    second = next(snapshot.glob("model-00002-of-*"))
+    second.unlink()
+    for command in commands:
+        assert fails_in_one_line(capsys, *command).startswith(f"{offline} {second.name}; expected")
+    line = fails_in_one_line(capsys, "inspect", "org/model@v1")
+    assert f"but not all of its weights: {OFFLINE}" in line
+    assert json.loads(run(capsys, "plan", "org/model@v1", "--json")[1])["stored_from"] == "config.json"
+    with pytest.raises(CheckpointError, match=f"org/model@v1: the Hub is offline .*no {second.name}; expected"):
+        moe.load("org/model", revision="v1")
+    (snapshot / "config.json").unlink()
+    for command in (*commands[1:], ("inspect", "org/model@v1"), ("plan", "org/model@v1")):
+        assert fails_in_one_line(capsys, *command).startswith(f"{offline} config.json; expected")
+    line = fails_in_one_line(capsys, "convert", str(snapshot), *out)
+    assert line.startswith(f"moesmith: {snapshot / 'config.json'}: No such file; expected config.json and")
 
 
 def answer(kind: type[Exception]) -> Exception:
@@ -157,11 +193,12 @@ def test_without_huggingface_hub(monkeypatch: Any, capsys: Any, tmp_path: Path) 
     assert "huggingface_hub, which would look it up, is not installed; expected pip install huggingface_hub" in line
 
 
-def test_inspect_reads_headers_from_the_hub_and_plan_only_config(cache: Path, capsys: Any, monkeypatch: Any) -> None:
+def test_inspect_and_plan_read_headers_from_the_hub(cache: Path, capsys: Any, monkeypatch: Any) -> None:
     """A cache with config.json alone, as the first of these commands leaves it."""
     whole = json.loads(run(capsys, "inspect", "org/model", "--json")[1])
     snapshot = cache / "snapshots" / COMMITS["main"]
     weights = Path(os.path.realpath(snapshot / "model.safetensors"))
+    local = json.loads(run(capsys, "plan", str(cache), "--json")[1])
     (snapshot / "model.safetensors").unlink()
 
     facts = json.loads(run(capsys, "plan", "org/model", "--json")[1])
@@ -183,6 +220,8 @@ def test_inspect_reads_headers_from_the_hub_and_plan_only_config(cache: Path, ca
 
     monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", metadata)
     assert json.loads(run(capsys, "inspect", "org/model", "--json")[1]) == whole
+    planned = json.loads(run(capsys, "plan", "org/model", "--json")[1])
+    assert planned["stored_from"] == "headers" and planned == local | {"model": "org/model"}
 
     wrong: list[tuple[Any, ...]] = [("\x1b[2J", "BF16", [2], (0, 4)), ("a", "\x1b[2J", [2], (0, 4))]
     for key, *entry in [*wrong, ("a", "BF16", [-2], (0, 4)), ("a", "BF16", [3], (0, 4)), ("a", "BF16", [2], (4, 0))]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import moe
+from moe.errors import did_you_mean, nearest
 from moe.presets import PRESETS
 
 V3 = moe.preset("deepseek_v3")
@@ -129,3 +130,22 @@ def test_a_refused_model_allocates_nothing() -> None:
     with pytest.raises(moe.ConfigError):
         moe.MoELayer(64, 32, n_routed_experts=4, num_experts_per_tok=5)
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "expected"),
+    [
+        ("tyni", ["tiny", "tune"], "tiny"),
+        ("itny", ["tiny"], "tiny"),
+        ("Tiyn", ["tiny"], "tiny"),
+        ("fp23", ["fp8", "fp16", "fp32"], "fp32"),
+        ("tinn", ["tiny"], "tiny"),
+        ("tinyny", ["tiny"], "tiny"),
+        ("ynit", ["tiny"], None),  # all four letters have changed places
+        ("", ["tiny"], None),
+        ("tiny", [], None),
+    ],
+)
+def test_did_you_mean(name: str, known: list[str], expected: str | None) -> None:
+    assert nearest(name, known) == expected
+    assert did_you_mean(name, known) == (f"; did you mean {expected}?" if expected else "")

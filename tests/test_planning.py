@@ -128,7 +128,7 @@ def test_the_command(capsys: Any) -> None:
     assert facts["inference"]["fits"] and not facts["training"]["fits"]
     assert facts["inference"]["total"] == sum(facts["inference"]["parts"].values())
     status, _, err = run(capsys, "plan", "mixtral_8x7b", "--gpus", "16", "--ep", "16")
-    assert (status, err.strip()) == (2, "moesmith: ep = 16: expected at most the 8 experts of a layer")
+    assert (status, err.strip()) == (2, "moesmith: --ep = 16: expected at most the 8 experts of a layer")
     assert run(capsys, "plan", "no/such")[0] == 2
     assert "--memory = '80XB'" in run(capsys, "plan", "tiny", "--memory", "80XB")[2]
     assert "--memory = '80': expected at least 1MiB, with a unit" in run(capsys, "plan", "tiny", "--memory", "80")[2]

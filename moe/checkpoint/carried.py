@@ -1,8 +1,10 @@
-"""Files that are not read here but travel with a checkpoint: tokenizers, templates, and code that its JSON files name.
+"""Files that are not read here but travel with a checkpoint: tokenizers, templates, licences, and code that its JSON
+files name. A README.md does not: it describes the checkpoint that it came with.
 
 Code is copied as bytes. It is never imported.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -31,6 +33,7 @@ logger = logging.getLogger("moe")
 
 MAX_CARRIED_BYTES = 64 * 2**20  # of one file
 MAX_CODE_BYTES = 4 * 2**20  # of one Python file; released ones have less than 200 KiB
+MAX_LICENSE_BYTES = 2**20
 MAX_CARRIED_FILES = 128
 
 # These travel whether or not anything names them. The vocabularies are those of transformers' tokenizers.
@@ -57,13 +60,14 @@ CARRIED = (
 )
 TEMPLATES = "additional_chat_templates"  # a folder of NAME.jinja
 # What to download of a repository to have all that may travel.
-PATTERNS = (*CARRIED, f"{TEMPLATES}/*.jinja", "*.py", "*.model", "*.tiktoken", "tokenizer*.json")
+PATTERNS = (*CARRIED, "LICENSE*", f"{TEMPLATES}/*.jinja", "*.py", "*.model", "*.tiktoken", "tokenizer*.json")
 
 _NAMING = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json", "generation_config.json")
 _VOCABULARIES = (".model", ".tiktoken", ".bpe", ".vocab", ".codes", ".txt", ".jinja")
 _CODE = re.compile(r"[A-Za-z0-9_-]{1,200}\.py")
 _DATA = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 _TEMPLATE = re.compile(rf"{TEMPLATES}/[A-Za-z0-9_-][A-Za-z0-9_.-]{{0,200}}\.jinja")
+_LICENSE = re.compile(r"LICENSE[A-Za-z0-9_.-]{0,100}")
 _RESERVED = {CONFIG, INDEX, MANIFEST, RECEIPT, "adapter_config.json", *QUANTIZATION_FILES}
 # As transformers finds them, so that a module has every file that transformers will look for.
 _IMPORT = re.compile(rb"import\s+\.(\S+)\s*$|from\s+\.(\S+)\s+import")
@@ -73,23 +77,22 @@ _QUOTED = re.compile(rb"""["'](?:\./)?([A-Za-z0-9_][A-Za-z0-9_.-]{0,200})["']"""
 def read_carried(folder: Path) -> dict[str, bytes]:
     """Name -> content of all files that travel from `folder`.
 
-    These are `CARRIED`, additional chat templates, the Python files that `auto_map` names in config.json and beside it,
-    the modules that these import relatively, and vocabularies that are named in the code or in tokenizer_config.json.
-    Nothing outside the folder is read. Raises `CheckpointError` for a link that leads out of it, for too large a file
-    and for too many files.
+    These are `CARRIED`, licences, additional chat templates, the Python files that `auto_map` names in config.json and
+    beside it, the modules that these import relatively, and vocabularies that are named in the code or in
+    tokenizer_config.json. Nothing outside the folder is read. Raises `CheckpointError` for a link that leads out of it,
+    for too large a file and for too many files; a licence that is either is left behind.
     """
 
     def read(name: str) -> bytes | None:
         if not os.path.lexists(folder / name):
             return None
-        limit = MAX_CODE_BYTES if name.endswith(".py") else MAX_CARRIED_BYTES
-        return read_bounded(member(folder, name), limit)
+        return read_bounded(member(folder, name), _limit(name))
 
     try:
         config = read_config_values(folder)
     except CheckpointError:  # a folder of tokenizer files, or a broken checkpoint that a save replaces
         config = {}
-    files = _reach(config, [*CARRIED, *templates(folder)], read)
+    files = _reach(config, [*CARRIED, *_licenses(folder), *templates(folder)], read)
     if len(files) > MAX_CARRIED_FILES:
         expected = f"at most {MAX_CARRIED_FILES}"
         raise CheckpointError(folder, "files that travel with the model", expected=expected, found=len(files))
@@ -110,18 +113,27 @@ def templates(folder: Path) -> list[str]:
     return [name for name in names if _TEMPLATE.fullmatch(name)][: MAX_CARRIED_FILES + 1]
 
 
+def _licenses(folder: Path) -> list[str]:
+    """Names of the licences in `folder`; not of what is too large to be one, or leads out of the folder."""
+    names: list[str] = []
+    for entry in os.scandir(folder):
+        with contextlib.suppress(CheckpointError, OSError):
+            if _LICENSE.fullmatch(entry.name) and member(folder, entry.name).stat().st_size <= MAX_LICENSE_BYTES:
+                names += [entry.name] if entry.is_file() else []
+    return sorted(names)[: MAX_CARRIED_FILES + 1]
+
+
 def check_carried(files: Mapping[str, bytes], path: Path) -> None:
     """Raise `CheckpointError` for a file that a reader of a folder would not carry. `path` is for messages."""
     for name, content in files.items():
         if not isinstance(content, bytes):
             raise CheckpointError(path, f"carried file {name!r}", expected="bytes", found=type(content).__name__)
         if not (_is_fixed(name) or _CODE.fullmatch(name) or _is_data(name)):
-            expected = f"one of {', '.join(CARRIED)}, {TEMPLATES}/NAME.jinja, or NAME.py that auto_map names"
+            expected = f"one of {', '.join(CARRIED)}, LICENSE, {TEMPLATES}/NAME.jinja, or NAME.py that auto_map names"
             raise CheckpointError(path, f"carried file {name!r}", expected=expected)
-        limit = MAX_CODE_BYTES if name.endswith(".py") else MAX_CARRIED_BYTES
-        if len(content) > limit:
+        if len(content) > _limit(name):
             problem = f"carried file {name!r} is too large"
-            raise CheckpointError(path, problem, expected=f"at most {limit} bytes", found=len(content))
+            raise CheckpointError(path, problem, expected=f"at most {_limit(name)} bytes", found=len(content))
     if len(files) > MAX_CARRIED_FILES:
         raise CheckpointError(path, "carried files", expected=f"at most {MAX_CARRIED_FILES}", found=len(files))
 
@@ -171,8 +183,14 @@ def write_carried(folder: Path, files: Mapping[str, bytes]) -> None:
         (folder / name).write_bytes(content)
 
 
+def _limit(name: str) -> int:
+    if name.endswith(".py"):
+        return MAX_CODE_BYTES
+    return MAX_LICENSE_BYTES if _LICENSE.fullmatch(name) else MAX_CARRIED_BYTES
+
+
 def _is_fixed(name: str) -> bool:
-    return name in CARRIED or is_template(name)
+    return name in CARRIED or is_template(name) or _LICENSE.fullmatch(name) is not None
 
 
 def _reach(config: Mapping[str, Any], names: Iterable[str], read: Callable[[str], bytes | None]) -> dict[str, bytes]:

@@ -27,6 +27,9 @@ _ROPE_KEYS += ("partial_rotary_factor", "head_dim", "max_position_embeddings")
 _NULL = {"n_group": 1, "topk_group": 1, "n_shared_experts": 0, "mlp_only_layers": (), "aux_loss_alpha": 0.0}
 _NULL |= {"num_nextn_predict_layers": 0}
 
+# Of these there is no None, and transformers does not read the keys where it implies the values.
+_NULL_IS_ABSENT = ("scoring_func", "topk_method")
+
 
 def read_config(folder: str | PathLike[str]) -> ModelConfig:
     """The configuration in the folder's config.json, MTP modules as it states them. Opens no other file."""
@@ -201,6 +204,8 @@ def _settled(config: ModelConfig, family: Family) -> ModelConfig:
         changes["rope_parameters"] = RopeParameters(
             rope_theta=rope.rope_theta, partial_rotary_factor=rope.partial_rotary_factor
         )
+    else:
+        changes["rope_parameters"] = _without_idle_factor(config.rope_parameters)
     if config.rope_dim == 2:  # one pair
         changes["rope_interleave"] = config.is_mla
     if not dense and family.keys.get("intermediate_size") == family.keys["moe_intermediate_size"]:
@@ -221,6 +226,12 @@ def _settled(config: ModelConfig, family: Family) -> ModelConfig:
         if changes["topk_method"] != config.topk_method:
             changes |= {"n_group": 1, "topk_group": 1}
     return dataclasses.replace(config, **changes)
+
+
+def _without_idle_factor(rope: RopeParameters) -> RopeParameters:
+    """No attention factor of 1 where it is computed as the quotient of two equal scales."""
+    idle = rope.attention_factor == 1 and bool(rope.mscale) and rope.mscale == rope.mscale_all_dim
+    return dataclasses.replace(rope, attention_factor=None) if idle else rope
 
 
 # Fields that have no effect in a model without experts.
@@ -271,7 +282,7 @@ def _understand(values: Mapping[str, Any], path: Path) -> ModelConfig:
         if name in family.required and given.get(key) is None:
             found = "null" if given else "no such key"
             raise CheckpointError(path, f"{key}: {family.model_type} needs a value", found=found)
-        if given:
+        if given and not (given[key] is None and name in _NULL_IS_ABSENT):
             fields[name] = _NULL.get(name) if given[key] is None else given[key]
         elif name in family.absent:
             fields[name] = family.absent[name]
@@ -344,6 +355,8 @@ def _rope(
         name = "rope_type" if name == "type" else name
         if value is None or (name == "partial_rotary_factor" and value == 1 and name in family.fixed):
             continue
+        if name == "attn_factor" and value == 1:  # vLLM's, by which it multiplies its attention factor
+            continue
         if name not in known or name in family.fixed:
             raise CheckpointError(path, f"{key}.{name} is not supported", found=repr(value)[:80])
         if fields.setdefault(name, value) != value:
@@ -355,7 +368,7 @@ def _rope(
             fields.setdefault(name, family.rope[name])
     if fields.get("rope_type", "default") == "default" and fields.get("factor", 1) != 1:
         raise CheckpointError(path, f"{key}: factor without a rope_type that has one", found=fields["factor"])
-    return RopeParameters(**fields)
+    return _without_idle_factor(RopeParameters(**fields))
 
 
 def _render(config: ModelConfig) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,14 +26,15 @@ from moe.checkpoint.dtypes import FLOATING, SAFETENSORS, Dtype, parse_dtype
 from moe.checkpoint.families import Family, family_of
 from moe.checkpoint.folder import CONFIG, RECEIPT, SINGLE
 from moe.checkpoint.header import TensorInfo
-from moe.checkpoint.hub import find
+from moe.checkpoint.hub import find, from_cache
 from moe.checkpoint.layout import Plan, Slot, fp8_names, layout, plan, with_scales
 from moe.checkpoint.manifest import Manifest
 from moe.checkpoint.progress import Progress
-from moe.checkpoint.quantization import MAX_BLOCK
+from moe.checkpoint.quantization import MAX_BLOCK, is_block_size
 from moe.checkpoint.reading import BIAS, DTYPES, STORED, Files, Piece, check_dtypes, check_repeats, fill, load, pieces
 from moe.checkpoint.roles import check_scales, needs_common_dtype
 from moe.checkpoint.shards import Entry, as_json, config_bytes, divide, write_shards
+from moe.checkpoint.writing import listed_anew
 from moe.config import ModelConfig
 from moe.counts import parameter_shapes
 from moe.errors import CheckpointError, ConfigError, did_you_mean
@@ -82,8 +84,10 @@ def convert(
 
     Raises CheckpointError for a source that `moe.load` would refuse, and for what the result cannot express.
     """
-    if not 1 <= min(block_size) <= max(block_size) <= MAX_BLOCK:
+    if not is_block_size(block_size):
         raise ConfigError("block_size", block_size, f"two numbers from 1 to {MAX_BLOCK}")
+    if scale_fmt not in (None, "ue8m0"):
+        raise ConfigError("scale_fmt", scale_fmt, "ue8m0 or None")
     kind = None if dtype is None else parse_dtype(dtype, "dtype", tuple(SAFETENSORS))
     if scale_fmt is not None and kind != "fp8":
         raise ConfigError("scale_fmt", scale_fmt, "none without dtype fp8")
@@ -100,13 +104,13 @@ def convert(
         raise ConfigError("layout", table, known + did_you_mean(table, family.tables))
     if todo.config.num_nextn_predict_layers and not family.tables[table].mtp:
         if mtp:
-            raise ConfigError("mtp", mtp, f"false: the layout {table} has no names for MTP modules")
+            raise ConfigError("mtp", mtp, f"False (--no-mtp): the layout {table} has no names for MTP modules")
         logger.warning("the layout %s has no names for MTP modules: they are left out", table)
         todo = plan(todo.folder, mtp=False)
     _check(todo)
     stored = SAFETENSORS[kind] if kind in FLOATING else kind
     config = as_written(todo.config, todo.folder)
-    result = _Result(todo, config, family, table, stored, block_size, scale_fmt)
+    result = _Result(todo, config, family, table, stored, (block_size[0], block_size[1]), scale_fmt)
     entries = result.entries()
     values = render_config(config, Path(target) / CONFIG)
     values |= {"architectures": [family.architecture], **result.storage(entries)}
@@ -147,6 +151,7 @@ def cut(
     Raises ConfigError for layers and experts that are not there or twice; CheckpointError where the family cannot
     express the result: experts in groups must be as many in each group that has any.
     """
+    layers, experts = _numbers("layers", layers), _numbers("experts", experts)
     todo = _plan(source, target, overwrite, revision, mtp=False)
     _check(todo)
     config = cut_config(as_written(todo.config, todo.folder), layers, experts, todo.folder)
@@ -180,8 +185,8 @@ def cut(
     values = render_config(config, Path(target) / CONFIG)
     named = str(_common(entries, slots)).removeprefix("torch.")
     values |= {"architectures": [family.architecture], "dtype": named, "torch_dtype": named}
-    if todo.quantization is not None:
-        values["quantization_config"] = _quantization_config(todo.quantization.raw, entries)
+    if todo.quantization is not None and todo.has_quantised_tensors:
+        values["quantization_config"] = listed_anew(todo.quantization.raw, entries)
 
     def value(files: Files, entry: Entry) -> Tensor:
         info, rows = takes[entry.name]
@@ -254,7 +259,8 @@ def _plan(
         raise CheckpointError(target, same, expected="another folder")
     if Path(os.path.realpath(target)).is_relative_to(real):
         raise CheckpointError(target, "inside the source, which is only read", expected="a folder outside it")
-    return plan(folder, mtp=mtp)
+    with from_cache(source, revision):
+        return plan(folder, mtp=mtp)
 
 
 def _check(todo: Plan) -> None:
@@ -308,6 +314,13 @@ def cut_config(config: ModelConfig, layers: Sequence[int], experts: Sequence[int
         mlp_only_layers=others if config.first_k_dense_replace else tuple(i for i, d in enumerate(dense) if d),
         layer_types=None if types is None else tuple(types[layer] for layer in layers),
     )
+
+
+def _numbers(name: str, chosen: Any) -> list[int]:
+    try:
+        return [operator.index(number) for number in chosen]
+    except TypeError:
+        raise ConfigError(name, chosen, "a sequence of integers") from None
 
 
 def _has_rows_of_experts(slot: Slot) -> bool:
@@ -373,20 +386,6 @@ def _common(entries: Iterable[Entry], slots: Mapping[str, Slot]) -> torch.dtype:
     return DTYPES[max(sizes, key=lambda kind: sizes[kind])]
 
 
-def _quantization_config(raw: Mapping[str, Any], entries: Iterable[Entry]) -> dict[str, Any]:
-    """`raw` with the list of modules that are not quantised, if it has one, as it is for these tensors.
-
-    vLLM and transformers build a linear layer in FP8 for every matrix that the list does not name.
-    """
-    plain = [
-        entry.name.removesuffix(".weight")
-        for entry in entries
-        if entry.name.endswith(".weight") and len(entry.shape) == 2 and entry.dtype in DTYPES
-    ]
-    plain = [name for name in plain if not name.endswith("embed_tokens")]
-    return {key: plain if key in ("modules_to_not_convert", "ignored_layers") else raw[key] for key in raw}
-
-
 @dataclass
 class _Result:
     """What `convert` writes, and how each tensor comes about."""
@@ -442,7 +441,7 @@ class _Result:
             raw |= {"scale_fmt": self.scale_fmt} if self.scale_fmt else {}
             raw |= {"modules_to_not_convert": []}
             kept = self.todo.quantization if self.dtype is None else None
-            keys["quantization_config"] = _quantization_config(kept.raw if kept else raw, entries)
+            keys["quantization_config"] = listed_anew(kept.raw if kept else raw, entries)
         elif self.table == "mxfp4":
             kept = self.todo.quantization
             keys["quantization_config"] = dict(kept.raw) if kept else {"quant_method": "mxfp4"}

@@ -103,6 +103,14 @@ ROPE_BUFFERS = tuple(
     for kind in ("inv_freq", "cos_cached", "sin_cached")
 )
 
+# Scales of a KV cache in FP8, which calibrated files hold: vLLM's names in compressed-tensors' and ModelOpt's files,
+# and the older one for both. The cache here is not quantised.
+CACHE_SCALES = tuple(
+    f"model.layers.{{layer}}.self_attn.{name}"
+    for name in ("k_scale", "v_scale", "kv_scale", "attn.k_scale", "attn.v_scale", "k_proj.k_scale", "v_proj.v_scale")
+)
+BUFFERS = (*ROPE_BUFFERS, *CACHE_SCALES)
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -145,8 +153,8 @@ class Family:
         yarn_from_length: whether YaRN's missing original length is max_position_embeddings to every reader.
         rope: `rope_parameters` where the file has none. Its rope_theta and partial_rotary_factor stand in, too, where
             the file's rope_parameters lack them.
-        buffers: names of tensors, {layer} for each layer's, that some files hold and the model computes itself. They
-            are ignored in any shape and dtype, and never written.
+        buffers: names of tensors, {layer} for each layer's, that some files hold and the model computes itself, or has
+            no use for. They are ignored in any shape and dtype, and never written.
         left_out: beginnings of the names of tensors that files hold and the model does not have, such as a vision
             tower's. They are not read.
         left_out_keys: keys of config.json that are true of these parts alone. They are not kept.
@@ -172,7 +180,7 @@ class Family:
     forms: tuple[Form, ...] = ()
     yarn_from_length: bool = True
     rope: Mapping[str, Any] = field(default_factory=dict)
-    buffers: tuple[str, ...] = ROPE_BUFFERS
+    buffers: tuple[str, ...] = BUFFERS
     left_out: tuple[str, ...] = ()
     left_out_keys: tuple[str, ...] = ()
     text: str | None = None
@@ -434,6 +442,8 @@ _DEEPSEEK_KEYS = _COMMON_KEYS | same(
 )
 _GLM_LITE_OTHERS = ("scoring_func", "topk_method", "first_k_dense_replace")
 _DEEPSEEK_FIXED = _WHOLE_HEADS | {"mlp_bias": (False, None), "moe_layer_freq": (1, None)}
+# For a topk_method of null, vLLM leaves out the correction bias.
+_DEEPSEEK_OWN = ("n_group", "topk_group", "scoring_func", "topk_method")
 _DEEPSEEK_DERIVED: dict[str, Callable[[ModelConfig], Any]] = {
     "head_dim": lambda config: config.qk_rope_head_dim,
     "qk_head_dim": lambda config: config.qk_head_dim,
@@ -460,6 +470,7 @@ DEEPSEEK_V3 = Family(
     allowed={"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
     rules=_MLA_RULES,
     fixed=_DEEPSEEK_FIXED,
+    own=_DEEPSEEK_OWN,
     derived=_DEEPSEEK_DERIVED,
     yarn_from_length=False,
 )
@@ -488,7 +499,7 @@ KIMI_K25 = replace(
     text="text_config",
     text_types=("deepseek_v3", "kimi_k2"),
     written_as="deepseek_v3",
-    buffers=tuple("language_model." + name for name in ROPE_BUFFERS),
+    buffers=tuple("language_model." + name for name in BUFFERS),
 )
 
 DEEPSEEK_V2 = Family(
@@ -515,6 +526,7 @@ DEEPSEEK_V2 = Family(
     },
     rules=_MLA_RULES,
     fixed=_DEEPSEEK_FIXED,
+    own=_DEEPSEEK_OWN,
     derived=_DEEPSEEK_DERIVED,
     yarn_from_length=False,
 )

@@ -112,6 +112,13 @@ def has_weights(folder: Path) -> bool:
     return any(folder.glob("*.safetensors" if os.path.lexists(folder / INDEX) else "model*.safetensors"))
 
 
+def has_all_weights(folder: Path) -> bool:
+    """Whether the files of safetensors are there, complete or not: all that the index lists, if there is one."""
+    if not os.path.lexists(folder / INDEX):
+        return has_weights(folder)
+    return all(os.path.lexists(folder / name) for name in set(_read_index(member(folder, INDEX)).values()))
+
+
 def _snapshot(repository: Path, revision: str) -> Path:
     ref, commit = repository / "refs" / revision, revision
     if not re.fullmatch(r"[0-9a-f]{40}", revision):

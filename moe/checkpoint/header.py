@@ -15,7 +15,7 @@ from typing import Any
 
 from moe.checkpoint.files import open_regular, read_exactly, recognise
 from moe.checkpoint.strict_json import CHARACTERS, KEY, NEXT, WS, Scanner, decode_string
-from moe.errors import CheckpointError
+from moe.errors import CheckpointError, ConfigError
 
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_NAME_BYTES = 1024
@@ -62,9 +62,9 @@ def read_header(path: Path, *, max_header_bytes: int = MAX_HEADER_BYTES) -> dict
     A header of more than `max_header_bytes`, at most 100 MiB, is refused, and so is one of more tensors than one for
     each 100 of these bytes.
     """
-    if not 2 <= max_header_bytes <= LARGEST_MAX_HEADER_BYTES:
+    if not (isinstance(max_header_bytes, int) and 2 <= max_header_bytes <= LARGEST_MAX_HEADER_BYTES):
         allowed = f"2 to {LARGEST_MAX_HEADER_BYTES}"
-        raise ValueError(f"max_header_bytes = {max_header_bytes}: expected {allowed}")
+        raise ConfigError("max_header_bytes", max_header_bytes, allowed)
     file, size = open_regular(path)
     with file:
         head = read_exactly(file, min(size, 512), path)

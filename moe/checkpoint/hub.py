@@ -1,14 +1,24 @@
 """Models by their name on the Hugging Face Hub, through huggingface_hub if that is installed."""
 
+import contextlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
 from moe.checkpoint.carried import PATTERNS
-from moe.checkpoint.folder import CONFIG, INDEX, SINGLE, has_weights, locate, neighbour, previous_folder
+from moe.checkpoint.folder import (
+    CONFIG,
+    INDEX,
+    SINGLE,
+    has_all_weights,
+    has_weights,
+    locate,
+    neighbour,
+    previous_folder,
+)
 from moe.checkpoint.header import TensorInfo, check_name, parse_entry
 from moe.checkpoint.quantization import QUANTIZATION_FILES
 from moe.errors import CheckpointError, ConfigError
@@ -18,6 +28,7 @@ FILES = (*CONFIGS, INDEX, "model*.safetensors", *PATTERNS)
 
 _NAME = re.compile(r"(\w[\w.-]{0,95}/\w[\w.-]{0,95})(?:@(\S{1,255}))?")
 _ANSWER = TypeVar("_ANSWER")
+_INCOMPLETE = "its cache does not have all of this model"
 
 
 def find(folder: str | PathLike[str], revision: str | None = None, *, files: Sequence[str] = FILES) -> Path:
@@ -29,6 +40,8 @@ def find(folder: str | PathLike[str], revision: str | None = None, *, files: Seq
 
     Raises `CheckpointError` if there is neither; it says whether the Hub was asked, and what it answered.
     """
+    if not isinstance(folder, str | PathLike):
+        raise ConfigError("folder", folder, "a path, or a name on the Hub")
     if not str(folder):
         raise CheckpointError("''", "not a folder", expected="the name of a folder")
     named = _parse(folder, revision)
@@ -38,23 +51,27 @@ def find(folder: str | PathLike[str], revision: str | None = None, *, files: Seq
     return locate(_ask(lambda hub: hub.snapshot_download(name, revision=revision, allow_patterns=list(files)), *named))
 
 
-def find_headers(folder: str | PathLike[str], revision: str | None = None) -> tuple[Path, dict[str, TensorInfo] | None]:
-    """The checkpoint folder with its config.json; and where its weights are on the Hub alone, their headers from there.
+def headers_on_hub(
+    path: Path, folder: str | PathLike[str], revision: str | None = None, *, optional: bool = False
+) -> dict[str, TensorInfo] | None:
+    """The headers of weights that are on the Hub and not all in its cache; None if the files of `path` are to be read.
 
-    The paths of such tensors are those that the files would have. Raises as `find` does.
+    `path` is what `find` has returned for `folder` and `revision`. The paths of the tensors are those that the files
+    would have. Raises CheckpointError if the Hub does not answer, or with `optional` returns an empty dictionary.
     """
-    path = find(folder, revision, files=(*CONFIGS, INDEX))
     named = _parse(folder, revision)
-    if named is None or has_weights(path):
-        return path, None
+    if named is None or has_all_weights(path):
+        return None
     name, revision = named
     commit = path.name  # of the same snapshot, whatever has been pushed since
     try:
         found = _ask(lambda hub: hub.get_safetensors_metadata(name, revision=commit), name, revision)
     except CheckpointError as error:
-        problem = (
-            f"its configuration is in the cache, but not its weights: {error.problem.removeprefix('no such folder; ')}"
-        )
+        if optional:
+            return {}
+        lacking = "all of its weights" if has_weights(path) else "its weights"
+        reason = error.problem.removeprefix("no such folder; ")
+        problem = f"its configuration is in the cache, but not {lacking}: {reason}"
         raise CheckpointError(error.path, problem, expected=error.expected, found=error.found) from error
     tensors = {}
     for file, metadata in found.files_metadata.items():
@@ -62,7 +79,34 @@ def find_headers(folder: str | PathLike[str], revision: str | None = None) -> tu
             check_name(tensor, path / file)
             entry = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
             tensors[tensor] = parse_entry(tensor, entry, path / file, 0)
-    return path, tensors
+    return tensors
+
+
+@contextlib.contextmanager
+def from_cache(folder: str | PathLike[str], revision: str | None = None) -> Iterator[None]:
+    """Raises for a file that the block misses in the Hub's cache an error that names the model and says why.
+
+    `find` takes what the cache has if the Hub cannot be reached, which may be a part of the files.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        named = _parse(folder, revision)
+        what, _, advice = error.problem.partition("; ")
+        if named is None or what.lower() not in ("no such file", "no tensors"):
+            raise
+        name, revision = named
+        path = Path(error.path)
+        file, commit = (SINGLE, path.name) if what == "no tensors" else (path.name, path.parent.name)
+        try:
+            _ask(lambda hub: hub.hf_hub_download(name, file, revision=commit), name, revision)
+        except CheckpointError as answer:
+            if not isinstance(answer.__cause__, _unreachable()):
+                raise error from None
+            problem = answer.problem.removeprefix("no such folder; ").replace(_INCOMPLETE, f"its cache has no {file}")
+            problem += f"; {advice}" if advice else ""
+            raise CheckpointError(answer.path, problem, expected=answer.expected) from error
+        raise
 
 
 def is_name(folder: str | PathLike[str]) -> bool:
@@ -122,16 +166,21 @@ def _ask(question: Callable[[Any], _ANSWER], name: str, revision: str | None) ->
         raise CheckpointError(where, problem, expected=f"{SINGLE} or {INDEX}") from error
     except utils.HFValidationError as error:
         raise CheckpointError(where, f"no such folder, and not a valid name on the Hub{hint}", found=name) from error
-    except (utils.LocalEntryNotFoundError, utils.OfflineModeIsEnabled) as error:
+    except _unreachable() as error:
         answered = isinstance(error.__cause__, utils.HfHubHTTPError)
         state = "answers with an error" if answered else "is offline"
-        problem = (
-            f"no such folder; the Hub {state} ({_cause(error)}), and its cache does not have all of this model{hint}"
-        )
+        problem = f"no such folder; the Hub {state} ({_cause(error)}), and {_INCOMPLETE}{hint}"
         expected = "a model that is in the cache, or a connection"
         raise CheckpointError(where, problem, expected=expected) from error
     except Exception as error:  # the network's errors, other answers of the Hub, and the system's
         raise CheckpointError(where, f"no such folder; huggingface_hub failed: {error!r}") from error
+
+
+def _unreachable() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises where it cannot ask the Hub, and its cache has no answer."""
+    from huggingface_hub import utils
+
+    return utils.LocalEntryNotFoundError, utils.OfflineModeIsEnabled
 
 
 def _page(name: str) -> str:

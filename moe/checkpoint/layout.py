@@ -22,7 +22,7 @@ from moe.errors import CheckpointError
 logger = logging.getLogger("moe")
 
 MAX_EXPERTS = 2**18  # ten times the largest released model; a config.json from a stranger may ask for billions
-_WITHOUT_MTP = "; mtp=False (--no-mtp) leaves multi-token prediction out"
+WITHOUT_MTP = "; mtp=False (--no-mtp) leaves multi-token prediction out"
 MXFP4_BLOCK = 32  # values that share a scale, in 16 bytes
 
 
@@ -241,6 +241,11 @@ class Plan:
     misshaped: tuple[str, ...]
     ignored: tuple[str, ...]
 
+    @property
+    def has_quantised_tensors(self) -> bool:
+        """Whether the files hold any, whatever config.json says: tools that dequantise may leave its object behind."""
+        return any(slot.scale_of in self.tensors for name, slot in self.slots.items() if name in self.tensors)
+
     def check(self) -> None:
         """Raise `CheckpointError` for the first tensor that is missing, unexpected or mis-shaped, MTP modules' last."""
         found = [
@@ -265,7 +270,7 @@ class Plan:
     def error(self, name: str, problem: str, *, expected: Any, found: Any = None) -> CheckpointError:
         """An error about a tensor, which says how to do without it if it belongs to an MTP module."""
         if self.is_mtp(name):
-            problem += _WITHOUT_MTP
+            problem += WITHOUT_MTP
         path = self.tensors[name].path if name in self.tensors else self.folder
         return CheckpointError(path, problem, tensor=name, expected=expected, found=found)
 
@@ -273,7 +278,7 @@ class Plan:
         """Whether a tensor belongs to one of the MTP modules of `config`."""
         table = family_of(self.config.model_type, self.folder).tables[self.table]
         first = self.config.num_hidden_layers
-        return first <= _layer(table, name)[0] < first + self.config.num_nextn_predict_layers
+        return first <= layer_of(table, name)[0] < first + self.config.num_nextn_predict_layers
 
 
 def plan(
@@ -319,10 +324,14 @@ def plan(
         slots = with_scales(slots, names, quantization.block_size, fp8)
     buffers, modules = _ignored(family, names, config, stated, [name for name in tensors if name not in slots])
     ignored = {*buffers, *modules, *left_out}
-    if buffers:
-        logger.warning(
-            "%s: %d buffers, which the model computes itself, are ignored: %s", path, len(buffers), buffers[0]
-        )
+    scales = [name for name in buffers if name.endswith("_scale")]
+    tables = [name for name in buffers if name not in scales]
+    for what, skipped in (
+        ("buffers, which the model computes itself", tables),
+        ("scales of a quantised KV cache, which the model does not have", scales),
+    ):
+        if skipped:
+            logger.warning("%s: %d %s, are ignored: %s", path, len(skipped), what, skipped[0])
     if modules and mtp:
         count = config.num_nextn_predict_layers
         problem = "%s: num_nextn_predict_layers is %d: %d tensors of other MTP modules are ignored: %s"
@@ -364,7 +373,7 @@ def _read_tensors(path: Path, family: Family, config: ModelConfig, max_header_by
         except CheckpointError:
             raise error from None
         raise CheckpointError(
-            error.path, error.problem + _WITHOUT_MTP, tensor=error.tensor, expected=error.expected, found=error.found
+            error.path, error.problem + WITHOUT_MTP, tensor=error.tensor, expected=error.expected, found=error.found
         ) from None
 
 
@@ -383,7 +392,7 @@ def _may_be_ignored(family: Family, config: ModelConfig) -> Callable[[str], bool
 
     def may_be_ignored(name: str) -> bool:
         skipped = name in buffers or name.startswith(family.left_out)
-        return skipped or any(_layer(table, name)[0] >= layers for table in tables)
+        return skipped or any(layer_of(table, name)[0] >= layers for table in tables)
 
     return may_be_ignored
 
@@ -405,20 +414,20 @@ def _ignored(
     buffers = [name for name in surplus if name in known]
     behind: dict[int, list[str]] = {}
     for name in surplus:
-        if table.mtp and (layer := _layer(table, name)[0]) >= layers:
+        if table.mtp and (layer := layer_of(table, name)[0]) >= layers:
             behind.setdefault(layer, []).append(name)
     marks = {*table.mtp.values(), *table.mtp_repeats.values()}
     end = config.num_hidden_layers + stated
     modules = [
         name
         for layer, names in behind.items()
-        if layer < end or any(_layer(table, name)[1] in marks for name in names)
+        if layer < end or any(layer_of(table, name)[1] in marks for name in names)
         for name in names
     ]
     return buffers, modules
 
 
-def _layer(table: Table, name: str) -> tuple[int, str]:
+def layer_of(table: Table, name: str) -> tuple[int, str]:
     """The number of the layer that the name of a file tensor begins with, and the rest; (-1, name) if it does not."""
     before, after = table.layer_prefix.split("{layer}")
     number, dot, rest = name.removeprefix(before).partition(after)

@@ -26,12 +26,15 @@ class Stored:
     bytes: int
 
 
-def stored(config: ModelConfig, dtype: Dtype, block_size: tuple[int, int] = FP8_BLOCK) -> Stored:
+def stored(
+    config: ModelConfig, dtype: Dtype, block_size: tuple[int, int] = FP8_BLOCK, like: Plan | None = None
+) -> Stored:
     """The checkpoint of a configuration in its family's own layout, MTP modules' repeated embeddings included.
 
+    With `like`, files of the same model, it has their layout if that can hold the dtype, and repeats only if they do.
     Raises ConfigError where the family has no layout for the dtype.
     """
-    kinds = _kinds(config, dtype, block_size)
+    kinds = _kinds(config, dtype, block_size, like)
     values: dict[str, int] = {}
     for slot, kind in kinds:
         values[kind] = values.get(kind, 0) + math.prod(slot.shape)
@@ -48,28 +51,41 @@ def stored_in(files: Plan) -> Stored:
 
 def dtype_of(files: Plan) -> Dtype:
     """The name of what a folder's weights are stored in: the quantised ones', otherwise that of most values."""
-    if files.quantization is not None:
+    if files.quantization is not None and files.has_quantised_tensors:
         return "fp8" if files.quantization.method == "fp8" else "mxfp4"
     values = stored_in(files).values
     return max(FLOATING, key=lambda name: values.get(SAFETENSORS[name], 0))
 
 
-def _kinds(config: ModelConfig, dtype: Dtype, block_size: tuple[int, int]) -> list[tuple[Slot, str]]:
+def _kinds(config: ModelConfig, dtype: Dtype, block_size: tuple[int, int], like: Plan | None) -> list[tuple[Slot, str]]:
     """The tensors of a checkpoint, and the safetensors dtype of each."""
     tables = family_of(config.model_type, CONFIG).tables
-    name = "mxfp4" if dtype == "mxfp4" else next(iter(tables))
+    first = next(iter(tables))
+    name = "mxfp4" if dtype == "mxfp4" else like.table if like is not None and like.table != "mxfp4" else first
     if name not in tables:
         raise ConfigError("dtype", dtype, f"fp8, bf16, fp16, fp32 or fp64 for {config.model_type}")
-    slots = {n: slot for n, slot in layout(config, name).items() if slot.written}
+    slots = _written(config, name)
+    if dtype == "fp8" and _stacks_experts(slots):
+        name, slots = first, _written(config, first)
+    if like is not None and not any(slot.repeat and n in like.tensors for n, slot in like.slots.items()):
+        slots = {n: slot for n, slot in slots.items() if not slot.repeat}
     codes: set[str] = set()
     if dtype == "fp8":
-        if any(".mlp.experts." in slot.parameter and not slot.index for slot in slots.values()):
+        if _stacks_experts(slots):
             raise ConfigError(
                 "dtype", dtype, f"bf16, fp16, fp32, fp64 or mxfp4 for {config.model_type}, whose files stack experts"
             )
         codes = set(fp8_names(slots))
         slots = with_scales(slots, tables[name], block_size, codes)
     return [(slot, _kind(n, slot, codes, dtype)) for n, slot in slots.items()]
+
+
+def _written(config: ModelConfig, table: str) -> dict[str, Slot]:
+    return {name: slot for name, slot in layout(config, table).items() if slot.written}
+
+
+def _stacks_experts(slots: Mapping[str, Slot]) -> bool:
+    return any(".mlp.experts." in slot.parameter and not slot.index for slot in slots.values())
 
 
 def _kind(name: str, slot: Slot, codes: set[str], dtype: Dtype) -> str:
@@ -126,10 +142,11 @@ def check(config: ModelConfig, placement: Placement) -> None:
 def inference(config: ModelConfig, placement: Placement, files: Plan | None = None) -> Estimate:
     """Weights, cache and the largest activations of a forward pass, on the GPU that holds most.
 
-    Weights are those of `files`, as they are stored, if given.
+    Weights are those of `files`, as they are stored, if given; for another dtype than theirs, in their layout.
     """
     check(config, placement)
-    weights = _weights(config, placement) if files is None else _weights_in(files, placement)
+    like, files = files, files if files is not None and dtype_of(files) == placement.dtype else None
+    weights = _weights(config, placement, like) if files is None else _weights_in(files, placement)
     size = 2  # of activations and cache, whatever the weights are
     cache = placement.tokens * config.num_hidden_layers * _cache_values(config) * size
     parts = {"experts": weights[0], "other weights": weights[1], "cache": cache}
@@ -195,9 +212,9 @@ def _experts(config: ModelConfig) -> int:
     return each * config.n_routed_experts * (config.num_moe_layers + config.num_nextn_predict_layers)
 
 
-def _weights(config: ModelConfig, placement: Placement) -> tuple[int, int]:
+def _weights(config: ModelConfig, placement: Placement, like: Plan | None) -> tuple[int, int]:
     """Bytes of a GPU's experts, and of everything else."""
-    kinds = _kinds(config, placement.dtype, placement.block_size)
+    kinds = _kinds(config, placement.dtype, placement.block_size, like)
     sizes = ((slot, math.prod(slot.shape) * SIZES[kind]) for slot, kind in kinds)
     return _on_a_gpu(config, placement.ep, sizes)
 

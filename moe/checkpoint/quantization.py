@@ -125,7 +125,7 @@ def _parse(path: Path, key: str, method: str, raw: Any, model_type: Any) -> Quan
     size = values.get("weight_block_size")
     if method != "fp8" or size is None:
         return refused(what)
-    if not (_is_pair(size) and all(type(n) is int and 1 <= n <= MAX_BLOCK for n in size)):
+    if not is_block_size(size):
         return refused(f"{prefix}weight_block_size", f"two sizes from 1 to {MAX_BLOCK}", found=size)
     for field, allowed, expected in (
         ("fmt", (None, "e4m3", "float8_e4m3fn"), "e4m3"),
@@ -207,6 +207,12 @@ def _bits(count: Any) -> str | None:
 
 def _groups(size: Any) -> str | None:
     return f"in groups of {size}" if type(size) is int and size > 0 else None
+
+
+def is_block_size(size: Any) -> bool:
+    """Whether it is two sizes of a block that can be read."""
+    pair = isinstance(size, list | tuple) and len(size) == 2
+    return pair and all(type(n) is int and 1 <= n <= MAX_BLOCK for n in size)
 
 
 def _is_pair(size: Any) -> TypeGuard[list[Any]]:

@@ -13,16 +13,17 @@ from torch import Tensor
 
 from moe.checkpoint.carried import read_carried
 from moe.checkpoint.dtypes import FLOATING, SAFETENSORS, parse_dtype
+from moe.checkpoint.families import family_of
 from moe.checkpoint.files import open_regular, read_exactly
 from moe.checkpoint.folder import CONFIG
 from moe.checkpoint.header import MAX_HEADER_BYTES, TensorInfo
-from moe.checkpoint.hub import find
-from moe.checkpoint.layout import Plan, Slot, plan
+from moe.checkpoint.hub import find, from_cache
+from moe.checkpoint.layout import Plan, Slot, layer_of, plan
 from moe.checkpoint.memory import check_fits
 from moe.checkpoint.progress import Progress
 from moe.checkpoint.roles import allowed_dtypes, check_scales, needs_common_dtype
 from moe.counts import Shape, parameter_shapes
-from moe.errors import CheckpointError
+from moe.errors import CheckpointError, ConfigError
 from moe.layer import Experts
 from moe.model import Transformer
 from moe.ops import dequantize_blocks, dequantize_mxfp4
@@ -44,14 +45,14 @@ class Origin:
 
     Attributes:
         table: the layout of its files.
-        omitted: repeats that the files did without.
+        omitted: repeats that the files did without, by layer and name within it.
         narrow: correction bias, or scales that were kept -> the dtype in which they are stored, where that is not fp32.
         quantization: the object in config.json, if quantised tensors were kept.
         block_size: of FP8 that was kept.
     """
 
     table: str
-    omitted: frozenset[str]
+    omitted: frozenset[tuple[int, str]]
     narrow: Mapping[str, torch.dtype]
     quantization: Mapping[str, Any] | None
     block_size: tuple[int, int] | None
@@ -129,11 +130,12 @@ def load(
             mis-shaped; or has a dtype that is not for weights, or that "auto" cannot mix with the others'; or a
             repeated embedding or head differs from the model's own; or the folder is of an unknown family or
             quantisation, too large, or malformed.
+        ConfigError: naming the argument that has a wrong value.
     """
+    device = usable_device(device)
     source = examine(folder, dtype, revision=revision, mtp=mtp, experts=experts, max_header_bytes=max_header_bytes)
     todo, shapes, dtypes = source.todo, source.shapes, source.dtypes
     needed = sum(math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items())
-    device = torch.device(device)
     check_fits(todo.folder, needed, device)
     carried = read_carried(todo.folder)
 
@@ -148,6 +150,15 @@ def load(
     model.carried_files = carried
     model.origin = source.origin()
     return model.eval()
+
+
+def usable_device(device: Any) -> torch.device:
+    """`device` as torch knows it. Raises ConfigError for one that this machine does not have."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError("device", device, f"a device of this machine ({reason})") from None
 
 
 def _read(source: "Source", state: Mapping[str, Tensor], progress: bool | None) -> None:
@@ -199,7 +210,8 @@ def examine(
     wanted = DTYPES[SAFETENSORS[kind]] if kind in FLOATING else None
     path = find(folder, revision)
     identity = _identity(path)
-    todo = plan(path, mtp=mtp, max_header_bytes=max_header_bytes)
+    with from_cache(folder, revision):
+        todo = plan(path, mtp=mtp, max_header_bytes=max_header_bytes)
     todo.check()
     check_dtypes(todo)
     if kind == "keep":
@@ -219,8 +231,8 @@ def _experts(todo: Plan, experts: range | None) -> range:
     count = todo.config.n_routed_experts
     if experts is None:
         return range(count)
-    if experts.step != 1 or not 0 <= experts.start < experts.stop <= count:
-        raise ValueError(f"experts = {experts}: expected a range within the {count} experts, step 1, not empty")
+    if not isinstance(experts, range) or experts.step != 1 or not 0 <= experts.start < experts.stop <= count:
+        raise ConfigError("experts", experts, f"a range within the {count} experts, step 1, not empty")
     return experts
 
 
@@ -280,7 +292,8 @@ def _common_dtype(todo: Plan) -> torch.dtype:
     if others:
         widest = str(reduce(torch.promote_types, (DTYPES[kind] for kind in found)))
         stated = f"torch.{todo.dtype}"
-        advice = f"{stated}, as config.json states" + f", or {widest}" * (stated != widest) if todo.dtype else widest
+        advice = f"{stated}, as config.json states" if todo.dtype else widest
+        advice += f", or dtype={widest}" * (todo.dtype is not None and stated != widest)
         more = f" and {len(others) - 1} more differ" if len(others) > 1 else " differs"
         problem = f"its dtype{more} from most tensors, and the model needs one; load with dtype={advice}"
         expected = f"{most}, as {found[most][0]} has"
@@ -542,13 +555,15 @@ def _origin(todo: Plan, *, kept: bool) -> Origin:
         for name, slot in todo.slots.items()
         if name in todo.tensors and todo.tensors[name].dtype in ("BF16", "F16") and _is_widened(slot)
     }
-    quantization = todo.quantization if kept else None
+    quantization = todo.quantization if kept and todo.has_quantised_tensors else None
     table = todo.table
+    names = family_of(todo.config.model_type, todo.folder).tables[table]
+    omitted = (layer_of(names, name) for name, slot in todo.slots.items() if slot.repeat and name not in todo.tensors)
     if table == "mxfp4" and not kept:
         table = "stacked"
     return Origin(
         table=table,
-        omitted=frozenset(n for n, slot in todo.slots.items() if slot.repeat and n not in todo.tensors),
+        omitted=frozenset(omitted),
         narrow=narrow,
         quantization=quantization.raw if quantization else None,
         block_size=quantization.block_size if quantization else None,

@@ -62,7 +62,7 @@ def divide(
     Raises `CheckpointError` about `target` if a reader would refuse the files, their index or their manifest, and
     `ConfigError` if `max_shard_bytes` is not positive.
     """
-    if max_shard_bytes is not None and max_shard_bytes < 1:
+    if max_shard_bytes is not None and not (isinstance(max_shard_bytes, int | float) and max_shard_bytes >= 1):
         raise ConfigError("max_shard_bytes", max_shard_bytes, "a positive number")
     whole = [list(entries)]
     shards = [_aligned(shard) for shard in (whole if max_shard_bytes is None else _shards(entries, max_shard_bytes))]

@@ -6,8 +6,8 @@ from os import PathLike
 from typing import Any
 
 from moe.checkpoint.families import FAMILIES
-from moe.checkpoint.folder import read_config_values, read_tensors
-from moe.checkpoint.hub import find_headers
+from moe.checkpoint.folder import INDEX, read_config_values, read_tensors
+from moe.checkpoint.hub import CONFIGS, find, from_cache, headers_on_hub
 from moe.checkpoint.layout import plan
 from moe.checkpoint.quantization import read_quantization
 from moe.config import ModelConfig
@@ -74,8 +74,10 @@ def read_summary(folder: str | PathLike[str], revision: str | None = None) -> Ch
     A malformed file raises `CheckpointError`, as does a configuration of a known family that cannot be understood;
     tensors that do not fit it are listed.
     """
-    path, headers = find_headers(folder, revision)
-    values = read_config_values(path)
+    path = find(folder, revision, files=(*CONFIGS, INDEX))
+    with from_cache(folder, revision):
+        values = read_config_values(path)
+    headers = headers_on_hub(path, folder, revision)
     model_type, quantization = values.get("model_type"), read_quantization(path, values)
     is_known = isinstance(model_type, str) and model_type in FAMILIES
     known = plan(path, any_quantization=True, headers=headers) if is_known else None

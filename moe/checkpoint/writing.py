@@ -1,7 +1,7 @@
 """`save`: a model as a Hugging Face checkpoint folder, whole or not at all."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from moe.checkpoint.carried import check_carried, read_carried, resolved, write_
 from moe.checkpoint.config_json import as_written, render_config
 from moe.checkpoint.families import family_of
 from moe.checkpoint.folder import CONFIG
-from moe.checkpoint.layout import Slot, layout, with_scales
+from moe.checkpoint.layout import Slot, layer_of, layout, with_scales
 from moe.checkpoint.manifest import Manifest
 from moe.checkpoint.reading import BIAS, DTYPES, STORED, Origin
 from moe.checkpoint.roles import needs_common_dtype
@@ -61,9 +61,9 @@ def save_through(
     target = Path(os.path.realpath(folder))
     values = render_config(model.config, target / CONFIG)
     state, slots = _checked_state(model, target)
-    config = _config_values(values, model, state, target)
     check_carried(model.carried_files, target)
     entries = [entry_of(name, state[slot.parameter], slot.shape) for name, slot in slots.items()]
+    config = _config_values(values, model, state, entries, target)
     files, manifest = divide(entries, max_shard_bytes, target), Manifest()
 
     def value(entry: Entry) -> Tensor:
@@ -87,7 +87,8 @@ def _checked_state(model: Transformer, target: Path) -> tuple[dict[str, Tensor],
     table = origin.table if origin is not None and origin.table in family.tables else next(iter(family.tables))
     slots = {n: slot for n, slot in layout(config, table).items() if slot.written}
     if origin is not None:
-        slots = {name: slot for name, slot in slots.items() if name not in origin.omitted}
+        names = family.tables[table]
+        slots = {n: slot for n, slot in slots.items() if not slot.repeat or layer_of(names, n) not in origin.omitted}
         if origin.block_size is not None:
             kept = [n for n, slot in slots.items() if state[slot.parameter].dtype == torch.float8_e4m3fn]
             slots = with_scales(slots, family.tables[table], origin.block_size, kept)
@@ -121,7 +122,11 @@ def _as_stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _config_values(
-    values: Mapping[str, Any], model: Transformer, state: Mapping[str, Tensor], target: Path
+    values: Mapping[str, Any],
+    model: Transformer,
+    state: Mapping[str, Tensor],
+    entries: Sequence[Entry],
+    target: Path,
 ) -> dict[str, Any]:
     sizes: dict[torch.dtype, int] = {}
     for name, tensor in state.items():
@@ -136,6 +141,22 @@ def _config_values(
     architecture = family_of(values["model_type"], target).architecture
     values = {**values, "architectures": [architecture], "dtype": named, "torch_dtype": named}
     if quantization:
-        values["quantization_config"] = dict(quantization)
+        renamed = values["model_type"] != model.config.model_type
+        values["quantization_config"] = listed_anew(quantization, entries) if renamed else dict(quantization)
     config_bytes(values, target / CONFIG)
     return values
+
+
+def listed_anew(raw: Mapping[str, Any], entries: Iterable[Entry]) -> dict[str, Any]:
+    """The `quantization_config` of other files: the list of modules that are not quantised, if there is one, as it is
+    for these tensors.
+
+    vLLM and transformers build a linear layer in FP8 for every matrix that the list does not name.
+    """
+    plain = [
+        entry.name.removesuffix(".weight")
+        for entry in entries
+        if entry.name.endswith(".weight") and len(entry.shape) == 2 and entry.dtype in DTYPES
+    ]
+    plain = [name for name in plain if not name.endswith("embed_tokens")]
+    return {key: plain if key in ("modules_to_not_convert", "ignored_layers") else raw[key] for key in raw}

@@ -3,8 +3,8 @@
 Each command is a module here with `Args`, a dataclass that tyro reads, and `run(args) -> exit status`. A module imports
 torch inside `run` only, so that help and wrong arguments answer at once.
 
-Exit status: 0 done, 2 the user's mistake (one line on stderr; tyro's own message for arguments), 130 interrupted, 1
-silently on a broken pipe. A bug of ours shows its traceback.
+Exit status: 0 done, 2 the user's mistake (one line on stderr; tyro's own message for what is no option or no number),
+130 interrupted, 1 silently on a broken pipe. A bug of ours shows its traceback.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from moe import __version__
 from moe.errors import CheckpointError, ConfigError, ParallelError, did_you_mean
@@ -33,6 +34,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status. tyro leaves by SystemExit: 0 after --help, 2 for wrong arguments."""
     name, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
+    args: Any = None
     try:
         if name in ("-h", "--help"):
             print(_help())
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             hint = did_you_mean(name, COMMANDS) or f"; there are {', '.join(COMMANDS)}"
             return _fail(f"no command {name!r}{hint}")
         else:
-            from moe.cli.options import parse  # here, so that other modules of this package can be used without tyro
+            from moe.cli.options import parse  # so that other modules of this package can be used without tyro
 
             command = importlib.import_module(f"moe.cli.{name}")
             with _said_once():
@@ -60,7 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", status=130)
     except (ConfigError, CheckpointError, ParallelError, OSError) as error:
-        return _fail(str(error))
+        if args is None:
+            return _fail(str(error))
+        from moe.cli.options import in_options
+
+        return _fail(in_options(error, args))
     return 0
 
 
@@ -73,9 +79,9 @@ def _said_once() -> Iterator[None]:
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             yield
-    except SystemExit:
+    except (SystemExit, ConfigError) as error:
         time.sleep(1)
-        raise
+        raise SystemExit(error.code if isinstance(error, SystemExit) else 2) from None
 
 
 def _fail(message: str, status: int = 2) -> int:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from moe.checkpoint.sizes import parse_size
-from moe.cli.options import DTYPES, UNSET, dtype_option, read_dtype
+from moe.cli.options import DTYPES, UNSET, dtype_option, option, read_dtype
 from moe.cli.source import FOLDER
 from moe.errors import ConfigError
 
@@ -46,8 +46,9 @@ class Args:
 def run(args: Args) -> int:
     limit = parse_size(args.max_shard_size, "--max-shard-size", least=1000)
     dtype = None if args.dtype is None else read_dtype(args.dtype, DTYPES)
-    if args.block_size is not None and dtype != "fp8":
-        raise ConfigError("--block-size", args.block_size, "none without --dtype fp8")
+    for name in ("block_size", "scale_fmt"):
+        if getattr(args, name) is not None and dtype != "fp8":
+            raise ConfigError(option(name), getattr(args, name), "none without --dtype fp8")
     from moe.checkpoint.convert import convert
 
     convert(

@@ -14,14 +14,13 @@ import tyro
 from moe.checkpoint import read_config
 from moe.checkpoint.files import read_bounded
 from moe.checkpoint.folder import CONFIG, MAX_CONFIG_BYTES, MAX_CONFIG_VALUES, member
-from moe.checkpoint.hub import find
+from moe.checkpoint.hub import find, from_cache
 from moe.checkpoint.strict_json import parse_as_python
-from moe.cli.options import COMPUTE_DTYPES, UNSET, dtype_option, read_dtype
+from moe.cli.options import COMPUTE_DTYPES, UNSET, dtype_option, option, read_dtype
 from moe.cli.source import FOLDER
 from moe.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    import torch
     from tokenizers import Tokenizer
 
 
@@ -55,8 +54,8 @@ class Args:
     json: bool = False
     """Print one JSON object per prompt, once all are finished, instead of streaming text."""
 
-    def __post_init__(self) -> None:
-        for option, ok, allowed in (
+    def check(self) -> None:
+        for name, ok, allowed in (
             ("prompt", bool(self.prompt), "at least one"),
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
             ("temperature", 0 <= self.temperature < math.inf, "a finite number from 0 up"),
@@ -65,13 +64,14 @@ class Args:
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "an integer from 0 to 2^63 - 1"),
         ):
             if not ok:
-                raise ConfigError(f"--{option.replace('_', '-')}", getattr(self, option), allowed)
+                raise ConfigError(option(name), getattr(self, name), allowed)
         read_dtype(self.dtype, COMPUTE_DTYPES)
 
 
 def run(args: Args) -> int:
     folder = find(args.folder)
-    tokenizer = read_tokenizer(folder)
+    with from_cache(args.folder):
+        tokenizer = read_tokenizer(folder)
     ends = end_ids(folder)
     prompts = [_text(prompt) for prompt in args.prompt]
     ids = [tokenizer.encode(prompt).ids for prompt in prompts]
@@ -81,10 +81,12 @@ def run(args: Args) -> int:
     import torch
 
     import moe
+    from moe.checkpoint.reading import usable_device
     from moe.generation import stream
 
-    device = _device(args.device)
-    model = moe.load(folder, device=device, dtype=read_dtype(args.dtype, COMPUTE_DTYPES), mtp=args.mtp)
+    device = usable_device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    with from_cache(args.folder):
+        model = moe.load(folder, device=device, dtype=read_dtype(args.dtype, COMPUTE_DTYPES), mtp=args.mtp)
     vocabulary = model.config.vocab_size
     if max(map(max, ids)) >= vocabulary:
         problem = "the tokenizer does not belong to this model"
@@ -165,17 +167,6 @@ def end_ids(folder: Path) -> set[int]:
     if not all(type(i) is int for i in ids):
         raise CheckpointError(file, "eos_token_id", expected="an id or a list of ids", found=repr(found)[:80])
     return set(ids)
-
-
-def _device(name: str) -> "torch.device":
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError("--device", name, f"a device of this machine ({str(error).splitlines()[0]})") from None
 
 
 class GrowingText:

@@ -13,7 +13,7 @@ from rich.table import Table
 from moe.checkpoint import planning, read_config
 from moe.checkpoint.dtypes import FLOATING, Dtype, parse_dtype
 from moe.checkpoint.folder import INDEX, has_weights, read_config_values
-from moe.checkpoint.hub import CONFIGS, find
+from moe.checkpoint.hub import CONFIGS, find, from_cache, headers_on_hub
 from moe.checkpoint.layout import Plan, plan
 from moe.checkpoint.planning import Estimate, Placement
 from moe.checkpoint.quantization import Quantization, read_quantization
@@ -31,8 +31,9 @@ from moe.presets import PRESETS
 class Args:
     """Print what each GPU would hold of a model, for inference and for training, and whether it fits.
 
-    Weights are those of the files, from their headers, if a folder has any; with --dtype for other files, and without
-    files, they are computed from config.json. Figures are of the GPU that holds most; the assumptions are printed.
+    Weights are those of the files, from their headers, also on the Hub. With --dtype for other files, and without
+    files, they are computed from config.json, in the layout of the files if there are any. Figures are of the GPU that
+    holds most; the assumptions are printed.
 
     With --gpu: a training run on a cluster. Memory of a rank, all-to-all bytes, time of a step, days and cost.
     """
@@ -126,10 +127,10 @@ def _tables(args: Args, name: str, model: _Model, asked: Dtype | None, memory: i
     block_size = planning.FP8_BLOCK if found is None or found.block_size is None else found.block_size
     placement = Placement(args.gpus, args.ep, dtype, 8192 if args.tokens is None else args.tokens, block_size)
     estimates = {
-        "inference": planning.inference(config, placement, files),
+        "inference": planning.inference(config, placement, model.files),
         "training": planning.training(config, placement),
     }
-    stored = planning.stored(config, dtype, block_size) if files is None else planning.stored_in(files)
+    stored = planning.stored_in(files) if files else planning.stored(config, dtype, block_size, model.files)
     if args.json:
         facts: dict[str, Any] = {"model": name, "memory": memory, "placement": dataclasses.asdict(placement)}
         facts["stored"] = dataclasses.asdict(stored)
@@ -161,11 +162,15 @@ def _find(name: str) -> _Model:
         folder = find(name, files=(*CONFIGS, INDEX))
     except CheckpointError as error:
         raise unknown(error, name, "MODEL") from error
-    values = read_config_values(folder)
+    with from_cache(name):
+        values = read_config_values(folder)
     found = read_quantization(folder, values)
-    if not has_weights(folder) or (found is not None and found.error is not None):
+    if found is not None and found.error is not None:
         return _Model(read_config(folder), _stated(values), found)
-    files = plan(folder)
+    headers = headers_on_hub(folder, name, optional=True)
+    if not (has_weights(folder) if headers is None else headers):
+        return _Model(read_config(folder), _stated(values), found)
+    files = plan(folder, headers=headers)
     return _Model(files.config, _stated(values), found, files)
 
 

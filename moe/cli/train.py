@@ -40,6 +40,9 @@ class Args(Settings):
     json: bool = False
     """One JSON object on standard output instead of tables; everything else goes to standard error."""
 
+    def __post_init__(self) -> None:
+        """Nothing yet: `moe.cli.options.parse` calls `check`."""
+
 
 def run(args: Args) -> int:
     # Read by OpenMP when torch is imported. By default its threads spin while they wait for each other: on two cores

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from os import PathLike
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moe.checkpoint.carried import read_carried
+from moe.checkpoint.dtypes import FLOATING, parse_dtype
 from moe.checkpoint.header import MAX_HEADER_BYTES
 from moe.checkpoint.memory import check_fits
 from moe.checkpoint.progress import Progress
@@ -159,7 +160,8 @@ def load(
     mesh: Mesh,
     config: ParallelConfig | None = None,
     *,
-    dtype: torch.dtype | Literal["auto"] = "auto",
+    dtype: torch.dtype | str = "auto",
+    revision: str | None = None,
     mtp: bool = True,
     max_header_bytes: int = MAX_HEADER_BYTES,
     progress: bool | None = None,
@@ -171,19 +173,21 @@ def load(
     is what the files have in another order.
 
     Args:
-        mtp: as for `moe.load`.
-        dtype: as for `moe.load`; to train in lower precision with `config.param_dtype`, load as torch.float32.
+        folder, revision, mtp: as for `moe.load`; a name on the Hub is downloaded once into a cache that ranks share.
+        dtype: as for `moe.load`, but not "keep"; to train in lower precision with `config.param_dtype`, load as
+            torch.float32.
         max_header_bytes: of one file.
         progress: a bar on rank 0's stderr, of what that rank reads; None: if that is a terminal.
 
     Raises:
         CheckpointError: on all ranks, what `moe.load` raises, or what one of them cannot read.
+        ConfigError: dtype is "keep", or no dtype.
         ParallelError: the mesh does not fit the model.
     """
-    if dtype == "keep":
+    if parse_dtype(dtype, "dtype", ("auto", "keep", *FLOATING)) == "keep":
         raise ConfigError("dtype", dtype, "auto or a floating dtype: quantised tensors cannot be divided among ranks")
     with together(folder):
-        source = examine(folder, dtype, mtp=mtp, max_header_bytes=max_header_bytes)
+        source = examine(folder, dtype, revision=revision, mtp=mtp, max_header_bytes=max_header_bytes)
     todo = source.todo
     with torch.device("meta"):
         model = Transformer(todo.config)

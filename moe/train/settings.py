@@ -73,6 +73,10 @@ class Settings:
     """Under torchrun: seconds after which a rank that does not answer is an error on all others."""
 
     def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise ConfigError for a value out of range."""
         for name in ("steps", "batch_size", "accumulation", "keep", "ep", "dp_replicate"):
             self._require(name, getattr(self, name) >= 1, "1 or more")
         for name in ("eval_every", "save_every", "warmup"):
