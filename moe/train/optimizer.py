@@ -64,12 +64,11 @@ class BatchedMuon(torch.optim.Optimizer):
 
 def _orthogonalize_parts(matrices: Tensor) -> Tensor:
     """`orthogonalize`, in the placement that the matrices have."""
-    if not _is_parallel():
+    if not hasattr(matrices, "to_local"):
         return orthogonalize(matrices)
     from torch.distributed.tensor import DTensor, Replicate
 
-    if not isinstance(matrices, DTensor):
-        return orthogonalize(matrices)
+    assert isinstance(matrices, DTensor)
     mesh, placements = matrices.device_mesh, matrices.placements
     # What cuts a stack is left alone, and only matrices are put together.
     whole = [Replicate() if p.is_shard(matrices.ndim - 2) or p.is_shard(matrices.ndim - 1) else p for p in placements]
