@@ -202,8 +202,9 @@ class Trainer:
 
     def _place(self, tensor: Tensor, parameter: Tensor | None) -> Tensor:
         tensor = tensor.to(self.device) if tensor.ndim else tensor  # step counts, which stay on the CPU
-        whole = parameter is None or tensor.shape != parameter.shape
-        return tensor if whole else self.world.part_like(tensor, parameter)
+        if parameter is None or tensor.shape != parameter.shape:
+            return tensor
+        return self.world.part_like(tensor, parameter)
 
     def position(self) -> dict[str, Any]:
         """JSON values: the step, and where in the data it is, for all ranks together."""

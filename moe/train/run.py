@@ -23,10 +23,10 @@ from moe.generation import generate
 from moe.model import Transformer
 from moe.presets import preset
 from moe.train.baselines import bigram_nats, bits_per_byte, unigram_nats
-from moe.train.data import Dataset, open_dataset, prepare
+from moe.train.data import Dataset, open_dataset, prepare, write_json
 from moe.train.loop import Trainer, check_savable, deterministic
 from moe.train.metrics import Metrics
-from moe.train.report import ProgressDisplay
+from moe.train.report import ProgressDisplay, say
 from moe.train.settings import Settings
 from moe.train.state import is_safetensors_state, load_latest_state
 from moe.train.world import World, world_of
@@ -103,17 +103,17 @@ def train(
         if first and overwritten.exists():
             shutil.rmtree(overwritten)
         facts = trainer.dataset.facts
-        _say(
+        say(
             console,
             f"data: {facts['train']['tokens']:,} training tokens of {facts['train']['documents']} documents, "
             f"{facts['validation']['tokens']:,} held out of {facts['validation']['documents']}",
         )
         if world.launched:
-            _say(console, str(mesh))
+            say(console, str(mesh))
         if resume:
             _load_state(trainer, folder / "states", console)
-            _say(console, f"resuming after step {trainer.step_number} of {settings.steps}")
-        metrics = Metrics(folder / "metrics.jsonl" if first else None, until=trainer.step_number)
+            say(console, f"resuming after step {trainer.step_number} of {settings.steps}")
+        metrics = Metrics(folder / "metrics.jsonl" if first else Path(os.devnull), until=trainer.step_number)
         with ProgressDisplay(console, settings.steps, trainer.step_number) as display:
             _run_steps(trainer, metrics, folder / "states", display, stopped)
         trainer.model.eval()
@@ -121,7 +121,7 @@ def train(
         if model is None:
             return None
         summary = _summary(trainer, metrics, folder, model) | {"seconds": time.perf_counter() - started}
-        _write_json(folder / "summary.json", summary)
+        write_json(folder / "summary.json", summary)
         return summary
 
 
@@ -166,7 +166,8 @@ def _run_steps(trainer: Trainer, metrics: Metrics, states: Path, display: Progre
     world = trainer.world
 
     def save(*, wait: bool = False) -> Path:
-        metrics.sync()
+        if world.rank == 0:
+            metrics.sync()
         return world.save_state(trainer, states, wait=wait)
 
     validated = world.gather({record["step"] for record in metrics.of("validation")})[0]
@@ -300,7 +301,7 @@ def _open_folder(folder: Path, settings: Settings, *, resume: bool, overwrite: b
             shutil.rmtree(_overwritten(folder))
         os.replace(folder, _overwritten(folder))
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(file, deciding)
+    write_json(file, deciding)
 
 
 def _overwritten(folder: Path) -> Path:
@@ -316,22 +317,12 @@ def _is_settings(file: Path) -> bool:
     return isinstance(values, dict) and {"preset", "steps", "seq_length"} <= values.keys()
 
 
-def _write_json(file: Path, values: Any) -> None:
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, file)
-
-
 def _warn_of_other_bits(console: Console, values: dict[str, Any]) -> None:
     for name, now in (("torch", torch.__version__), ("threads", torch.get_num_threads())):
         if values[name] != now:
-            _say(
+            say(
                 console, f"note: {name} was {values[name]} and is {now}: the last bits will differ from an unbroken run"
             )
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -350,7 +341,7 @@ def _stop_signals(console: Console, *, once_more_kills: bool) -> Iterator[list[i
                 signal.signal(each, signal.SIG_DFL)
         once_more = "; once more to stop at once" if once_more_kills else ""
         if len(stopped) == 1:
-            _say(console, f"{signal.Signals(number).name}: finishing this step and saving{once_more}")
+            say(console, f"{signal.Signals(number).name}: finishing this step and saving{once_more}")
 
     for number in before:
         signal.signal(number, stop)
