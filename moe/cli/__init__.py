@@ -11,10 +11,11 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 
 from moe import __version__
 from moe.errors import did_you_mean
-from moe.train.launcher import MISTAKES, said_once
+from moe.train.launcher import MISTAKES, said_once, shown
 
 COMMANDS = {
     "train": "train a preset on text and save it",
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from moe.cli.options import parse  # here, so that other modules of this package can be used without tyro
 
             command = importlib.import_module(f"moe.cli.{name}")
-            with said_once(SystemExit):
+            with said_once(SystemExit), redirect_stdout(shown(sys.stdout)), redirect_stderr(shown(sys.stderr)):
                 args = parse(command.Args, name, rest)
             status = command.run(args)
             sys.stdout.flush()  # here, where a reader that went away is expected

@@ -11,7 +11,6 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from moe.checkpoint.dtypes import FLOATING, OTHERS, SAFETENSORS, parse_dtype
 from moe.errors import did_you_mean
-from moe.train.launcher import is_first
 
 UNSET = tyro.conf.arg(help_behavior_hint="")
 """For an option that is None by default: its text says what that means."""
@@ -32,7 +31,6 @@ def parse(command: type[_Args], name: str, arguments: Sequence[str]) -> _Args:
             description=_wrapped(command.__doc__ or ""),
             args=arguments,
             config=(tyro.conf.DisallowNone,),  # bool | None is --x/--no-x, as bool is
-            console_outputs=is_first(on_node=True),
         )
 
 

@@ -8,6 +8,8 @@ one before it has printed. No process waits for another.
 import contextlib
 import os
 from collections.abc import Iterator
+from io import StringIO
+from typing import TextIO
 
 from moe.errors import CheckpointError, ConfigError, ParallelError
 
@@ -18,6 +20,11 @@ MISTAKES = (ConfigError, CheckpointError, ParallelError, OSError)
 def is_first(*, on_node: bool = False) -> bool:
     """Whether this process is rank 0, which prints progress and results, or the first process of its node."""
     return os.environ.get("LOCAL_RANK" if on_node else "RANK", "0") == "0"
+
+
+def shown(stream: TextIO) -> TextIO:
+    """`stream` in the first process of each node, and a buffer that is never read in the others."""
+    return stream if is_first(on_node=True) else StringIO()
 
 
 @contextlib.contextmanager
