@@ -336,8 +336,7 @@ class Sampler:
 
     def __init__(self, tokens: np.ndarray, length: int, batch_size: int, seed: int) -> None:
         if len(tokens) < length:
-            allowed = f"at most {len(tokens)}, the number of training tokens"
-            raise ConfigError("--seq-length", length, allowed)
+            raise ConfigError("--seq-length", length, f"at most {len(tokens)}, the number of training tokens")
         self.tokens, self.length, self.batch_size, self.seed = tokens, length, batch_size, seed
         self.load_state_dict({"epoch": 0, "position": 0})
 

@@ -18,14 +18,9 @@ class Metrics:
 
     def __init__(self, file: Path, until: int) -> None:
         self.file = file
-        self.records: list[dict[str, Any]] = []
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        for line in lines:
-            if not line.endswith("\n"):
-                break
-            record = json.loads(line)
-            if record["step"] <= until:
-                self.records.append(record)
+        whole = [json.loads(line) for line in lines if line.endswith("\n")]
+        self.records: list[dict[str, Any]] = [record for record in whole if record["step"] <= until]
         file.write_text("".join(json.dumps(record) + "\n" for record in self.records))
 
     def write(self, kind: str, step: int, **values: Any) -> None:

@@ -86,10 +86,8 @@ def print_summary(console: Console, summary: dict[str, Any], command: str | None
     say(console, "")
     rate, seconds = summary["tokens_per_second"], summary["seconds"]
     say(console, f"{summary['steps']} steps, {rate:,.0f} tokens/s while stepping, {seconds:.0f} s in all")
-    if summary["plots"]:
-        say(console, f"plots        {'  '.join(summary['plots'])}")
-    else:
-        say(console, 'plots        none: matplotlib is not installed; pip install -e ".[plot]"')
+    plots = "  ".join(summary["plots"]) or 'none: matplotlib is not installed; pip install -e ".[plot]"'
+    say(console, f"plots        {plots}")
     say(console, f"metrics      {summary['metrics']}")
     say(console, f"checkpoint   {summary['checkpoint']}")
     if command is not None:

@@ -73,6 +73,7 @@ def train(
         CheckpointError: another run is at work in the folder, or what the system answers to a save.
         Interrupted: SIGINT or SIGTERM, after the step in progress was finished and saved; a second one kills.
         NonFiniteError: see `moe.train.loop`.
+        SystemExit: on a mesh, instead of a mistake found before the first step, except in the first process of a node.
     """
     started = time.perf_counter()
     world = world_of(mesh)
@@ -162,8 +163,7 @@ def _load_state(trainer: Trainer, states: Path, console: Console) -> None:
 
 
 def _run_steps(trainer: Trainer, metrics: Metrics, states: Path, display: ProgressDisplay, stopped: list[int]) -> None:
-    settings = trainer.settings
-    world = trainer.world
+    settings, world = trainer.settings, trainer.world
 
     def save(*, wait: bool = False) -> Path:
         if world.rank == 0:
