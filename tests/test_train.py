@@ -24,8 +24,8 @@ import moe
 from moe.cli import main
 from moe.config import ModelConfig
 from moe.presets import PRESETS
+from moe.train import launcher
 from moe.train.data import Dataset, evaluation_batches, prepare
-from moe.train.launcher import MISTAKES, is_first, said_once
 from moe.train.loop import NonFiniteError, Trainer, deterministic
 from moe.train.metrics import Metrics
 from moe.train.report import ProgressDisplay, print_summary
@@ -600,14 +600,14 @@ def test_the_first_process_of_each_node_fails_and_the_others_exit(
         monkeypatch.delenv(name, raising=False)
         if value is not None:
             monkeypatch.setenv(name, str(value))
-    assert is_first() == (rank in (None, 0))
-    with pytest.raises((SystemExit, moe.ConfigError)) as raised, said_once(*MISTAKES):
+    assert launcher.is_first() == (rank in (None, 0))
+    with pytest.raises((SystemExit, moe.ConfigError)) as raised, launcher.said_once(*launcher.MISTAKES):
         raise MISTAKE
     if local:
         assert isinstance(raised.value, SystemExit) and raised.value.code == 0
     else:
         assert raised.value is MISTAKE
-    with pytest.raises(ZeroDivisionError), said_once(*MISTAKES):
+    with pytest.raises(ZeroDivisionError), launcher.said_once(*launcher.MISTAKES):
         raise ZeroDivisionError  # a bug has its traceback on every rank
 
 
