@@ -58,6 +58,9 @@ class ConfigError(ValueError):
         # Wide enough for a path, whose end says most.
         super().__init__(f"{field} = {one_line(shown)}: expected {allowed}")
 
+    def __reduce__(self) -> Any:
+        return ConfigError, (self.field, self.value, self.allowed)
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read or written as asked. Nothing has been loaded or replaced.

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -23,6 +24,7 @@ import moe
 from moe.cli import main
 from moe.config import ModelConfig
 from moe.presets import PRESETS
+from moe.train import launcher
 from moe.train.data import Dataset, evaluation_batches, prepare
 from moe.train.loop import NonFiniteError, Trainer, deterministic
 from moe.train.metrics import Metrics
@@ -585,3 +587,39 @@ def test_two_runs_in_one_folder_are_refused(text: Path, tmp_path: Path, capsys: 
     assert "resuming after step" in capsys.readouterr().err
     assert main([*command(text, tmp_path / "new"), "--auto-resume"]) == 0
     assert "resuming" not in capsys.readouterr().err
+
+
+MISTAKE = moe.ConfigError("--steps", 0, "1 or more")
+
+
+@pytest.mark.parametrize(("rank", "local"), [(None, None), (0, 0), (1, 1), (8, 0), (9, 1), (10, 10)])
+def test_the_first_process_of_each_node_fails_and_the_others_exit(
+    rank: int | None, local: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RANK", rank), ("LOCAL_RANK", local)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, str(value))
+    assert launcher.is_first() == (rank in (None, 0))
+    with pytest.raises((SystemExit, moe.ConfigError)) as raised, launcher.said_once(*launcher.MISTAKES):
+        raise MISTAKE
+    if local:
+        assert isinstance(raised.value, SystemExit) and raised.value.code == 0
+    else:
+        assert raised.value is MISTAKE
+    with pytest.raises(ZeroDivisionError), launcher.said_once(*launcher.MISTAKES):
+        raise ZeroDivisionError  # a bug has its traceback on every rank
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MISTAKE,
+        moe.CheckpointError("a", "b", tensor="c"),
+        moe.ParallelError("a", rank=1, step=2),
+        OSError(28, "full", "f"),
+    ],
+)
+def test_ranks_can_send_each_other_every_mistake(error: Exception) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error) and str(again) == str(error) and vars(again) == vars(error)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +21,7 @@ STEPS = 8
 # AdamW: Muon's products are in bf16, which makes of a last bit of the gradient one of the update's eight.
 OPTIONS = ["--steps", STEPS, "--batch-size", 4, "--seq-length", 32, "--eval-every", 4, "--save-every", 2, "--keep", 9]
 OPTIONS += ["--optimizer", "adamw", "--document-mask"]
-MOE = ("-m", "moe")
+MOE, ONE_NODE = ("-m", "moe"), ("--standalone",)
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +58,37 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def torchrun(ranks: int, argv: list[str], *options: str, program: tuple[str, ...] = MOE) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
+# Put before a program: the first process of each node prints to stderr after torchrun has seen that the others exited.
+# Its line is lost if torchrun ends it for one of their statuses.
+LATE = """
+import os, sys, time
+
+class Late:
+    def __init__(self, file):
+        self.file, self.seconds = file, 2
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, text):
+        time.sleep(self.seconds)
+        self.seconds = 0
+        return self.file.write(text)
+
+if os.environ["LOCAL_RANK"] == "0":
+    sys.stderr = Late(sys.stderr)
+"""
+
+
+def torchrun(
+    ranks: int,
+    argv: list[str],
+    *options: str,
+    program: tuple[str, ...] = MOE,
+    nodes: tuple[str, ...] = ONE_NODE,
+) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", *nodes, "--nproc-per-node", str(ranks), *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error", "CUDA_VISIBLE_DEVICES": ""}
     # The launcher's own warnings are not ours.
     command = [command[0], "-W", "ignore", *command[1:]]
     return subprocess.Popen(
@@ -74,6 +104,8 @@ def torchrun(ranks: int, argv: list[str], *options: str, program: tuple[str, ...
 def finish(process: subprocess.Popen[str], status: int = 0) -> str:
     out, err = process.communicate(timeout=240)
     assert (process.returncode == 0) == (status == 0), err[-6000:]
+    if status:  # torchrun's own is 1; the first failure comes last, after those of processes that torchrun has ended
+        assert re.findall(r"exitcode  : (-?\d+)", err)[-1] == str(status), err[-6000:]
     return out + err
 
 
@@ -140,14 +172,44 @@ def test_a_killed_rank_is_started_again_and_the_curve_goes_on(text: Path, alone:
         (("--ep", 3), "ep = 3: expected a divisor of the 2 ranks"),
         (("--dp-shard", 4), "dp_replicate 1 x dp_shard 4 = 4 ranks, but there are 2"),
         (("--resume",), "expected the folder of a run"),
+        (("--optimizer", "sgd"), "'sgd': expected"),
+        (("--device", "cuda"), "expected a GPU for each of the 2 processes on this node"),
     ],
 )
 def test_mistakes_are_said_once(more: tuple[Any, ...], expected: str, text: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    said = finish(torchrun(2, arguments(text, out, *more)), status=2)
+    out, program = tmp_path / "run", tmp_path / "late.py"
+    program.write_text(LATE + "from moe.cli import main\nsys.exit(main(sys.argv[1:]))\n")
+    said = finish(torchrun(2, arguments(text, out, *more), program=(str(program),)), status=2)
     assert said.count(expected) == 1, said
-    assert "Traceback" not in said.split("moesmith:")[0]
+    assert "Traceback" not in said.split(expected)[0]
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [(("--optimizer", "sgd"), "'sgd': expected"), (("--batch-size", 6), "--batch-size = 6: expected a multiple")],
+)
+def test_mistakes_are_said_once_on_each_node(more: tuple[Any, ...], expected: str, text: Path, tmp_path: Path) -> None:
+    out, program = tmp_path / "run", tmp_path / "late.py"
+    program.write_text(LATE + "from moe.cli import main\nsys.exit(main(sys.argv[1:]))\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    where = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", port, "--node-rank")
+    argv = arguments(text, out, *more)
+    nodes = [torchrun(2, argv, program=(str(program),), nodes=(*where, str(node))) for node in range(2)]
+    for node in nodes:
+        said = finish(node, status=2)
+        assert said.count(expected) == 1, said
+
+
+def test_an_interrupted_run_says_once_how_to_go_on(text: Path, tmp_path: Path) -> None:
+    out, program = tmp_path / "run", tmp_path / "stopped.py"
+    program.write_text(LATE + KILLED.replace("SIGKILL", "SIGTERM"))
+    options = arguments(text, out, "--ep", 2, "--json")
+    said = finish(torchrun(2, options, program=(str(program),)), status=143)
+    assert said.count("stopped after step 3, saved; to go on: torchrun") == 1, said
+    assert said.count('"interrupted": "SIGTERM"') == 1, said
 
 
 def test_ranks_without_torchrun_are_refused(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

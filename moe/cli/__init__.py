@@ -7,17 +7,16 @@ Exit status: 0 done, 2 the user's mistake (one line on stderr; tyro's own messag
 130 interrupted, 1 silently on a broken pipe. A bug of ours shows its traceback.
 """
 
-import contextlib
 import importlib
-import io
 import os
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
 
 from moe import __version__
-from moe.errors import CheckpointError, ConfigError, ParallelError, did_you_mean
+from moe.errors import ConfigError, did_you_mean
+from moe.train.launcher import MISTAKES, said_once, shown
 
 COMMANDS = {
     "train": "train a preset on text and save it",
@@ -50,7 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             from moe.cli.options import parse  # so that other modules of this package can be used without tyro
 
             command = importlib.import_module(f"moe.cli.{name}")
-            with _said_once():
+            with (
+                said_once(SystemExit, ConfigError),
+                redirect_stdout(shown(sys.stdout)),
+                redirect_stderr(shown(sys.stderr)),
+            ):
                 args = parse(command.Args, name, rest)
             status = command.run(args)
             sys.stdout.flush()  # here, where a reader that went away is expected
@@ -61,27 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1  # as rich does
     except KeyboardInterrupt:
         return _fail("interrupted", status=130)
-    except (ConfigError, CheckpointError, ParallelError, OSError) as error:
+    except MISTAKES as error:
         if args is None:
             return _fail(str(error))
         from moe.cli.options import in_options
 
         return _fail(in_options(error, args))
     return 0
-
-
-@contextlib.contextmanager
-def _said_once() -> Iterator[None]:
-    """Under torchrun every rank finds the same wrong argument, and the first says it, before another's end ends it."""
-    if os.environ.get("RANK", "0") == "0":
-        yield
-        return
-    try:
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            yield
-    except (SystemExit, ConfigError) as error:
-        time.sleep(1)
-        raise SystemExit(error.code if isinstance(error, SystemExit) else 2) from None
 
 
 def _fail(message: str, status: int = 2) -> int:

@@ -6,13 +6,13 @@ import os
 import shlex
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe.errors import ConfigError, ParallelError
+from moe.errors import CheckpointError, ConfigError, ParallelError
+from moe.train.launcher import is_first, said_once
 from moe.train.settings import Settings
 
 if TYPE_CHECKING:
@@ -57,27 +57,22 @@ def run(args: Args) -> int:
 
     _check_device(args.device)
     folder = args.out or Path("runs") / args.preset
-    first = os.environ.get("RANK", "0") == "0"
-    mesh = None
     try:
-        with _ranks(args) as mesh:
+        with said_once(Interrupted, NonFiniteError, CheckpointError), _ranks(args) as mesh:
             # torchrun repeats the command that was given, when it restarts all ranks because one has died.
             restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
             again = (args.auto_resume or restarted) and (folder / "settings.json").exists()
-            progress = Console(stderr=True, quiet=not first)
+            progress = Console(stderr=True, quiet=not is_first())
             resume, overwrite = args.resume or again, args.overwrite and not again
             summary = train(args, folder, resume=resume, overwrite=overwrite, console=progress, mesh=mesh)
     except Interrupted as stop:
         command = shlex.join([*_program(), "train", *args.options(), "--out", str(folder), "--resume"])
-        if not first:
-            return 128 + stop.signum
         print(f"stopped after step {stop.step}, saved; to go on: {command}", file=sys.stderr)
-        if args.json:
+        if args.json and is_first():
             print(json.dumps({"interrupted": signal.Signals(stop.signum).name, "step": stop.step, "resume": command}))
         return 128 + stop.signum
     except NonFiniteError as error:
-        if first:
-            print(f"moesmith: {error}", file=sys.stderr)
+        print(f"moesmith: {error}", file=sys.stderr)
         return 2
     if summary is None:
         return 0
@@ -99,19 +94,17 @@ def _program() -> list[str]:
     return ["torchrun", *where, "--nproc-per-node", each, "-m", "moe"]
 
 
+@said_once(ConfigError)
 def _check_device(device: str) -> None:
-    """Before anything is written or any rank waits for another; on each node its first process says it."""
+    """Called before anything is written and before any rank waits for another."""
     if device != "cuda":
         return
     import torch
 
-    local, processes = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if found >= processes:
         return
-    if local:
-        time.sleep(1)
-        raise SystemExit(2)
     wanted = (
         f"a GPU for each of the {processes} processes on this node" if processes > 1 else "a GPU that torch can use"
     )
@@ -134,11 +127,6 @@ def _ranks(args: Args) -> "Iterator[Mesh | None]":
     os.environ.setdefault("NCCL_ALGO", "^NVLS")
     with start(timeout=args.timeout, device=args.device) as watch:
         shape = {"ep": args.ep, "dp_shard": args.dp_shard, "dp_replicate": args.dp_replicate}
-        try:
+        with said_once(ParallelError):
             mesh = make_mesh(**shape, journal=watch.journal)
-        except ParallelError:
-            if watch.rank:  # rank 0 says it for all, before torchrun ends it because another is gone
-                time.sleep(1)
-                raise SystemExit(2) from None
-            raise
         yield mesh

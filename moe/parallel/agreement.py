@@ -16,19 +16,12 @@ def on_first(where: Any, function: Callable[[], _Result], group: Any = None) -> 
 
     A collective call, unless there is no process group.
     """
-    if not dist.is_initialized():
-        with about(where):
-            return function()
-    outcome: list[Any] = [None, None]
-    if dist.get_rank(group) == 0:
-        try:
-            with about(where):
-                outcome[0] = function()
-        except CheckpointError as error:
-            outcome[1] = error
-    dist.broadcast_object_list(outcome, group=group, group_src=0)
-    if outcome[1] is not None:
-        raise outcome[1]
+    outcome: list[Any] = [None]
+    with together(where, group):
+        if not dist.is_initialized() or dist.get_rank(group) == 0:
+            outcome[0] = function()
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome, group=group, group_src=0)
     return outcome[0]
 
 
@@ -38,11 +31,17 @@ def together(where: Any, group: Any = None) -> Iterator[None]:
 
     A collective call, unless there is no process group; the block itself must not wait for other ranks.
     """
-    mine: CheckpointError | None = None
+    with raised_by_all(CheckpointError, group=group), about(where):
+        yield
+
+
+@contextlib.contextmanager
+def raised_by_all(*kinds: type[Exception], group: Any = None) -> Iterator[None]:
+    """As `together`, for errors of `kinds`, which are raised as they are; of several, that of the first rank."""
+    mine: Exception | None = None
     try:
-        with about(where):
-            yield
-    except CheckpointError as error:
+        yield
+    except kinds as error:
         mine = error
     errors = [mine]
     if dist.is_initialized():

@@ -294,10 +294,15 @@ def prepare(folder: Path, data: Sequence[Path], tokenizer_path: Path | None, voc
             "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
         }
     (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
-    partial = folder / "data.json.partial"
-    partial.write_text(json.dumps(facts, indent=2, ensure_ascii=False), encoding="utf-8")
-    os.replace(partial, folder / "data.json")
+    write_json(folder / "data.json", facts)
     return open_dataset(folder)
+
+
+def write_json(file: Path, values: Any) -> None:
+    """Write `values` to `file` in one step: a killed process leaves the old file or the new one."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, file)
 
 
 def _pack(tokenizer: Tokenizer, end: int, documents: Sequence[Document]) -> Iterator[int]:
@@ -331,12 +336,9 @@ class Sampler:
 
     def __init__(self, tokens: np.ndarray, length: int, batch_size: int, seed: int) -> None:
         if len(tokens) < length:
-            allowed = f"at most {len(tokens)}, the number of training tokens"
-            raise ConfigError("--seq-length", length, allowed)
+            raise ConfigError("--seq-length", length, f"at most {len(tokens)}, the number of training tokens")
         self.tokens, self.length, self.batch_size, self.seed = tokens, length, batch_size, seed
-        self.epoch = 0
-        self.position = 0
-        self._starts = self._shuffle()
+        self.load_state_dict({"epoch": 0, "position": 0})
 
     def _shuffle(self) -> np.ndarray:
         rng = np.random.default_rng([self.seed, self.epoch])

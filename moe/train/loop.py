@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe import balance
@@ -24,6 +23,7 @@ from moe.train.data import Dataset, Sampler, document_ids, evaluation_batches
 from moe.train.optimizer import build_optimizers
 from moe.train.schedule import learning_rate_factor
 from moe.train.settings import Settings
+from moe.train.world import World, world_of
 
 if TYPE_CHECKING:  # importing it takes half a second
     from moe.parallel import Mesh
@@ -95,13 +95,18 @@ def check_savable(config: ModelConfig) -> None:
 class Trainer:
     """Steps a model along a schedule. `state` after step n, loaded into a new Trainer, gives the same step n + 1."""
 
-    def __init__(self, model: Transformer, dataset: Dataset, settings: Settings, mesh: "Mesh | None" = None) -> None:
-        self.model, self.dataset, self.settings, self.mesh = model, dataset, settings, mesh
-        self.ranks = mesh.size if mesh is not None else 1
-        if settings.batch_size % self.ranks:
-            raise ConfigError("--batch-size", settings.batch_size, f"a multiple of the {self.ranks} ranks")
-        each, rank = settings.batch_size // self.ranks, dist.get_rank() if mesh is not None else 0
-        self._share = slice(rank * each, (rank + 1) * each)
+    def __init__(
+        self,
+        model: Transformer,
+        dataset: Dataset,
+        settings: Settings,
+        mesh: "Mesh | None" = None,
+        *,
+        world: World | None = None,
+    ) -> None:
+        self.model, self.dataset, self.settings, self.world = model, dataset, settings, world or world_of(mesh)
+        if settings.batch_size % self.world.size:
+            raise ConfigError("--batch-size", settings.batch_size, f"a multiple of the {self.world.size} ranks")
         self.device = next(model.parameters()).device
         self.step_number = 0
         self.sampler = Sampler(dataset.train, settings.seq_length, settings.batch_size, settings.seed)
@@ -123,12 +128,11 @@ class Trainer:
                 group["lr"] = peak * factor
             optimizer.zero_grad()
         self.model.train()
-        if self.mesh is not None:
-            self.mesh.journal.begin(number)
+        self.world.begin_step(number)
         losses: dict[str, float] = {}
         load = torch.zeros((), dtype=torch.int64, device=self.device)
         for _ in range(settings.accumulation):
-            input_ids = self.sampler.next_batch()[self._share].to(self.device)
+            input_ids = self._share(self.sampler.next_batch())
             output = self._forward(input_ids)
             assert output.loss is not None and output.load is not None
             # Of all ranks: each of them has to know that there is no step.
@@ -140,8 +144,8 @@ class Trainer:
             for name, value in parts.items():
                 losses[name] = losses.get(name, 0.0) + value / settings.accumulation
             load = load + output.load
-        load = self._sum(load.cpu())
-        norm = self._clip().item()
+        load = self.world.sum(load.cpu())
+        norm = self.world.clip(self.model.parameters(), settings.clip).item()
         if not norm < float("inf"):
             raise NonFiniteError(number, "gradient", self._first_non_finite_gradient())
         for optimizer in self.optimizers:
@@ -160,18 +164,15 @@ class Trainer:
         for batch in evaluation_batches(self.dataset.validation, self.settings.seq_length, self.settings.batch_size):
             count = batch.numel() - len(batch)
             # Rows of padding for ranks that there are no rows left for: all have to call the model.
-            each = -(-len(batch) // self.ranks)
-            rows = nn.functional.pad(batch, (0, 0, 0, each * self.ranks - len(batch)))
-            real = torch.arange(len(rows))[:, None].expand_as(rows) < len(batch)
-            start = self._share.start // (self._share.stop - self._share.start) * each
-            mine = slice(start, start + each)
-            input_ids, mask = rows[mine].to(self.device), real[mine].to(self.device)
+            rows = nn.functional.pad(batch, (0, 0, 0, -len(batch) % self.world.size))
+            input_ids, real = self._share(rows), torch.arange(len(rows))[:, None].expand_as(rows) < len(batch)
+            mask = self._share(real) if self.world.size > 1 else None
             with self._autocast():
-                output = self.model(input_ids, labels=input_ids, attention_mask=mask if self.ranks > 1 else None)
+                output = self.model(input_ids, labels=input_ids, attention_mask=mask)
             nats += self._mean({"ce": output.losses["ce"]})["ce"] * count
             tokens += count
             load = load + output.load.cpu()
-        return Evaluation(tokens, nats, self.dataset.validation_bytes, self._sum(load))
+        return Evaluation(tokens, nats, self.dataset.validation_bytes, self.world.sum(load))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, JSON values) from which `load_state` continues bit for bit."""
@@ -190,21 +191,20 @@ class Trainer:
         for key, tensor in tensors.items():
             kind, _, rest = key.partition("/")
             if kind == "model":
-                weights[rest] = self._part_like(tensor, parameters.get(rest))
+                weights[rest] = self._place(tensor, parameters.get(rest))
             elif kind == "optimizer":
                 _, name, entry = rest.split("/")
                 parameter = parameters[name]
-                owners[parameter].state[parameter][entry] = self._part_like(tensor, parameter)
+                owners[parameter].state[parameter][entry] = self._place(tensor, parameter)
         self.model.load_state_dict(weights)
         torch.set_rng_state(tensors["rng"])
         self.load_position(values)
 
-    def _part_like(self, tensor: Tensor, parameter: Tensor | None) -> Tensor:
-        if self.mesh is None or parameter is None or tensor.shape != parameter.shape:
-            return tensor.to(self.device) if tensor.ndim else tensor
-        from moe.parallel import part_like
-
-        return part_like(tensor.to(self.device), parameter)
+    def _place(self, tensor: Tensor, parameter: Tensor | None) -> Tensor:
+        tensor = tensor.to(self.device) if tensor.ndim else tensor  # step counts, which stay on the CPU
+        if parameter is None or tensor.shape != parameter.shape:
+            return tensor
+        return self.world.part_like(tensor, parameter)
 
     def position(self) -> dict[str, Any]:
         """JSON values: the step, and where in the data it is, for all ranks together."""
@@ -222,45 +222,20 @@ class Trainer:
         with self._autocast():
             return self.model(input_ids, labels=input_ids, document_ids=documents)
 
-    def _clip(self) -> Tensor:
-        if self.mesh is None:
-            return nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
-        from moe.parallel import clip_grad_norm
-
-        return clip_grad_norm(self.model.parameters(), self.settings.clip, journal=self.mesh.journal)
+    def _share(self, rows: Tensor) -> Tensor:
+        """This rank's part of the rows of a global batch, on its device."""
+        each = len(rows) // self.world.size
+        return rows[self.world.rank * each : (self.world.rank + 1) * each].to(self.device)
 
     def _mean(self, values: dict[str, Tensor]) -> dict[str, float]:
         """Means over the ranks, which weigh their own already."""
         flat = torch.stack([value.double() for value in values.values()])
-        return dict(zip(values, (self._sum(flat) / self.ranks).tolist(), strict=True))
-
-    def _sum(self, values: Tensor) -> Tensor:
-        """Over the ranks."""
-        if self.mesh is not None:
-            values = values.to(self.device)
-            with self.mesh.journal.collective("trainer", "sum of reports"):
-                dist.all_reduce(values)
-        return values
-
-    def agree(self, value: Any) -> Any:
-        """Rank 0's."""
-        if self.mesh is None:
-            return value
-        said = [value]
-        dist.broadcast_object_list(said, src=0)
-        return said[0]
-
-    def any(self, flag: bool) -> bool:
-        """Whether it is so on any rank."""
-        return bool(self._sum(torch.tensor(int(flag))))
+        return dict(zip(values, (self.world.sum(flat) / self.world.size).tolist(), strict=True))
 
     def _first_of_all(self, found: str) -> str:
-        """What the first rank says that has something to say."""
-        if self.mesh is None:
-            return found
-        said: list[Any] = [None] * self.ranks
-        dist.all_gather_object(said, found)
-        return next((f"{text} (rank {rank})" for rank, text in enumerate(said) if text), "")
+        """The first text that is not empty, with its rank if there are several; else ""."""
+        texts = enumerate(self.world.gather(found))
+        return next((f"{text} (rank {rank})" if self.world.launched else text for rank, text in texts if text), "")
 
     @torch.no_grad()
     def _first_non_finite(self, input_ids: Tensor) -> str:

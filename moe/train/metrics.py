@@ -11,28 +11,19 @@ class Metrics:
     """An append-only JSONL file and its records in memory.
 
     Args:
-        file: created when missing; None keeps nothing, on ranks that do not write.
+        file: created when missing; os.devnull on ranks that do not write.
         until: records of later steps, written after the state that a run resumes from, are dropped, as is a line that a
             kill cut short.
     """
 
-    def __init__(self, file: Path | None, until: int) -> None:
+    def __init__(self, file: Path, until: int) -> None:
         self.file = file
-        self.records: list[dict[str, Any]] = []
-        if file is None:
-            return
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        for line in lines:
-            if not line.endswith("\n"):
-                break
-            record = json.loads(line)
-            if record["step"] <= until:
-                self.records.append(record)
+        whole = [json.loads(line) for line in lines if line.endswith("\n")]
+        self.records: list[dict[str, Any]] = [record for record in whole if record["step"] <= until]
         file.write_text("".join(json.dumps(record) + "\n" for record in self.records))
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        if self.file is None:
-            return
         record = {"kind": kind, "step": step, **values}
         self.records.append(record)
         with self.file.open("a") as file:
@@ -42,5 +33,4 @@ class Metrics:
         return [record for record in self.records if record["kind"] == kind]
 
     def sync(self) -> None:
-        if self.file is not None:
-            sync(self.file)
+        sync(self.file)

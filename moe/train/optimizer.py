@@ -42,10 +42,7 @@ class BatchedMuon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             for parameter in group["params"]:
@@ -62,14 +59,12 @@ class BatchedMuon(torch.optim.Optimizer):
         return loss
 
 
-def _orthogonalize_parts(matrices: Tensor) -> Tensor:
+def _orthogonalize_parts(matrices: Any) -> Tensor:
     """`orthogonalize`, in the placement that the matrices have."""
-    if not _is_parallel():
+    if not hasattr(matrices, "to_local"):
         return orthogonalize(matrices)
     from torch.distributed.tensor import DTensor, Replicate
 
-    if not isinstance(matrices, DTensor):
-        return orthogonalize(matrices)
     mesh, placements = matrices.device_mesh, matrices.placements
     # What cuts a stack is left alone, and only matrices are put together.
     whole = [Replicate() if p.is_shard(matrices.ndim - 2) or p.is_shard(matrices.ndim - 1) else p for p in placements]

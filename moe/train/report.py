@@ -45,7 +45,11 @@ class ProgressDisplay:
             self.note(f"step {step}/{self._steps}  {text}")
 
     def note(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(self._console, text)
+
+
+def say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_summary(console: Console, summary: dict[str, Any], command: str | None) -> None:
@@ -77,19 +81,14 @@ def print_summary(console: Console, summary: dict[str, Any], command: str | None
             )
         console.print(table)
 
-    def line(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    line(f"sample ({summary['sample']['prompt']!r} and what the model adds):")
-    line(summary["sample"]["text"])
-    line("")
+    say(console, f"sample ({summary['sample']['prompt']!r} and what the model adds):")
+    say(console, summary["sample"]["text"])
+    say(console, "")
     rate, seconds = summary["tokens_per_second"], summary["seconds"]
-    line(f"{summary['steps']} steps, {rate:,.0f} tokens/s while stepping, {seconds:.0f} s in all")
-    if summary["plots"]:
-        line(f"plots        {'  '.join(summary['plots'])}")
-    else:
-        line('plots        none: matplotlib is not installed; pip install -e ".[plot]"')
-    line(f"metrics      {summary['metrics']}")
-    line(f"checkpoint   {summary['checkpoint']}")
+    say(console, f"{summary['steps']} steps, {rate:,.0f} tokens/s while stepping, {seconds:.0f} s in all")
+    plots = "  ".join(summary["plots"]) or 'none: matplotlib is not installed; pip install -e ".[plot]"'
+    say(console, f"plots        {plots}")
+    say(console, f"metrics      {summary['metrics']}")
+    say(console, f"checkpoint   {summary['checkpoint']}")
     if command is not None:
-        line(f"try          {command}")
+        say(console, f"try          {command}")

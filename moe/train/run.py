@@ -8,29 +8,28 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from rich.console import Console
 
 from moe.balance import LoadReport
-from moe.checkpoint import load
 from moe.checkpoint.atomic import locked
-from moe.errors import CheckpointError, ConfigError, ParallelError
+from moe.errors import CheckpointError, ConfigError
 from moe.generation import generate
 from moe.model import Transformer
 from moe.presets import preset
 from moe.train.baselines import bigram_nats, bits_per_byte, unigram_nats
-from moe.train.data import Dataset, open_dataset, prepare
+from moe.train.data import Dataset, open_dataset, prepare, write_json
 from moe.train.loop import Trainer, check_savable, deterministic
 from moe.train.metrics import Metrics
-from moe.train.report import ProgressDisplay
+from moe.train.report import ProgressDisplay, say
 from moe.train.settings import Settings
-from moe.train.state import is_safetensors_state, load_latest_state, save_state
+from moe.train.state import is_safetensors_state, load_latest_state
+from moe.train.world import World, world_of
 
 if TYPE_CHECKING:  # importing it takes half a second
     from moe.parallel import Mesh
@@ -74,26 +73,28 @@ def train(
         CheckpointError: another run is at work in the folder, or what the system answers to a save.
         Interrupted: SIGINT or SIGTERM, after the step in progress was finished and saved; a second one kills.
         NonFiniteError: see `moe.train.loop`.
+        SystemExit: on a mesh, instead of a mistake found before the first step, except in the first process of a node.
     """
     started = time.perf_counter()
-    first = mesh is None or dist.get_rank() == 0
+    world = world_of(mesh)
+    first = world.rank == 0
     overwritten = _overwritten(folder)
     with (
         deterministic(),
-        _stop_signals(console, once_more_kills=mesh is None) as stopped,
+        _stop_signals(console, once_more_kills=not world.launched) as stopped,
         contextlib.ExitStack() as held,
     ):
-        with _agreed(mesh):
+        with world.together():
             if first:
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 held.enter_context(locked(folder, "another run is at work in this folder"))
                 _open_folder(folder, settings, resume=resume, overwrite=overwrite)
         try:
-            with _agreed(mesh):
+            with world.together():
                 if first:
                     _dataset(folder, settings)
-            with _agreed(mesh):
-                trainer = _trainer(folder, settings, mesh)
+            with world.together():
+                trainer = _trainer(folder, settings, world)
         except BaseException:
             if first and not resume:
                 shutil.rmtree(folder)  # nothing was done there yet, and the next attempt needs the name
@@ -103,47 +104,26 @@ def train(
         if first and overwritten.exists():
             shutil.rmtree(overwritten)
         facts = trainer.dataset.facts
-        _say(
+        say(
             console,
             f"data: {facts['train']['tokens']:,} training tokens of {facts['train']['documents']} documents, "
             f"{facts['validation']['tokens']:,} held out of {facts['validation']['documents']}",
         )
-        if mesh is not None:
-            _say(console, str(mesh))
+        if world.launched:
+            say(console, str(mesh))
         if resume:
             _load_state(trainer, folder / "states", console)
-            _say(console, f"resuming after step {trainer.step_number} of {settings.steps}")
-        metrics = Metrics(folder / "metrics.jsonl" if first else None, until=trainer.step_number)
+            say(console, f"resuming after step {trainer.step_number} of {settings.steps}")
+        metrics = Metrics(folder / "metrics.jsonl" if first else Path(os.devnull), until=trainer.step_number)
         with ProgressDisplay(console, settings.steps, trainer.step_number) as display:
             _run_steps(trainer, metrics, folder / "states", display, stopped)
         trainer.model.eval()
-        _save_checkpoint(trainer, folder / "checkpoint")
-        if not first:
+        model = world.export(trainer.model, folder / "checkpoint")
+        if model is None:
             return None
-        summary = _summary(trainer, metrics, folder) | {"seconds": time.perf_counter() - started}
-        _write_json(folder / "summary.json", summary)
+        summary = _summary(trainer, metrics, folder, model) | {"seconds": time.perf_counter() - started}
+        write_json(folder / "summary.json", summary)
         return summary
-
-
-@contextlib.contextmanager
-def _agreed(mesh: "Mesh | None") -> Iterator[None]:
-    """A mistake that a rank finds in the block ends all of them, so that none waits for one that has given up.
-
-    The first rank that has an error raises it; the others leave without a word.
-    """
-    error: Exception | None = None
-    try:
-        yield
-    except (ConfigError, CheckpointError, ParallelError, OSError) as raised:
-        error = raised
-    if mesh is not None:
-        found: list[bool] = [False] * mesh.size
-        dist.all_gather_object(found, error is not None)
-        if any(found) and found.index(True) != dist.get_rank():
-            time.sleep(1)  # torchrun ends all ranks when one is gone: the one that speaks shall have done so by then
-            raise SystemExit(2)
-    if error is not None:
-        raise error
 
 
 def _dataset(folder: Path, settings: Settings) -> Dataset:
@@ -156,24 +136,15 @@ def _dataset(folder: Path, settings: Settings) -> Dataset:
     return prepare(folder / "data", settings.data, settings.tokenizer, config.vocab_size)
 
 
-def _trainer(folder: Path, settings: Settings, mesh: "Mesh | None") -> Trainer:
+def _trainer(folder: Path, settings: Settings, world: World) -> Trainer:
     dataset = _dataset(folder, settings)
     config = preset(settings.preset)
     extra = {**config.extra, **dataset.token_ids}
     config = dataclasses.replace(config, vocab_size=dataset.facts["vocab_size"], extra=extra)
     torch.manual_seed(settings.seed)
-    if mesh is None:
-        with torch.device(settings.device):
-            model = Transformer(config, seed=settings.seed)
-    else:
-        from moe.parallel import ParallelConfig, materialize, parallelize
-
-        with torch.device("meta"):
-            model = Transformer(config)
-        parallelize(model, mesh, ParallelConfig(payload=settings.dispatch))
-        materialize(model, seed=settings.seed)
+    model = world.build(config, settings)
     model.carried_files = dataset.carried_files()
-    return Trainer(model, dataset, settings, mesh)
+    return Trainer(model, dataset, settings, world=world)
 
 
 def _load_state(trainer: Trainer, states: Path, console: Console) -> None:
@@ -192,14 +163,14 @@ def _load_state(trainer: Trainer, states: Path, console: Console) -> None:
 
 
 def _run_steps(trainer: Trainer, metrics: Metrics, states: Path, display: ProgressDisplay, stopped: list[int]) -> None:
-    settings = trainer.settings
-    write = _state_writer(trainer, states)
+    settings, world = trainer.settings, trainer.world
 
     def save(*, wait: bool = False) -> Path:
-        metrics.sync()
-        return write(wait)
+        if world.rank == 0:
+            metrics.sync()
+        return world.save_state(trainer, states, wait=wait)
 
-    validated = trainer.agree({record["step"] for record in metrics.of("validation")})
+    validated = world.gather({record["step"] for record in metrics.of("validation")})[0]
     while True:
         step = trainer.step_number
         at_end = step == settings.steps
@@ -221,7 +192,7 @@ def _run_steps(trainer: Trainer, metrics: Metrics, states: Path, display: Progre
             save(wait=at_end)
         if at_end:
             return
-        if trainer.any(bool(stopped)):
+        if world.sum(torch.tensor(len(stopped))):
             signum = stopped[0] if stopped else signal.SIGTERM
             raise Interrupted(signum, step, save(wait=True))
         report = trainer.step()
@@ -238,34 +209,7 @@ def _run_steps(trainer: Trainer, metrics: Metrics, states: Path, display: Progre
         display.update(trainer.step_number, report.losses["ce"], report.tokens_per_second, max(max_vio))
 
 
-def _state_writer(trainer: Trainer, states: Path) -> Callable[[bool], Path]:
-    """What saves the trainer's state, and returns its folder; with True, not before it is on disk."""
-    keep = trainer.settings.keep
-    if trainer.mesh is None:
-        return lambda _: save_state(states, *trainer.state(), keep=keep)
-    from moe.parallel import StateWriter
-
-    writer = StateWriter(states, trainer.mesh, keep=keep)
-
-    def write(wait: bool) -> Path:
-        folder = writer.save(trainer.model, trainer.optimizers, trainer.position())
-        if wait:
-            writer.wait()
-        return folder
-
-    return write
-
-
-def _save_checkpoint(trainer: Trainer, folder: Path) -> None:
-    if trainer.mesh is None:
-        trainer.model.save(folder)
-        return
-    from moe.parallel import export
-
-    export(trainer.model, folder)
-
-
-def _summary(trainer: Trainer, metrics: Metrics, folder: Path) -> dict[str, Any]:
+def _summary(trainer: Trainer, metrics: Metrics, folder: Path, whole: Transformer) -> dict[str, Any]:
     model, dataset = trainer.model, trainer.dataset
     validation = metrics.of("validation")
     tokens = len(dataset.validation) - 1
@@ -298,7 +242,7 @@ def _summary(trainer: Trainer, metrics: Metrics, folder: Path) -> dict[str, Any]
             {"layer": name, "max_vio": vio, "dead_experts": dead, "tokens": counts} for name, vio, dead, counts in rows
         ],
         "plots": _plot(folder, metrics, load, {name: scores[name]["nats_per_token"] for name in ("unigram", "bigram")}),
-        "sample": _sample(trainer, folder / "checkpoint"),
+        "sample": _sample(trainer, whole),
     }
 
 
@@ -313,11 +257,9 @@ def _plot(folder: Path, metrics: Metrics, load: LoadReport, baselines: dict[str,
     return [str(file) for file in files]
 
 
-def _sample(trainer: Trainer, checkpoint: Path) -> dict[str, str]:
+def _sample(trainer: Trainer, model: Transformer) -> dict[str, str]:
     """The opening of the first held-out document, continued."""
     dataset = trainer.dataset
-    # On a mesh every rank would have to take part, and draw the same tokens.
-    model = trainer.model if trainer.mesh is None else load(checkpoint, dtype=torch.float32)
     opening = dataset.validation[: 1 + SAMPLE_PROMPT_TOKENS].astype(np.int64)
     ends = np.flatnonzero(opening[1:] == dataset.end_of_text)
     prompt = opening[: ends[0] + 1] if len(ends) else opening
@@ -359,7 +301,7 @@ def _open_folder(folder: Path, settings: Settings, *, resume: bool, overwrite: b
             shutil.rmtree(_overwritten(folder))
         os.replace(folder, _overwritten(folder))
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(file, deciding)
+    write_json(file, deciding)
 
 
 def _overwritten(folder: Path) -> Path:
@@ -375,22 +317,12 @@ def _is_settings(file: Path) -> bool:
     return isinstance(values, dict) and {"preset", "steps", "seq_length"} <= values.keys()
 
 
-def _write_json(file: Path, values: Any) -> None:
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, file)
-
-
 def _warn_of_other_bits(console: Console, values: dict[str, Any]) -> None:
     for name, now in (("torch", torch.__version__), ("threads", torch.get_num_threads())):
         if values[name] != now:
-            _say(
+            say(
                 console, f"note: {name} was {values[name]} and is {now}: the last bits will differ from an unbroken run"
             )
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -409,7 +341,7 @@ def _stop_signals(console: Console, *, once_more_kills: bool) -> Iterator[list[i
                 signal.signal(each, signal.SIG_DFL)
         once_more = "; once more to stop at once" if once_more_kills else ""
         if len(stopped) == 1:
-            _say(console, f"{signal.Signals(number).name}: finishing this step and saving{once_more}")
+            say(console, f"{signal.Signals(number).name}: finishing this step and saving{once_more}")
 
     for number in before:
         signal.signal(number, stop)
