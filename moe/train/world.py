@@ -19,7 +19,6 @@ from moe.train.state import save_state
 
 if TYPE_CHECKING:  # importing it takes half a second
     import moe.parallel.agreement
-    from moe.train.loop import Trainer
 
 
 class World:
@@ -61,8 +60,8 @@ class World:
         """This rank's part of a whole tensor, distributed as `parameter` is."""
         return tensor
 
-    def save_state(self, trainer: "Trainer", states: Path, *, wait: bool) -> Path:
-        """Save the trainer's state below `states`; returns its folder, with `wait` once it is on disk."""
+    def save_state(self, trainer: Any, states: Path, *, wait: bool) -> Path:
+        """Save the state of a `Trainer` below `states`; returns its folder, with `wait` once it is on disk."""
         return save_state(states, *trainer.state(), keep=trainer.settings.keep)
 
     def export(self, model: Transformer, folder: Path) -> Transformer | None:
@@ -111,7 +110,7 @@ class MeshWorld(World):
     def part_like(self, tensor: Tensor, parameter: Tensor) -> Tensor:
         return moe.parallel.part_like(tensor, parameter)
 
-    def save_state(self, trainer: "Trainer", states: Path, *, wait: bool) -> Path:
+    def save_state(self, trainer: Any, states: Path, *, wait: bool) -> Path:
         self.writer = self.writer or moe.parallel.StateWriter(states, self.mesh, keep=trainer.settings.keep)
         folder = self.writer.save(trainer.model, trainer.optimizers, trainer.position())
         if wait:
