@@ -5,8 +5,10 @@ one by one.
 """
 
 import contextlib
+import copy
 import dataclasses
 import itertools
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -72,6 +74,7 @@ def cases(size: int, *, long: bool) -> list[Case]:
     found = [Case(f"dispatch {name}", partial(dispatch, how=name)) for name in ROUTINGS]
     found += [Case(f"payload {name}", partial(payload, how=name)) for name in ("bf16", "fp8", "autocast")]
     found.append(Case("somebody else's model", foreign))
+    found.append(Case("groups of the global batch", groups))
     if size in (2, 8):
         found.append(Case("mixed precision", mixed_precision))
     if size == 2 and long:
@@ -464,6 +467,7 @@ def training(ranks: Ranks, mesh: tuple[int, int, int], how: str) -> None:
     # The norm is summed in two ways, with a journal and without.
     clip = partial(clip_grad_norm, journal=there.journal if how == "recomputed" else None)
     found = _train(model, settings, share, None, clip, there.journal)
+    assert (how == "global loss") == any(entry.operation == "balance loss" for entry in there.journal.entries)
 
     assert found.gradients.keys() == expected.gradients.keys()
     for name, gradient in expected.gradients.items():
@@ -648,6 +652,41 @@ def foreign(ranks: Ranks) -> None:
         expected = alone.get_parameter(name).grad
         assert expected is not None
         close(whole(gradient), expected, name)
+
+
+def groups(ranks: Ranks) -> None:
+    """The balance loss of a router without a correction bias sums over the group that is named; a copy is its own."""
+
+    def one_layer(rank: int) -> tuple[MoELayer, Tensor]:
+        settings: dict[str, Any] = dict(topk_method="greedy", scoring_func="softmax", aux_loss_alpha=1.0, seq_aux=False)
+        layer = MoELayer(16, 8, 8, 2, seed=3, initializer_range=0.5, **settings).double()
+        return layer, torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+
+    def loss(layer: MoELayer, x: Tensor) -> Tensor:
+        return layer(x, return_stats=True)[1].balance_loss.detach()
+
+    def exact(layer: MoELayer, mine: Tensor, everybody: list[Tensor]) -> Tensor:
+        """E / (K T) sum_i count_i P_i: counts of everybody, P of this rank."""
+        loads = [layer(x, return_stats=True)[1].load for x in everybody]
+        share = layer.gate(mine.flatten(0, 1)).scores.mean(0)
+        tokens = sum(x.shape[0] * x.shape[1] for x in everybody)
+        return (torch.stack(loads).sum(0) * share).sum().detach() * 8 / (2 * tokens)
+
+    layer, x = one_layer(ranks.rank)
+    everybody = [one_layer(rank)[1] for rank in range(ranks.size)]
+    counted = exact(layer.eval(), x, everybody)
+    close(loss(layer.train(), x), counted, "loss of all ranks")
+    handle = balance.attach(layer, torch.optim.SGD(layer.parameters(), lr=0.1), group=ranks.alone)
+    alone = exact(layer.eval(), x, [x])
+    close(loss(layer.train(), x), alone, "loss of this rank")
+    assert ranks.size == 1 or (counted - alone).abs() > 1e-4
+    for when in ("attached", "removed"):
+        copied = copy.deepcopy(layer)  # an average of weights begins with it
+        balance.set_loss_scale(copied, 0.5)
+        assert layer.gate.global_batch.loss_scale == 1.0, when
+        close(loss(copied, x), alone, f"loss of a copy, {when}")
+        assert pickle.loads(pickle.dumps(copied)).gate.counter is None
+        handle.remove()
 
 
 def without_gradients(ranks: Ranks) -> None:
