@@ -8,7 +8,6 @@ prediction modules (DeepSeek-V3, arXiv 2412.19437, section 2.2) stand behind the
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from inspect import signature
 from os import PathLike
 from typing import Any
 
@@ -51,10 +50,6 @@ class Output:
     load: Tensor | None = None
 
 
-# What a MoE layer takes of the config, by the same names.
-MOE_FIELDS = tuple(name for name in signature(MoELayer).parameters if name != "seed")
-
-
 class Block(nn.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
@@ -66,7 +61,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(width, eps=config.rms_norm_eps)
         self.mlp: MLP | MoELayer
         if has_experts:
-            self.mlp = MoELayer(**{name: getattr(config, name) for name in MOE_FIELDS})
+            self.mlp = MoELayer.from_config(config)
         else:
             self.mlp = MLP(width, config.intermediate_size)
 

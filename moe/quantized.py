@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe import ops
+from moe.ops import SwiGLU
 from moe.ops.library import autocast, differentiable_once
 from moe.ops.permutation import check_ids, check_weights
 from moe.ops.quantization import MX_BLOCK, scale_shape
@@ -194,9 +195,10 @@ class _FrozenMLP(torch.autograd.Function):
         decode_gate_up: Decode,
         decode_down: Decode,
         chosen: list[int] | None,
-        settings: tuple[float | None, float, float],
+        activation: SwiGLU,
     ) -> Any:
-        ctx.decode_gate_up, ctx.decode_down, ctx.chosen, ctx.settings = decode_gate_up, decode_down, chosen, settings
+        ctx.decode_gate_up, ctx.decode_down, ctx.chosen = decode_gate_up, decode_down, chosen
+        ctx.settings = activation.limit, activation.alpha, activation.beta
         y, pre = torch.ops.moesmith.moe_mlp_forward.default(
             x,
             _decode(decode_gate_up, gate_up, gate_up_scale, x.dtype, chosen),
@@ -205,7 +207,7 @@ class _FrozenMLP(torch.autograd.Function):
             expert_ids,
             gate_up_bias,
             down_bias,
-            *settings,
+            *ctx.settings,
             True,
             "auto",
         )
@@ -286,13 +288,11 @@ class QuantizedExperts(Quantized):
         hidden: int,
         *,
         bias: bool,
-        swiglu_limit: float | None,
-        swiglu_alpha: float,
-        swiglu_beta: float,
+        activation: SwiGLU,
     ) -> None:
         super().__init__()
         self.num_experts, self.width, self.hidden = num_experts, width, hidden
-        self.swiglu_limit, self.swiglu_alpha, self.swiglu_beta = swiglu_limit, swiglu_alpha, swiglu_beta
+        self.activation = activation
         self.gate_up_proj_bias = _bias((num_experts, 2 * hidden), bias)
         self.down_proj_bias = _bias((num_experts, width), bias)
 
@@ -323,11 +323,10 @@ class QuantizedExperts(Quantized):
             )
         stored = [getattr(self, name) for name in self.quantized]
         decoders = self._decoders()
-        settings = (self.swiglu_limit, self.swiglu_alpha, self.swiglu_beta)
         leaves = (x, weights, gate_up_bias, down_bias)
         if torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves):
             return _FrozenMLP.apply(  # pyright: ignore[reportReturnType]
-                x, weights, expert_ids, gate_up_bias, down_bias, *stored, *decoders, chosen, settings
+                x, weights, expert_ids, gate_up_bias, down_bias, *stored, *decoders, chosen, self.activation
             )
         gate_up, gate_up_scale, down, down_scale = stored
         return ops.moe_mlp(
@@ -338,9 +337,7 @@ class QuantizedExperts(Quantized):
             expert_ids,
             gate_up_bias=gate_up_bias,
             down_bias=down_bias,
-            swiglu_limit=settings[0],
-            swiglu_alpha=settings[1],
-            swiglu_beta=settings[2],
+            activation=self.activation,
         )
 
     def _choose(self, expert_ids: Tensor) -> tuple[list[int], Tensor]:
@@ -379,18 +376,14 @@ class FP8Experts(QuantizedExperts):
         *,
         block_size: tuple[int, int] = (128, 128),
         bias: bool = False,
-        swiglu_limit: float | None = None,
-        swiglu_alpha: float = 1.0,
-        swiglu_beta: float = 0.0,
+        activation: SwiGLU = SwiGLU(),
     ) -> None:
         super().__init__(
             num_experts,
             width,
             hidden,
             bias=bias,
-            swiglu_limit=swiglu_limit,
-            swiglu_alpha=swiglu_alpha,
-            swiglu_beta=swiglu_beta,
+            activation=activation,
         )
         self.block_size = block_size
         gate_up, down = (num_experts, 2 * hidden, width), (num_experts, width, hidden)
@@ -411,9 +404,7 @@ class FP8Experts(QuantizedExperts):
         block_size: tuple[int, int],
         gate_up_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
-        swiglu_limit: float | None = None,
-        swiglu_alpha: float = 1.0,
-        swiglu_beta: float = 0.0,
+        activation: SwiGLU = SwiGLU(),
     ) -> Self:
         """A module around these tensors, which are not copied; errors as those of `ops.dequantize_blocks`."""
         _check_parts(gate_up, gate_up_scale_inv, block_size, halves=2)
@@ -425,9 +416,7 @@ class FP8Experts(QuantizedExperts):
                 gate_up.shape[2],
                 gate_up.shape[1] // 2,
                 block_size=block_size,
-                swiglu_limit=swiglu_limit,
-                swiglu_alpha=swiglu_alpha,
-                swiglu_beta=swiglu_beta,
+                activation=activation,
             )
         made.gate_up_proj, made.down_proj = _frozen(gate_up), _frozen(down)
         made.gate_up_proj_scale_inv, made.down_proj_scale_inv = gate_up_scale_inv.detach(), down_scale_inv.detach()
@@ -466,18 +455,14 @@ class MXFP4Experts(QuantizedExperts):
         hidden: int,
         *,
         bias: bool = False,
-        swiglu_limit: float | None = None,
-        swiglu_alpha: float = 1.0,
-        swiglu_beta: float = 0.0,
+        activation: SwiGLU = SwiGLU(),
     ) -> None:
         super().__init__(
             num_experts,
             width,
             hidden,
             bias=bias,
-            swiglu_limit=swiglu_limit,
-            swiglu_alpha=swiglu_alpha,
-            swiglu_beta=swiglu_beta,
+            activation=activation,
         )
         for name, size in (("width", width), ("hidden", hidden)):
             if size % MX_BLOCK:
@@ -498,9 +483,7 @@ class MXFP4Experts(QuantizedExperts):
         *,
         gate_up_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
-        swiglu_limit: float | None = None,
-        swiglu_alpha: float = 1.0,
-        swiglu_beta: float = 0.0,
+        activation: SwiGLU = SwiGLU(),
     ) -> Self:
         """A module around these tensors, which are not copied; errors as those of `ops.dequantize_mxfp4`."""
         gate_up = ops.dequantize_mxfp4(gate_up_blocks.to("meta"), gate_up_scales.to("meta"))
@@ -511,9 +494,7 @@ class MXFP4Experts(QuantizedExperts):
                 len(gate_up),
                 gate_up.shape[2],
                 gate_up.shape[1] // 2,
-                swiglu_limit=swiglu_limit,
-                swiglu_alpha=swiglu_alpha,
-                swiglu_beta=swiglu_beta,
+                activation=activation,
             )
         made.gate_up_proj_blocks, made.down_proj_blocks = _frozen(gate_up_blocks), _frozen(down_blocks)
         made.gate_up_proj_scales, made.down_proj_scales = gate_up_scales.detach(), down_scales.detach()

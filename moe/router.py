@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe import ops
-from moe.config import ScoringFunc, TopkMethod
+from moe.config import RouterConfig
 from moe.ops import Routing
 
 
@@ -22,36 +22,13 @@ class Router(nn.Module):
 
     e_score_correction_bias: Tensor | None
 
-    def __init__(
-        self,
-        hidden_size: int,
-        n_routed_experts: int,
-        num_experts_per_tok: int,
-        *,
-        scoring_func: ScoringFunc,
-        topk_method: TopkMethod,
-        n_group: int,
-        topk_group: int,
-        norm_topk_prob: bool,
-        routed_scaling_factor: float,
-        router_bias: bool = False,
-        moe_norm_min: float = 0.0,
-    ) -> None:
+    def __init__(self, hidden_size: int, config: RouterConfig) -> None:
         super().__init__()
-        self.num_experts = n_routed_experts
-        self.selection: dict[str, Any] = {
-            "top_k": num_experts_per_tok,
-            "scoring_func": scoring_func,
-            "n_group": n_group,
-            "topk_group": topk_group,
-            "group_score": "top2" if topk_method == "noaux_tc" else "max",
-            "norm_topk_prob": norm_topk_prob,
-            "routed_scaling_factor": routed_scaling_factor,
-            "norm_min": moe_norm_min,
-        }
-        self.weight = nn.Parameter(torch.empty(n_routed_experts, hidden_size))
-        self.bias = nn.Parameter(torch.empty(n_routed_experts)) if router_bias else None
-        bias = torch.zeros(n_routed_experts, dtype=torch.float32) if topk_method == "noaux_tc" else None
+        experts = self.num_experts = config.n_routed_experts
+        self.selection = config.selection
+        self.weight = nn.Parameter(torch.empty(experts, hidden_size))
+        self.bias = nn.Parameter(torch.empty(experts)) if config.router_bias else None
+        bias = torch.zeros(experts, dtype=torch.float32) if config.topk_method == "noaux_tc" else None
         self.register_buffer("e_score_correction_bias", bias)
         # Set by balance.attach: a leaf whose gradient is the load of the step, and the group of the global batch.
         self.counter: Tensor | None = None

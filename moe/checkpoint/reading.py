@@ -504,9 +504,8 @@ def _adopt(model: Transformer, state: dict[str, Tensor], todo: Plan) -> None:
 
 def _some_of(module: Experts, count: int) -> Experts:
     (_, twice, width), bias = module.gate_up_proj.shape, module.gate_up_proj_bias is not None
-    settings: dict[str, Any] = {"limit": module.limit, "alpha": module.alpha, "beta": module.beta}
     with torch.device("meta"):
-        return Experts(count, width, twice // 2, bias=bias, **settings)
+        return Experts(count, width, twice // 2, bias=bias, activation=module.activation)
 
 
 def _experts_of(
@@ -515,9 +514,7 @@ def _experts_of(
     settings: dict[str, Any] = {
         "gate_up_bias": bias["gate_up"],
         "down_bias": bias["down"],
-        "swiglu_limit": module.limit,
-        "swiglu_alpha": module.alpha,
-        "swiglu_beta": module.beta,
+        "activation": module.activation,
     }
     block_size = todo.quantization.block_size if todo.quantization else None
     kind = FP8Experts if block_size is not None else MXFP4Experts
