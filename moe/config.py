@@ -21,6 +21,7 @@ QkNorm = Literal["none", "head", "whole"]
 LayerType = Literal["full_attention", "sliding_attention"]
 
 MAX_SIZE = 2**24  # any single dimension; far above every released model, far below int32 overflow in a product of two
+MAX_LENGTH = MAX_SIZE * 64  # of positions
 MAX_PARAMETERS = 2**46  # a hundred times the largest released model
 
 
@@ -35,7 +36,11 @@ class _Settings:
 
     def validate(self) -> None:
         """Raise `ConfigError` for the first field that makes no sense. Allocates nothing."""
-        _check_types(self)
+        for f in dataclasses.fields(self):
+            value, optional = getattr(self, f.name), isinstance(f.type, UnionType)
+            kind = get_args(f.type)[0] if optional else f.type
+            ok = _is_a(kind, value) or (value is None and optional)
+            self._require(f.name, ok, _ALLOWED.get(kind) or f"one of {', '.join(get_args(kind))}")
 
     @classmethod
     def check_names(cls, values: Mapping[str, Any]) -> None:
@@ -50,8 +55,7 @@ class _Settings:
         """Make one from plain values. Raises `ConfigError` if a field does not exist or a required one is missing."""
         cls.check_names(values)
         for f in dataclasses.fields(cls):
-            required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-            if required and f.name not in values:
+            if f.default is f.default_factory is dataclasses.MISSING and f.name not in values:
                 raise ConfigError(f.name, None, "a value: the field is required")
         return cls(**values)
 
@@ -110,7 +114,7 @@ class RopeParameters(_Settings):
             original = self.original_max_position_embeddings
             self._require(
                 "original_max_position_embeddings",
-                original is not None and 1 <= original <= MAX_SIZE * 64,
+                original is not None and 1 <= original <= MAX_LENGTH,
                 "a positive length for rope_type 'yarn'",
             )
 
@@ -368,9 +372,8 @@ class ModelConfig(MoEConfig):
         return not dense and (index + 1) % self.decoder_sparse_step == 0
 
     def is_sliding_layer(self, index: int) -> bool:
-        if self.sliding_window is None:
-            return False
-        return self.layer_types is None or self.layer_types[index] == "sliding_attention"
+        types = self.layer_types
+        return self.sliding_window is not None and (types is None or types[index] == "sliding_attention")
 
     def family_problems(self) -> tuple[str, ...]:
         """Why checkpoint files of `model_type` cannot express this config, one line for each reason; empty if they can.
@@ -391,10 +394,8 @@ class ModelConfig(MoEConfig):
         mtp, layers, dense = self.num_nextn_predict_layers, self.num_hidden_layers, self.first_k_dense_replace
         self._require("num_nextn_predict_layers", 0 <= mtp <= 1024, "an integer from 0 to 1024")
         self._require("num_hidden_layers", layers <= 10_000, "at most 10000 layers")
-        limit = MAX_SIZE * 64
-        self._require(
-            "max_position_embeddings", 1 <= self.max_position_embeddings <= limit, f"an integer from 1 to {limit}"
-        )
+        length = self.max_position_embeddings
+        self._require("max_position_embeddings", 1 <= length <= MAX_LENGTH, f"an integer from 1 to {MAX_LENGTH}")
 
         self._validate_attention()
 
@@ -411,46 +412,34 @@ class ModelConfig(MoEConfig):
         self._limit_parameters("n_routed_experts", 3 * layers * self.moe_intermediate_size * self.n_routed_experts)
 
     def _validate_attention(self) -> None:
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        types, layers = self.layer_types, self.num_hidden_layers
         if self.is_mla:
             for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
                 self._require(name, getattr(self, name) is not None, "a size, because kv_lora_rank asks for MLA")
-            nope = self.qk_nope_head_dim
-            self._require(
-                "qk_nope_head_dim", nope is not None and 0 <= nope <= MAX_SIZE, f"an integer from 0 to {MAX_SIZE}"
-            )
-            heads = self.num_key_value_heads
-            same = heads is None or heads == self.num_attention_heads
-            self._require(
-                "num_key_value_heads", same, f"None or num_attention_heads ({self.num_attention_heads}) with MLA"
-            )
-            self._require(
-                "head_dim", self.head_dim is None, "None with MLA (qk_nope_head_dim and qk_rope_head_dim decide)"
-            )
-            self._require("qk_norm", self.qk_norm == "none", "'none' with MLA (its latents are normalised)")
-            self._require("attention_sinks", not self.attention_sinks, "False with MLA")
-            self._require("sliding_window", self.sliding_window is None, "None with MLA")
-            partial = self.rope_parameters.partial_rotary_factor
-            if partial != 1:
-                raise ConfigError("rope_parameters.partial_rotary_factor", partial, "1 with MLA")
+            for name, ok, allowed in (
+                ("qk_nope_head_dim", 0 <= (self.qk_nope_head_dim or 0) <= MAX_SIZE, f"an integer from 0 to {MAX_SIZE}"),
+                ("num_key_value_heads", kv_heads in (None, heads), f"None or num_attention_heads ({heads}) with MLA"),
+                ("head_dim", self.head_dim is None, "None with MLA (qk_nope_head_dim and qk_rope_head_dim decide)"),
+                ("qk_norm", self.qk_norm == "none", "'none' with MLA (its latents are normalised)"),
+                ("attention_sinks", not self.attention_sinks, "False with MLA"),
+                ("sliding_window", self.sliding_window is None, "None with MLA"),
+            ):
+                self._require(name, ok, allowed)
+            rope = self.rope_parameters
+            rope._require("partial_rotary_factor", rope.partial_rotary_factor == 1, "1 with MLA")
         else:
             for name in ("q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
                 self._require(name, getattr(self, name) is None, "None without kv_lora_rank (grouped-query attention)")
-            kv_heads = self.num_key_value_heads or self.num_attention_heads
-            divides = self.num_attention_heads % kv_heads == 0
-            self._require(
-                "num_key_value_heads", divides, f"a divisor of num_attention_heads ({self.num_attention_heads})"
-            )
-            fits = self.head_dim is not None or self.hidden_size % self.num_attention_heads == 0
-            self._require(
-                "hidden_size", fits, f"a multiple of num_attention_heads ({self.num_attention_heads}), or a head_dim"
-            )
+            divides = heads % (kv_heads or heads) == 0
+            self._require("num_key_value_heads", divides, f"a divisor of num_attention_heads ({heads})")
+            fits = self.head_dim is not None or self.hidden_size % heads == 0
+            self._require("hidden_size", fits, f"a multiple of num_attention_heads ({heads}), or a head_dim")
         name = "qk_rope_head_dim" if self.is_mla else ("head_dim" if self.head_dim is not None else "hidden_size")
         even = self.rope_dim % 2 == 0 and self.rope_dim > 0
         self._require(name, even, f"an even rotary dimension; it is {self.rope_dim}")
-        types, layers = self.layer_types, self.num_hidden_layers
-        self._require(
-            "layer_types", types is None or len(types) == layers, f"None or {layers} entries, one for each layer"
-        )
+        listed = types is None or len(types) == layers
+        self._require("layer_types", listed, f"None or {layers} entries, one for each layer")
         slides = types is None or "sliding_attention" not in types or self.sliding_window is not None
         self._require("sliding_window", slides, "a size, because layer_types has sliding_attention")
 
@@ -468,29 +457,17 @@ _ALLOWED: dict[Any, str] = {
 }
 
 
-def _check_types(config: _Settings) -> None:
-    """Every field holds a value of its annotated type. bool is not int; int passes for float; floats are finite."""
-    for f in dataclasses.fields(config):
-        value, optional = getattr(config, f.name), isinstance(f.type, UnionType)
-        kind = get_args(f.type)[0] if optional else f.type
-        if not (value is None and optional) and not _is_a(kind, value):
-            raise ConfigError(config.where + f.name, value, _ALLOWED.get(kind) or f"one of {', '.join(get_args(kind))}")
-
-
 def _is_a(kind: Any, value: Any) -> bool:
+    """Whether a field of type `kind` may have the value. bool is not int; int passes for float; floats are finite."""
     if get_origin(kind) is Literal:
         return isinstance(value, str) and value in get_args(kind)
     if get_origin(kind) is tuple:
         return isinstance(value, tuple) and all(_is_a(get_args(kind)[0], each) for each in value)
-    if kind is float:
-        return _is_finite(value)
-    return isinstance(value, get_origin(kind) or kind) and (kind is bool or not isinstance(value, bool))
-
-
-def _is_finite(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
+    if isinstance(value, bool):
+        return kind is bool
+    if kind is not float:
+        return isinstance(value, get_origin(kind) or kind)
     try:
-        return math.isfinite(value)
+        return isinstance(value, int | float) and math.isfinite(value)
     except OverflowError:  # an integer beyond all floats
         return False

@@ -272,7 +272,7 @@ def test_arguments_are_those_of_the_config_and_a_seed() -> None:
     assert list(own)[:4] == ["hidden_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok"]
     assert own["seed"].default is None and own["seed"].kind is inspect.Parameter.KEYWORD_ONLY
     with pytest.raises(moe.ConfigError, match="n_groups = 2: expected no such field; did you mean n_group"):
-        MoELayer(24, 10, 8, 3, n_groups=2)
+        MoELayer(24, 10, 8, 3, n_groups=2)  # pyright: ignore[reportCallIssue]
     with pytest.raises(TypeError, match="num_experts_per_tok"):
         MoELayer(24, 10, 8)  # pyright: ignore[reportCallIssue]
 

@@ -511,11 +511,6 @@ def _some_of(module: Experts, count: int) -> Experts:
 def _experts_of(
     module: Experts, parent: str, state: Mapping[str, Tensor], bias: Mapping[str, Tensor | None], todo: Plan
 ) -> FP8Experts | MXFP4Experts:
-    settings: dict[str, Any] = {
-        "gate_up_bias": bias["gate_up"],
-        "down_bias": bias["down"],
-        "activation": module.activation,
-    }
     block_size = todo.quantization.block_size if todo.quantization else None
     kind = FP8Experts if block_size is not None else MXFP4Experts
     parts = [state.get(f"{parent}.{name}") for name in kind.quantized]
@@ -523,9 +518,9 @@ def _experts_of(
     if lacking:
         problem = "only some tensors of these experts are quantised, which cannot be kept; load with dtype='auto'"
         raise CheckpointError(todo.folder, problem, tensor=parent, expected=" and ".join(lacking), found="none")
-    if block_size is not None:
-        settings["block_size"] = block_size
-    return kind.from_parts(*parts, **settings)  # pyright: ignore[reportArgumentType]
+    settings = {"activation": module.activation} | ({} if block_size is None else {"block_size": block_size})
+    biases = {"gate_up_bias": bias["gate_up"], "down_bias": bias["down"]}
+    return kind.from_parts(*parts, **biases, **settings)  # pyright: ignore[reportArgumentType]
 
 
 def _is_widened(slot: Slot) -> bool:
