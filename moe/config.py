@@ -56,7 +56,7 @@ class _Settings:
         cls.check_names(values)
         for f in dataclasses.fields(cls):
             if f.default is f.default_factory is dataclasses.MISSING and f.name not in values:
-                raise ConfigError(f.name, None, "a value: the field is required")
+                raise ConfigError(cls.where + f.name, None, "a value: the field is required")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -166,9 +166,8 @@ class ExpertsConfig(_Settings):
     @property
     def shared_width(self) -> int:
         """Hidden width of the shared expert; 0 for none."""
-        if self.shared_expert_intermediate_size is not None:
-            return self.shared_expert_intermediate_size
-        return self.n_shared_experts * self.moe_intermediate_size
+        width = self.shared_expert_intermediate_size
+        return self.n_shared_experts * self.moe_intermediate_size if width is None else width
 
     def validate(self) -> None:
         super().validate()
@@ -353,9 +352,8 @@ class ModelConfig(MoEConfig):
     @property
     def rope_dim(self) -> int:
         """How many of a head's dimensions rotate."""
-        if self.is_mla:
-            return self.qk_rope_head_dim or 0
-        return int(self.qk_head_dim * self.rope_parameters.partial_rotary_factor)
+        rotary = self.qk_rope_head_dim or 0
+        return rotary if self.is_mla else int(self.qk_head_dim * self.rope_parameters.partial_rotary_factor)
 
     @property
     def output_bias(self) -> bool:
@@ -387,24 +385,26 @@ class ModelConfig(MoEConfig):
 
     def validate(self) -> None:
         super().validate()
-        self._require_sizes("vocab_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-        self._require_sizes("decoder_sparse_step")
+        sizes = ("vocab_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "decoder_sparse_step")
+        self._require_sizes(*sizes)
         optional = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "v_head_dim", "num_key_value_heads", "head_dim")
         self._require_sizes(*optional, "sliding_window", optional=True)
         mtp, layers, dense = self.num_nextn_predict_layers, self.num_hidden_layers, self.first_k_dense_replace
         self._require("num_nextn_predict_layers", 0 <= mtp <= 1024, "an integer from 0 to 1024")
         self._require("num_hidden_layers", layers <= 10_000, "at most 10000 layers")
-        length = self.max_position_embeddings
-        self._require("max_position_embeddings", 1 <= length <= MAX_LENGTH, f"an integer from 1 to {MAX_LENGTH}")
+        self._require(
+            "max_position_embeddings",
+            1 <= self.max_position_embeddings <= MAX_LENGTH,
+            f"an integer from 1 to {MAX_LENGTH}",
+        )
 
         self._validate_attention()
 
         self._require(
             "first_k_dense_replace", 0 <= dense <= layers, f"an integer from 0 to num_hidden_layers ({layers})"
         )
-        inside = all(0 <= i < layers for i in self.mlp_only_layers)
-        distinct = len(set(self.mlp_only_layers)) == len(self.mlp_only_layers)
-        self._require("mlp_only_layers", inside and distinct, f"distinct layers from 0 to {layers - 1}")
+        distinct = len({i for i in self.mlp_only_layers if 0 <= i < layers}) == len(self.mlp_only_layers)
+        self._require("mlp_only_layers", distinct, f"distinct layers from 0 to {layers - 1}")
         self._require("rms_norm_eps", 0 < self.rms_norm_eps < 1, "a number between 0 and 1")
         self._require("mtp_loss_weight", self.mtp_loss_weight >= 0, "a number from 0 up")
         self._limit_parameters("vocab_size", self.vocab_size)

@@ -197,8 +197,8 @@ class _FrozenMLP(torch.autograd.Function):
         chosen: list[int] | None,
         activation: SwiGLU,
     ) -> Any:
-        ctx.decode_gate_up, ctx.decode_down, ctx.chosen = decode_gate_up, decode_down, chosen
-        ctx.settings = activation.limit, activation.alpha, activation.beta
+        settings = activation.limit, activation.alpha, activation.beta
+        ctx.decode_gate_up, ctx.decode_down, ctx.chosen, ctx.settings = decode_gate_up, decode_down, chosen, settings
         y, pre = torch.ops.moesmith.moe_mlp_forward.default(
             x,
             _decode(decode_gate_up, gate_up, gate_up_scale, x.dtype, chosen),
@@ -207,7 +207,7 @@ class _FrozenMLP(torch.autograd.Function):
             expert_ids,
             gate_up_bias,
             down_bias,
-            *ctx.settings,
+            *settings,
             True,
             "auto",
         )
@@ -326,8 +326,7 @@ class QuantizedExperts(Quantized):
             gate_up_bias, down_bias = (
                 None if bias is None else bias.index_select(0, index) for bias in (gate_up_bias, down_bias)
             )
-        stored = [getattr(self, name) for name in self.quantized]
-        decoders = self._decoders()
+        stored, decoders = [getattr(self, name) for name in self.quantized], self._decoders()
         leaves = (x, weights, gate_up_bias, down_bias)
         if torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves):
             return _FrozenMLP.apply(  # pyright: ignore[reportReturnType]
@@ -414,9 +413,15 @@ class FP8Experts(QuantizedExperts):
         """A module around these tensors, which are not copied; errors as those of `ops.dequantize_blocks`."""
         _check_parts(gate_up, gate_up_scale_inv, block_size, halves=2)
         _check_parts(down, down_scale_inv, block_size)
-        parts = (gate_up, gate_up_scale_inv, down, down_scale_inv)
-        settings = {"block_size": block_size, "activation": activation}
-        return cls._around(gate_up.shape, down.shape, parts, gate_up_bias, down_bias, **settings)
+        return cls._around(
+            gate_up.shape,
+            down.shape,
+            (gate_up, gate_up_scale_inv, down, down_scale_inv),
+            gate_up_bias,
+            down_bias,
+            block_size=block_size,
+            activation=activation,
+        )
 
     def _decoders(self) -> tuple[Decode, Decode]:
         decode = partial(ops.dequantize_blocks, block_size=self.block_size)
@@ -481,8 +486,14 @@ class MXFP4Experts(QuantizedExperts):
         """A module around these tensors, which are not copied; errors as those of `ops.dequantize_mxfp4`."""
         gate_up = ops.dequantize_mxfp4(gate_up_blocks.to("meta"), gate_up_scales.to("meta"))
         down = ops.dequantize_mxfp4(down_blocks.to("meta"), down_scales.to("meta"))
-        parts = (gate_up_blocks, gate_up_scales, down_blocks, down_scales)
-        return cls._around(gate_up.shape, down.shape, parts, gate_up_bias, down_bias, activation=activation)
+        return cls._around(
+            gate_up.shape,
+            down.shape,
+            (gate_up_blocks, gate_up_scales, down_blocks, down_scales),
+            gate_up_bias,
+            down_bias,
+            activation=activation,
+        )
 
     def _decoders(self) -> tuple[Decode, Decode]:
         return ops.dequantize_mxfp4, ops.dequantize_mxfp4

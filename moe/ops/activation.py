@@ -1,6 +1,5 @@
 """SwiGLU: the gated activation between an expert's two matrix products."""
 
-import math
 from typing import Any
 
 import torch
@@ -69,11 +68,10 @@ def swiglu_backward_into(
     wide = torch.promote_types(gate_up.dtype, torch.float32)
     grad = grad.to(wide)
     gate, up = (half.to(wide) for half in gate_up.chunk(2, dim=-1))
-    low, high = (-math.inf, math.inf) if limit is None else (-limit, limit)
-    gate_inside, up_inside = None, None
+    inside = None
     if limit is not None:
-        gate_inside, up_inside = gate <= high, (up >= low) & (up <= high)
-        gate, up = gate.clamp(max=high), up.clamp(low, high)
+        inside = gate <= limit, (up >= -limit) & (up <= limit)
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     if beta != 0.0:
         up = up + beta
     out_gate, out_up = out.chunk(2, dim=-1)
@@ -82,9 +80,9 @@ def swiglu_backward_into(
     # d(gate * sigmoid) / d gate = sigmoid * (1 + alpha * gate * (1 - sigmoid))
     slope = torch.addcmul(scaled, scaled, sigmoid, value=-1).add_(1).mul_(sigmoid).mul_(up).mul_(grad)
     lift = sigmoid.mul_(gate).mul_(grad)
-    if gate_inside is not None and up_inside is not None:
-        slope.masked_fill_(~gate_inside, 0)
-        lift.masked_fill_(~up_inside, 0)
+    if inside is not None:
+        slope.masked_fill_(~inside[0], 0)
+        lift.masked_fill_(~inside[1], 0)
     out_gate.copy_(slope)
     out_up.copy_(lift)
     return out

@@ -58,9 +58,9 @@ def moe_mlp(
         return moe_mlp_reference(x, gate_up, down, weights, expert_ids, gate_up_bias, down_bias, activation)
     if tier == "triton" and x.device.type == "cpu":
         sort_slots(expert_ids, gate_up.shape[0])  # refuses ids that name no expert, for the interpreter does not
-    parameters = (gate_up, down, gate_up_bias, down_bias)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weights, *parameters))
-    y, _ = _MOE_MLP_FORWARD(
+    leaves = (x, gate_up, down, weights, gate_up_bias, down_bias)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
+    return _MOE_MLP_FORWARD(
         x,
         gate_up,
         down,
@@ -73,8 +73,7 @@ def moe_mlp(
         activation.beta,
         needs_grad,
         tier,
-    )
-    return y
+    )[0]
 
 
 def moe_mlp_reference(
