@@ -39,8 +39,11 @@ class _Settings:
         for f in dataclasses.fields(self):
             value, optional = getattr(self, f.name), isinstance(f.type, UnionType)
             kind = get_args(f.type)[0] if optional else f.type
-            ok = _is_a(kind, value) or (value is None and optional)
-            self._require(f.name, ok, _ALLOWED.get(kind) or f"one of {', '.join(get_args(kind))}")
+            if not _is_a(kind, value) and not (value is None and optional):
+                # Looked up only now: torch.compile, which may have to trace a SwiGLU being made, cannot hash a type.
+                raise ConfigError(
+                    self.where + f.name, value, _ALLOWED.get(kind) or f"one of {', '.join(get_args(kind))}"
+                )
 
     @classmethod
     def check_names(cls, values: Mapping[str, Any]) -> None:

@@ -101,7 +101,7 @@ class MoEStats:
 
 
 @dataclass(frozen=True)
-class _Arguments(MoEConfig):
+class _MoELayerArguments(MoEConfig):
     """The arguments of `MoELayer`."""
 
     _: KW_ONLY
@@ -132,11 +132,11 @@ class MoELayer(nn.Module):
         ConfigError: from the same checks as `ModelConfig`, and for a keyword that does not exist.
     """
 
-    @_takes(_Arguments.__init__)
+    @_takes(_MoELayerArguments.__init__)
     def __init__(self, *sizes: int, **settings: Any) -> None:
         super().__init__()
-        _Arguments.check_names(settings)
-        config = _Arguments(*sizes, **settings)
+        _MoELayerArguments.check_names(settings)
+        config = _MoELayerArguments(*sizes, **settings)
         self.hidden_size = config.hidden_size
         self.alpha, self.seq_aux, self.z_coef = config.aux_loss_alpha, config.seq_aux, config.router_z_loss_coef
         # Swapped by moe.parallel for one that reaches experts on other ranks, and computes `shared` meanwhile.
