@@ -1,20 +1,24 @@
 """The Mixture-of-Experts layer: experts, shared experts, and the layer that routes tokens to them."""
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, overload
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, fields
+from functools import wraps
+from typing import Any, Concatenate, Literal, ParamSpec, Protocol, Self, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe import balance, ops
-from moe.config import ModelConfig, ScoringFunc, TopkMethod
+from moe.config import MoEConfig
 from moe.global_batch import GlobalBatch
 from moe.init import materialize
 from moe.loss import Term
-from moe.ops import Routing
+from moe.ops import Routing, SwiGLU
 from moe.router import Router
+
+P = ParamSpec("P")
 
 
 class MLP(nn.Module):
@@ -32,7 +36,7 @@ class MLP(nn.Module):
 
 class Experts(nn.Module):
     """All routed experts, stacked: gate_up_proj [E, 2F, D] (gate rows first) and down_proj [E, D, F], with `bias` also
-    gate_up_proj_bias [E, 2F] and down_proj_bias [E, D]; the activation is `moe.ops.swiglu` with limit, alpha, beta."""
+    gate_up_proj_bias [E, 2F] and down_proj_bias [E, D]; `activation` is that of `moe.ops.swiglu`."""
 
     def __init__(
         self,
@@ -41,16 +45,14 @@ class Experts(nn.Module):
         hidden: int,
         *,
         bias: bool = False,
-        limit: float | None = None,
-        alpha: float = 1.0,
-        beta: float = 0.0,
+        activation: SwiGLU = SwiGLU(),
     ) -> None:
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * hidden, width))
         self.down_proj = nn.Parameter(torch.empty(num_experts, width, hidden))
         self.gate_up_proj_bias = nn.Parameter(torch.empty(num_experts, 2 * hidden)) if bias else None
         self.down_proj_bias = nn.Parameter(torch.empty(num_experts, width)) if bias else None
-        self.limit, self.alpha, self.beta = limit, alpha, beta
+        self.activation = activation
 
     def forward(self, x: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
         gate_up, down, gate_up_bias, down_bias = self.operands()
@@ -62,9 +64,7 @@ class Experts(nn.Module):
             expert_ids,
             gate_up_bias=gate_up_bias,
             down_bias=down_bias,
-            swiglu_limit=self.limit,
-            swiglu_alpha=self.alpha,
-            swiglu_beta=self.beta,
+            activation=self.activation,
         )
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -147,6 +147,21 @@ class MoEStats:
         return torch.stack(means).sum() if means else torch.zeros((), device=self.load.device)
 
 
+@dataclass(frozen=True)
+class _MoELayerArguments(MoEConfig):
+    """The arguments of `MoELayer`."""
+
+    _: KW_ONLY
+    seed: int | None = None
+
+
+def _takes(
+    arguments: Callable[Concatenate[Any, P], None],
+) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, P], None]]:
+    """Decorator of a method that passes its arguments on, which gives it their signature for editors and `inspect`."""
+    return wraps(arguments, assigned=(), updated=())  # pyright: ignore[reportReturnType]
+
+
 class MoELayer(nn.Module):
     """A Mixture-of-Experts feed-forward layer for any model: y = sum_k w_k expert_k(x) + shared(x).
 
@@ -157,104 +172,38 @@ class MoELayer(nn.Module):
     Args:
         hidden_size, moe_intermediate_size: D and F.
         n_routed_experts, num_experts_per_tok: E and K.
-        n_shared_experts: width of the always-on expert in units of F; 0 for none.
-        shared_expert_intermediate_size, shared_expert_gate, expert_bias, swiglu_limit, swiglu_alpha, swiglu_beta,
-        scoring_func, topk_method, n_group, topk_group, norm_topk_prob, routed_scaling_factor, router_bias,
-        moe_norm_min: see `ModelConfig`.
-        aux_loss_alpha, seq_aux, router_z_loss_coef: coefficients of the losses of `moe.balance`.
-        initializer_range, seed: see `initialize`; without a seed, each layer draws one from torch's generator.
+        keywords but seed: see `moe.config.MoEConfig`, which inherits from `ExpertsConfig` and `RouterConfig`.
+        seed: see `initialize`; without a seed, each layer draws one from torch's generator.
 
     Raises:
-        ConfigError: from the same checks as `ModelConfig`.
+        ConfigError: from the same checks as `ModelConfig`, and for a keyword that does not exist.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        moe_intermediate_size: int,
-        n_routed_experts: int,
-        num_experts_per_tok: int,
-        *,
-        n_shared_experts: int = 0,
-        shared_expert_intermediate_size: int | None = None,
-        shared_expert_gate: bool = False,
-        expert_bias: bool = False,
-        swiglu_limit: float | None = None,
-        swiglu_alpha: float = 1.0,
-        swiglu_beta: float = 0.0,
-        scoring_func: ScoringFunc = "sigmoid",
-        topk_method: TopkMethod = "noaux_tc",
-        n_group: int = 1,
-        topk_group: int = 1,
-        norm_topk_prob: bool = True,
-        routed_scaling_factor: float = 1.0,
-        router_bias: bool = False,
-        moe_norm_min: float = 0.0,
-        aux_loss_alpha: float = 0.0,
-        seq_aux: bool = True,
-        router_z_loss_coef: float = 0.0,
-        initializer_range: float = 0.02,
-        seed: int | None = None,
-    ) -> None:
+    @_takes(_MoELayerArguments.__init__)
+    def __init__(self, *sizes: int, **settings: Any) -> None:
         super().__init__()
-        config = ModelConfig(  # the same checks, with the same words
-            vocab_size=1,
-            hidden_size=hidden_size,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            head_dim=2,
-            intermediate_size=1,
-            moe_intermediate_size=moe_intermediate_size,
-            n_routed_experts=n_routed_experts,
-            num_experts_per_tok=num_experts_per_tok,
-            n_shared_experts=n_shared_experts,
-            shared_expert_intermediate_size=shared_expert_intermediate_size,
-            shared_expert_gate=shared_expert_gate,
-            expert_bias=expert_bias,
-            swiglu_limit=swiglu_limit,
-            swiglu_alpha=swiglu_alpha,
-            swiglu_beta=swiglu_beta,
-            scoring_func=scoring_func,
-            topk_method=topk_method,
-            n_group=n_group,
-            topk_group=topk_group,
-            norm_topk_prob=norm_topk_prob,
-            routed_scaling_factor=routed_scaling_factor,
-            router_bias=router_bias,
-            moe_norm_min=moe_norm_min,
-            aux_loss_alpha=aux_loss_alpha,
-            seq_aux=seq_aux,
-            router_z_loss_coef=router_z_loss_coef,
-            initializer_range=initializer_range,
-        )
-        self.config = config
+        _MoELayerArguments.check_names(settings)
+        self.config = config = _MoELayerArguments(*sizes, **settings)
         self.dispatcher: Dispatcher = LocalDispatcher()
         with torch.device("meta"):
-            self.gate = Router(
-                hidden_size,
-                n_routed_experts,
-                num_experts_per_tok,
-                scoring_func=scoring_func,
-                topk_method=topk_method,
-                n_group=n_group,
-                topk_group=topk_group,
-                norm_topk_prob=norm_topk_prob,
-                routed_scaling_factor=routed_scaling_factor,
-                router_bias=router_bias,
-                moe_norm_min=moe_norm_min,
-            )
+            self.gate = Router(config.hidden_size, config)
             self.experts = Experts(
-                n_routed_experts,
-                hidden_size,
-                moe_intermediate_size,
-                bias=expert_bias,
-                limit=swiglu_limit,
-                alpha=swiglu_alpha,
-                beta=swiglu_beta,
+                config.n_routed_experts,
+                config.hidden_size,
+                config.moe_intermediate_size,
+                bias=config.expert_bias,
+                activation=config.activation,
             )
-            self.shared_experts = MLP(hidden_size, config.shared_width) if config.shared_width else None
-            self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False) if shared_expert_gate else None
-        materialize(self, std=initializer_range, seed=seed)
+            self.shared_experts = MLP(config.hidden_size, config.shared_width) if config.shared_width else None
+            self.shared_expert_gate = (
+                nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
+            )
+        materialize(self, std=config.initializer_range, seed=config.seed)
+
+    @classmethod
+    def from_config(cls, config: MoEConfig, *, seed: int | None = None) -> Self:
+        """The layer of a config, which may be a `ModelConfig`."""
+        return cls(**{f.name: getattr(config, f.name) for f in fields(MoEConfig)}, seed=seed)
 
     @overload
     def forward(

@@ -9,7 +9,6 @@ prediction modules (DeepSeek-V3, arXiv 2412.19437, section 2.2) stand behind the
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from inspect import signature
 from os import PathLike
 from typing import Any
 
@@ -53,10 +52,6 @@ class Output:
     load: Tensor | None = None
 
 
-# What a MoE layer takes of the config, by the same names.
-MOE_FIELDS = tuple(name for name in signature(MoELayer).parameters if name != "seed")
-
-
 class Embedding(nn.Embedding):
     """Token ids [...] -> vectors [..., D]; and as the tied head, vectors [..., D] -> logits [..., V].
 
@@ -79,7 +74,7 @@ class Block(nn.Module):
         self.has_experts = has_experts  # and not the class of mlp, which others wrap
         self.mlp: MLP | MoELayer
         if has_experts:
-            self.mlp = MoELayer(**{name: getattr(config, name) for name in MOE_FIELDS})
+            self.mlp = MoELayer.from_config(config)
         else:
             self.mlp = MLP(width, config.intermediate_size)
 

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe import ops
+from moe.ops import SwiGLU
 from moe.ops.library import autocast, differentiable_once
 from moe.ops.permutation import check_ids, check_weights
 from moe.ops.quantization import MX_BLOCK, scale_shape
 
-Decode = Callable[[Tensor, Tensor, torch.dtype, Tensor | None], Tensor]
+Decode = Callable[..., Tensor]  # of codes and scales, with the keywords dtype and out
 
 
 class Quantized(nn.Module):
@@ -194,8 +195,9 @@ class _FrozenMLP(torch.autograd.Function):
         decode_gate_up: Decode,
         decode_down: Decode,
         chosen: list[int] | None,
-        settings: tuple[float | None, float, float],
+        activation: SwiGLU,
     ) -> Any:
+        settings = activation.limit, activation.alpha, activation.beta
         ctx.decode_gate_up, ctx.decode_down, ctx.chosen, ctx.settings = decode_gate_up, decode_down, chosen, settings
         y, pre = torch.ops.moesmith.moe_mlp_forward.default(
             x,
@@ -242,27 +244,12 @@ class _FrozenMLP(torch.autograd.Function):
 def _decode(decode: Decode, codes: Tensor, scale: Tensor, dtype: torch.dtype, chosen: list[int] | None) -> Tensor:
     """The matrices of the chosen experts, one on another; all of them for None."""
     if chosen is None:
-        return decode(codes, scale, dtype, None)
-    none = decode(codes[:0], scale[:0], dtype, None)
+        return decode(codes, scale, dtype=dtype)
+    none = decode(codes[:0], scale[:0], dtype=dtype)
     out = none.new_empty(len(chosen), *none.shape[1:])
     for expert, matrix in zip(chosen, out, strict=True):
-        decode(codes[expert], scale[expert], dtype, matrix)
+        decode(codes[expert], scale[expert], out=matrix)
     return out
-
-
-def _decode_blocks(
-    weight: Tensor,
-    scale_inv: Tensor,
-    dtype: torch.dtype,
-    out: Tensor | None,
-    block_size: tuple[int, int],
-    halves: int,
-) -> Tensor:
-    return ops.dequantize_blocks(weight, scale_inv, block_size, dtype, halves=halves, out=out)
-
-
-def _decode_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-    return ops.dequantize_mxfp4(blocks, scales, dtype, out=out)
 
 
 class QuantizedExperts(Quantized):
@@ -286,19 +273,37 @@ class QuantizedExperts(Quantized):
         hidden: int,
         *,
         bias: bool,
-        swiglu_limit: float | None,
-        swiglu_alpha: float,
-        swiglu_beta: float,
+        activation: SwiGLU,
     ) -> None:
         super().__init__()
         self.num_experts, self.width, self.hidden = num_experts, width, hidden
-        self.swiglu_limit, self.swiglu_alpha, self.swiglu_beta = swiglu_limit, swiglu_alpha, swiglu_beta
+        self.activation = activation
         self.gate_up_proj_bias = _bias((num_experts, 2 * hidden), bias)
         self.down_proj_bias = _bias((num_experts, width), bias)
 
-    def _own_biases(self, gate_up_bias: Tensor | None, down_bias: Tensor | None) -> None:
-        self.gate_up_proj_bias = _own(gate_up_bias, (self.num_experts, 2 * self.hidden), "gate_up_bias")
-        self.down_proj_bias = _own(down_bias, (self.num_experts, self.width), "down_bias")
+    @classmethod
+    def _around(
+        cls,
+        gate_up: tuple[int, ...],
+        down: tuple[int, ...],
+        parts: tuple[Tensor, ...],
+        gate_up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        **settings: Any,
+    ) -> Self:
+        """A module of `parts`, in the order of `quantized`; gate_up and down are the shapes of their matrices."""
+        if len(gate_up) != 3 or gate_up[1] % 2:
+            raise ValueError(f"gate_up: expected [E, 2F, D], got {tuple(gate_up)}")
+        num_experts, width, hidden = gate_up[0], gate_up[2], gate_up[1] // 2
+        if tuple(down) != (num_experts, width, hidden):
+            raise ValueError(f"down: expected {[num_experts, width, hidden]}, got {tuple(down)}")
+        with torch.device("meta"):
+            made = cls(num_experts, width, hidden, **settings)
+        for name, part in zip(cls.quantized, parts, strict=True):
+            setattr(made, name, _frozen(part) if name in made._parameters else part.detach())
+        made.gate_up_proj_bias = _own(gate_up_bias, (num_experts, 2 * hidden), "gate_up_bias")
+        made.down_proj_bias = _own(down_bias, (num_experts, width), "down_bias")
+        return made
 
     def _decoders(self) -> tuple[Decode, Decode]:
         """Of gate_up_proj and of down_proj."""
@@ -321,13 +326,11 @@ class QuantizedExperts(Quantized):
             gate_up_bias, down_bias = (
                 None if bias is None else bias.index_select(0, index) for bias in (gate_up_bias, down_bias)
             )
-        stored = [getattr(self, name) for name in self.quantized]
-        decoders = self._decoders()
-        settings = (self.swiglu_limit, self.swiglu_alpha, self.swiglu_beta)
+        stored, decoders = [getattr(self, name) for name in self.quantized], self._decoders()
         leaves = (x, weights, gate_up_bias, down_bias)
         if torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves):
             return _FrozenMLP.apply(  # pyright: ignore[reportReturnType]
-                x, weights, expert_ids, gate_up_bias, down_bias, *stored, *decoders, chosen, settings
+                x, weights, expert_ids, gate_up_bias, down_bias, *stored, *decoders, chosen, self.activation
             )
         gate_up, gate_up_scale, down, down_scale = stored
         return ops.moe_mlp(
@@ -338,9 +341,7 @@ class QuantizedExperts(Quantized):
             expert_ids,
             gate_up_bias=gate_up_bias,
             down_bias=down_bias,
-            swiglu_limit=settings[0],
-            swiglu_alpha=settings[1],
-            swiglu_beta=settings[2],
+            activation=self.activation,
         )
 
     def _choose(self, expert_ids: Tensor) -> tuple[list[int], Tensor]:
@@ -379,18 +380,14 @@ class FP8Experts(QuantizedExperts):
         *,
         block_size: tuple[int, int] = (128, 128),
         bias: bool = False,
-        swiglu_limit: float | None = None,
-        swiglu_alpha: float = 1.0,
-        swiglu_beta: float = 0.0,
+        activation: SwiGLU = SwiGLU(),
     ) -> None:
         super().__init__(
             num_experts,
             width,
             hidden,
             bias=bias,
-            swiglu_limit=swiglu_limit,
-            swiglu_alpha=swiglu_alpha,
-            swiglu_beta=swiglu_beta,
+            activation=activation,
         )
         self.block_size = block_size
         gate_up, down = (num_experts, 2 * hidden, width), (num_experts, width, hidden)
@@ -411,34 +408,24 @@ class FP8Experts(QuantizedExperts):
         block_size: tuple[int, int],
         gate_up_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
-        swiglu_limit: float | None = None,
-        swiglu_alpha: float = 1.0,
-        swiglu_beta: float = 0.0,
+        activation: SwiGLU = SwiGLU(),
     ) -> Self:
         """A module around these tensors, which are not copied; errors as those of `ops.dequantize_blocks`."""
         _check_parts(gate_up, gate_up_scale_inv, block_size, halves=2)
         _check_parts(down, down_scale_inv, block_size)
-        _check_shapes(gate_up.shape, down.shape)
-        with torch.device("meta"):
-            made = cls(
-                len(gate_up),
-                gate_up.shape[2],
-                gate_up.shape[1] // 2,
-                block_size=block_size,
-                swiglu_limit=swiglu_limit,
-                swiglu_alpha=swiglu_alpha,
-                swiglu_beta=swiglu_beta,
-            )
-        made.gate_up_proj, made.down_proj = _frozen(gate_up), _frozen(down)
-        made.gate_up_proj_scale_inv, made.down_proj_scale_inv = gate_up_scale_inv.detach(), down_scale_inv.detach()
-        made._own_biases(gate_up_bias, down_bias)
-        return made
+        return cls._around(
+            gate_up.shape,
+            down.shape,
+            (gate_up, gate_up_scale_inv, down, down_scale_inv),
+            gate_up_bias,
+            down_bias,
+            block_size=block_size,
+            activation=activation,
+        )
 
     def _decoders(self) -> tuple[Decode, Decode]:
-        return (
-            partial(_decode_blocks, block_size=self.block_size, halves=2),
-            partial(_decode_blocks, block_size=self.block_size, halves=1),
-        )
+        decode = partial(ops.dequantize_blocks, block_size=self.block_size)
+        return partial(decode, halves=2), decode
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, block_size={self.block_size}"
@@ -466,18 +453,14 @@ class MXFP4Experts(QuantizedExperts):
         hidden: int,
         *,
         bias: bool = False,
-        swiglu_limit: float | None = None,
-        swiglu_alpha: float = 1.0,
-        swiglu_beta: float = 0.0,
+        activation: SwiGLU = SwiGLU(),
     ) -> None:
         super().__init__(
             num_experts,
             width,
             hidden,
             bias=bias,
-            swiglu_limit=swiglu_limit,
-            swiglu_alpha=swiglu_alpha,
-            swiglu_beta=swiglu_beta,
+            activation=activation,
         )
         for name, size in (("width", width), ("hidden", hidden)):
             if size % MX_BLOCK:
@@ -498,35 +481,19 @@ class MXFP4Experts(QuantizedExperts):
         *,
         gate_up_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
-        swiglu_limit: float | None = None,
-        swiglu_alpha: float = 1.0,
-        swiglu_beta: float = 0.0,
+        activation: SwiGLU = SwiGLU(),
     ) -> Self:
         """A module around these tensors, which are not copied; errors as those of `ops.dequantize_mxfp4`."""
         gate_up = ops.dequantize_mxfp4(gate_up_blocks.to("meta"), gate_up_scales.to("meta"))
         down = ops.dequantize_mxfp4(down_blocks.to("meta"), down_scales.to("meta"))
-        _check_shapes(gate_up.shape, down.shape)
-        with torch.device("meta"):
-            made = cls(
-                len(gate_up),
-                gate_up.shape[2],
-                gate_up.shape[1] // 2,
-                swiglu_limit=swiglu_limit,
-                swiglu_alpha=swiglu_alpha,
-                swiglu_beta=swiglu_beta,
-            )
-        made.gate_up_proj_blocks, made.down_proj_blocks = _frozen(gate_up_blocks), _frozen(down_blocks)
-        made.gate_up_proj_scales, made.down_proj_scales = gate_up_scales.detach(), down_scales.detach()
-        made._own_biases(gate_up_bias, down_bias)
-        return made
+        return cls._around(
+            gate_up.shape,
+            down.shape,
+            (gate_up_blocks, gate_up_scales, down_blocks, down_scales),
+            gate_up_bias,
+            down_bias,
+            activation=activation,
+        )
 
     def _decoders(self) -> tuple[Decode, Decode]:
-        return _decode_mxfp4, _decode_mxfp4
-
-
-def _check_shapes(gate_up: tuple[int, ...], down: tuple[int, ...]) -> None:
-    if len(gate_up) != 3 or gate_up[1] % 2:
-        raise ValueError(f"gate_up: expected [E, 2F, D], got {tuple(gate_up)}")
-    expected = (gate_up[0], gate_up[2], gate_up[1] // 2)
-    if tuple(down) != expected:
-        raise ValueError(f"down: expected {list(expected)}, got {tuple(down)}")
+        return ops.dequantize_mxfp4, ops.dequantize_mxfp4

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe import ops
-from moe.config import ScoringFunc, TopkMethod
+from moe.config import RouterConfig
 from moe.global_batch import GlobalBatch
 from moe.ops import Routing
 
@@ -25,36 +25,13 @@ class Router(nn.Module):
 
     e_score_correction_bias: Tensor | None
 
-    def __init__(
-        self,
-        hidden_size: int,
-        n_routed_experts: int,
-        num_experts_per_tok: int,
-        *,
-        scoring_func: ScoringFunc,
-        topk_method: TopkMethod,
-        n_group: int,
-        topk_group: int,
-        norm_topk_prob: bool,
-        routed_scaling_factor: float,
-        router_bias: bool = False,
-        moe_norm_min: float = 0.0,
-    ) -> None:
+    def __init__(self, hidden_size: int, config: RouterConfig) -> None:
         super().__init__()
-        self.num_experts = n_routed_experts
-        self.selection: dict[str, Any] = {
-            "top_k": num_experts_per_tok,
-            "scoring_func": scoring_func,
-            "n_group": n_group,
-            "topk_group": topk_group,
-            "group_score": "top2" if topk_method == "noaux_tc" else "max",
-            "norm_topk_prob": norm_topk_prob,
-            "routed_scaling_factor": routed_scaling_factor,
-            "norm_min": moe_norm_min,
-        }
-        self.weight = nn.Parameter(torch.empty(n_routed_experts, hidden_size))
-        self.bias = nn.Parameter(torch.empty(n_routed_experts)) if router_bias else None
-        bias = torch.zeros(n_routed_experts, dtype=torch.float32) if topk_method == "noaux_tc" else None
+        experts = self.num_experts = config.n_routed_experts
+        self.selection = config.selection
+        self.weight = nn.Parameter(torch.empty(experts, hidden_size))
+        self.bias = nn.Parameter(torch.empty(experts)) if config.router_bias else None
+        bias = torch.zeros(experts, dtype=torch.float32) if config.topk_method == "noaux_tc" else None
         self.register_buffer("e_score_correction_bias", bias)
         self.global_batch = GlobalBatch()
         self.counter: Tensor | None = None
@@ -63,10 +40,9 @@ class Router(nn.Module):
         """Take part in `batch`, which the routers of a model share."""
         self.global_batch = batch
 
-    def start_counting(self) -> Tensor:
-        """Make and return the counter, float64 [E]: a leaf whose gradient is the load of the step."""
+    def start_counting(self) -> None:
+        """Make the counter, float64 [E]: a leaf whose gradient is the load of the step."""
         self.counter = torch.zeros(self.num_experts, dtype=COUNTER_DTYPE, device=self.weight.device, requires_grad=True)
-        return self.counter
 
     def stop_counting(self) -> None:
         self.counter = None

@@ -48,7 +48,7 @@ NAMED = (
         "out.copy_(torch.sigmoid(gate if alpha == 1.0 else alpha * gate)",
         "out.copy_(torch.sigmoid(gate)",
     ),
-    ops("activation", "gradient not stopped at the limit", "slope.masked_fill_(~gate_inside, 0)", "pass"),
+    ops("activation", "gradient not stopped at the limit", "slope.masked_fill_(~inside[0], 0)", "pass"),
     ops(
         "mlp",
         "last expert skipped",

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe.ops import SwiGLU
 from tests.bound import UNIT, against_eager, excess
 from tests.cases import Inputs
 
@@ -81,9 +82,7 @@ def product(a: Computed, b: Computed, dtype: torch.dtype) -> Computed:
     return Computed(a.exact @ b.exact, error + accumulation).rounded(dtype)
 
 
-def moe_mlp_errors(
-    i: Inputs, grad: Tensor, swiglu_limit: float | None = None, swiglu_alpha: float = 1.0, swiglu_beta: float = 0.0
-) -> dict[str, Computed]:
+def moe_mlp_errors(i: Inputs, grad: Tensor, activation: SwiGLU = SwiGLU()) -> dict[str, Computed]:
     """`moe_mlp` and its gradients under the names y, x, gate_up, down, weights, gate_up_bias and down_bias.
 
     Every matrix that one product writes and another reads is rounded to the inputs' dtype, and so is each step of
@@ -91,7 +90,7 @@ def moe_mlp_errors(
     computed in float64 as well.
     """
     dtype, wide = i.x.dtype, torch.promote_types(i.x.dtype, torch.float32)
-    limit = torch.inf if swiglu_limit is None else swiglu_limit
+    limit = torch.inf if activation.limit is None else activation.limit
     x, gate_up, down, weights, gate_up_bias, down_bias = map(Computed.given, i.differentiable)
     y_grad, width, hidden = Computed.given(grad), i.down.shape[1], i.down.shape[2]
     rows, grad_rows = (Computed.given(i.x.new_zeros(*i.expert_ids.shape, width)) for _ in range(2))
@@ -105,8 +104,8 @@ def moe_mlp_errors(
         gate, up = pre[:, :hidden], pre[:, hidden:]
         gate_inside, up_inside = gate.within(-torch.inf, limit), up.within(-limit, limit)
         gate = gate.increasing(lambda t: t.clamp(max=limit))
-        up = (up.increasing(lambda t: t.clamp(-limit, limit)) + swiglu_beta).rounded(dtype)
-        scaled = gate if swiglu_alpha == 1 else (gate * swiglu_alpha).rounded(dtype)
+        up = (up.increasing(lambda t: t.clamp(-limit, limit)) + activation.beta).rounded(dtype)
+        scaled = gate if activation.alpha == 1 else (gate * activation.alpha).rounded(dtype)
         sigmoid = scaled.increasing(torch.sigmoid).rounded(dtype, 4)
         silu = (gate * sigmoid).rounded(dtype)
         act = (silu * up).rounded(dtype)

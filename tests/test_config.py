@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+import pickle
 from typing import Any
 
 import pytest
 import torch
 
 import moe
+from moe.config import SwiGLU
 from moe.errors import did_you_mean, nearest
 from moe.presets import PRESETS
 
@@ -85,6 +87,30 @@ def test_rope_nonsense_is_refused_by_name(change: dict[str, Any], field: str) ->
     with pytest.raises(moe.ConfigError) as caught:
         moe.RopeParameters(**change)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"limit": 0.0}, "limit = 0.0: expected a positive number, or None"),
+        ({"limit": math.inf}, "limit = inf: expected a finite number"),
+        ({"alpha": math.nan}, "alpha = nan: expected a finite number"),
+        ({"alpha": None}, "alpha = None: expected a finite number"),
+        ({"beta": "1"}, "beta = '1': expected a finite number"),
+    ],
+)
+def test_activation_nonsense_is_refused_by_name(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(moe.ConfigError, match=message):
+        SwiGLU(**change)
+
+
+def test_a_config_is_a_plain_value() -> None:
+    copied = pickle.loads(pickle.dumps(V3))
+    assert copied == V3 and copied.selection == V3.selection and copied.activation == SwiGLU()
+    assert dataclasses.replace(V3, swiglu_limit=7.0, swiglu_beta=1.0).activation == SwiGLU(7.0, beta=1.0)
+    assert dataclasses.replace(V3, n_group=4) != V3
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        V3.n_group = 4  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_unknown_and_missing_fields() -> None:

@@ -1,6 +1,8 @@
 """MoELayer against the formula in float64, against transformers' layer, and in other people's hands."""
 
 import copy
+import dataclasses
+import inspect
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import moe
+from moe.config import MoEConfig, RouterConfig
 from moe.layer import MoELayer
 from moe.router import Router
 
@@ -214,17 +217,7 @@ def test_layers_of_one_model_differ_and_follow_manual_seed() -> None:
 
 def test_released_biases_need_fp32() -> None:
     """Why the bias is never bf16: at 3.0, updates of 0.001 vanish and neighbours merge."""
-    router = Router(
-        4,
-        4,
-        1,
-        scoring_func="sigmoid",
-        topk_method="noaux_tc",
-        n_group=1,
-        topk_group=1,
-        norm_topk_prob=False,
-        routed_scaling_factor=1.0,
-    )
+    router = Router(4, RouterConfig(4, 1, norm_topk_prob=False))
     with torch.no_grad():
         router.weight.zero_()
     bias = torch.tensor([3.000, 3.001, 3.002, 2.999])
@@ -268,3 +261,49 @@ def test_public_signature_of_the_readme() -> None:
     y, stats = layer(torch.randn(3, 8), return_stats=True)
     assert stats.load.dtype == torch.int64 and stats.load.sum() == 6 and stats.aux_loss.item() == 0
     assert y.isfinite().all()
+
+
+def test_arguments_are_those_of_the_config_and_a_seed() -> None:
+    """Listed once, in moe/config.py; editors and `inspect` see them all."""
+    own, config = inspect.signature(MoELayer).parameters, inspect.signature(MoEConfig).parameters
+    assert [(p.name, p.kind, p.default) for p in own.values() if p.name != "seed"] == [
+        (p.name, p.kind, p.default) for p in config.values()
+    ]
+    assert list(own)[:4] == ["hidden_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok"]
+    assert own["seed"].default is None and own["seed"].kind is inspect.Parameter.KEYWORD_ONLY
+    with pytest.raises(moe.ConfigError, match="n_groups = 2: expected no such field; did you mean n_group"):
+        MoELayer(24, 10, 8, 3, n_groups=2)  # pyright: ignore[reportCallIssue]
+    with pytest.raises(TypeError, match="num_experts_per_tok"):
+        MoELayer(24, 10, 8)  # pyright: ignore[reportCallIssue]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_from_config(options: dict[str, Any]) -> None:
+    """A layer of a model's config is the layer of the same settings."""
+    settings = {
+        **options,
+        "aux_loss_alpha": 0.5,
+        "seq_aux": False,
+        "router_z_loss_coef": 0.25,
+        "initializer_range": 0.5,
+    }
+    config = moe.ModelConfig(
+        hidden_size=24,
+        moe_intermediate_size=10,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        **settings,
+        vocab_size=5,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=7,
+    )
+    ours, theirs = MoELayer.from_config(config, seed=3), MoELayer(24, 10, 8, 3, **settings, seed=3)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
+    assert ours.gate.selection == theirs.gate.selection and ours.experts.activation == theirs.experts.activation
+    assert (
+        (ours.alpha, ours.seq_aux, ours.z_coef) == (theirs.alpha, theirs.seq_aux, theirs.z_coef) == (0.5, False, 0.25)
+    )
+    plain = MoEConfig(24, 10, 8, 3, **settings)
+    assert all(getattr(plain, f.name) == getattr(config, f.name) for f in dataclasses.fields(MoEConfig))

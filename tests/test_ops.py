@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from moe import ops
+from moe.ops import SwiGLU
 from moe.ops.activation import swiglu_reference
 from moe.ops.grouped_gemm import grouped_mm_reference
 from moe.ops.mlp import moe_mlp_reference
@@ -73,23 +74,17 @@ def test_moe_mlp(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {"swiglu_limit": 0.7},
-        {"swiglu_limit": 1.5, "swiglu_alpha": 1.702},
-        {"swiglu_limit": 1.5, "swiglu_alpha": 1.702, "swiglu_beta": 1.0},
-    ],
-    ids=str,
+    "activation", [SwiGLU(0.7), SwiGLU(1.5, alpha=1.702), SwiGLU(1.5, alpha=1.702, beta=1.0)], ids=str
 )
 @pytest.mark.parametrize("case", [BY_NAME["ragged"], BY_NAME["one_token"]], ids=str)
 @each_dtype
-def test_moe_mlp_clamped(case: Case, dtype: torch.dtype, settings: dict[str, float]) -> None:
+def test_moe_mlp_clamped(case: Case, dtype: torch.dtype, activation: SwiGLU) -> None:
     def reference(i: Inputs) -> Tensor:
-        return fused(i, tier="reference", **settings)
+        return fused(i, tier="reference", activation=activation)
 
     inputs, grad = case.inputs(dtype), torch.randn(case.tokens, case.width).to(dtype)
-    ours = gradients(lambda i: fused(i, **settings), inputs, grad)
-    exact, errors = gradients(reference, inputs.to(torch.float64), grad), moe_mlp_errors(inputs, grad, **settings)
+    ours = gradients(lambda i: fused(i, activation=activation), inputs, grad)
+    exact, errors = gradients(reference, inputs.to(torch.float64), grad), moe_mlp_errors(inputs, grad, activation)
     assert not complaints(inputs, ours, errors, exact, lambda: gradients(reference, inputs, grad))
 
 
@@ -402,26 +397,27 @@ def test_permute_without_experts() -> None:
 
 @each_dtype
 @pytest.mark.parametrize(
-    ("limit", "alpha", "beta"),
+    "activation",
     [
-        (None, 1.0, 0.0),
-        (1.5, 1.0, 0.0),
-        (7.0, 1.702, 0.0),
-        (None, 0.5, 0.0),
-        (7.0, 1.702, 1.0),
-        (None, 1.0, -0.5),
-        (None, 1.0, 1.0),
+        SwiGLU(),
+        SwiGLU(1.5),
+        SwiGLU(7.0, 1.702),
+        SwiGLU(None, 0.5),
+        SwiGLU(7.0, 1.702, 1.0),
+        SwiGLU(beta=-0.5),
+        SwiGLU(beta=1.0),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("shape", [(37, 80), (2, 3, 6), (0, 8), (5, 0), (2,)], ids=str)
-def test_swiglu(shape: tuple[int, ...], limit: float | None, alpha: float, beta: float, dtype: torch.dtype) -> None:
+def test_swiglu(shape: tuple[int, ...], activation: SwiGLU, dtype: torch.dtype) -> None:
+    alpha, beta = activation.alpha, activation.beta
     gate_up = (6 * torch.randn(shape)).to(dtype).requires_grad_()
-    result = ops.swiglu(gate_up, limit, alpha, beta)
+    result = ops.swiglu(gate_up, activation)
     grad = torch.randn(result.shape).to(dtype)
     (grad_in,) = torch.autograd.grad(result, gate_up, grad)
     exact_in = gate_up.detach().double().requires_grad_()
-    exact = swiglu_reference(exact_in, limit, alpha, beta)
+    exact = swiglu_reference(exact_in, activation)
     (exact_grad,) = torch.autograd.grad(exact, exact_in, grad.double())
     # exp(-alpha * gate) turns the rounding of its argument, in the dtype it is computed in, into a relative error.
     gate, up = (half.double() for half in gate_up.detach().chunk(2, dim=-1))
@@ -434,23 +430,24 @@ def test_swiglu(shape: tuple[int, ...], limit: float | None, alpha: float, beta:
     limits = 4 * UNIT[dtype] * torch.maximum(scale, exact_grad.abs()) + extra
     assert excess(grad_in, exact_grad, limits) <= 1
     if shape == (37, 80):
-        turned = ops.swiglu(gate_up.detach().t().contiguous().t(), limit, alpha, beta)
+        turned = ops.swiglu(gate_up.detach().t().contiguous().t(), activation)
         assert excess(turned, exact, elementwise_limit(exact, dtype) + argument * exact.abs()) <= 1
-        (turned,) = torch.autograd.grad(ops.swiglu(gate_up, limit, alpha, beta), gate_up, grad.t().contiguous().t())
+        (turned,) = torch.autograd.grad(ops.swiglu(gate_up, activation), gate_up, grad.t().contiguous().t())
         assert excess(turned, exact_grad, limits) <= 1
 
 
 @each_dtype
-@pytest.mark.parametrize(("limit", "alpha", "beta"), [(None, 1.0, 0.0), (None, 1.702, 1.0), (70.0, 1.0, 0.0)], ids=str)
-def test_swiglu_of_large_gates(limit: float | None, alpha: float, beta: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("activation", [SwiGLU(), SwiGLU(None, 1.702, 1.0), SwiGLU(70.0)], ids=str)
+def test_swiglu_of_large_gates(activation: SwiGLU, dtype: torch.dtype) -> None:
     """Over the whole range of the exponential, which float32 holds down to a gate of -88.7."""
+    alpha, beta = activation.alpha, activation.beta
     gate = torch.linspace(-110, 110, 1761).repeat(2)
     gate_up = torch.cat([gate, torch.where(torch.arange(len(gate)) < 1761, -1.5, 0.75)]).to(dtype).requires_grad_()
-    result = ops.swiglu(gate_up, limit, alpha, beta)
+    result = ops.swiglu(gate_up, activation)
     grad = torch.linspace(0.5, 1.5, len(gate)).to(dtype)
     (grad_in,) = torch.autograd.grad(result, gate_up, grad)
     exact_in = gate_up.detach().double().requires_grad_()
-    exact = swiglu_reference(exact_in, limit, alpha, beta)
+    exact = swiglu_reference(exact_in, activation)
     (exact_grad,) = torch.autograd.grad(exact, exact_in, grad.double())
 
     wide = torch.promote_types(dtype, torch.float32)
@@ -470,7 +467,7 @@ def test_swiglu_at_its_limits(dtype: torch.dtype) -> None:
     """There the gradient passes, as that of torch's clamp does; beyond it is zero."""
     gate, up = [1.5, 1.5, -1.5, 2.0, 1.0, 1.0], [1.5, -1.5, 1.5, 1.0, 2.0, -2.0]
     gate_up = torch.tensor([gate + up], dtype=dtype, requires_grad=True)
-    (found,) = torch.autograd.grad(ops.swiglu(gate_up, 1.5).sum(), gate_up)
+    (found,) = torch.autograd.grad(ops.swiglu(gate_up, SwiGLU(1.5)).sum(), gate_up)
     double = gate_up.detach().double().requires_grad_()
     exact_gate, exact_up = double.chunk(2, dim=-1)
     y = silu(exact_gate.clamp(max=1.5)) * exact_up.clamp(-1.5, 1.5)
@@ -482,7 +479,7 @@ def test_swiglu_at_its_limits(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("swiglu", [ops.swiglu, swiglu_reference])
 def test_swiglu_by_hand(swiglu: Callable[..., Tensor]) -> None:
     def by_hand(*gate_up: float, **settings: float) -> float:
-        return swiglu(torch.tensor(gate_up, dtype=torch.float64), **settings).item()
+        return swiglu(torch.tensor(gate_up, dtype=torch.float64), SwiGLU(**settings)).item()
 
     assert by_hand(2, 3) == pytest.approx(2 / (1 + math.exp(-2)) * 3)
     assert by_hand(9, -9, limit=2) == pytest.approx(2 / (1 + math.exp(-2)) * -2)
@@ -514,13 +511,13 @@ def test_the_bounds_see(bug: str, dtype: torch.dtype) -> None:
 FEW = ("one_token", "one_slot", "two_tokens", "few_slots_absent")
 
 
-@pytest.mark.parametrize("settings", [{}, {"swiglu_limit": 0.7, "swiglu_alpha": 1.702, "swiglu_beta": 1.0}], ids=str)
+@pytest.mark.parametrize("activation", [SwiGLU(), SwiGLU(limit=0.7, alpha=1.702, beta=1.0)], ids=str)
 @pytest.mark.parametrize("name", [*FEW, "absent", "repeated", "no_tokens"])
-def test_the_running_error_sees_the_exact_values(name: str, settings: dict[str, float]) -> None:
+def test_the_running_error_sees_the_exact_values(name: str, activation: SwiGLU) -> None:
     inputs = BY_NAME[name].inputs(torch.float64)
     grad = torch.randn_like(inputs.x)
-    errors = moe_mlp_errors(inputs, grad, **settings)
-    for key, exact in gradients(lambda i: fused(i, tier="reference", **settings), inputs, grad).items():
+    errors = moe_mlp_errors(inputs, grad, activation)
+    for key, exact in gradients(lambda i: fused(i, tier="reference", activation=activation), inputs, grad).items():
         torch.testing.assert_close(errors[key].exact, exact, rtol=1e-12, atol=1e-14, msg=key)
 
 

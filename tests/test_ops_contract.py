@@ -104,7 +104,7 @@ def whole_layer(logits: Tensor, bias: Tensor | None, i: Inputs, routing_case: Ro
     biases: dict[str, Any] = {"gate_up_bias": i.gate_up_bias, "down_bias": i.down_bias}
     fused = ops.moe_mlp(i.x, i.gate_up, i.down, routing.weights, routing.expert_ids, **biases)
     permuted = ops.permute(i.x, routing.expert_ids, i.gate_up.shape[0])
-    hidden = ops.swiglu(ops.grouped_mm(permuted.rows, i.gate_up.mT, permuted.offsets), limit=2.0)
+    hidden = ops.swiglu(ops.grouped_mm(permuted.rows, i.gate_up.mT, permuted.offsets), ops.SwiGLU(limit=2.0))
     rows = ops.grouped_mm(hidden, i.down.mT, permuted.offsets)
     return fused + ops.unpermute(rows, permuted.position, routing.weights) + routing.scores.sum()
 
@@ -142,18 +142,42 @@ def test_compiled_once_for_every_token_count() -> None:
     assert len(graphs) == 1
 
 
+def test_compiled_with_an_activation_from_anywhere() -> None:
+    """An activation that is an argument, an attribute of a module, or made in the graph; one graph has one of them."""
+    torch._dynamo.reset()
+    i = SMALL.inputs(torch.float32)
+
+    class Module(torch.nn.Module):
+        def __init__(self, activation: ops.SwiGLU) -> None:
+            super().__init__()
+            self.activation = activation
+
+        def forward(self, i: Inputs) -> Tensor:
+            return mlp(i, activation=self.activation) + ops.swiglu(i.gate_up.mT, self.activation).sum()
+
+    def made_inside(i: Inputs) -> Tensor:
+        return mlp(i, activation=ops.SwiGLU(limit=0.5, alpha=1.702, beta=1.0))
+
+    compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
+    for activation in (ops.SwiGLU(), ops.SwiGLU(0.5), ops.SwiGLU(0.25), ops.SwiGLU(None, 1.702, 1.0)):
+        assert torch.equal(compiled(i, activation=activation), mlp(i, activation=activation))
+        module = Module(activation)
+        assert torch.equal(torch.compile(module, fullgraph=True, backend="aot_eager")(i), module(i))
+    assert torch.equal(torch.compile(made_inside, fullgraph=True, backend="aot_eager")(i), made_inside(i))
+
+
 def test_gradients_in_float64() -> None:
     i = SMALL.inputs(torch.float64).leaves()
     permuted = ops.permute(i.x.detach(), i.expert_ids, SMALL.experts)
     offs = permuted.offsets
-    for settings in ({}, {"swiglu_limit": 0.8, "swiglu_alpha": 1.702, "swiglu_beta": 1.0}):
+    for activation in (ops.SwiGLU(), ops.SwiGLU(limit=0.8, alpha=1.702, beta=1.0)):
 
-        def f(*tensors: Tensor, settings: dict[str, float] = settings) -> Tensor:
+        def f(*tensors: Tensor, activation: ops.SwiGLU = activation) -> Tensor:
             x, gate_up, down, weights, gate_up_bias, down_bias = tensors
-            return mlp(Inputs(x, gate_up, down, weights, i.expert_ids, gate_up_bias, down_bias), **settings)
+            return mlp(Inputs(x, gate_up, down, weights, i.expert_ids, gate_up_bias, down_bias), activation=activation)
 
         assert gradcheck(f, i.differentiable)
-        assert gradcheck(lambda t, s=settings: ops.swiglu(t, *s.values()), i.gate_up)
+        assert gradcheck(lambda t, a=activation: ops.swiglu(t, a), i.gate_up)
     rows = torch.randn_like(permuted.rows).requires_grad_()
     assert gradcheck(lambda x: ops.permute(x, i.expert_ids, SMALL.experts).rows, i.x)
     assert gradcheck(lambda r, w: ops.unpermute(r, permuted.position, w), (rows, i.weights))
@@ -362,8 +386,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         NO_KERNELS,
     ),
     "kernels of a routing on the CPU": (lambda: ops.route(ROWS, top_k=1, tier="triton"), ValueError, NO_KERNELS),
-    "negative limit": (lambda: mlp(GOOD, swiglu_limit=-1.0), ValueError, "limit = -1.0: expected a positive number"),
-    "NaN limit": (lambda: ops.swiglu(GOOD.x, float("nan")), ValueError, "limit = nan"),
+    "negative limit": (lambda: ops.SwiGLU(-1.0), ValueError, "limit = -1.0: expected a positive number"),
+    "NaN limit": (lambda: ops.SwiGLU(float("nan")), ValueError, "limit = nan"),
     "odd halves": (lambda: ops.swiglu(torch.zeros(2, 3)), ValueError, "last dimension must be even"),
     "weights of unpermute": (
         lambda: ops.unpermute(ROWS, torch.zeros(3, 2).long(), torch.zeros(3, 2).bfloat16()),

@@ -18,7 +18,7 @@ from moe.quantized import FP8Experts, FP8Linear, MXFP4Experts, Quantized, Quanti
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 EXPERTS, WIDTH, HIDDEN, BLOCK = 6, 64, 32, (24, 40)  # blocks that divide nothing
-GPT_OSS: dict[str, Any] = {"swiglu_limit": 1.0, "swiglu_alpha": 1.702, "swiglu_beta": 1.0}
+GPT_OSS: dict[str, Any] = {"activation": ops.SwiGLU(limit=1.0, alpha=1.702, beta=1.0)}
 
 
 def linear(bias: bool, out: int = 9, width: int = 20) -> FP8Linear:

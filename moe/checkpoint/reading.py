@@ -496,7 +496,7 @@ def _adopt(model: Transformer, state: dict[str, Tensor], todo: Plan) -> None:
     for name in state:
         parent, _, leaf = name.rpartition(".")
         module: Any = model.get_submodule(parent)
-        bias = {kind: state.get(f"{parent}.{kind}_proj_bias") for kind in ("gate_up", "down")}
+        biases = {f"{kind}_bias": state.get(f"{parent}.{kind}_proj_bias") for kind in ("gate_up", "down")}
         if leaf == "weight_scale_inv":
             assert todo.quantization is not None and todo.quantization.block_size is not None
             made = FP8Linear.from_parts(
@@ -506,32 +506,20 @@ def _adopt(model: Transformer, state: dict[str, Tensor], todo: Plan) -> None:
                 block_size=todo.quantization.block_size,
             )
         elif leaf in ("gate_up_proj_scale_inv", "gate_up_proj_scales"):
-            made = _experts_of(module, parent, state, bias, todo)
+            made = _experts_of(module, parent, state, biases, todo)
         elif type(module) is Experts and leaf == "gate_up_proj" and len(state[name]) < todo.config.n_routed_experts:
-            made = _some_of(module, len(state[name]))
+            (count, twice, width), bias = state[name].shape, module.gate_up_proj_bias is not None
+            with torch.device("meta"):
+                made = Experts(count, width, twice // 2, bias=bias, activation=module.activation)
         else:
             continue
         model.set_submodule(parent, made)
     model.load_state_dict(state, strict=True, assign=True)
 
 
-def _some_of(module: Experts, count: int) -> Experts:
-    (_, twice, width), bias = module.gate_up_proj.shape, module.gate_up_proj_bias is not None
-    settings: dict[str, Any] = {"limit": module.limit, "alpha": module.alpha, "beta": module.beta}
-    with torch.device("meta"):
-        return Experts(count, width, twice // 2, bias=bias, **settings)
-
-
 def _experts_of(
-    module: Experts, parent: str, state: Mapping[str, Tensor], bias: Mapping[str, Tensor | None], todo: Plan
+    module: Experts, parent: str, state: Mapping[str, Tensor], biases: Mapping[str, Tensor | None], todo: Plan
 ) -> FP8Experts | MXFP4Experts:
-    settings: dict[str, Any] = {
-        "gate_up_bias": bias["gate_up"],
-        "down_bias": bias["down"],
-        "swiglu_limit": module.limit,
-        "swiglu_alpha": module.alpha,
-        "swiglu_beta": module.beta,
-    }
     block_size = todo.quantization.block_size if todo.quantization else None
     kind = FP8Experts if block_size is not None else MXFP4Experts
     parts = [state.get(f"{parent}.{name}") for name in kind.quantized]
@@ -539,9 +527,8 @@ def _experts_of(
     if lacking:
         problem = "only some tensors of these experts are quantised, which cannot be kept; load with dtype='auto'"
         raise CheckpointError(todo.folder, problem, tensor=parent, expected=" and ".join(lacking), found="none")
-    if block_size is not None:
-        settings["block_size"] = block_size
-    return kind.from_parts(*parts, **settings)  # pyright: ignore[reportArgumentType]
+    settings = {"activation": module.activation} | ({} if block_size is None else {"block_size": block_size})
+    return kind.from_parts(*parts, **biases, **settings)  # pyright: ignore[reportArgumentType]
 
 
 def _is_widened(slot: Slot) -> bool:

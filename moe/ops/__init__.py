@@ -4,6 +4,7 @@ A page holds the contract (the public function's docstring), the definition (`*_
 the fake and the gradient. What runs is decided by the tensors' device alone.
 """
 
+from moe.config import SwiGLU
 from moe.ops.activation import swiglu
 from moe.ops.grouped_gemm import grouped_mm
 from moe.ops.mlp import moe_mlp
@@ -14,6 +15,7 @@ from moe.ops.routing import Routing, route
 __all__ = [
     "Permuted",
     "Routing",
+    "SwiGLU",
     "dequantize_blocks",
     "dequantize_mxfp4",
     "grouped_mm",

@@ -1,50 +1,44 @@
 """SwiGLU: the gated activation between an expert's two matrix products."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moe.config import SwiGLU
 from moe.ops.library import define, define_gradient
 
 
-def swiglu(gate_up: Tensor, limit: float | None = None, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+def swiglu(gate_up: Tensor, activation: SwiGLU = SwiGLU()) -> Tensor:
     """Gated activation of two halves that lie side by side: [..., 2F] -> [..., F], gate half first.
 
         gate, up = gate_up[..., :F], gate_up[..., F:]
-        if limit is given: gate = min(gate, limit); up = max(min(up, limit), -limit)
+        if limit is not None: gate = min(gate, limit); up = max(min(up, limit), -limit)
         out = gate * sigmoid(alpha * gate) * (up + beta)
 
-    With the defaults this is silu(gate) * up; gpt-oss has limit = 7, alpha = 1.702, beta = 1. Clamping stops the
-    gradient strictly outside the limits, as `torch.clamp` does; NaN stays NaN. Differentiable once: a second
-    differentiation raises RuntimeError.
+    limit, alpha and beta are those of `activation`. With the defaults this is silu(gate) * up; gpt-oss has
+    SwiGLU(limit=7.0, alpha=1.702, beta=1.0). Clamping stops the gradient strictly outside the limits, as `torch.clamp`
+    does; NaN stays NaN. Differentiable once: a second differentiation raises RuntimeError.
 
     Any floating dtype, any number of leading dimensions, any strides; the output is contiguous and of the same dtype,
     within four roundings of it (0 where exp(-gate) exceeds float32); computed in float32 or wider when `limit`,
     `alpha` or `beta` is used. Where alpha is not 1, alpha * gate is rounded as well, in that wider dtype, of which the
     exponential makes a relative error of up to 2 u |alpha * gate| more, u being its unit roundoff. Empty inputs give
-    empty outputs. Raises ValueError for an odd last dimension or a limit that is not positive.
+    empty outputs. Raises ValueError for an odd last dimension.
 
     Source: Shazeer, GLU variants improve Transformer (arXiv 2002.05202); limit, alpha and beta: openai/gpt-oss.
     """
     if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up: the last dimension must be even (gate half, up half), got {tuple(gate_up.shape)}")
-    check_limit(limit)
-    return _SWIGLU(gate_up, limit, alpha, beta)
+    return _SWIGLU(gate_up, activation.limit, activation.alpha, activation.beta)
 
 
-def check_limit(limit: float | None) -> None:
-    if limit is not None and not limit > 0:
-        raise ValueError(f"limit = {limit}: expected a positive number, or None for no clamping")
-
-
-def swiglu_reference(gate_up: Tensor, limit: float | None = None, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+def swiglu_reference(gate_up: Tensor, activation: SwiGLU = SwiGLU()) -> Tensor:
     """The definition of `swiglu`, in the input's own dtype from step to step."""
     gate, up = gate_up.chunk(2, dim=-1)
-    if limit is not None:
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return gate * torch.sigmoid(alpha * gate) * (up + beta)
+    if activation.limit is not None:
+        gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+    return gate * torch.sigmoid(activation.alpha * gate) * (up + activation.beta)
 
 
 def swiglu_into(out: Tensor, gate_up: Tensor, limit: float | None, alpha: float, beta: float) -> Tensor:
@@ -74,11 +68,10 @@ def swiglu_backward_into(
     wide = torch.promote_types(gate_up.dtype, torch.float32)
     grad = grad.to(wide)
     gate, up = (half.to(wide) for half in gate_up.chunk(2, dim=-1))
-    low, high = (-math.inf, math.inf) if limit is None else (-limit, limit)
-    gate_inside, up_inside = None, None
+    inside = None
     if limit is not None:
-        gate_inside, up_inside = gate <= high, (up >= low) & (up <= high)
-        gate, up = gate.clamp(max=high), up.clamp(low, high)
+        inside = gate <= limit, (up >= -limit) & (up <= limit)
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     if beta != 0.0:
         up = up + beta
     out_gate, out_up = out.chunk(2, dim=-1)
@@ -87,9 +80,9 @@ def swiglu_backward_into(
     # d(gate * sigmoid) / d gate = sigmoid * (1 + alpha * gate * (1 - sigmoid))
     slope = torch.addcmul(scaled, scaled, sigmoid, value=-1).add_(1).mul_(sigmoid).mul_(up).mul_(grad)
     lift = sigmoid.mul_(gate).mul_(grad)
-    if gate_inside is not None and up_inside is not None:
-        slope.masked_fill_(~gate_inside, 0)
-        lift.masked_fill_(~up_inside, 0)
+    if inside is not None:
+        slope.masked_fill_(~inside[0], 0)
+        lift.masked_fill_(~inside[1], 0)
     out_gate.copy_(slope)
     out_up.copy_(lift)
     return out

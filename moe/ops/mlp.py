@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.ops.activation import check_limit, swiglu_backward_into, swiglu_into, swiglu_reference
+from moe.config import SwiGLU
+from moe.ops.activation import swiglu_backward_into, swiglu_into, swiglu_reference
 from moe.ops.library import Tier, autocast, check_tier, define, define_gradient
 from moe.ops.permutation import check_ids, check_weights, combine, sort_slots
 from moe.ops.product import can_group, group_products_into, grouped_product, grouped_product_into, product
@@ -21,9 +22,7 @@ def moe_mlp(
     *,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
-    swiglu_limit: float | None = None,
-    swiglu_alpha: float = 1.0,
-    swiglu_beta: float = 0.0,
+    activation: SwiGLU = SwiGLU(),
     tier: Tier = "auto",
 ) -> Tensor:
     """Each token through its experts, summed with its weights: x [T, D] -> [T, D].
@@ -32,10 +31,9 @@ def moe_mlp(
         expert(e, x) = swiglu(x @ gate_up[e].T + gate_up_bias[e]) @ down[e].T + down_bias[e]
 
     gate_up [E, 2F, D] with the gate rows first, down [E, D, F], gate_up_bias [E, 2F], down_bias [E, D], all in
-    x's dtype (float32, float64, bfloat16, float16), any strides; `swiglu` is `moe.ops.swiglu` with `swiglu_limit`,
-    `swiglu_alpha` and `swiglu_beta`. weights [T, K] are float32 or float64 and never cast; expert_ids [T, K] int64. An
-    id of -1 means "not here": no row, nothing added even if its weight is NaN, zero gradient for its weight. Ids of one
-    token may repeat.
+    x's dtype (float32, float64, bfloat16, float16), any strides; `swiglu` is `moe.ops.swiglu` with `activation`.
+    weights [T, K] are float32 or float64 and never cast; expert_ids [T, K] int64. An id of -1 means "not here": no row,
+    nothing added even if its weight is NaN, zero gradient for its weight. Ids of one token may repeat.
 
     Products accumulate in float32 or wider, as does the sum over k, which is rounded once. A token with no expert here
     is zero; T = 0 and K = 0 give what the shapes say. A token's NaN reaches its own row only (and the gradients of the
@@ -50,22 +48,19 @@ def moe_mlp(
     warning says why. "triton" is the Triton kernels, or ValueError where they cannot run (CPU tensors need
     TRITON_INTERPRET=1). "reference" is the definition, plain differentiable PyTorch.
 
-    Raises ValueError for shapes and settings, TypeError for dtypes, IndexError for an id that is neither -1 nor in
-    [0, E) (on CPU; a device assertion on CUDA).
+    Raises ValueError for shapes and an unknown tier, TypeError for dtypes, IndexError for an id that is neither -1 nor
+    in [0, E) (on CPU; a device assertion on CUDA).
     """
     x, gate_up, down, gate_up_bias, down_bias = autocast(x, gate_up, down, gate_up_bias, down_bias)  # pyright: ignore
     _check(x, gate_up, down, weights, expert_ids, gate_up_bias, down_bias)
-    check_limit(swiglu_limit)
     check_tier(tier)
     if tier == "reference":
-        return moe_mlp_reference(
-            x, gate_up, down, weights, expert_ids, gate_up_bias, down_bias, swiglu_limit, swiglu_alpha, swiglu_beta
-        )
+        return moe_mlp_reference(x, gate_up, down, weights, expert_ids, gate_up_bias, down_bias, activation)
     if tier == "triton" and x.device.type == "cpu":
         sort_slots(expert_ids, gate_up.shape[0])  # refuses ids that name no expert, for the interpreter does not
-    parameters = (gate_up, down, gate_up_bias, down_bias)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weights, *parameters))
-    y, _ = _MOE_MLP_FORWARD(
+    leaves = (x, gate_up, down, weights, gate_up_bias, down_bias)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
+    return _MOE_MLP_FORWARD(
         x,
         gate_up,
         down,
@@ -73,13 +68,12 @@ def moe_mlp(
         expert_ids,
         gate_up_bias,
         down_bias,
-        swiglu_limit,
-        swiglu_alpha,
-        swiglu_beta,
+        activation.limit,
+        activation.alpha,
+        activation.beta,
         needs_grad,
         tier,
-    )
-    return y
+    )[0]
 
 
 def moe_mlp_reference(
@@ -90,9 +84,7 @@ def moe_mlp_reference(
     expert_ids: Tensor,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
-    swiglu_limit: float | None = None,
-    swiglu_alpha: float = 1.0,
-    swiglu_beta: float = 0.0,
+    activation: SwiGLU = SwiGLU(),
 ) -> Tensor:
     """The definition of `moe_mlp`."""
     sort_slots(expert_ids, gate_up.shape[0])  # refuses ids that name no expert
@@ -104,7 +96,7 @@ def moe_mlp_reference(
             tokens = (ids == e).nonzero().squeeze(1)
             up = x.index_select(0, tokens) @ gate_up[e].t()
             up = up if gate_up_bias is None else up + gate_up_bias[e]
-            rows = swiglu_reference(up, swiglu_limit, swiglu_alpha, swiglu_beta) @ down[e].t()
+            rows = swiglu_reference(up, activation) @ down[e].t()
             rows = rows if down_bias is None else rows + down_bias[e]
             out = out.index_add(0, tokens, rows * weights[:, k].index_select(0, tokens)[:, None])
     # Nothing of each argument, so that each has a gradient, zero, where K or E is 0 as well.

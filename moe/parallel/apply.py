@@ -59,7 +59,7 @@ class DividedExperts(Experts):
 
     def __init__(self, whole: Experts, ep: DeviceMesh, num_experts: int) -> None:
         nn.Module.__init__(self)
-        self.limit, self.alpha, self.beta = whole.limit, whole.alpha, whole.beta
+        self.activation = whole.activation
         self.ranks = ep.size()
         share = num_experts // ep.size()
         start = ep.get_local_rank() * share
