@@ -302,8 +302,7 @@ def test_from_config(options: dict[str, Any]) -> None:
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
     assert ours.gate.selection == theirs.gate.selection and ours.experts.activation == theirs.experts.activation
-    assert (
-        (ours.alpha, ours.seq_aux, ours.z_coef) == (theirs.alpha, theirs.seq_aux, theirs.z_coef) == (0.5, False, 0.25)
-    )
+    for config in (ours.config, theirs.config):
+        assert (config.aux_loss_alpha, config.seq_aux, config.router_z_loss_coef) == (0.5, False, 0.25)
     plain = MoEConfig(24, 10, 8, 3, **settings)
     assert all(getattr(plain, f.name) == getattr(config, f.name) for f in dataclasses.fields(MoEConfig))
