@@ -53,9 +53,6 @@ DEFECTS = (
         "return ops.unpermute(rows, sent.position)",
         "return ops.unpermute(rows.flip(0), sent.position)",
     ),
-    Defect(
-        "shared expert left out", "moe/layer.py", "(y if shared is None else y + shared)", "(y)", 4, "recomputed, ep 4"
-    ),
     dispatch(
         "scales of FP8 shifted",
         "scales, codes = _typed(rows[:, :at]",
