@@ -130,9 +130,11 @@ class MLA(nn.Module):
         if cache is not None:
             (entry,) = cache.append(past, torch.cat((c, k_pe), dim=-1))
             if past > 0 and self._absorbing_is_cheaper(x.shape[1]):
-                # A graph is freed by its backward pass: with gradients, each forward pass needs its own.
-                w = self._absorbed(c) if torch.is_grad_enabled() else cache.once(lambda: self._absorbed(c))
-                return self.o_proj(self._attend_absorbed(q_nope, q_pe, entry, mask, *w))
+                # A graph is freed by its backward pass, and dropout draws anew: then each pass needs its own.
+                again = self.training or torch.is_grad_enabled()
+                w = self._absorbed(c) if again else cache.once(q_pe.dtype, lambda: self._absorbed(c))
+                if w is not None:
+                    return self.o_proj(self._attend_absorbed(q_nope, q_pe, entry, mask, *w))
             c, k_pe = entry.split((self.latent, self.rope), dim=-1)
 
         kv = rearrange(self.kv_b_proj(c), "b s (h d) -> b s h d", h=self.heads)
@@ -151,17 +153,26 @@ class MLA(nn.Module):
         expanded = self.latent * (self.nope + self.value)
         return queries * (2 * self.latent - self.nope - self.value) < expanded
 
-    def _absorbed(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """W_UK [H, nope, C], W_UV [H, C, value] and the constant [H, value] of kv_b, in the dtype of `like`.
+    def _absorbed(self, c: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """W_UK [H, nope, C], W_UV [H, C, value] and the constant [H, value] of kv_b, in the dtype of c [B, S, C].
 
         kv_b is called with the identity, and with zero for what an adapter may add. That is exact for a linear module,
         and includes what is around it: adapters, offloading, quantisation. The constant of the keys changes all logits
-        of a query alike, and so nothing.
+        of a query alike, and so nothing. None if kv_b is something else than that of c: something around it is not
+        linear.
         """
-        w = self.kv_b_proj(torch.eye(self.latent + 1, self.latent, dtype=like.dtype, device=like.device))
-        w = rearrange(w, "c (h d) -> h c d", h=self.heads)
-        w_uk, w_uv = (w[:, :-1] - w[:, -1:]).split((self.nope, self.value), dim=2)
-        return w_uk.mT.contiguous(), w_uv.contiguous(), w[:, -1, self.nope :].contiguous()
+        w = self.kv_b_proj(torch.eye(self.latent + 1, self.latent, dtype=c.dtype, device=c.device))
+        w, constant = w[:-1] - w[-1], w[-1]
+        if not torch.compiler.is_compiling():
+            c, exact = c.to(w.dtype), self.kv_b_proj(c)
+            exact_products = w.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+            eps = torch.finfo(w.dtype if exact_products else torch.bfloat16).eps
+            bound = 16 * eps * (c.abs() @ w.abs() + constant.abs())
+            if ((c @ w + constant - exact).abs() > bound).any():
+                return None
+        w_uk, w_uv = rearrange(w, "c (h d) -> h c d", h=self.heads).split((self.nope, self.value), dim=2)
+        constant = rearrange(constant, "(h d) -> h d", h=self.heads)[:, self.nope :]
+        return w_uk.mT.contiguous(), w_uv.contiguous(), constant.contiguous()
 
     def _attend_absorbed(
         self,

@@ -149,14 +149,15 @@ def routers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def set_loss_scale(model: nn.Module, scale: float) -> None:
-    """Weight of the balance losses that enter through autograd in every `MoELayer` below `model`.
+    """Weight of the balance losses that enter through autograd in every `MoELayer` of `model`.
 
     The layer cannot see by what the caller multiplies the loss: with accumulation over n micro-batches (loss / n) pass
     1 / n, with a gradient scaler pass its scale. `moe.Transformer` called with labels adds the losses to `out.loss`
-    itself and needs none of this.
+    itself and needs none of this. The layers of a `Transformer` share one scale.
     """
-    for _, router in routers(model):
-        router.global_batch.scale_loss(scale)
+    for module in model.modules():
+        if isinstance(batch := getattr(module, "global_batch", None), GlobalBatch):
+            batch.scale_loss(scale)
 
 
 class Handle:
@@ -168,7 +169,7 @@ class Handle:
     def remove(self) -> None:
         self._hook.remove()
         for router in self._attached:
-            router.stop_counting()
+            router.load_counter.stop()
         self._attached = []
 
 
@@ -177,12 +178,14 @@ def attach(
 ) -> Handle:
     """Update every correction bias once per step of `optimizer`: b_i += speed * sign(mean(load) - load_i).
 
-    Works on any model that contains `moe.MoELayer`s and in any trainer: call it once, after the model is on its device
-    and before the first forward (and before torch.compile), and attach to one optimizer only when there are several.
-    The load of a step is everything that went backward since the last one, summed over `group` (None: the default group
-    where torch.distributed runs). The global-batch loss of all routers, those without a correction bias too, sums over
-    the same group. A step without any token leaves the biases alone. `handle.remove()` ends the updates; change the
-    speed by removing and attaching again. A copy of the model is not attached.
+    Works on any model that contains `moe.MoELayer`s and in any trainer (`optimizer` may be accelerate's): call it once,
+    after the model is on its device and before the first forward (and before torch.compile), and attach to one
+    optimizer only when there are several. The load of a step is everything that went backward since the last one,
+    summed over `group` (None: the default group where torch.distributed runs). The global-batch loss of all routers,
+    those without a correction bias too, sums over the same group, also after `handle.remove()`, which ends the updates.
+    A step without any token leaves the biases alone. Change the speed by removing and attaching again. A copy of the
+    model is not attached, and neither is a copy of a part that a wrapper makes, as PEFT does for modules_to_save: wrap
+    first, then attach.
 
     Raises:
         ValueError: no router, or without a group none with a correction bias; routers that are attached already; a
@@ -201,13 +204,9 @@ def attach(
         raise ValueError("attach: the optimizer holds none of the model's parameters; build it after parallelize")
     if any(router.counter is not None for router in biased):
         raise ValueError("attach: this model is attached already; call remove() on the earlier handle first")
-    for router in found:
-        router.global_batch.restrict(group)
-    for router in biased:
-        router.start_counting()
 
     def update(*_: Any) -> None:
-        loads = [router.take_load() for router in biased]
+        loads = [router.load_counter.take() for router in biased]
         if not loads:
             return
         flat = torch.cat([load.to(loads[0].device) for load in loads]).to(torch.int64)
@@ -215,7 +214,16 @@ def attach(
         for router, load in zip(biased, flat.split([len(load) for load in loads]), strict=True):
             router.move_bias(bias_update_speed * torch.sign(load.double().mean() - load).float())
 
-    return Handle(biased, optimizer.register_step_post_hook(update))
+    # accelerate's optimizer has no hooks, and leaves out steps of the one inside, whose hooks see the real steps.
+    real: Any = optimizer
+    if not hasattr(optimizer, "_optimizer_step_post_hooks"):
+        real = getattr(optimizer, "optimizer", optimizer)
+    handle = Handle(biased, real.register_step_post_hook(update))
+    for router in found:
+        router.global_batch.restrict(group)
+    for router in biased:
+        router.load_counter.start(router.num_experts, router.weight.device)
+    return handle
 
 
 @dataclass(frozen=True)

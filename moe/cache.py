@@ -1,11 +1,14 @@
 """What attention keeps of earlier tokens: keys and values, or the latents of MLA."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from moe.config import ModelConfig
+
+_Made = TypeVar("_Made")
 
 
 class LayerCache:
@@ -14,7 +17,7 @@ class LayerCache:
     def __init__(self, shapes: list[tuple[int, ...]]) -> None:
         self.shapes = shapes
         self.entries: list[Tensor] = []
-        self.made: tuple[Tensor, ...] | None = None
+        self.made: tuple[Hashable, Any] | None = None
 
     def append(self, start: int, *new: Tensor) -> list[Tensor]:
         """Write `new` (each [B, S, ...]) at rows start to start + S; returns views of rows 0 to start + S.
@@ -22,6 +25,8 @@ class LayerCache:
         Raises ValueError for another B than that of the rows before `start`.
         """
         end = start + new[0].shape[1]
+        if start == 0:
+            self.made = None
         if self.entries and self.entries[0].shape[0] != new[0].shape[0]:
             if start:
                 raise ValueError(f"the cache holds {self.entries[0].shape[0]} sequences: found {new[0].shape[0]}")
@@ -40,11 +45,11 @@ class LayerCache:
         """Keep the sequences `rows`, in that order."""
         self.entries = [torch.index_select(entry, 0, rows) for entry in self.entries]
 
-    def once(self, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """What `make` returned at the first call, for tensors that depend on the weights only."""
-        if self.made is None:
-            self.made = make()
-        return self.made
+    def once(self, key: Hashable, make: Callable[[], _Made]) -> _Made:
+        """What `make` returned at the first call with this key since the cache was empty, for what weights decide."""
+        if self.made is None or self.made[0] != key:
+            self.made = key, make()
+        return self.made[1]
 
 
 class Cache:

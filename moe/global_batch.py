@@ -23,9 +23,8 @@ class GlobalBatch:
     lockstep = False
     """Whether each forward pass waits for the other ranks, so that all of them must make the same calls."""
 
-    def __init__(self, group: Any = None) -> None:
-        self.group = group
-        self.loss_scale = 1.0
+    def __init__(self, group: Any = None, loss_scale: float = 1.0) -> None:
+        self.group, self.loss_scale = group, loss_scale
 
     def restrict(self, group: Any) -> None:
         """Sum over `group` from now on; None is the default group."""
@@ -53,4 +52,4 @@ class GlobalBatch:
         return made
 
     def __reduce__(self) -> Any:
-        return GlobalBatch, ()
+        return GlobalBatch, (None, self.loss_scale)

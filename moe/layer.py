@@ -16,7 +16,7 @@ from moe.global_batch import GlobalBatch
 from moe.init import materialize
 from moe.loss import Term
 from moe.ops import Routing, SwiGLU
-from moe.router import Router
+from moe.router import LoadCounter, Router
 
 P = ParamSpec("P")
 
@@ -244,30 +244,32 @@ class MoELayer(nn.Module):
         if x.ndim < 2 or x.shape[-1] != width:
             raise ValueError(f"x has shape {tuple(x.shape)}: expected [..., S, {width}]")
         shape = (math.prod(x.shape[:-2]), x.shape[-2])
-        rows = x.reshape(shape[0] * shape[1], width)
+        rows, padding = x.reshape(shape[0] * shape[1], width), None
         if token_mask is not None:
             if token_mask.shape != x.shape[:-1] or token_mask.dtype != torch.bool:
                 found = f"{token_mask.dtype} {tuple(token_mask.shape)}"
                 raise ValueError(f"token_mask is {found}: expected torch.bool {tuple(x.shape[:-1])}")
             token_mask = token_mask.reshape(shape)
-            rows = rows.masked_fill(~token_mask.reshape(-1, 1), 0)
+            padding = ~token_mask.reshape(-1, 1)
+            rows = rows.masked_fill(padding, 0)
 
         if isinstance(routing, Routing):
-            routing, router = routing._replace(logits=None), self._router()
+            routing = routing._replace(logits=None, counter=None)
         else:
             routing = self.gate(rows) if routing is None else self.gate(rows, routing)
-            assert isinstance(routing, Routing)
-            router = routing.router
-        if token_mask is not None:
-            routing = routing._replace(expert_ids=routing.expert_ids.masked_fill(~token_mask.reshape(-1, 1), -1))
-        stats = self._stats(routing, router.global_batch, shape, token_mask)
+            if not isinstance(routing, Routing):
+                raise TypeError(f"gate: expected it to return a Routing, found {type(routing).__name__}")
+        counter: LoadCounter = routing.counter or self._router().load_counter
+        if padding is not None:
+            routing = routing._replace(expert_ids=routing.expert_ids.masked_fill(padding, -1))
+        stats = self._stats(routing, counter.batch, shape, token_mask)
         if self.training:
             # On the weights and not on y: y's gradient passes through them, and they are a D-th of its size.
             weights = balance.inject_gradients(
                 routing.weights,
                 loss=None if return_stats or not stats.terms else stats.aux_loss,
-                scale=router.global_batch.loss_scale,
-                counter=router.counter,
+                scale=counter.batch.loss_scale,
+                counter=counter.leaf,
                 load=stats.load,
             )
             routing = routing._replace(weights=weights)
@@ -275,7 +277,10 @@ class MoELayer(nn.Module):
         sent = self.dispatcher.dispatch(rows, routing)
         shared = None if self.shared_experts is None else self._shared(rows)  # while tokens travel
         y = self.dispatcher.combine(self.experts(*sent.wait()), sent)
-        y = (y if shared is None else y + shared).view(x.shape)
+        y = y if shared is None else y + shared
+        if padding is not None:  # an adapter or a hook may have added something
+            y = y.masked_fill(padding, 0)
+        y = y.view(x.shape)
         return (y, stats) if return_stats else y
 
     def divide(self, experts: nn.Module, dispatcher: Dispatcher) -> None:

@@ -55,7 +55,8 @@ class Output:
 class Embedding(nn.Embedding):
     """Token ids [...] -> vectors [..., D]; and as the tied head, vectors [..., D] -> logits [..., V].
 
-    One module for both, since offloading, sharding and hooks see parameters where their module is called.
+    One module for both, since offloading, sharding and hooks see parameters where their module is called. A hook on
+    its output sees both.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -197,6 +198,7 @@ class Transformer(nn.Module):
                 stats.append(block_stats)
         h = self.norm(h)
         terms = [term for s in stats for term in s.terms]
+        self._check_terms(h, terms)
         if labels is None and terms:
             # Without labels there is no `out.loss`, so the auxiliary losses are injected through h.
             aux = torch.stack(self._weigh(terms)).sum()
@@ -212,8 +214,9 @@ class Transformer(nn.Module):
             ahead, mtp_stats = self._predict_ahead(h, input_ids, labels, rope, real, document_ids)
             stats += mtp_stats
             terms += [term for s in mtp_stats for term in s.terms]
+            self._check_terms(h, terms)
 
-        load = torch.stack([s.load for s in stats]) if stats else None
+        load = torch.stack([s.load.to(h.device) for s in stats]) if stats else None
         if load is not None:
             self._count(load)
         if labels is None:
@@ -233,7 +236,17 @@ class Transformer(nn.Module):
         return functools.reduce(torch.add, parts), {name: mean.detach() for name, mean in losses.items()}
 
     def _weigh(self, terms: list[Term]) -> list[Tensor]:
-        return self.global_batch.weigh([term.mean.value for term in terms], [term.mean.count for term in terms])
+        if not terms:
+            return []
+        device = terms[0].mean.value.device  # layers may be on several
+        values = [term.mean.value.to(device) for term in terms]
+        return self.global_batch.weigh(values, [term.mean.count.to(device) for term in terms])
+
+    def _check_terms(self, h: Tensor, terms: list[Term]) -> None:
+        """A reentrant checkpoint around a layer gives its losses back without their graph."""
+        lost = torch.is_grad_enabled() and h.requires_grad and not all(term.mean.value.requires_grad for term in terms)
+        if lost and any(router.weight.requires_grad for _, router in routers(self)):
+            raise ValueError("the balance losses of a layer have no gradient: checkpoint it with use_reentrant=False")
 
     def interleave_rope(self) -> None:
         """Rotate pairs of neighbouring rows from now on: `rope_interleave` of the config. The weights stay."""

@@ -1,5 +1,6 @@
 """The router of a Mixture-of-Experts layer."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,46 @@ from moe.global_batch import GlobalBatch
 from moe.ops import Routing
 
 COUNTER_DTYPE = torch.float64  # gradients must be floating point; counts are exact up to 2^53
+
+
+class LoadCounter:
+    """What a router counts, and for which global batch. A copy counts nothing yet, and so does what is unpickled.
+
+    Attributes:
+        batch: the global batch.
+        leaf: float64 [E], whose gradient is the load of the step; None if nothing is counted.
+    """
+
+    def __init__(self, batch: GlobalBatch) -> None:
+        self.batch = batch
+        self.leaf: Tensor | None = None
+
+    def join(self, batch: GlobalBatch) -> None:
+        self.batch = batch
+
+    def start(self, num_experts: int, device: torch.device) -> None:
+        self.leaf = torch.zeros(num_experts, dtype=COUNTER_DTYPE, device=device, requires_grad=True)
+
+    def stop(self) -> None:
+        self.leaf = None
+
+    def move(self, device: torch.device) -> None:
+        if self.leaf is not None and self.leaf.device != device:
+            self.leaf = self.leaf.detach().to(device).requires_grad_()
+
+    @torch.no_grad()
+    def take(self) -> Tensor:
+        """float64 [E]: the tokens counted since the last call."""
+        assert self.leaf is not None
+        load = self.leaf.grad if self.leaf.grad is not None else torch.zeros_like(self.leaf)
+        self.leaf.grad = None
+        return load
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LoadCounter":
+        return LoadCounter(copy.deepcopy(self.batch, memo))
+
+    def __reduce__(self) -> Any:
+        return LoadCounter, (self.batch,)
 
 
 class Router(nn.Module):
@@ -33,27 +74,20 @@ class Router(nn.Module):
         self.bias = nn.Parameter(torch.empty(experts)) if config.router_bias else None
         bias = torch.zeros(experts, dtype=torch.float32) if config.topk_method == "noaux_tc" else None
         self.register_buffer("e_score_correction_bias", bias)
-        self.global_batch = GlobalBatch()
-        self.counter: Tensor | None = None
+        self.load_counter = LoadCounter(GlobalBatch())
+
+    @property
+    def global_batch(self) -> GlobalBatch:
+        """The global batch, which the routers of a model share; `join` changes it."""
+        return self.load_counter.batch
+
+    @property
+    def counter(self) -> Tensor | None:
+        """float64 [E], whose gradient is the load of the step; None unless `moe.balance.attach` has been called."""
+        return self.load_counter.leaf
 
     def join(self, batch: GlobalBatch) -> None:
-        """Take part in `batch`, which the routers of a model share."""
-        self.global_batch = batch
-
-    def start_counting(self) -> None:
-        """Make the counter, float64 [E]: a leaf whose gradient is the load of the step."""
-        self.counter = torch.zeros(self.num_experts, dtype=COUNTER_DTYPE, device=self.weight.device, requires_grad=True)
-
-    def stop_counting(self) -> None:
-        self.counter = None
-
-    @torch.no_grad()
-    def take_load(self) -> Tensor:
-        """float64 [E]: the tokens counted since the last call."""
-        assert self.counter is not None
-        load = self.counter.grad if self.counter.grad is not None else torch.zeros_like(self.counter)
-        self.counter.grad = None
-        return load
+        self.load_counter.join(batch)
 
     @torch.no_grad()
     def move_bias(self, step: Tensor) -> None:
@@ -82,18 +116,13 @@ class Router(nn.Module):
         """x [T, D] -> its routing, with the logits; `expert_ids` [T, K] replace the selection."""
         logits = self.logits(x)
         routing = self.route(logits) if expert_ids is None else self.replay(logits, expert_ids)
-        return routing._replace(logits=logits, router=self)
+        return routing._replace(logits=logits, counter=self.load_counter)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
-        bias, counter = self.e_score_correction_bias, self.counter
+        bias = self.e_score_correction_bias
         super()._apply(fn, recurse)
         moved = self.e_score_correction_bias
         if bias is not None and moved is not None and moved.dtype != bias.dtype:
             self.e_score_correction_bias = bias.to(moved.device)
-        if counter is not None and counter.device != self.weight.device:
-            self.counter = counter.detach().to(self.weight.device).requires_grad_()
+        self.load_counter.move(self.weight.device)
         return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy or a pickle is a model of its own, and not attached to the optimizer of this one.
-        return {**self.__dict__, "counter": None}

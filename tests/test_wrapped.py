@@ -1,13 +1,14 @@
 """Modules that others put something around: hooks, adapters, wrappers, offloading. Nothing may change silently."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
 import moe
 from moe import attention, balance
@@ -225,3 +226,143 @@ def test_a_decoding_step_with_gradients_reaches_the_latent(monkeypatch: pytest.M
     found = gradient()
     monkeypatch.setattr(attention.MLA, "_absorbing_is_cheaper", lambda *_: False)
     torch.testing.assert_close(found, gradient(), rtol=1e-9, atol=1e-9)
+
+
+def test_an_attached_copy_has_counters_and_a_scale_of_its_own() -> None:
+    model = build(MLA)
+    balance.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    balance.set_loss_scale(model, 0.25)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert all(router.counter is None for _, router in balance.routers(copied))
+        assert {router.global_batch for _, router in balance.routers(copied)} == {copied.global_batch}
+        assert copied.global_batch.loss_scale == 0.25
+        balance.set_loss_scale(copied, 2.0)
+        assert model.global_batch.loss_scale == 0.25
+
+
+def test_the_loss_scale_reaches_a_model_whose_layers_were_replaced() -> None:
+    ids = torch.randint(0, 61, (2, 8), generator=torch.Generator().manual_seed(0))
+
+    def gradient(scale: float) -> Tensor:
+        model = build(MLA).double()
+        for i in range(len(model.layers)):
+            model.layers[i] = copy.deepcopy(model.layers[i])
+        balance.set_loss_scale(model, scale)
+        (0 * model(ids).logits.sum()).backward()
+        return next(router.weight.grad for _, router in balance.routers(model))
+
+    assert gradient(1.0).abs().max() > 0
+    torch.testing.assert_close(gradient(0.5), 0.5 * gradient(1.0), rtol=1e-12, atol=0)
+
+
+def test_an_optimizer_inside_another_steps_the_bias() -> None:
+    """As accelerate's: an Optimizer by its class, whose hooks are those of the one that it holds."""
+
+    class Outer(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+
+        def step(self, closure: Any = None) -> Any:
+            self.optimizer.step(closure)
+
+    layer = moe.MoELayer(32, 16, 8, 2, seed=0)
+    inner = torch.optim.SGD(layer.parameters(), lr=0.1)
+    balance.attach(layer, Outer(inner))
+    y, stats = layer(torch.randn(2, 9, 32), return_stats=True)
+    y.sum().backward()
+    inner.step()
+    step = torch.sign(stats.load.double().mean() - stats.load).float()
+    bias = layer.gate.e_score_correction_bias
+    assert bias is not None and torch.equal(bias, 0.001 * step)
+
+
+def test_attach_that_fails_changes_nothing() -> None:
+    layer = moe.MoELayer(32, 16, 8, 2, seed=0)
+
+    class NoHooks:
+        param_groups: tuple[Any, ...] = ()
+
+    with pytest.raises(AttributeError):
+        balance.attach(layer, NoHooks())  # pyright: ignore[reportArgumentType]
+    assert layer.gate.counter is None
+    balance.attach(layer, torch.optim.SGD(layer.parameters(), lr=0.1))
+
+
+def test_a_reentrant_checkpoint_loses_the_balance_loss_and_is_refused() -> None:
+    ids = torch.randint(0, 61, (2, 8))
+    for labels in (ids, None):
+        model = build(MLA)
+        blocks: list[Any] = list(model.layers)
+        for block in blocks:
+            block.mlp = checkpoint_wrapper(block.mlp, checkpoint_impl=CheckpointImpl.REENTRANT)
+        with pytest.raises(ValueError, match="checkpoint it with use_reentrant=False"):
+            model(ids, labels=labels)
+
+
+@torch.no_grad()
+def test_a_cache_forgets_old_weights_with_its_tokens() -> None:
+    model = build(MLA).double().eval()
+    ids = torch.randint(0, 61, (2, 8))
+    cache = Cache(model.config)
+    for i in range(8):
+        model(ids[:, i : i + 1], cache=cache)
+    cache.truncate(0)
+    for block in model.layers:
+        latent: Any = block.self_attn
+        latent.kv_b_proj.weight.mul_(1.5)
+    found = [model(ids[:, i : i + 1], cache=cache).logits for i in range(8)][-1]
+    torch.testing.assert_close(found[:, 0], model(ids).logits[:, -1], rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_decoding_under_autocast_and_then_without() -> None:
+    model = build(MLA).eval()
+    ids = torch.randint(0, 61, (1, 8))
+    cache = Cache(model.config)
+    model(ids[:, :6], cache=cache)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids[:, 6:7], cache=cache)
+    found = model(ids[:, 7:8], cache=cache).logits[:, 0]
+    torch.testing.assert_close(found, model(ids).logits[:, -1], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("hook", ["outputs", "inputs", "affine"])
+@torch.no_grad()
+def test_decoding_includes_a_hook_on_the_latent(hook: str) -> None:
+    """One that is not linear rules absorption out."""
+    torch.manual_seed(0)
+    model = build(MLA).double().eval()
+    for block in model.layers:
+        latent: Any = block.self_attn
+        if hook == "inputs":
+            latent.kv_b_proj.register_forward_pre_hook(lambda _, args: (args[0].clamp(-0.3, 0.3),))
+        else:
+            change = (lambda y: y.clamp(-0.3, 0.3)) if hook == "outputs" else (lambda y: 2 * y + 1)
+            latent.kv_b_proj.register_forward_hook(lambda _, args, y, change=change: change(y))
+    ids = torch.randint(0, 61, (2, 12))
+    cache = Cache(model.config)
+    found = [model(ids[:, at : at + 1], cache=cache).logits for at in range(12)][-1]
+    torch.testing.assert_close(found[:, 0], model(ids).logits[:, -1], rtol=1e-9, atol=1e-9)
+
+
+def test_padding_stays_zero_when_something_adds_to_it() -> None:
+    layer = moe.MoELayer(32, 16, 8, 2, n_shared_experts=1, seed=0)
+    assert layer.shared_experts is not None
+    for module in (layer.experts, layer.shared_experts):
+        module.register_forward_hook(lambda _, args, y: torch.add(y, 1))  # pyright: ignore
+    mask = torch.arange(5).expand(2, 5) < torch.tensor([[5], [3]])
+    y = layer(torch.randn(2, 5, 32), mask)
+    assert y[~mask].abs().max() == 0 and y[mask].abs().min() > 0
+
+
+def test_a_gate_must_return_a_routing() -> None:
+    layer = moe.MoELayer(32, 16, 8, 2, seed=0)
+    layer.gate = nn.Linear(32, 8)  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(TypeError, match="gate: expected it to return a Routing, found Tensor"):
+        layer(torch.randn(2, 5, 32))
+
+
+def test_a_routing_holds_no_module() -> None:
+    """What moves the outputs of a module must not move the router."""
+    routing = moe.MoELayer(32, 16, 8, 2, seed=0).gate(torch.randn(5, 32))
+    assert not any(hasattr(part, "to") for part in routing if not isinstance(part, Tensor))

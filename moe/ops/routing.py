@@ -15,14 +15,14 @@ class Routing(NamedTuple):
     """weights [T, K] and scores [T, E] in the logits' dtype, expert_ids [T, K] int64, best expert first.
 
     A named tuple, because FSDP and other wrappers of modules look for tensors in tuples. `moe.router.Router` adds the
-    logits [T, E] and itself.
+    logits [T, E] and its `LoadCounter`.
     """
 
     weights: Tensor
     expert_ids: Tensor
     scores: Tensor
     logits: Tensor | None = None
-    router: Any = None
+    counter: Any = None
 
 
 def route(

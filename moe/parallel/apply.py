@@ -113,6 +113,9 @@ def divide_experts(
     """
     if isinstance(layer.experts, DividedExperts):
         raise ParallelError("the experts of this layer are divided already", layer=name)
+    if not isinstance(layer.experts, Experts | Quantized):
+        problem = f"its experts are a {type(layer.experts).__name__}: divide them first, and then wrap them"
+        raise ParallelError(problem, layer=name)
     total, held = layer.config.n_routed_experts, _held(layer.experts)
     dispatcher = AllToAllDispatcher(AllToAll(ep.get_group(), name, journal), total, payload=payload)
     if held not in (total, dispatcher.experts_per_rank):
@@ -243,20 +246,19 @@ class MeshBatch(GlobalBatch):
 
     @eager
     def sum(self, values: Tensor, operation: str) -> Tensor:
-        return self._sum(values, "routers", operation)
+        return self._sum(values, self.group, "routers", operation)
 
     def weigh(self, means: Sequence[Tensor], counts: Sequence[Tensor]) -> list[Tensor]:
         """Each mean times ranks * its count / the sum of all ranks' counts."""
-        if not means:
-            return []
         mine = torch.stack(list(counts))
-        everywhere = self._sum(mine.clone(), "loss", "sum of counts")
+        # Over all ranks, whatever group counts experts: the ranks' gradients are averaged over all of them.
+        everywhere = self._sum(mine.clone(), None, "loss", "sum of counts")
         weights = mine.double() * dist.get_world_size() / everywhere.clamp_min(1)
         return [mean * weight.to(mean.dtype) for mean, weight in zip(means, weights, strict=True)]
 
-    def _sum(self, values: Tensor, layer: str, operation: str) -> Tensor:
-        with self.journal.collective(layer, operation, self.group, size=values.numel()):
-            dist.all_reduce(values, group=self.group)
+    def _sum(self, values: Tensor, group: Any, layer: str, operation: str) -> Tensor:
+        with self.journal.collective(layer, operation, group, size=values.numel()):
+            dist.all_reduce(values, group=group)
         return values
 
 
