@@ -31,7 +31,6 @@ from benchmarks.harness import once, one_line, summary
 from benchmarks.packing import members, trip
 from benchmarks.routings import Assignment, assign
 from benchmarks.shapes import Shape
-from moe.cluster import traffic
 from moe.config import ModelConfig
 from moe.layer import MoELayer
 from moe.ops import Routing
@@ -39,6 +38,7 @@ from moe.parallel import divide_experts, make_mesh
 from moe.parallel.dispatch import AllToAllDispatcher, Payload, Traffic
 from moe.parallel.journal import Journal
 from moe.parallel.transport import AllToAll
+from moe.planning.cluster import traffic
 
 START = "forkserver"
 TIMEOUT = 300  # seconds for a collective

@@ -18,10 +18,10 @@ from moe import CheckpointError
 from moe.checkpoint import read_summary
 from moe.checkpoint.carried import write_carried
 from moe.checkpoint.convert import convert, cut
-from moe.checkpoint.planning import Placement, inference, stored
 from moe.cli import COMMANDS
 from moe.cli.options import parse
 from moe.cli.train import Args as TrainArgs
+from moe.planning.footprint import Placement, inference, stored
 from tests.checkpoint_cases import V3, V3_MTP
 from tests.test_cli import fails_in_one_line, run
 

@@ -15,13 +15,13 @@ LEVELS = [
     {"moe.errors"},
     {"moe.config", "moe.global_batch"},
     {"moe.presets", "moe.counts"},
-    {"moe.cluster"},
     {"moe.ops", "moe.norm"},
     {"moe.router", "moe.init", "moe.rope", "moe.loss", "moe.cache"},
     {"moe.balance", "moe.quantized"},
     {"moe.attention", "moe.layer"},
     {"moe.model"},
     {"moe.checkpoint"},
+    {"moe.planning"},
     {"moe.offload", "moe.lora", "moe.parallel"},
     {"moe.generation", "moe.trace"},
     {"moe.train"},
@@ -188,7 +188,7 @@ def test_children_of_tests_find_the_kernels_of_their_checkout(tmp_path: Path) ->
 
 def test_import_moe_does_not_import_torch() -> None:
     run("import moe, sys; assert 'torch' not in sys.modules; assert 'MoELayer' in dir(moe)", ROOT)
-    run("import moe.cli.plan, moe.cluster.published, sys; assert 'torch' not in sys.modules", ROOT)
+    run("import moe.cli.plan, moe.planning.published, sys; assert 'torch' not in sys.modules", ROOT)
 
 
 def test_every_public_name_resolves() -> None:

@@ -6,7 +6,6 @@
     save(model, folder)
     interleave(model)                             rotary rows in the order that a save to DeepSeek's families needs
     convert.convert, convert.cut                  a checkpoint made of a checkpoint
-    planning.stored, .inference, .training        what a configuration weighs; no torch
 
 `families.py` is the table of what is supported; everything else here is the same for all families.
 """

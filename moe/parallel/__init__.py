@@ -12,8 +12,6 @@ from moe.parallel.exchange import export as export
 from moe.parallel.exchange import load as load
 from moe.parallel.mesh import Mesh as Mesh
 from moe.parallel.mesh import make_mesh as make_mesh
-from moe.parallel.placement import Placement as Placement
-from moe.parallel.placement import place as place
 from moe.parallel.states import StateWriter as StateWriter
 from moe.parallel.states import load_latest as load_latest
 from moe.parallel.transport import AllToAll as AllToAll
@@ -21,3 +19,5 @@ from moe.parallel.transport import Loopback as Loopback
 from moe.parallel.transport import Transport as Transport
 from moe.parallel.watch import Watch as Watch
 from moe.parallel.watch import start as start
+from moe.planning.placement import Placement as Placement
+from moe.planning.placement import place as place

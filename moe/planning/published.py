@@ -6,10 +6,10 @@ What a publication leaves open is assumed, and said in `assumed`.
 
 from dataclasses import dataclass, replace
 
-from moe.cluster.gpus import GPUS
-from moe.cluster.settings import Mesh, Rates, Run, Training
-from moe.cluster.stages import model_flops
-from moe.cluster.step import Step, step
+from moe.planning.cluster.gpus import GPUS
+from moe.planning.cluster.settings import Mesh, Rates, Run, Training
+from moe.planning.cluster.stages import model_flops
+from moe.planning.cluster.step import Step, step
 from moe.presets import PRESETS
 
 

@@ -8,9 +8,9 @@ and half of it with dualpipe, where two ranks of a pipeline hold the same. FSDP 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moe.cluster.settings import Run
-from moe.cluster.stages import Block, Rank
-from moe.cluster.traffic import traffic
+from moe.planning.cluster.settings import Run
+from moe.planning.cluster.stages import Block, Rank
+from moe.planning.cluster.traffic import traffic
 
 
 @dataclass(frozen=True)

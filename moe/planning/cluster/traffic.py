@@ -10,9 +10,9 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from moe.cluster.gpus import Gpu
-from moe.cluster.settings import Mesh, Precision, Rates, Training
 from moe.config import ModelConfig
+from moe.planning.cluster.gpus import Gpu
+from moe.planning.cluster.settings import Mesh, Precision, Rates, Training
 
 
 def reached(config: ModelConfig, first: int, count: int) -> float:

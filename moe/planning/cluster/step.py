@@ -12,12 +12,12 @@ for weights) and B = 2 t / 3 (all of backward): 1f1b (pp - 1)(F + B), zb1p (pp -
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moe.cluster.gpus import Gpu
-from moe.cluster.memory import moment_bytes, shard
-from moe.cluster.settings import Rates, Run
-from moe.cluster.stages import Block, Rank, model_flops, ranks
-from moe.cluster.traffic import traffic
 from moe.errors import ConfigError
+from moe.planning.cluster.gpus import Gpu
+from moe.planning.cluster.memory import moment_bytes, shard
+from moe.planning.cluster.settings import Rates, Run
+from moe.planning.cluster.stages import Block, Rank, model_flops, ranks
+from moe.planning.cluster.traffic import traffic
 
 
 @dataclass(frozen=True)

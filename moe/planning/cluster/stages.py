@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import accumulate
 
-from moe.cluster.settings import Run
 from moe.config import ModelConfig
 from moe.counts import Shape, parameter_shapes
+from moe.planning.cluster.settings import Run
 
 # In bf16 whatever the rest is (DeepSeek-V3's report, section 3.3.1; eh_proj from the released file).
 SIXTEEN = ("lm_head.weight", "embed_tokens.weight", "mlp.gate.weight", "shared_expert_gate.weight", "eh_proj.weight")
