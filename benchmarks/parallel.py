@@ -37,7 +37,7 @@ from benchmarks.layer import about, ceilings
 from benchmarks.limits import Ceilings
 from benchmarks.ranks import CountBytes, Scale
 from benchmarks.shapes import SHAPES, Shape, parse_shape, small
-from moe.checkpoint.memory import free_bytes
+from moe.checkpoint.reading.memory import free_bytes
 from moe.ops.library import why_no_kernels
 
 PARTS = ("pack", "bytes", "scaling")

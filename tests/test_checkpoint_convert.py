@@ -15,7 +15,7 @@ import moe
 from moe import CheckpointError, ConfigError
 from moe.checkpoint import read_config, read_summary
 from moe.checkpoint.convert import DEEPSEEK_FILE, convert, cut
-from moe.checkpoint.manifest import verify
+from moe.checkpoint.format.manifest import verify
 from moe.ops import dequantize_blocks, quantize_blocks
 from tests.checkpoint_cases import BY_FAMILY, V3, V3_MTP, build
 from tests.test_checkpoint_quantised import (

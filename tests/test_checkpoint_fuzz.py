@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from moe.checkpoint import header, layout, reading
+from moe.checkpoint.format import header, layout
+from moe.checkpoint.reading import load as reading
 from tests import fuzz, hostile
 from tests.fuzz import INDEX, KINDS, Lab, Verdict, Worker, campaign, damage
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import moe
 from moe import CheckpointError, ModelConfig, Transformer
-from moe.checkpoint import read_summary, reading, save
+from moe.checkpoint import read_summary, save
+from moe.checkpoint.reading import load as reading
 from tests.checkpoint_cases import V2, V3, V3_MTP, YARN, assert_same, build, configs
 
 State = dict[str, torch.Tensor]

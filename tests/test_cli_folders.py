@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 import moe
 from moe import CheckpointError
 from moe.checkpoint import read_summary
-from moe.checkpoint.carried import write_carried
 from moe.checkpoint.convert import convert, cut
+from moe.checkpoint.format.carried import write_carried
 from moe.cli import COMMANDS
 from moe.cli.options import parse
 from moe.cli.train import Args as TrainArgs
@@ -111,7 +111,7 @@ def test_what_appears_while_a_conversion_runs_is_not_replaced(saved, tmp_path, m
         moe.Transformer(moe.preset("tiny")).save(out)
         write_carried(folder, files)
 
-    monkeypatch.setattr("moe.checkpoint.atomic.locked", lambda target: contextlib.nullcontext(False))
+    monkeypatch.setattr("moe.checkpoint.writing.atomic.locked", lambda target: contextlib.nullcontext(False))
     monkeypatch.setattr("moe.checkpoint.convert.write_carried", late)
     with pytest.raises(CheckpointError, match="exists and is not empty"):
         convert(saved, out)
@@ -376,7 +376,8 @@ def test_places_that_are_no_folder(capsys: Any, saved: Path, tmp_path: Path) -> 
 def test_an_interrupted_conversion_leaves_nothing(saved: Path, tmp_path: Path) -> None:
     code = """
 import os, signal, sys
-from moe.checkpoint import convert, shards
+from moe.checkpoint import convert
+from moe.checkpoint.writing import shards
 from moe.cli import main
 real = convert._raw
 def raw(files, info):

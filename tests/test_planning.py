@@ -10,7 +10,7 @@ import pytest
 import moe
 from moe import ConfigError
 from moe.checkpoint import read_summary
-from moe.checkpoint.sizes import parse_size
+from moe.checkpoint.format.sizes import parse_size
 from moe.cli import main
 from moe.counts import count_parameters
 from moe.planning.footprint import Placement, inference, stored, training

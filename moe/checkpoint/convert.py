@@ -19,22 +19,33 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from moe.checkpoint.atomic import check_target, replacing
-from moe.checkpoint.carried import check_carried, read_carried, resolved, write_carried
-from moe.checkpoint.config_json import as_written, render_config
-from moe.checkpoint.dtypes import FLOATING, SAFETENSORS, Dtype, parse_dtype
-from moe.checkpoint.families import Family, family_of
-from moe.checkpoint.folder import CONFIG, RECEIPT, SINGLE
-from moe.checkpoint.header import TensorInfo
-from moe.checkpoint.hub import find, from_cache
-from moe.checkpoint.layout import Plan, Slot, fp8_names, layout, plan, with_scales
-from moe.checkpoint.manifest import Manifest
-from moe.checkpoint.progress import Progress
-from moe.checkpoint.quantization import MAX_BLOCK, is_block_size
-from moe.checkpoint.reading import BIAS, DTYPES, STORED, Files, Piece, check_dtypes, check_repeats, fill, load, pieces
-from moe.checkpoint.roles import check_scales, needs_common_dtype
-from moe.checkpoint.shards import Entry, as_json, config_bytes, divide, write_shards
-from moe.checkpoint.writing import listed_anew
+from moe.checkpoint.format.carried import check_carried, read_carried, resolved, write_carried
+from moe.checkpoint.format.config_json import as_written, render_config
+from moe.checkpoint.format.dtypes import FLOATING, SAFETENSORS, Dtype, parse_dtype
+from moe.checkpoint.format.families import Family, family_of
+from moe.checkpoint.format.folder import CONFIG, RECEIPT, SINGLE
+from moe.checkpoint.format.header import TensorInfo
+from moe.checkpoint.format.layout import Plan, Slot, fp8_names, layout, plan, with_scales
+from moe.checkpoint.format.manifest import Manifest
+from moe.checkpoint.format.quantized_formats import MAX_BLOCK, is_block_size
+from moe.checkpoint.format.tensor_roles import check_scales, needs_common_dtype
+from moe.checkpoint.reading.hub import find, from_cache
+from moe.checkpoint.reading.load import (
+    BIAS,
+    DTYPES,
+    STORED,
+    Files,
+    Piece,
+    check_dtypes,
+    check_repeats,
+    fill,
+    load,
+    pieces,
+)
+from moe.checkpoint.reading.progress import Progress
+from moe.checkpoint.writing.atomic import check_target, replacing
+from moe.checkpoint.writing.save import listed_anew
+from moe.checkpoint.writing.shards import Entry, as_json, config_bytes, divide, write_shards
 from moe.config import ModelConfig
 from moe.counts import parameter_shapes
 from moe.errors import CheckpointError, ConfigError, did_you_mean

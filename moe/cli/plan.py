@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from moe.checkpoint import read_config
-from moe.checkpoint.dtypes import FLOATING, Dtype, parse_dtype
-from moe.checkpoint.folder import INDEX, has_weights, read_config_values
-from moe.checkpoint.hub import CONFIGS, find, from_cache, headers_on_hub
-from moe.checkpoint.layout import Plan, plan
-from moe.checkpoint.quantization import Quantization, read_quantization
-from moe.checkpoint.sizes import parse_size
+from moe.checkpoint.format.dtypes import FLOATING, Dtype, parse_dtype
+from moe.checkpoint.format.folder import INDEX, has_weights, read_config_values
+from moe.checkpoint.format.layout import Plan, plan
+from moe.checkpoint.format.quantized_formats import Quantization, read_quantization
+from moe.checkpoint.format.sizes import parse_size
+from moe.checkpoint.reading.hub import CONFIGS, find, from_cache, headers_on_hub
 from moe.cli.options import DTYPES, UNSET, dtype_option, read_dtype
 from moe.cli.plan_cluster import ClusterArgs, find_gpu, plan_facts, print_plan, print_published, published_facts
 from moe.cli.source import MODEL, unknown

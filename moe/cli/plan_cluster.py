@@ -9,7 +9,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from moe.checkpoint.sizes import parse_size
+from moe.checkpoint.format.sizes import parse_size
 from moe.cli.options import UNSET
 from moe.errors import ConfigError, did_you_mean
 from moe.planning.cluster.gpus import GPUS, Gpu

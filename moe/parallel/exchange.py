@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from moe.checkpoint.carried import read_carried
-from moe.checkpoint.dtypes import FLOATING, parse_dtype
-from moe.checkpoint.header import MAX_HEADER_BYTES
-from moe.checkpoint.memory import check_fits
-from moe.checkpoint.progress import Progress
-from moe.checkpoint.reading import Files, Piece, Source, check_repeats, examine, fill
-from moe.checkpoint.writing import MAX_SHARD_BYTES, save_through
+from moe.checkpoint.format.carried import read_carried
+from moe.checkpoint.format.dtypes import FLOATING, parse_dtype
+from moe.checkpoint.format.header import MAX_HEADER_BYTES
+from moe.checkpoint.reading.load import Files, Piece, Source, check_repeats, examine, fill
+from moe.checkpoint.reading.memory import check_fits
+from moe.checkpoint.reading.progress import Progress
+from moe.checkpoint.writing.save import MAX_SHARD_BYTES, save_through
 from moe.errors import CheckpointError, ConfigError
 from moe.model import Transformer
 from moe.parallel.agreement import about, together

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moe.checkpoint.families import FAMILIES
-from moe.checkpoint.files import read_bounded
-from moe.checkpoint.folder import (
+from moe.checkpoint.format.families import FAMILIES
+from moe.checkpoint.format.files import read_bounded
+from moe.checkpoint.format.folder import (
     CONFIG,
     INDEX,
     MANIFEST,
@@ -25,8 +25,8 @@ from moe.checkpoint.folder import (
     member,
     read_config_values,
 )
-from moe.checkpoint.quantization import QUANTIZATION_FILES
-from moe.checkpoint.strict_json import parse_as_python, settled
+from moe.checkpoint.format.quantized_formats import QUANTIZATION_FILES
+from moe.checkpoint.format.strict_json import parse_as_python, settled
 from moe.errors import CheckpointError, one_line
 
 logger = logging.getLogger("moe")

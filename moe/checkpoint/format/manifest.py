@@ -21,12 +21,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
-from moe.checkpoint.carried import CARRIED, is_template, templates
-from moe.checkpoint.files import read_bounded
-from moe.checkpoint.folder import CONFIG, INDEX, MANIFEST, locate
-from moe.checkpoint.header import TensorInfo, read_header
-from moe.checkpoint.quantization import QUANTIZATION_FILES
-from moe.checkpoint.strict_json import parse_json
+from moe.checkpoint.format.carried import CARRIED, is_template, templates
+from moe.checkpoint.format.files import read_bounded
+from moe.checkpoint.format.folder import CONFIG, INDEX, MANIFEST, locate
+from moe.checkpoint.format.header import TensorInfo, read_header
+from moe.checkpoint.format.quantized_formats import QUANTIZATION_FILES
+from moe.checkpoint.format.strict_json import parse_json
 from moe.errors import CheckpointError
 
 FORMAT = 1

@@ -8,9 +8,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from moe.checkpoint.families import FAMILIES, Family, family_of, setting
-from moe.checkpoint.folder import CONFIG, locate, read_config_values
-from moe.checkpoint.strict_json import doubt, settled
+from moe.checkpoint.format.families import FAMILIES, Family, family_of, setting
+from moe.checkpoint.format.folder import CONFIG, locate, read_config_values
+from moe.checkpoint.format.strict_json import doubt, settled
 from moe.config import ModelConfig, RopeParameters
 from moe.errors import CheckpointError, ConfigError
 

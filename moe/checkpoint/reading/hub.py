@@ -8,8 +8,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
-from moe.checkpoint.carried import PATTERNS
-from moe.checkpoint.folder import (
+from moe.checkpoint.format.carried import PATTERNS
+from moe.checkpoint.format.folder import (
     CONFIG,
     INDEX,
     SINGLE,
@@ -19,8 +19,8 @@ from moe.checkpoint.folder import (
     neighbour,
     previous_folder,
 )
-from moe.checkpoint.header import TensorInfo, check_name, parse_entry
-from moe.checkpoint.quantization import QUANTIZATION_FILES
+from moe.checkpoint.format.header import TensorInfo, check_name, parse_entry
+from moe.checkpoint.format.quantized_formats import QUANTIZATION_FILES
 from moe.errors import CheckpointError, ConfigError
 
 CONFIGS = (CONFIG, *QUANTIZATION_FILES)

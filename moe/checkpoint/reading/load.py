@@ -11,17 +11,17 @@ from typing import Any, BinaryIO, Self
 import torch
 from torch import Tensor
 
-from moe.checkpoint.carried import read_carried
-from moe.checkpoint.dtypes import FLOATING, SAFETENSORS, parse_dtype
-from moe.checkpoint.families import family_of
-from moe.checkpoint.files import open_regular, read_exactly
-from moe.checkpoint.folder import CONFIG
-from moe.checkpoint.header import MAX_HEADER_BYTES, TensorInfo
-from moe.checkpoint.hub import find, from_cache
-from moe.checkpoint.layout import Plan, Slot, layer_of, plan
-from moe.checkpoint.memory import check_fits
-from moe.checkpoint.progress import Progress
-from moe.checkpoint.roles import allowed_dtypes, check_scales, needs_common_dtype
+from moe.checkpoint.format.carried import read_carried
+from moe.checkpoint.format.dtypes import FLOATING, SAFETENSORS, parse_dtype
+from moe.checkpoint.format.families import family_of
+from moe.checkpoint.format.files import open_regular, read_exactly
+from moe.checkpoint.format.folder import CONFIG
+from moe.checkpoint.format.header import MAX_HEADER_BYTES, TensorInfo
+from moe.checkpoint.format.layout import Plan, Slot, layer_of, plan
+from moe.checkpoint.format.tensor_roles import allowed_dtypes, check_scales, needs_common_dtype
+from moe.checkpoint.reading.hub import find, from_cache
+from moe.checkpoint.reading.memory import check_fits
+from moe.checkpoint.reading.progress import Progress
 from moe.counts import Shape, parameter_shapes
 from moe.errors import CheckpointError, ConfigError
 from moe.layer import Experts

@@ -25,9 +25,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from moe.checkpoint.carried import TEMPLATES, read_carried
-from moe.checkpoint.folder import CONFIG, INDEX, MANIFEST, RECEIPT, previous_folder
-from moe.checkpoint.manifest import Manifest
+from moe.checkpoint.format.carried import TEMPLATES, read_carried
+from moe.checkpoint.format.folder import CONFIG, INDEX, MANIFEST, RECEIPT, previous_folder
+from moe.checkpoint.format.manifest import Manifest
 from moe.errors import CheckpointError
 
 # The names of weights: adapters and the like, which also end in .safetensors, are somebody's own.

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe.checkpoint.files import open_regular, read_exactly, recognise
-from moe.checkpoint.strict_json import CHARACTERS, KEY, NEXT, WS, Scanner, decode_string
+from moe.checkpoint.format.files import open_regular, read_exactly, recognise
+from moe.checkpoint.format.strict_json import CHARACTERS, KEY, NEXT, WS, Scanner, decode_string
 from moe.errors import CheckpointError, ConfigError
 
 MAX_HEADER_BYTES = 16 * 2**20

@@ -11,9 +11,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from moe.checkpoint.files import open_regular, read_bounded, read_exactly, recognise
-from moe.checkpoint.header import MAX_HEADER_BYTES, TensorInfo, read_header
-from moe.checkpoint.strict_json import CHARACTERS, KEY, NEXT, Scanner, decode_string, parse_as_python
+from moe.checkpoint.format.files import open_regular, read_bounded, read_exactly, recognise
+from moe.checkpoint.format.header import MAX_HEADER_BYTES, TensorInfo, read_header
+from moe.checkpoint.format.strict_json import CHARACTERS, KEY, NEXT, Scanner, decode_string, parse_as_python
 from moe.errors import CheckpointError, nearest, one_line
 
 logger = logging.getLogger("moe")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from moe.checkpoint.files import read_exactly, recognise
+from moe.checkpoint.format.files import read_exactly, recognise
 from moe.errors import CheckpointError, one_line
 
 MAX_DEPTH = 64  # of arrays and objects in each other; Python's own functions fail at some depth, and differ in which

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from moe.checkpoint.folder import (
+from moe.checkpoint.format.folder import (
     INDEX,
     MANIFEST,
     MAX_CONFIG_BYTES,
@@ -22,11 +22,11 @@ from moe.checkpoint.folder import (
     MAX_INDEX_TENSORS,
     SINGLE,
 )
-from moe.checkpoint.header import DTYPE_BITS, MAX_HEADER_BYTES, MAX_TENSORS, check_name
-from moe.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest, record_bytes
-from moe.checkpoint.quantization import check_quantization
-from moe.checkpoint.reading import STORED
-from moe.checkpoint.strict_json import parse_as_python, parse_json
+from moe.checkpoint.format.header import DTYPE_BITS, MAX_HEADER_BYTES, MAX_TENSORS, check_name
+from moe.checkpoint.format.manifest import MAX_MANIFEST_BYTES, Manifest, record_bytes
+from moe.checkpoint.format.quantized_formats import check_quantization
+from moe.checkpoint.format.strict_json import parse_as_python, parse_json
+from moe.checkpoint.reading.load import STORED
 from moe.errors import CheckpointError, ConfigError
 
 _NAMES = {dtype: name for name, dtype in STORED.items()}

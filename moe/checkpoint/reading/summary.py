@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
-from moe.checkpoint.families import FAMILIES
-from moe.checkpoint.folder import INDEX, read_config_values, read_tensors
-from moe.checkpoint.hub import CONFIGS, find, from_cache, headers_on_hub
-from moe.checkpoint.layout import plan
-from moe.checkpoint.quantization import read_quantization
+from moe.checkpoint.format.families import FAMILIES
+from moe.checkpoint.format.folder import INDEX, read_config_values, read_tensors
+from moe.checkpoint.format.layout import plan
+from moe.checkpoint.format.quantized_formats import read_quantization
+from moe.checkpoint.reading.hub import CONFIGS, find, from_cache, headers_on_hub
 from moe.config import ModelConfig
 from moe.counts import count_parameters
 

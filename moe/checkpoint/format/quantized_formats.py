@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from moe.checkpoint.families import FAMILIES
-from moe.checkpoint.files import read_bounded
-from moe.checkpoint.folder import CONFIG, MAX_CONFIG_BYTES, member
-from moe.checkpoint.strict_json import parse_json
+from moe.checkpoint.format.families import FAMILIES
+from moe.checkpoint.format.files import read_bounded
+from moe.checkpoint.format.folder import CONFIG, MAX_CONFIG_BYTES, member
+from moe.checkpoint.format.strict_json import parse_json
 from moe.errors import CheckpointError
 
 MAX_BLOCK = 2**16

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from moe.checkpoint.header import TensorInfo
+from moe.checkpoint.format.header import TensorInfo
 from moe.errors import CheckpointError
 
 if TYPE_CHECKING:

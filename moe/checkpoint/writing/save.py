@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.checkpoint.atomic import replacing
-from moe.checkpoint.carried import check_carried, read_carried, resolved, write_carried
-from moe.checkpoint.config_json import as_written, render_config
-from moe.checkpoint.families import family_of
-from moe.checkpoint.folder import CONFIG
-from moe.checkpoint.layout import Slot, layer_of, layout, with_scales
-from moe.checkpoint.manifest import Manifest
-from moe.checkpoint.reading import BIAS, DTYPES, STORED, Origin
-from moe.checkpoint.roles import needs_common_dtype
-from moe.checkpoint.shards import Entry, config_bytes, divide, entry_of, write_shards
+from moe.checkpoint.format.carried import check_carried, read_carried, resolved, write_carried
+from moe.checkpoint.format.config_json import as_written, render_config
+from moe.checkpoint.format.families import family_of
+from moe.checkpoint.format.folder import CONFIG
+from moe.checkpoint.format.layout import Slot, layer_of, layout, with_scales
+from moe.checkpoint.format.manifest import Manifest
+from moe.checkpoint.format.tensor_roles import needs_common_dtype
+from moe.checkpoint.reading.load import BIAS, DTYPES, STORED, Origin
+from moe.checkpoint.writing.atomic import replacing
+from moe.checkpoint.writing.shards import Entry, config_bytes, divide, entry_of, write_shards
 from moe.counts import parameter_shapes
 from moe.errors import CheckpointError
 from moe.model import Transformer

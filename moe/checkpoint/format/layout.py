@@ -9,12 +9,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from moe.checkpoint.config_json import parse_config
-from moe.checkpoint.families import MXFP4, Family, Names, Reordered, Row, Table, family_of
-from moe.checkpoint.folder import CONFIG, locate, read_config_values, read_tensors
-from moe.checkpoint.header import MAX_HEADER_BYTES, TensorInfo
-from moe.checkpoint.quantization import Quantization, read_quantization
-from moe.checkpoint.roles import check_experts, role_of
+from moe.checkpoint.format.config_json import parse_config
+from moe.checkpoint.format.families import MXFP4, Family, Names, Reordered, Row, Table, family_of
+from moe.checkpoint.format.folder import CONFIG, locate, read_config_values, read_tensors
+from moe.checkpoint.format.header import MAX_HEADER_BYTES, TensorInfo
+from moe.checkpoint.format.quantized_formats import Quantization, read_quantization
+from moe.checkpoint.format.tensor_roles import check_experts, role_of
 from moe.config import ModelConfig
 from moe.counts import Shape, parameter_shapes
 from moe.errors import CheckpointError

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moe.checkpoint.folder import CONFIG
+from moe.checkpoint.format.folder import CONFIG
 from moe.config import ModelConfig
 from moe.errors import CheckpointError, ConfigError, did_you_mean
 
