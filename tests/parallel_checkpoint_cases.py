@@ -400,7 +400,7 @@ def folder(ranks: Ranks, how: str, meshes: list[tuple[int, int, int]]) -> None:
     whole = ranks.folder / f"whole {how}"
     alone = built()
     if ranks.rank == 0:
-        moe.checkpoint.writing.save.save(alone, whole, **shards)
+        moe.checkpoint.save(alone, whole, **shards)
     dist.barrier()
     biggest = max(tensor.nbytes for name, tensor in alone.state_dict().items() if ".experts." not in name)
     assert biggest < alone.get_parameter("layers.1.mlp.experts.gate_up_proj").nbytes / 2

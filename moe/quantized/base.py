@@ -1,27 +1,15 @@
-"""Modules that keep quantised weights in memory and turn them into numbers when they are used.
-
-Their results are, bit for bit, those of `nn.Linear` and `moe.layer.Experts` with the dequantised weights in x's dtype.
-Quantised weights are frozen: gradients flow to x, to the routing weights and to biases, once: a second differentiation
-raises RuntimeError, but for that of a linear function, which is zero. Dequantised weights live within one forward or
-backward pass and are computed again in the latter; no graph keeps them.
-
-A cast is refused. torch would round FP8 codes to the new dtype and leave their scales, or cast the scales as well, and
-in either case the weights would be others without a word. Call the modules with x in the dtype to compute in instead.
-"""
+"""What modules with quantised weights share: refused casts, loading, and experts that are dequantised when used."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe import ops
 from moe.ops import SwiGLU
 from moe.ops.library import autocast, differentiable_once
 from moe.ops.permutation import check_ids, check_weights
-from moe.ops.quantization import MX_BLOCK, scale_shape
 
 Decode = Callable[..., Tensor]  # of codes and scales, with the keywords dtype and out
 
@@ -82,90 +70,20 @@ class Quantized(nn.Module):
         super().__setstate__(state)
         for name, dtype in dtypes.items():
             if name in self._parameters:
-                self._parameters[name] = _frozen(self._parameters[name].view(dtype))  # pyright: ignore
+                self._parameters[name] = frozen(self._parameters[name].view(dtype))  # pyright: ignore
             else:
                 self._buffers[name] = self._buffers[name].view(dtype)  # pyright: ignore
 
 
-def _frozen(data: Tensor) -> nn.Parameter:
+def frozen(data: Tensor) -> nn.Parameter:
     return nn.Parameter(data.detach(), requires_grad=False)
 
 
-def _bias(shape: tuple[int, ...], bias: bool) -> nn.Parameter | None:
+def new_bias(shape: tuple[int, ...], bias: bool) -> nn.Parameter | None:
     return nn.Parameter(torch.empty(shape)) if bias else None
 
 
-class _FrozenLinear(torch.autograd.Function):
-    """F.linear with a weight that has no gradient and is not kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Any:
-        ctx.save_for_backward(weight, scale)
-        ctx.block, ctx.dtype = block, x.dtype
-        return F.linear(x, ops.dequantize_blocks(weight, scale, block, x.dtype), bias)
-
-    @staticmethod
-    @differentiable_once("FP8Linear")
-    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> Any:
-        weight, scale = saved
-        grad_x = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ ops.dequantize_blocks(weight, scale, ctx.block, ctx.dtype)
-        if ctx.needs_input_grad[1]:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
-        return grad_x, grad_bias, None, None, None
-
-
-class FP8Linear(Quantized):
-    """`nn.Linear` with FP8 weights: y = x @ W.T + bias, W = `ops.dequantize_blocks(weight, weight_scale_inv)`.
-
-    weight [out, in] is a frozen float8_e4m3fn parameter, weight_scale_inv [ceil(out / bn), ceil(in / bk)] a float32 (or
-    float8_e8m0fnu) buffer, bias [out] a parameter of any dtype. W is computed in x's dtype, autocast's if that is on,
-    and so is y; the bias is cast to it.
-    """
-
-    quantized = ("weight", "weight_scale_inv")
-    weight_scale_inv: Tensor
-
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = False, *, block_size: tuple[int, int] = (128, 128)
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.block_size = in_features, out_features, block_size
-        scales = scale_shape((out_features, in_features), block_size)
-        self.weight = _frozen(torch.empty(out_features, in_features, dtype=torch.float8_e4m3fn))
-        self.register_buffer("weight_scale_inv", torch.empty(scales, dtype=torch.float32))
-        self.bias = _bias((out_features,), bias)
-
-    @classmethod
-    def from_parts(
-        cls, weight: Tensor, scale_inv: Tensor, bias: Tensor | None = None, *, block_size: tuple[int, int]
-    ) -> Self:
-        """A module around these tensors, which are not copied; errors as those of `ops.dequantize_blocks`."""
-        _check_parts(weight, scale_inv, block_size)
-        with torch.device("meta"):
-            made = cls(weight.shape[1], weight.shape[0], bias is not None, block_size=block_size)
-        made.weight, made.weight_scale_inv = _frozen(weight), scale_inv.detach()
-        made.bias = _own(bias, (weight.shape[0],), "bias")
-        return made
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
-        (x,) = autocast(x)  # pyright: ignore[reportAssignmentType]
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return _FrozenLinear.apply(x, bias, self.weight, self.weight_scale_inv, self.block_size)  # pyright: ignore
-
-    def extra_repr(self) -> str:
-        shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return f"{shape}, block_size={self.block_size}"
-
-
-def _check_parts(weight: Tensor, scale_inv: Tensor, block_size: tuple[int, int], halves: int = 1) -> None:
-    """As `dequantize_blocks` does, at no cost."""
-    ops.dequantize_blocks(weight.to("meta"), scale_inv.to("meta"), block_size, halves=halves)
-
-
-def _own(bias: Tensor | None, shape: tuple[int, ...], name: str) -> nn.Parameter | None:
+def own_bias(bias: Tensor | None, shape: tuple[int, ...], name: str) -> nn.Parameter | None:
     if bias is None:
         return None
     if bias.shape != shape:
@@ -278,8 +196,8 @@ class QuantizedExperts(Quantized):
         super().__init__()
         self.num_experts, self.width, self.hidden = num_experts, width, hidden
         self.activation = activation
-        self.gate_up_proj_bias = _bias((num_experts, 2 * hidden), bias)
-        self.down_proj_bias = _bias((num_experts, width), bias)
+        self.gate_up_proj_bias = new_bias((num_experts, 2 * hidden), bias)
+        self.down_proj_bias = new_bias((num_experts, width), bias)
 
     @classmethod
     def _around(
@@ -300,9 +218,9 @@ class QuantizedExperts(Quantized):
         with torch.device("meta"):
             made = cls(num_experts, width, hidden, **settings)
         for name, part in zip(cls.quantized, parts, strict=True):
-            setattr(made, name, _frozen(part) if name in made._parameters else part.detach())
-        made.gate_up_proj_bias = _own(gate_up_bias, (num_experts, 2 * hidden), "gate_up_bias")
-        made.down_proj_bias = _own(down_bias, (num_experts, width), "down_bias")
+            setattr(made, name, frozen(part) if name in made._parameters else part.detach())
+        made.gate_up_proj_bias = own_bias(gate_up_bias, (num_experts, 2 * hidden), "gate_up_bias")
+        made.down_proj_bias = own_bias(down_bias, (num_experts, width), "down_bias")
         return made
 
     def _decoders(self) -> tuple[Decode, Decode]:
@@ -357,143 +275,3 @@ class QuantizedExperts(Quantized):
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, width={self.width}, hidden={self.hidden}"
-
-
-class FP8Experts(QuantizedExperts):
-    """All routed experts in FP8 blocks; see `QuantizedExperts`, and `ops.dequantize_blocks` for the format.
-
-    Frozen float8_e4m3fn parameters gate_up_proj [E, 2F, D], gate rows first, and down_proj [E, D, F]; float32 (or
-    float8_e8m0fnu) buffers gate_up_proj_scale_inv [E, 2 ceil(F / bn), ceil(D / bk)], where the blocks of the gate and
-    of the up half begin anew, and down_proj_scale_inv [E, ceil(D / bn), ceil(F / bk)]. Biases gate_up_proj_bias
-    [E, 2F] and down_proj_bias [E, D], if any, are ordinary parameters.
-    """
-
-    quantized = ("gate_up_proj", "gate_up_proj_scale_inv", "down_proj", "down_proj_scale_inv")
-    gate_up_proj_scale_inv: Tensor
-    down_proj_scale_inv: Tensor
-
-    def __init__(
-        self,
-        num_experts: int,
-        width: int,
-        hidden: int,
-        *,
-        block_size: tuple[int, int] = (128, 128),
-        bias: bool = False,
-        activation: SwiGLU = SwiGLU(),
-    ) -> None:
-        super().__init__(
-            num_experts,
-            width,
-            hidden,
-            bias=bias,
-            activation=activation,
-        )
-        self.block_size = block_size
-        gate_up, down = (num_experts, 2 * hidden, width), (num_experts, width, hidden)
-        self.gate_up_proj = _frozen(torch.empty(gate_up, dtype=torch.float8_e4m3fn))
-        self.down_proj = _frozen(torch.empty(down, dtype=torch.float8_e4m3fn))
-        gate_up, down = scale_shape(gate_up, block_size, halves=2), scale_shape(down, block_size)
-        self.register_buffer("gate_up_proj_scale_inv", torch.empty(gate_up, dtype=torch.float32))
-        self.register_buffer("down_proj_scale_inv", torch.empty(down, dtype=torch.float32))
-
-    @classmethod
-    def from_parts(
-        cls,
-        gate_up: Tensor,
-        gate_up_scale_inv: Tensor,
-        down: Tensor,
-        down_scale_inv: Tensor,
-        *,
-        block_size: tuple[int, int],
-        gate_up_bias: Tensor | None = None,
-        down_bias: Tensor | None = None,
-        activation: SwiGLU = SwiGLU(),
-    ) -> Self:
-        """A module around these tensors, which are not copied; errors as those of `ops.dequantize_blocks`."""
-        _check_parts(gate_up, gate_up_scale_inv, block_size, halves=2)
-        _check_parts(down, down_scale_inv, block_size)
-        return cls._around(
-            gate_up.shape,
-            down.shape,
-            (gate_up, gate_up_scale_inv, down, down_scale_inv),
-            gate_up_bias,
-            down_bias,
-            block_size=block_size,
-            activation=activation,
-        )
-
-    def _decoders(self) -> tuple[Decode, Decode]:
-        decode = partial(ops.dequantize_blocks, block_size=self.block_size)
-        return partial(decode, halves=2), decode
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, block_size={self.block_size}"
-
-
-class MXFP4Experts(QuantizedExperts):
-    """All routed experts in MXFP4; see `QuantizedExperts`, and `ops.dequantize_mxfp4` for the format.
-
-    Frozen uint8 parameters gate_up_proj_blocks [E, 2F, D/32, 16], gate rows first, and down_proj_blocks
-    [E, D, F/32, 16]; uint8 buffers gate_up_proj_scales [E, 2F, D/32] and down_proj_scales [E, D, F/32]. Biases
-    gate_up_proj_bias [E, 2F] and down_proj_bias [E, D], if any, are ordinary parameters. gpt-oss has gate and up rows
-    in turn: blocks lie along a row, so rows of blocks, scales and biases can be put in order without loss.
-
-    A cast to a floating dtype leaves uint8 alone and reaches the biases only; it is refused for FP8 and harmless here.
-    """
-
-    quantized = ("gate_up_proj_blocks", "gate_up_proj_scales", "down_proj_blocks", "down_proj_scales")
-    gate_up_proj_scales: Tensor
-    down_proj_scales: Tensor
-
-    def __init__(
-        self,
-        num_experts: int,
-        width: int,
-        hidden: int,
-        *,
-        bias: bool = False,
-        activation: SwiGLU = SwiGLU(),
-    ) -> None:
-        super().__init__(
-            num_experts,
-            width,
-            hidden,
-            bias=bias,
-            activation=activation,
-        )
-        for name, size in (("width", width), ("hidden", hidden)):
-            if size % MX_BLOCK:
-                raise ValueError(f"{name} = {size}: expected a multiple of {MX_BLOCK}")
-        gate_up, down = (num_experts, 2 * hidden, width // MX_BLOCK), (num_experts, width, hidden // MX_BLOCK)
-        self.gate_up_proj_blocks = _frozen(torch.empty(*gate_up, MX_BLOCK // 2, dtype=torch.uint8))
-        self.down_proj_blocks = _frozen(torch.empty(*down, MX_BLOCK // 2, dtype=torch.uint8))
-        self.register_buffer("gate_up_proj_scales", torch.empty(gate_up, dtype=torch.uint8))
-        self.register_buffer("down_proj_scales", torch.empty(down, dtype=torch.uint8))
-
-    @classmethod
-    def from_parts(
-        cls,
-        gate_up_blocks: Tensor,
-        gate_up_scales: Tensor,
-        down_blocks: Tensor,
-        down_scales: Tensor,
-        *,
-        gate_up_bias: Tensor | None = None,
-        down_bias: Tensor | None = None,
-        activation: SwiGLU = SwiGLU(),
-    ) -> Self:
-        """A module around these tensors, which are not copied; errors as those of `ops.dequantize_mxfp4`."""
-        gate_up = ops.dequantize_mxfp4(gate_up_blocks.to("meta"), gate_up_scales.to("meta"))
-        down = ops.dequantize_mxfp4(down_blocks.to("meta"), down_scales.to("meta"))
-        return cls._around(
-            gate_up.shape,
-            down.shape,
-            (gate_up_blocks, gate_up_scales, down_blocks, down_scales),
-            gate_up_bias,
-            down_bias,
-            activation=activation,
-        )
-
-    def _decoders(self) -> tuple[Decode, Decode]:
-        return ops.dequantize_mxfp4, ops.dequantize_mxfp4
