@@ -105,7 +105,7 @@ MEASURE = """
 import resource, sys, time
 from pathlib import Path
 from moe import CheckpointError
-from moe.checkpoint.format.layout import plan
+from moe.checkpoint.format.comparison import plan
 
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 64 * 2**20, resource.RLIM_INFINITY))

@@ -61,7 +61,7 @@ def test_what_is_there_is_not_replaced(capsys, saved, tmp_path, monkeypatch, wri
     def never(*_: object) -> None:
         raise AssertionError("the source is read")
 
-    monkeypatch.setattr("moe.checkpoint.convert.find", never)
+    monkeypatch.setattr("moe.checkpoint.rewrite.find", never)
     line = fails_in_one_line(capsys, command, str(saved), "--out", str(out), *options)
     assert "exists and is not empty; expected a new or empty folder, or overwrite=True (--overwrite)" in line
     with pytest.raises(CheckpointError, match="exists and is not empty"):
@@ -112,7 +112,7 @@ def test_what_appears_while_a_conversion_runs_is_not_replaced(saved, tmp_path, m
         write_carried(folder, files)
 
     monkeypatch.setattr("moe.checkpoint.writing.atomic.locked", lambda target: contextlib.nullcontext(False))
-    monkeypatch.setattr("moe.checkpoint.convert.write_carried", late)
+    monkeypatch.setattr("moe.checkpoint.rewrite.write_carried", late)
     with pytest.raises(CheckpointError, match="exists and is not empty"):
         convert(saved, out)
     assert moe.load(out).config.hidden_size == moe.preset("tiny").hidden_size
@@ -379,12 +379,12 @@ import os, signal, sys
 from moe.checkpoint import convert
 from moe.checkpoint.writing import shards
 from moe.cli import main
-real = convert._raw
+real = convert.read_raw
 def raw(files, info):
     if info.name == "model.norm.weight":
         os.kill(os.getpid(), signal.SIGINT)
     return real(files, info)
-convert._raw = raw
+convert.read_raw = raw
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.exit(main(["convert", *sys.argv[1:]]))
 """

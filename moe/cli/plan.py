@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from moe.checkpoint import read_config
+from moe.checkpoint.format.comparison import Plan, plan
 from moe.checkpoint.format.dtypes import FLOATING, Dtype, parse_dtype
 from moe.checkpoint.format.folder import INDEX, has_weights, read_config_values
-from moe.checkpoint.format.layout import Plan, plan
 from moe.checkpoint.format.quantized_formats import Quantization, read_quantization
 from moe.checkpoint.format.sizes import parse_size
 from moe.checkpoint.reading.hub import CONFIGS, find, from_cache, headers_on_hub

@@ -15,9 +15,10 @@ from torch.distributed.tensor import DTensor
 from moe.checkpoint.format.carried import read_carried
 from moe.checkpoint.format.dtypes import FLOATING, parse_dtype
 from moe.checkpoint.format.header import MAX_HEADER_BYTES
-from moe.checkpoint.reading.load import Files, Piece, Source, check_repeats, examine, fill
+from moe.checkpoint.reading.load import Source, examine
 from moe.checkpoint.reading.memory import check_fits
 from moe.checkpoint.reading.progress import Progress
+from moe.checkpoint.reading.values import Files, Piece, check_repeats, fill
 from moe.checkpoint.writing.save import MAX_SHARD_BYTES, save_through
 from moe.errors import CheckpointError, ConfigError
 from moe.model import Transformer

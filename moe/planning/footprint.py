@@ -4,10 +4,11 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from moe.checkpoint.format.comparison import Plan
 from moe.checkpoint.format.dtypes import FLOATING, SAFETENSORS, Dtype
 from moe.checkpoint.format.families import family_of
 from moe.checkpoint.format.folder import CONFIG
-from moe.checkpoint.format.layout import Plan, Slot, fp8_names, layout, with_scales
+from moe.checkpoint.format.layout import Slot, fp8_names, layout, with_scales
 from moe.config import ModelConfig
 from moe.counts import count_parameters
 from moe.errors import ConfigError

@@ -8,7 +8,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from moe.checkpoint.format.families import FAMILIES, Family, family_of, setting
+from moe.checkpoint.format.families import FAMILIES, family_of
+from moe.checkpoint.format.family import Family, setting
 from moe.checkpoint.format.folder import CONFIG, locate, read_config_values
 from moe.checkpoint.format.strict_json import doubt, settled
 from moe.config import ModelConfig, RopeParameters

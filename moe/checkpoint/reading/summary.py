@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
+from moe.checkpoint.format.comparison import plan
 from moe.checkpoint.format.families import FAMILIES
 from moe.checkpoint.format.folder import INDEX, read_config_values, read_tensors
-from moe.checkpoint.format.layout import plan
 from moe.checkpoint.format.quantized_formats import read_quantization
 from moe.checkpoint.reading.hub import CONFIGS, find, from_cache, headers_on_hub
 from moe.config import ModelConfig

@@ -16,7 +16,8 @@ from moe.checkpoint.format.folder import CONFIG
 from moe.checkpoint.format.layout import Slot, layer_of, layout, with_scales
 from moe.checkpoint.format.manifest import Manifest
 from moe.checkpoint.format.tensor_roles import needs_common_dtype
-from moe.checkpoint.reading.load import BIAS, DTYPES, STORED, Origin
+from moe.checkpoint.reading.load import Origin
+from moe.checkpoint.reading.values import BIAS, DTYPES, STORED
 from moe.checkpoint.writing.atomic import replacing
 from moe.checkpoint.writing.shards import Entry, config_bytes, divide, entry_of, write_shards
 from moe.counts import parameter_shapes

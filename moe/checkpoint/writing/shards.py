@@ -26,7 +26,7 @@ from moe.checkpoint.format.header import DTYPE_BITS, MAX_HEADER_BYTES, MAX_TENSO
 from moe.checkpoint.format.manifest import MAX_MANIFEST_BYTES, Manifest, record_bytes
 from moe.checkpoint.format.quantized_formats import check_quantization
 from moe.checkpoint.format.strict_json import parse_as_python, parse_json
-from moe.checkpoint.reading.load import STORED
+from moe.checkpoint.reading.values import STORED
 from moe.errors import CheckpointError, ConfigError
 
 _NAMES = {dtype: name for name, dtype in STORED.items()}
