@@ -36,8 +36,8 @@ from moe.model import Transformer
 from moe.parallel import (
     StateWriter,
     clip_grad_norm,
-    exchange,
     export,
+    hf_io,
     load,
     load_latest,
     make_mesh,
@@ -475,7 +475,7 @@ def _errors(ranks: Ranks, whole: Path, model: Transformer) -> None:
     there = make_mesh()
     parallelize(model, there)
     _raises(lambda: export(model, whole / "config.json"), "not a folder")
-    with mock.patch.object(exchange, "check_repeats", side_effect=OSError("bad sector") if ranks.rank == 1 else None):
+    with mock.patch.object(hf_io, "check_repeats", side_effect=OSError("bad sector") if ranks.rank == 1 else None):
         _raises(lambda: load(whole, there), "OSError: bad sector")
 
 

@@ -8,8 +8,8 @@ from moe.parallel.apply import materialize as materialize
 from moe.parallel.apply import parallelize as parallelize
 from moe.parallel.apply import part_like as part_like
 from moe.parallel.dispatch import AllToAllDispatcher as AllToAllDispatcher
-from moe.parallel.exchange import export as export
-from moe.parallel.exchange import load as load
+from moe.parallel.hf_io import export as export
+from moe.parallel.hf_io import load as load
 from moe.parallel.mesh import Mesh as Mesh
 from moe.parallel.mesh import make_mesh as make_mesh
 from moe.parallel.states import StateWriter as StateWriter
