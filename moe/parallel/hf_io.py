@@ -23,8 +23,9 @@ from moe.checkpoint.writing.save import MAX_SHARD_BYTES, save_through
 from moe.errors import CheckpointError, ConfigError
 from moe.model import Transformer
 from moe.parallel.agreement import about, together
-from moe.parallel.apply import ParallelConfig, mesh_of, parallelize, region
+from moe.parallel.apply import ParallelConfig, parallelize
 from moe.parallel.mesh import Mesh, group_timeout
+from moe.parallel.tensor_parts import mesh_of, region
 
 _Where = tuple[slice, ...]
 
