@@ -53,7 +53,7 @@ from benchmarks.harness import (
 )
 from moe import Transformer
 from moe.cache import Cache
-from moe.checkpoint.config_json import render_config
+from moe.checkpoint.format.config_json import render_config
 from moe.config import ModelConfig
 from moe.counts import count_parameters
 from moe.presets import preset

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import gate
-from benchmarks.limits import Work, activated, work
+from benchmarks import correctness
 from benchmarks.peers import GemmInputs, LayerInputs, Peer, RouteInputs
+from benchmarks.roofline import Work, activated, work
 from benchmarks.routings import Assignment, assign
 from benchmarks.shapes import Shape
 
@@ -49,7 +49,7 @@ class Job:
     """
 
     build: Callable[[Peer], Callable[[], Any]]
-    judge: Callable[[Any], dict[str, gate.Verdict]]
+    judge: Callable[[Any], dict[str, correctness.Verdict]]
     renew: Callable[[], None]
     inputs: "Inputs"
     work: Work
@@ -183,11 +183,11 @@ def _route(given: RouteInputs, inputs: Inputs, cost: Work) -> Job:
     def renew() -> None:
         inputs.normal("logits", again=True)
 
-    return Job(build, lambda found: {"routing": gate.judge_route(found, given)}, renew, inputs, cost, 0.0)
+    return Job(build, lambda found: {"routing": correctness.judge_route(found, given)}, renew, inputs, cost, 0.0)
 
 
 def _gemm(given: GemmInputs, inputs: Inputs, cost: Work, active: float) -> Job:
-    exact = gate.gemm(given, gate.BUDGET[given.a.device.type])
+    exact = correctness.gemm(given, correctness.BUDGET[given.a.device.type])
 
     def build(peer: Peer) -> Callable[[], Any]:
         assert peer.gemm is not None
@@ -196,16 +196,16 @@ def _gemm(given: GemmInputs, inputs: Inputs, cost: Work, active: float) -> Job:
     def renew() -> None:
         inputs.normal("a", again=True)
         exact.clear()
-        exact.update(gate.gemm(given, gate.BUDGET[given.a.device.type]))
+        exact.update(correctness.gemm(given, correctness.BUDGET[given.a.device.type]))
 
-    def judge(found: Any) -> dict[str, gate.Verdict]:
-        return {"out": gate.judge(found, exact["out"], given.a.dtype)}
+    def judge(found: Any) -> dict[str, correctness.Verdict]:
+        return {"out": correctness.judge(found, exact["out"], given.a.dtype)}
 
     return Job(build, judge, renew, inputs, cost, active)
 
 
 def _layer(given: LayerInputs, inputs: Inputs, cost: Work, active: float) -> Job:
-    exact = gate.layer(given, gate.BUDGET[given.x.device.type])
+    exact = correctness.layer(given, correctness.BUDGET[given.x.device.type])
 
     def build(peer: Peer) -> Callable[[], Any]:
         assert peer.layer is not None
@@ -228,10 +228,10 @@ def _layer(given: LayerInputs, inputs: Inputs, cost: Work, active: float) -> Job
     def renew() -> None:
         inputs.normal("x", again=True)
         exact.clear()
-        exact.update(gate.layer(given, gate.BUDGET[given.x.device.type]))
+        exact.update(correctness.layer(given, correctness.BUDGET[given.x.device.type]))
 
-    def judge(found: tuple[Tensor, ...]) -> dict[str, gate.Verdict]:
+    def judge(found: tuple[Tensor, ...]) -> dict[str, correctness.Verdict]:
         parts = zip(exact.items(), found, strict=True)
-        return {name: gate.judge(part, tensor, given.x.dtype) for (name, tensor), part in parts}
+        return {name: correctness.judge(part, tensor, given.x.dtype) for (name, tensor), part in parts}
 
     return Job(build, judge, renew, inputs, cost, active)

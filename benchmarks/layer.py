@@ -9,8 +9,8 @@ Operations:
 
 Inputs are normal random numbers, the candidates take turns in one process, and times are medians; on a GPU by events
 with a cold cache, eagerly and, where a CUDA graph can be captured, as its replay. A candidate gets no number unless its
-result is right (benchmarks/gate.py). The limit beside each number (benchmarks/limits.py) uses the rates of a large
-matrix product and of a large copy, measured in the same run.
+result is right (benchmarks/correctness.py). The limit beside each number (benchmarks/roofline.py) uses the rates of a
+large matrix product and of a large copy, measured in the same run.
 
 Without a GPU, or with --small, the registry's shapes keep their experts and shrink in d, n and T; one that is given as
 numbers stays as it is.
@@ -54,8 +54,8 @@ from benchmarks.harness import (
     summary,
 )
 from benchmarks.jobs import DTYPES, OPS, Entry, Job, able, prepare
-from benchmarks.limits import Ceilings
 from benchmarks.peers import DESCRIPTIONS, OURS, PEERS, Peer, load_peer
+from benchmarks.roofline import Ceilings
 from benchmarks.routings import NAMES, assign, tokens_in
 from benchmarks.shapes import LARGEST, SHAPES, Shape, parse_shape, small
 

@@ -38,8 +38,8 @@ from torch import Tensor
 from benchmarks.harness import RESULTS, ROOT, BadInput, append, environment, say
 from moe import ModelConfig, Transformer, load
 from moe.checkpoint import save
-from moe.checkpoint.layout import layout
-from moe.checkpoint.sizes import parse_size
+from moe.checkpoint.format.layout import layout
+from moe.checkpoint.format.sizes import parse_size
 from moe.errors import ConfigError
 
 READERS = ("readinto", "moesmith", "safetensors", "transformers", "fastsafetensors")

@@ -11,7 +11,7 @@ bytes and s = 4 ceil(d / 128) bytes of scales, a step moves at least
     unpermute     R d b + T d b + 8 T J          what comes back to one sum for each token
     trip          permute, routing, unpermute, and 20 R K to unpack routing; with fp8 also quantise and its reverse
     experts       what a rank makes of rows that it receives, whose slots with experts elsewhere are -1: as `forward`
-                  in benchmarks/limits.py, of the slots that are here and with each row once
+                  in benchmarks/roofline.py, of the slots that are here and with each row once
 
 Candidates beside ours are torch's own operators: a token-by-rank mask and its `nonzero`, a sort that drops repetitions,
 and for results `index_add`. Everything is compared with a list of tokens for each rank that Python's sets make.
@@ -26,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import gate
+from benchmarks import correctness
 from benchmarks.harness import Timer, interleave, one_line, summary
-from benchmarks.limits import Ceilings, Phase, Work
 from benchmarks.peers import PEERS, LayerInputs, tier_for
+from benchmarks.roofline import Ceilings, Phase, Work
 from benchmarks.routings import assign
 from benchmarks.shapes import Shape
 from moe import ops
@@ -391,8 +391,8 @@ COMPUTING = (Packing.experts,)
 def _judged(found: Tensor, exact: Tensor, eager: Tensor, inner: int, dtype: torch.dtype) -> str:
     every = torch.ones(len(exact), dtype=torch.bool, device=exact.device)
     index = torch.arange(len(exact), device=exact.device)
-    part = gate.Exact(tuple(exact.shape), index, exact, eager, every, inner, exact.shape[1], exact.numel())
-    verdict = gate.judge(found, part, dtype)
+    part = correctness.Exact(tuple(exact.shape), index, exact, eager, every, inner, exact.shape[1], exact.numel())
+    verdict = correctness.judge(found, part, dtype)
     return "" if verdict.right else str(verdict)
 
 

@@ -34,10 +34,10 @@ import torch
 from benchmarks import cuda, packing, ranks, report
 from benchmarks.harness import RESULTS, BadInput, append, once, one_line, out_of_memory, say
 from benchmarks.layer import about, ceilings
-from benchmarks.limits import Ceilings
 from benchmarks.ranks import CountBytes, Scale
+from benchmarks.roofline import Ceilings
 from benchmarks.shapes import SHAPES, Shape, parse_shape, small
-from moe.checkpoint.memory import free_bytes
+from moe.checkpoint.reading.memory import free_bytes
 from moe.ops.library import why_no_kernels
 
 PARTS = ("pack", "bytes", "scaling")

@@ -26,12 +26,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks import gate
+from benchmarks import correctness
 from benchmarks.harness import once, one_line, summary
 from benchmarks.packing import members, trip
 from benchmarks.routings import Assignment, assign
 from benchmarks.shapes import Shape
-from moe.cluster import traffic
 from moe.config import ModelConfig
 from moe.layer import MoELayer
 from moe.ops import Routing
@@ -39,6 +38,7 @@ from moe.parallel import divide_experts, make_mesh
 from moe.parallel.dispatch import AllToAllDispatcher, Payload, Traffic
 from moe.parallel.journal import Journal
 from moe.parallel.transport import AllToAll
+from moe.planning.cluster import traffic
 
 START = "forkserver"
 TIMEOUT = 300  # seconds for a collective
@@ -411,8 +411,9 @@ def wrong(divided: MoELayer, undivided: MoELayer, x: Tensor, expert_ids: Tensor,
     for name, values in exact.items():
         every = torch.ones(len(values), dtype=torch.bool)
         # A row of an expert's gradient is a sum over tokens whose errors all its elements share.
-        part = gate.Exact(tuple(values.shape), torch.arange(len(values)), values, eager[name], every, inner, 1, 1)
-        verdict = gate.judge(found[name], part, torch.float32)
+        shape, rows = tuple(values.shape), torch.arange(len(values))
+        part = correctness.Exact(shape, rows, values, eager[name], every, inner, 1, 1)
+        verdict = correctness.judge(found[name], part, torch.float32)
         if not verdict.right:
             return f"rank {world.rank}: {name}: {verdict}"
     return ""

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.harness import BadInput
-from benchmarks.limits import Ceilings
+from benchmarks.roofline import Ceilings
 from benchmarks.shapes import Shape
 
 MODES = ("eager", "graph")

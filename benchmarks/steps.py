@@ -4,7 +4,7 @@ A step appends JSON lines to its file: facts of the machine, and checks, each a 
 Exit status: 0; 1 if a check or the step itself fails; 3 if something that the step needs is missing.
 
 Checks compare the device with the CPU. Both round: a chain of N products with inner size K is off by at most N times
-the tolerance of one product (benchmarks/gate.py), relative to the norm of its result, on either side.
+the tolerance of one product (benchmarks/correctness.py), relative to the norm of its result, on either side.
 """
 
 import argparse
@@ -135,7 +135,7 @@ def packages(step: Step) -> None:
 
 
 def bound(products: int, inner: int = 256) -> float:
-    from benchmarks.gate import tolerance
+    from benchmarks.correctness import tolerance
 
     return 2 * products * tolerance(torch.float32, inner)
 

@@ -31,7 +31,7 @@ _HOME = {
     "generate": "moe.generation",
     "load": "moe.checkpoint",
     "save": "moe.checkpoint",
-    "family_problems": "moe.checkpoint.config_json",
+    "family_problems": "moe.checkpoint.format.config_json",
     "balance": "moe.balance",
     "ops": "moe.ops",
 }
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from moe import presets as presets
     from moe.checkpoint import load as load
     from moe.checkpoint import save as save
-    from moe.checkpoint.config_json import family_problems as family_problems
+    from moe.checkpoint.format.config_json import family_problems as family_problems
     from moe.config import ModelConfig as ModelConfig
     from moe.config import RopeParameters as RopeParameters
     from moe.errors import CheckpointError as CheckpointError

@@ -460,7 +460,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "most = _SMALL_PRODUCT * max(gate_up[0].numel(), 1) if len(gate_up) and can_group(gate_up, down) else 0",
     ): "a matter of speed: which experts share a batch changes no result",
     (
-        "moe/ops/product.py",
+        "moe/ops/matmul.py",
         'if _by_onednn(a, b) or (a.dtype == torch.float16 and a.device.type == "cpu"):',
         'if _by_onednn(a, b) or (a.dtype != torch.float16 and a.device.type == "cpu"):',
     ): "a matter of speed: torch's own half-precision product accumulates in float32, too",

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from moe import CheckpointError, ConfigError, ModelConfig, RopeParameters, Transformer
-from moe.checkpoint.families import FAMILIES
+from moe.checkpoint.format.families import FAMILIES
 from moe.config import LayerType
 
 TOLERANCE = 2e-5  # of the largest logit

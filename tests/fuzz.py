@@ -245,7 +245,7 @@ class Lab:
 
         import moe
         from moe.checkpoint import save
-        from moe.checkpoint.layout import layout
+        from moe.checkpoint.format.layout import layout
         from tests.checkpoint_cases import BY_FAMILY, as_kimi_k25
 
         torch.set_num_threads(1)
@@ -296,7 +296,7 @@ class Lab:
         from safetensors import SafetensorError, deserialize
 
         from moe import CheckpointError
-        from moe.checkpoint.header import read_header
+        from moe.checkpoint.format.header import read_header
 
         try:
             ours = read_header(self.folder / name)
@@ -355,7 +355,7 @@ class Lab:
 
 def work(seed: int, place: Path) -> None:
     """The process that runs cases, in new folders in `place`: a number comes in, a verdict goes out."""
-    from moe.checkpoint.families import FAMILIES
+    from moe.checkpoint.format.families import FAMILIES
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process ends this one
     answers = os.fdopen(os.dup(1), "w", buffering=1)

@@ -86,7 +86,7 @@ PLANS: dict[str, tuple[Stage, ...]] = {
     "moe/ops/grouped_gemm.py": (Stage((OPS, CONTRACT), ("grouped_mm", "gradients", ANY)),),
     "moe/ops/mlp.py": (Stage((OPS, CONTRACT), ("test_moe_mlp", ANY)),),
     "moe/ops/permutation.py": (Stage((OPS, CONTRACT), ("permute", "test_moe_mlp", ANY)),),
-    "moe/ops/product.py": (Stage((OPS, CONTRACT), ("grouped_mm", "test_moe_mlp", ANY)),),
+    "moe/ops/matmul.py": (Stage((OPS, CONTRACT), ("grouped_mm", "test_moe_mlp", ANY)),),
     "moe/ops/quantization.py": (Stage((QUANTIZATION, CONTRACT)),),
     "moe/ops/routing.py": (Stage((ROUTING, CONTRACT)),),
     "moe/router.py": (Stage(("tests/test_layer.py", ROUTING, "tests/test_balance.py")),),

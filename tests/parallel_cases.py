@@ -29,8 +29,9 @@ from moe.layer import MoELayer
 from moe.model import Transformer
 from moe.ops import Routing
 from moe.parallel import apply, divide_experts, make_mesh, parallelize
-from moe.parallel.apply import ParallelConfig, clip_grad_norm, part_like, region
+from moe.parallel.apply import ParallelConfig, clip_grad_norm
 from moe.parallel.dispatch import AllToAllDispatcher, Traffic
+from moe.parallel.tensor_parts import part_like, region
 from moe.parallel.transport import AllToAll
 from moe.train.optimizer import build_optimizers, orthogonalize
 from tests.bound import UNIT, excess

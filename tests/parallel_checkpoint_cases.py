@@ -29,15 +29,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe
 from moe import balance
-from moe.checkpoint.atomic import saved_steps
 from moe.checkpoint.convert import convert
+from moe.checkpoint.writing.atomic import saved_steps
 from moe.errors import CheckpointError
 from moe.model import Transformer
 from moe.parallel import (
     StateWriter,
     clip_grad_norm,
-    exchange,
     export,
+    hf_io,
     load,
     load_latest,
     make_mesh,
@@ -400,7 +400,7 @@ def folder(ranks: Ranks, how: str, meshes: list[tuple[int, int, int]]) -> None:
     whole = ranks.folder / f"whole {how}"
     alone = built()
     if ranks.rank == 0:
-        moe.checkpoint.writing.save(alone, whole, **shards)
+        moe.checkpoint.save(alone, whole, **shards)
     dist.barrier()
     biggest = max(tensor.nbytes for name, tensor in alone.state_dict().items() if ".experts." not in name)
     assert biggest < alone.get_parameter("layers.1.mlp.experts.gate_up_proj").nbytes / 2
@@ -475,7 +475,7 @@ def _errors(ranks: Ranks, whole: Path, model: Transformer) -> None:
     there = make_mesh()
     parallelize(model, there)
     _raises(lambda: export(model, whole / "config.json"), "not a folder")
-    with mock.patch.object(exchange, "check_repeats", side_effect=OSError("bad sector") if ranks.rank == 1 else None):
+    with mock.patch.object(hf_io, "check_repeats", side_effect=OSError("bad sector") if ranks.rank == 1 else None):
         _raises(lambda: load(whole, there), "OSError: bad sector")
 
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from benchmarks import packing, parallel, ranks
 from benchmarks.__main__ import main
 from benchmarks.harness import ROOT, once
-from benchmarks.limits import Ceilings
 from benchmarks.packing import Candidate, Entry, Packing, Step, by_mask, by_sort, members
 from benchmarks.ranks import CountBytes, RankFailed, Scale, World, byte_record, miscounted, over, scale_record
+from benchmarks.roofline import Ceilings
 from benchmarks.shapes import Shape
 from moe.parallel.dispatch import Traffic
 

@@ -18,11 +18,11 @@ import torch
 
 pytest.importorskip("transformers")
 
-from benchmarks import cpu, cuda, gate, jobs, layer, peers, report, routings
+from benchmarks import correctness, cpu, cuda, jobs, layer, peers, report, routings
 from benchmarks.__main__ import main
 from benchmarks.harness import ROOT, BadInput, interleave
-from benchmarks.limits import Ceilings, Phase, activated, work
 from benchmarks.peers import OURS, PEERS, LayerInputs, Peer, RouteInputs
+from benchmarks.roofline import Ceilings, Phase, activated, work
 from benchmarks.shapes import SHAPES, Shape, small
 from moe import Transformer, preset
 from moe.counts import count_parameters
@@ -464,14 +464,14 @@ def test_one_wrong_row_of_many_is_seen():
     rows = 100_000
     values = torch.randn(rows, 16, dtype=torch.float64)
     right, every = values.bfloat16(), torch.ones(rows, dtype=torch.bool)
-    exact = gate.Exact(
+    exact = correctness.Exact(
         (rows, 16), torch.arange(rows), values, right, every, inner=64, independent=16, errors=values.numel()
     )
-    assert gate.judge(right, exact, torch.bfloat16).right
+    assert correctness.judge(right, exact, torch.bfloat16).right
     for factor in (0, -1, 0.8):
         found = right.clone()
         found[77] *= factor
-        verdict = gate.judge(found, exact, torch.bfloat16)
+        verdict = correctness.judge(found, exact, torch.bfloat16)
         assert not verdict.right and verdict.error < 2 * verdict.limit and verdict.row_error > verdict.row_limit
 
 
@@ -487,10 +487,10 @@ def test_small_defects_are_seen_in_every_dtype(dtype):
     """A factor of 1.01 in any tensor, and the least of a token's experts left out, in every shape of the registry."""
     for shape in map(small, SHAPES.values()):
         i = made_inputs(jobs.Entry("train", shape, 33, "uniform", dtype))
-        exact = gate.layer(i, 1e12)
+        exact = correctness.layer(i, 1e12)
 
         def judged(name: str, found: torch.Tensor, exact: Any = exact, i: Any = i) -> bool:
-            return gate.judge(found, exact[name], i.x.dtype).right
+            return correctness.judge(found, exact[name], i.x.dtype).right
 
         y = moe_mlp(i.x, i.gate_up, i.down, i.weights, i.expert_ids)
         found = dict(zip(exact, (y, *torch.autograd.grad(y, i.leaves, i.grad)), strict=True))
@@ -507,11 +507,11 @@ def test_small_defects_are_seen_in_every_dtype(dtype):
 def test_a_factor_of_1004_is_seen(dtype):
     shape = Shape("", 128, 64, 8, 2)
     i = made_inputs(jobs.Entry("forward", shape, 256, "uniform", dtype))
-    exact = gate.layer(i, 1e12)["y"]
+    exact = correctness.layer(i, 1e12)["y"]
     y = moe_mlp(i.x, i.gate_up, i.down, i.weights, i.expert_ids)
-    assert gate.judge(y, exact, y.dtype).right
+    assert correctness.judge(y, exact, y.dtype).right
     for factor in (1.004, 0.996):
-        verdict = gate.judge((y.double() * factor).to(y.dtype), exact, y.dtype)
+        verdict = correctness.judge((y.double() * factor).to(y.dtype), exact, y.dtype)
         assert verdict.scale_error > verdict.scale_limit and "of the scale" in str(verdict)
 
 
@@ -535,25 +535,25 @@ def test_products_are_judged_in_every_form(op, budget):
     peer = dataclasses.replace(OURS, gemm=lambda inputs: products.append(inputs) or (lambda: None))
     jobs.prepare(jobs.Entry(op, shape, 100, "zipf", "fp32"), "cpu", 0).build(peer)
     inputs = products[0]
-    exact = gate.gemm(inputs, budget)["out"]
+    exact = correctness.gemm(inputs, budget)["out"]
     assert (exact.index.numel() == exact.shape[0]) == (budget > 0)
     right = grouped_mm(inputs.a, inputs.b, inputs.offs)
-    assert gate.judge(right, exact, torch.float32).right
-    assert not gate.judge(right * 1.02, exact, torch.float32).right
+    assert correctness.judge(right, exact, torch.float32).right
+    assert not correctness.judge(right * 1.02, exact, torch.float32).right
     reached = right.flatten(1).any(dim=1).nonzero().flatten().tolist()
     sampled = set(exact.index.tolist())
     for row in {next(i for i in reached if i in sampled), *(i for i in reached if i not in sampled)}:
         spoiled = right.clone()
         spoiled[row] = 0
-        assert not gate.judge(spoiled, exact, torch.float32).right
+        assert not correctness.judge(spoiled, exact, torch.float32).right
     right[reached[-1]] = torch.nan
-    assert not gate.judge(right, exact, torch.float32).right
+    assert not correctness.judge(right, exact, torch.float32).right
 
 
 def test_a_sample_of_the_layer_sees_what_the_whole_sees():
     shape = Shape("", 32, 16, 8, 2)
     inputs = made_inputs(jobs.Entry("train", shape, 90, "zipf", "fp32"))
-    sampled, whole = gate.layer(inputs, 0.0), gate.layer(inputs, 1e12)
+    sampled, whole = correctness.layer(inputs, 0.0), correctness.layer(inputs, 1e12)
     for name, part in sampled.items():
         assert 0 < part.index.numel() < whole[name].index.numel() == part.shape[0]
         torch.testing.assert_close(part.values, whole[name].values[part.index])
@@ -574,7 +574,7 @@ def test_a_sample_of_the_layer_sees_what_the_whole_sees():
 def test_routes_are_judged_by_the_scores_they_select(spoil, right):
     inputs = RouteInputs(torch.randn(50, 16, generator=torch.Generator().manual_seed(0)), 3)
     assert OURS.route is not None
-    assert gate.judge_route(spoil(*OURS.route(inputs)()), inputs).right == right
+    assert correctness.judge_route(spoil(*OURS.route(inputs)()), inputs).right == right
 
 
 def test_a_route_to_worse_experts_is_wrong():
@@ -582,7 +582,7 @@ def test_a_route_to_worse_experts_is_wrong():
     ordered = inputs.logits.softmax(dim=1).sort(dim=1, descending=True)
     for selected, right in (([0, 1, 2], True), ([2, 0, 1], True), ([0, 1, 3], False), ([13, 14, 15], False)):
         weights, ids = ordered.values[:, selected], ordered.indices[:, selected]
-        assert gate.judge_route((weights / weights.sum(dim=1, keepdim=True), ids), inputs).right == right
+        assert correctness.judge_route((weights / weights.sum(dim=1, keepdim=True), ids), inputs).right == right
 
 
 def test_layer_records(tmp_path, capsys):

@@ -21,9 +21,10 @@ import pytest
 
 import moe
 from moe import CheckpointError, Transformer
-from moe.checkpoint import atomic, save, shards
-from moe.checkpoint.folder import MANIFEST
-from moe.checkpoint.manifest import Manifest, verify
+from moe.checkpoint import save
+from moe.checkpoint.format.folder import MANIFEST
+from moe.checkpoint.format.manifest import Manifest, verify
+from moe.checkpoint.writing import atomic, shards
 from tests.checkpoint_cases import V3, assert_same, build
 
 SMALL = dataclasses.replace(V3, num_hidden_layers=1, first_k_dense_replace=0, n_routed_experts=4, num_experts_per_tok=2)

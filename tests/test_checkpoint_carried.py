@@ -15,10 +15,10 @@ import torch
 
 import moe
 from moe import CheckpointError
-from moe.checkpoint import carried
-from moe.checkpoint.carried import MAX_CARRIED_FILES, MAX_CODE_BYTES, MAX_LICENSE_BYTES, PATTERNS, read_carried
 from moe.checkpoint.convert import convert, cut
-from moe.checkpoint.manifest import verify
+from moe.checkpoint.format import carried
+from moe.checkpoint.format.carried import MAX_CARRIED_FILES, MAX_CODE_BYTES, MAX_LICENSE_BYTES, PATTERNS, read_carried
+from moe.checkpoint.format.manifest import verify
 from tests.checkpoint_cases import V3, assert_same, build
 
 CODE = "configuration_tiny.TinyConfig"

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 import moe
 from moe import CheckpointError, ModelConfig, RopeParameters
 from moe.checkpoint import read_config
-from moe.checkpoint.config_json import parse_config, render_config
+from moe.checkpoint.format.config_json import parse_config, render_config
 from moe.rope import attention_factor
 from tests.checkpoint_cases import BY_FAMILY, V2, V3, V3_MTP, YARN, configs
 

@@ -14,8 +14,9 @@ from torch import Tensor
 import moe
 from moe import CheckpointError, ConfigError
 from moe.checkpoint import read_config, read_summary
-from moe.checkpoint.convert import DEEPSEEK_FILE, convert, cut
-from moe.checkpoint.manifest import verify
+from moe.checkpoint.convert import convert, cut
+from moe.checkpoint.format.manifest import verify
+from moe.checkpoint.rewrite import DEEPSEEK_FILE
 from moe.ops import dequantize_blocks, quantize_blocks
 from tests.checkpoint_cases import BY_FAMILY, V3, V3_MTP, build
 from tests.test_checkpoint_quantised import (
@@ -357,7 +358,7 @@ def test_cuts_that_make_no_sense(
 def test_what_does_not_fit_is_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: str) -> None:
     """The receipt says so; the result is there all the same."""
     noisy(GPT_OSS).save(tmp_path / "whole")
-    from moe.checkpoint import convert as module
+    from moe.checkpoint import cut as module
 
     original = module.load
 

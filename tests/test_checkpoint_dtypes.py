@@ -13,9 +13,9 @@ from torch import Tensor
 import moe
 from moe import CheckpointError, ModelConfig, Transformer
 from moe.cache import Cache
-from moe.checkpoint import config_json
 from moe.checkpoint.convert import convert, cut
-from moe.checkpoint.layout import layout
+from moe.checkpoint.format import config_json
+from moe.checkpoint.format.layout import layout
 from moe.norm import RMSNorm
 
 # Every expert takes every token: no rounding changes the routing.

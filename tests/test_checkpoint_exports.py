@@ -12,8 +12,9 @@ import torch
 import moe
 from moe import CheckpointError, ConfigError, ModelConfig, RopeParameters
 from moe.checkpoint import interleave
-from moe.checkpoint.config_json import parse_config, render_config
-from moe.checkpoint.families import FAMILIES, setting
+from moe.checkpoint.format.config_json import parse_config, render_config
+from moe.checkpoint.format.families import FAMILIES
+from moe.checkpoint.format.family import setting
 from moe.presets import PRESETS
 from tests.checkpoint_cases import V3, build
 

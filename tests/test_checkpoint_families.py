@@ -18,7 +18,7 @@ import moe
 from moe import CheckpointError
 from moe.checkpoint import read_summary
 from moe.checkpoint.convert import convert, cut
-from moe.checkpoint.families import FAMILIES
+from moe.checkpoint.format.families import FAMILIES
 from moe.config import ModelConfig
 from tests.checkpoint_cases import BY_FAMILY, as_kimi_k25, assert_same, build
 

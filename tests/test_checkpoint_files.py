@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 
 from moe import CheckpointError
-from moe.checkpoint.folder import read_tensors
-from moe.checkpoint.header import MAX_HEADER_BYTES, read_header
-from moe.checkpoint.strict_json import doubt, parse_as_python, parse_json, settled
+from moe.checkpoint.format.folder import read_tensors
+from moe.checkpoint.format.header import MAX_HEADER_BYTES, read_header
+from moe.checkpoint.format.strict_json import doubt, parse_as_python, parse_json, settled
 
 DATA = bytes(range(34))
 HEADER: dict[str, Any] = {

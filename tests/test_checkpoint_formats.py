@@ -11,8 +11,8 @@ import moe
 from moe import CheckpointError
 from moe.checkpoint import read_summary
 from moe.checkpoint.convert import convert, cut
-from moe.checkpoint.folder import MAX_CONFIG_BYTES
-from moe.checkpoint.quantization import read_quantization
+from moe.checkpoint.format.folder import MAX_CONFIG_BYTES
+from moe.checkpoint.format.quantized_formats import read_quantization
 from moe.cli import main
 from tests.checkpoint_cases import V3, build
 

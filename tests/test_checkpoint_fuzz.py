@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from moe.checkpoint import header, layout, reading
+from moe.checkpoint.format import comparison, header
+from moe.checkpoint.reading import load as reading
 from tests import fuzz, hostile
 from tests.fuzz import INDEX, KINDS, Lab, Verdict, Worker, campaign, damage
 
@@ -108,7 +109,7 @@ def test_any_other_exception_is_a_crash(lab: Lab, monkeypatch: pytest.MonkeyPatc
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(layout, "read_tensors", fail)
+    monkeypatch.setattr(comparison, "read_tensors", fail)
     assert lab.judge({}).kind == "crash"
 
 

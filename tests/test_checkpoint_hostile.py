@@ -13,7 +13,7 @@ from safetensors import SafetensorError, deserialize, safe_open
 
 import moe
 from moe import CheckpointError, Transformer
-from moe.checkpoint.header import read_header
+from moe.checkpoint.format.header import read_header
 from tests import hostile
 from tests.hostile import LEGAL, MUTATIONS, REVISION
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 
 import moe
 from moe import CheckpointError, ModelConfig
-from moe.checkpoint.layout import layout
+from moe.checkpoint.format.layout import layout
 from moe.counts import count_parameters, parameter_shapes
 from tests.checkpoint_cases import V3, V3_MTP, configs
 

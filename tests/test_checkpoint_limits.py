@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from moe import CheckpointError
-from moe.checkpoint import files, read_config
-from moe.checkpoint.config_json import parse_config, render_config
-from moe.checkpoint.folder import read_tensors
-from moe.checkpoint.header import MAX_HEADER_BYTES, MAX_TENSORS, read_header
-from moe.checkpoint.layout import layout
-from moe.checkpoint.roles import allowed_dtypes, check_experts, check_scales, role_of
+from moe.checkpoint import read_config
+from moe.checkpoint.format import files
+from moe.checkpoint.format.config_json import parse_config, render_config
+from moe.checkpoint.format.folder import read_tensors
+from moe.checkpoint.format.header import MAX_HEADER_BYTES, MAX_TENSORS, read_header
+from moe.checkpoint.format.layout import layout
+from moe.checkpoint.format.tensor_roles import allowed_dtypes, check_experts, check_scales, role_of
 from moe.errors import one_line
 from tests.checkpoint_cases import V2, V3, V3_MTP
 
@@ -104,7 +105,7 @@ MEASURE = """
 import resource, sys, time
 from pathlib import Path
 from moe import CheckpointError
-from moe.checkpoint.layout import plan
+from moe.checkpoint.format.comparison import plan
 
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 64 * 2**20, resource.RLIM_INFINITY))

@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 
 import moe
 from moe import CheckpointError
-from moe.checkpoint import memory, reading
 from moe.checkpoint.convert import convert
-from moe.checkpoint.hub import find
-from moe.checkpoint.layout import layout
+from moe.checkpoint.format.layout import layout
+from moe.checkpoint.reading import load as reading
+from moe.checkpoint.reading import memory
+from moe.checkpoint.reading.hub import find
 from tests import skeletons
 from tests.checkpoint_cases import V3
 from tests.test_checkpoint_quantised import GPT_OSS, configured, is_quantised
@@ -129,7 +130,7 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_is_allocated(
 def test_what_is_free() -> None:
     code = (
         "import resource, torch\n"
-        "from moe.checkpoint.memory import free_bytes\n"
+        "from moe.checkpoint.reading.memory import free_bytes\n"
         "free, what = free_bytes(torch.device('cpu'))\n"
         "assert 2**26 < free < 2**50, free\n"
         "resource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40))\n"

@@ -19,10 +19,12 @@ from safetensors.torch import load_file, save_file
 
 import moe
 from moe import CheckpointError
-from moe.checkpoint import manifest, save, shards
-from moe.checkpoint.folder import MANIFEST
-from moe.checkpoint.header import read_header
-from moe.checkpoint.manifest import verify
+from moe.checkpoint import save
+from moe.checkpoint.format import manifest
+from moe.checkpoint.format.folder import MANIFEST
+from moe.checkpoint.format.header import read_header
+from moe.checkpoint.format.manifest import verify
+from moe.checkpoint.writing import shards
 from tests.checkpoint_cases import V3_MTP, assert_same, build
 
 MODEL = build(dataclasses.replace(V3_MTP, num_hidden_layers=2, num_nextn_predict_layers=1), dtype=torch.bfloat16)

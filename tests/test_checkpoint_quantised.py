@@ -16,9 +16,9 @@ import moe.parallel
 from moe import CheckpointError, ConfigError, ModelConfig, RopeParameters
 from moe.checkpoint import read_summary
 from moe.checkpoint.convert import convert, cut
-from moe.checkpoint.layout import plan
-from moe.checkpoint.planning import dtype_of
+from moe.checkpoint.format.comparison import plan
 from moe.ops import quantize_blocks, quantize_mxfp4
+from moe.planning.footprint import dtype_of
 from tests.checkpoint_cases import V2, V3_MTP, as_kimi_k25
 
 BLOCK = (8, 16)  # no size of the model is a multiple of both

@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import moe
 from moe import CheckpointError, ModelConfig, Transformer
-from moe.checkpoint import read_summary, reading, save
+from moe.checkpoint import read_summary, save
+from moe.checkpoint.reading import load as reading
+from moe.checkpoint.reading import values
 from tests.checkpoint_cases import V2, V3, V3_MTP, YARN, assert_same, build, configs
 
 State = dict[str, torch.Tensor]
@@ -92,7 +94,7 @@ def test_a_bias_that_has_left_fp32_comes_back_to_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_conversion(saved: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "_CHUNK", 1000)  # every tensor in several pieces
+    monkeypatch.setattr(values, "_CHUNK", 1000)  # every tensor in several pieces
     original, back = build(V3_MTP).state_dict(), moe.load(saved, dtype=dtype).state_dict()
     for name, tensor in original.items():
         expected = torch.float32 if name.endswith("e_score_correction_bias") else dtype

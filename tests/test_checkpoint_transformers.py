@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import moe
 from moe.checkpoint import read_summary
-from moe.checkpoint.config_json import parse_config
+from moe.checkpoint.format.config_json import parse_config
 from moe.counts import count_parameters
 from tests.checkpoint_cases import SMALL, V3_MTP
 

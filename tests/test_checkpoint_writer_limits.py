@@ -12,14 +12,16 @@ from hypothesis import strategies as st
 
 import moe
 from moe import CheckpointError, ConfigError
-from moe.checkpoint import header, read_summary, save, shards
+from moe.checkpoint import read_summary, save
 from moe.checkpoint.convert import convert, cut
-from moe.checkpoint.families import family_of
-from moe.checkpoint.folder import MAX_CONFIG_BYTES, MAX_CONFIG_VALUES, read_tensors
-from moe.checkpoint.header import read_header
-from moe.checkpoint.layout import fp8_names, layout, with_scales
-from moe.checkpoint.manifest import MANIFEST, record_bytes, verify
-from moe.checkpoint.shards import Entry, divide
+from moe.checkpoint.format import header
+from moe.checkpoint.format.families import family_of
+from moe.checkpoint.format.folder import MAX_CONFIG_BYTES, MAX_CONFIG_VALUES, read_tensors
+from moe.checkpoint.format.header import read_header
+from moe.checkpoint.format.layout import fp8_names, layout, with_scales
+from moe.checkpoint.format.manifest import MANIFEST, record_bytes, verify
+from moe.checkpoint.writing import shards
+from moe.checkpoint.writing.shards import Entry, divide
 from tests.checkpoint_cases import V3, assert_same, build, configs
 
 

@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 import moe
 from moe import CheckpointError
 from moe.checkpoint import read_summary
-from moe.checkpoint.carried import write_carried
 from moe.checkpoint.convert import convert, cut
-from moe.checkpoint.planning import Placement, inference, stored
+from moe.checkpoint.format.carried import write_carried
 from moe.cli import COMMANDS
 from moe.cli.options import parse
 from moe.cli.train import Args as TrainArgs
+from moe.planning.footprint import Placement, inference, stored
 from tests.checkpoint_cases import V3, V3_MTP
 from tests.test_cli import fails_in_one_line, run
 
@@ -61,7 +61,7 @@ def test_what_is_there_is_not_replaced(capsys, saved, tmp_path, monkeypatch, wri
     def never(*_: object) -> None:
         raise AssertionError("the source is read")
 
-    monkeypatch.setattr("moe.checkpoint.convert.find", never)
+    monkeypatch.setattr("moe.checkpoint.rewrite.find", never)
     line = fails_in_one_line(capsys, command, str(saved), "--out", str(out), *options)
     assert "exists and is not empty; expected a new or empty folder, or overwrite=True (--overwrite)" in line
     with pytest.raises(CheckpointError, match="exists and is not empty"):
@@ -111,8 +111,8 @@ def test_what_appears_while_a_conversion_runs_is_not_replaced(saved, tmp_path, m
         moe.Transformer(moe.preset("tiny")).save(out)
         write_carried(folder, files)
 
-    monkeypatch.setattr("moe.checkpoint.atomic.locked", lambda target: contextlib.nullcontext(False))
-    monkeypatch.setattr("moe.checkpoint.convert.write_carried", late)
+    monkeypatch.setattr("moe.checkpoint.writing.atomic.locked", lambda target: contextlib.nullcontext(False))
+    monkeypatch.setattr("moe.checkpoint.rewrite.write_carried", late)
     with pytest.raises(CheckpointError, match="exists and is not empty"):
         convert(saved, out)
     assert moe.load(out).config.hidden_size == moe.preset("tiny").hidden_size
@@ -376,14 +376,15 @@ def test_places_that_are_no_folder(capsys: Any, saved: Path, tmp_path: Path) -> 
 def test_an_interrupted_conversion_leaves_nothing(saved: Path, tmp_path: Path) -> None:
     code = """
 import os, signal, sys
-from moe.checkpoint import convert, shards
+from moe.checkpoint import convert
+from moe.checkpoint.writing import shards
 from moe.cli import main
-real = convert._raw
+real = convert.read_raw
 def raw(files, info):
     if info.name == "model.norm.weight":
         os.kill(os.getpid(), signal.SIGINT)
     return real(files, info)
-convert._raw = raw
+convert.read_raw = raw
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.exit(main(["convert", *sys.argv[1:]]))
 """

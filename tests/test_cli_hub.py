@@ -16,8 +16,9 @@ from tokenizers import Tokenizer, models
 
 import moe
 from moe import CheckpointError, ConfigError
-from moe.checkpoint import hub, read_summary
+from moe.checkpoint import read_summary
 from moe.checkpoint.convert import convert
+from moe.checkpoint.reading import hub
 from moe.train.data import find_tokenizer, load_tokenizer
 from moe.train.settings import Settings
 from tests.checkpoint_cases import V3

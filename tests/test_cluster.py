@@ -16,15 +16,15 @@ import torch
 import moe
 from moe import ConfigError
 from moe.cli import main
-from moe.cluster.gpus import GPUS
-from moe.cluster.memory import in_flight, memory
-from moe.cluster.published import OTHERS, V3, compare, fit
-from moe.cluster.settings import Mesh, Rates, Run, Training
-from moe.cluster.stages import _divide, blocks, mean_context, model_flops, ranks
-from moe.cluster.step import collective_seconds, step
-from moe.cluster.traffic import Traffic, destinations, payload, reached, traffic
 from moe.config import ModelConfig
 from moe.counts import count_parameters
+from moe.planning.cluster.gpus import GPUS
+from moe.planning.cluster.memory import in_flight, memory
+from moe.planning.cluster.settings import Mesh, Rates, Run, Training
+from moe.planning.cluster.stages import _divide, blocks, mean_context, model_flops, ranks
+from moe.planning.cluster.step import collective_seconds, step
+from moe.planning.cluster.traffic import Traffic, destinations, payload, reached, traffic
+from moe.planning.published import OTHERS, V3, compare, fit
 from tests.checkpoint_cases import V3 as SMALL
 
 # DeepSeek-V3's tensors, from the shapes in its report.

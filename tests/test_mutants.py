@@ -145,7 +145,7 @@ def test_ctrl_c_is_status_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         with monkeypatch.context() as patch:
             patch.setattr(Lab, "judge", lambda *_: mutants.Outcome("survived", ""))
             patch.setattr(f"tests.mutants.{place}", interrupted)
-            assert campaign_of(monkeypatch, "--count", "2", "--file", "product") == 130
+            assert campaign_of(monkeypatch, "--count", "2", "--file", "matmul") == 130
         assert "interrupted\n" in capsys.readouterr().out
 
 

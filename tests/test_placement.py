@@ -14,7 +14,7 @@ import moe
 from moe.balance import routers
 from moe.cli import main
 from moe.cli.place import layer_names
-from moe.parallel.placement import Placement, _swap, place
+from moe.planning.placement import Placement, _swap, place
 
 # The example in the README of github.com/deepseek-ai/EPLB: 4 groups, 2 nodes, 8 GPUs, 16 slots.
 LOAD = torch.tensor(

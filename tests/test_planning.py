@@ -10,10 +10,10 @@ import pytest
 import moe
 from moe import ConfigError
 from moe.checkpoint import read_summary
-from moe.checkpoint.planning import Placement, inference, stored, training
-from moe.checkpoint.sizes import parse_size
+from moe.checkpoint.format.sizes import parse_size
 from moe.cli import main
 from moe.counts import count_parameters
+from moe.planning.footprint import Placement, inference, stored, training
 from tests.checkpoint_cases import V3, V3_MTP
 from tests.test_checkpoint_quantised import BLOCK, configured, make_fp8, make_mxfp4
 

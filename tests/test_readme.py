@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import moe
-from moe.checkpoint.families import FAMILIES
+from moe.checkpoint.format.families import FAMILIES
 from moe.cli import main
 from moe.counts import count_parameters
 

@@ -6,20 +6,26 @@
     save(model, folder)
     interleave(model)                             rotary rows in the order that a save to DeepSeek's families needs
     convert.convert, convert.cut                  a checkpoint made of a checkpoint
-    planning.stored, .inference, .training        what a configuration weighs; no torch
 
-`families.py` is the table of what is supported; everything else here is the same for all families.
+Three packages, each of which imports only those before it:
+
+    format     files, headers, config.json and names of tensors; no torch. `format.families` is the table of what is
+               supported; everything else is the same for all families.
+    reading    from a folder or the Hub into a model
+    writing    from a model into a folder, atomically
+
+What a configuration weighs is computed in `moe.planning.footprint`.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from moe.checkpoint.config_json import read_config
-from moe.checkpoint.summary import CheckpointSummary, read_summary
+from moe.checkpoint.format.config_json import read_config
+from moe.checkpoint.reading.summary import CheckpointSummary, read_summary
 
 if TYPE_CHECKING:
-    from moe.checkpoint.reading import load
-    from moe.checkpoint.rotary import interleave
-    from moe.checkpoint.writing import save
+    from moe.checkpoint.reading.load import load
+    from moe.checkpoint.writing.rotary import interleave
+    from moe.checkpoint.writing.save import save
 
 __all__ = ["CheckpointSummary", "interleave", "load", "read_config", "read_summary", "save"]
 
@@ -27,15 +33,15 @@ __all__ = ["CheckpointSummary", "interleave", "load", "read_config", "read_summa
 def __getattr__(name: str) -> Any:
     # These need torch; `moesmith inspect` does not.
     if name == "load":
-        from moe.checkpoint.reading import load
+        from moe.checkpoint.reading.load import load
 
         return load
     if name == "interleave":
-        from moe.checkpoint.rotary import interleave
+        from moe.checkpoint.writing.rotary import interleave
 
         return interleave
     if name == "save":
-        from moe.checkpoint.writing import save
+        from moe.checkpoint.writing.save import save
 
         return save
     raise AttributeError(f"module 'moe.checkpoint' has no attribute {name!r}")

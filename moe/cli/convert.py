@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from moe.checkpoint.sizes import parse_size
+from moe.checkpoint.format.sizes import parse_size
 from moe.cli.options import DTYPES, UNSET, dtype_option, option, read_dtype
 from moe.cli.source import FOLDER
 from moe.errors import ConfigError

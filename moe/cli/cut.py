@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from moe.checkpoint.sizes import parse_size
+from moe.checkpoint.format.sizes import parse_size
 from moe.cli.options import UNSET
 from moe.cli.source import FOLDER
 from moe.errors import ConfigError

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from moe.checkpoint import read_config
-from moe.checkpoint.files import read_bounded
-from moe.checkpoint.folder import CONFIG, MAX_CONFIG_BYTES, MAX_CONFIG_VALUES, member
-from moe.checkpoint.hub import find, from_cache
-from moe.checkpoint.strict_json import parse_as_python
+from moe.checkpoint.format.files import read_bounded
+from moe.checkpoint.format.folder import CONFIG, MAX_CONFIG_BYTES, MAX_CONFIG_VALUES, member
+from moe.checkpoint.format.strict_json import parse_as_python
+from moe.checkpoint.reading.hub import find, from_cache
 from moe.cli.options import COMPUTE_DTYPES, UNSET, dtype_option, option, read_dtype
 from moe.cli.source import FOLDER
 from moe.errors import CheckpointError, ConfigError
@@ -81,7 +81,7 @@ def run(args: Args) -> int:
     import torch
 
     import moe
-    from moe.checkpoint.reading import usable_device
+    from moe.checkpoint.reading.load import usable_device
     from moe.generation import stream
 
     device = usable_device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)

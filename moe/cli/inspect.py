@@ -13,10 +13,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from moe.checkpoint import CheckpointSummary, read_summary
-from moe.checkpoint.families import FAMILIES
-from moe.checkpoint.folder import MANIFEST, RECEIPT
-from moe.checkpoint.hub import CONFIGS, FILES, find
-from moe.checkpoint.manifest import verify
+from moe.checkpoint.format.families import FAMILIES
+from moe.checkpoint.format.folder import MANIFEST, RECEIPT
+from moe.checkpoint.format.manifest import verify
+from moe.checkpoint.reading.hub import CONFIGS, FILES, find
 from moe.cli.source import MODEL, unknown
 from moe.config import ModelConfig
 from moe.counts import ParameterCounts, count_parameters

@@ -11,8 +11,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from moe.checkpoint.dtypes import FLOATING, OTHERS, SAFETENSORS, parse_dtype
-from moe.checkpoint.layout import WITHOUT_MTP
+from moe.checkpoint.format.comparison import WITHOUT_MTP
+from moe.checkpoint.format.dtypes import FLOATING, OTHERS, SAFETENSORS, parse_dtype
 from moe.errors import CheckpointError, ConfigError, ParallelError, did_you_mean
 
 UNSET = tyro.conf.arg(help_behavior_hint="")

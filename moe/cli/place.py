@@ -43,7 +43,7 @@ class Args:
 def run(args: Args) -> int:
     layers, load = _read(args.file)
 
-    from moe.parallel.placement import place
+    from moe.planning.placement import place
 
     placement = place(load, gpus=args.gpus, slots=args.slots, nodes=args.nodes, groups=args.groups)
     report = placement.report(load, layers if layers is not None and len(layers) == len(load) else None)

@@ -10,20 +10,21 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from moe.checkpoint import planning, read_config
-from moe.checkpoint.dtypes import FLOATING, Dtype, parse_dtype
-from moe.checkpoint.folder import INDEX, has_weights, read_config_values
-from moe.checkpoint.hub import CONFIGS, find, from_cache, headers_on_hub
-from moe.checkpoint.layout import Plan, plan
-from moe.checkpoint.planning import Estimate, Placement
-from moe.checkpoint.quantization import Quantization, read_quantization
-from moe.checkpoint.sizes import parse_size
+from moe.checkpoint import read_config
+from moe.checkpoint.format.comparison import Plan, plan
+from moe.checkpoint.format.dtypes import FLOATING, Dtype, parse_dtype
+from moe.checkpoint.format.folder import INDEX, has_weights, read_config_values
+from moe.checkpoint.format.quantized_formats import Quantization, read_quantization
+from moe.checkpoint.format.sizes import parse_size
+from moe.checkpoint.reading.hub import CONFIGS, find, from_cache, headers_on_hub
 from moe.cli.options import DTYPES, UNSET, dtype_option, read_dtype
 from moe.cli.plan_cluster import ClusterArgs, find_gpu, plan_facts, print_plan, print_published, published_facts
 from moe.cli.source import MODEL, unknown
-from moe.cluster.settings import Mesh, Run
 from moe.config import ModelConfig
 from moe.errors import CheckpointError, ConfigError, one_line
+from moe.planning import footprint
+from moe.planning.cluster.settings import Mesh, Run
+from moe.planning.footprint import Estimate, Placement
 from moe.presets import PRESETS
 
 
@@ -110,7 +111,7 @@ def _dtype(model: _Model) -> Dtype:
     """The dtype of a folder's files, or of those that the configuration would have."""
     found = model.quantization
     if model.files is not None:
-        return planning.dtype_of(model.files)
+        return footprint.dtype_of(model.files)
     if found is None:
         return model.stated
     if found.error is not None:
@@ -123,14 +124,14 @@ def _dtype(model: _Model) -> Dtype:
 def _tables(args: Args, name: str, model: _Model, asked: Dtype | None, memory: int, console: Console) -> int:
     config, found = model.config, model.quantization
     dtype = asked or _dtype(model)
-    files = model.files if model.files is not None and dtype == planning.dtype_of(model.files) else None
-    block_size = planning.FP8_BLOCK if found is None or found.block_size is None else found.block_size
+    files = model.files if model.files is not None and dtype == footprint.dtype_of(model.files) else None
+    block_size = footprint.FP8_BLOCK if found is None or found.block_size is None else found.block_size
     placement = Placement(args.gpus, args.ep, dtype, 8192 if args.tokens is None else args.tokens, block_size)
     estimates = {
-        "inference": planning.inference(config, placement, model.files),
-        "training": planning.training(config, placement),
+        "inference": footprint.inference(config, placement, model.files),
+        "training": footprint.training(config, placement),
     }
-    stored = planning.stored_in(files) if files else planning.stored(config, dtype, block_size, model.files)
+    stored = footprint.stored_in(files) if files else footprint.stored(config, dtype, block_size, model.files)
     if args.json:
         facts: dict[str, Any] = {"model": name, "memory": memory, "placement": dataclasses.asdict(placement)}
         facts["stored"] = dataclasses.asdict(stored)

@@ -9,16 +9,16 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from moe.checkpoint.sizes import parse_size
+from moe.checkpoint.format.sizes import parse_size
 from moe.cli.options import UNSET
-from moe.cluster.gpus import GPUS, Gpu
-from moe.cluster.memory import memory
-from moe.cluster.published import OTHERS, V3, compare, fit
-from moe.cluster.settings import Rates, Run, Training
-from moe.cluster.stages import ranks
-from moe.cluster.step import ratio, step
-from moe.cluster.traffic import traffic
 from moe.errors import ConfigError, did_you_mean
+from moe.planning.cluster.gpus import GPUS, Gpu
+from moe.planning.cluster.memory import memory
+from moe.planning.cluster.settings import Rates, Run, Training
+from moe.planning.cluster.stages import ranks
+from moe.planning.cluster.step import ratio, step
+from moe.planning.cluster.traffic import traffic
+from moe.planning.published import OTHERS, V3, compare, fit
 
 MODEL = (
     "experts are balanced, and a token's groups and experts any; no tensor or context parallelism",

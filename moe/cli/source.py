@@ -1,6 +1,6 @@
 """The models that commands take: presets, folders, runs of `moesmith train`, and names on the Hugging Face Hub."""
 
-from moe.checkpoint.folder import NO_FOLDER
+from moe.checkpoint.format.folder import NO_FOLDER
 from moe.errors import CheckpointError, ConfigError, did_you_mean
 from moe.presets import PRESETS
 

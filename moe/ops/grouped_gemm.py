@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe.ops.library import Tier, autocast, check_tier, define, define_gradient
-from moe.ops.product import product_into
+from moe.ops.matmul import product_into
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from moe.config import SwiGLU
 from moe.ops.activation import swiglu_backward_into, swiglu_into, swiglu_reference
 from moe.ops.library import Tier, autocast, check_tier, define, define_gradient
+from moe.ops.matmul import can_group, group_products_into, grouped_product, grouped_product_into, product
 from moe.ops.permutation import check_ids, check_weights, combine, sort_slots
-from moe.ops.product import can_group, group_products_into, grouped_product, grouped_product_into, product
 
 
 def moe_mlp(

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWrite
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.tensor import DTensor
 
-from moe.parallel.apply import region
+from moe.parallel.tensor_parts import region
 
 METADATA = ".metadata"
 

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from moe.checkpoint.atomic import saved_steps, settle, sync
+from moe.checkpoint.writing.atomic import saved_steps, settle, sync
 from moe.errors import CheckpointError
 from moe.parallel.agreement import on_first, together
 from moe.parallel.mesh import Mesh, group_timeout

@@ -18,7 +18,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from moe.checkpoint.hub import find, is_name
+from moe.checkpoint.reading.hub import find, is_name
 from moe.errors import CheckpointError, ConfigError
 
 END_OF_TEXT = "<|endoftext|>"

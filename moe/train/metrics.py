@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moe.checkpoint.atomic import sync
+from moe.checkpoint.writing.atomic import sync
 
 
 class Metrics:

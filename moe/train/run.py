@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from moe.balance import LoadReport
-from moe.checkpoint.atomic import locked
+from moe.checkpoint.writing.atomic import locked
 from moe.errors import CheckpointError, ConfigError
 from moe.generation import generate
 from moe.model import Transformer

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from moe.checkpoint.hub import is_name
+from moe.checkpoint.reading.hub import is_name
 from moe.errors import ConfigError
 
 # These change what is written and shown, and where it is computed, not what is trained; a resumed run may have others.

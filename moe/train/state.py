@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moe.checkpoint.atomic import saved_steps, settle, sync
+from moe.checkpoint.writing.atomic import saved_steps, settle, sync
 from moe.errors import CheckpointError
 
 _PARTIAL = ".partial"

@@ -1,0 +1,310 @@
+"""Files that are not read here but travel with a checkpoint: tokenizers, templates, licences, and code that its JSON
+files name. A README.md does not: it describes the checkpoint that it came with.
+
+Code is copied as bytes. It is never imported.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from moe.checkpoint.format.families import FAMILIES
+from moe.checkpoint.format.files import read_bounded
+from moe.checkpoint.format.folder import (
+    CONFIG,
+    INDEX,
+    MANIFEST,
+    MAX_CONFIG_VALUES,
+    MAX_FILE_NAME_BYTES,
+    RECEIPT,
+    member,
+    read_config_values,
+)
+from moe.checkpoint.format.quantized_formats import QUANTIZATION_FILES
+from moe.checkpoint.format.strict_json import parse_as_python, settled
+from moe.errors import CheckpointError, one_line
+
+logger = logging.getLogger("moe")
+
+MAX_CARRIED_BYTES = 64 * 2**20  # of one file
+MAX_CODE_BYTES = 4 * 2**20  # of one Python file; released ones have less than 200 KiB
+MAX_LICENSE_BYTES = 2**20
+MAX_CARRIED_FILES = 128
+
+# These travel whether or not anything names them. The vocabularies are those of transformers' tokenizers.
+CARRIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "tiktoken.model",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "tokenizer.tiktoken",
+    "qwen.tiktoken",
+    "tekken.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+TEMPLATES = "additional_chat_templates"  # a folder of NAME.jinja
+# What to download of a repository to have all that may travel.
+PATTERNS = (*CARRIED, "LICENSE*", f"{TEMPLATES}/*.jinja", "*.py", "*.model", "*.tiktoken", "tokenizer*.json")
+
+_NAMING = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json", "generation_config.json")
+_VOCABULARIES = (".model", ".tiktoken", ".bpe", ".vocab", ".codes", ".txt", ".jinja")
+_CODE = re.compile(r"[A-Za-z0-9_-]{1,200}\.py")
+_DATA = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
+_TEMPLATE = re.compile(rf"{TEMPLATES}/[A-Za-z0-9_-][A-Za-z0-9_.-]{{0,200}}\.jinja")
+_LICENSE = re.compile(r"LICENSE[A-Za-z0-9_.-]{0,100}")
+_RESERVED = {CONFIG, INDEX, MANIFEST, RECEIPT, "adapter_config.json", *QUANTIZATION_FILES}
+# As transformers finds them, so that a module has every file that transformers will look for.
+_IMPORT = re.compile(rb"import\s+\.(\S+)\s*$|from\s+\.(\S+)\s+import")
+_QUOTED = re.compile(rb"""["'](?:\./)?([A-Za-z0-9_][A-Za-z0-9_.-]{0,200})["']""")
+
+
+def read_carried(folder: Path) -> dict[str, bytes]:
+    """Name -> content of all files that travel from `folder`.
+
+    These are `CARRIED`, licences, additional chat templates, the Python files that `auto_map` names in config.json and
+    beside it, the modules that these import relatively, and vocabularies that are named in the code or in
+    tokenizer_config.json. Nothing outside the folder is read. Raises `CheckpointError` for a link that leads out of it,
+    for too large a file and for too many files; a licence that is either is left behind.
+    """
+
+    def read(name: str) -> bytes | None:
+        if not os.path.lexists(folder / name):
+            return None
+        return read_bounded(member(folder, name), _limit(name))
+
+    try:
+        config = read_config_values(folder)
+    except CheckpointError:  # a folder of tokenizer files, or a broken checkpoint that a save replaces
+        config = {}
+    files = _reach(config, [*CARRIED, *_licenses(folder), *templates(folder)], read)
+    if len(files) > MAX_CARRIED_FILES:
+        expected = f"at most {MAX_CARRIED_FILES}"
+        raise CheckpointError(folder, "files that travel with the model", expected=expected, found=len(files))
+    for name in _NAMING:
+        try:
+            _parse(files.get(name, b"{}"), folder / name)
+        except CheckpointError as error:
+            logger.warning("files that it may name do not travel: %s", error)
+    return files
+
+
+def templates(folder: Path) -> list[str]:
+    """Names of the additional chat templates in `folder`."""
+    path = member(folder, TEMPLATES)
+    if not os.path.isdir(path):
+        return []
+    names = sorted(f"{TEMPLATES}/{entry.name}" for entry in os.scandir(path))
+    return [name for name in names if _TEMPLATE.fullmatch(name)][: MAX_CARRIED_FILES + 1]
+
+
+def _licenses(folder: Path) -> list[str]:
+    """Names of the licences in `folder`; not of what is too large to be one, or leads out of the folder."""
+    names: list[str] = []
+    for entry in os.scandir(folder):
+        with contextlib.suppress(CheckpointError, OSError):
+            if _LICENSE.fullmatch(entry.name) and member(folder, entry.name).stat().st_size <= MAX_LICENSE_BYTES:
+                names += [entry.name] if entry.is_file() else []
+    return sorted(names)[: MAX_CARRIED_FILES + 1]
+
+
+def check_carried(files: Mapping[str, bytes], path: Path) -> None:
+    """Raise `CheckpointError` for a file that a reader of a folder would not carry. `path` is for messages."""
+    for name, content in files.items():
+        if not isinstance(content, bytes):
+            raise CheckpointError(path, f"carried file {name!r}", expected="bytes", found=type(content).__name__)
+        if not (_is_fixed(name) or _CODE.fullmatch(name) or _is_data(name)):
+            expected = f"one of {', '.join(CARRIED)}, LICENSE, {TEMPLATES}/NAME.jinja, or NAME.py that auto_map names"
+            raise CheckpointError(path, f"carried file {name!r}", expected=expected)
+        if len(content) > _limit(name):
+            problem = f"carried file {name!r} is too large"
+            raise CheckpointError(path, problem, expected=f"at most {_limit(name)} bytes", found=len(content))
+    if len(files) > MAX_CARRIED_FILES:
+        raise CheckpointError(path, "carried files", expected=f"at most {MAX_CARRIED_FILES}", found=len(files))
+
+
+def resolved(
+    config: Mapping[str, Any], files: Mapping[str, bytes], *, same_layout: bool = True
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The object for config.json and the files to write: no name of a file that is not there, no code without a name.
+
+    One warning says what is left out. Without `same_layout`, the code for configurations and models is left out too,
+    because it reads another layout than that of the new files. A model_type that only such code explains becomes
+    `Family.without_code`.
+    """
+    values = dict(config)
+    named = _reach(values, filter(_is_fixed, files), files.get)
+    lost = [f"{name}, which no other file names" for name in files if name not in named]
+    if not same_layout and isinstance(auto_map := values.get("auto_map"), dict):
+        theirs = [key for key in auto_map if key == "AutoConfig" or key.startswith("AutoModel")]
+        values["auto_map"] = {key: value for key, value in auto_map.items() if key not in theirs}
+        if theirs and not values["auto_map"]:
+            del values["auto_map"]
+        lost += [f"auto_map.{key} of {CONFIG}, whose code reads another layout" for key in theirs]
+    _remove_dangling(values, CONFIG, files, lost)
+    without_code = FAMILIES[values["model_type"]].without_code
+    if without_code is not None and "AutoConfig" not in values.get("auto_map", {}):
+        values["model_type"] = without_code
+    changed: dict[str, bytes] = {}
+    for name in _NAMING:
+        inner = _object(files.get(name))
+        if _remove_dangling(inner, name, files, lost):
+            changed[name] = (json.dumps(inner, indent=2, ensure_ascii=False) + "\n").encode()
+    if lost:
+        logger.warning("not written: %s", one_line("; ".join(lost), 1000))
+    files = {**files, **changed}
+    return values, _reach(values, filter(_is_fixed, files), files.get)
+
+
+def is_template(name: str) -> bool:
+    """Whether this is the name of an additional chat template, the only files in a folder of their own."""
+    return _TEMPLATE.fullmatch(name) is not None
+
+
+def write_carried(folder: Path, files: Mapping[str, bytes]) -> None:
+    if any(map(is_template, files)):
+        (folder / TEMPLATES).mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+def _limit(name: str) -> int:
+    if name.endswith(".py"):
+        return MAX_CODE_BYTES
+    return MAX_LICENSE_BYTES if _LICENSE.fullmatch(name) else MAX_CARRIED_BYTES
+
+
+def _is_fixed(name: str) -> bool:
+    return name in CARRIED or is_template(name) or _LICENSE.fullmatch(name) is not None
+
+
+def _reach(config: Mapping[str, Any], names: Iterable[str], read: Callable[[str], bytes | None]) -> dict[str, bytes]:
+    """Name -> content of `names` and of whatever they and `config` name, as far as it is there."""
+    files: dict[str, bytes] = {}
+    pending = [*names, *filter(None, map(_file_of, _references(config.get("auto_map"))))]
+    asked: set[str] = set()
+    while pending and len(files) <= MAX_CARRIED_FILES:
+        name = pending.pop()
+        if name in asked:
+            continue
+        asked.add(name)
+        content = read(name)
+        if content is not None:
+            files[name] = content
+            pending += _named_in(name, content)
+    return dict(sorted(files.items()))
+
+
+def _named_in(name: str, content: bytes) -> Iterator[str]:
+    if name.endswith(".py"):
+        yield from filter(_CODE.fullmatch, _imports(content))
+        for found in _QUOTED.finditer(content[:MAX_CODE_BYTES]):
+            other = found[1].decode()
+            if other.endswith(_VOCABULARIES):
+                yield other
+    elif name in _NAMING:
+        values = _object(content)
+        yield from filter(None, map(_file_of, _references(values.get("auto_map"))))
+        for key, value in values.items():
+            for other in value if isinstance(value, list) else [value]:
+                # transformers' vocab_file, tokenizer_file, fast_tokenizer_files
+                if key.endswith(("_file", "_files")) and isinstance(other, str) and _is_data(other):
+                    yield other
+
+
+def _is_data(name: str) -> bool:
+    allowed = name.endswith((*_VOCABULARIES, ".json")) and name not in _RESERVED
+    return allowed and _DATA.fullmatch(name) is not None and len(name) <= MAX_FILE_NAME_BYTES
+
+
+def _imports(content: bytes) -> list[str]:
+    lines = content[:MAX_CODE_BYTES].splitlines()
+    found = filter(None, (_IMPORT.match(line.lstrip()) for line in lines))
+    return [f"{(match[1] or match[2]).decode('utf-8', 'replace')}.py" for match in found]
+
+
+def _references(auto_map: Any) -> list[Any]:
+    """The references in an auto_map, whose values are "module.Class" or lists of these and nulls."""
+    values = auto_map.values() if isinstance(auto_map, dict) else [auto_map] if isinstance(auto_map, list) else []
+    return [item for value in values for item in (value if isinstance(value, list) else [value])]
+
+
+def _file_of(reference: Any) -> str | None:
+    """The Python file of "module.Class". None for "repository--module.Class", which is elsewhere, and for no text."""
+    if not isinstance(reference, str) or "--" in reference:
+        return None
+    name = reference.rpartition(".")[0] + ".py"
+    return name if _CODE.fullmatch(name) else None
+
+
+def _object(content: bytes | None) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is none."""
+    try:
+        return _parse(content or b"{}", Path())
+    except CheckpointError:
+        return {}
+
+
+def _parse(content: bytes, path: Path) -> dict[str, Any]:
+    """The object in a JSON file, as Python reads it, with or without a byte order mark."""
+    text = content.removeprefix(b"\xef\xbb\xbf")
+    values = settled(parse_as_python(text, path, max_values=MAX_CONFIG_VALUES))
+    return values if isinstance(values, dict) else {}
+
+
+def _remove_dangling(values: dict[str, Any], where: str, files: Mapping[str, bytes], lost: list[str]) -> bool:
+    """Take from `auto_map` what leads to a file that is not in `files`, and say so in `lost`; whether there was any."""
+    auto_map = values.get("auto_map")
+    if not isinstance(auto_map, dict | list):
+        return False
+    entries = auto_map if isinstance(auto_map, dict) else {"AutoTokenizer": auto_map}  # an old form
+    kept: dict[str, Any] = {}
+    for key, value in entries.items():
+        items = [_missing(item, files) for item in (value if isinstance(value, list) else [value])]
+        missing = sorted({name for item in items for name in item})
+        if missing:
+            lost.append(f"auto_map.{key} of {where}, because there is no {' and no '.join(missing)}")
+        if not isinstance(value, list):
+            kept |= {} if missing else {key: value}
+        elif not missing or any(item is not None and not gone for item, gone in zip(value, items, strict=True)):
+            kept[key] = [None if gone else item for item, gone in zip(value, items, strict=True)]
+    left = kept if isinstance(auto_map, dict) else kept.get("AutoTokenizer")
+    if left == auto_map:
+        return False
+    if left:
+        values["auto_map"] = left
+    else:
+        del values["auto_map"]
+    return True
+
+
+def _missing(reference: Any, files: Mapping[str, bytes]) -> list[str]:
+    """The files that a reference leads to, directly or by imports, and that are not in `files`."""
+    if not isinstance(reference, str) or "--" in reference:
+        return []
+    pending, asked, missing = [reference.rpartition(".")[0] + ".py"], set[str](), list[str]()
+    while pending:
+        name = pending.pop()
+        if name in asked:
+            continue
+        asked.add(name)
+        if name in files and _CODE.fullmatch(name):
+            pending += _imports(files[name])
+        else:
+            missing.append(name)
+    return missing

@@ -1,0 +1,214 @@
+"""Which tensors a checkpoint of a configuration has, and where each goes in the model: `families.py`, expanded."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe.checkpoint.format.families import family_of
+from moe.checkpoint.format.family import MXFP4, Names, Reordered, Row, Table
+from moe.checkpoint.format.folder import CONFIG
+from moe.checkpoint.format.tensor_roles import role_of
+from moe.config import ModelConfig
+from moe.counts import Shape, parameter_shapes
+from moe.errors import CheckpointError
+
+MAX_EXPERTS = 2**18  # ten times the largest released model; a config.json from a stranger may ask for billions
+MXFP4_BLOCK = 32  # values that share a scale, in 16 bytes
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor of the files, and what it fills: `state_dict()[parameter][index]`.
+
+    Its values stand in the file in `shape`. Where `axes` is not None, that shape with its axes told apart is `split`,
+    and `split` permuted by `axes` is what fills the parameter's part (whose sizes then multiply to the same).
+    A repeat is one more copy of a parameter that has a slot of its own; where the files have it, it must be equal.
+    `written` says whether a save writes it. `is_row` says that `shape` is [1, N] where the model has [N]. `scale_of` is
+    the name of the quantised tensor whose scales these are.
+    """
+
+    name: str
+    parameter: str
+    index: tuple[int | slice, ...]
+    shape: Shape
+    repeat: bool = False
+    written: bool = True
+    split: Shape = ()
+    axes: tuple[int, ...] | None = None
+    is_row: bool = False
+    scale_of: str | None = None
+
+    @property
+    def values_each(self) -> int:
+        """Parameters of the model in an element of the file: MXFP4 has two in a byte."""
+        return 2 if self.parameter.endswith("_blocks") else 1
+
+    def stored(self, parameter: Any) -> Any:
+        """The values of this slot as they stand in the file, from the whole parameter (a torch tensor)."""
+        part = parameter[self.index]
+        if self.axes is None:
+            return part[None] if self.is_row else part
+        apart = part.reshape([self.split[axis] for axis in self.axes])
+        return apart.permute([self.axes.index(axis) for axis in range(len(self.axes))]).reshape(self.shape)
+
+
+def layout(config: ModelConfig, table: str | None = None, path: Path = Path(CONFIG)) -> dict[str, Slot]:
+    """File tensor name -> `Slot`, for every tensor that a checkpoint of `config` can have in the layout called `table`.
+
+    The slots without repeats tile the parameters: each value of the model has exactly one place in the files. None is
+    the layout of a new checkpoint; `path` is for messages.
+    """
+    family = family_of(config.model_type, path)
+    names = family.tables[table or next(iter(family.tables))]
+    experts = config.n_routed_experts * (config.num_moe_layers + config.num_nextn_predict_layers)
+    if experts > MAX_EXPERTS:
+        raise CheckpointError(path, "experts in all layers", expected=f"at most {MAX_EXPERTS}", found=experts)
+    slots = {}
+    for parameter, shape in parameter_shapes(config).items():
+        prefix, local, part = _part(names, config, parameter)
+        if local not in part:
+            raise CheckpointError(path, f"{family.model_type} has no name for it", tensor=parameter)
+        for slot in _expand(prefix, part[local], parameter, shape):
+            slots[slot.name] = slot
+    slots.update((slot.name, slot) for slot in _repeats(names, config))
+    return slots
+
+
+def _part(table: Table, config: ModelConfig, parameter: str) -> tuple[str, str, Names]:
+    """Prefix in the files, name within the part of the table, and the part that names `parameter`."""
+    match parameter.split("."):
+        case ["layers", layer, *rest]:
+            return table.layer_prefix.format(layer=layer), ".".join(rest), table.block
+        case ["mtp", module, "block", *rest]:
+            return mtp_prefix(table, config, int(module)), ".".join(rest), table.block
+        case ["mtp", module, *rest]:
+            return mtp_prefix(table, config, int(module)), ".".join(rest), table.mtp
+        case _:
+            return "", parameter, table.top
+
+
+def mtp_prefix(table: Table, config: ModelConfig, module: int) -> str:
+    return table.layer_prefix.format(layer=config.num_hidden_layers + module)
+
+
+def _expand(
+    prefix: str, names: str | tuple[str, ...] | Reordered | MXFP4 | Row, parameter: str, shape: Shape
+) -> Iterator[Slot]:
+    if isinstance(names, MXFP4):
+        yield from _expand_mxfp4(prefix, names, parameter, shape)
+        return
+    if isinstance(names, Reordered):
+        yield _reordered(prefix + names.name, names.file, names.model, parameter, shape)
+        return
+    if isinstance(names, Row):
+        yield Slot(prefix + names.name, parameter, (), (1, *shape), is_row=True)
+        return
+    names = (names,) if isinstance(names, str) else names
+    stacked = "{expert}" in names[0]
+    rows, *rest = shape[1:] if stacked else shape
+    part = rows // len(names)
+    for expert in range(shape[0]) if stacked else (None,):
+        for i, name in enumerate(names):
+            index: tuple[int | slice, ...] = () if expert is None else (expert,)
+            if len(names) > 1:
+                index += (slice(i * part, (i + 1) * part),)
+            yield Slot(prefix + name.format(expert=expert), parameter, index, (part, *rest))
+
+
+def _reordered(name: str, file: str, model: str, parameter: str, shape: Shape) -> Slot:
+    """`shape` is the model's, in which "two" and the axis after it are one."""
+    mine, theirs = model.split(), file.split()
+    sizes = list(shape)
+    if "two" in mine:
+        at = mine.index("two")
+        sizes[at : at + 1] = [2, shape[at] // 2]
+    size = dict(zip(mine, sizes, strict=True))
+    split = tuple(size[axis] for axis in theirs)
+    joined = split if "two" not in theirs else _joined(theirs, size)
+    return Slot(name, parameter, (), joined, split=split, axes=tuple(theirs.index(axis) for axis in mine))
+
+
+def _joined(axes: list[str], size: Mapping[str, int]) -> Shape:
+    """The shape in the files: "two" and the axis before it are one."""
+    at = axes.index("two")
+    sizes = [size[axis] for axis in axes]
+    return (*sizes[: at - 1], 2 * sizes[at - 1], *sizes[at + 1 :])
+
+
+def _expand_mxfp4(prefix: str, names: MXFP4, parameter: str, shape: Shape) -> Iterator[Slot]:
+    experts, rows, columns = shape
+    if columns % MXFP4_BLOCK:
+        problem = f"MXFP4 needs a multiple of {MXFP4_BLOCK} columns"
+        raise CheckpointError(CONFIG, problem, tensor=parameter, found=columns)
+    blocks = columns // MXFP4_BLOCK
+    rows_in, rows_out = ("f two", "two f") if names.interleaved else ("f", "f")
+    name = prefix + names.name + "_blocks"
+    for kind, last in (("_blocks", (blocks, MXFP4_BLOCK // 2)), ("_scales", (blocks,))):
+        axes = " ".join(("b", "c")[: len(last)])
+        part = _reordered(
+            prefix + names.name + kind,
+            f"e {rows_in} {axes}",
+            f"e {rows_out} {axes}",
+            parameter + kind,
+            (experts, rows, *last),
+        )
+        yield dataclasses.replace(part, scale_of=name if kind == "_scales" else None)
+
+
+def _repeats(table: Table, config: ModelConfig) -> Iterator[Slot]:
+    shape = (config.vocab_size, config.hidden_size)
+    head = "lm_head.weight"
+    source = {head: "embed_tokens.weight"} if config.tie_word_embeddings else {}
+    for module in range(config.num_nextn_predict_layers):
+        prefix = mtp_prefix(table, config, module)
+        for parameter, name in table.mtp_repeats.items():
+            yield Slot(prefix + name, source.get(parameter, parameter), (), shape, repeat=True)
+    if config.tie_word_embeddings:
+        name = table.top[head]
+        assert isinstance(name, str)
+        # transformers leaves it out as well
+        yield Slot(name, "embed_tokens.weight", (), shape, repeat=True, written=False)
+
+
+def with_scales(
+    slots: Mapping[str, Slot], table: Table, block_size: tuple[int, int], quantised: Iterable[str]
+) -> dict[str, Slot]:
+    """The slots, and one for the scales of each of the `quantised` tensors, which are matrices in FP8 blocks.
+
+    The scales of a parameter are those of its parts, one after the other: of [E, 2F, D] they are
+    [E, 2 ceil(F / b), ceil(D / b)], each half with blocks of its own.
+    """
+    result = dict(slots)
+    ending, scale_ending = table.scale
+    for name in quantised:
+        slot = slots[name]
+        shape = tuple(-(-size // block) for size, block in zip(slot.shape, block_size, strict=True))
+        index = tuple(
+            slice(i.start // slot.shape[0] * shape[0], i.stop // slot.shape[0] * shape[0])
+            if isinstance(i, slice)
+            else i
+            for i in slot.index
+        )
+        scale = name.removesuffix(ending) + scale_ending
+        result[scale] = Slot(scale, slot.parameter + "_scale_inv", index, shape, slot.repeat, scale_of=name)
+    return result
+
+
+def fp8_names(slots: Mapping[str, Slot]) -> list[str]:
+    """The tensors that FP8 files have in blocks: the projections of attention, MLPs and experts."""
+    return [
+        name
+        for name, slot in slots.items()
+        if len(slot.shape) == 2 and not slot.repeat and role_of(slot.parameter) == "projection"
+    ]
+
+
+def layer_of(table: Table, name: str) -> tuple[int, str]:
+    """The number of the layer that the name of a file tensor begins with, and the rest; (-1, name) if it does not."""
+    before, after = table.layer_prefix.split("{layer}")
+    number, dot, rest = name.removeprefix(before).partition(after)
+    if name.startswith(before) and dot and number.isdecimal() and number.isascii() and str(int(number)) == number:
+        return int(number), rest
+    return -1, name

@@ -1,0 +1,323 @@
+"""Strict JSON for untrusted files: small ones are parsed whole, large ones are scanned through a window."""
+
+import codecs
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from moe.checkpoint.format.files import read_exactly, recognise
+from moe.errors import CheckpointError, one_line
+
+MAX_DEPTH = 64  # of arrays and objects in each other; Python's own functions fail at some depth, and differ in which
+WINDOW = 2**18
+MAX_TOKEN = 2**16  # bytes of what is matched, or decoded, at once
+MAX_SKIPPED = 2**20  # bytes of a value that is skipped: tens of bytes in real files
+
+WS = rb"[ \t\n\r]*+"
+# A surrogate stands in a pair or not at all: Python takes a lone one, others do not.
+_ESCAPE = (
+    rb'\\(?:["\\/bfnrt]|u(?:(?![dD][89a-fA-F])[0-9a-fA-F]{4}'
+    rb"|[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}))"
+)
+CHARACTERS = rb'(?:[^"\\\x00-\x1f]++|' + _ESCAPE + rb")*+"
+
+KEY = WS + rb'"(' + CHARACTERS + rb')"' + WS + rb":" + WS
+NEXT = WS + rb"([,}])"
+_KEY = re.compile(KEY)
+_OPEN = re.compile(WS + rb"\{")
+_CLOSE = re.compile(WS + rb"\}")
+_NEXT = re.compile(NEXT)
+_SPACE = re.compile(rb"[ \t\n\r]++")
+_QUOTE = re.compile(rb'"')
+_SCALAR = re.compile(rb"(?:true|false|null|NaN|-?Infinity|-?[0-9.eE+-]{1,4300}+)(?=[ \t\n\r,\]}])")
+_OPENING = re.compile(rb"[\[{]")
+_CLOSING = {ord("["): re.compile(rb"\]"), ord("{"): re.compile(rb"\}")}
+_COMMA = re.compile(rb",")
+_COLON = re.compile(rb":")
+_PIECE = re.compile(rb'(?:[^"\\\x00-\x1f]{1,4096}+|' + _ESCAPE + rb"){1,64}+")
+_FLAT = re.compile(rb"\{[^{}]{0,4096}+\}")
+_BRACKETS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|([\[{])|[\]}]', re.DOTALL)
+
+
+def parse_json(data: bytes, path: Path) -> Any:
+    """The value in `data`, which came from `path`.
+
+    Raises `CheckpointError` for what Python's parser would let pass: a key twice in one object, NaN and Infinity,
+    numbers too large for a float; and for what it would answer with another exception: bad UTF-8, deep nesting.
+    """
+    return _decode(_DECODER, data, path)
+
+
+def _decode(decoder: json.JSONDecoder, data: bytes, path: Path) -> Any:
+    try:
+        _check_depth(data)
+        return decoder.decode(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        found = recognise(data[:512]) or ("an empty file" if not data else str(error))
+        raise CheckpointError(path, "not valid JSON", expected="JSON in UTF-8", found=found) from error
+
+
+@dataclass(frozen=True)
+class Twice:
+    """The value of a key that one object has twice with different values. Python's parser takes the last one."""
+
+    first: Any
+    last: Any
+
+    def __repr__(self) -> str:
+        return f"{self.first!r} and later {self.last!r}"
+
+
+def parse_as_python(data: bytes, path: Path, *, max_values: int) -> Any:
+    """The value in `data` as Python's parser reads it, which is more than JSON has: NaN, Infinity, a key twice.
+
+    A key that has different values becomes a `Twice`. Raises `CheckpointError` for what Python refuses, for deep
+    nesting, and for more than `max_values` commas and brackets, which bounds the memory of the result.
+    """
+    found = sum(map(data.count, (b",", b"[", b"{")))
+    if found > max_values:
+        expected = f"at most {max_values} commas and brackets"
+        raise CheckpointError(path, "too many values", expected=expected, found=found)
+    return _decode(_PYTHONS, data, path)
+
+
+def doubt(value: Any) -> str | None:
+    """What JSON readers would not agree on in a value of `parse_as_python`: NaN, Infinity, a key twice; or None."""
+    if isinstance(value, Twice):
+        return f"two values: {value}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next(filter(None, map(doubt, inner)), None)
+
+
+def settled(value: Any) -> Any:
+    """`value` with the last of two values for each `Twice`."""
+    if isinstance(value, Twice):
+        return settled(value.last)
+    if isinstance(value, dict):
+        return {key: settled(inner) for key, inner in value.items()}
+    return [settled(inner) for inner in value] if isinstance(value, list) else value
+
+
+class Scanner:
+    """Reads one JSON text of `length` bytes from a file, a token at a time.
+
+    Only what is asked for becomes Python objects, and of the text only a window is in memory: a text of a hundred
+    megabytes that is refused has cost as much as one of a hundred bytes. Tokens are those of `parse_json`; one may
+    have `MAX_TOKEN` bytes, a string that is only skipped any number.
+    """
+
+    def __init__(self, file: BinaryIO, length: int, path: Path) -> None:
+        self.path = path
+        self._file, self._left = file, length
+        self._window, self._at, self._before = b"", 0, 0
+        self._utf8 = codecs.getincrementaldecoder("utf-8")()
+        self._more()
+
+    def look(self, pattern: re.Pattern[bytes]) -> re.Match[bytes] | None:
+        """The match of `pattern` at the next byte, which stays where it is."""
+        if self._left and len(self._window) - self._at < MAX_TOKEN:
+            self._more()
+        return pattern.match(self._window, self._at)
+
+    def take(self, found: re.Match[bytes] | None) -> bool:
+        """Go past what `look` has found, if it has."""
+        if found is None:
+            return False
+        self._at = found.end()
+        return True
+
+    def run(self, pattern: re.Pattern[bytes]) -> Iterator[re.Match[bytes]]:
+        """Past one match of `pattern` after another, as long as there are any; `back` gives up the last."""
+        while (found := self.look(pattern)) is not None:
+            self._at = found.end()
+            yield found
+
+    def back(self, found: re.Match[bytes]) -> None:
+        self._at = found.start()
+
+    def object(self) -> bool:
+        """Go into an object that must stand here; False, and past it, if it is empty."""
+        if not self.take(self.look(_OPEN)):
+            raise self.error("an object")
+        self._skip()
+        return not self.take(self.look(_CLOSE))
+
+    def key(self) -> str:
+        """The key that must stand here, and past its colon."""
+        self._skip()
+        found = self.look(_KEY)
+        if found is None:
+            raise self.error(f"a key of at most {MAX_TOKEN} bytes and a value")
+        self.take(found)
+        return decode_string(found[1])
+
+    def more(self) -> bool:
+        """Past the comma, or the end of the object: whether it goes on."""
+        self._skip()
+        found = self.look(_NEXT)
+        if found is None:
+            raise self.error("',' or '}'")
+        self.take(found)
+        return found[1] == b","
+
+    def skip_string(self) -> bool:
+        """Past a string of any length; False if something else stands here."""
+        if not self.take(self.look(_QUOTE)):
+            return False
+        while not self.take(self.look(_QUOTE)):
+            if not self.take(self.look(_PIECE)):
+                raise self.error("a string")
+        return True
+
+    def skip_value(self) -> None:
+        """Skip a value of at most `MAX_SKIPPED` bytes. Python's NaN and Infinity count as values."""
+        brackets = bytearray()
+        end = self._before + self._at + MAX_SKIPPED
+        while True:
+            self._skip()
+            if self._before + self._at > end:
+                raise CheckpointError(self.path, "a value that is not used", expected=f"at most {MAX_SKIPPED} bytes")
+            if opened := self.look(_OPENING):
+                self.take(opened)
+                brackets += opened[0]
+                self._skip()
+                if not self.look(_CLOSING[brackets[-1]]):
+                    self._skip_key(brackets)
+                    continue
+            elif not (self.take(self.look(_SCALAR)) or self.skip_string()):
+                raise self.error("a value")
+            while brackets:
+                self._skip()
+                if self.take(self.look(_COMMA)):
+                    self._skip_key(brackets)
+                    break
+                if not self.take(self.look(_CLOSING[brackets[-1]])):
+                    raise self.error("',' or the end of the array or object")
+                brackets.pop()
+            else:
+                return
+
+    def _skip_key(self, brackets: bytearray) -> None:
+        """Skip a key and its colon if the innermost bracket is an object's."""
+        if brackets[-1] == ord("{"):
+            self._skip()
+            if not self.skip_string():
+                raise self.error("a key")
+            self._skip()
+            if not self.take(self.look(_COLON)):
+                raise self.error("':'")
+
+    def value(self) -> Any:
+        """The value that stands here. It is small, or refused."""
+        flat = self.look(_FLAT)
+        if flat is not None:
+            try:
+                values = _DECODER.decode(flat[0].decode("utf-8"))
+            except (ValueError, RecursionError):
+                pass  # a brace within a string, perhaps
+            else:
+                self.take(flat)
+                return values
+        data = self._window[self._at : self._at + MAX_TOKEN]
+        text = data.decode("utf-8", "ignore")  # the cut may go through a character
+        try:
+            _check_depth(data)
+            value, end = _DECODER.raw_decode(text)
+        except (ValueError, RecursionError) as error:
+            problem = f"not valid JSON, or a value of more than {MAX_TOKEN} bytes: {error}"
+            raise CheckpointError(self.path, problem, expected="a value", found=self.rest()) from error
+        self._at += len(text[:end].encode("utf-8"))
+        return value
+
+    def end(self) -> None:
+        """Nothing but space may follow."""
+        self._skip()
+        if self._left or self._at < len(self._window):
+            raise self.error("nothing more")
+
+    def rest(self) -> str:
+        """How the text goes on, for a message."""
+        part = self._window[self._at : self._at + 60]
+        return one_line(part.decode("utf-8", "backslashreplace")) if part else "the end"
+
+    def error(self, expected: str) -> CheckpointError:
+        problem = f"not valid JSON at byte {self._before + self._at}"
+        return CheckpointError(self.path, problem, expected=expected, found=self.rest())
+
+    def _skip(self) -> None:
+        while self.take(self.look(_SPACE)):
+            pass
+
+    def _more(self) -> None:
+        count = min(WINDOW, self._left)
+        part = read_exactly(self._file, count, self.path)
+        self._left -= count
+        try:
+            self._utf8.decode(part, final=not self._left)
+        except UnicodeDecodeError as error:
+            raise CheckpointError(self.path, "not valid JSON", expected="UTF-8", found=str(error)) from error
+        self._before += self._at
+        self._window, self._at = self._window[self._at :] + part, 0
+
+
+def decode_string(characters: bytes) -> str:
+    """The text of what `CHARACTERS` has matched, in valid UTF-8."""
+    return json.loads(b'"%b"' % characters) if b"\\" in characters else characters.decode("utf-8")
+
+
+def _check_depth(data: bytes) -> None:
+    depth = 0
+    if data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
+        return
+    for found in _BRACKETS.finditer(data):
+        if found[1]:
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise ValueError(f"more than {MAX_DEPTH} arrays and objects in each other")
+        elif found[0][0] in b"]}":
+            depth -= 1
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"key {twice[:80]!r} twice in one object")
+    return values
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"the literal {text}")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:40]}, too large for a float")
+    return value
+
+
+def _integer(text: str) -> int | float:
+    return -0.0 if text == "-0" else int(text)  # no size: no integer but Python's has this sign
+
+
+def _last_counts(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        for key, value in pairs:
+            if values[key] != value and not isinstance(values[key], Twice):
+                values[key] = Twice(value, values[key])
+    return values
+
+
+_PYTHONS = json.JSONDecoder(object_pairs_hook=_last_counts)
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite, parse_int=_integer
+)

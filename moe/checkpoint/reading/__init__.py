@@ -1,0 +1,1 @@
+"""Reading checkpoints: finding a folder or a model on the Hub, its summary, and loading it into a model."""

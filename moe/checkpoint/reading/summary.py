@@ -1,0 +1,115 @@
+"""What a checkpoint folder holds, from config.json and headers: no weights are read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+from moe.checkpoint.format.comparison import plan
+from moe.checkpoint.format.families import FAMILIES
+from moe.checkpoint.format.folder import INDEX, read_config_values, read_tensors
+from moe.checkpoint.format.quantized_formats import read_quantization
+from moe.checkpoint.reading.hub import CONFIGS, find, from_cache, headers_on_hub
+from moe.config import ModelConfig
+from moe.counts import count_parameters
+
+
+@dataclass(frozen=True)
+class DtypeTotals:
+    tensors: int
+    values: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class CheckpointSummary:
+    """See `read_summary`. The fields after `dtypes` are None and empty for a family that we have no table for.
+
+    Attributes:
+        model_type: as config.json has it.
+        files: how many hold the tensors.
+        tensors, values, bytes: of everything in the files.
+        dtypes: safetensors name -> its share of these.
+        config: without MTP modules where the files have none of their tensors, whatever config.json says.
+        parameters: values in the files that fill the model, repeated embeddings and heads left out.
+        expected_parameters: the same by arithmetic.
+        missing, unexpected, misshaped: names of tensors in the files.
+        ignored: names of tensors that a load skips: rotary tables, and MTP modules that config.json does not count.
+        unscaled: quantised tensors whose scales are missing.
+        quantization: the format for people, for example "modelopt NVFP4"; None if not quantised.
+        loadable: whether `moe.load` reads that format.
+    """
+
+    folder: str
+    model_type: Any
+    files: int
+    tensors: int
+    values: int
+    bytes: int
+    dtypes: Mapping[str, DtypeTotals]
+    config: ModelConfig | None = None
+    parameters: int | None = None
+    expected_parameters: int | None = None
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    misshaped: tuple[str, ...] = ()
+    unscaled: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    quantization: str | None = None
+    loadable: bool = True
+
+    @property
+    def agrees(self) -> bool:
+        """Apart from what is ignored, the files hold the tensors that config.json asks for and the values that
+        arithmetic gives."""
+        complete = self.config is not None and not (self.missing or self.unexpected or self.misshaped)
+        return complete and self.parameters == self.expected_parameters
+
+
+def read_summary(folder: str | PathLike[str], revision: str | None = None) -> CheckpointSummary:
+    """Summarise any folder of safetensors with a config.json, or a model on the Hub, whose weights are not downloaded.
+
+    `folder` and `revision` are those of `moe.load`.
+
+    A malformed file raises `CheckpointError`, as does a configuration of a known family that cannot be understood;
+    tensors that do not fit it are listed.
+    """
+    path = find(folder, revision, files=(*CONFIGS, INDEX))
+    with from_cache(folder, revision):
+        values = read_config_values(path)
+    headers = headers_on_hub(path, folder, revision)
+    model_type, quantization = values.get("model_type"), read_quantization(path, values)
+    is_known = isinstance(model_type, str) and model_type in FAMILIES
+    known = plan(path, any_quantization=True, headers=headers) if is_known else None
+    tensors = known.tensors if known else headers or read_tensors(path)
+    dtypes: dict[str, DtypeTotals] = {}
+    for tensor in tensors.values():
+        so_far = dtypes.get(tensor.dtype, DtypeTotals(0, 0, 0))
+        dtypes[tensor.dtype] = DtypeTotals(
+            so_far.tensors + 1, so_far.values + tensor.numel, so_far.bytes + tensor.nbytes
+        )
+    fit: dict[str, Any] = {}
+    if known:
+        owned = {name: slot for name, slot in known.slots.items() if not slot.repeat and slot.scale_of is None}
+        fit = dict(
+            config=known.config,
+            parameters=sum(t.numel * owned[name].values_each for name, t in tensors.items() if name in owned),
+            expected_parameters=count_parameters(known.config).with_mtp,
+            missing=known.missing,
+            unexpected=known.unexpected,
+            misshaped=known.misshaped,
+            ignored=known.ignored,
+            unscaled=tuple(owner for name in known.missing if (owner := known.slots[name].scale_of) in tensors),
+        )
+    return CheckpointSummary(
+        folder=str(path),
+        model_type=model_type,
+        files=len({tensor.path for tensor in tensors.values()}),
+        tensors=len(tensors),
+        values=sum(totals.values for totals in dtypes.values()),
+        bytes=sum(totals.bytes for totals in dtypes.values()),
+        dtypes=dtypes,
+        quantization=None if quantization is None else quantization.name,
+        loadable=quantization is None or quantization.error is None,
+        **fit,
+    )

@@ -1,0 +1,1 @@
+"""Writing checkpoints: tensors into safetensors files, and a whole folder atomically."""

@@ -1,0 +1,163 @@
+"""`save`: a model as a Hugging Face checkpoint folder, whole or not at all."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe.checkpoint.format.carried import check_carried, read_carried, resolved, write_carried
+from moe.checkpoint.format.config_json import as_written, render_config
+from moe.checkpoint.format.families import family_of
+from moe.checkpoint.format.folder import CONFIG
+from moe.checkpoint.format.layout import Slot, layer_of, layout, with_scales
+from moe.checkpoint.format.manifest import Manifest
+from moe.checkpoint.format.tensor_roles import needs_common_dtype
+from moe.checkpoint.reading.load import Origin
+from moe.checkpoint.reading.values import BIAS, DTYPES, STORED
+from moe.checkpoint.writing.atomic import replacing
+from moe.checkpoint.writing.shards import Entry, config_bytes, divide, entry_of, write_shards
+from moe.counts import parameter_shapes
+from moe.errors import CheckpointError
+from moe.model import Transformer
+
+MAX_SHARD_BYTES = 5 * 2**30
+
+
+def save(model: Transformer, folder: str | PathLike[str], *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write `model` in Hugging Face layout, so that transformers and the engines load it.
+
+    Tensors keep their dtypes; the correction bias is fp32. Shards hold at most `max_shard_bytes` of data each, or one
+    tensor; the model is not copied.
+
+    The folder is written beside its final place, synced, and renamed in one step. An existing checkpoint stays whole
+    until the new one replaces it, whatever fails; of two processes that save to one folder at once, the second is
+    refused. Tokenizer files and the like that are in the folder already stay, unless the model carries its own.
+    Entries of `auto_map` whose files are not there are left out, and a warning names them. A folder that holds anything
+    but a checkpoint's files is refused, and so is a mount point, which nothing can be renamed over. `moesmith inspect
+    --verify` compares a saved folder with its manifest.
+
+    Raises `CheckpointError` before writing anything for the first of `config.family_problems()`, and for what the
+    system answers: a full disk and the like.
+    """
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        raise CheckpointError(folder, "the model is on a mesh", expected="moe.parallel.export, called on every rank")
+    save_through(lambda name, tensor: tensor, model, folder, max_shard_bytes=max_shard_bytes)
+
+
+def save_through(
+    view: Callable[[str, Tensor], Any],
+    model: Transformer,
+    folder: str | PathLike[str],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """`save`, where the values of a parameter are those of `view(name, parameter)[index]`, asked for in file order.
+
+    Of the parameter itself only shape and dtype are used; of correction biases the values, too.
+    """
+    target = Path(os.path.realpath(folder))
+    values = render_config(model.config, target / CONFIG)
+    state, slots = _checked_state(model, target)
+    check_carried(model.carried_files, target)
+    entries = [entry_of(name, state[slot.parameter], slot.shape) for name, slot in slots.items()]
+    config = _config_values(values, model, state, entries, target)
+    files, manifest = divide(entries, max_shard_bytes, target), Manifest()
+
+    def value(entry: Entry) -> Tensor:
+        slot = slots[entry.name]
+        return slot.stored(view(slot.parameter, state[slot.parameter]))
+
+    with replacing(target, manifest) as new:
+        carried = {**(read_carried(target) if target.exists() else {}), **model.carried_files}
+        config, carried = resolved(config, carried)
+        check_carried(carried, target)
+        write_shards(new, files, value, manifest)
+        write_carried(new, {**carried, CONFIG: config_bytes(config, target / CONFIG)})
+
+
+def _checked_state(model: Transformer, target: Path) -> tuple[dict[str, Tensor], dict[str, Slot]]:
+    """The model's tensors, and where they go in the files; refuses what a reader of the files would refuse."""
+    state: dict[str, Tensor] = dict(model.state_dict())
+    origin: Origin | None = model.origin
+    config = as_written(model.config, target)
+    family = family_of(config.model_type, target)
+    table = origin.table if origin is not None and origin.table in family.tables else next(iter(family.tables))
+    slots = {n: slot for n, slot in layout(config, table).items() if slot.written}
+    if origin is not None:
+        names = family.tables[table]
+        slots = {n: slot for n, slot in slots.items() if not slot.repeat or layer_of(names, n) not in origin.omitted}
+        if origin.block_size is not None:
+            kept = [n for n, slot in slots.items() if state[slot.parameter].dtype == torch.float8_e4m3fn]
+            slots = with_scales(slots, family.tables[table], origin.block_size, kept)
+    shapes = parameter_shapes(model.config) | {
+        slot.parameter: tuple(state[slot.parameter].shape)
+        for slot in slots.values()
+        if slot.parameter.endswith(("_scale_inv", "_blocks", "_scales")) and slot.parameter in state
+    }
+    shapes = {name: shape for name, shape in shapes.items() if name in {slot.parameter for slot in slots.values()}}
+    for name in sorted(state.keys() | shapes.keys()):
+        found = tuple(state[name].shape) if name in state else "no such tensor"
+        expected = shapes.get(name, "no such tensor")
+        if found != expected:
+            raise CheckpointError(
+                target, "the model is not the one of its config", tensor=name, expected=expected, found=found
+            )
+        tensor = state[name]
+        if tensor.is_meta or tensor.dtype not in STORED.values():
+            found = "the meta device" if tensor.is_meta else tensor.dtype
+            raise CheckpointError(target, "no floating-point values", tensor=name, found=found)
+        if name.endswith(BIAS):
+            state[name] = tensor.float()
+        if origin is not None and name in origin.narrow:
+            state[name] = _as_stored(state[name], origin.narrow[name])
+    return state, slots
+
+
+def _as_stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the dtype of the files that it came from, as long as that holds every value: bf16 holds no update of 0.001."""
+    return tensor.to(dtype) if torch.equal(tensor.to(dtype).float(), tensor) else tensor
+
+
+def _config_values(
+    values: Mapping[str, Any],
+    model: Transformer,
+    state: Mapping[str, Tensor],
+    entries: Sequence[Entry],
+    target: Path,
+) -> dict[str, Any]:
+    sizes: dict[torch.dtype, int] = {}
+    for name, tensor in state.items():
+        if tensor.dtype in DTYPES.values() and needs_common_dtype(name):
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+    # Readers take the one dtype named here for all, so it is that of most values; quantised ones are dequantised to it.
+    quantization = model.origin.quantization if model.origin else None
+    dtype = max(sizes, key=lambda d: sizes[d])
+    named = str(dtype).removeprefix("torch.")
+    if model.origin is None:  # transformers would have the ids of the released tokenizer
+        values = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **values}
+    architecture = family_of(values["model_type"], target).architecture
+    values = {**values, "architectures": [architecture], "dtype": named, "torch_dtype": named}
+    if quantization:
+        renamed = values["model_type"] != model.config.model_type
+        values["quantization_config"] = listed_anew(quantization, entries) if renamed else dict(quantization)
+    config_bytes(values, target / CONFIG)
+    return values
+
+
+def listed_anew(raw: Mapping[str, Any], entries: Iterable[Entry]) -> dict[str, Any]:
+    """The `quantization_config` of other files: the list of modules that are not quantised, if there is one, as it is
+    for these tensors.
+
+    vLLM and transformers build a linear layer in FP8 for every matrix that the list does not name.
+    """
+    plain = [
+        entry.name.removesuffix(".weight")
+        for entry in entries
+        if entry.name.endswith(".weight") and len(entry.shape) == 2 and entry.dtype in DTYPES
+    ]
+    plain = [name for name in plain if not name.endswith("embed_tokens")]
+    return {key: plain if key in ("modules_to_not_convert", "ignored_layers") else raw[key] for key in raw}

@@ -1,6 +1,0 @@
-"""Training past this machine, by arithmetic: memory of a rank, all-to-all bytes, time of a step. No torch, no weights.
-
-Pages, each with its formulae: `settings` (the mesh and what is assumed), `gpus` (data), `stages` (how blocks are
-divided among a pipeline, and what they multiply), `traffic` (how many ranks a token reaches), `memory`, `step`, and
-`published` (runs whose GPU hours are known: one fits the only free number, the others say how far off the model is).
-"""

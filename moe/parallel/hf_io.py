@@ -1,0 +1,261 @@
+"""Hugging Face folders of a model on a mesh: `export` writes one, `load` reads one. No rank ever has it whole."""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from os import PathLike
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from moe.checkpoint.format.carried import read_carried
+from moe.checkpoint.format.dtypes import FLOATING, parse_dtype
+from moe.checkpoint.format.header import MAX_HEADER_BYTES
+from moe.checkpoint.reading.load import Source, examine
+from moe.checkpoint.reading.memory import check_fits
+from moe.checkpoint.reading.progress import Progress
+from moe.checkpoint.reading.values import Files, Piece, check_repeats, fill
+from moe.checkpoint.writing.save import MAX_SHARD_BYTES, save_through
+from moe.errors import CheckpointError, ConfigError
+from moe.model import Transformer
+from moe.parallel.agreement import about, together
+from moe.parallel.apply import ParallelConfig, parallelize
+from moe.parallel.mesh import Mesh, group_timeout
+from moe.parallel.tensor_parts import mesh_of, region
+
+_Where = tuple[slice, ...]
+
+
+def export(model: Transformer, folder: str | PathLike[str], *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write a parallel model as `moe.checkpoint.save` would write it whole: the same files, byte for byte.
+
+    A collective call; rank 0 writes. The parts of one tensor of the files at a time travel there, a projection of one
+    expert in most families, and that is all that is in memory beside the model. (Where a family's files have the
+    experts of a layer in one tensor, it is that.) Under HSDP each part comes from the first rank that has it.
+
+    Raises:
+        CheckpointError: on all ranks, what `moe.checkpoint.save` raises on rank 0.
+    """
+    # One of its own, for tensors on the CPU, whatever the mesh computes on.
+    group: Any = dist.new_group(backend="gloo", timeout=group_timeout(mesh_of(model).device_type))
+    try:
+        if dist.get_rank() == 0:
+            _lead(model, folder, max_shard_bytes, group)
+        else:
+            _follow(model, group)
+    finally:
+        dist.destroy_process_group(group)
+
+
+def _lead(model: Transformer, folder: str | PathLike[str], max_shard_bytes: int, group: Any) -> None:
+    """Saves what it asks the others for, part after part; then tells them how it ended."""
+    parts = _Parts(group)
+
+    class View:
+        def __init__(self, name: str, tensor: Tensor) -> None:
+            self.name, self.tensor = name, tensor
+
+        def __getitem__(self, index: tuple[int | slice, ...]) -> Tensor:
+            if not isinstance(self.tensor, DTensor):
+                return self.tensor[index]
+            dist.broadcast_object_list([(self.name, index)], src=0, group=group)
+            return parts.collect(self.name, self.tensor, index)
+
+    ended: CheckpointError | None = None
+    try:
+        with about(folder):
+            save_through(View, model, folder, max_shard_bytes=max_shard_bytes)
+    except CheckpointError as error:
+        ended = error
+    dist.broadcast_object_list([ended], src=0, group=group)
+    if ended is not None:
+        raise ended
+
+
+def _follow(model: Transformer, group: Any) -> None:
+    parts, state = _Parts(group), model.state_dict()
+    while True:
+        told: list[Any] = [None]
+        dist.broadcast_object_list(told, src=0, group=group)
+        match told[0]:
+            case None:
+                return
+            case CheckpointError() as error:
+                raise error
+            case name, index:
+                parts.contribute(name, state[name], index)
+
+
+class _Parts:
+    """Moves parts of DTensors to rank 0: `collect` there and `contribute` on every other, with the same arguments."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.known: dict[str, list[tuple[int, _Where]]] = {}
+
+    def collect(self, name: str, tensor: DTensor, index: tuple[int | slice, ...]) -> Tensor:
+        """`tensor[index]`, on the CPU."""
+        wanted, local = _bounds(index, tensor.shape), tensor.to_local().detach()
+        out = torch.empty([s.stop - s.start for s in wanted], dtype=tensor.dtype)
+        for rank, held in self.holders(name, tensor):
+            common = _common(held, wanted)
+            if common is None:
+                continue
+            place = out[_within(common, wanted)]
+            if rank == 0:
+                place.copy_(local[_within(common, held)])
+                continue
+            received = place if place.is_contiguous() else torch.empty(place.shape, dtype=place.dtype)
+            dist.recv(_bytes(received), src=rank, group=self.group)
+            if received is not place:
+                place.copy_(received)
+        return out[tuple(0 if isinstance(i, int) else slice(None) for i in index)]
+
+    def contribute(self, name: str, tensor: DTensor, index: tuple[int | slice, ...]) -> None:
+        wanted, me = _bounds(index, tensor.shape), dist.get_rank()
+        for rank, held in self.holders(name, tensor):
+            common = _common(held, wanted)
+            if common is not None and rank == me:
+                part = tensor.to_local().detach()[_within(common, held)]
+                dist.send(_bytes(part.cpu().contiguous()), dst=0, group=self.group)
+
+    def holders(self, name: str, tensor: DTensor) -> list[tuple[int, _Where]]:
+        """Each part of a tensor once: the first rank that holds it, and where it lies."""
+        if name not in self.known:
+            found: dict[tuple[tuple[int, int], ...], tuple[int, _Where]] = {}
+            for place in itertools.product(*map(range, tensor.device_mesh.shape)):
+                rank, held = int(tensor.device_mesh.mesh[place]), region(tensor, place)
+                key = tuple((s.start, s.stop) for s in held)
+                if key not in found or rank < found[key][0]:
+                    found[key] = rank, held
+            self.known[name] = list(found.values())
+        return self.known[name]
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(-1).view(torch.uint8)
+
+
+def _bounds(index: Sequence[int | slice], shape: Sequence[int]) -> _Where:
+    """An index as slices with numbers, one for each dimension."""
+    index = (*index, *[slice(None)] * (len(shape) - len(index)))
+    pairs = zip(index, shape, strict=True)
+    return tuple(slice(i, i + 1) if isinstance(i, int) else slice(*i.indices(size)[:2]) for i, size in pairs)
+
+
+def _common(a: _Where, b: _Where) -> _Where | None:
+    both = tuple(slice(max(x.start, y.start), min(x.stop, y.stop)) for x, y in zip(a, b, strict=True))
+    return both if all(s.start < s.stop for s in both) else None
+
+
+def _within(part: _Where, whole: _Where) -> _Where:
+    """Where `part` stands in a tensor that holds `whole`."""
+    return tuple(slice(p.start - w.start, p.stop - w.start) for p, w in zip(part, whole, strict=True))
+
+
+def load(
+    folder: str | PathLike[str],
+    mesh: Mesh,
+    config: ParallelConfig | None = None,
+    *,
+    dtype: torch.dtype | str = "auto",
+    revision: str | None = None,
+    mtp: bool = True,
+    max_header_bytes: int = MAX_HEADER_BYTES,
+    progress: bool | None = None,
+) -> Transformer:
+    """The model in a Hugging Face folder, parallel on `mesh` as by `parallelize`, in eval mode: the bits of `moe.load`.
+
+    A collective call; all ranks must see the folder. Each reads the bytes that it holds, of every tensor, straight into
+    its parts. What is quantised is dequantised one tensor (of one expert, where experts lie in one) at a time, and so
+    is what the files have in another order.
+
+    Args:
+        folder, revision, mtp: as for `moe.load`; a name on the Hub is downloaded once into a cache that ranks share.
+        dtype: as for `moe.load`, but not "keep"; to train in lower precision with `config.param_dtype`, load as
+            torch.float32.
+        max_header_bytes: of one file.
+        progress: a bar on rank 0's stderr, of what that rank reads; None: if that is a terminal.
+
+    Raises:
+        CheckpointError: on all ranks, what `moe.load` raises, or what one of them cannot read.
+        ConfigError: dtype is "keep", or no dtype.
+        ParallelError: the mesh does not fit the model.
+    """
+    if parse_dtype(dtype, "dtype", ("auto", "keep", *FLOATING)) == "keep":
+        raise ConfigError("dtype", dtype, "auto or a floating dtype: quantised tensors cannot be divided among ranks")
+    with together(folder):
+        source = examine(folder, dtype, revision=revision, mtp=mtp, max_header_bytes=max_header_bytes)
+    todo = source.todo
+    with torch.device("meta"):
+        model = Transformer(todo.config)
+        state = {name: torch.empty(shape, dtype=source.dtypes[name]) for name, shape in source.shapes.items()}
+    model.load_state_dict(state, assign=True)
+    parallelize(model, mesh, config)
+    with together(folder):
+        parts: dict[str, Any] = {name: (tensor, _held(tensor)) for name, tensor in model.state_dict().items()}
+        needed = sum(_size(held) * tensor.dtype.itemsize for tensor, held in parts.values())
+        check_fits(todo.folder, needed, mesh.device)
+        check_repeats(todo)
+        model.carried_files = read_carried(todo.folder)
+        model.to_empty(device=mesh.device)
+        _fill(model, source, False if dist.get_rank() else progress)
+        source.check_unchanged()
+    model.origin = source.origin()
+    return model.eval()
+
+
+def _held(tensor: Tensor) -> _Where:
+    return region(tensor) if isinstance(tensor, DTensor) else _bounds((), tensor.shape)
+
+
+def _size(where: _Where) -> int:
+    return math.prod(s.stop - s.start for s in where)
+
+
+def _fill(model: Transformer, source: Source, progress: bool | None) -> None:
+    state: dict[str, Any] = model.state_dict()
+    reads = [
+        (read, there, _held(state[piece.parameter]))
+        for piece in source.pieces
+        for read, there in _reads(piece, source.shapes[piece.parameter], _held(state[piece.parameter]))
+    ]
+    total = sum(read.row_bytes * len(read.rows) for read, _, _ in reads)
+    with Progress("loading", total, progress) as bar, Files(bar) as files:
+        for read, there, held in reads:
+            tensor = state[read.parameter]
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            common = _common(there, held)
+            assert common is not None
+            place = local[_within(common, held)]
+            direct = common == there and place.is_contiguous()
+            buffer = place if direct else local.new_empty([s.stop - s.start for s in there])
+            fill(files, read, buffer.view(buffer.shape[_stacked(read) :]), source.todo)
+            if not direct:
+                place.copy_(buffer[_within(common, there)])
+
+
+def _reads(piece: Piece, shape: Sequence[int], held: _Where) -> Iterator[tuple[Piece, _Where]]:
+    """The rows of a piece that a rank reads, and where in the parameter they belong."""
+    there, at = _bounds(piece.index, shape), _stacked(piece)
+    common = _common(there, held)
+    if common is None:
+        return
+    first = there[at].start
+    rows = range(common[at].start - first, common[at].stop - first)
+    parts = [rows]
+    if len(there) - at == 3:  # what is behind an expert may be cut, or in another order: no more than one at a time
+        parts = [range(row, row + 1) for row in rows]
+    elif piece.scale is not None:
+        parts = [piece.rows]  # blocks of rows share their scales
+    for part in parts:
+        yield replace(piece, rows=part), (*there[:at], slice(first + part.start, first + part.stop), *there[at + 1 :])
+
+
+def _stacked(piece: Piece) -> int:
+    """How many dimensions of the parameter the tensor of the files has not: 1 for a single expert's."""
+    return sum(isinstance(i, int) for i in piece.index)

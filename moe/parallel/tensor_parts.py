@@ -1,0 +1,70 @@
+"""Parts of tensors that are distributed over a mesh: which part a rank holds, and how it gets its values."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+
+from moe.errors import ParallelError
+from moe.init import fill
+
+
+def mesh_of(model: nn.Module) -> DeviceMesh:
+    for parameter in model.parameters():
+        if isinstance(parameter, DTensor):
+            return parameter.device_mesh
+    raise ParallelError("the model is on no mesh: call parallelize first")
+
+
+def fill_part(tensor: Tensor, name: str, **how: Any) -> None:
+    """`moe.init.fill` of what this rank holds of a tensor."""
+    if not isinstance(tensor, DTensor):
+        fill(tensor, name, **how)
+        return
+    local = tensor.to_local()
+    part = region(tensor)
+    if tensor.ndim == 3:  # experts: each has a generator of its own
+        whole = local.new_empty(local.shape[0], *tensor.shape[1:])
+        fill(whole, name, first_expert=part[0].start, **how)
+        local.copy_(whole[:, part[1], part[2]])
+    else:
+        whole = local.new_empty(tensor.shape)
+        fill(whole, name, **how)
+        local.copy_(whole[part])
+
+
+def region(tensor: DTensor, coordinate: Iterable[int] | None = None) -> tuple[slice, ...]:
+    """Where in the whole tensor the part lies that a rank holds: this one, or the one at a place of the tensor's mesh.
+
+    Dimensions of the mesh that cut the same dimension of the tensor cut the innermost mesh dimension first where
+    FSDP says `_StridedShard`, which is how it cuts what experts' ranks have divided among themselves before.
+    """
+    mesh = tensor.device_mesh
+    place = list(mesh.get_coordinate() or ()) if coordinate is None else list(coordinate)
+    bounds = [(0, size) for size in tensor.shape]
+    order = sorted(range(mesh.ndim), key=lambda i: _is_strided(tensor.placements[i]))
+    for i in order:
+        placement = tensor.placements[i]
+        if isinstance(placement, Replicate):
+            continue
+        dim: int = placement.dim  # pyright: ignore[reportAttributeAccessIssue]
+        low, high = bounds[dim]
+        each = -(-(high - low) // mesh.size(i))  # as torch.chunk: the last parts may be short or empty
+        start = min(low + place[i] * each, high)
+        bounds[dim] = (start, min(start + each, high))
+    return tuple(slice(low, high) for low, high in bounds)
+
+
+def part_like(tensor: Tensor, example: Tensor) -> Tensor:
+    """This rank's part of a whole tensor, placed as `example` is; no communication."""
+    if not isinstance(example, DTensor):
+        return tensor
+    part = tensor[region(example)].contiguous()
+    where: Any = {"run_check": False, "shape": example.shape, "stride": example.stride()}
+    return DTensor.from_local(part, example.device_mesh, example.placements, **where)
+
+
+def _is_strided(placement: Any) -> bool:
+    return type(placement).__name__ == "_StridedShard"

@@ -1,0 +1,277 @@
+"""What modules with quantised weights share: refused casts, loading, and experts that are dequantised when used."""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from moe import ops
+from moe.ops import SwiGLU
+from moe.ops.library import autocast, differentiable_once
+from moe.ops.permutation import check_ids, check_weights
+
+Decode = Callable[..., Tensor]  # of codes and scales, with the keywords dtype and out
+
+
+class Quantized(nn.Module):
+    """A module some of whose tensors, named in `quantized`, are codes and scales that no cast may touch."""
+
+    quantized: tuple[str, ...] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.refuse_cast(fn)
+        return super()._apply(fn, recurse)
+
+    def refuse_cast(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Raise TypeError if `fn`, as `_apply` gets it, would change a dtype."""
+        for name in self.quantized:
+            tensor = getattr(self, name)
+            dtype = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device)).dtype
+            if dtype != tensor.dtype:
+                raise TypeError(
+                    f"{type(self).__name__}.{name}: a cast from {tensor.dtype} to {dtype} would lose the quantised "
+                    "weights; give it x in the dtype to compute in, or load the model dequantised to that dtype"
+                )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # torch's own loading casts to the dtype of the parameter: numbers would become codes, or codes numbers.
+        wrong = []
+        for name in self.quantized:
+            given, own = state_dict.get(prefix + name), getattr(self, name)
+            if isinstance(given, Tensor) and given.dtype != own.dtype:
+                wrong.append(f"dtype of {prefix}{name}: expected {own.dtype}, found {given.dtype}")
+        error_msgs += wrong
+        if not wrong:
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch cannot unpickle FP8: it travels as bytes.
+        state = {**self.__dict__, "_parameters": {**self._parameters}, "_buffers": {**self._buffers}}
+        dtypes = {name: getattr(self, name).dtype for name in self.quantized}
+        for name in self.quantized:
+            tensors = state["_parameters" if name in self._parameters else "_buffers"]
+            tensors[name] = tensors[name].detach().view(torch.uint8) if dtypes[name].itemsize == 1 else tensors[name]
+        return {**state, "_dtypes": dtypes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        dtypes = state.pop("_dtypes")
+        super().__setstate__(state)
+        for name, dtype in dtypes.items():
+            if name in self._parameters:
+                self._parameters[name] = frozen(self._parameters[name].view(dtype))  # pyright: ignore
+            else:
+                self._buffers[name] = self._buffers[name].view(dtype)  # pyright: ignore
+
+
+def frozen(data: Tensor) -> nn.Parameter:
+    return nn.Parameter(data.detach(), requires_grad=False)
+
+
+def new_bias(shape: tuple[int, ...], bias: bool) -> nn.Parameter | None:
+    return nn.Parameter(torch.empty(shape)) if bias else None
+
+
+def own_bias(bias: Tensor | None, shape: tuple[int, ...], name: str) -> nn.Parameter | None:
+    if bias is None:
+        return None
+    if bias.shape != shape:
+        raise ValueError(f"{name}: expected {list(shape)}, got {tuple(bias.shape)}")
+    return nn.Parameter(bias.detach())
+
+
+class _FrozenMLP(torch.autograd.Function):
+    """`ops.moe_mlp` with expert weights that have no gradient and are not kept.
+
+    The operators beneath it are called by name: their forward gives the pre-activation, the only thing of size R that
+    the backward pass needs, and no product is computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor,
+        expert_ids: Tensor,
+        gate_up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        gate_up: Tensor,
+        gate_up_scale: Tensor,
+        down: Tensor,
+        down_scale: Tensor,
+        decode_gate_up: Decode,
+        decode_down: Decode,
+        chosen: list[int] | None,
+        activation: SwiGLU,
+    ) -> Any:
+        settings = activation.limit, activation.alpha, activation.beta
+        ctx.decode_gate_up, ctx.decode_down, ctx.chosen, ctx.settings = decode_gate_up, decode_down, chosen, settings
+        y, pre = torch.ops.moesmith.moe_mlp_forward.default(
+            x,
+            _decode(decode_gate_up, gate_up, gate_up_scale, x.dtype, chosen),
+            _decode(decode_down, down, down_scale, x.dtype, chosen),
+            weights,
+            expert_ids,
+            gate_up_bias,
+            down_bias,
+            *settings,
+            True,
+            "auto",
+        )
+        ctx.save_for_backward(
+            x, weights, expert_ids, gate_up_bias, down_bias, gate_up, gate_up_scale, down, down_scale, pre
+        )
+        return y
+
+    @staticmethod
+    @differentiable_once("QuantizedExperts")
+    def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> Any:
+        x, weights, expert_ids, gate_up_bias, down_bias, *stored, pre = saved
+        gate_up, gate_up_scale, down, down_scale = stored
+        need_x, need_weights, _, need_gate_up_bias, need_down_bias = needed = ctx.needs_input_grad[:5]
+        results = torch.ops.moesmith.moe_mlp_backward.default(
+            grad,
+            x,
+            _decode(ctx.decode_gate_up, gate_up, gate_up_scale, x.dtype, ctx.chosen),
+            _decode(ctx.decode_down, down, down_scale, x.dtype, ctx.chosen),
+            weights,
+            expert_ids,
+            gate_up_bias,
+            down_bias,
+            pre,
+            *ctx.settings,
+            [need_x, False, False, need_weights, need_gate_up_bias, need_down_bias],
+            "auto",
+        )
+        grad_x, _, _, grad_weights, grad_gate_up_bias, grad_down_bias = results
+        grads = (grad_x, grad_weights, None, grad_gate_up_bias, grad_down_bias)
+        return *(g if need else None for g, need in zip(grads, needed, strict=True)), *[None] * 8
+
+
+def _decode(decode: Decode, codes: Tensor, scale: Tensor, dtype: torch.dtype, chosen: list[int] | None) -> Tensor:
+    """The matrices of the chosen experts, one on another; all of them for None."""
+    if chosen is None:
+        return decode(codes, scale, dtype=dtype)
+    none = decode(codes[:0], scale[:0], dtype=dtype)
+    out = none.new_empty(len(chosen), *none.shape[1:])
+    for expert, matrix in zip(chosen, out, strict=True):
+        decode(codes[expert], scale[expert], out=matrix)
+    return out
+
+
+class QuantizedExperts(Quantized):
+    """What FP8Experts and MXFP4Experts share: forward, biases, and which experts are dequantised.
+
+    The interface is that of `moe.layer.Experts`. Under autocast x and the biases are cast, as in `ops.moe_mlp`, and the
+    weights are dequantised to autocast's dtype; otherwise to x's.
+
+    On CPU the experts that a batch uses are dequantised and no others: K of them for one token. Everywhere else, and
+    in a compiled graph, which is for all batches, it is all of them, because finding out which would make the host wait
+    for the device. One layer's experts in x's dtype are then in memory, and only while the layer runs.
+    """
+
+    gate_up_proj_bias: nn.Parameter | None
+    down_proj_bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_experts: int,
+        width: int,
+        hidden: int,
+        *,
+        bias: bool,
+        activation: SwiGLU,
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.width, self.hidden = num_experts, width, hidden
+        self.activation = activation
+        self.gate_up_proj_bias = new_bias((num_experts, 2 * hidden), bias)
+        self.down_proj_bias = new_bias((num_experts, width), bias)
+
+    @classmethod
+    def _around(
+        cls,
+        gate_up: tuple[int, ...],
+        down: tuple[int, ...],
+        parts: tuple[Tensor, ...],
+        gate_up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        **settings: Any,
+    ) -> Self:
+        """A module of `parts`, in the order of `quantized`; gate_up and down are the shapes of their matrices."""
+        if len(gate_up) != 3 or gate_up[1] % 2:
+            raise ValueError(f"gate_up: expected [E, 2F, D], got {tuple(gate_up)}")
+        num_experts, width, hidden = gate_up[0], gate_up[2], gate_up[1] // 2
+        if tuple(down) != (num_experts, width, hidden):
+            raise ValueError(f"down: expected {[num_experts, width, hidden]}, got {tuple(down)}")
+        with torch.device("meta"):
+            made = cls(num_experts, width, hidden, **settings)
+        for name, part in zip(cls.quantized, parts, strict=True):
+            setattr(made, name, frozen(part) if name in made._parameters else part.detach())
+        made.gate_up_proj_bias = own_bias(gate_up_bias, (num_experts, 2 * hidden), "gate_up_bias")
+        made.down_proj_bias = own_bias(down_bias, (num_experts, width), "down_bias")
+        return made
+
+    def _decoders(self) -> tuple[Decode, Decode]:
+        """Of gate_up_proj and of down_proj."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
+        """x [T, D], weights [T, K] and expert_ids [T, K] -> [T, D], as `ops.moe_mlp`, with its errors."""
+        (x,) = autocast(x)  # pyright: ignore[reportAssignmentType]
+        check_ids(x, expert_ids)
+        check_weights(weights, expert_ids)
+        if x.shape[1] != self.width:
+            raise ValueError(f"x: expected [T, {self.width}], got {tuple(x.shape)}")
+        gate_up_bias, down_bias = (
+            None if bias is None else bias.to(x.dtype) for bias in (self.gate_up_proj_bias, self.down_proj_bias)
+        )
+        chosen: list[int] | None = None
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            chosen, expert_ids = self._choose(expert_ids)
+            index = torch.tensor(chosen, dtype=torch.int64, device=x.device)
+            gate_up_bias, down_bias = (
+                None if bias is None else bias.index_select(0, index) for bias in (gate_up_bias, down_bias)
+            )
+        stored, decoders = [getattr(self, name) for name in self.quantized], self._decoders()
+        leaves = (x, weights, gate_up_bias, down_bias)
+        if torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves):
+            return _FrozenMLP.apply(  # pyright: ignore[reportReturnType]
+                x, weights, expert_ids, gate_up_bias, down_bias, *stored, *decoders, chosen, self.activation
+            )
+        gate_up, gate_up_scale, down, down_scale = stored
+        return ops.moe_mlp(
+            x,
+            _decode(decoders[0], gate_up, gate_up_scale, x.dtype, chosen),
+            _decode(decoders[1], down, down_scale, x.dtype, chosen),
+            weights,
+            expert_ids,
+            gate_up_bias=gate_up_bias,
+            down_bias=down_bias,
+            activation=self.activation,
+        )
+
+    def _choose(self, expert_ids: Tensor) -> tuple[list[int], Tensor]:
+        """The experts that are used, in order, and the ids as places among them; -1 stays."""
+        used = expert_ids.unique().tolist()
+        for expert in used[:1] + used[-1:]:
+            if not -1 <= expert < self.num_experts:
+                raise IndexError(f"expert_ids: {expert} is neither -1 nor in [0, {self.num_experts})")
+        chosen = [expert for expert in used if expert != -1]
+        place = expert_ids.new_full((self.num_experts + 1,), -1)  # the last is for id -1
+        place[chosen] = torch.arange(len(chosen), device=place.device)
+        return chosen, place[expert_ids]
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, width={self.width}, hidden={self.hidden}"
