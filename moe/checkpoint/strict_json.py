@@ -1,7 +1,7 @@
 """Strict JSON for untrusted files: small ones are parsed whole, large ones are scanned through a window.
 
 `json.loads` with hooks would be shorter, but it holds the whole text and builds every value. Measured: 135 MiB for a
-valid index of `folder.MAX_INDEX_TENSORS` tensors, 391 MiB for a header of 16 MiB of "[],", and 683 MiB for a valid header
+valid index of `folder.MAX_INDEX_TENSORS` tensors, 391 MiB for a header of 16 MiB of "[],", and 683 MiB for a valid one
 of 100 MB. The scanner uses 36, 1 and 214 MiB, and as much time.
 """
 
