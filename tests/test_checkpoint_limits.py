@@ -80,10 +80,10 @@ LARGE: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "an index of lists": (
         file(INDEX, b'{"metadata":[' + b"[]," * (20 * MEBI) + b"0]}"),
-        "a value of more than 65536 bytes",
+        "a value of more than 1048576 bytes",
     ),
     "an index of brackets": (file(INDEX, b'{"metadata":' + b"[" * (60 * MEBI)), "in each other"),
-    "an index of a text": (file(INDEX, b'{"metadata":"' + b"a" * (60 * MEBI)), "a value of more than 65536 bytes"),
+    "an index of a text": (file(INDEX, b'{"metadata":"' + b"a" * (60 * MEBI)), "a value of more than 1048576 bytes"),
     "an index of many keys": (file(INDEX, b"{" + b'"a":[[[]]],' * (5 * MEBI)), "keys beside weight_map"),
     "an index of one name": (file(INDEX, b'{"weight_map":{"' + b"a" * (60 * MEBI) + b'":0}}'), "a key of at most"),
     "a configuration of lists": (file("config.json", b'{"a":[' + b"[]," * 2**17 + b"0]}"), "model_type"),
@@ -161,7 +161,7 @@ def test_a_pipe_that_takes_a_files_place_is_not_waited_for(tmp_path: Path, monke
 
 
 def test_the_cap_of_headers_is_an_argument(tmp_path: Path) -> None:
-    path = single(b"{" + entries(1) + b" " * MAX_HEADER_BYTES + b"}")(tmp_path)
+    path = single(b"{" + entries(1) + b"}" + b" " * MAX_HEADER_BYTES)(tmp_path)
     for read in (lambda **cap: read_header(path, **cap), lambda **cap: read_tensors(tmp_path, **cap)):
         with pytest.raises(CheckpointError, match=f"expected at most {MAX_HEADER_BYTES}"):
             read()

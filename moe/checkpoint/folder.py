@@ -13,7 +13,7 @@ from typing import Any
 
 from moe.checkpoint.files import open_regular, read_bounded, read_exactly, recognise
 from moe.checkpoint.header import MAX_HEADER_BYTES, TensorInfo, read_header
-from moe.checkpoint.strict_json import CHARACTERS, KEY, NEXT, Scanner, decode_string, parse_as_python
+from moe.checkpoint.strict_json import CHARACTERS, KEY, MAX_SKIPPED, NEXT, Scanner, decode_string, parse_as_python
 from moe.errors import CheckpointError, nearest, one_line
 
 logger = logging.getLogger("moe")
@@ -289,7 +289,7 @@ def _read_index(path: Path) -> dict[str, str]:
         going = scan.object()
         while going:
             if scan.key() != "weight_map":
-                scan.value(as_python=True)
+                scan.value(limit=MAX_SKIPPED, as_python=True)
                 others += 1
                 if others > MAX_INDEX_KEYS:
                     expected = f"at most {MAX_INDEX_KEYS}"
@@ -313,7 +313,7 @@ def _read_weight_map(scan: Scanner) -> dict[str, str]:
     files: dict[bytes, str] = {}  # each name once in memory
     if not scan.object():
         return weight_map
-    for found in scan.run(_ENTRY):
+    while found := scan.take(_ENTRY):
         name, file = decode_string(found[1]), files.get(found[2])
         if file is None:
             file = files[found[2]] = _bare(decode_string(found[2]), name, scan.path)
