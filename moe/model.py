@@ -264,8 +264,7 @@ class Transformer(nn.Module):
 
     def load_report(self, *, reset: bool = False) -> LoadReport:
         """Expert load summed over the forward passes, of training and eval, since the last reset."""
-        names = [f"layers.{i}.mlp.gate" for i in range(len(self.layers)) if self.config.is_moe_layer(i)]
-        names += [f"mtp.{k}.block.mlp.gate" for k in range(len(self.mtp))]
+        names = [name for name, _ in routers(self)]
         load = torch.zeros(len(names), self.config.n_routed_experts, dtype=torch.int64)
         if self._load is not None:
             load[: len(self._load)] = self._load.cpu()

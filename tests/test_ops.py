@@ -9,20 +9,43 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import pad, silu
 
 from moe import ops
 from moe.ops import SwiGLU
 from moe.ops.activation import swiglu_reference
 from moe.ops.grouped_gemm import grouped_mm_reference
 from moe.ops.mlp import moe_mlp_reference
-from moe.ops.permutation import permute_reference, unpermute_reference
+from moe.ops.permutation import Permuted, _sort_slots, accumulation_dtype, check_ids
 from tests.bound import DTYPES, UNIT, against_eager, elementwise_limit, excess, product_limit
 from tests.cases import BY_NAME, CASES, Case, Inputs
 from tests.running_error import beyond, complaints, moe_mlp_errors
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+
+
+def permute_reference(x: Tensor, expert_ids: Tensor, num_experts: int) -> Permuted:
+    """The definition of `permute`."""
+    check_ids(x, expert_ids)
+    order = _sort_slots(expert_ids, num_experts)
+    rows = x.index_select(0, order.slots // expert_ids.shape[1])
+    here = expert_ids.reshape(-1).index_select(0, order.slots) >= 0
+    return Permuted(torch.where(here[:, None], rows, 0), order.position, order.offsets)
+
+
+def unpermute_reference(rows: Tensor, position: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The definition of `unpermute`."""
+    wide = accumulation_dtype(rows, weights)
+    out = torch.zeros(position.shape[0], rows.shape[1], dtype=wide, device=rows.device)
+    padded = pad(rows, (0, 0, 0, 1))  # something to read for slots without a row, even if there is no row
+    for k in range(position.shape[1]):
+        here = position[:, k, None] >= 0
+        part = padded.index_select(0, position[:, k].clamp(min=0)).to(wide)
+        if weights is not None:
+            part = part * weights[:, k, None]
+        out = out + torch.where(here, part, 0)
+    return out.to(rows.dtype)
 
 
 def eager_experts(i: Inputs, bias: bool = True) -> Tensor:

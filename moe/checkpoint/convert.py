@@ -10,7 +10,7 @@ import logging
 import math
 import operator
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -32,9 +32,9 @@ from moe.checkpoint.manifest import Manifest
 from moe.checkpoint.progress import Progress
 from moe.checkpoint.quantization import MAX_BLOCK, is_block_size
 from moe.checkpoint.reading import BIAS, DTYPES, STORED, Files, Piece, check_dtypes, check_repeats, fill, load, pieces
-from moe.checkpoint.roles import check_scales, needs_common_dtype
+from moe.checkpoint.roles import check_scales
 from moe.checkpoint.shards import Entry, as_json, config_bytes, divide, write_shards
-from moe.checkpoint.writing import listed_anew
+from moe.checkpoint.writing import dtype_keys, listed_anew
 from moe.config import ModelConfig
 from moe.counts import parameter_shapes
 from moe.errors import CheckpointError, ConfigError, did_you_mean
@@ -183,8 +183,7 @@ def cut(
         entries.append(Entry(name, info.dtype, slot.shape))
 
     values = render_config(config, Path(target) / CONFIG)
-    named = str(_common(entries, slots)).removeprefix("torch.")
-    values |= {"architectures": [family.architecture], "dtype": named, "torch_dtype": named}
+    values |= {"architectures": [family.architecture], **dtype_keys(entries, slots)}
     if todo.quantization is not None and todo.has_quantised_tensors:
         values["quantization_config"] = listed_anew(todo.quantization.raw, entries)
 
@@ -377,15 +376,6 @@ def _raw(files: Files, info: TensorInfo) -> Tensor:
     return tensor
 
 
-def _common(entries: Iterable[Entry], slots: Mapping[str, Slot]) -> torch.dtype:
-    """The dtype in which the result runs: that of most values which are not quantised and all need one dtype."""
-    sizes: dict[str, int] = {}
-    for entry in entries:
-        if entry.dtype in DTYPES and needs_common_dtype(slots[entry.name].parameter):
-            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
-    return DTYPES[max(sizes, key=lambda kind: sizes[kind])]
-
-
 @dataclass
 class _Result:
     """What `convert` writes, and how each tensor comes about."""
@@ -433,8 +423,7 @@ class _Result:
 
     def storage(self, entries: list[Entry]) -> dict[str, Any]:
         """The keys of config.json that describe the files."""
-        named = str(_common(entries, self.slots)).removeprefix("torch.")
-        keys: dict[str, Any] = {"dtype": named, "torch_dtype": named}
+        keys: dict[str, Any] = dtype_keys(entries, self.slots)
         if any(entry.dtype == "F8_E4M3" for entry in entries):
             raw: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
             raw |= {"weight_block_size": list(self.block_size)}

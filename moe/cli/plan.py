@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from moe.checkpoint import planning, read_config
-from moe.checkpoint.dtypes import FLOATING, Dtype, parse_dtype
+from moe.checkpoint.dtypes import OTHERS, Dtype
 from moe.checkpoint.folder import INDEX, has_weights, read_config_values
 from moe.checkpoint.hub import CONFIGS, find, from_cache, headers_on_hub
-from moe.checkpoint.layout import Plan, plan
+from moe.checkpoint.layout import Plan, plan, stated_dtype
 from moe.checkpoint.planning import Estimate, Placement
 from moe.checkpoint.quantization import Quantization, read_quantization
 from moe.checkpoint.sizes import parse_size
@@ -175,11 +175,7 @@ def _find(name: str) -> _Model:
 
 
 def _stated(values: Mapping[str, Any]) -> Dtype:
-    dtype = values.get("dtype", values.get("torch_dtype"))
-    try:
-        return cast(Dtype, parse_dtype(f"torch.{dtype}", "dtype", FLOATING))
-    except ConfigError:  # none, or not one of those that weights have
-        return "bf16"
+    return cast(Dtype, OTHERS.get(f"torch.{stated_dtype(values)}", "bf16"))
 
 
 def _print(

@@ -1,7 +1,8 @@
 """The operators of a Mixture-of-Experts layer, one page each.
 
-A page holds the contract (the public function's docstring), the definition (`*_reference`), the CPU implementation,
-the fake and the gradient. What runs is decided by the tensors' device alone.
+A page holds the contract (the public function's docstring), the definition (`*_reference`; those of `permute` and
+`unpermute` are in tests/test_ops.py), the CPU implementation, the fake and the gradient. What runs is decided by the
+tensors' device alone.
 """
 
 from moe.config import SwiGLU

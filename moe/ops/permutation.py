@@ -75,29 +75,6 @@ def check_weights(weights: Tensor, slots: Tensor) -> None:
         raise TypeError(f"weights: expected float32 or float64, got {weights.dtype}; routing weights are never cast")
 
 
-def permute_reference(x: Tensor, expert_ids: Tensor, num_experts: int) -> Permuted:
-    """The definition of `permute`."""
-    check_ids(x, expert_ids)
-    order = _sort_slots(expert_ids, num_experts)
-    rows = x.index_select(0, order.slots // expert_ids.shape[1])
-    here = expert_ids.reshape(-1).index_select(0, order.slots) >= 0
-    return Permuted(torch.where(here[:, None], rows, 0), order.position, order.offsets)
-
-
-def unpermute_reference(rows: Tensor, position: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The definition of `unpermute`."""
-    wide = accumulation_dtype(rows, weights)
-    out = torch.zeros(position.shape[0], rows.shape[1], dtype=wide, device=rows.device)
-    padded = F.pad(rows, (0, 0, 0, 1))  # something to read for slots without a row, even if there is no row
-    for k in range(position.shape[1]):
-        here = position[:, k, None] >= 0
-        part = padded.index_select(0, position[:, k].clamp(min=0)).to(wide)
-        if weights is not None:
-            part = part * weights[:, k, None]
-        out = out + torch.where(here, part, 0)
-    return out.to(rows.dtype)
-
-
 def accumulation_dtype(rows: Tensor, weights: Tensor | None) -> torch.dtype:
     wide = torch.promote_types(rows.dtype, torch.float32)
     return wide if weights is None else torch.promote_types(wide, weights.dtype)
@@ -191,10 +168,6 @@ def _permute_fake(x: Tensor, expert_ids: Tensor, num_experts: int) -> tuple[Tens
     return rows, expert_ids.new_empty(expert_ids.shape), x.new_empty(num_experts, dtype=torch.int32)
 
 
-def _unpermute(rows: Tensor, position: Tensor, weights: Tensor | None) -> Tensor:
-    return combine(rows, position, weights)
-
-
 def _unpermute_fake(rows: Tensor, position: Tensor, weights: Tensor | None) -> Tensor:
     return rows.new_empty(position.shape[0], rows.shape[1])
 
@@ -236,7 +209,7 @@ _PERMUTE = define(
 _UNPERMUTE = define(
     "unpermute(Tensor rows, Tensor position, Tensor? weights) -> Tensor",
     page="permutation",
-    cpu=_unpermute,
+    cpu=combine,
     fake=_unpermute_fake,
 )
 _UNPERMUTE_BACKWARD = define(

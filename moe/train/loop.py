@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,7 @@ from moe.train.data import Dataset, Sampler, document_ids, evaluation_batches
 from moe.train.optimizer import build_optimizers
 from moe.train.schedule import learning_rate_factor
 from moe.train.settings import Settings
-from moe.train.world import World, world_of
-
-if TYPE_CHECKING:  # importing it takes half a second
-    from moe.parallel import Mesh
+from moe.train.world import World
 
 
 class NonFiniteError(FloatingPointError):
@@ -100,11 +97,9 @@ class Trainer:
         model: Transformer,
         dataset: Dataset,
         settings: Settings,
-        mesh: "Mesh | None" = None,
-        *,
         world: World | None = None,
     ) -> None:
-        self.model, self.dataset, self.settings, self.world = model, dataset, settings, world or world_of(mesh)
+        self.model, self.dataset, self.settings, self.world = model, dataset, settings, world or World()
         if settings.batch_size % self.world.size:
             raise ConfigError("--batch-size", settings.batch_size, f"a multiple of the {self.world.size} ranks")
         self.device = next(model.parameters()).device
