@@ -320,7 +320,11 @@ def test_an_index_whose_files_are_gone_is_ignored_beside_the_file_of_all(
 
 
 @pytest.mark.parametrize(
-    "metadata", [b"null", b'{"total_size": 7}', b'{"total_size": NaN}', b"[[[]]]", b'"\\"}"', b"-1e9"]
+    "metadata",
+    [
+        *(b"null", b'{"total_size": 7}', b'{"total_size": NaN}', b"[[[]]]", b'"\\"}"', b"-1e9"),
+        *(b"1" * 300, b'"%b"' % ("é" * 300).encode()),  # longer than what is decoded first
+    ],
 )
 def test_metadata_of_an_index_is_not_read(tmp_path: Path, metadata: bytes, caplog: pytest.LogCaptureFixture) -> None:
     index = two_shards(tmp_path)
