@@ -132,7 +132,7 @@ def test_autocast_changes_nothing(half: torch.dtype) -> None:
     plain = ops.route(logits, bias, top_k=3)
     with torch.autocast("cpu", half):
         under = ops.route(logits, bias, top_k=3)
-    assert all(torch.equal(getattr(plain, n), getattr(under, n)) for n in vars(plain))
+    assert all(map(torch.equal, plain[:3], under[:3]))
 
 
 E32 = torch.zeros(3, 8)
