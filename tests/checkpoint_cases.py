@@ -206,6 +206,12 @@ def as_kimi_k25(folder: Path) -> None:
         index.write_text(json.dumps({"weight_map": names}))
 
 
+def configure(folder: Path, **changes: Any) -> None:
+    """Write keys into a folder's config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def assert_same(a: Transformer, b: Transformer) -> None:
     one, two = a.state_dict(), b.state_dict()
     assert one.keys() == two.keys()

@@ -17,7 +17,7 @@ import torch
 
 from moe import Transformer
 from moe.checkpoint import save
-from tests.checkpoint_cases import V3_MTP
+from tests.checkpoint_cases import V3_MTP, configure
 
 INDEX = "model.safetensors.index.json"
 GATE = "model.layers.1.mlp.gate.weight"
@@ -123,11 +123,7 @@ def total(value: Any) -> Change:
 
 
 def config(**values: Any) -> Change:
-    def apply(folder: Path) -> None:
-        path = folder / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-    return apply
+    return lambda folder: configure(folder, **values)
 
 
 def again(old: str, new: str) -> Change:
@@ -637,7 +633,7 @@ LEGAL: dict[str, Change] = {
     "total size NaN": total(float("nan")),
     "metadata of the index null": index(lambda i: i.update(metadata=None)),
     "metadata of the index a list": index(lambda i: i.update(metadata=[{}, [], "]", -1e-5, True])),
-    "metadata of the index deep": index(lambda i: i.update(metadata=nested(900))),
+    "metadata of the index deep": index(lambda i: i.update(metadata=nested(60))),
     "metadata of the index of 900 kB": index(lambda i: i.update(metadata={"a": ['b\\"é'] * 50_000})),
     "metadata of the index twice": lambda f: (f / INDEX).write_text(
         '{"metadata": 1, "metadata": {"total_size": 2},' + (f / INDEX).read_text()[1:]

@@ -19,7 +19,7 @@ from moe.checkpoint.convert import convert, cut
 from moe.checkpoint.format import carried
 from moe.checkpoint.format.carried import MAX_CARRIED_FILES, MAX_CODE_BYTES, MAX_LICENSE_BYTES, PATTERNS, read_carried
 from moe.checkpoint.format.manifest import verify
-from tests.checkpoint_cases import V3, assert_same, build
+from tests.checkpoint_cases import V3, assert_same, build, configure
 
 CODE = "configuration_tiny.TinyConfig"
 MODEL = "modeling_tiny.TinyForCausalLM"
@@ -86,11 +86,6 @@ def put(folder: Path, files: dict[str, bytes]) -> None:
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
-
-
-def configure(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def config_of(folder: Path) -> dict[str, Any]:

@@ -18,12 +18,11 @@ from moe.checkpoint.convert import convert, cut
 from moe.checkpoint.format.manifest import verify
 from moe.checkpoint.rewrite import DEEPSEEK_FILE
 from moe.ops import dequantize_blocks, quantize_blocks
-from tests.checkpoint_cases import BY_FAMILY, V3, V3_MTP, build
+from tests.checkpoint_cases import BY_FAMILY, V3, V3_MTP, assert_same, build
 from tests.test_checkpoint_quantised import (
     BLOCK,
     GPT_OSS,
     Folders,
-    assert_same_state,
     bits,
     is_quantised,
     make_fp8,
@@ -68,7 +67,7 @@ def test_fp8_to_bf16_is_the_dequantised_checkpoint(made: Folders, tmp_path: Path
     assert_equal(tensors_of(made.plain), tensors_of(tmp_path / "wide"))
     assert "quantization_config" not in json.loads((tmp_path / "wide" / "config.json").read_text())
     convert(made.fp8, tmp_path / "single", dtype="F32")
-    assert_same_state(moe.load(tmp_path / "single"), moe.load(made.fp8, dtype=torch.float32))
+    assert_same(moe.load(tmp_path / "single"), moe.load(made.fp8, dtype=torch.float32))
 
 
 def test_bf16_to_fp8(made: Folders, tmp_path: Path) -> None:
@@ -119,7 +118,7 @@ def test_to_deepseeks_names_and_back(made: Folders, tmp_path: Path, quantised: b
     assert {official_name(name) for name in ours} == theirs.keys()
     for name, tensor in ours.items():
         assert torch.equal(bits(tensor), bits(theirs[official_name(name)])), name
-    assert_same_state(moe.load(tmp_path / "official"), moe.load(tmp_path / "main"))
+    assert_same(moe.load(tmp_path / "official"), moe.load(tmp_path / "main"))
     convert(tmp_path / "official", tmp_path / "back", table="experts")
     assert_equal(ours, tensors_of(tmp_path / "back"))
 
@@ -152,11 +151,11 @@ def test_to_the_stacked_layout_and_back(made: Folders, tmp_path: Path) -> None:
     convert(made.plain, tmp_path / "stacked", table="stacked")
     out = tensors_of(tmp_path / "stacked")
     assert out["model.layers.1.mlp.experts.gate_up_proj"].shape == (12, 40, 42)
-    assert_same_state(moe.load(tmp_path / "stacked"), moe.load(made.plain))
+    assert_same(moe.load(tmp_path / "stacked"), moe.load(made.plain))
     convert(tmp_path / "stacked", tmp_path / "back", table="experts")
     assert_equal(tensors_of(made.plain), tensors_of(tmp_path / "back"))
     convert(made.fp8, tmp_path / "wide", table="stacked", dtype="BF16")
-    assert_same_state(moe.load(tmp_path / "wide"), moe.load(made.plain))
+    assert_same(moe.load(tmp_path / "wide"), moe.load(made.plain))
 
 
 def test_mxfp4(tmp_path: Path) -> None:
@@ -164,10 +163,10 @@ def test_mxfp4(tmp_path: Path) -> None:
     convert(folder, tmp_path / "same")
     assert_equal(tensors_of(folder), tensors_of(tmp_path / "same"))
     convert(folder, tmp_path / "wide2", dtype="BF16")
-    assert_same_state(moe.load(tmp_path / "wide2"), moe.load(folder))
+    assert_same(moe.load(tmp_path / "wide2"), moe.load(folder))
     # What is dequantised has a code for every value: quantised again, it is the same.
     convert(tmp_path / "wide2", tmp_path / "again", table="mxfp4")
-    assert_same_state(moe.load(tmp_path / "again"), moe.load(folder))
+    assert_same(moe.load(tmp_path / "again"), moe.load(folder))
     assert read_summary(tmp_path / "again").agrees
 
 

@@ -232,11 +232,13 @@ BAD_INDEXES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "not JSON": (lambda index: b"<html>", "not valid JSON"),
     "an array": (lambda index: [], "expected an object"),
     "two weight_maps": (lambda index: b'{"weight_map": {}, "weight_map": {}}', "weight_map; expected one; found two"),
-    "metadata of a megabyte": (lambda index: {"metadata": [0] * 2**20, **index}, "at most 1048576 bytes"),
-    "metadata cut": (lambda index: b'{"metadata": {"a": [1, 2]', "expected ',' or the end"),
-    "brackets that differ": (lambda index: b'{"metadata": {"a": [1}, "weight_map": {}}', "expected ',' or the end"),
+    "metadata of a megabyte": (lambda index: {"metadata": [0] * 2**20, **index}, "a value of more than 1048576 bytes"),
+    "metadata cut": (lambda index: b'{"metadata": {"a": [1, 2]', "Expecting ',' delimiter"),
+    "brackets that differ": (lambda index: b'{"metadata": {"a": [1}, "weight_map": {}}', "Expecting ',' delimiter"),
     "metadata with a comma too many": (lambda index: b'{"metadata": [1,], "weight_map": {}}', "expected a value"),
-    "metadata without a colon": (lambda index: b'{"metadata": {"a" 1}, "weight_map": {}}', "expected ':'"),
+    "metadata without a colon": (lambda index: b'{"metadata": {"a" 1}, "weight_map": {}}', "Expecting ':' delimiter"),
+    "metadata too deep": (lambda index: b'{"metadata": ' + b"[" * 65 + b"]" * 65 + b"}", "more than 64 arrays"),
+    "many other keys": (lambda index: {**{str(i): i for i in range(65)}, **index}, "keys beside weight_map"),
     "no weight_map": (lambda index: {"metadata": {}}, "no weight_map"),
     "weight_map not an object": (lambda index: {"weight_map": ["a"]}, "no weight_map"),
     "key twice": (lambda index: b'{"weight_map": {"a": "one.safetensors", "a": "two.safetensors"}}', "a: twice"),
@@ -318,7 +320,11 @@ def test_an_index_whose_files_are_gone_is_ignored_beside_the_file_of_all(
 
 
 @pytest.mark.parametrize(
-    "metadata", [b"null", b'{"total_size": 7}', b'{"total_size": NaN}', b"[[[]]]", b'"\\"}"', b"-1e9"]
+    "metadata",
+    [
+        *(b"null", b'{"total_size": 7}', b'{"total_size": NaN}', b"[[[]]]", b'"\\"}"', b"-1e9"),
+        *(b"1" * 300, b'"%b"' % ("é" * 300).encode()),  # longer than what is decoded first
+    ],
 )
 def test_metadata_of_an_index_is_not_read(tmp_path: Path, metadata: bytes, caplog: pytest.LogCaptureFixture) -> None:
     index = two_shards(tmp_path)

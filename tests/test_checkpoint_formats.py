@@ -14,7 +14,7 @@ from moe.checkpoint.convert import convert, cut
 from moe.checkpoint.format.folder import MAX_CONFIG_BYTES
 from moe.checkpoint.format.quantized_formats import read_quantization
 from moe.cli import main
-from tests.checkpoint_cases import V3, build
+from tests.checkpoint_cases import V3, build, configure
 
 SUPPORTED = "expected unquantised weights, FP8 in blocks or MXFP4"
 # As Kimi-K2-Thinking and K2.5 have it.
@@ -109,11 +109,6 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(plain: Path, tmp_path: Path) -> Path:
     return shutil.copytree(plain, tmp_path / "model")
-
-
-def configure(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def assert_refused(folder: Path, file: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """The fuzz itself: its cases repeat, and it sees each kind of wrong that it counts."""
 
+import dataclasses
 import random
 import re
 import subprocess
@@ -80,13 +81,13 @@ def test_what_only_we_accept_is_a_disagreement(lab: Lab, monkeypatch: pytest.Mon
 
 
 def test_what_only_we_read_so_is_a_disagreement(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = header._size
+    original = header.parse_entry
 
-    def transposed(dtype: bytes | None, shape: bytes | None) -> tuple[str, tuple[int, ...], int]:
-        name, sizes, nbytes = original(dtype, shape)
-        return name, sizes[::-1], nbytes
+    def transposed(*args: Any) -> header.TensorInfo:
+        info = original(*args)
+        return dataclasses.replace(info, shape=info.shape[::-1])
 
-    monkeypatch.setattr(header, "_size", transposed)
+    monkeypatch.setattr(header, "parse_entry", transposed)
     name = next(name for name in sorted(lab.files) if name != INDEX)
     assert lab.judge({name: lab.files[name]}).kind == "disagreement"
 

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors import SafetensorError, deserialize, safe_open
 
 import moe
-from moe import CheckpointError, Transformer
+from moe import CheckpointError
 from moe.checkpoint.format.header import read_header
 from tests import hostile
+from tests.checkpoint_cases import assert_same
 from tests.hostile import LEGAL, MUTATIONS, REVISION
 
 
@@ -60,13 +60,6 @@ def test_a_mutation_is_one_error_that_names_it(folder: Path, case: str) -> None:
     assert mutation.found or mutation.expected or mutation.problem, "an error that says nothing"
     assert str(error).isprintable() and len(str(error)) < 1500
     assert contents(folder) == before
-
-
-def assert_same(a: Transformer, b: Transformer) -> None:
-    one, two = a.state_dict(), b.state_dict()
-    assert one.keys() == two.keys()
-    for name in one:
-        assert one[name].dtype == two[name].dtype and torch.equal(one[name], two[name]), name
 
 
 @pytest.mark.parametrize("case", LEGAL)

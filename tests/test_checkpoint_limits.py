@@ -57,6 +57,10 @@ LARGE: dict[str, tuple[Callable[[Path], Path], str]] = {
         single(b"{" + entries(MAX_TENSORS - 1) + b',"z":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}', 16 * MEBI),
         "unused bytes",
     ),
+    "entries with an object in each": (
+        single(b"{" + entries(120_000, EMPTY[:-1] + b',"x":{}}') + b',"b":1}'),
+        "b: entry",
+    ),
     "more tensors than bytes for them": (single(b"{" + entries(MAX_TENSORS + 1) + b"}"), "tensors in one file"),
     "the last name twice": (single(b"{" + entries(MAX_TENSORS - 1) + b"," + entries(1) + b"}"), "twice in the header"),
     "lists": (single(b'{"a":[' + b"[]," * (5 * MEBI) + b"0]}"), "a: entry"),
@@ -77,10 +81,11 @@ LARGE: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "an index of lists": (
         file(INDEX, b'{"metadata":[' + b"[]," * (20 * MEBI) + b"0]}"),
-        "not used; expected at most 1048576 bytes",
+        "a value of more than 1048576 bytes",
     ),
-    "an index of brackets": (file(INDEX, b'{"metadata":' + b"[" * (60 * MEBI)), "not used; expected at most 1048576"),
-    "an index of a text": (file(INDEX, b'{"metadata":"' + b"a" * (60 * MEBI)), "expected a string"),
+    "an index of brackets": (file(INDEX, b'{"metadata":' + b"[" * (60 * MEBI)), "in each other"),
+    "an index of a text": (file(INDEX, b'{"metadata":"' + b"a" * (60 * MEBI)), "a value of more than 1048576 bytes"),
+    "an index of many keys": (file(INDEX, b"{" + b'"a":[[[]]],' * (5 * MEBI)), "keys beside weight_map"),
     "an index of one name": (file(INDEX, b'{"weight_map":{"' + b"a" * (60 * MEBI) + b'":0}}'), "a key of at most"),
     "a configuration of lists": (file("config.json", b'{"a":[' + b"[]," * 2**17 + b"0]}"), "model_type"),
     "a configuration of more lists": (file("config.json", b'{"a":[' + b"[]," * (5 * MEBI) + b"0]}"), "too many values"),
@@ -157,7 +162,7 @@ def test_a_pipe_that_takes_a_files_place_is_not_waited_for(tmp_path: Path, monke
 
 
 def test_the_cap_of_headers_is_an_argument(tmp_path: Path) -> None:
-    path = single(b"{" + entries(1) + b" " * MAX_HEADER_BYTES + b"}")(tmp_path)
+    path = single(b"{" + entries(1) + b"}" + b" " * MAX_HEADER_BYTES)(tmp_path)
     for read in (lambda **cap: read_header(path, **cap), lambda **cap: read_tensors(tmp_path, **cap)):
         with pytest.raises(CheckpointError, match=f"expected at most {MAX_HEADER_BYTES}"):
             read()

@@ -21,8 +21,8 @@ from moe.checkpoint.reading import load as reading
 from moe.checkpoint.reading import memory
 from moe.checkpoint.reading.hub import find
 from tests import skeletons
-from tests.checkpoint_cases import V3
-from tests.test_checkpoint_quantised import GPT_OSS, configured, is_quantised
+from tests.checkpoint_cases import V3, configure
+from tests.test_checkpoint_quantised import GPT_OSS, is_quantised
 
 MIB = 2**20
 
@@ -70,7 +70,7 @@ def fp8(config: moe.ModelConfig, folder: Path) -> Path:
             tensors[name + "_scale_inv"] = torch.ones([-(-n // 128) for n in slot.shape])
     save_file(tensors, folder / "model.safetensors")
     quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
-    configured(folder, quantization_config=quantization)
+    configure(folder, quantization_config=quantization)
     return folder
 
 

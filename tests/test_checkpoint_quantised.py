@@ -19,7 +19,7 @@ from moe.checkpoint.convert import convert, cut
 from moe.checkpoint.format.comparison import plan
 from moe.ops import quantize_blocks, quantize_mxfp4
 from moe.planning.footprint import dtype_of
-from tests.checkpoint_cases import V2, V3_MTP, as_kimi_k25
+from tests.checkpoint_cases import V2, V3_MTP, as_kimi_k25, assert_same, configure
 
 BLOCK = (8, 16)  # no size of the model is a multiple of both
 IDS = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -101,11 +101,6 @@ class Folders:
         (self.fp8 / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def configured(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 def make_fp8(root: Path, config: ModelConfig) -> Folders:
     folders = Folders(root / "fp8", root / "plain")
     noisy(config).save(folders.plain)
@@ -121,7 +116,7 @@ def make_fp8(root: Path, config: ModelConfig) -> Folders:
         plain[name] = dequantised(codes, scale)
     folders.write(tensors)
     quantization = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [*BLOCK]}
-    configured(folders.fp8, quantization_config=quantization)
+    configure(folders.fp8, quantization_config=quantization)
     save_file(plain, folders.plain / "model.safetensors", metadata={"format": "pt"})
     return folders
 
@@ -141,13 +136,6 @@ def fp8(made: Folders, tmp_path: Path) -> Folders:
     return folders
 
 
-def assert_same_state(a: moe.Transformer, b: moe.Transformer) -> None:
-    left, right = a.state_dict(), b.state_dict()
-    assert left.keys() == right.keys()
-    for name, tensor in left.items():
-        assert tensor.dtype == right[name].dtype and torch.equal(tensor, right[name]), name
-
-
 def bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
 
@@ -155,7 +143,7 @@ def bits(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize("config", [V3_MTP, V2], ids=["v3", "v2"])
 def test_fp8_is_dequantised_exactly(tmp_path: Path, config: ModelConfig) -> None:
     folders = make_fp8(tmp_path, config)
-    assert_same_state(moe.load(folders.fp8), moe.load(folders.plain))
+    assert_same(moe.load(folders.fp8), moe.load(folders.plain))
     wide = moe.load(folders.fp8, dtype=torch.float32).state_dict()
     tensors = folders.tensors()
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -189,12 +177,12 @@ def test_fp8_that_is_kept_is_saved_byte_for_byte(made: Folders, tmp_path: Path) 
         assert tensor.dtype == after[name].dtype and torch.equal(bits(tensor), bits(after[name])), name
     one, two = (json.loads((folder / "config.json").read_text()) for folder in (made.fp8, tmp_path / "again"))
     assert one.items() <= two.items()
-    assert_same_state(moe.load(tmp_path / "again"), moe.load(made.fp8))
+    assert_same(moe.load(tmp_path / "again"), moe.load(made.fp8))
     assert read_summary(tmp_path / "again").agrees
     # Dequantised, it is saved as what it is.
     moe.load(made.fp8).save(tmp_path / "wide")
     assert "quantization_config" not in json.loads((tmp_path / "wide" / "config.json").read_text())
-    assert_same_state(moe.load(tmp_path / "wide"), moe.load(made.plain))
+    assert_same(moe.load(tmp_path / "wide"), moe.load(made.plain))
 
 
 def test_training_the_rest_leaves_fp8_as_it_is(made: Folders, tmp_path: Path) -> None:
@@ -312,7 +300,7 @@ def test_a_summary_names_weights_without_scales(fp8: Folders) -> None:
 
 
 def test_fp8_without_a_word_in_the_config_is_refused(fp8: Folders) -> None:
-    configured(fp8.fp8, quantization_config=None)
+    configure(fp8.fp8, quantization_config=None)
     with pytest.raises(CheckpointError, match="unexpected"):
         moe.load(fp8.fp8)
     fp8.write({name: tensor for name, tensor in fp8.tensors().items() if not name.endswith("_scale_inv")})
@@ -322,7 +310,7 @@ def test_fp8_without_a_word_in_the_config_is_refused(fp8: Folders) -> None:
 
 def test_the_block_size_is_the_configs_and_not_guessed(fp8: Folders) -> None:
     raw = json.loads((fp8.fp8 / "config.json").read_text())["quantization_config"]
-    configured(fp8.fp8, quantization_config=raw | {"weight_block_size": [16, 8]})
+    configure(fp8.fp8, quantization_config=raw | {"weight_block_size": [16, 8]})
     with pytest.raises(CheckpointError, match="shape"):
         moe.load(fp8.fp8)
 
@@ -341,7 +329,7 @@ def make_mxfp4(root: Path) -> tuple[Path, dict[str, Tensor]]:
     folder = root / "mxfp4"
     noisy(GPT_OSS).save(folder)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    configured(folder, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.mlp"]})
+    configure(folder, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.mlp"]})
     return folder, tensors | theirs
 
 
@@ -349,7 +337,7 @@ def test_mxfp4_is_dequantised_as_transformers_does(tmp_path: Path) -> None:
     folder, tensors = make_mxfp4(tmp_path)
     wide = {name: tensor for name, tensor in tensors.items() if not name.endswith(("_blocks", "_scales"))}
     save_file({n: t.contiguous() for n, t in wide.items()}, tmp_path / "wide" / "model.safetensors")
-    assert_same_state(moe.load(folder), moe.load(tmp_path / "wide"))
+    assert_same(moe.load(folder), moe.load(tmp_path / "wide"))
     kept = moe.load(folder, dtype="keep")
     assert kept.state_dict()["layers.0.mlp.experts.gate_up_proj_blocks"].shape == (6, 128, 3, 16)
     with torch.no_grad():
@@ -365,7 +353,7 @@ def test_mxfp4_that_is_kept_is_saved_byte_for_byte(tmp_path: Path) -> None:
     one, two = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "again"))
     assert one.items() <= two.items()
     moe.load(folder).save(tmp_path / "wide_again")  # and dequantised, in the layout that has room for it
-    assert_same_state(moe.load(tmp_path / "wide_again"), moe.load(folder))
+    assert_same(moe.load(tmp_path / "wide_again"), moe.load(folder))
 
 
 def test_a_scale_of_mxfp4_that_is_no_number_is_refused(tmp_path: Path) -> None:
@@ -416,7 +404,7 @@ def test_an_object_that_dequantising_left_behind_is_not_written_again(made: Fold
     stated = json.loads((made.fp8 / "config.json").read_text())["quantization_config"]
     config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": stated}))
     kept = moe.load(tmp_path / "plain", dtype="keep")
-    assert_same_state(kept, moe.load(made.fp8))
+    assert_same(kept, moe.load(made.fp8))
     kept.save(tmp_path / "saved")
     convert(tmp_path / "plain", tmp_path / "converted")
     cut(tmp_path / "plain", tmp_path / "cut", layers=[0], experts=range(V3_MTP.n_routed_experts), compare=False)
@@ -451,4 +439,4 @@ def test_a_kept_kimi_k25_is_written_under_the_names_of_deepseek_v3(fp8: Folders,
         found = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
         assert sorted(found.pop("modules_to_not_convert")) == sorted(plain)
         assert found.items() <= stated.items()
-        assert_same_state(moe.load(tmp_path / name, dtype="keep"), model)
+        assert_same(moe.load(tmp_path / name, dtype="keep"), model)

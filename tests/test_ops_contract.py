@@ -483,8 +483,7 @@ def test_the_warning_does_not_break_a_compiled_graph(no_kernels: None, monkeypat
 def test_tier_reference_is_the_definition() -> None:
     logits = torch.randn(9, 8, requires_grad=True)
     routing, exact = ops.route(logits, top_k=3, tier="reference"), route_reference(logits, top_k=3)
-    for name, tensor in vars(routing).items():
-        assert torch.equal(tensor, getattr(exact, name)), name
+    assert all(map(torch.equal, routing[:3], exact[:3]))
     (grad,) = torch.autograd.grad(routing.weights.square().sum(), logits, create_graph=True)
     torch.autograd.grad(grad.sum(), logits)  # which the operator refuses
     a, b = torch.randn(6, 4), torch.randn(2, 4, 3)
@@ -500,7 +499,7 @@ def test_results_do_not_alias_arguments() -> None:
         "permute": (vars(permuted).values(), (inputs.x, inputs.expert_ids)),
         "unpermute": ([ops.unpermute(permuted.rows, permuted.position, ones)], (permuted.rows,)),
         "plain unpermute": ([ops.unpermute(permuted.rows, permuted.position)], (permuted.rows,)),
-        "route": (vars(ops.route(logits, top_k=1, norm_topk_prob=False)).values(), (logits,)),
+        "route": (ops.route(logits, top_k=1, norm_topk_prob=False)[:3], (logits,)),
         "moe_mlp": ([mlp(inputs)], vars(inputs).values()),
     }
     for name, (results, arguments) in groups.items():

@@ -122,7 +122,8 @@ def test_a_nan_reaches_only_its_own_row() -> None:
     logits[2, 7] = torch.nan
     dirty = ops.route(logits, top_k=3, n_group=4, topk_group=2)
     others = [0, 1, 3, 4]
-    assert all(torch.equal(getattr(clean, n)[others], getattr(dirty, n)[others]) for n in vars(clean))
+    for one, other in zip(clean[:3], dirty[:3], strict=True):
+        assert torch.equal(one[others], other[others])
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
@@ -131,7 +132,7 @@ def test_autocast_changes_nothing(half: torch.dtype) -> None:
     plain = ops.route(logits, bias, top_k=3)
     with torch.autocast("cpu", half):
         under = ops.route(logits, bias, top_k=3)
-    assert all(torch.equal(getattr(plain, n), getattr(under, n)) for n in vars(plain))
+    assert all(map(torch.equal, plain[:3], under[:3]))
 
 
 E32 = torch.zeros(3, 8)

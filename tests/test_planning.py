@@ -14,8 +14,8 @@ from moe.checkpoint.format.sizes import parse_size
 from moe.cli import main
 from moe.counts import count_parameters
 from moe.planning.footprint import Placement, inference, stored, training
-from tests.checkpoint_cases import V3, V3_MTP
-from tests.test_checkpoint_quantised import BLOCK, configured, make_fp8, make_mxfp4
+from tests.checkpoint_cases import V3, V3_MTP, configure
+from tests.test_checkpoint_quantised import BLOCK, make_fp8, make_mxfp4
 
 
 def test_the_released_deepseek_v3() -> None:
@@ -44,7 +44,7 @@ def test_what_is_planned_is_what_is_written(tmp_path: Path) -> None:
 
 def test_a_folder_is_planned_as_it_is_quantised(tmp_path: Path, capsys: Any) -> None:
     folders = make_fp8(tmp_path, V3)
-    configured(folders.fp8, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    configure(folders.fp8, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
     for folder, dtype in ((folders.fp8, "fp8"), (folders.plain, "bf16"), (make_mxfp4(tmp_path)[0], "mxfp4")):
         assert json.loads(run(capsys, "plan", str(folder), "--json")[1])["placement"]["dtype"] == dtype
 

@@ -31,7 +31,6 @@ from moe.checkpoint.reading.load import pieces
 from moe.checkpoint.reading.values import BIAS, DTYPES, STORED, Files, Piece, fill
 from moe.checkpoint.rewrite import (
     check_source,
-    common_dtype,
     hashable,
     names_by_key,
     plan_source,
@@ -39,7 +38,7 @@ from moe.checkpoint.rewrite import (
     table_for,
     write_result,
 )
-from moe.checkpoint.writing.save import listed_anew
+from moe.checkpoint.writing.save import dtype_keys, listed_anew
 from moe.checkpoint.writing.shards import Entry
 from moe.config import ModelConfig
 from moe.counts import parameter_shapes
@@ -176,8 +175,7 @@ class _Result:
 
     def storage(self, entries: list[Entry]) -> dict[str, Any]:
         """The keys of config.json that describe the files."""
-        named = str(common_dtype(entries, self.slots)).removeprefix("torch.")
-        keys: dict[str, Any] = {"dtype": named, "torch_dtype": named}
+        keys: dict[str, Any] = dtype_keys(entries, self.slots)
         if any(entry.dtype == "F8_E4M3" for entry in entries):
             raw: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
             raw |= {"weight_block_size": list(self.block_size)}

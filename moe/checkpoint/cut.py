@@ -21,7 +21,6 @@ from moe.checkpoint.reading.load import load
 from moe.checkpoint.reading.values import Files
 from moe.checkpoint.rewrite import (
     check_source,
-    common_dtype,
     hashable,
     names_by_key,
     plan_source,
@@ -29,7 +28,7 @@ from moe.checkpoint.rewrite import (
     table_for,
     write_result,
 )
-from moe.checkpoint.writing.save import listed_anew
+from moe.checkpoint.writing.save import dtype_keys, listed_anew
 from moe.checkpoint.writing.shards import Entry, as_json
 from moe.config import ModelConfig
 from moe.errors import CheckpointError, ConfigError
@@ -92,8 +91,7 @@ def cut(
         entries.append(Entry(name, info.dtype, slot.shape))
 
     values = render_config(config, Path(target) / CONFIG)
-    named = str(common_dtype(entries, slots)).removeprefix("torch.")
-    values |= {"architectures": [family.architecture], "dtype": named, "torch_dtype": named}
+    values |= {"architectures": [family.architecture], **dtype_keys(entries, slots)}
     if todo.quantization is not None and todo.has_quantised_tensors:
         values["quantization_config"] = listed_anew(todo.quantization.raw, entries)
 

@@ -1,7 +1,7 @@
 """What `convert` and `cut` share: checks of the source, and writing the result tensor by tensor."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,11 @@ from moe.checkpoint.format.comparison import Plan, plan
 from moe.checkpoint.format.family import Family
 from moe.checkpoint.format.folder import CONFIG, SINGLE
 from moe.checkpoint.format.header import TensorInfo
-from moe.checkpoint.format.layout import Slot
 from moe.checkpoint.format.manifest import Manifest
-from moe.checkpoint.format.tensor_roles import needs_common_dtype
 from moe.checkpoint.reading.hub import find, from_cache
 from moe.checkpoint.reading.load import check_dtypes
 from moe.checkpoint.reading.progress import Progress
-from moe.checkpoint.reading.values import DTYPES, STORED, Files, check_repeats
+from moe.checkpoint.reading.values import STORED, Files, check_repeats
 from moe.checkpoint.writing.atomic import check_target, replacing
 from moe.checkpoint.writing.shards import Entry, config_bytes, divide, write_shards
 from moe.errors import CheckpointError
@@ -107,12 +105,3 @@ def read_raw(files: Files, info: TensorInfo) -> Tensor:
     if tensor.numel():
         files.read_into(info, 0, tensor)
     return tensor
-
-
-def common_dtype(entries: Iterable[Entry], slots: Mapping[str, Slot]) -> torch.dtype:
-    """The dtype in which the result runs: that of most values which are not quantised and all need one dtype."""
-    sizes: dict[str, int] = {}
-    for entry in entries:
-        if entry.dtype in DTYPES and needs_common_dtype(slots[entry.name].parameter):
-            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
-    return DTYPES[max(sizes, key=lambda kind: sizes[kind])]

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from moe.checkpoint import read_config
-from moe.checkpoint.format.comparison import Plan, plan
-from moe.checkpoint.format.dtypes import FLOATING, Dtype, parse_dtype
+from moe.checkpoint.format.comparison import Plan, plan, stated_dtype
+from moe.checkpoint.format.dtypes import OTHERS, Dtype
 from moe.checkpoint.format.folder import INDEX, has_weights, read_config_values
 from moe.checkpoint.format.quantized_formats import Quantization, read_quantization
 from moe.checkpoint.format.sizes import parse_size
@@ -176,11 +176,7 @@ def _find(name: str) -> _Model:
 
 
 def _stated(values: Mapping[str, Any]) -> Dtype:
-    dtype = values.get("dtype", values.get("torch_dtype"))
-    try:
-        return cast(Dtype, parse_dtype(f"torch.{dtype}", "dtype", FLOATING))
-    except ConfigError:  # none, or not one of those that weights have
-        return "bf16"
+    return cast(Dtype, OTHERS.get(f"torch.{stated_dtype(values)}", "bf16"))
 
 
 def _print(

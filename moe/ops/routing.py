@@ -101,7 +101,7 @@ def route_reference(
     scores = logits.sigmoid() if scoring_func == "sigmoid" else logits.softmax(dim=-1)
     with torch.no_grad():
         choice = scores if correction_bias is None else scores + correction_bias
-        expert_ids = _select_by_sorting(choice, top_k, n_group, topk_group, group_score)
+        expert_ids = _select(_first_by_sorting, choice, top_k, n_group, topk_group, group_score)
     weights = scores.gather(1, expert_ids)
     if norm_topk_prob:
         weights = weights / (weights.sum(dim=-1, keepdim=True).clamp_min(norm_min) + 1e-20)
@@ -169,14 +169,6 @@ def _first_by_sorting(values: Tensor, excluded: Tensor | None, k: int) -> Tensor
     return order.gather(1, last.gather(1, order).sort(dim=1, stable=True).indices)[:, :k].contiguous()
 
 
-def _select_by_sorting(choice: Tensor, top_k: int, n_group: int, topk_group: int, group_score: str) -> Tensor:
-    excluded = None
-    if n_group > 1:
-        groups = _first_by_sorting(_group_scores(choice, n_group, group_score), None, topk_group)
-        excluded = ~_members_of(groups, n_group, choice.shape[1])
-    return _first_by_sorting(choice, excluded, top_k)
-
-
 def _first_by_key(values: Tensor, excluded: Tensor | None, k: int) -> Tensor:
     """What `_first_by_sorting` gives for float32, by one top-k over distinct integers instead of two full sorts.
 
@@ -194,12 +186,13 @@ def _first_by_key(values: Tensor, excluded: Tensor | None, k: int) -> Tensor:
     return keys.topk(k, dim=1).indices
 
 
-def _select_by_key(choice: Tensor, top_k: int, n_group: int, topk_group: int, group_score: str) -> Tensor:
+def _select(first: Any, choice: Tensor, top_k: int, n_group: int, topk_group: int, group_score: str) -> Tensor:
+    """Expert ids [T, top_k], by `first`, which is `_first_by_sorting` or, for float32, `_first_by_key`."""
     excluded = None
     if n_group > 1:
-        groups = _first_by_key(_group_scores(choice, n_group, group_score), None, topk_group)
+        groups = first(_group_scores(choice, n_group, group_score), None, topk_group)
         excluded = ~_members_of(groups, n_group, choice.shape[1])
-    return _first_by_key(choice, excluded, top_k)
+    return first(choice, excluded, top_k)
 
 
 def _forward(
@@ -216,8 +209,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     scores = logits.sigmoid() if scoring_func == "sigmoid" else logits.softmax(dim=-1)
     choice = scores if correction_bias is None else scores + correction_bias
-    select = _select_by_key if choice.dtype == torch.float32 else _select_by_sorting
-    expert_ids = select(choice, top_k, n_group, topk_group, group_score)
+    first = _first_by_key if choice.dtype == torch.float32 else _first_by_sorting
+    expert_ids = _select(first, choice, top_k, n_group, topk_group, group_score)
     weights = scores.gather(1, expert_ids)
     if norm_topk_prob:
         weights /= weights.sum(dim=-1, keepdim=True).clamp_min_(norm_min) + 1e-20

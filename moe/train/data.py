@@ -8,7 +8,7 @@ after an end-of-text token; training reads it in windows whose order is a functi
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,18 +181,28 @@ def load_tokenizer(path: Path) -> tuple[Tokenizer, str]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError("--tokenizer", str(path), f"a tokenizer.json; {reason}") from None
     names = END_OF_TEXT_NAMES
-    beside = path.with_name("tokenizer_config.json")
-    if beside.is_file():
-        try:
-            named = json.loads(beside.read_text(encoding="utf-8")).get("eos_token")
-        except (ValueError, AttributeError):
-            raise ConfigError("--tokenizer", str(beside), "a JSON object") from None
-        named = named.get("content") if isinstance(named, dict) else named
-        names = (named,) if isinstance(named, str) else names
+    if named := _token(_read_beside(path), "eos_token"):
+        names = (named,)
     for name in names:
         if tokenizer.token_to_id(name) is not None:
             return tokenizer, name
     raise ConfigError("--tokenizer", str(path), f"a tokenizer with an end-of-text token, one of {', '.join(names)}")
+
+
+def _read_beside(path: Path) -> dict[str, Any]:
+    """The object in the tokenizer_config.json beside a tokenizer.json; empty if there is none."""
+    beside = path.with_name("tokenizer_config.json")
+    try:
+        return {**json.loads(beside.read_text(encoding="utf-8"))} if beside.is_file() else {}
+    except (ValueError, TypeError):
+        raise ConfigError("--tokenizer", str(beside), "a JSON object") from None
+
+
+def _token(values: Mapping[str, Any], name: str) -> str | None:
+    """The text of a special token, which is a string or an object with a "content"."""
+    token = values.get(name)
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
 
 
 def read_tokenizer_settings(tokenizer_path: Path) -> dict[str, Any]:
@@ -201,13 +211,8 @@ def read_tokenizer_settings(tokenizer_path: Path) -> dict[str, Any]:
     chat_template.jinja goes before the chat_template of tokenizer_config.json, as in transformers. Keys that the files
     do not give are absent.
     """
-    found: dict[str, Any] = {}
-    beside = tokenizer_path.with_name("tokenizer_config.json")
-    if beside.is_file():
-        values = json.loads(beside.read_text(encoding="utf-8"))
-        pad = values.get("pad_token")
-        pad = pad.get("content") if isinstance(pad, dict) else pad
-        found = {"chat_template": values.get("chat_template"), "pad_token": pad if isinstance(pad, str) else None}
+    values = _read_beside(tokenizer_path)
+    found = {"chat_template": values.get("chat_template"), "pad_token": _token(values, "pad_token")}
     template = tokenizer_path.with_name("chat_template.jinja")
     if template.is_file():
         found["chat_template"] = _read_utf8(template)

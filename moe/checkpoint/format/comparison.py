@@ -110,8 +110,7 @@ def plan(
     path = locate(folder)
     values = read_config_values(path)
     family = family_of(values.get("model_type"), path / CONFIG)
-    inner = values.get(family.text or "")
-    of_model = inner if isinstance(inner, dict) else values
+    of_model = family.language_model(values)
     stated = _stated_modules(family, of_model)
     if not mtp and "num_nextn_predict_layers" in family.keys:
         of_model |= {family.keys_of("num_nextn_predict_layers")[0]: 0}  # whatever is stated does not matter
@@ -153,7 +152,7 @@ def plan(
         config=config,
         table=table,
         quantization=quantization,
-        dtype=_dtype(values) or _dtype(of_model),
+        dtype=stated_dtype(values) or stated_dtype(of_model),
         tensors=tensors,
         slots=slots,
         missing=tuple(name for name, slot in slots.items() if name not in tensors and _is_needed(slot, tensors)),
@@ -164,7 +163,8 @@ def plan(
     )
 
 
-def _dtype(values: Mapping[str, Any]) -> str | None:
+def stated_dtype(values: Mapping[str, Any]) -> str | None:
+    """The dtype of weights that an object of config.json states, by torch's name; None if it states none."""
     stated = str(values.get("dtype") or values.get("torch_dtype")).removeprefix("torch.")
     return stated if stated in ("bfloat16", "float16", "float32", "float64") else None
 

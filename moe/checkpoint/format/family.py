@@ -185,6 +185,11 @@ class Family:
     written_as: str | None = None
     without_code: str | None = None
 
+    def language_model(self, values: Any) -> Any:
+        """The language model's object in config.json, or `values` if they hold none in its place."""
+        inner = values.get(self.text or "")
+        return inner if isinstance(inner, dict) else values
+
     def keys_of(self, name: str) -> tuple[str, ...]:
         keys = self.keys[name]
         return (keys,) if isinstance(keys, str) else keys

@@ -13,7 +13,15 @@ from typing import Any
 
 from moe.checkpoint.format.files import open_regular, read_bounded, read_exactly, recognise
 from moe.checkpoint.format.header import MAX_HEADER_BYTES, TensorInfo, read_header
-from moe.checkpoint.format.strict_json import CHARACTERS, KEY, NEXT, Scanner, decode_string, parse_as_python
+from moe.checkpoint.format.strict_json import (
+    CHARACTERS,
+    KEY,
+    MAX_SKIPPED,
+    NEXT,
+    Scanner,
+    decode_string,
+    parse_as_python,
+)
 from moe.errors import CheckpointError, nearest, one_line
 
 logger = logging.getLogger("moe")
@@ -31,6 +39,7 @@ MAX_CONFIG_BYTES = 16 * 2**20  # room for maps of a whole vocabulary, which some
 MAX_CONFIG_VALUES = 2**19
 MAX_INDEX_BYTES = 64 * 2**20
 MAX_INDEX_TENSORS = 2**18  # nearly three times as many as DeepSeek-V3 has in FP8
+MAX_INDEX_KEYS = 64  # beside weight_map; released files have one
 MAX_FILE_NAME_BYTES = 255
 MAX_NEIGHBOURS = 1000  # names that are looked at for a hint
 
@@ -284,10 +293,15 @@ def _read_index(path: Path) -> dict[str, str]:
         file.seek(0)
         scan = Scanner(file, size, path)
         weight_map: dict[str, str] | None = None
+        others = 0
         going = scan.object()
         while going:
             if scan.key() != "weight_map":
-                scan.skip_value()
+                scan.value(limit=MAX_SKIPPED, as_python=True)
+                others += 1
+                if others > MAX_INDEX_KEYS:
+                    expected = f"at most {MAX_INDEX_KEYS}"
+                    raise CheckpointError(path, "keys beside weight_map", expected=expected, found="more")
             elif weight_map is None:
                 weight_map = _read_weight_map(scan)
             else:
@@ -307,7 +321,7 @@ def _read_weight_map(scan: Scanner) -> dict[str, str]:
     files: dict[bytes, str] = {}  # each name once in memory
     if not scan.object():
         return weight_map
-    for found in scan.run(_ENTRY):
+    while found := scan.take(_ENTRY):
         name, file = decode_string(found[1]), files.get(found[2])
         if file is None:
             file = files[found[2]] = _bare(decode_string(found[2]), name, scan.path)

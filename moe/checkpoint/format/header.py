@@ -9,12 +9,13 @@ with offsets from the start of the data. The safetensors library accepts everyth
 
 import math
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moe.checkpoint.format.files import open_regular, read_exactly, recognise
-from moe.checkpoint.format.strict_json import CHARACTERS, KEY, NEXT, WS, Scanner, decode_string
+from moe.checkpoint.format.strict_json import CHARACTERS, KEY, NEXT, Scanner
 from moe.errors import CheckpointError, ConfigError
 
 MAX_HEADER_BYTES = 16 * 2**20
@@ -90,9 +91,6 @@ def _read(scan: Scanner, start: int, limit: int) -> dict[str, TensorInfo]:
     has_metadata = False
     going = scan.object()
     while going:
-        going = _read_plain(scan, start, limit, tensors)
-        if not going:
-            break
         name = scan.key()
         if name == METADATA:
             if has_metadata:
@@ -101,55 +99,16 @@ def _read(scan: Scanner, start: int, limit: int) -> dict[str, TensorInfo]:
             _skip_metadata(scan)
         else:
             check_name(name, scan.path)
-            _add(tensors, _tensor(name, scan, start), limit)
+            tensor = _tensor(name, scan, start)
+            if name in tensors:
+                raise CheckpointError(scan.path, "twice in the header", tensor=name, expected="one", found="two")
+            if len(tensors) == limit:
+                expected = f"at most {limit}"
+                raise CheckpointError(scan.path, "tensors in one file", tensor=name, expected=expected, found="more")
+            tensors[name] = tensor
         going = scan.more()
     scan.end()
     return tensors
-
-
-def _add(tensors: dict[str, TensorInfo], tensor: TensorInfo, limit: int) -> None:
-    name = tensor.name
-    if name in tensors:
-        raise CheckpointError(tensor.path, "twice in the header", tensor=name, expected="one", found="two")
-    if len(tensors) == limit:
-        raise CheckpointError(
-            tensor.path, "tensors in one file", tensor=name, expected=f"at most {limit}", found="more"
-        )
-    tensors[name] = tensor
-
-
-def _read_plain(scan: Scanner, start: int, limit: int, tensors: dict[str, TensorInfo]) -> bool:
-    """Add entries as long as they are valid, several times as fast as `_tensor`; whether anything is left."""
-    path = scan.path
-    # What was found for a dtype and a shape before: most tensors of a model are alike.
-    known: dict[tuple[bytes, bytes], tuple[str, tuple[int, ...], int]] = {}
-    for found in scan.run(_PLAIN):
-        raw, dtype, shape, begin, end, after = found.groups()
-        name = decode_string(raw)
-        size = known.get((dtype, shape))
-        if size is None:
-            if len(known) >= 1024:
-                known.clear()
-            size = known[dtype, shape] = _size(dtype, shape)
-        offset = int(begin)
-        is_name = 0 < len(raw) <= MAX_NAME_BYTES and name.isprintable() and name != METADATA
-        if not is_name or int(end) - offset != size[2]:
-            scan.back(found)
-            return True
-        _add(tensors, TensorInfo(name, path, size[0], size[1], start + offset, size[2]), limit)
-        if after == b"}":
-            return False
-    return True
-
-
-def _size(dtype: bytes | None, shape: bytes | None) -> tuple[str, tuple[int, ...], int]:
-    """dtype, shape and bytes; -1 bytes where they make no tensor, or a key stands twice and another is missing."""
-    if dtype is None or shape is None:
-        return "", (), -1
-    name, sizes = dtype.decode(), tuple(map(int, shape.split(b","))) if shape else ()
-    bits = math.prod(sizes) * DTYPE_BITS.get(name, 1)
-    fits = name in DTYPE_BITS and math.prod(filter(None, sizes)) < 2**63 and bits % 8 == 0
-    return name, sizes, bits // 8 if fits else -1
 
 
 def _in_order(tensors: dict[str, TensorInfo], path: Path, start: int, size: int) -> dict[str, TensorInfo]:
@@ -181,13 +140,13 @@ def _skip_metadata(scan: Scanner) -> None:
     def fail(found: str) -> CheckpointError:
         return CheckpointError(scan.path, METADATA, expected="null, or an object of strings", found=found)
 
-    if scan.take(scan.look(_NULL)):
+    if scan.take(_NULL):
         return
     if not scan.rest().startswith("{"):
         raise fail(scan.rest())
     going = scan.object()
     while going:
-        for found in scan.run(_TEXT):  # several times as fast as what follows, which is for long strings
+        while found := scan.take(_TEXT):  # several times as fast as what follows, which is for long strings
             if found[3] == b"}":
                 return
         key = scan.key()
@@ -207,18 +166,6 @@ def check_name(name: str, path: Path) -> None:
 
 _TEXT = re.compile(KEY + rb'"(' + CHARACTERS + rb')"' + NEXT)
 _NULL = re.compile(rb"null")
-_NATURAL = rb"(?:0|[1-9][0-9]{0,17}+)"
-_COMMA = WS + rb"," + WS
-_COLON = WS + rb":" + WS
-_MEMBER = (
-    (rb'(?:"dtype"' + _COLON + rb'"([A-Z0-9_]++)"|"shape"' + _COLON + rb"\[" + WS)
-    + (rb"((?:" + _NATURAL + rb"(?:" + _COMMA + _NATURAL + rb"){0,7}+)?+)" + WS + rb'\]|"data_offsets"' + _COLON)
-    + (rb"\[" + WS + rb"(" + _NATURAL + rb")" + _COMMA + rb"(" + _NATURAL + rb")" + WS + rb"\])")
-)
-# Three members: where each of the three has been found, each stands once.
-_PLAIN = re.compile(
-    KEY + rb"\{" + WS + rb"(?:" + _MEMBER + rb"(?:" + _COMMA + rb"(?!\})|" + WS + rb"(?=\}))){3}\}" + NEXT
-)
 
 
 def _tensor(name: str, scan: Scanner, start: int) -> TensorInfo:
@@ -250,8 +197,8 @@ def parse_entry(name: str, entry: Any, path: Path, start: int) -> TensorInfo:
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if 8 * (end - begin) != bits:
         raise fail("data_offsets", f"{-(-bits // 8)} bytes for {dtype} {shape}", end - begin)
-    return TensorInfo(name, path, dtype, tuple(shape), start + begin, end - begin)
+    return TensorInfo(name, path, sys.intern(dtype), tuple(shape), start + begin, end - begin)
 
 
 def _is_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and all([type(item) is int and item >= 0 for item in value])

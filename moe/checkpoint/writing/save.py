@@ -1,5 +1,6 @@
 """`save`: a model as a Hugging Face checkpoint folder, whole or not at all."""
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
@@ -64,7 +65,7 @@ def save_through(
     state, slots = _checked_state(model, target)
     check_carried(model.carried_files, target)
     entries = [entry_of(name, state[slot.parameter], slot.shape) for name, slot in slots.items()]
-    config = _config_values(values, model, state, entries, target)
+    config = _config_values(values, model, entries, slots, target)
     files, manifest = divide(entries, max_shard_bytes, target), Manifest()
 
     def value(entry: Entry) -> Tensor:
@@ -125,27 +126,30 @@ def _as_stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _config_values(
     values: Mapping[str, Any],
     model: Transformer,
-    state: Mapping[str, Tensor],
     entries: Sequence[Entry],
+    slots: Mapping[str, Slot],
     target: Path,
 ) -> dict[str, Any]:
-    sizes: dict[torch.dtype, int] = {}
-    for name, tensor in state.items():
-        if tensor.dtype in DTYPES.values() and needs_common_dtype(name):
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
-    # Readers take the one dtype named here for all, so it is that of most values; quantised ones are dequantised to it.
     quantization = model.origin.quantization if model.origin else None
-    dtype = max(sizes, key=lambda d: sizes[d])
-    named = str(dtype).removeprefix("torch.")
     if model.origin is None:  # transformers would have the ids of the released tokenizer
         values = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **values}
     architecture = family_of(values["model_type"], target).architecture
-    values = {**values, "architectures": [architecture], "dtype": named, "torch_dtype": named}
+    values = {**values, "architectures": [architecture], **dtype_keys(entries, slots)}
     if quantization:
         renamed = values["model_type"] != model.config.model_type
         values["quantization_config"] = listed_anew(quantization, entries) if renamed else dict(quantization)
     config_bytes(values, target / CONFIG)
     return values
+
+
+def dtype_keys(entries: Iterable[Entry], slots: Mapping[str, Slot]) -> dict[str, str]:
+    """The keys of config.json that name a dtype. Readers take it for all tensors and dequantise to it, so it is that of
+    most values which all need one dtype."""
+    sizes: dict[str, int] = {}
+    for entry in entries:
+        if entry.dtype in DTYPES and needs_common_dtype(slots[entry.name].parameter):
+            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + math.prod(entry.shape)
+    return dict.fromkeys(("dtype", "torch_dtype"), str(DTYPES[max(sizes, key=sizes.__getitem__)])[len("torch.") :])
 
 
 def listed_anew(raw: Mapping[str, Any], entries: Iterable[Entry]) -> dict[str, Any]:
