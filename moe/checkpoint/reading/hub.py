@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,7 +49,17 @@ def find(folder: str | PathLike[str], revision: str | None = None, *, files: Seq
     if named is None:
         return locate(folder, revision)
     name, revision = named
-    return locate(_ask(lambda hub: hub.snapshot_download(name, revision=revision, allow_patterns=list(files)), *named))
+
+    def download(hub: Any) -> str:
+        download = partial(hub.snapshot_download, name, revision=revision, allow_patterns=list(files))
+        try:
+            return download()
+        except _unreachable():
+            with contextlib.suppress(*_unreachable()):  # huggingface_hub 1 asks for the list of a commit's files
+                return download(local_files_only=True)
+            raise
+
+    return locate(_ask(download, *named))
 
 
 def headers_on_hub(
