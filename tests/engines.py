@@ -36,6 +36,7 @@ BOUND = 1e-4  # of the largest logit
 LENGTH = 24
 SECONDS = 300
 F32 = 0  # GGML_TYPE_F32
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 TRAINING = ("initializer_range", "aux_loss_alpha", "seq_aux", "router_z_loss_coef", "mtp_loss_weight")
 
 
@@ -52,17 +53,13 @@ def computed_otherwise(config: ModelConfig) -> str | None:
 
 
 def tiny(preset: ModelConfig) -> ModelConfig:
-    """The preset with small sizes: several experts in each group, and windows shorter than the text.
-
-    llama.cpp loads queries without a latent only in 26 or 27 layers, and ERNIE's shared experts only if their width is
-    intermediate_size / num_key_value_heads.
-    """
+    """The preset with small sizes: several experts in each group, and windows shorter than the text."""
     sizes: dict[str, Any] = dict(
         vocab_size=99,
         hidden_size=64,
-        num_hidden_layers=27 if preset.is_mla and preset.q_lora_rank is None else 4,
+        num_hidden_layers=4,
         num_attention_heads=4,
-        intermediate_size=128,
+        intermediate_size=48,
         moe_intermediate_size=32,
         n_routed_experts=16,
         num_experts_per_tok=4,
@@ -74,12 +71,26 @@ def tiny(preset: ModelConfig) -> ModelConfig:
     if preset.n_group > 1:
         sizes |= dict(n_group=4, topk_group=2)
     if preset.is_mla:
-        sizes |= dict(q_lora_rank=preset.q_lora_rank and 24, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8)
-        sizes |= dict(v_head_dim=12)
+        sizes |= dict(kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12)
     else:
-        grouped = preset.num_key_value_heads not in (None, preset.num_attention_heads)
-        sizes |= dict(num_key_value_heads=2 if grouped else 4, head_dim=16)
-    return dataclasses.replace(preset, **sizes)
+        sizes |= dict(num_key_value_heads=2, head_dim=16)
+    return loadable(dataclasses.replace(preset, **sizes))
+
+
+def loadable(config: ModelConfig) -> ModelConfig:
+    """The config with sizes that llama.cpp loads.
+
+    It has queries without a latent in 26 and 27 layers only, no grouped queries in two families, and in ERNIE's shared
+    expert intermediate_size / num_key_value_heads hidden units.
+    """
+    changes: dict[str, Any] = {}
+    if config.is_mla and config.num_hidden_layers != 27:
+        changes["q_lora_rank"] = config.q_lora_rank or 24
+    if config.model_type in ("olmoe", "dots1"):
+        changes["num_key_value_heads"] = None
+    if config.model_type == "ernie4_5_moe" and config.shared_width:
+        changes["intermediate_size"] = (config.num_key_value_heads or config.num_attention_heads) * config.shared_width
+    return dataclasses.replace(config, **changes)
 
 
 def cases(model_types: list[str], count: int, seed: int) -> Iterator[tuple[str, ModelConfig]]:
@@ -92,13 +103,13 @@ def cases(model_types: list[str], count: int, seed: int) -> Iterator[tuple[str, 
         changes = ((field, value) for field, values in OTHERS.items() for value in values if field not in TRAINING)
         configs: list[tuple[str, ModelConfig | None]] = [("preset", preset), ("preset, YaRN as in llama.cpp", base)]
         if preset.is_mla:
-            layers, rank = (4, 24) if preset.q_lora_rank is None else (27, None)
-            latent = dataclasses.replace(base, num_hidden_layers=layers, q_lora_rank=rank)
-            configs += [(f"num_hidden_layers={layers}, q_lora_rank={rank}", latent)]
+            latent = dataclasses.replace(base, num_hidden_layers=27, q_lora_rank=None)
+            configs.append(("q_lora_rank=None", latent))
         configs += [(f"{field}={_short(value)}", changed(base, field, value)) for field, value in changes]
         for settings, config in configs:
             if config is None:
                 continue
+            config = loadable(config)
             if not config.family_problems():
                 files = render_config(config, Path("config.json"))
                 if (model_type, files) in written:
@@ -107,7 +118,7 @@ def cases(model_types: list[str], count: int, seed: int) -> Iterator[tuple[str, 
             yield settings, config
     for number, config in examples(count, seed):
         if config.model_type in model_types and not config.family_problems():
-            yield f"random {number}", config
+            yield f"random {number}", loadable(config)
 
 
 def _short(value: Any) -> str:
@@ -154,8 +165,7 @@ def compare(config: ModelConfig, saved: ModelConfig, seed: int, folder: Path, op
     """The relative difference between a model here and llama.cpp's, whose config is `saved`."""
     model = build(saved, seed)
     if options.tokenizer is not None:
-        names = ("tokenizer.json", "tokenizer_config.json")
-        model.carried_files = {name: (options.tokenizer / name).read_bytes() for name in names}
+        model.carried_files = {name: (options.tokenizer / name).read_bytes() for name in TOKENIZER}
     model.save(folder)
     file = folder.with_suffix(".gguf")
     convert(folder, file, options.llama, vocabulary=options.tokenizer is not None)
@@ -208,6 +218,9 @@ def prepare(options: argparse.Namespace) -> None:
     sys.path[:0] = [str(options.llama.parent), str(options.llama.parent / "gguf-py")]
     if not (options.llama.parent / "conversion").is_dir():
         raise SystemExit(f"{prog}: --llama: expected a folder named conversion beside it; found none")
+    if options.tokenizer is not None and not all((options.tokenizer / name).is_file() for name in TOKENIZER):
+        names = " and ".join(TOKENIZER)
+        raise SystemExit(f"{prog}: --tokenizer: expected a folder with {names}; found {options.tokenizer}")
     if importlib.util.find_spec("llama_cpp") is None:
         raise SystemExit(f"{prog}: no module named llama_cpp; expected llama-cpp-python")
     logging.getLogger().setLevel(logging.ERROR)
@@ -222,20 +235,27 @@ def prepare(options: argparse.Namespace) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.engines", description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--llama", type=Path, default=os.environ.get("LLAMA"), help="llama.cpp's convert_hf_to_gguf.py")
-    parser.add_argument("--tokenizer", type=Path, help="Folder with a tokenizer.json that the converter accepts")
+    parser.add_argument(
+        "--llama", type=Path, default=os.environ.get("LLAMA"), help="llama.cpp's convert_hf_to_gguf.py; default: $LLAMA"
+    )
+    parser.add_argument("--tokenizer", type=Path, help="Folder with a tokenizer that the converter accepts")
     parser.add_argument("--only", choices=FAMILIES, help="This family alone")
     parser.add_argument("--count", type=int, default=10, help="Random configs per family; default 10")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the random configs; default 0")
     options = parser.parse_args()
     prepare(options)
-    config = tiny(BASE["deepseek_v3"])
+    sizes: dict[str, int] = {}
+    if options.tokenizer is not None:
+        from tokenizers import Tokenizer
+
+        sizes["vocab_size"] = max(Tokenizer.from_file(str(options.tokenizer / TOKENIZER[0])).get_vocab().values()) + 1
+    config = dataclasses.replace(tiny(BASE["deepseek_v3"]), **sizes)
     flipped = run(config, dataclasses.replace(config, norm_topk_prob=False), 0, options)
     print(f"control: norm_topk_prob differs in the files: {_result(flipped)}")
     wrong = int(isinstance(flipped, str) or flipped <= BOUND)
-    for seed, (settings, config) in enumerate(
-        cases([options.only] if options.only else [*FAMILIES], options.count, options.seed)
-    ):
+    model_types = [options.only] if options.only else [*FAMILIES]
+    for seed, (settings, config) in enumerate(cases(model_types, options.count, options.seed)):
+        config = dataclasses.replace(config, **sizes)
         if config.family_problems():
             print(f"{config.model_type}: {settings}: refused here: {config.family_problems()[0]}", flush=True)
             continue
