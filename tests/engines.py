@@ -1,13 +1,14 @@
 """Exports of every family, run in llama.cpp: `python -m tests.engines --llama PATH/convert_hf_to_gguf.py`.
 
 Requires llama-cpp-python and the converter of the llama.cpp that it is built from. Each config without
-`family_problems` is saved, converted to GGUF in fp32 and evaluated; the logits must be ours. Of each family these
-are the first preset with small sizes, the same with each value in `tests.test_checkpoint_exports.OTHERS`, and random
-configs of `tests.exports`.
+`family_problems` is saved, converted to GGUF in fp32 and evaluated, and the logits are compared with ours. The configs
+of a family are its first preset with small sizes, that preset with each value in
+`tests.test_checkpoint_exports.OTHERS`, and random configs of `tests.exports`. A first comparison, with another
+norm_topk_prob in the files, must fail.
 
-The converter accepts only tokenizers of released models. Unless --tokenizer names a folder with one, it runs with the
-one change that it writes no vocabulary. Errors of the converter or of llama.cpp are printed and are no failure: a
-setting that is refused is not computed differently. The exit status is 1 if a difference is above the bound.
+The converter accepts only tokenizers of released models. Without --tokenizer it is changed in one place: it writes no
+vocabulary. Errors of the converter and of llama.cpp are printed and are no failure, because a model that is refused is
+not computed differently. The exit status is 1 if a difference is above the bound.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import os
 import runpy
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -32,7 +34,7 @@ from moe.checkpoint.families import FAMILIES
 from tests.exports import build, examples
 from tests.test_checkpoint_exports import BASE, OTHERS, changed
 
-BOUND = 1e-4  # of the largest logit
+BOUND = 1e-3  # of the largest logit; rounding reaches 3e-4, and the least that a wrong setting has made is 2e-2
 LENGTH = 24
 SECONDS = 300
 F32 = 0  # GGML_TYPE_F32
@@ -80,8 +82,8 @@ def tiny(preset: ModelConfig) -> ModelConfig:
 def loadable(config: ModelConfig) -> ModelConfig:
     """The config with sizes that llama.cpp loads.
 
-    It has queries without a latent in 26 and 27 layers only, no grouped queries in two families, and in ERNIE's shared
-    expert intermediate_size / num_key_value_heads hidden units.
+    It supports queries without a latent only in models of 26 or 27 layers, and no grouped queries in two families. The
+    hidden size of ERNIE's shared expert must be intermediate_size / num_key_value_heads.
     """
     changes: dict[str, Any] = {}
     if config.is_mla and config.num_hidden_layers != 27:
@@ -252,19 +254,27 @@ def main() -> int:
     config = dataclasses.replace(tiny(BASE["deepseek_v3"]), **sizes)
     flipped = run(config, dataclasses.replace(config, norm_topk_prob=False), 0, options)
     print(f"control: norm_topk_prob differs in the files: {_result(flipped)}")
-    wrong = int(isinstance(flipped, str) or flipped <= BOUND)
+    wrong = isinstance(flipped, str) or not flipped > BOUND
+    counts, worst = Counter[str](), 0.0
     model_types = [options.only] if options.only else [*FAMILIES]
     for seed, (settings, config) in enumerate(cases(model_types, options.count, options.seed)):
         config = dataclasses.replace(config, **sizes)
         if config.family_problems():
-            print(f"{config.model_type}: {settings}: refused here: {config.family_problems()[0]}", flush=True)
-            continue
-        found, expected = run(config, config, seed, options), computed_otherwise(config)
-        result = _result(found) + (f", expected: llama.cpp ignores {expected}" if expected else "")
-        if isinstance(found, float) and not found <= BOUND and not expected:
-            result, wrong = result + " WRONG", wrong + 1
+            kind, result = "refused here", f"refused here: {config.family_problems()[0]}"
+        else:
+            found, ignored = run(config, config, seed, options), computed_otherwise(config)
+            result = _result(found) + (f", expected: llama.cpp ignores {ignored}" if ignored else "")
+            if isinstance(found, str):
+                kind = "refused by llama.cpp"
+            elif ignored:
+                kind = "known to differ"
+            else:
+                kind, worst = "equal" if found <= BOUND else "WRONG", max(worst, found)
+                result += " WRONG" * (kind == "WRONG")
+        counts[kind] += 1
         print(f"{config.model_type}: {settings}: {result}", flush=True)
-    return int(wrong > 0)
+    print(f"{', '.join(f'{n} {kind}' for kind, n in counts.items())}; worst difference {worst:.1e}")
+    return int(wrong or counts["WRONG"] > 0)
 
 
 def _result(found: float | str) -> str:
