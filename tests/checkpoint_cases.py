@@ -45,7 +45,7 @@ V3_MTP = dataclasses.replace(V3, num_nextn_predict_layers=2)
 V2 = ModelConfig(**SMALL, model_type="deepseek_v2", scoring_func="softmax", topk_method="greedy", norm_topk_prob=False)
 
 YARN = RopeParameters(
-    rope_type="yarn", factor=8.0, original_max_position_embeddings=16, mscale=0.8, mscale_all_dim=0.8, beta_fast=4.0
+    rope_type="yarn", factor=8.0, original_max_position_embeddings=16, mscale=0.8, mscale_all_dim=0.8, beta_fast=1.0
 )
 
 _GROUPED: dict[str, Any] = {k: v for k, v in SMALL.items() if not k.startswith(("kv_", "q_", "qk_", "v_", "rope_"))}

@@ -23,7 +23,7 @@ V3_FILE = json.loads(json.dumps(render_config(V3, PATH)))
 V2_FILE = json.loads(json.dumps(render_config(V2, PATH)))
 # As DeepSeek publishes it.
 OLD_YARN = {
-    "beta_fast": 4,
+    "beta_fast": 1,
     "beta_slow": 1,
     "factor": 8,
     "mscale": 0.8,

@@ -20,6 +20,7 @@ from tests.checkpoint_cases import V3, build
 
 PATH = Path("config.json")
 YARN = RopeParameters(rope_type="yarn", factor=4.0, original_max_position_embeddings=1024)
+MLA_YARN = dataclasses.replace(YARN, mscale=1.0, mscale_all_dim=1.0)
 BASE = {config.model_type: config for config in reversed(PRESETS.values())}  # the first preset of each family
 
 # Other values for every field that a family's files could hold. Sizes are not in question: all engines read them.
@@ -42,10 +43,12 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "layer_types": (None, ("sliding_attention",) * 4, ("full_attention", "sliding_attention") * 2),
     "rope_parameters": (
         *(RopeParameters(), RopeParameters(rope_theta=12345.5), RopeParameters(partial_rotary_factor=0.25)),
-        *(dataclasses.replace(YARN, **more) for more in ({}, {"mscale": 1.0, "mscale_all_dim": 1.0})),
+        *(YARN, MLA_YARN),
         *(dataclasses.replace(YARN, **more) for more in ({"mscale": 0.7, "mscale_all_dim": 0.8}, {"mscale": 0.7})),
         *(dataclasses.replace(YARN, **more) for more in ({"attention_factor": 1.1}, {"truncate": False})),
         *(dataclasses.replace(YARN, **more) for more in ({"beta_fast": 16.0}, {"beta_slow": 2.0})),
+        *(dataclasses.replace(MLA_YARN, **more) for more in ({"beta_fast": 16.0}, {"beta_slow": 2.0})),
+        dataclasses.replace(MLA_YARN, beta_fast=1.0),
     ),
     "rope_interleave": (True, False),
     "scoring_func": ("sigmoid", "softmax"),
@@ -100,6 +103,12 @@ DIFFERENT: list[tuple[tuple[str, ...], str, Any]] = [
         (MLA + GQA, "rope_parameters", dataclasses.replace(YARN, **more))
         for more in ({"attention_factor": 1.1}, {"mscale": 0.7})
     ),
+    *(
+        (models, "rope_parameters", dataclasses.replace(yarn, **more))
+        for models, yarn in ((MLA, MLA_YARN), ((*GQA, "ernie4_5_moe"), YARN))
+        for more in ({"beta_fast": 16.0}, {"beta_slow": 2.0})
+    ),
+    (("glm4_moe",), "n_shared_experts", 0),
     (tuple({*MLA, *GQA} - {"gpt_oss"}), "rope_parameters", dataclasses.replace(YARN, truncate=False)),
     (
         ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe", "dots1", "ernie4_5_moe"),

@@ -157,9 +157,13 @@ def _only(field: str, value: Any, reason: str) -> Rule:
 # What engines do with a key of config.json was read in vLLM 0.33.0 (model_executor/models, layers/rotary_embedding),
 # SGLang 0.5.23 (srt/models, srt/layers/rotary_embedding) and llama.cpp as of llama-cpp-python 0.3.36 (conversion,
 # src/models, llama-graph.cpp, llama-context.cpp). A setting that makes one of them fail with an error needs no rule.
-# Released models are never refused, although llama.cpp computes two of them otherwise: it scores groups of DeepSeek-V2
-# by the sum of two experts instead of the best one, and truncates gpt-oss's YaRN range.
+# Released models are never refused, although llama.cpp computes three of them otherwise: it scores groups of
+# DeepSeek-V2 by the sum of two experts instead of the best one, truncates gpt-oss's YaRN range, and has 32 for
+# Kimi-K2's beta_fast of 1. `python -m tests.engines` runs llama.cpp.
+_BETA_SLOW = _only("rope_parameters.beta_slow", 1.0, "llama.cpp has this constant")
 _PLAIN_YARN = (
+    _only("rope_parameters.beta_fast", 32.0, "llama.cpp has this constant"),
+    _BETA_SLOW,
     _only("rope_parameters.attention_factor", None, "SGLang and llama.cpp compute it from the factor instead"),
     _only("rope_parameters.mscale", None, "llama.cpp ignores it"),
     _only("rope_parameters.mscale_all_dim", None, "llama.cpp ignores it"),
@@ -199,6 +203,13 @@ _MLA_RULES = (
         _yarn_agrees,
         "mscale_all_dim's value, above 0",
         "llama.cpp reads mscale_all_dim for both",
+    ),
+    _BETA_SLOW,
+    Rule(
+        "rope_parameters.beta_fast",
+        lambda config: config.rope_parameters.beta_fast in (32.0, 1.0),
+        "32.0, or Kimi-K2's 1.0",
+        "llama.cpp has the constant 32",
     ),
     _only("rope_parameters.attention_factor", None, "vLLM and SGLang compute it from mscale and mscale_all_dim"),
     _only("rope_parameters.truncate", True, "the engines always truncate YaRN's range"),
@@ -450,7 +461,15 @@ GLM4_MOE = Family(
         "num_nextn_predict_layers": 1,
     },
     implied={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "attention_output_bias": False},
-    rules=(_UNTIED, *_PLAIN_YARN, _TRUNCATED_YARN),
+    rules=(
+        Rule(
+            "n_shared_experts",
+            lambda config: config.shared_width > 0 or config.num_moe_layers + config.num_nextn_predict_layers == 0,
+            "at least 1",
+            "llama.cpp adds silu of the experts' input where there is no shared expert",
+        ),
+        *(_UNTIED, *_PLAIN_YARN, _TRUNCATED_YARN),
+    ),
     fixed=_SILU,
     forms=(
         Form(
