@@ -370,7 +370,7 @@ GQA = dataclasses.replace(
         (dataclasses.replace(V2, rope_interleave=False), "rope_interleave"),
         (dataclasses.replace(V3_MTP, model_type="deepseek_v2", norm_topk_prob=False), "scoring_func"),
         (dataclasses.replace(V3, model_type="llama"), "model_type"),
-        (dataclasses.replace(V3, model_type="mixtral"), "intermediate_size"),
+        (dataclasses.replace(V3, model_type="mixtral"), "n_shared_experts"),
         (dataclasses.replace(V3, extra={"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
     ],
 )
