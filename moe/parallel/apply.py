@@ -74,6 +74,10 @@ class DividedExperts(Experts):
             divided = DTensor.from_local(mine, ep, [Shard(0)], run_check=False)
             self.register_parameter(name, nn.Parameter(divided, requires_grad=parameter.requires_grad))
 
+    @eager
+    def forward(self, x: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
+        return super().forward(x, weights, expert_ids)
+
     def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         parts = (None if p is None else _MeanGradient.apply(_local(p), self.ranks) for p in super().operands())
         return tuple(parts)  # pyright: ignore[reportReturnType]
