@@ -452,7 +452,7 @@ def _other_layouts(ranks: Ranks, whole: Path) -> None:
 
 def _on_the_hub(ranks: Ranks, whole: Path) -> None:
     """A name and a revision mean what they mean to `moe.load`; another revision is there, of another dtype."""
-    there, repository = make_mesh(), ranks.folder / "hub" / "models--org--model"
+    there, repository = make_mesh(), ranks.folder / f"hub of {ranks.size}" / "models--org--model"
     if ranks.rank == 0:
         (repository / "refs").mkdir(parents=True)
         for revision, commit, dtype in (("main", "a" * 40, "bf16"), ("v1", "b" * 40, None)):
