@@ -198,7 +198,6 @@ class Transformer(nn.Module):
                 stats.append(block_stats)
         h = self.norm(h)
         terms = [term for s in stats for term in s.terms]
-        self._check_terms(h, terms)
         if labels is None and terms:
             # Without labels there is no `out.loss`, so the auxiliary losses are injected through h.
             aux = torch.stack(self._weigh(terms)).sum()
@@ -214,7 +213,6 @@ class Transformer(nn.Module):
             ahead, mtp_stats = self._predict_ahead(h, input_ids, labels, rope, real, document_ids)
             stats += mtp_stats
             terms += [term for s in mtp_stats for term in s.terms]
-            self._check_terms(h, terms)
 
         load = torch.stack([s.load.to(h.device) for s in stats]) if stats else None
         if load is not None:
@@ -241,12 +239,6 @@ class Transformer(nn.Module):
         device = terms[0].mean.value.device  # layers may be on several
         values = [term.mean.value.to(device) for term in terms]
         return self.global_batch.weigh(values, [term.mean.count.to(device) for term in terms])
-
-    def _check_terms(self, h: Tensor, terms: list[Term]) -> None:
-        """A reentrant checkpoint around a layer gives its losses back without their graph."""
-        lost = torch.is_grad_enabled() and h.requires_grad and not all(term.mean.value.requires_grad for term in terms)
-        if lost and any(router.weight.requires_grad for _, router in routers(self)):
-            raise ValueError("the balance losses of a layer have no gradient: checkpoint it with use_reentrant=False")
 
     def interleave_rope(self) -> None:
         """Rotate pairs of neighbouring rows from now on: `rope_interleave` of the config. The weights stay."""
@@ -296,10 +288,16 @@ class Transformer(nn.Module):
             masks[slides] = attention_scope(length, past, real, document_ids, device, window)
         return masks
 
-    def _run(self, block: nn.Module, *args: object) -> tuple[Tensor, MoEStats | None]:
+    def _run(self, block: nn.Module, h: Tensor, *args: object) -> tuple[Tensor, MoEStats | None]:
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)
+            y, stats = checkpoint(block, h, *args, use_reentrant=False)
+        else:
+            y, stats = block(h, *args)
+        # A reentrant checkpoint around a layer, a block or an MTP module gives the losses back without their graph.
+        terms = stats.terms if stats is not None and torch.is_grad_enabled() and h.requires_grad else ()
+        if not all(term.mean.value.requires_grad for term in terms):
+            raise ValueError("the balance losses of a layer have no gradient: checkpoint it with use_reentrant=False")
+        return y, stats
 
     def _predict_ahead(
         self,

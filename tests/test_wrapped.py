@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -288,15 +289,40 @@ def test_attach_that_fails_changes_nothing() -> None:
     balance.attach(layer, torch.optim.SGD(layer.parameters(), lr=0.1))
 
 
-def test_a_reentrant_checkpoint_loses_the_balance_loss_and_is_refused() -> None:
+@pytest.mark.parametrize("around", ["mlp", "block", "mtp"])
+@pytest.mark.parametrize("with_labels", [True, False])
+def test_a_reentrant_checkpoint_loses_the_balance_loss_and_is_refused(around: str, with_labels: bool) -> None:
+    if around == "mtp" and not with_labels:
+        return  # MTP modules run with labels only
     ids = torch.randint(0, 61, (2, 8))
-    for labels in (ids, None):
-        model = build(MLA)
-        blocks: list[Any] = list(model.layers)
-        for block in blocks:
-            block.mlp = checkpoint_wrapper(block.mlp, checkpoint_impl=CheckpointImpl.REENTRANT)
-        with pytest.raises(ValueError, match="checkpoint it with use_reentrant=False"):
-            model(ids, labels=labels)
+    model: Any = build(MLA, num_nextn_predict_layers=1)
+    wrap = partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.REENTRANT)
+    if around == "mlp":
+        model.layers[1].mlp = wrap(model.layers[1].mlp)
+    elif around == "block":
+        model.layers[1] = wrap(model.layers[1])
+    else:
+        model.mtp[0] = wrap(model.mtp[0])
+    with pytest.raises(ValueError, match="checkpoint it with use_reentrant=False"):
+        model(ids, labels=ids if with_labels else None)
+
+
+def test_layers_below_what_is_trained_may_be_frozen() -> None:
+    """Their balance losses have no gradient, rightly; those of the others have the same as in the whole model."""
+    ids = torch.randint(0, 61, (2, 8), generator=torch.Generator().manual_seed(0))
+
+    def gradient(*, freeze: bool) -> Tensor:
+        model = build(MLA).double()
+        for part in (model.embed_tokens, *model.layers[:2]):
+            part.requires_grad_(not freeze)
+        loss = model(ids, labels=ids).loss
+        assert loss is not None
+        loss.backward()
+        router: Any = list(balance.routers(model))[-1][1]
+        assert all((r.weight.grad is None) == freeze for _, r in list(balance.routers(model))[:-1])
+        return router.weight.grad
+
+    torch.testing.assert_close(gradient(freeze=True), gradient(freeze=False), rtol=1e-12, atol=1e-15)
 
 
 @torch.no_grad()
