@@ -247,6 +247,17 @@ def dispatch(ranks: Ranks, how: str) -> None:
     sent = dispatcher.dispatch(x, Routing(weights, ids, weights))
     _check_traffic(sent.traffic, parts, ranks)
     sent.wait()
+    transport = dispatcher.transport
+    leaving, received = [1] * ranks.size, [1] * ranks.size
+    moving = transport.start("rows", x.new_ones(ranks.size, 2), leaving, received)
+    try:
+        transport.wait("rows", moving.clone())
+    except moe.ParallelError as error:
+        assert "the rows are not those that were started" in str(error)
+    else:
+        raise AssertionError("a copy was taken for what arrives")
+    transport.wait("rows", moving)
+    assert torch.equal(moving, torch.ones_like(moving))
 
 
 def _check_traffic(traffic: Traffic, parts: list[tuple[Tensor, Tensor, Tensor]], ranks: Ranks) -> None:

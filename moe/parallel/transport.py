@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe.errors import ParallelError
 from moe.parallel.journal import Journal
 
 Splits = tuple[Sequence[int], Sequence[int]]
@@ -43,7 +44,7 @@ class Transport(Protocol):
         ...
 
     def wait(self, operation: str, rows: Tensor) -> None:
-        """Wait for what `start` has returned."""
+        """Wait for what `start` has returned. Raises ParallelError for any other tensor, a copy of it included."""
         ...
 
 
@@ -84,14 +85,17 @@ class AllToAll:
             work = dist.all_to_all_single(
                 target, rows.contiguous(), list(received), list(sent), group=self.group, async_op=True
             )
-        self._moving[target.untyped_storage()._cdata] = target, work
         if torch.is_anomaly_enabled():  # it reads what one function of a backward pass hands to the next
-            self.wait(operation, target)
+            self.journal.wait(self.name, operation, work)
+            work = None
+        self._moving[target.untyped_storage()._cdata] = target, work
         return target
 
     def wait(self, operation: str, rows: Tensor) -> None:
         moving = self._moving.pop(rows.untyped_storage()._cdata, None)
-        if moving is not None:
+        if moving is None:  # a copy, which may have been made before the rows had arrived
+            raise ParallelError(f"{operation}: the rows are not those that were started", layer=self.name)
+        if moving[1] is not None:
             self.journal.wait(self.name, operation, moving[1])
 
 
