@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe.config import MoEConfig
 from moe.global_batch import GlobalBatch
 from moe.loss import Mean, Term
 from moe.ops import Routing
@@ -89,12 +90,17 @@ def z_loss(logits: Tensor, token_mask: Tensor | None = None) -> Tensor:
 
 
 def loss_terms(
-    config: Any, routing: Routing, shape: tuple[int, int], token_mask: Tensor | None, tokens: Tensor, batch: GlobalBatch
+    config: MoEConfig,
+    routing: Routing,
+    shape: tuple[int, int],
+    token_mask: Tensor | None,
+    tokens: Tensor,
+    batch: GlobalBatch,
 ) -> tuple[Term, ...]:
     """The losses of a layer's routing that have a coefficient, multiplied by it.
 
     Args:
-        config: aux_loss_alpha, seq_aux and router_z_loss_coef.
+        config: that of the layer.
         routing: of T = B * S tokens; without logits it has no z-loss. Padding has ids of -1.
         shape: (B, S).
         token_mask: bool [B, S], True for real tokens.

@@ -18,7 +18,7 @@ from moe.loss import Term
 from moe.ops import Routing, SwiGLU
 from moe.router import LoadCounter, Router
 
-P = ParamSpec("P")
+_Arguments = ParamSpec("_Arguments")
 
 
 class MLP(nn.Module):
@@ -156,8 +156,8 @@ class _MoELayerArguments(MoEConfig):
 
 
 def _takes(
-    arguments: Callable[Concatenate[Any, P], None],
-) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, P], None]]:
+    arguments: Callable[Concatenate[Any, _Arguments], None],
+) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, _Arguments], None]]:
     """Decorator of a method that passes its arguments on, which gives it their signature for editors and `inspect`."""
     return wraps(arguments, assigned=(), updated=())  # pyright: ignore[reportReturnType]
 

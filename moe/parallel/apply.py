@@ -74,7 +74,7 @@ class DividedExperts(Experts):
             divided = DTensor.from_local(mine, ep, [Shard(0)], run_check=False)
             self.register_parameter(name, nn.Parameter(divided, requires_grad=parameter.requires_grad))
 
-    @eager
+    @eager  # Dynamo would have to trace the gradient's division over parts that FSDP has gathered
     def forward(self, x: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
         return super().forward(x, weights, expert_ids)
 

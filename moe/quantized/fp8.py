@@ -107,13 +107,7 @@ class FP8Experts(QuantizedExperts):
         bias: bool = False,
         activation: SwiGLU = SwiGLU(),
     ) -> None:
-        super().__init__(
-            num_experts,
-            width,
-            hidden,
-            bias=bias,
-            activation=activation,
-        )
+        super().__init__(num_experts, width, hidden, bias=bias, activation=activation)
         self.block_size = block_size
         gate_up, down = (num_experts, 2 * hidden, width), (num_experts, width, hidden)
         self.gate_up_proj = frozen(torch.empty(gate_up, dtype=torch.float8_e4m3fn))

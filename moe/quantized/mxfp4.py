@@ -35,13 +35,7 @@ class MXFP4Experts(QuantizedExperts):
         bias: bool = False,
         activation: SwiGLU = SwiGLU(),
     ) -> None:
-        super().__init__(
-            num_experts,
-            width,
-            hidden,
-            bias=bias,
-            activation=activation,
-        )
+        super().__init__(num_experts, width, hidden, bias=bias, activation=activation)
         for name, size in (("width", width), ("hidden", hidden)):
             if size % MX_BLOCK:
                 raise ValueError(f"{name} = {size}: expected a multiple of {MX_BLOCK}")
