@@ -39,7 +39,12 @@ LENGTH = 24
 SECONDS = 300
 F32 = 0  # GGML_TYPE_F32
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+FAILED = "failed here"  # an error of ours, which is not a refusal of llama.cpp
 TRAINING = ("initializer_range", "aux_loss_alpha", "seq_aux", "router_z_loss_coef", "mtp_loss_weight")
+
+
+class RefusedError(Exception):
+    """The converter or llama.cpp cannot process a model, with its message."""
 
 
 def computed_otherwise(config: ModelConfig) -> str | None:
@@ -169,12 +174,16 @@ def compare(config: ModelConfig, saved: ModelConfig, seed: int, folder: Path, op
     if options.tokenizer is not None:
         model.carried_files = {name: (options.tokenizer / name).read_bytes() for name in TOKENIZER}
     model.save(folder)
-    file = folder.with_suffix(".gguf")
-    convert(folder, file, options.llama, vocabulary=options.tokenizer is not None)
     ids = torch.randint(0, config.vocab_size, (1, LENGTH), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         ours = build(config, seed).eval()(ids).logits[0]
-    return float((evaluate(file, ids[0].tolist()) - ours).abs().max() / ours.abs().max())
+    file = folder.with_suffix(".gguf")
+    try:
+        convert(folder, file, options.llama, vocabulary=options.tokenizer is not None)
+        theirs = evaluate(file, ids[0].tolist())
+    except (Exception, SystemExit) as error:
+        raise RefusedError(f"{type(error).__name__}: {error}") from error
+    return float((theirs - ours).abs().max() / ours.abs().max())
 
 
 def work(result: Connection, log: Path, *args: Any) -> None:
@@ -184,8 +193,10 @@ def work(result: Connection, log: Path, *args: Any) -> None:
         os.dup2(output, stream)
     try:
         result.send(compare(*args))
-    except (Exception, SystemExit) as error:
-        result.send(f"{type(error).__name__}: {error}")
+    except RefusedError as error:
+        result.send(str(error))
+    except Exception as error:
+        result.send(f"{FAILED}: {type(error).__name__}: {error}")
     os._exit(0)
 
 
@@ -265,7 +276,7 @@ def main() -> int:
             found, ignored = run(config, config, seed, options), computed_otherwise(config)
             result = _result(found) + (f", expected: llama.cpp ignores {ignored}" if ignored else "")
             if isinstance(found, str):
-                kind = "refused by llama.cpp"
+                kind = "WRONG" if found.startswith(FAILED) else "refused by llama.cpp"
             elif ignored:
                 kind = "known to differ"
             else:
