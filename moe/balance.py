@@ -20,6 +20,7 @@ from moe.config import MoEConfig
 from moe.global_batch import GlobalBatch
 from moe.loss import Mean, Term
 from moe.ops import Routing
+from moe.ops.library import index_error
 from moe.router import COUNTER_DTYPE, Router
 
 
@@ -33,12 +34,17 @@ def expert_load(expert_ids: Tensor, num_experts: int, token_mask: Tensor | None 
 
     Returns:
         int64 [..., E].
+
+    Raises IndexError for an id that is neither -1 nor in [0, E) (on CPU; a device assertion on CUDA).
     """
-    counted = expert_ids >= 0
-    if token_mask is not None:
-        counted = counted & token_mask.unsqueeze(-1)
+    absent = expert_ids == -1
+    counted = ~absent if token_mask is None else ~absent & token_mask.unsqueeze(-1)
     load = torch.zeros(*expert_ids.shape[:-2], num_experts, dtype=torch.int64, device=expert_ids.device)
-    return load.scatter_add_(-1, expert_ids.clamp_min(0).flatten(-2), counted.to(torch.int64).flatten(-2))
+    try:
+        chosen = expert_ids.masked_fill(absent, 0).flatten(-2)
+        return load.scatter_add_(-1, chosen, counted.to(torch.int64).flatten(-2))
+    except (IndexError, RuntimeError) as error:
+        raise index_error("expert_ids", expert_ids, num_experts, -1, error) from None
 
 
 def balance_loss(
@@ -107,16 +113,21 @@ def loss_terms(
         tokens: int64 [B], real tokens of each sequence.
         batch: over which the balance loss without `seq_aux` is computed.
     """
-    terms = []
+    terms, counts = [], loss_counts(config, tokens)
     if config.aux_loss_alpha:
         scores, ids = routing.scores.unflatten(0, shape), routing.expert_ids.unflatten(0, shape)
         loss = balance_loss(scores, ids, token_mask, seq_aux=config.seq_aux, batch=batch)
-        over = (tokens > 0).sum() if config.seq_aux else tokens.sum()
-        terms.append(Term("balance", Mean(config.aux_loss_alpha * loss, over)))
+        terms.append(Term("balance", Mean(config.aux_loss_alpha * loss, counts["balance"])))
     if config.router_z_loss_coef and routing.logits is not None:
         loss = z_loss(routing.logits.unflatten(0, shape), token_mask)
-        terms.append(Term("z", Mean(config.router_z_loss_coef * loss, tokens.sum())))
+        terms.append(Term("z", Mean(config.router_z_loss_coef * loss, counts["z"])))
     return tuple(terms)
+
+
+def loss_counts(config: MoEConfig, tokens: Tensor) -> dict[str, Tensor]:
+    """Over how many sequences or tokens each loss of a layer is a mean, for tokens [B], the real ones of each."""
+    everything = tokens.sum()
+    return {"balance": (tokens > 0).sum() if config.seq_aux else everything, "z": everything}
 
 
 class _Inject(torch.autograd.Function):

@@ -12,6 +12,8 @@ from moe import ops
 from moe.config import RouterConfig
 from moe.global_batch import GlobalBatch
 from moe.ops import Routing
+from moe.ops.library import index_error
+from moe.ops.permutation import check_ids
 
 COUNTER_DTYPE = torch.float64  # gradients must be floating point; counts are exact up to 2^53
 
@@ -105,9 +107,18 @@ class Router(nn.Module):
         return ops.route(logits, self.e_score_correction_bias, **self.selection)
 
     def replay(self, logits: Tensor, expert_ids: Tensor) -> Routing:
-        """The routing that `expert_ids` [T, K] would give: weights from this router's own scores."""
+        """The routing that `expert_ids` [T, K] would give: weights from this router's own scores.
+
+        Raises ValueError for another shape, TypeError for another dtype than int64, and IndexError for an id that is
+        neither -1 ("not here") nor in [0, E) (on CPU; a device assertion on CUDA).
+        """
+        check_ids(logits, expert_ids)
         scores = logits.sigmoid() if self.selection["scoring_func"] == "sigmoid" else logits.softmax(-1)
-        weights = scores.gather(-1, expert_ids.clamp_min(0)).masked_fill(expert_ids < 0, 0)
+        absent = expert_ids == -1
+        try:
+            weights = scores.gather(-1, expert_ids.masked_fill(absent, 0)).masked_fill(absent, 0)
+        except (IndexError, RuntimeError) as error:
+            raise index_error("expert_ids", expert_ids, self.num_experts, -1, error) from None
         if self.selection["norm_topk_prob"]:
             weights = weights / (weights.sum(-1, keepdim=True).clamp_min(self.selection["norm_min"]) + 1e-20)
         return Routing(weights * self.selection["routed_scaling_factor"], expert_ids, scores)
