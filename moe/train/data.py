@@ -8,6 +8,7 @@ after an end-of-text token; training reads it in windows whose order is a functi
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,7 +224,8 @@ def read_tokenizer_settings(tokenizer_path: Path) -> dict[str, Any]:
 class Dataset:
     """Packed tokens of both parts and what scoring them needs.
 
-    A model is scored on every validation token but the first, the closing <end> of each document among them.
+    A model is scored on every validation token but the first, the closing <end> of each document among them. With a
+    document mask the first token of each document is not scored: nothing in its document precedes it.
 
     Attributes:
         end_of_text: id of <end>.
@@ -242,6 +244,30 @@ class Dataset:
     def validation_bytes(self) -> int:
         """UTF-8 bytes of the held-out documents."""
         return self.facts["validation_bytes"]
+
+    def scored(self, *, document_mask: bool) -> np.ndarray:
+        """bool [len(validation) - 1]: which of validation[1:] are scored."""
+        if document_mask:
+            return self.validation[:-1] != self.end_of_text
+        return np.ones(len(self.validation) - 1, dtype=bool)
+
+    def scored_bytes(self, *, document_mask: bool) -> int:
+        """UTF-8 bytes of the held-out documents that the scored tokens spell; an <end> spells none."""
+        left_out, times = np.unique(self.validation[1:][~self.scored(document_mask=document_mask)], return_counts=True)
+        return self.validation_bytes - sum(
+            int(count) * self._bytes_of(int(token)) for token, count in zip(left_out, times, strict=True)
+        )
+
+    def _bytes_of(self, token: int) -> int:
+        """How many bytes of text a token that begins a document spells, which may be a part of a character."""
+        text = self.tokenizer.id_to_token(token)
+        if token == self.end_of_text:
+            return 0
+        if isinstance(self.tokenizer.decoder, decoders.ByteLevel):
+            return len(text)  # it has a character for each byte
+        if re.fullmatch("<0x[0-9A-F]{2}>", text):
+            return 1
+        return len(self.tokenizer.decode([token], skip_special_tokens=False).encode())
 
     @property
     def token_ids(self) -> dict[str, int]:
@@ -282,10 +308,11 @@ def prepare(folder: Path, data: Sequence[Path], tokenizer_path: Path | None, voc
     end = tokenizer.token_to_id(end_name)
     assert end is not None  # both ways of getting a tokenizer see to it
     folder.mkdir(parents=True, exist_ok=True)
+    vocab_size = 1 + max(tokenizer.get_vocab().values())  # and not how many there are: some leave ids out
     facts: dict[str, Any] = {
-        "dtype": "uint16" if tokenizer.get_vocab_size() <= 2**16 else "uint32",
+        "dtype": "uint16" if vocab_size <= 2**16 else "uint32",
         "end_of_text": end,
-        "vocab_size": tokenizer.get_vocab_size(),
+        "vocab_size": vocab_size,
         "validation_bytes": sum(len(document.text.encode()) for document in validation),
         "held_out": [document.name for document in validation],
         "tokenizer": settings,

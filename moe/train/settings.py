@@ -50,7 +50,7 @@ class Settings:
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
     document_mask: bool = False
-    """Let tokens of a window see their own document only."""
+    """Let tokens of a window see their own document only; first tokens of documents are not predicted or scored."""
     seed: int = 0
     """Of the initial weights, the order of the data and the sample."""
     eval_every: int = 80
