@@ -24,31 +24,49 @@ class LoadCounter:
     Attributes:
         batch: the global batch.
         leaf: float64 [E], whose gradient is the load of the step; None if nothing is counted.
+        weight: a parameter whose gradient is complete after the count of the same backward pass, that of the router.
+            A step begins where it has none: what was counted before is of a step that was skipped. None if no
+            optimizer has it.
     """
 
     def __init__(self, batch: GlobalBatch) -> None:
         self.batch = batch
         self.leaf: Tensor | None = None
+        self.weight: Tensor | None = None
 
     def join(self, batch: GlobalBatch) -> None:
         self.batch = batch
 
-    def start(self, num_experts: int, device: torch.device) -> None:
-        self.leaf = torch.zeros(num_experts, dtype=COUNTER_DTYPE, device=device, requires_grad=True)
+    def start(self, num_experts: int, device: torch.device, weight: Tensor | None) -> None:
+        self.weight = weight
+        self._count_in(torch.zeros(num_experts, dtype=COUNTER_DTYPE, device=device))
+
+    def _count_in(self, leaf: Tensor) -> None:
+        self.leaf = leaf.requires_grad_()
+        self.leaf.register_hook(self._before_counting)
+
+    def _before_counting(self, _: Tensor) -> None:
+        if self.weight is not None and self.weight.requires_grad and self.weight.grad is None:
+            self.forget()
 
     def stop(self) -> None:
-        self.leaf = None
+        self.leaf = self.weight = None
 
     def move(self, device: torch.device) -> None:
         if self.leaf is not None and self.leaf.device != device:
-            self.leaf = self.leaf.detach().to(device).requires_grad_()
+            self._count_in(self.leaf.detach().to(device))
+
+    def forget(self) -> None:
+        """Drop what has been counted since the last `take`."""
+        if self.leaf is not None:
+            self.leaf.grad = None
 
     @torch.no_grad()
     def take(self) -> Tensor:
         """float64 [E]: the tokens counted since the last call."""
         assert self.leaf is not None
         load = self.leaf.grad if self.leaf.grad is not None else torch.zeros_like(self.leaf)
-        self.leaf.grad = None
+        self.forget()
         return load
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LoadCounter":
