@@ -188,7 +188,7 @@ def test_expert_ids_of_another_dtype_or_shape_are_refused(make: Any) -> None:
     layer, x, ids = biased_layer(OPTIONS[0]), torch.randn(6, 24), torch.randint(0, 8, (6, 3))
     for error, wrong in ((TypeError, make(ids)), (ValueError, ids[:5]), (ValueError, ids[:, 0])):
         for routing in (wrong, moe.Routing(torch.ones(wrong.shape), wrong, torch.ones(6, 8))):
-            with pytest.raises(error, match="^expert_ids: expected "):
+            with pytest.raises(error, match=r"^expert_ids: expected "):
                 layer(x, routing=routing)
 
 

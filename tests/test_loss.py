@@ -139,6 +139,7 @@ def test_targets_are_those_of_the_loss():
     target, count = targets(labels, 1, 6, documents, None)
     assert target.tolist() == [[6, -100, 8, -100, 1, -100], [1, -100, 1, -100, 9, -100]] and count == 6
     part = taking_part(2, labels.new_ones(2, 6).bool(), documents)
+    assert part is not None
     assert part.tolist() == [[True, True, False, False], [False] * 4], "the documents of the second row alternate"
     target, count = targets(labels, 3, 4, documents, part)
     assert target.tolist() == [[8, -100, -100, -100], [-100] * 4] and count == 1

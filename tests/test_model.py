@@ -250,7 +250,8 @@ def test_mtp_of_packed_documents_is_that_of_each_alone(lengths: list[int]) -> No
         row[: document.shape[1]], real[: document.shape[1]] = document[0], 1
     padded = model(rows, labels=rows, attention_mask=mask.long())
     alone = [model(document, labels=document) for document in documents]
-    load = sum(torch.nn.functional.pad(out.load, (0, 0, 0, len(packed.load) - len(out.load))) for out in alone)
+    loads = [nn.functional.pad(out.load, (0, 0, 0, len(packed.load) - len(out.load))) for out in alone]
+    load = torch.stack(loads).sum(0)
     assert torch.equal(packed.load, load) and torch.equal(padded.load, load)
     for name, value in padded.losses.items():
         assert packed.losses[name].item() == pytest.approx(value.item(), rel=1e-12), name

@@ -262,8 +262,8 @@ def test_evaluation_under_a_document_mask_scores_what_training_predicts(short: D
     assert len(first) == short.facts["validation"]["documents"]
     spelled = 0
     for a, b in itertools.pairwise(np.flatnonzero(short.validation == end)):
-        text = "".join(short.tokenizer.id_to_token(token) for token in short.validation[a + 2 : b].tolist())
-        spelled += len(text)  # byte-level: a character for each byte
+        rest = map(short.tokenizer.id_to_token, short.validation[a + 2 : b].tolist())
+        spelled += sum(len(text or "") for text in rest)  # byte-level: a character for each byte
     assert evaluation.text_bytes == spelled < short.validation_bytes
     assert evaluation.bits_per_byte == pytest.approx(nats / np.log(2) / spelled, rel=1e-5)
     assert make_trainer(short).evaluate().text_bytes == short.validation_bytes
