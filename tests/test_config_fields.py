@@ -195,7 +195,9 @@ def test_no_field_is_left_out() -> None:
 
 def test_a_layer_reads_the_fields_that_a_model_reads() -> None:
     """`MoELayer` alone is the layer of a model: its config has the same values, and its parameters the same shapes."""
-    settings = COMMON | ATTENTION["gqa"] | dict(expert_bias=True, router_bias=True, shared_expert_gate=True)
+    settings: dict[str, Any] = (
+        COMMON | ATTENTION["gqa"] | dict(expert_bias=True, router_bias=True, shared_expert_gate=True)
+    )
     settings |= dict(swiglu_limit=3.0, swiglu_alpha=1.7, swiglu_beta=1.0, moe_norm_min=0.1, scoring_func="softmax")
     config = ModelConfig(**settings)
     names = [f.name for f in dataclasses.fields(MoEConfig)]

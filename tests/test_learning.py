@@ -153,7 +153,7 @@ def test_prediction_modules_without_a_loss_are_named() -> None:
 
 
 def test_a_vocabulary_of_one_token_is_named() -> None:
-    dead, told = train_once(ModelConfig(**SMALL | {"vocab_size": 1}))
+    dead, told = train_once(dataclasses.replace(ModelConfig(**SMALL), vocab_size=1))
     assert "embed_tokens.weight" in dead and "a vocabulary of one token makes the loss 0" in told.pop()
 
 

@@ -92,7 +92,7 @@ def test_states_are_those_of_the_optimizers(family: str, name: Any) -> None:
         (dict(ep=4, dp_shard=1, dp_replicate=8), 4, 1),
     ],
 )
-def test_ranks_share_the_states(mesh: dict[str, int], experts: int, others: int) -> None:
+def test_ranks_share_the_states(mesh: Any, experts: int, others: int) -> None:
     config = dataclasses.replace(BY_FAMILY["mixtral"], n_routed_experts=8)
     counts = count_parameters(config)
     shares = counts.routed_experts / experts + (counts.total - counts.routed_experts) / others
@@ -196,11 +196,23 @@ def test_what_is_free_is_the_machines_own_figure() -> None:
     check_memory(moe.preset("tiny"), Settings(), device=CPU)
 
 
-def test_a_speed_for_biases_that_are_not_there_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ["--preset", "mixtral_8x7b", "--bias-update-speed", "0.1"],
+            "--bias-update-speed = 0.1: expected the default 0.01: mixtral_8x7b has no correction bias",
+        ),
+        (["--dispatch", "fp8"], "--dispatch = 'fp8': expected same where no experts are divided (--ep 1)"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    options: list[str],
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     free(monkeypatch, 2**60)
-    options = ["--preset", "mixtral_8x7b", "--bias-update-speed", "0.1", "--out", str(tmp_path / "run")]
-    assert main(["train", *options]) == 2
-    said = "--bias-update-speed = 0.1: expected the default 0.01: mixtral_8x7b has no correction bias"
-    assert said in capsys.readouterr().err
+    assert main(["train", *options, "--out", str(tmp_path / "run")]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "run").exists()

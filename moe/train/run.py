@@ -139,6 +139,8 @@ def _check(settings: Settings, world: World, device: torch.device) -> None:
     if config.topk_method != "noaux_tc" and settings.bias_update_speed != default:
         problem = f"the default {default}: {settings.preset} has no correction bias"
         raise ConfigError("--bias-update-speed", settings.bias_update_speed, problem)
+    if settings.dispatch != "same" and settings.ep == 1:
+        raise ConfigError("--dispatch", settings.dispatch, "same where no experts are divided (--ep 1)")
     check_memory(config, settings, ranks=world.size, device=device)
 
 
