@@ -37,7 +37,9 @@ _NAMES: dict[Role, tuple[str, ...]] = {
     Role("experts", 3, decays=True, orthogonalised=True): ("gate_up_proj", "down_proj"),
     Role("router", 2, decays=True): ("gate.weight",),
     Role("gate", 2, decays=True): ("shared_expert_gate.weight",),
-    Role("adapter", 2, decays=True): ("lora_A.weight", "lora_B.weight"),
+    Role("adapter", 2, decays=True): (
+        *("lora_A.weight", "lora_B.weight", "lora_embedding_A.default", "lora_embedding_B.default"),
+    ),
     Role("norm", 1, "ones"): (
         *(f"{name}norm.weight" for name in ("", "e", "h", "q_", "k_", "input_layer", "post_attention_layer")),
         *("q_a_layernorm.weight", "kv_a_layernorm.weight"),

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import random
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 
 import moe
 from moe import ConfigError, ModelConfig, RopeParameters
+from moe.cache import Cache
 from moe.config import MoEConfig
 from moe.counts import parameter_shapes
+from tests.any_config import draw
 
 ROPE: dict[str, Any] = dict(
     rope_theta=50.0,
@@ -191,6 +194,24 @@ def test_no_field_is_left_out() -> None:
     listed = {field for field, *_ in FIELDS}
     fields = {f.name for f in dataclasses.fields(ModelConfig)} - {"rope_parameters"}
     assert listed == fields | {f"rope_parameters.{f.name}" for f in dataclasses.fields(RopeParameters)}
+
+
+def test_decoding_reads_the_fields_that_a_whole_pass_reads() -> None:
+    """Absorbed and expanded MLA, cached and uncached attention, of random models: the same logits."""
+    rng, absorbed = random.Random(3), 0
+    for _ in range(40):
+        config = draw(rng)
+        model = moe.Transformer(config).double().eval()
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, config.vocab_size, (2, 9), generator=generator)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 2)
+            whole, cache = model(ids).logits, Cache(config)
+            steps = [model(part, cache=cache).logits for part in ids.split((4, 1, 1, 3), dim=1)]
+        torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-9, atol=1e-9)
+        absorbed += config.is_mla and any(layer.made is not None for layer in cache.layers)
+    assert absorbed > 5
 
 
 def test_a_layer_reads_the_fields_that_a_model_reads() -> None:

@@ -287,6 +287,7 @@ def test_adapters_are_decayed_by_adamw() -> None:
     layer.experts.requires_grad_(False)
     for side in "AB":
         layer.experts.add_module(f"lora_{side}", nn.ModuleDict({"default": nn.Linear(3, 5, bias=False)}))
+    assert role_of("embed_tokens.lora_embedding_A.default").name == "adapter"
     *_, adamw = optimizers = build_optimizers(layer, "muon", 0.1, 0.2)
     assert len(optimizers) == 1
     decayed, undecayed = adamw.param_groups
