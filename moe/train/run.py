@@ -25,6 +25,7 @@ from moe.presets import preset
 from moe.train.baselines import bigram_nats, bits_per_byte, unigram_nats
 from moe.train.data import Dataset, open_dataset, prepare, write_json
 from moe.train.loop import Trainer, check_savable, deterministic
+from moe.train.memory import check_memory
 from moe.train.metrics import Metrics
 from moe.train.report import ProgressDisplay, say
 from moe.train.settings import Settings
@@ -80,7 +81,7 @@ def train(
         SystemExit: on a mesh, instead of a mistake found before the first step, except in the first process of a node.
     """
     started = time.perf_counter()
-    world = world_of(mesh)
+    world, device = world_of(mesh), torch.device(settings.device) if mesh is None else mesh.device
     first = world.rank == 0
     overwritten = _overwritten(folder)
     with (
@@ -88,6 +89,8 @@ def train(
         _stop_signals(console, once_more_kills=not world.launched) as stopped,
         contextlib.ExitStack() as held,
     ):
+        with world.together():
+            _check(settings, world, device)
         with world.together():
             if first:
                 folder.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +101,7 @@ def train(
                 if first:
                     _dataset(folder, settings)
             with world.together():
-                trainer = _trainer(folder, settings, world)
+                trainer = _trainer(folder, settings, world, device)
         except BaseException:
             if first and not resume:
                 shutil.rmtree(folder)  # nothing was done there yet, and the next attempt needs the name
@@ -130,21 +133,33 @@ def train(
         return summary
 
 
-def _dataset(folder: Path, settings: Settings) -> Dataset:
+def _check(settings: Settings, world: World, device: torch.device) -> None:
+    """Refuse what cannot be trained, before anything is written."""
     config = preset(settings.preset)
     check_savable(config)
     if settings.seq_length > config.max_position_embeddings:
         raise ConfigError("--seq-length", settings.seq_length, f"at most {config.max_position_embeddings}")
+    default = Settings.bias_update_speed
+    if config.topk_method != "noaux_tc" and settings.bias_update_speed != default:
+        problem = f"the default {default}: {settings.preset} has no correction bias"
+        raise ConfigError("--bias-update-speed", settings.bias_update_speed, problem)
+    if settings.dispatch != "same" and settings.ep == 1:
+        raise ConfigError("--dispatch", settings.dispatch, "same where no experts are divided (--ep 1)")
+    check_memory(config, settings, ranks=world.size, device=device)
+
+
+def _dataset(folder: Path, settings: Settings) -> Dataset:
     if (folder / "data" / "data.json").exists():
         return open_dataset(folder / "data")
-    return prepare(folder / "data", settings.data, settings.tokenizer, config.vocab_size)
+    return prepare(folder / "data", settings.data, settings.tokenizer, preset(settings.preset).vocab_size)
 
 
-def _trainer(folder: Path, settings: Settings, world: World) -> Trainer:
+def _trainer(folder: Path, settings: Settings, world: World, device: torch.device) -> Trainer:
     dataset = _dataset(folder, settings)
     config = preset(settings.preset)
     extra = {**config.extra, **dataset.token_ids}
     config = dataclasses.replace(config, vocab_size=dataset.facts["vocab_size"], extra=extra)
+    check_memory(config, settings, ranks=world.size, device=device, vocab_size=config.vocab_size)
     torch.manual_seed(settings.seed)
     model = world.build(config, settings)
     model.carried_files = dataset.carried_files()
