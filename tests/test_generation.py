@@ -1,6 +1,7 @@
 """Generation against transformers, against the definition of each sampling rule, and over ragged batches."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 import moe
 from moe.generation import sample, stream
 from moe.model import Transformer
+from moe.sampling import Sampling
 from tests.test_model import GROUPED, SMALL
 
 
@@ -48,7 +50,7 @@ def test_a_prompt_fed_in_one_go_or_streamed() -> None:
     model = Transformer(SMALL).eval()
     ids = torch.randint(0, 61, (2, 5))
     whole = moe.generate(model, ids, max_new_tokens=6, temperature=0.8, top_k=9, top_p=0.9, seed=5)
-    steps = list(stream(model, ids, max_new_tokens=6, temperature=0.8, top_k=9, top_p=0.9, seed=5))
+    steps = list(stream(model, ids, Sampling(0.8, 9, 0.9), max_new_tokens=6, seed=5))
     assert torch.equal(whole[:, 5:], torch.stack(steps, 1))
     assert torch.equal(whole[:, :5], ids)
     other = moe.generate(model, ids, max_new_tokens=6, temperature=0.8, top_k=9, top_p=0.9, seed=6)
@@ -105,7 +107,7 @@ def test_training_mode_is_as_it_was_between_steps_and_after() -> None:
     model.layers[1].eval()
     before = [module.training for module in model.modules()]
     ids = torch.zeros(1, 2, dtype=torch.int64)
-    steps = [stream(model, ids, max_new_tokens=3) for _ in range(2)]
+    steps = [stream(model, ids, Sampling(), max_new_tokens=3) for _ in range(2)]
     for _ in range(3):
         for step in steps:  # two streams at once
             next(step)
@@ -114,16 +116,13 @@ def test_training_mode_is_as_it_was_between_steps_and_after() -> None:
 
 def test_a_tiny_temperature_is_greedy() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0]])
-    assert sample(logits, 1e-39, 0, 1.0, None).item() == 1
+    assert sample(logits, Sampling(1e-39), None).item() == 1
 
 
-def distribution(logits: Tensor, **options: float | int) -> Tensor:
+def distribution(logits: Tensor, **options: Any) -> Tensor:
     """Observed frequencies of 20,000 draws."""
-    settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | options
-    generator = torch.Generator().manual_seed(0)
-    draws = sample(
-        logits.expand(20_000, -1), settings["temperature"], int(settings["top_k"]), settings["top_p"], generator
-    )
+    sampling = Sampling(**{"temperature": 1.0, **options})
+    draws = sample(logits.expand(20_000, -1), sampling, torch.Generator().manual_seed(0))
     return draws.bincount(minlength=logits.shape[0]) / 20_000
 
 
@@ -140,7 +139,7 @@ def test_sampling_follows_its_rules() -> None:
     assert distribution(logits, top_k=1)[1] == 1
     ties = torch.tensor([0.0, 1.0, 1.0])
     assert distribution(ties, top_k=1)[1] == 1  # the lower id among equals
-    assert sample(ties[None], 0, 0, 1.0, None).item() == 1
+    assert sample(ties[None], Sampling(), None).item() == 1
 
 
 @pytest.mark.parametrize(
@@ -151,6 +150,10 @@ def test_sampling_follows_its_rules() -> None:
         ({"top_p": 0.0}, "top_p = 0.0"),
         ({"top_p": 1.5}, "top_p = 1.5"),
         ({"top_k": -1}, "top_k = -1"),
+        ({"min_p": -0.1}, "min_p = -0.1"),
+        ({"min_p": 1.1}, "min_p = 1.1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty = 0.0"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty = inf"),
         ({"max_new_tokens": -1}, "max_new_tokens = -1"),
         ({"attention_mask": torch.tensor([[1, 0, 1]])}, "padding on the left only"),
         ({"attention_mask": torch.tensor([[1, 1, 0]])}, "padding on the left only"),
