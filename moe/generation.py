@@ -132,7 +132,7 @@ def _steps(
             seen.scatter_(1, fed, 1)
         if mask is not None:
             mask = torch.cat((mask, torch.ones_like(fed, dtype=torch.bool)), dim=1)
-    if max_new_tokens > room:
+    if max_new_tokens > max(room, 0):
         problem = f"{max_new_tokens} new tokens were asked for, and generation stopped after {room}"
         length, positions = input_ids.shape[1], model.config.max_position_embeddings
         warnings.warn(f"{problem}: with {length} before them, all {positions} positions are taken", stacklevel=3)
