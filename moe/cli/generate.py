@@ -296,7 +296,7 @@ class GrowingText:
     """The text of a sequence that grows by tokens, up to a stop, and without what is still incomplete.
 
     Byte-level tokens may end within a character, and a token's text depends on the one before it (a leading space). So
-    the tokens since the last complete character are decoded together with a few before them, and what is new is added.
+    the tokens since the last complete character are decoded together with those before them, and what is new is added.
     The end of that is held back as long as it may be the beginning of a stop.
 
     Attributes:
@@ -309,7 +309,7 @@ class GrowingText:
         self.tokenizer, self.stops = tokenizer, stops
         self.text, self.token_ids = "", []
         self.reason: str | None = None
-        self._context = prompt_ids[-8:]  # tokens whose text is out already
+        self._context = prompt_ids  # whole characters, out already
         self._pending: list[int] = []
         self._held = ""
         # Special tokens have no text to search.
@@ -335,8 +335,11 @@ class GrowingText:
         before = self.tokenizer.decode(self._context)
         after = self.tokenizer.decode(self._context + self._pending)
         if final or not after.endswith("\ufffd"):
-            self._held += after[len(before) :]
-            self._context, self._pending = self._pending[-8:] or self._context, []
+            # Some decoders lose a character if bytes that are none follow it.
+            new = after[len(before) :] if after.startswith(before) else self.tokenizer.decode(self._pending)
+            self._held += new
+            # Special tokens have no text that a space could follow.
+            self._context, self._pending = self._pending if new else self._context, []
         ends = [(at + len(stop), at) for stop in self.stops if (at := self._held.find(stop)) >= 0]
         if ends:  # the stop that is complete first, however the text is cut into tokens
             shown, self.reason = min(ends)[1], "stop"
@@ -346,11 +349,9 @@ class GrowingText:
 
     def _begins_stop(self) -> int:
         """Where in `_held` a stop may have begun that is still incomplete; its length if none has."""
-        longest = max(map(len, self.stops), default=0)
-        starts = range(max(0, len(self._held) - longest + 1), len(self._held))
-        return next(
-            (i for i in starts if any(map(str.startswith, self.stops, repeat(self._held[i:])))), len(self._held)
-        )
+        held, longest = self._held, max(map(len, self.stops), default=0)
+        starts = range(max(0, len(held) - longest + 1), len(held))
+        return next((i for i in starts if any(stop.startswith(held[i:]) for stop in self.stops)), len(held))
 
 
 class _Printer:
