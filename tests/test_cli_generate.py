@@ -1,5 +1,6 @@
 """`moesmith generate`: where a text ends, what is printed of it, and conversations."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -8,6 +9,7 @@ import pty
 import random
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,7 +20,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 
 import moe
-from moe.cli.generate import GrowingText, read_tokenizer
+from moe.cli.generate import Args, GrowingText, read_tokenizer
+from moe.cli.options import parse
+from moe.cli.train import _generate
+from moe.sampling import Sampling
+from moe.train.run import SAMPLING
 from tests.test_chat import NAMES, SETTINGS, TEMPLATES, write_tokenizer
 from tests.test_cli import fails_in_one_line, run, variant
 
@@ -28,9 +34,8 @@ def folder(tmp_path_factory) -> Path:
     """A small random model whose tokens are bytes, with a chat template; it has 96 positions."""
     path = tmp_path_factory.mktemp("chat") / "model"
     files = write_tokenizer(path.parent / "files")
-    config = moe.preset("tiny").to_dict() | {"num_nextn_predict_layers": 0, "max_position_embeddings": 96}
-    config |= {"vocab_size": 256 + len(NAMES), "rope_parameters": moe.preset("tiny").rope_parameters}
-    model = moe.Transformer(moe.ModelConfig(**config))
+    sizes = {"vocab_size": 256 + len(NAMES), "max_position_embeddings": 96, "num_nextn_predict_layers": 0}
+    model = moe.Transformer(dataclasses.replace(moe.preset("tiny"), **sizes))  # pyright: ignore[reportArgumentType]
     model.carried_files = {file.name: file.read_bytes() for file in files.iterdir()}
     model.carried_files["chat_template.jinja"] = TEMPLATES["roles"].encode()
     model.save(path)
@@ -369,3 +374,20 @@ def test_prompts_of_special_tokens(capsys, folder):
     (result,) = generate(capsys, folder, "--prompt", "<|begin|><|user|>", "--max-new-tokens", "4")
     assert result["prompt"] == "<|begin|><|user|>" and len(result["token_ids"]) == 4
     assert SETTINGS["bos_token"] in result["prompt"]
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [("a b\nc", "a b"), ("\n \n it's\n", " it's"), ("--chat x", "--chat x"), ("-\n-1", "-1"), ("é🙂", "é🙂")],
+)
+def test_the_command_that_train_suggests_draws_as_its_sample(text, prompt):
+    suggested = _generate("a folder", text)
+    assert suggested is not None
+    program, command, *words = shlex.split(suggested)
+    args = parse(Args, command, words)
+    assert (program, command, args.folder, args.prompt) == ("moesmith", "generate", "a folder", (prompt,))
+    assert args.sampling == Sampling(**SAMPLING) == Sampling(temperature=0.7, top_p=0.9)  # pyright: ignore[reportArgumentType]
+
+
+def test_without_a_line_to_continue_train_suggests_nothing():
+    assert _generate("folder", "\n \n-\n") is None

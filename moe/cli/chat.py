@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from moe.checkpoint.format.carried import templates
 from moe.checkpoint.format.files import read_bounded
@@ -83,7 +83,7 @@ def _environment() -> Any:
     class Generation(ext.Extension):
         """{% generation %} marks what the model has written, for training."""
 
-        tags: ClassVar[set[str]] = {"generation"}
+        tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
