@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe.cache import Cache
 from moe.config import ModelConfig
-from moe.model import Transformer
+from moe.model import Transformer, check_ids
 from moe.sampling import Sampling
 
 
@@ -76,7 +76,8 @@ def stream(
     """As `generate`, one step at a time: yields int64 [B], the next token of every sequence."""
     if not isinstance(getattr(model, "config", None), ModelConfig):
         raise TypeError(f"model is a {type(model).__name__}: expected a moe.Transformer")
-    if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+    check_ids(input_ids)
+    if input_ids.shape[1] == 0:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected [B, S] with S of 1 or more")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens = {max_new_tokens}: expected 0 or more")

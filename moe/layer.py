@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moe import balance, ops
 from moe.config import MoEConfig
+from moe.errors import ConfigError
 from moe.global_batch import GlobalBatch
 from moe.init import materialize
 from moe.loss import Term
@@ -19,6 +20,44 @@ from moe.ops import Routing, SwiGLU
 from moe.router import LoadCounter, Router
 
 _Arguments = ParamSpec("_Arguments")
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _check_dtype(x: Tensor, weight: Tensor) -> None:
+    device = x.device.type  # "meta", for one, has no autocast
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if x.dtype != weight.dtype and not autocast:
+        raise TypeError(f"x is {x.dtype}: expected {weight.dtype}, as the weights are")
+
+
+def _check_routing(routing: Any, tokens: int, experts: int, *, needs_scores: bool) -> None:
+    """Raise TypeError, ValueError or IndexError for a `routing` that is not one of `tokens` tokens to `experts`."""
+    whole = isinstance(routing, Routing)
+    if not whole and not isinstance(routing, Tensor):
+        found = type(routing).__name__
+        raise TypeError(f"routing is a {found}: expected a moe.Routing, or a tensor of expert ids, int64 [T, K]")
+    ids, weights, scores = (routing[1], routing[0], routing[2]) if whole else (routing, None, None)
+    _check_part("expert_ids", ids, (torch.int64,), (tokens, None))
+    if whole:
+        _check_part("weights", weights, (torch.float32, torch.float64), tuple(ids.shape))
+    if whole and needs_scores:
+        _check_part("scores", scores, (torch.float32, torch.float64), (tokens, experts))
+    if ids.numel() and type(ids) is Tensor and ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = int(ids.min()), int(ids.max())
+        if low < -1 or high >= experts:
+            found = low if low < -1 else high
+            raise IndexError(f"routing: expert id {found}: expected 0 to {experts - 1}, or -1 for none")
+
+
+def _check_part(name: str, value: Any, dtypes: tuple[torch.dtype, ...], shape: tuple[int | None, ...]) -> None:
+    """Raise TypeError or ValueError if this part of a routing is not a tensor of such a dtype and shape (None: any)."""
+    found = value.dtype if isinstance(value, Tensor) else type(value).__name__
+    if found not in dtypes:
+        raise TypeError(f"routing: {name} are {found}: expected a tensor of {' or '.join(map(str, dtypes))}")
+    if len(value.shape) != len(shape) or any(b not in (a, None) for a, b in zip(value.shape, shape, strict=True)):
+        sizes = ", ".join("K" if size is None else str(size) for size in shape)
+        raise ValueError(f"routing: {name} have shape {tuple(value.shape)}: expected [{sizes}]")
 
 
 class MLP(nn.Module):
@@ -31,6 +70,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if type(self.gate_proj) is nn.Linear:  # quantised weights, adapters and FSDP's units have dtypes of their own
+            _check_dtype(x, self.gate_proj.weight)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -56,6 +97,7 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
         gate_up, down, gate_up_bias, down_bias = self.operands()
+        _check_dtype(x, gate_up)
         return ops.moe_mlp(
             x,
             gate_up,
@@ -155,6 +197,9 @@ class _MoELayerArguments(MoEConfig):
     seed: int | None = None
 
 
+_MoELayerArguments.__init__.__qualname__ = "MoELayer.__init__"  # which Python names where arguments are missing
+
+
 def _takes(
     arguments: Callable[Concatenate[Any, _Arguments], None],
 ) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, _Arguments], None]]:
@@ -203,6 +248,8 @@ class MoELayer(nn.Module):
     @classmethod
     def from_config(cls, config: MoEConfig, *, seed: int | None = None) -> Self:
         """The layer of a config, which may be a `ModelConfig`."""
+        if not isinstance(config, MoEConfig):
+            raise ConfigError("config", config, "a moe.config.MoEConfig or moe.ModelConfig, such as moe.preset('tiny')")
         return cls(**{f.name: getattr(config, f.name) for f in fields(MoEConfig)}, seed=seed)
 
     @overload
@@ -241,11 +288,16 @@ class MoELayer(nn.Module):
                 replayed with weights from this router's scores.
         """
         width = self.config.hidden_size
+        if not isinstance(x, Tensor) or x.dtype not in _DTYPES:
+            found = x.dtype if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            raise TypeError(f"x is {found}: expected a tensor of float32, float64, bfloat16 or float16")
         if x.ndim < 2 or x.shape[-1] != width:
             raise ValueError(f"x has shape {tuple(x.shape)}: expected [..., S, {width}]")
         shape = (math.prod(x.shape[:-2]), x.shape[-2])
         rows, padding = x.reshape(shape[0] * shape[1], width), None
         if token_mask is not None:
+            if not isinstance(token_mask, Tensor):
+                raise TypeError(f"token_mask is a {type(token_mask).__name__}: expected a tensor, torch.bool")
             if token_mask.shape != x.shape[:-1] or token_mask.dtype != torch.bool:
                 found = f"{token_mask.dtype} {tuple(token_mask.shape)}"
                 raise ValueError(f"token_mask is {found}: expected torch.bool {tuple(x.shape[:-1])}")
@@ -253,6 +305,9 @@ class MoELayer(nn.Module):
             padding = ~token_mask.reshape(-1, 1)
             rows = rows.masked_fill(padding, 0)
 
+        if routing is not None:
+            needs_scores = self.training and self.config.aux_loss_alpha > 0
+            _check_routing(routing, len(rows), self.config.n_routed_experts, needs_scores=needs_scores)
         if isinstance(routing, Routing):
             routing = routing._replace(logits=None, counter=None)
         else:

@@ -21,6 +21,7 @@ from moe.attention import GQA, MLA
 from moe.balance import LoadReport, inject_gradients, routers
 from moe.cache import Cache, LayerCache
 from moe.config import ModelConfig
+from moe.errors import ConfigError
 from moe.global_batch import GlobalBatch
 from moe.init import materialize
 from moe.layer import MLP, MoELayer, MoEStats
@@ -130,6 +131,9 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
         super().__init__()
+        if not isinstance(config, ModelConfig):
+            preset = repr(config) if isinstance(config, str) else "'tiny'"
+            raise ConfigError("config", config, f"a ModelConfig, such as moe.preset({preset}); moe.load reads a folder")
         self.config = config
         self.carried_files: dict[str, bytes] = {}
         self.origin: Any = None
@@ -178,16 +182,16 @@ class Transformer(nn.Module):
             cache: earlier tokens; it is filled and advanced.
             logits_to_keep: compute logits for this many last positions only; 0 for all.
         """
+        self._check(input_ids, labels, attention_mask, position_ids, document_ids, cache, logits_to_keep)
         batch, length = input_ids.shape
         past = cache.length if cache is not None else 0
-        self._check(input_ids, labels, attention_mask, position_ids, document_ids, cache, past, logits_to_keep)
         if position_ids is None:
             position_ids = torch.arange(past, past + length, device=input_ids.device).expand(batch, length)
         real = attention_mask.bool() if attention_mask is not None else None
         masks = self._masks(length, past, real, document_ids, input_ids.device)
         token_mask = real[:, past:] if real is not None else None
 
-        h = self.embed_tokens(input_ids)
+        h = self._embed(input_ids)
         rope = rope_tables(self.config.rope_parameters, self.config.rope_dim, position_ids, h.dtype)
         stats: list[MoEStats] = []
         for i, block in enumerate(self.layers):
@@ -222,6 +226,18 @@ class Transformer(nn.Module):
         next_token = Term("ce", next_token_loss(logits, labels, 1, document_ids, token_mask))
         loss, losses = self._total([next_token, *ahead, *terms])
         return Output(logits, h, loss, losses, load)
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self.embed_tokens(input_ids)
+        try:
+            return self.embed_tokens(input_ids)
+        except IndexError as error:  # on the CPU; elsewhere the device asserts
+            ids, size = input_ids.flatten(), self.config.vocab_size
+            wrong = ids[(ids < 0) | (ids >= size)].tolist()
+            if not wrong:
+                raise
+            raise IndexError(f"input_ids holds {wrong[0]}: expected ids from 0 to {size - 1}") from error
 
     def _total(self, terms: list[Term]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and what `Output.losses` reports of it."""
@@ -347,28 +363,44 @@ class Transformer(nn.Module):
         position_ids: Tensor | None,
         document_ids: Tensor | None,
         cache: Cache | None,
-        past: int,
         logits_to_keep: int,
     ) -> None:
+        check_ids(input_ids)
+        if cache is not None and not isinstance(cache, Cache):
+            raise TypeError(f"cache is a {type(cache).__name__}: expected a moe.cache.Cache")
         batch, length = input_ids.shape
+        past = cache.length if cache is not None else 0
         for name, tensor, shape in (
             ("labels", labels, (batch, length)),
             ("attention_mask", attention_mask, (batch, past + length)),
             ("position_ids", position_ids, (batch, length)),
             ("document_ids", document_ids, (batch, length)),
         ):
-            if tensor is not None and tuple(tensor.shape) != shape:
+            if tensor is None:
+                continue
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} is a {type(tensor).__name__}: expected a tensor {shape}")
+            if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}: expected {shape}")
-        if attention_mask is not None and attention_mask.is_floating_point():
-            raise ValueError(
-                "attention_mask is floating point: expected booleans or integers, non-zero for real tokens"
-            )
+            if tensor.is_floating_point():
+                mask = "booleans or integers, non-zero for real tokens"
+                raise ValueError(f"{name} is floating point: expected {mask if name == 'attention_mask' else 'int64'}")
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep = {logits_to_keep}: expected 0 (all) or more")
         if document_ids is not None and cache is not None:
             raise ValueError("document_ids and cache together: packed documents are for training")
         if labels is not None and (logits_to_keep or cache is not None):
             raise ValueError("labels need the logits of all positions: no cache and no logits_to_keep")
+
+
+def check_ids(input_ids: Any) -> None:
+    """Raise TypeError or ValueError for what is no tensor of token ids [B, S]."""
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(f"input_ids is a {type(input_ids).__name__}: expected a tensor, int64 [B, S]")
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected [B, S]")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"input_ids is {input_ids.dtype}: expected int64")
 
 
 def attention_scope(
