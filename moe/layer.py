@@ -113,6 +113,10 @@ class Experts(nn.Module):
         """The parameters as the operator takes them."""
         return self.gate_up_proj, self.down_proj, self.gate_up_proj_bias, self.down_proj_bias
 
+    def extra_repr(self) -> str:
+        experts, width, hidden = self.down_proj.shape
+        return f"num_experts={experts}, width={width}, hidden={hidden}, bias={self.down_proj_bias is not None}"
+
 
 class Dispatched(Protocol):
     """Tokens on their way to the ranks that have their experts."""
@@ -215,10 +219,33 @@ class MoELayer(nn.Module):
     instead, for the caller to add to the loss. The correction bias changes only under `moe.balance.attach`.
 
     Args:
-        hidden_size, moe_intermediate_size: D and F.
-        n_routed_experts, num_experts_per_tok: E and K.
-        keywords but seed: see `moe.config.MoEConfig`, which inherits from `ExpertsConfig` and `RouterConfig`.
-        seed: see `initialize`; without a seed, each layer draws one from torch's generator.
+        hidden_size: D, the width of tokens.
+        moe_intermediate_size: F, the width of each routed expert.
+        n_routed_experts: E, the number of routed experts.
+        num_experts_per_tok: K, how many of them each token uses.
+        n_shared_experts: experts that every token uses; one MLP of n_shared_experts * moe_intermediate_size.
+        shared_expert_intermediate_size: width of that MLP instead, with n_shared_experts of 1.
+        shared_expert_gate: multiply its output by a sigmoid of a linear function of the token.
+        expert_bias: biases in the projections of routed experts.
+        swiglu_limit, swiglu_alpha, swiglu_beta: the activation of routed experts is
+            u * sigmoid(swiglu_alpha * u) * (v + swiglu_beta), where u is the gate half, at most swiglu_limit, and v the
+            up half, within swiglu_limit on both sides; None does not clamp. The default is silu(u) * v.
+        scoring_func: scores of experts are the "sigmoid" or the "softmax" of the router's logits.
+        topk_method: which experts are selected. "noaux_tc": those of the best score plus correction bias, which
+            balances the load and has no part in the weights; see `moe.balance.attach`. "group_limited_greedy" and
+            "greedy": those of the best score, the latter without groups.
+        n_group: number of groups of equally many consecutive experts.
+        topk_group: number of groups from which a token's experts come, those of the best score: the sum of a group's
+            two best experts with "noaux_tc", else its best expert.
+        norm_topk_prob: divide a token's weights, which are the scores of its experts, by their sum.
+        routed_scaling_factor: multiplies the weights, after that.
+        router_bias: add a bias to the router's logits.
+        moe_norm_min: the least sum by which weights are divided.
+        aux_loss_alpha: coefficient of the balance loss, `moe.balance.balance_loss`; 0 for none.
+        seq_aux: compute the balance loss for each sequence; else over the whole batch, of all ranks.
+        router_z_loss_coef: coefficient of the mean squared logsumexp of the router's logits; 0 for none.
+        initializer_range: standard deviation of initial weights. Biases begin at 0.
+        seed: of the initial weights, see `moe.init.initialize`; None draws one from torch's generator.
 
     Raises:
         ConfigError: from the same checks as `ModelConfig`, and for a keyword that does not exist.
@@ -337,6 +364,10 @@ class MoELayer(nn.Module):
             y = y.masked_fill(padding, 0)
         y = y.view(x.shape)
         return (y, stats) if return_stats else y
+
+    def extra_repr(self) -> str:
+        sizes = ("hidden_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok")
+        return ", ".join(f"{name}={getattr(self.config, name)}" for name in sizes)
 
     def divide(self, experts: nn.Module, dispatcher: Dispatcher) -> None:
         """Hold only `experts`, and reach the others through `dispatcher`."""

@@ -279,6 +279,10 @@ class Transformer(nn.Module):
                 module.refuse_cast(fn)
         return super()._apply(fn, recurse)
 
+    def extra_repr(self) -> str:
+        count = sum(parameter.numel() for parameter in self.parameters())
+        return f"{self.config.model_type}, {count:,} parameters"
+
     def set_activation_checkpointing(self, on: bool) -> None:
         """Recompute each block in the backward pass instead of keeping its activations (training only)."""
         self.activation_checkpointing = on
