@@ -237,6 +237,9 @@ def test_without_a_template(capsys, folder, tmp_path):
     refusing = variant(folder, tmp_path / "refusing", chat_template__jinja="{{ raise_exception('no roles\\nhere') }}")
     line = fails_in_one_line(capsys, "generate", str(refusing), "--chat", "--prompt", "a")
     assert "chat_template.jinja: the chat template failed: no roles" in line
+    silent = variant(folder, tmp_path / "silent", chat_template__jinja="{# nothing #}")
+    line = fails_in_one_line(capsys, "generate", str(silent), "--chat", "--prompt", "a")
+    assert "chat_template.jinja: the chat template makes no text of a message" in line
 
 
 def test_a_conversation_goes_on(capsys, folder, monkeypatch):

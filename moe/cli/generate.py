@@ -107,13 +107,11 @@ def run(args: Args) -> int:
     if template is None:
         ids = [tokenizer.encode(prompt).ids for prompt in prompts]
     else:
-        messages = [[*system, _message("user", prompt)] for prompt in prompts]
-        ids = [tokenizer.encode(template.render(each), add_special_tokens=False).ids for each in messages]
+        ids = [_render(tokenizer, template, [*system, _message("user", prompt)]) for prompt in prompts]
     if not all(ids):
         raise ConfigError("--prompt", prompts[ids.index([])], "some text")
-    ends = end_ids(folder)
 
-    model = _Model(args, folder, tokenizer, ends)
+    model = _Model(args, folder, tokenizer, end_ids(folder))
     if template is not None and not prompts:
         return _converse(model, template, system)
     model.check(ids, prompts)
@@ -136,7 +134,7 @@ def _converse(model: "_Model", template: ChatTemplate, messages: list[dict[str, 
         if not line:
             continue
         messages = [*messages, _message("user", line)]
-        ids = model.tokenizer.encode(template.render(messages), add_special_tokens=False).ids
+        ids = _render(model.tokenizer, template, messages)
         model.check([ids], [line])
         (text,), _ = model.answer([ids], _Printer([""]))
         messages = [*messages, _message("assistant", text.text)]
@@ -159,6 +157,13 @@ def _ask() -> str:
     except KeyboardInterrupt:
         print()  # the message of the interruption gets a line of its own
         raise
+
+
+def _render(tokenizer: "Tokenizer", template: ChatTemplate, messages: list[dict[str, str]]) -> list[int]:
+    ids = tokenizer.encode(template.render(messages), add_special_tokens=False).ids
+    if not ids:
+        raise CheckpointError(template.file, "the chat template makes no text of a message")
+    return ids
 
 
 def _message(role: str, content: str) -> dict[str, str]:
@@ -229,6 +234,7 @@ class _Model:
             max_new_tokens=min(self.args.max_new_tokens, room),
             attention_mask=mask if len(ids) > 1 else None,  # plain causal attention is faster
             seed=self.args.seed,
+            eos_token_id=sorted(self.ends),
         )
         texts = [GrowingText(self.tokenizer, row, self.args.stop) for row in ids]
         start = time.perf_counter()
@@ -244,7 +250,7 @@ class _Model:
         except FloatingPointError as error:
             raise CheckpointError(self.folder, str(error)) from error
         except KeyboardInterrupt:
-            print()  # the message of the interruption gets a line of its own
+            print(end="" if printer is None else "\n")  # the message of the interruption gets a line of its own
             raise
         seconds = time.perf_counter() - start
         if room < self.args.max_new_tokens and any(text.reason is None for text in texts):
