@@ -88,6 +88,13 @@ def test_stops_are_found_however_tokens_cut_them() -> None:
     assert 150 < stopped < 350
 
 
+def test_of_two_stops_in_one_token_the_one_that_is_complete_first_counts() -> None:
+    tokenizer = pieces("abc")
+    growing = GrowingText(tokenizer, [0], ["abc", "b"])
+    growing.append(tokenizer.encode("abc").ids[0], ended=False)
+    assert growing.text == until_a_stop("abc", ["abc", "b"])[0] == "a"
+
+
 def test_only_what_may_begin_a_stop_is_held_back(tmp_path):
     tokenizer = read_tokenizer(write_tokenizer(tmp_path))
     growing = GrowingText(tokenizer, tokenizer.encode("?").ids, ["abc", "b!"])

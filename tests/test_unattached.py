@@ -1,4 +1,4 @@
-"""Training a bias-balanced layer without `moe.balance.attach`: who is told, and who is not."""
+"""The warning about training a bias-balanced layer without `moe.balance.attach`, and when there is none."""
 
 import copy
 import warnings
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from moe import router
 from moe.balance import attach
@@ -49,7 +50,7 @@ def test_training_without_attach_warns_once(watched: Any, options: dict[str, Any
     assert watched.has_warned
 
 
-def test_nobody_who_knows_is_warned(watched: Any) -> None:
+def test_other_training_does_not_warn(watched: Any) -> None:
     def prepared(how: str) -> tuple[Any, torch.optim.Optimizer, Any]:
         layer = small_layer(topk_method="greedy" if how == "no bias" else "noaux_tc").train(how != "eval")
         if how == "frozen router":
@@ -68,7 +69,7 @@ def test_nobody_who_knows_is_warned(watched: Any) -> None:
     for how in ways:
         assert train(*prepared(how)) == [], how
     layer = small_layer()
-    layer(torch.randn(5, 8))  # once before attach: what nobody has trained yet is not noticed
+    layer(torch.randn(5, 8))  # before attach: a forward pass alone is no training
     optimizer = torch.optim.AdamW(layer.parameters())
     attach(layer, optimizer)
     assert train(layer, optimizer) == []
@@ -82,7 +83,7 @@ def test_watching_costs_no_graph_break_and_no_recompilation(watched: Any) -> Non
     torch._dynamo.reset()
     layer = small_layer()
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     assert train(layer, optimizer, torch.compile(layer, fullgraph=True, backend=counter)) == []
     attach(layer, optimizer)
     assert counter.frame_count == 1
