@@ -11,8 +11,9 @@ Names are resolved on first use, so that `import moe` costs nothing and needs ne
 GPU.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from moe.lazy import attributes
 
 __version__ = "0.1.0"
 
@@ -23,7 +24,6 @@ _HOME = {
     "ModelConfig": "moe.config",
     "RopeParameters": "moe.config",
     "preset": "moe.presets",
-    "presets": "moe.presets",
     "MoELayer": "moe.layer",
     "MoEStats": "moe.layer",
     "Routing": "moe.ops",
@@ -32,15 +32,35 @@ _HOME = {
     "load": "moe.checkpoint",
     "save": "moe.checkpoint",
     "family_problems": "moe.checkpoint.format.config_json",
-    "balance": "moe.balance",
-    "ops": "moe.ops",
 }
-_MODULES = {"balance", "ops", "presets"}
+_MODULES = (
+    "balance",
+    "checkpoint",
+    "config",
+    "counts",
+    "errors",
+    "integrations",
+    "ops",
+    "parallel",
+    "planning",
+    "presets",
+    "quantized",
+    "train",
+)
 
 if TYPE_CHECKING:
     from moe import balance as balance
+    from moe import checkpoint as checkpoint
+    from moe import config as config
+    from moe import counts as counts
+    from moe import errors as errors
+    from moe import integrations as integrations
     from moe import ops as ops
+    from moe import parallel as parallel
+    from moe import planning as planning
     from moe import presets as presets
+    from moe import quantized as quantized
+    from moe import train as train
     from moe.checkpoint import load as load
     from moe.checkpoint import save as save
     from moe.checkpoint.format.config_json import family_problems as family_problems
@@ -56,17 +76,9 @@ if TYPE_CHECKING:
     from moe.ops import Routing as Routing
     from moe.presets import preset as preset
 
-__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'moe' has no attribute {name!r}")
-    module = importlib.import_module(_HOME[name])
-    value = module if name in _MODULES else getattr(module, name)
-    globals()[name] = value
-    return value
+__all__ = sorted((*_HOME, *_MODULES))  # pyright: ignore[reportUnsupportedDunderAll]
+__getattr__ = attributes(globals(), _HOME)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return __all__

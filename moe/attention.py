@@ -143,6 +143,9 @@ class MLA(nn.Module):
         k = torch.cat((k_nope, k_pe.unsqueeze(2).expand(-1, -1, self.heads, -1)), dim=-1)
         return self.o_proj(attend(q, k, v, mask, self.scale))
 
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, latent={self.latent}, nope={self.nope}, rope={self.rope}, value={self.value}"
+
     def interleave_rope(self) -> None:
         """See `Transformer.interleave_rope`."""
         self.interleave = True
@@ -209,12 +212,13 @@ class GQA(nn.Module):
         super().__init__()
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads or self.heads
+        self.head_dim = config.qk_head_dim
         self.interleave = bool(config.rope_interleave)
         self.scale = softmax_scale(config)
         self.qk_norm = config.qk_norm
         self.rope_dim = config.rope_dim
 
-        width, dim, bias = config.hidden_size, config.qk_head_dim, config.attention_bias
+        width, dim, bias = config.hidden_size, self.head_dim, config.attention_bias
         self.q_proj = nn.Linear(width, self.heads * dim, bias=bias)
         self.k_proj = nn.Linear(width, self.kv_heads * dim, bias=bias)
         self.v_proj = nn.Linear(width, self.kv_heads * dim, bias=bias)
@@ -243,6 +247,10 @@ class GQA(nn.Module):
         group = self.heads // self.kv_heads
         k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
         return self.o_proj(attend(q, k, v, mask, self.scale, self.sinks))
+
+    def extra_repr(self) -> str:
+        text = f"heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, rope_dim={self.rope_dim}"
+        return f"{text}, qk_norm={self.qk_norm}, sinks={self.sinks is not None}"
 
     def _rotate(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         rotated = apply_rope(x[..., : self.rope_dim], *rope, interleave=self.interleave)

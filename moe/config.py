@@ -147,13 +147,7 @@ class SwiGLU(_Settings):
 
 @dataclass(frozen=True)
 class ExpertsConfig(_Settings):
-    """The experts of a Mixture-of-Experts layer.
-
-    The shared expert, which every token uses, has the width n_shared_experts * moe_intermediate_size, or
-    shared_expert_intermediate_size; with shared_expert_gate its output is multiplied by a sigmoid of the token.
-    expert_bias adds biases to the projections of routed experts, and swiglu_limit, swiglu_alpha and swiglu_beta are the
-    fields of their `SwiGLU`.
-    """
+    """The experts of a Mixture-of-Experts layer. `moe.MoELayer` explains each field."""
 
     hidden_size: int
     moe_intermediate_size: int
@@ -192,17 +186,7 @@ class ExpertsConfig(_Settings):
 
 @dataclass(frozen=True)
 class RouterConfig(_Settings):
-    """The router of a Mixture-of-Experts layer.
-
-    `topk_method` decides selection as in DeepSeek's configs:
-
-    - "noaux_tc": a correction bias is added for selection only; a group's score is the sum of its two best experts.
-    - "group_limited_greedy": no bias; a group's score is its best expert.
-    - "greedy": no bias, no groups.
-
-    With norm_topk_prob, a token's weights are divided by their sum, or by moe_norm_min if the sum is smaller.
-    router_bias adds a bias to the logits.
-    """
+    """The router of a Mixture-of-Experts layer. `moe.MoELayer` explains each field."""
 
     n_routed_experts: int
     num_experts_per_tok: int
@@ -266,12 +250,7 @@ class RouterConfig(_Settings):
 
 @dataclass(frozen=True)
 class MoEConfig(RouterConfig, ExpertsConfig):
-    """A Mixture-of-Experts layer: router, experts and losses.
-
-    `aux_loss_alpha` scales the balance loss, per sequence when `seq_aux`, else over the whole batch;
-    `router_z_loss_coef` scales the mean squared logsumexp of the router's logits. `initializer_range` is the standard
-    deviation of initial weights.
-    """
+    """A Mixture-of-Experts layer: router, experts and losses. `moe.MoELayer` explains each field."""
 
     _: KW_ONLY
     aux_loss_alpha: float = 0.0
@@ -294,21 +273,45 @@ class MoEConfig(RouterConfig, ExpertsConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(MoEConfig):
-    """A transformer with Mixture-of-Experts layers, which `MoEConfig` describes.
+    """A transformer with Mixture-of-Experts layers.
 
-    Attention is MLA when `kv_lora_rank` is a number and grouped-query attention when it is None.
-    MLA uses q_lora_rank (None: no compression of q), qk_nope_head_dim, qk_rope_head_dim and v_head_dim;
-    grouped-query attention uses num_key_value_heads, head_dim, qk_norm ("head": each query and key head is normalised;
-    "whole": all heads of a token together), attention_sinks (a learnt logit for each head that takes attention and
-    gives nothing) and sliding_window: a query sees that many tokens, itself included, in the layers that `layer_types`
-    calls "sliding_attention" (None: in all). attention_bias is of the projections of q, k and v;
-    attention_output_bias of the output's (None: as attention_bias). rope_interleave rotates pairs (2i, 2i + 1) of a
-    head's dimensions instead of (i, i + half); None becomes True with MLA and False without, as in released models.
+    `moe.MoELayer` explains the fields of these layers: hidden_size, moe_intermediate_size, n_routed_experts,
+    num_experts_per_tok, n_shared_experts, shared_expert_intermediate_size, shared_expert_gate, expert_bias,
+    swiglu_limit, swiglu_alpha, swiglu_beta, scoring_func, topk_method, n_group, topk_group, norm_topk_prob,
+    routed_scaling_factor, router_bias, moe_norm_min, aux_loss_alpha, seq_aux, router_z_loss_coef and initializer_range,
+    which is that of the whole model. hidden_size is D, the width of the whole model.
 
-    Layer i has experts if i >= first_k_dense_replace, it is not in mlp_only_layers and i + 1 is a multiple of
-    decoder_sparse_step; other layers have a dense MLP of intermediate_size. `mtp_loss_weight` is the lambda of
-    multi-token prediction. `model_type` is Hugging Face's and decides the checkpoint layout only. `extra` holds values
-    of a config.json that nothing here reads; they are written back on save.
+    Attributes:
+        vocab_size: V.
+        num_hidden_layers: L, without MTP modules.
+        num_attention_heads: H.
+        intermediate_size: width of the MLP of layers without experts.
+        first_k_dense_replace: layers without experts at the beginning.
+        mlp_only_layers: numbers of further layers without experts.
+        decoder_sparse_step: of the others, layer i has experts if i + 1 is a multiple of this.
+        kv_lora_rank: C, the latent rank of MLA; None for grouped-query attention.
+        q_lora_rank: MLA: rank of the compressed queries; None does not compress them.
+        qk_nope_head_dim, qk_rope_head_dim: MLA: dimensions of a query and key head that do not rotate, and that do.
+        v_head_dim: MLA: dimensions of a value head.
+        num_key_value_heads: grouped-query attention: key and value heads; None for as many as there are query heads.
+        head_dim: grouped-query attention: dimensions of a head; None for hidden_size / num_attention_heads.
+        qk_norm: grouped-query attention: RMS norms on each query and key head ("head"), on all heads of a token
+            together ("whole"), or "none".
+        attention_bias: biases in the projections of queries, keys and values.
+        attention_output_bias: a bias in the output projection; None for that of attention_bias.
+        attention_sinks: a learnt logit for each head, which takes attention and gives nothing.
+        sliding_window: how many tokens a query sees, itself included; None for all.
+        layer_types: "full_attention" or "sliding_attention" for each layer; None: sliding_window, if any, is for all.
+        rope_parameters: rotary embedding; see `RopeParameters`.
+        rope_interleave: rotate pairs (2i, 2i + 1) of a head's dimensions instead of (i, i + half). None becomes True
+            with MLA and False without, as in released models.
+        max_position_embeddings: longest sequence that the model is for. `moe.generate` ends there.
+        num_nextn_predict_layers: multi-token prediction modules.
+        mtp_loss_weight: lambda, the weight of their loss.
+        tie_word_embeddings: the head is the embedding.
+        rms_norm_eps: added to the mean square in RMS norms.
+        model_type: Hugging Face's; decides the layout of checkpoints only.
+        extra: values of a config.json that nothing here reads; they are written back on save.
     """
 
     vocab_size: int

@@ -1,6 +1,7 @@
 """Prefill, decode and sampling. The function is `moe.generate`."""
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -8,7 +9,9 @@ import torch
 from torch import Tensor
 
 from moe.cache import Cache
-from moe.model import Transformer
+from moe.config import ModelConfig
+from moe.model import Transformer, check_input_ids
+from moe.sampling import Sampling
 
 
 def generate(
@@ -20,10 +23,15 @@ def generate(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     seed: int | None = None,
     eos_token_id: int | Sequence[int] | None = None,
 ) -> Tensor:
     """Continue each sequence: int64 [B, S] -> [B, S + new], new <= max_new_tokens.
+
+    Rows end at the model's last position (`max_position_embeddings`), prompt and padding included, with a warning if
+    that comes before max_new_tokens and before the end of all sequences.
 
     Args:
         input_ids: prompts; shorter ones are padded on the left with any id.
@@ -31,21 +39,24 @@ def generate(
         temperature: 0 takes the most likely token (the lowest id among equals); else logits are divided by it.
         top_k: sample among the k most likely; 0 for all.
         top_p: sample among the smallest set of most likely tokens whose probability reaches top_p.
+        min_p: sample among tokens that are at least min_p times as likely as the most likely one; 0 for all.
+        repetition_penalty: divides the positive and multiplies the negative logits of tokens that a sequence already
+            has, its prompt included, before everything else; 1 changes nothing.
         seed: of the sampling, for repeatable text; None draws from the global generator.
         eos_token_id: an id, or several, that end a sequence; its later positions repeat the (first) id, and generation
             stops when all have ended. Not on a mesh, where every rank has to make equally many steps.
 
     Raises:
-        ValueError: an empty prompt, a mask with padding on the right, or a sampling parameter out of range.
+        ValueError: an empty prompt, one that fills the model's positions, a mask with padding on the right, or a
+            sampling parameter out of range (ConfigError).
+        FloatingPointError: logits with NaN, with inf, or all -inf; it names the step (from 1) and the sequence.
     """
     steps = stream(
         model,
         input_ids,
+        Sampling(temperature, top_k, top_p, min_p, repetition_penalty),
         max_new_tokens=max_new_tokens,
         attention_mask=attention_mask,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
         seed=seed,
         eos_token_id=eos_token_id,
     )
@@ -55,23 +66,27 @@ def generate(
 def stream(
     model: Transformer,
     input_ids: Tensor,
+    sampling: Sampling,
     *,
     max_new_tokens: int,
     attention_mask: Tensor | None = None,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
     seed: int | None = None,
     eos_token_id: int | Sequence[int] | None = None,
 ) -> Iterator[Tensor]:
     """As `generate`, one step at a time: yields int64 [B], the next token of every sequence."""
-    if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+    if not isinstance(getattr(model, "config", None), ModelConfig):
+        raise TypeError(f"model is a {type(model).__name__}: expected a moe.Transformer")
+    check_input_ids(input_ids)
+    if input_ids.shape[1] == 0:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected [B, S] with S of 1 or more")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens = {max_new_tokens}: expected 0 or more")
+    length, positions = input_ids.shape[1], model.config.max_position_embeddings
+    if max_new_tokens and length >= positions:
+        expected = f"fewer than the model's {positions} positions (max_position_embeddings), for a token to follow"
+        raise ValueError(f"input_ids has {length} tokens: expected {expected}")
     if eos_token_id is not None and model.global_batch.lockstep:
         raise ValueError("eos_token_id: on a mesh other ranks' sequences end elsewhere; cut them after max_new_tokens")
-    check_sampling(temperature, top_k, top_p)
     mask = None
     if attention_mask is not None:
         mask = attention_mask.bool()
@@ -80,18 +95,16 @@ def stream(
     ends = (
         tuple(eos_token_id) if isinstance(eos_token_id, Sequence) else () if eos_token_id is None else (eos_token_id,)
     )
-    return _steps(model, input_ids, max_new_tokens, mask, temperature, top_k, top_p, seed, ends)
+    return _steps(model, input_ids, sampling, max_new_tokens, mask, seed, ends)
 
 
 @torch.inference_mode()
 def _steps(
     model: Transformer,
     input_ids: Tensor,
+    sampling: Sampling,
     max_new_tokens: int,
     mask: Tensor | None,
-    temperature: float,
-    top_k: int,
-    top_p: float,
     seed: int | None,
     ends: tuple[int, ...],
 ) -> Iterator[Tensor]:
@@ -99,11 +112,16 @@ def _steps(
     cache = Cache(model.config)
     ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     last = torch.tensor(ends, dtype=torch.int64, device=input_ids.device)
+    seen = _count(input_ids, mask, model.config.vocab_size) if sampling.repetition_penalty != 1 else None
+    room = model.config.max_position_embeddings - input_ids.shape[1]
     fed = input_ids
-    for _ in range(max_new_tokens):
+    for step in range(1, min(max_new_tokens, room) + 1):
         with _eval_mode(model):
             logits = model(fed, attention_mask=mask, cache=cache, logits_to_keep=1).logits[:, -1]
-        token = sample(logits, temperature, top_k, top_p, generator)
+        if seen is not None:
+            logits = penalize(logits, seen, sampling.repetition_penalty)
+        _check_finite(logits, ended, step)
+        token = sample(logits, sampling, generator)
         if ends:
             token = token.masked_fill(ended, ends[0])
             ended = ended | torch.isin(token, last)
@@ -111,8 +129,14 @@ def _steps(
         if ends and bool(ended.all()):
             return
         fed = token.unsqueeze(1)
+        if seen is not None:
+            seen.scatter_(1, fed, 1)
         if mask is not None:
             mask = torch.cat((mask, torch.ones_like(fed, dtype=torch.bool)), dim=1)
+    if max_new_tokens > max(room, 0):
+        problem = f"{max_new_tokens} new tokens were asked for, and generation stopped after {room}"
+        length, positions = input_ids.shape[1], model.config.max_position_embeddings
+        warnings.warn(f"{problem}: with {length} before them, all {positions} positions are taken", stacklevel=3)
 
 
 @contextmanager
@@ -128,28 +152,53 @@ def _eval_mode(model: Transformer) -> Iterator[None]:
             module.training = True
 
 
-def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
-    """Raise ValueError for a sampling parameter out of range."""
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature = {temperature}: expected a finite number from 0 up")
-    if top_k < 0:
-        raise ValueError(f"top_k = {top_k}: expected 0 (all) or more")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p = {top_p}: expected a number above 0, at most 1")
+def _check_finite(logits: Tensor, ended: Tensor, step: int) -> None:
+    """Raise FloatingPointError for logits [B, V] from which nothing can be chosen, in a row that has not ended."""
+    bad = ~logits.amax(dim=-1).isfinite() & ~ended  # the largest of values with a NaN is NaN
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        values = logits[row]
+        found = "hold NaN" if bool(values.isnan().any()) else "hold inf" if bool((values > 0).any()) else "are all -inf"
+        raise FloatingPointError(f"step {step}: the logits of sequence {row} {found}; expected finite numbers")
 
 
-def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """One token id [B] from logits [B, V]; see `generate`. Ties are decided by the lower id."""
-    if temperature == 0:
+def _count(input_ids: Tensor, mask: Tensor | None, vocabulary: int) -> Tensor:
+    """int64 [B, V], how often each sequence has each token, without padding."""
+    counted = torch.ones_like(input_ids) if mask is None else mask.long()
+    return input_ids.new_zeros(len(input_ids), vocabulary).scatter_add_(1, input_ids, counted)
+
+
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """logits [B, V] with a penalty on the tokens whose count in `seen` [B, V] is not 0; see `Sampling`."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.where(seen > 0, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
+    """One token id [B] from logits [B, V]; see `Sampling`. The repetition penalty is not applied here."""
+    if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    scaled = (logits.float() - logits.amax(dim=-1, keepdim=True).float()) / temperature  # no temperature overflows this
-    ranked, ids = scaled.sort(dim=-1, descending=True, stable=True)
-    if top_k:
-        ranked[:, top_k:] = float("-inf")
-    if top_p < 1:
+    ranked, ids = rank(logits, sampling)
+    drawn = torch.multinomial(ranked.softmax(dim=-1), 1, generator=generator)
+    return ids.gather(-1, drawn).squeeze(-1)
+
+
+def rank(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """(logits to sample from, their ids), both [B, V], the most likely first, of equal ones the lower id.
+
+    The logits are divided by the temperature, shifted, and -inf where a rule excludes the token.
+    """
+    shifted = logits.float() - logits.amax(dim=-1, keepdim=True).float()
+    ranked, ids = (shifted / sampling.temperature).sort(dim=-1, descending=True, stable=True)  # nothing overflows
+    if sampling.top_k:
+        ranked[:, sampling.top_k :] = float("-inf")
+    if sampling.top_p < 1:
         # In integers: sums of floating point differ with their order, and torch has no deterministic ones on a GPU.
         p = (ranked.softmax(dim=-1, dtype=torch.float64) * 2**52).long()
         before = p.cumsum(dim=-1) - p
-        ranked = ranked.masked_fill(before >= math.ceil(top_p * 2**52), float("-inf"))  # 0 before the first: it stays
-    drawn = torch.multinomial(ranked.softmax(dim=-1), 1, generator=generator)
-    return ids.gather(-1, drawn).squeeze(-1)
+        excluded = before >= math.ceil(sampling.top_p * 2**52)
+        ranked = ranked.masked_fill(excluded, float("-inf"))  # 0 before the first: it stays
+    if sampling.min_p:
+        p = ranked.softmax(dim=-1)
+        ranked = ranked.masked_fill(p < sampling.min_p * p[:, :1], float("-inf"))
+    return ranked, ids

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moe import balance, ops
 from moe.config import MoEConfig
+from moe.errors import ConfigError
 from moe.global_batch import GlobalBatch
 from moe.init import materialize
 from moe.loss import Term
@@ -21,6 +22,44 @@ from moe.ops.permutation import check_ids
 from moe.router import LoadCounter, Router
 
 _Arguments = ParamSpec("_Arguments")
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _check_dtype(x: Tensor, weight: Tensor) -> None:
+    device = x.device.type  # "meta", for one, has no autocast
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if x.dtype != weight.dtype and not autocast:
+        raise TypeError(f"x is {x.dtype}: expected {weight.dtype}, as the weights are")
+
+
+def _check_routing(routing: Any, tokens: int, experts: int, *, needs_scores: bool) -> None:
+    """Raise TypeError, ValueError or IndexError for a `routing` that is not one of `tokens` tokens to `experts`."""
+    whole = isinstance(routing, Routing)
+    if not whole and not isinstance(routing, Tensor):
+        found = type(routing).__name__
+        raise TypeError(f"routing is a {found}: expected a moe.Routing, or a tensor of expert ids, int64 [T, K]")
+    ids, weights, scores = (routing[1], routing[0], routing[2]) if whole else (routing, None, None)
+    _check_part("expert_ids", ids, (torch.int64,), (tokens, None))
+    if whole:
+        _check_part("weights", weights, (torch.float32, torch.float64), tuple(ids.shape))
+    if whole and needs_scores:
+        _check_part("scores", scores, (torch.float32, torch.float64), (tokens, experts))
+    if ids.numel() and type(ids) is Tensor and ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = int(ids.min()), int(ids.max())
+        if low < -1 or high >= experts:
+            found = low if low < -1 else high
+            raise IndexError(f"routing: expert id {found}: expected 0 to {experts - 1}, or -1 for none")
+
+
+def _check_part(name: str, value: Any, dtypes: tuple[torch.dtype, ...], shape: tuple[int | None, ...]) -> None:
+    """Raise TypeError or ValueError if this part of a routing is not a tensor of such a dtype and shape (None: any)."""
+    found = value.dtype if isinstance(value, Tensor) else type(value).__name__
+    if found not in dtypes:
+        raise TypeError(f"routing: {name} are {found}: expected a tensor of {' or '.join(map(str, dtypes))}")
+    if len(value.shape) != len(shape) or any(b not in (a, None) for a, b in zip(value.shape, shape, strict=True)):
+        sizes = ", ".join("K" if size is None else str(size) for size in shape)
+        raise ValueError(f"routing: {name} have shape {tuple(value.shape)}: expected [{sizes}]")
 
 
 class MLP(nn.Module):
@@ -33,6 +72,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if type(self.gate_proj) is nn.Linear:  # quantised weights, adapters and FSDP's units have dtypes of their own
+            _check_dtype(x, self.gate_proj.weight)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -58,6 +99,7 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
         gate_up, down, gate_up_bias, down_bias = self.operands()
+        _check_dtype(x, gate_up)
         return ops.moe_mlp(
             x,
             gate_up,
@@ -72,6 +114,10 @@ class Experts(nn.Module):
     def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """The parameters as the operator takes them."""
         return self.gate_up_proj, self.down_proj, self.gate_up_proj_bias, self.down_proj_bias
+
+    def extra_repr(self) -> str:
+        experts, width, hidden = self.down_proj.shape
+        return f"num_experts={experts}, width={width}, hidden={hidden}, bias={self.down_proj_bias is not None}"
 
 
 class Dispatched(Protocol):
@@ -157,6 +203,9 @@ class _MoELayerArguments(MoEConfig):
     seed: int | None = None
 
 
+_MoELayerArguments.__init__.__qualname__ = "MoELayer.__init__"  # which Python names where arguments are missing
+
+
 def _takes(
     arguments: Callable[Concatenate[Any, _Arguments], None],
 ) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, _Arguments], None]]:
@@ -172,10 +221,33 @@ class MoELayer(nn.Module):
     instead, for the caller to add to the loss. The correction bias changes only under `moe.balance.attach`.
 
     Args:
-        hidden_size, moe_intermediate_size: D and F.
-        n_routed_experts, num_experts_per_tok: E and K.
-        keywords but seed: see `moe.config.MoEConfig`, which inherits from `ExpertsConfig` and `RouterConfig`.
-        seed: see `initialize`; without a seed, each layer draws one from torch's generator.
+        hidden_size: D, the width of tokens.
+        moe_intermediate_size: F, the width of each routed expert.
+        n_routed_experts: E, the number of routed experts.
+        num_experts_per_tok: K, how many of them each token uses.
+        n_shared_experts: experts that every token uses; one MLP of n_shared_experts * moe_intermediate_size.
+        shared_expert_intermediate_size: width of that MLP instead, with n_shared_experts of 1.
+        shared_expert_gate: multiply its output by a sigmoid of a linear function of the token.
+        expert_bias: biases in the projections of routed experts.
+        swiglu_limit, swiglu_alpha, swiglu_beta: the activation of routed experts is
+            u * sigmoid(swiglu_alpha * u) * (v + swiglu_beta), where u is the gate half, at most swiglu_limit, and v the
+            up half, within swiglu_limit on both sides; None does not clamp. The default is silu(u) * v.
+        scoring_func: scores of experts are the "sigmoid" or the "softmax" of the router's logits.
+        topk_method: which experts are selected. "noaux_tc": those of the best score plus correction bias, which
+            balances the load and has no part in the weights; see `moe.balance.attach`. "group_limited_greedy" and
+            "greedy": those of the best score, the latter without groups.
+        n_group: number of groups of equally many consecutive experts.
+        topk_group: number of groups from which a token's experts come, those of the best score: the sum of a group's
+            two best experts with "noaux_tc", else its best expert.
+        norm_topk_prob: divide a token's weights, which are the scores of its experts, by their sum.
+        routed_scaling_factor: multiplies the weights, after that.
+        router_bias: add a bias to the router's logits.
+        moe_norm_min: the least sum by which weights are divided.
+        aux_loss_alpha: coefficient of the balance loss, `moe.balance.balance_loss`; 0 for none.
+        seq_aux: compute the balance loss for each sequence; else over the whole batch, of all ranks.
+        router_z_loss_coef: coefficient of the mean squared logsumexp of the router's logits; 0 for none.
+        initializer_range: standard deviation of initial weights. Biases begin at 0.
+        seed: of the initial weights, see `moe.init.initialize`; None draws one from torch's generator.
 
     Raises:
         ConfigError: from the same checks as `ModelConfig`, and for a keyword that does not exist.
@@ -205,6 +277,8 @@ class MoELayer(nn.Module):
     @classmethod
     def from_config(cls, config: MoEConfig, *, seed: int | None = None) -> Self:
         """The layer of a config, which may be a `ModelConfig`."""
+        if not isinstance(config, MoEConfig):
+            raise ConfigError("config", config, "a moe.config.MoEConfig or moe.ModelConfig, such as moe.preset('tiny')")
         return cls(**{f.name: getattr(config, f.name) for f in fields(MoEConfig)}, seed=seed)
 
     @overload
@@ -243,11 +317,16 @@ class MoELayer(nn.Module):
                 replayed with weights from this router's scores.
         """
         width = self.config.hidden_size
+        if not isinstance(x, Tensor) or x.dtype not in _DTYPES:
+            found = x.dtype if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            raise TypeError(f"x is {found}: expected a tensor of float32, float64, bfloat16 or float16")
         if x.ndim < 2 or x.shape[-1] != width:
             raise ValueError(f"x has shape {tuple(x.shape)}: expected [..., S, {width}]")
         shape = (math.prod(x.shape[:-2]), x.shape[-2])
         rows, padding = x.reshape(shape[0] * shape[1], width), None
         if token_mask is not None:
+            if not isinstance(token_mask, Tensor):
+                raise TypeError(f"token_mask is a {type(token_mask).__name__}: expected a tensor, torch.bool")
             if token_mask.shape != x.shape[:-1] or token_mask.dtype != torch.bool:
                 found = f"{token_mask.dtype} {tuple(token_mask.shape)}"
                 raise ValueError(f"token_mask is {found}: expected torch.bool {tuple(x.shape[:-1])}")
@@ -255,6 +334,9 @@ class MoELayer(nn.Module):
             padding = ~token_mask.reshape(-1, 1)
             rows = rows.masked_fill(padding, 0)
 
+        if routing is not None:
+            needs_scores = self.training and self.config.aux_loss_alpha > 0
+            _check_routing(routing, len(rows), self.config.n_routed_experts, needs_scores=needs_scores)
         if isinstance(routing, Routing):
             check_ids(rows, routing.expert_ids)
             routing = routing._replace(logits=None, counter=None)
@@ -286,6 +368,10 @@ class MoELayer(nn.Module):
             y = y.masked_fill(padding, 0)
         y = y.view(x.shape)
         return (y, stats) if return_stats else y
+
+    def extra_repr(self) -> str:
+        sizes = ("hidden_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok")
+        return ", ".join(f"{name}={getattr(self.config, name)}" for name in sizes)
 
     def divide(self, experts: nn.Module, dispatcher: Dispatcher) -> None:
         """Hold only `experts`, and reach the others through `dispatcher`."""

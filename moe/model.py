@@ -22,6 +22,7 @@ from moe.attention import GQA, MLA
 from moe.balance import LoadReport, inject_gradients, loss_counts, routers
 from moe.cache import Cache, LayerCache
 from moe.config import ModelConfig
+from moe.errors import ConfigError
 from moe.global_batch import GlobalBatch
 from moe.init import materialize
 from moe.layer import MLP, MoELayer, MoEStats
@@ -32,6 +33,7 @@ from moe.quantized import Quantized
 from moe.rope import rope_tables
 
 Rope = tuple[Tensor, Tensor]
+ID_DTYPES = (torch.int64, torch.int32)
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,9 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
         super().__init__()
+        if not isinstance(config, ModelConfig):
+            preset = repr(config) if isinstance(config, str) else "'tiny'"
+            raise ConfigError("config", config, f"a ModelConfig, such as moe.preset({preset}); moe.load reads a folder")
         self.config = config
         self.carried_files: dict[str, bytes] = {}
         self.origin: Any = None
@@ -184,12 +189,13 @@ class Transformer(nn.Module):
             logits_to_keep: compute logits for this many last positions only; 0 for all.
 
         Raises:
+            TypeError: ids or labels that are no integers.
             ValueError: shapes, dtypes or arguments that do not fit each other.
             IndexError: an id or a label that is predicted out of range (on CPU; a device assertion on CUDA).
         """
-        past = cache.length if cache is not None else 0
-        self._check(input_ids, labels, attention_mask, position_ids, document_ids, cache, past, logits_to_keep)
+        self._check(input_ids, labels, attention_mask, position_ids, document_ids, cache, logits_to_keep)
         batch, length = input_ids.shape
+        past = cache.length if cache is not None else 0
         if position_ids is None:
             position_ids = torch.arange(past, past + length, device=input_ids.device).expand(batch, length)
         real = attention_mask.bool() if attention_mask is not None else None
@@ -199,10 +205,7 @@ class Transformer(nn.Module):
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             for reason in self._idle:
                 warnings.warn(f"parameters that do not learn: {reason}", stacklevel=2)
-        try:
-            h = self.embed_tokens(input_ids)
-        except IndexError as error:
-            raise index_error("input_ids", input_ids, self.config.vocab_size, None, error) from None
+        h = self._embed(input_ids)
         rope = rope_tables(self.config.rope_parameters, self.config.rope_dim, position_ids, h.dtype)
         stats: list[MoEStats] = []
         for i, block in enumerate(self.layers):
@@ -237,6 +240,12 @@ class Transformer(nn.Module):
         next_token = Term("ce", next_token_loss(logits, labels, 1, document_ids, token_mask))
         loss, losses = self._total([next_token, *ahead, *terms])
         return Output(logits, h, loss, losses, load)
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        try:
+            return self.embed_tokens(input_ids)
+        except IndexError as error:
+            raise index_error("input_ids", input_ids, self.config.vocab_size, None, error) from None
 
     def _total(self, terms: list[Term]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and what `Output.losses` reports of it."""
@@ -310,6 +319,10 @@ class Transformer(nn.Module):
             if isinstance(module, Quantized):
                 module.refuse_cast(fn)
         return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        count = sum(parameter.numel() for parameter in self.parameters())
+        return f"{self.config.model_type}, {count:,} parameters"
 
     def set_activation_checkpointing(self, on: bool) -> None:
         """Recompute each block in the backward pass instead of keeping its activations (training only)."""
@@ -395,14 +408,14 @@ class Transformer(nn.Module):
         position_ids: Tensor | None,
         document_ids: Tensor | None,
         cache: Cache | None,
-        past: int,
         logits_to_keep: int,
     ) -> None:
-        if input_ids.ndim != 2:
-            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected [B, S]")
+        check_input_ids(input_ids)
+        if cache is not None and not isinstance(cache, Cache):
+            raise TypeError(f"cache is a {type(cache).__name__}: expected a moe.cache.Cache")
         batch, length = input_ids.shape
+        past = cache.length if cache is not None else 0
         for name, tensor, shape in (
-            ("input_ids", input_ids, (batch, length)),
             ("labels", labels, (batch, length)),
             ("attention_mask", attention_mask, (batch, past + length)),
             ("position_ids", position_ids, (batch, length)),
@@ -410,22 +423,31 @@ class Transformer(nn.Module):
         ):
             if tensor is None:
                 continue
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} is a {type(tensor).__name__}: expected a tensor {shape}")
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}: expected {shape}")
-            if name in ("input_ids", "labels") and tensor.dtype not in (torch.int64, torch.int32):
-                raise ValueError(f"{name} is {tensor.dtype}: expected torch.int64 or torch.int32")
-            if name in ("position_ids", "document_ids") and (tensor.is_floating_point() or tensor.is_complex()):
-                raise ValueError(f"{name} is {tensor.dtype}: expected integers")
-        if attention_mask is not None and attention_mask.is_floating_point():
-            raise ValueError(
-                "attention_mask is floating point: expected booleans or integers, non-zero for real tokens"
-            )
+            if name == "labels" and tensor.dtype not in ID_DTYPES:
+                raise TypeError(f"labels is {tensor.dtype}: expected int64 or int32")
+            if tensor.is_floating_point() or tensor.is_complex():
+                wanted = "booleans or integers, non-zero for real tokens" if name == "attention_mask" else "integers"
+                raise ValueError(f"{name} is floating point: expected {wanted}")
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep = {logits_to_keep}: expected 0 (all) or more")
         if document_ids is not None and cache is not None:
             raise ValueError("document_ids and cache together: packed documents are for training")
         if labels is not None and (logits_to_keep or cache is not None):
             raise ValueError("labels need the logits of all positions: no cache and no logits_to_keep")
+
+
+def check_input_ids(input_ids: Any) -> None:
+    """Raise TypeError or ValueError for what is no tensor of token ids [B, S]."""
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(f"input_ids is a {type(input_ids).__name__}: expected a tensor, int64 [B, S]")
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected [B, S]")
+    if input_ids.dtype not in ID_DTYPES:
+        raise TypeError(f"input_ids is {input_ids.dtype}: expected int64 or int32")
 
 
 def attention_scope(

@@ -1,12 +1,16 @@
 """The router of a Mixture-of-Experts layer."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from moe import ops
 from moe.config import RouterConfig
@@ -27,18 +31,20 @@ class LoadCounter:
         weight: a parameter whose gradient is complete after the count of the same backward pass, that of the router.
             A step begins where it has none: what was counted before is of a step that was skipped. None if that
             cannot be told, because the optimizer does not have it or finds no gradient in it.
+        ever_counted: whether it was ever started.
     """
 
     def __init__(self, batch: GlobalBatch) -> None:
         self.batch = batch
         self.leaf: Tensor | None = None
         self.weight: Tensor | None = None
+        self.ever_counted = False
 
     def join(self, batch: GlobalBatch) -> None:
         self.batch = batch
 
     def start(self, num_experts: int, device: torch.device, weight: Tensor | None) -> None:
-        self.weight = weight
+        self.weight, self.ever_counted = weight, True
         self._count_in(torch.zeros(num_experts, dtype=COUNTER_DTYPE, device=device))
 
     def _count_in(self, leaf: Tensor) -> None:
@@ -78,6 +84,39 @@ class LoadCounter:
 
     def __reduce__(self) -> Any:
         return LoadCounter, (self.batch,)
+
+
+class _Watch:
+    """Warns, once per process, of routers that an optimizer trains and whose correction bias nothing moves.
+
+    It looks at the steps of torch's optimizers, since a forward pass cannot know whether one follows.
+    """
+
+    def __init__(self) -> None:
+        self.routers: WeakSet[Router] = WeakSet()
+        self.hook: Any = None
+        self.has_warned = False
+
+    def add(self, router: "Router") -> None:
+        if self.has_warned:
+            return
+        self.routers.add(router)
+        if self.hook is None:
+            self.hook = register_optimizer_step_post_hook(self._look)
+
+    def _look(self, optimizer: Optimizer, *_: Any) -> None:
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if any(id(router.weight) in held and not router.load_counter.ever_counted for router in self.routers):
+            self.hook.remove()
+            self.has_warned = True
+            warnings.warn(
+                "experts are trained without balancing: their correction bias (topk_method 'noaux_tc') changes only "
+                "under moe.balance.attach(model, optimizer); attach with bias_update_speed=0 to keep it as it is",
+                stacklevel=3,
+            )
+
+
+_watch = _Watch()
 
 
 class Router(nn.Module):
@@ -148,8 +187,22 @@ class Router(nn.Module):
     def forward(self, x: Tensor, expert_ids: Tensor | None = None) -> Routing:
         """x [T, D] -> its routing, with the logits; `expert_ids` [T, K] replace the selection."""
         logits = self.logits(x)
+        if not torch.compiler.is_compiling() and self._may_be_forgotten():
+            _watch.add(self)
         routing = self.route(logits) if expert_ids is None else self.replay(logits, expert_ids)
         return routing._replace(logits=logits, counter=self.load_counter)
+
+    def _may_be_forgotten(self) -> bool:
+        """Whether this looks like training without `moe.balance.attach`, which is called before it."""
+        has_bias = self.e_score_correction_bias is not None and not self.load_counter.ever_counted
+        return has_bias and self.training and self.weight.requires_grad and torch.is_grad_enabled()
+
+    def extra_repr(self) -> str:
+        rules = ", ".join(
+            f"{name}={self.selection[name]}" for name in ("top_k", "scoring_func", "n_group", "topk_group")
+        )
+        balanced = self.e_score_correction_bias is not None
+        return f"num_experts={self.num_experts}, width={self.weight.shape[-1]}, {rules}, correction_bias={balanced}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         bias = self.e_score_correction_bias

@@ -793,6 +793,7 @@ def without_gradients(ranks: Ranks) -> None:
         return clip_grad_norm(model.parameters(), 1.0).item()
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    balance.attach(model, optimizer, bias_update_speed=0.0)
     before = {name: whole(parameter) for name, parameter in parameters.items()}
     norm = step()
     squares = [whole(parameter.grad).square().sum() for parameter in parameters.values() if parameter.grad is not None]

@@ -190,6 +190,7 @@ def test_training_the_rest_leaves_fp8_as_it_is(made: Folders, tmp_path: Path) ->
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained and not any(is_quantised(n) for n in trained if "mlp.gate" not in n)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    moe.balance.attach(model, optimizer, bias_update_speed=0.0)
     model(IDS, labels=IDS).loss.backward()
     optimizer.step()
     model.save(tmp_path / "trained")

@@ -431,7 +431,7 @@ def test_growing_text_holds_back_incomplete_characters(folder):
             for token in ids[cut:]:
                 text.append(token, ended=False)
                 assert "\ufffd" not in text.text or "\ufffd" in start
-            text.finish()
+            text.finish("length")
             assert start.endswith("\ufffd") or start + text.text == whole
 
     face = tokenizer.encode("🙂").ids
@@ -439,7 +439,7 @@ def test_growing_text_holds_back_incomplete_characters(folder):
     text = GrowingText(tokenizer, tokenizer.encode("a").ids)
     text.append(face[0], ended=False)
     assert text.text == ""
-    text.finish()
+    text.finish("length")
     assert set(text.text) == {"\ufffd"}
 
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import inspect
+import re
 from typing import Any
 
 import pytest
@@ -335,3 +336,101 @@ def test_from_config(options: dict[str, Any]) -> None:
         assert (config.aux_loss_alpha, config.seq_aux, config.router_z_loss_coef) == (0.5, False, 0.25)
     plain = MoEConfig(24, 10, 8, 3, **settings)
     assert all(getattr(plain, f.name) == getattr(config, f.name) for f in dataclasses.fields(MoEConfig))
+
+
+def test_the_docstrings_explain_every_argument() -> None:
+    documented = inspect.getdoc(MoELayer) or ""
+    for name in inspect.signature(MoELayer).parameters:
+        assert re.search(rf"^ +[\w, ]*\b{name}\b[\w, ]*: \w", documented, re.MULTILINE), name
+    own = {f.name for f in dataclasses.fields(moe.ModelConfig)} - {f.name for f in dataclasses.fields(MoEConfig)}
+    documented = inspect.getdoc(moe.ModelConfig) or ""
+    for f in dataclasses.fields(moe.ModelConfig):
+        assert re.search(rf"\b{f.name}\b", documented), f.name
+        assert f.name not in own or re.search(rf"^ +[\w, ]*\b{f.name}\b[\w, ]*: ", documented, re.MULTILINE), f.name
+
+
+def test_a_layer_shows_its_sizes() -> None:
+    shown = repr(MoELayer(24, 10, 8, 3, n_group=4, topk_group=2, n_shared_experts=2, expert_bias=True))
+    assert (
+        shown
+        == """MoELayer(
+  hidden_size=24, moe_intermediate_size=10, n_routed_experts=8, num_experts_per_tok=3
+  (gate): Router(num_experts=8, width=24, top_k=3, scoring_func=sigmoid, n_group=4, topk_group=2, correction_bias=True)
+  (experts): Experts(num_experts=8, width=24, hidden=10, bias=True)
+  (shared_experts): MLP(
+    (gate_proj): Linear(in_features=24, out_features=20, bias=False)
+    (up_proj): Linear(in_features=24, out_features=20, bias=False)
+    (down_proj): Linear(in_features=20, out_features=24, bias=False)
+  )
+)"""
+    )
+
+
+IDS = torch.zeros(6, 3, dtype=torch.int64)
+GOOD = moe.Routing(torch.ones(6, 3), IDS, torch.ones(6, 8))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"x": [[1.0]]}, TypeError, "x is a list: expected a tensor of float32, float64, bfloat16 or float16"),
+        ({"x": torch.ones(6, 24, dtype=torch.int64)}, TypeError, "x is torch.int64: expected a tensor of float32"),
+        (
+            {"x": torch.ones(6, 24, dtype=torch.float64)},
+            TypeError,
+            "x is torch.float64: expected torch.float32, as the",
+        ),
+        ({"x": torch.ones(6, 24, dtype=torch.bfloat16)}, TypeError, "x is torch.bfloat16: expected torch.float32"),
+        ({"x": torch.ones(24)}, ValueError, "x has shape (24,): expected [..., S, 24]"),
+        ({"token_mask": [True] * 6}, TypeError, "token_mask is a list: expected a tensor, torch.bool"),
+        (
+            {"token_mask": torch.ones(5, dtype=torch.bool)},
+            ValueError,
+            "token_mask is torch.bool (5,): expected torch.bool",
+        ),
+        ({"routing": (torch.ones(6, 3), IDS)}, TypeError, "routing is a tuple: expected a moe.Routing, or a tensor"),
+        (
+            {"routing": IDS.float()},
+            TypeError,
+            "routing: expert_ids are torch.float32: expected a tensor of torch.int64",
+        ),
+        ({"routing": IDS.int()}, TypeError, "routing: expert_ids are torch.int32: expected a tensor of torch.int64"),
+        ({"routing": IDS[:5]}, ValueError, "routing: expert_ids have shape (5, 3): expected [6, K]"),
+        ({"routing": IDS[None]}, ValueError, "routing: expert_ids have shape (1, 6, 3): expected [6, K]"),
+        ({"routing": IDS[:, 0]}, ValueError, "routing: expert_ids have shape (6,): expected [6, K]"),
+        ({"routing": IDS + 8}, IndexError, "routing: expert id 8: expected 0 to 7, or -1 for none"),
+        ({"routing": IDS - 2}, IndexError, "routing: expert id -2: expected 0 to 7, or -1 for none"),
+        ({"routing": GOOD._replace(expert_ids=IDS + 9)}, IndexError, "routing: expert id 9: expected 0 to 7"),
+        ({"routing": GOOD._replace(expert_ids=IDS.tolist())}, TypeError, "routing: expert_ids are list: expected a"),
+        (
+            {"routing": GOOD._replace(weights=torch.ones(6, 2))},
+            ValueError,
+            "routing: weights have shape (6, 2): expected [6, 3]",
+        ),
+        ({"routing": GOOD._replace(weights=IDS)}, TypeError, "routing: weights are torch.int64: expected a tensor of"),
+        ({"routing": GOOD._replace(scores=None)}, TypeError, "routing: scores are NoneType: expected a tensor of"),
+        (
+            {"routing": GOOD._replace(scores=torch.ones(6, 7))},
+            ValueError,
+            "routing: scores have shape (6, 7): expected [6, 8]",
+        ),
+    ],
+)
+@pytest.mark.parametrize("shared", [0, 1])
+def test_a_wrong_call_names_the_argument(arguments: Any, error: type[Exception], message: str, shared: int) -> None:
+    layer = MoELayer(24, 10, 8, 3, n_shared_experts=shared, aux_loss_alpha=0.1)
+    with pytest.raises(error, match=f"^{re.escape(message)}"):
+        layer(**{"x": torch.ones(6, 24), **arguments})
+
+
+def test_what_a_layer_is_made_of() -> None:
+    with pytest.raises(moe.ConfigError, match=r"config = 'tiny': expected a moe\.config\.MoEConfig"):
+        MoELayer.from_config("tiny")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"^MoELayer\.__init__\(\) missing 1 required"):
+        MoELayer(24, 10, 8)  # pyright: ignore[reportCallIssue]
+    # Ids of another number of experts, and a routing without scores where no loss reads them, are as good as any.
+    layer = MoELayer(24, 10, 8, 3)
+    assert layer(torch.ones(6, 24), routing=IDS[:, :1]).isfinite().all()
+    assert layer(torch.ones(6, 24), routing=GOOD._replace(scores=None)).isfinite().all()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.ones(6, 24, dtype=torch.bfloat16)).isfinite().all()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 from typing import Any
 
 import pytest
@@ -193,14 +194,14 @@ def test_wrong_dtypes_are_named() -> None:
     tied = model_of(SHAPES["gqa-tied"])
     ids = torch.randint(0, 61, (2, 24))
     for wrong in (torch.float32, torch.bool, torch.uint8):
-        with pytest.raises(ValueError, match=f"^labels is {wrong}: expected torch.int64 or torch.int32$"):
+        with pytest.raises(TypeError, match=f"^labels is {wrong}: expected int64 or int32$"):
             tied(ids, labels=ids.to(wrong))
-    with pytest.raises(ValueError, match=r"^input_ids is torch\.float32: "):
+    with pytest.raises(TypeError, match=r"^input_ids is torch\.float32: "):
         tied(torch.rand(2, 24))  # as wide as the model: its head would take it for states
     with pytest.raises(ValueError, match=r"^input_ids has shape \(24,\): expected \[B, S\]$"):
         tied(ids[0])
     for name in ("position_ids", "document_ids"):
-        with pytest.raises(ValueError, match=rf"^{name} is torch\.float64: expected integers$"):
+        with pytest.raises(ValueError, match=f"^{name} is floating point: expected integers$"):
             tied(ids, **{name: ids.double()})
     wide, narrow = tied(ids, labels=ids), tied(ids.int(), labels=ids.int(), document_ids=torch.zeros_like(ids).int())
     assert wide.loss is not None and narrow.loss is not None and torch.equal(wide.loss, narrow.loss)
@@ -577,3 +578,64 @@ def test_bf16_autocast_trains_with_fp32_weights() -> None:
     assert all(
         p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters()
     )
+
+
+TOKENS = torch.zeros(2, 5, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"input_ids": TOKENS[0]}, ValueError, "input_ids has shape (5,): expected [B, S]"),
+        ({"input_ids": TOKENS[0, 0]}, ValueError, "input_ids has shape (): expected [B, S]"),
+        ({"input_ids": TOKENS[None]}, ValueError, "input_ids has shape (1, 2, 5): expected [B, S]"),
+        ({"input_ids": TOKENS.float()}, TypeError, "input_ids is torch.float32: expected int64"),
+        ({"input_ids": torch.ones(24, 24)}, TypeError, "input_ids is torch.float32: expected int64"),  # as for a head
+        ({"input_ids": TOKENS.bool()}, TypeError, "input_ids is torch.bool: expected int64"),
+        ({"input_ids": [[1, 2]]}, TypeError, "input_ids is a list: expected a tensor, int64 [B, S]"),
+        ({"input_ids": TOKENS + 61}, IndexError, "input_ids holds 61: expected ids from 0 to 60"),
+        ({"input_ids": TOKENS - 3}, IndexError, "input_ids holds -3: expected ids from 0 to 60"),
+        ({"labels": TOKENS.float()}, ValueError, "labels is floating point: expected int64"),
+        ({"labels": True}, TypeError, "labels is a bool: expected a tensor (2, 5)"),
+        ({"labels": TOKENS[:, 1:]}, ValueError, "labels has shape (2, 4): expected (2, 5)"),
+        ({"position_ids": TOKENS.float()}, ValueError, "position_ids is floating point: expected int64"),
+        ({"document_ids": TOKENS.float()}, ValueError, "document_ids is floating point: expected int64"),
+        ({"attention_mask": TOKENS.float()}, ValueError, "attention_mask is floating point: expected booleans or"),
+        ({"attention_mask": [[1] * 5] * 2}, TypeError, "attention_mask is a list: expected a tensor (2, 5)"),
+        ({"cache": {}}, TypeError, "cache is a dict: expected a moe.cache.Cache"),
+    ],
+)
+def test_a_wrong_call_names_the_argument(arguments: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{re.escape(message)}"):
+        Transformer(SMALL)(**{"input_ids": TOKENS, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("tiny", "config = 'tiny': expected a ModelConfig, such as moe.preset('tiny'); moe.load reads a folder"),
+        ("mixtral_8x7b", "expected a ModelConfig, such as moe.preset('mixtral_8x7b')"),
+        ({"vocab_size": 3}, "config = {'vocab_size': 3}: expected a ModelConfig, such as moe.preset('tiny')"),
+        (None, "config = None: expected a ModelConfig"),
+    ],
+)
+def test_a_model_is_made_of_a_config(config: Any, message: str) -> None:
+    with pytest.raises(moe.ConfigError, match=re.escape(message)):
+        Transformer(config)
+
+
+def test_a_model_shows_its_sizes() -> None:
+    for config, attention in (
+        (SMALL, "heads=2, latent=12, nope=6, rope=4, value=8"),
+        (GROUPED, "heads=2, kv_heads=1, head_dim=6, rope_dim=6, qk_norm=head, sinks=False"),
+    ):
+        model = Transformer(config)
+        shown = repr(model)
+        count = sum(p.numel() for p in model.parameters())
+        assert shown.startswith(
+            f"Transformer(\n  deepseek_v3, {count:,} parameters\n  (embed_tokens): Embedding(61, 24)\n"
+        )
+        assert shown.count(f"\n        {attention}\n") == 2  # of three layers, two are alike
+        assert (
+            "Experts(num_experts=8, width=24, hidden=16, bias=False)" in shown and "RMSNorm((24,), eps=1e-06" in shown
+        )

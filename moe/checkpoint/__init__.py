@@ -17,10 +17,11 @@ Three packages, each of which imports only those before it:
 What a configuration weighs is computed in `moe.planning.footprint`.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moe.checkpoint.format.config_json import read_config
 from moe.checkpoint.reading.summary import CheckpointSummary, read_summary
+from moe.lazy import attributes
 
 if TYPE_CHECKING:
     from moe.checkpoint.reading.load import load
@@ -30,18 +31,12 @@ if TYPE_CHECKING:
 __all__ = ["CheckpointSummary", "interleave", "load", "read_config", "read_summary", "save"]
 
 
-def __getattr__(name: str) -> Any:
-    # These need torch; `moesmith inspect` does not.
-    if name == "load":
-        from moe.checkpoint.reading.load import load
-
-        return load
-    if name == "interleave":
-        from moe.checkpoint.writing.rotary import interleave
-
-        return interleave
-    if name == "save":
-        from moe.checkpoint.writing.save import save
-
-        return save
-    raise AttributeError(f"module 'moe.checkpoint' has no attribute {name!r}")
+# These need torch; `moesmith inspect` does not.
+__getattr__ = attributes(
+    globals(),
+    {
+        "load": "moe.checkpoint.reading.load",
+        "interleave": "moe.checkpoint.writing.rotary",
+        "save": "moe.checkpoint.writing.save",
+    },
+)

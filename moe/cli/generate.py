@@ -1,10 +1,10 @@
 """`moesmith generate`: continue prompts with a model."""
 
+import contextlib
 import json
-import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,9 +16,11 @@ from moe.checkpoint.format.files import read_bounded
 from moe.checkpoint.format.folder import CONFIG, MAX_CONFIG_BYTES, MAX_CONFIG_VALUES, member
 from moe.checkpoint.format.strict_json import parse_as_python
 from moe.checkpoint.reading.hub import find, from_cache
+from moe.cli.chat import ChatTemplate
 from moe.cli.options import COMPUTE_DTYPES, UNSET, dtype_option, option, read_dtype
 from moe.cli.source import FOLDER
 from moe.errors import CheckpointError, ConfigError
+from moe.sampling import Sampling
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -26,23 +28,40 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Args:
-    """Continue prompts with a model.
+    """Continue prompts with a model, or talk to it.
 
     Each prompt is printed with its continuation, as it is generated. Several prompts run as one batch and are printed
-    in their order.
+    in their order. Tokens per second go to standard error.
+
+    With --chat a prompt is a message, and the model's answer alone is printed. Without --prompt it is a conversation:
+    each line of standard input is a message, /quit or Ctrl-D ends it.
     """
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER", help=FOLDER)]
-    prompt: Annotated[tyro.conf.UseAppendAction[list[str]], tyro.conf.arg(metavar="TEXT")]
+    prompt: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT", help_behavior_hint="")
+    ] = ()
     """Text to continue; - reads it from standard input. Give the option once per prompt."""
+    chat: bool = False
+    """Apply the checkpoint's chat template. Without --prompt, hold a conversation."""
+    system: Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")] = None
+    """With --chat: the system message, which comes before all others."""
     max_new_tokens: int = 128
     """Maximum number of new tokens; the model may stop earlier."""
+    stop: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT", help_behavior_hint="")
+    ] = ()
+    """End before this text, which is not printed. Give the option once per text."""
     temperature: float = 0.0
     """0 takes the most likely token each time; larger values sample more randomly."""
     top_k: int = 0
     """Sample among the k most likely tokens; 0 for all."""
     top_p: float = 1.0
     """Sample among the most likely tokens that together have this probability."""
+    min_p: float = 0.0
+    """Sample among tokens at least this many times as likely as the most likely one; 0 for all."""
+    repetition_penalty: float = 1.0
+    """Above 1, makes tokens that are in the prompt or the new text less likely."""
     seed: Annotated[int | None, UNSET] = None
     """Sampling seed, for reproducible output."""
     dtype: Annotated[str, dtype_option(COMPUTE_DTYPES)] = "auto"
@@ -56,87 +75,194 @@ class Args:
 
     def check(self) -> None:
         for name, ok, allowed in (
-            ("prompt", bool(self.prompt), "at least one"),
+            ("prompt", bool(self.prompt) or self.chat, "at least one, or --chat for a conversation"),
+            ("system", self.system is None or self.chat, "--chat with it"),
+            ("json", bool(self.prompt) or not self.json, "a --prompt with it"),
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-            ("temperature", 0 <= self.temperature < math.inf, "a finite number from 0 up"),
-            ("top_k", self.top_k >= 0, "0 (all) or more"),
-            ("top_p", 0 < self.top_p <= 1, "a number above 0, at most 1"),
+            ("stop", all(self.stop), "some text"),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "an integer from 0 to 2^63 - 1"),
         ):
             if not ok:
                 raise ConfigError(option(name), getattr(self, name), allowed)
+        try:
+            _ = self.sampling
+        except ConfigError as error:
+            raise ConfigError(option(error.field), error.value, error.allowed) from None
         read_dtype(self.dtype, COMPUTE_DTYPES)
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
 
 
 def run(args: Args) -> int:
     folder = find(args.folder)
     with from_cache(args.folder):
         tokenizer = read_tokenizer(folder)
-    ends = end_ids(folder)
-    prompts = [_text(prompt) for prompt in args.prompt]
-    ids = [tokenizer.encode(prompt).ids for prompt in prompts]
+    template = ChatTemplate.read(folder) if args.chat else None
+    system = [] if args.system is None else [_message("system", _utf8("--system", args.system))]
+    prompts = [_utf8("--prompt", _standard_input() if prompt == "-" else prompt) for prompt in args.prompt]
+    for stop in args.stop:
+        _utf8("--stop", stop)
+    if template is None:
+        ids = [tokenizer.encode(prompt).ids for prompt in prompts]
+    else:
+        ids = [_render(tokenizer, template, [*system, _message("user", prompt)]) for prompt in prompts]
     if not all(ids):
         raise ConfigError("--prompt", prompts[ids.index([])], "some text")
 
-    import torch
-
-    import moe
-    from moe.checkpoint.reading.load import usable_device
-    from moe.generation import stream
-
-    device = usable_device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
-    with from_cache(args.folder):
-        model = moe.load(folder, device=device, dtype=read_dtype(args.dtype, COMPUTE_DTYPES), mtp=args.mtp)
-    vocabulary = model.config.vocab_size
-    if max(map(max, ids)) >= vocabulary:
-        problem = "the tokenizer does not belong to this model"
-        raise CheckpointError(folder, problem, expected=f"ids below {vocabulary}", found=max(map(max, ids)))
-
-    longest = max(map(len, ids))
-    padded = torch.tensor([[0] * (longest - len(row)) + row for row in ids], device=device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=device)
-    if len(ids) == 1:
-        mask = None  # nothing is padded, and plain causal attention is faster
-    texts = [GrowingText(tokenizer, row) for row in ids]
-    printer = None if args.json else _Printer(prompts)
-    start = time.perf_counter()
-    for step in stream(
-        model,
-        padded,
-        max_new_tokens=args.max_new_tokens,
-        attention_mask=mask,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-    ):
-        for text, token in zip(texts, step.tolist(), strict=True):
-            if not text.ended:
-                text.append(token, ended=token in ends)
-        if printer is not None:
-            printer.show(texts)
-        if all(text.ended for text in texts):
-            break
-    seconds = time.perf_counter() - start
-    for text in texts:
-        text.finish()
-    if printer is not None:
-        printer.show(texts)
-        return 0
-    for prompt, text in zip(prompts, texts, strict=True):
-        result = {"prompt": prompt, "text": text.text, "token_ids": text.token_ids}
-        result |= {"finish_reason": "eos" if text.token_ids[-1] in ends else "length", "seconds": round(seconds, 3)}
-        print(json.dumps(result, ensure_ascii=False))
+    model = _Model(args, folder, tokenizer, end_ids(folder))
+    if template is not None and not prompts:
+        return _converse(model, template, system)
+    model.check(ids, prompts)
+    shown = prompts if template is None else [""] * len(prompts)
+    printer = None if args.json else _Printer(shown)
+    texts, seconds = model.answer(ids, printer)
+    if printer is None:
+        for prompt, text in zip(prompts, texts, strict=True):
+            result = {"prompt": prompt, "text": text.text, "token_ids": text.token_ids}
+            result |= {"finish_reason": text.reason, "seconds": round(seconds, 3)}
+            print(json.dumps(result, ensure_ascii=False))
     return 0
 
 
-def _text(prompt: str) -> str:
+def _converse(model: "_Model", template: ChatTemplate, messages: list[dict[str, str]]) -> int:
+    """Answer each line of standard input, until it ends or is /quit."""
+    if sys.stdin.isatty():
+        print("/quit or Ctrl-D ends the conversation.", file=sys.stderr)
+    while (line := _ask()) != "/quit":
+        if not line:
+            continue
+        messages = [*messages, _message("user", line)]
+        ids = _render(model.tokenizer, template, messages)
+        model.check([ids], [line])
+        (text,), _ = model.answer([ids], _Printer([""]))
+        messages = [*messages, _message("assistant", text.text)]
+    return 0
+
+
+def _ask() -> str:
+    """The next line of standard input, without spaces around it; /quit at its end."""
+    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if on_terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  input() then has a history, and arrow keys that work
     try:
-        text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+        return _utf8("standard input", input("> " if on_terminal else "").strip())
+    except EOFError:
+        print(end="\n" if on_terminal else "")
+        return "/quit"
+    except UnicodeDecodeError as error:
+        raise ConfigError("standard input", error.object[:80], "UTF-8 text") from None
+    except KeyboardInterrupt:
+        print()  # the message of the interruption gets a line of its own
+        raise
+
+
+def _render(tokenizer: "Tokenizer", template: ChatTemplate, messages: list[dict[str, str]]) -> list[int]:
+    ids = tokenizer.encode(template.render(messages), add_special_tokens=False).ids
+    if not ids:
+        raise CheckpointError(template.file, "the chat template makes no text of a message")
+    return ids
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError("--prompt", error.object[:80], "UTF-8 text") from None
+
+
+def _utf8(where: str, text: str) -> str:
+    try:
         text.encode()  # bytes of an argument that are not UTF-8 arrive as lone surrogates
-    except UnicodeError:
-        raise ConfigError("--prompt", prompt, "UTF-8 text") from None
+    except UnicodeEncodeError:
+        raise ConfigError(where, text, "UTF-8 text") from None
     return text
+
+
+class _Model:
+    """A loaded model that continues token ids as the command's options say."""
+
+    def __init__(self, args: Args, folder: Path, tokenizer: "Tokenizer", ends: set[int]) -> None:
+        import torch
+
+        import moe
+        from moe.checkpoint.reading.load import usable_device
+
+        self.args, self.folder, self.tokenizer, self.ends = args, folder, tokenizer, ends
+        chosen = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+        self.device = usable_device(chosen)
+        with from_cache(args.folder):
+            self.model = moe.load(
+                folder, device=self.device, dtype=read_dtype(args.dtype, COMPUTE_DTYPES), mtp=args.mtp
+            )
+
+    def check(self, ids: list[list[int]], prompts: list[str]) -> None:
+        """Raise for prompts that the model cannot take."""
+        config = self.model.config
+        if max(map(max, ids)) >= config.vocab_size:
+            problem = "the tokenizer does not belong to this model"
+            raise CheckpointError(
+                self.folder, problem, expected=f"ids below {config.vocab_size}", found=max(map(max, ids))
+            )
+        positions = config.max_position_embeddings
+        for row, prompt in zip(ids, prompts, strict=True):
+            if len(row) >= positions:
+                where, of = ("--prompt", "") if self.args.prompt else ("--chat", " in the whole conversation")
+                allowed = f"fewer tokens{of} than the model's {positions} positions; found {len(row)}"
+                raise ConfigError(where, prompt, allowed)
+
+    def answer(self, ids: list[list[int]], printer: "_Printer | None") -> tuple[list["GrowingText"], float]:
+        """What follows each prompt, and the seconds that it took."""
+        import torch
+
+        from moe.generation import stream
+
+        longest = max(map(len, ids))
+        padded = torch.tensor([[0] * (longest - len(row)) + row for row in ids], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=self.device)
+        room = self.model.config.max_position_embeddings - longest
+        steps = stream(
+            self.model,
+            padded,
+            self.args.sampling,
+            max_new_tokens=min(self.args.max_new_tokens, room),
+            attention_mask=mask if len(ids) > 1 else None,  # plain causal attention is faster
+            seed=self.args.seed,
+            eos_token_id=sorted(self.ends),
+        )
+        texts = [GrowingText(self.tokenizer, row, self.args.stop) for row in ids]
+        start = time.perf_counter()
+        try:
+            for step in steps:
+                for text, token in zip(texts, step.tolist(), strict=True):
+                    if text.reason is None:
+                        text.append(token, ended=token in self.ends)
+                if printer is not None:
+                    printer.show(texts)
+                if all(text.reason is not None for text in texts):
+                    break
+        except FloatingPointError as error:
+            raise CheckpointError(self.folder, str(error)) from error
+        except KeyboardInterrupt:
+            print(end="" if printer is None else "\n")  # the message of the interruption gets a line of its own
+            raise
+        seconds = time.perf_counter() - start
+        if room < self.args.max_new_tokens and any(text.reason is None for text in texts):
+            at = f"at the last of the model's {self.model.config.max_position_embeddings} positions"
+            print(f"note: stopped after {room} new tokens, {at}", file=sys.stderr)
+        for text in texts:
+            text.finish("length")
+        if printer is not None:
+            printer.show(texts)
+            new = sum(len(text.token_ids) for text in texts)
+            print(f"{new} tokens in {seconds:.1f} s, {new / seconds:.1f} tokens/s", file=sys.stderr)
+        return texts, seconds
 
 
 def read_tokenizer(folder: Path) -> "Tokenizer":
@@ -147,9 +273,12 @@ def read_tokenizer(folder: Path) -> "Tokenizer":
     if not file.is_file():
         raise CheckpointError(file, "no such file; text needs the tokenizer that the model was trained with")
     try:
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception for any content that it cannot read
         raise CheckpointError(file, f"not a tokenizer: {error}") from None
+    tokenizer.no_truncation()  # which a file may have from training, and which would cut prompts
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def end_ids(folder: Path) -> set[int]:
@@ -170,39 +299,65 @@ def end_ids(folder: Path) -> set[int]:
 
 
 class GrowingText:
-    """The text of a sequence that grows by tokens, without characters that are still incomplete.
+    """The text of a sequence that grows by tokens, up to a stop, and without what is still incomplete.
 
     Byte-level tokens may end within a character, and a token's text depends on the one before it (a leading space). So
-    the tokens since the last complete character are decoded together with a few before them, and what is new is added.
+    the tokens since the last complete character are decoded together with those before them, and what is new is added.
+    The end of that is held back as long as it may be the beginning of a stop.
+
+    Attributes:
+        text: what may be shown.
+        token_ids: all tokens.
+        reason: why the text has ended, "eos", "stop" or "length"; None if it goes on.
     """
 
-    def __init__(self, tokenizer: "Tokenizer", prompt_ids: list[int]) -> None:
-        self.tokenizer = tokenizer
-        self.text, self.token_ids, self.ended = "", [], False
-        self._context = prompt_ids[-8:]  # tokens whose text is out already
+    def __init__(self, tokenizer: "Tokenizer", prompt_ids: list[int], stops: Sequence[str] = ()) -> None:
+        self.tokenizer, self.stops = tokenizer, stops
+        self.text, self.token_ids = "", []
+        self.reason: str | None = None
+        self._context = prompt_ids  # whole characters, out already
         self._pending: list[int] = []
+        self._held = ""
+        # Special tokens have no text to search.
+        ids = {i for stop in stops if (i := tokenizer.token_to_id(stop)) is not None}
+        self._stop_ids = {i for i in ids if not tokenizer.decode([i])}
 
     def append(self, token: int, *, ended: bool) -> None:
         """One more token; one that ends the text is kept in `token_ids` but not shown."""
         self.token_ids.append(token)
-        self.ended = ended
-        if ended:
-            self.finish()
+        if ended or token in self._stop_ids:
+            self.finish("eos" if ended else "stop")
         else:
             self._pending.append(token)
             self._advance(final=False)
 
-    def finish(self) -> None:
+    def finish(self, reason: str) -> None:
         """No more tokens come: bytes that never became a character are shown as U+FFFD."""
-        self.ended = True
-        self._advance(final=True)
+        if self.reason is None:
+            self._advance(final=True)
+            self.reason = self.reason or reason
 
     def _advance(self, *, final: bool) -> None:
         before = self.tokenizer.decode(self._context)
         after = self.tokenizer.decode(self._context + self._pending)
         if final or not after.endswith("\ufffd"):
-            self.text += after[len(before) :]
-            self._context, self._pending = self._pending[-8:] or self._context, []
+            # Some decoders lose a character if bytes that are none follow it.
+            new = after[len(before) :] if after.startswith(before) else self.tokenizer.decode(self._pending)
+            self._held += new
+            # Special tokens have no text that a space could follow.
+            self._context, self._pending = self._pending if new else self._context, []
+        ends = [(at + len(stop), at) for stop in self.stops if (at := self._held.find(stop)) >= 0]
+        if ends:  # the stop that is complete first, however the text is cut into tokens
+            shown, self.reason = min(ends)[1], "stop"
+        else:
+            shown = len(self._held) if final else self._begins_stop()
+        self.text, self._held = self.text + self._held[:shown], self._held[shown:]
+
+    def _begins_stop(self) -> int:
+        """Where in `_held` a stop may have begun that is still incomplete; its length if none has."""
+        held, longest = self._held, max(map(len, self.stops), default=0)
+        starts = range(max(0, len(held) - longest + 1), len(held))
+        return next((i for i in starts if any(stop.startswith(held[i:]) for stop in self.stops)), len(held))
 
 
 class _Printer:
@@ -219,7 +374,7 @@ class _Printer:
                 self.shown = 0
             print(text.text[self.shown :], end="", flush=True)
             self.shown = len(text.text)
-            if not text.ended:
+            if text.reason is None:
                 return
             print("\n" if self.current + 1 < len(texts) else "", flush=True)
             self.current, self.shown = self.current + 1, -1

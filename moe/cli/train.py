@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe.cli.options import option
 from moe.errors import CheckpointError, ConfigError, ParallelError
 from moe.train.launcher import is_first, said_once
 from moe.train.settings import Settings
@@ -79,10 +80,20 @@ def run(args: Args) -> int:
     if args.json:
         print(json.dumps(summary, ensure_ascii=False))
     else:
-        prompt = summary["sample"]["prompt"].split("\n")[0]
-        command = shlex.join(["moesmith", "generate", summary["checkpoint"], "--prompt", prompt])
-        print_summary(Console(), summary, command)
+        print_summary(Console(), summary, _generate(summary["checkpoint"], summary["sample"]["prompt"]))
     return 0
+
+
+def _generate(checkpoint: str, text: str) -> str | None:
+    """The command that continues the first line of `text`, sampled as in the summary; None if there is no such line."""
+    from moe.train.run import SAMPLING
+
+    line = next((line for line in text.splitlines() if line.strip() not in ("", "-")), None)  # - is standard input
+    if line is None:
+        return None
+    prompt = [f"--prompt={line}"] if line.startswith("-") else ["--prompt", line]
+    rules = [word for name, value in SAMPLING.items() for word in (option(name), str(value))]
+    return shlex.join(["moesmith", "generate", checkpoint, *prompt, *rules])
 
 
 def _program() -> list[str]:

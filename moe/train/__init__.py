@@ -2,3 +2,7 @@
 
 Importing this package imports no torch: the command line reads `settings` before it decides to train.
 """
+
+from moe.lazy import attributes
+
+__getattr__ = attributes(globals(), {})

@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # importing it takes half a second
 
 SAMPLE_PROMPT_TOKENS = 16
 SAMPLE_NEW_TOKENS = 96
+SAMPLING: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9}
 
 
 class Interrupted(Exception):
@@ -288,8 +289,7 @@ def _sample(trainer: Trainer, model: Transformer) -> dict[str, str]:
         model,
         torch.from_numpy(prompt)[None].to(next(model.parameters()).device),
         max_new_tokens=SAMPLE_NEW_TOKENS,
-        temperature=0.7,
-        top_p=0.9,
+        **SAMPLING,
         seed=trainer.settings.seed,
         eos_token_id=dataset.end_of_text,
     )[0].tolist()
