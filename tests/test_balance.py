@@ -535,8 +535,8 @@ def test_a_router_without_gradients_counts_all_micro_batches(where: str, steps: 
         weight.requires_grad_(False)
     else:
         weight.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
-    steps += where == "elsewhere"
-    for _ in range(steps):
+    before = load = torch.zeros(6)
+    for _ in range(steps + (where == "elsewhere")):
         before, load = bias_of(model.moe).clone(), torch.zeros(6)
         for x in (torch.ones(1, 999, 16), torch.randint(-1, 2, (1, 10, 16)).float()):
             load += balance.expert_load(model.moe.gate(x[0]).expert_ids, 6)
