@@ -126,7 +126,7 @@ def loss_terms(
 
 
 def loss_counts(config: MoEConfig, tokens: Tensor) -> dict[str, Tensor]:
-    """Over how many sequences or tokens each loss of a layer is a mean, for tokens [B], the real ones of each."""
+    """Number of sequences or tokens that each loss of a layer is a mean over, for tokens [B], the real ones of each."""
     everything = tokens.sum()
     return {"balance": (tokens > 0).sum() if config.seq_aux else everything, "z": everything}
 

@@ -44,7 +44,7 @@ class GlobalBatch:
 
     @contextlib.contextmanager
     def step(self, counts: Iterable[Mapping[str, Tensor]]) -> Iterator[None]:
-        """Make the forward passes in the block micro-batches of one optimizer step, which has the loss of one batch.
+        """Treat the forward passes in the block as the micro-batches of one optimizer step, with the loss of one batch.
 
         Each term of a loss is then multiplied by the micro-batch's share of what the step counts for that term, and by
         the number of ranks: losses and gradients are added over the micro-batches and averaged over the ranks, and are

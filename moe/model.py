@@ -274,7 +274,7 @@ class Transformer(nn.Module):
         document_ids: Tensor | None = None,
         **_: Any,
     ) -> dict[str, Tensor]:
-        """Over how much each term of the loss of `forward`, called with the same arguments, is a mean.
+        """Number of tokens or sequences that each term of the loss of `forward` is a mean over, for the same arguments.
 
         Returns:
             int64 scalars. "ce.0": tokens that are predicted; "mtp.1": by the module mtp.0, and so on; "balance.0",

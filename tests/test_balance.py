@@ -523,13 +523,20 @@ def test_a_step_that_accelerate_skips_counts_nothing(accelerate: Any, when: str)
     assert torch.equal(*biases) and biases[0].any()
 
 
-def test_gradients_that_a_trainer_keeps_elsewhere_end_no_step() -> None:
-    """From the second step on: the first shows that there is none in the router's weight."""
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("where", ["frozen", "other optimizer", "elsewhere"])
+def test_a_router_without_gradients_counts_all_micro_batches(where: str, steps: int) -> None:
+    """Where a trainer keeps gradients elsewhere, from the second step on: the first shows that there are none."""
     model = Other()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    weight, rest = model.moe.gate.weight, [*model.inner.parameters(), *model.moe.experts.parameters()]
+    optimizer = torch.optim.SGD(rest if where == "other optimizer" else model.parameters(), lr=0.0)
     balance.attach(model, optimizer, bias_update_speed=0.25)
-    model.moe.gate.weight.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
-    for _ in range(2):
+    if where == "frozen":
+        weight.requires_grad_(False)
+    else:
+        weight.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    before = load = torch.zeros(6)
+    for _ in range(steps + (where == "elsewhere")):
         before, load = bias_of(model.moe).clone(), torch.zeros(6)
         for x in (torch.ones(1, 999, 16), torch.randint(-1, 2, (1, 10, 16)).float()):
             load += balance.expert_load(model.moe.gate(x[0]).expert_ids, 6)

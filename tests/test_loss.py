@@ -135,11 +135,11 @@ def test_labels_without_data_are_not_looked_at(device):
 
 def test_targets_are_those_of_the_loss():
     labels = torch.tensor([[5, 6, -100, 8, 9, 1], [3, 1, 4, 1, 5, 9]])
-    documents = torch.tensor([[0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 0, 0]])
+    documents = torch.tensor([[0, 0, 0, 0, 1, 1], [0, 1, 0, 1, 1, 1]])
     target, count = targets(labels, 1, 6, documents, None)
-    assert target.tolist() == [[6, -100, 8, -100, 1, -100], [1, -100, 1, -100, 9, -100]] and count == 6
+    assert target.tolist() == [[6, -100, 8, -100, 1, -100], [-100, -100, -100, 5, 9, -100]] and count == 5
     part = taking_part(2, labels.new_ones(2, 6).bool(), documents)
     assert part is not None
-    assert part.tolist() == [[True, True, False, False], [False] * 4], "the documents of the second row alternate"
+    assert part.tolist() == [[True, True, False, False], [False] * 3 + [True]], "the second row's begin in turns"
     target, count = targets(labels, 3, 4, documents, part)
     assert target.tolist() == [[8, -100, -100, -100], [-100] * 4] and count == 1

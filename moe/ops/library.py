@@ -181,7 +181,7 @@ def define_gradient(
 
 
 def index_error(name: str, ids: Tensor, size: int, ignored: int | None, error: Exception) -> Exception:
-    """What to raise for an `error` of torch's: on the CPU an IndexError that names the first id out of range.
+    """The exception to raise for an `error` of torch's: on the CPU an IndexError that names the first id out of range.
 
     Looking only after torch has refused costs nothing before, and is no obstacle to tensors without data.
     """

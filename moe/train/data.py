@@ -259,7 +259,7 @@ class Dataset:
         )
 
     def _bytes_of(self, token: int) -> int:
-        """How many bytes of text a token that begins a document spells, which may be a part of a character."""
+        """Number of bytes of text spelled by a token that begins a document; they may be part of a character."""
         text = self.tokenizer.id_to_token(token)
         if text is None or token == self.end_of_text:
             return 0
