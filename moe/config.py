@@ -218,7 +218,7 @@ class RouterConfig(_Settings):
     def idle_router(self) -> str | None:
         """Why the model's loss does not reach the router, whatever it is; None if it does.
 
-        Such layers compute what their files say, so they are legal. A layer warns when it is trained.
+        Such layers compute what their files say, so they are legal. A layer warns when it is trained, if not compiled.
         """
         if self.norm_topk_prob and self.num_experts_per_tok == 1 and self.moe_norm_min < 0.5:
             way_out = "norm_topk_prob=False or a larger num_experts_per_tok"
@@ -410,7 +410,8 @@ class ModelConfig(MoEConfig):
     def idle_parameters(self) -> tuple[str, ...]:
         """Which parameters outside the routers the loss cannot change, and why, one line each; usually none.
 
-        Such models compute what their files say, so they are legal. `Transformer` warns when it is trained.
+        Such models compute what their files say, so they are legal. `Transformer` warns when it is trained
+        without compilation.
         """
         slides = not self.attention_sinks and any(map(self.is_sliding_layer, range(self.num_hidden_layers)))
         reasons = {

@@ -144,6 +144,35 @@ def test_what_is_free() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("group", "limits", "free"),
+    [
+        ("0::/", {"memory.max": 900, "memory.current": 500}, 400),
+        ("0::/job/step", {"job/step/memory.max": 900, "job/step/memory.current": 500}, 400),
+        ("0::/job/step", {"job/step/memory.max": "max", "job/memory.max": 900, "job/memory.current": 800}, 100),
+        ("0::/job/step", {"job/memory.max": 900, "job/memory.current": 950}, 0),
+        ("0::/job", {"job/memory.max": 900, "job/memory.current": 800, "job/memory.stat": "inactive_file 50"}, 150),
+        (
+            "4:cpu,memory:/job\n0::/",
+            {"memory/job/memory.limit_in_bytes": 700, "memory/job/memory.usage_in_bytes": 100},
+            600,
+        ),
+        ("4:memory:/elsewhere", {"memory/memory.limit_in_bytes": 700, "memory/memory.usage_in_bytes": 100}, 600),
+        ("", {}, 2048),
+    ],
+)
+def test_limits_of_control_groups(
+    group: str, limits: dict[str, Any], free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the process, and of each that it is in; a machine with 2 KiB available."""
+    files = {f"/sys/fs/cgroup/{name}": str(value) for name, value in limits.items()}
+    files |= {"/proc/self/cgroup": group, "/proc/meminfo": "MemTotal: 4 kB\nMemAvailable: 2 kB"}
+    monkeypatch.setattr(memory, "_lines", lambda path: files.get(path, "").splitlines())
+    monkeypatch.setattr("resource.getrlimit", lambda _: (-1, -1))
+    found, what = memory.free_bytes(torch.device("cpu"))
+    assert (found, "container" in what) == (free, bool(limits))
+
+
 def test_a_name_on_the_hub_is_found_in_its_cache(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 

@@ -38,19 +38,30 @@ def _host_limits() -> Iterator[tuple[int, str]]:
     if limit != resource.RLIM_INFINITY:
         pages = int(next(iter(_lines("/proc/self/statm")), "0").split()[0])
         yield max(limit - pages * resource.getpagesize(), 0), "the address space of this process (ulimit -v)"
-    for most, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        numbers: list[Any] = [next(iter(_lines(path)), "") for path in (most, used)]
+    for folder, most, used in _cgroups():
+        numbers: list[Any] = [next(iter(_lines(f"{folder}/memory.{name}")), "") for name in (most, used)]
         if all(number.isdecimal() for number in numbers):
-            cached = _cached(Path(most).with_name("memory.stat"))
-            yield max(int(numbers[0]) - int(numbers[1]) + cached, 0), "the memory of this container"
+            yield max(int(numbers[0]) - int(numbers[1]) + _cached(folder), 0), "the memory of this container"
 
 
-def _cached(stat: Path) -> int:
+def _cgroups() -> Iterator[tuple[str, str, str]]:
+    """Folders of this process's control group and of those around it, with the files of their limit and their use.
+
+    Within a container the group is often called "/", and its folder is the root.
+    """
+    groups = {"": "/", "memory": "/"}  # of version 2, which has one hierarchy, and of version 1
+    for line in _lines("/proc/self/cgroup"):
+        _, kinds, path = line.split(":", 2)
+        groups |= {kind: path for kind in kinds.split(",") if kind in groups}
+    for kind, most, used in (("", "max", "current"), ("memory", "limit_in_bytes", "usage_in_bytes")):
+        parts = [part for part in ("/sys/fs/cgroup", kind, *groups[kind].split("/")) if part]
+        for depth in range(len(parts), 1 if kind else 0, -1):
+            yield "/".join(parts[:depth]), most, used
+
+
+def _cached(folder: str) -> int:
     """Bytes of the container's files in memory, which make room when they are wanted."""
-    for line in _lines(str(stat)):
+    for line in _lines(f"{folder}/memory.stat"):
         if line.startswith(("inactive_file ", "total_inactive_file ")):
             return int(line.split()[1])
     return 0
