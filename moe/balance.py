@@ -8,9 +8,8 @@ instead of a side effect. What counts is thus what `backward()` reaches: a secon
 again, as its gradients do, and `torch.autograd.grad` for chosen parameters counts nothing.
 """
 
-import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,32 +178,14 @@ def set_loss_scale(model: nn.Module, scale: float) -> None:
             batch.scale_loss(scale)
 
 
-def _after_zero_grad(optimizer: Any, forget: Callable[[], None]) -> Callable[[], None]:
-    """Call `forget` whenever `optimizer` clears gradients, for which torch has no hook; returns what ends that."""
-    clear = optimizer.zero_grad
-
-    @functools.wraps(clear)
-    def zero_grad(*args: Any, **options: Any) -> None:
-        clear(*args, **options)
-        forget()
-
-    def end() -> None:
-        if optimizer.zero_grad is zero_grad:
-            optimizer.zero_grad = clear
-
-    optimizer.zero_grad = zero_grad
-    return end
-
-
 class Handle:
     """What `attach` returns: `remove()` ends the updates. A second call does nothing."""
 
-    def __init__(self, attached: list[Any], hook: Any, end: Callable[[], None]) -> None:
-        self._attached, self._hook, self._end = attached, hook, end
+    def __init__(self, attached: list[Any], hook: Any) -> None:
+        self._attached, self._hook = attached, hook
 
     def remove(self) -> None:
         self._hook.remove()
-        self._end()
         for router in self._attached:
             router.load_counter.stop()
         self._attached = []
@@ -218,13 +199,13 @@ def attach(
     Works on any model that contains `moe.MoELayer`s and in any trainer (`optimizer` may be accelerate's): call it once,
     after the model is on its device and before the first forward (and before torch.compile), and attach to one
     optimizer only when there are several. The load of a step is everything that went backward since the last one,
-    summed over `group` (None: the default group where torch.distributed runs). A step that is skipped counts nothing,
-    as its gradients do: what `optimizer.zero_grad` clears is not counted, nor, while a router's weight is trained and
-    not in a compiled graph, what `model.zero_grad()` or the caller sets to None. The global-batch loss of all routers,
-    those without a correction bias too, sums over the same group, also after `handle.remove()`, which ends the updates.
-    A step without any token leaves the biases alone. Change the speed by removing and attaching again. A copy of the
-    model is not attached, and neither is a copy of a part that a wrapper makes, as PEFT does for modules_to_save: wrap
-    first, then attach.
+    summed over `group` (None: the default group where torch.distributed runs). A step that is skipped counts nothing:
+    setting gradients to None, as zero_grad does, begins a new one. That is seen by the router's weight, if it is
+    trained and the model is not compiled as a whole; gradients that are set to zero in place are not seen. The
+    global-batch loss of all routers, those without a correction bias too, sums over the same group, also after
+    `handle.remove()`, which ends the updates. A step without any token leaves the biases alone. Change the speed by
+    removing and attaching again. A copy of the model is not attached, and neither is a copy of a part that a wrapper
+    makes, as PEFT does for modules_to_save: wrap first, then attach.
 
     Raises:
         ValueError: no router, or without a group none with a correction bias; routers that are attached already; a
@@ -257,15 +238,11 @@ def attach(
         for router, load in zip(biased, flat.split([len(load) for load in loads]), strict=True):
             router.move_bias(speed * torch.sign(load.double().mean() - load).float())
 
-    def forget() -> None:
-        for router in biased:
-            router.load_counter.forget()
-
     # accelerate's optimizer has no hooks, and leaves out steps of the one inside, whose hooks see the real steps.
     real: Any = optimizer
     if not hasattr(optimizer, "_optimizer_step_post_hooks"):
         real = getattr(optimizer, "optimizer", optimizer)
-    handle = Handle(biased, real.register_step_post_hook(update), _after_zero_grad(real, forget))
+    handle = Handle(biased, real.register_step_post_hook(update))
     for router in found:
         router.global_batch.restrict(group)
     for router in biased:

@@ -441,7 +441,6 @@ def test_router_is_fp32_inside_autocast(dtype: torch.dtype) -> None:
 
 CLEAR: dict[str, Any] = {
     "optimizer": lambda model, optimizer: optimizer.zero_grad(),
-    "optimizer, in place": lambda model, optimizer: optimizer.zero_grad(set_to_none=False),
     "model": lambda model, optimizer: model.zero_grad(),
     "by hand": lambda model, optimizer: [setattr(parameter, "grad", None) for parameter in model.parameters()],
 }
@@ -461,22 +460,15 @@ def skip(how: str, model: nn.Module, optimizer: Any, scaler: torch.amp.GradScale
     CLEAR[how](model, optimizer)
 
 
-# Of a frozen router only what the optimizer clears is seen.
-SKIPS = [(optimizer, how) for optimizer in ("plain", "fused") for how in CLEAR]
-SKIPS.append(("frozen router", "optimizer, in place"))
-
-
-@pytest.mark.parametrize(("optimizer", "how"), SKIPS)
+@pytest.mark.parametrize("how", CLEAR)
+@pytest.mark.parametrize("optimizer", ["plain", "fused"])
 def test_a_skipped_step_counts_nothing(optimizer: str, how: str) -> None:
     """Neither right after `attach` nor between steps: the bias is that of the steps that are taken."""
     batches = torch.randint(-1, 2, (2, 2, 4, 10, 16)).float()
     biases = []
     for skips in (False, True):
         model = Other()
-        if optimizer == "frozen router":
-            model.moe.gate.weight.requires_grad_(False)
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        stepper = torch.optim.SGD(parameters, lr=0.1, fused=optimizer == "fused")
+        stepper = torch.optim.SGD(model.parameters(), lr=0.1, fused=optimizer == "fused")
         balance.attach(model, stepper, bias_update_speed=0.25)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
         for step in batches:
@@ -543,16 +535,3 @@ def test_a_router_without_gradients_counts_all_micro_batches(where: str, steps: 
             model(x).sum().backward()
         optimizer.step()
     torch.testing.assert_close(bias_of(model.moe) - before, 0.25 * torch.sign(load.mean() - load))
-
-
-def test_zero_grad_is_the_optimizers_own_again_after_remove() -> None:
-    model = Other()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(3):
-        handle = balance.attach(model, optimizer)
-        assert copy.deepcopy(optimizer).state_dict() == optimizer.state_dict()
-        model(torch.randn(1, 5, 16)).sum().backward()
-        handle.remove()
-        assert optimizer.zero_grad == type(optimizer).zero_grad.__get__(optimizer)
-    optimizer.zero_grad()
-    assert all(parameter.grad is None for parameter in model.parameters())
