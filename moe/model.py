@@ -22,14 +22,14 @@ from moe.balance import LoadReport, inject_gradients, routers
 from moe.cache import Cache, LayerCache
 from moe.config import ModelConfig
 from moe.global_batch import GlobalBatch
-from moe.init import materialize
+from moe.init import materialize, unfilled
 from moe.layer import MLP, MoELayer, MoEStats
 from moe.loss import Term, next_token_loss
 from moe.norm import RMSNorm
+from moe.ops.library import check_device
 from moe.quantized import Quantized
 from moe.rope import rope_tables
-
-Rope = tuple[Tensor, Tensor]
+from moe.uncast import Uncast
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Embedding(nn.Embedding):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        check_device("Embedding", self.weight, input)
         return F.linear(input, self.weight) if input.is_floating_point() else super().forward(input)
 
 
@@ -80,7 +81,7 @@ class Block(nn.Module):
             self.mlp = MLP(width, config.intermediate_size)
 
     def forward(
-        self, h: Tensor, rope: Rope, mask: Tensor | None, token_mask: Tensor | None, cache: LayerCache | None, past: int
+        self, h: Tensor, rope: Uncast, mask: Tensor | None, token_mask: Tensor | None, cache: LayerCache | None, past: int
     ) -> tuple[Tensor, MoEStats | None]:
         h = h + self.self_attn(self.input_layernorm(h), rope, mask, cache, past)
         x = self.post_attention_layernorm(h)
@@ -108,7 +109,7 @@ class MTP(nn.Module):
         self.norm = RMSNorm(width, eps=config.rms_norm_eps)
 
     def forward(
-        self, h: Tensor, embedding: Tensor, rope: Rope, mask: Tensor | None, token_mask: Tensor | None
+        self, h: Tensor, embedding: Tensor, rope: Uncast, mask: Tensor | None, token_mask: Tensor | None
     ) -> tuple[Tensor, MoEStats | None]:
         x = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(h)), dim=-1))
         x, stats = self.block(x, rope, mask, token_mask, None, 0)
@@ -135,7 +136,7 @@ class Transformer(nn.Module):
         self.origin: Any = None
         self.activation_checkpointing = False
         self._load: Tensor | None = None
-        with torch.device("meta"):
+        with unfilled():
             # Not nn.Embedding(V, D): its normal_ on the meta device imports torch's compiler, which takes seconds.
             embedding = torch.empty(config.vocab_size, config.hidden_size)
             self.embed_tokens = Embedding.from_pretrained(embedding, freeze=False)
@@ -188,7 +189,7 @@ class Transformer(nn.Module):
         token_mask = real[:, past:] if real is not None else None
 
         h = self.embed_tokens(input_ids)
-        rope = rope_tables(self.config.rope_parameters, self.config.rope_dim, position_ids, h.dtype)
+        rope = Uncast(*rope_tables(self.config.rope_parameters, self.config.rope_dim, position_ids, h.dtype))
         stats: list[MoEStats] = []
         for i, block in enumerate(self.layers):
             layer_cache = cache.layers[i] if cache is not None else None
@@ -304,7 +305,7 @@ class Transformer(nn.Module):
         h: Tensor,
         input_ids: Tensor,
         labels: Tensor,
-        rope: Rope,
+        rope: Uncast,
         real: Tensor | None,
         document_ids: Tensor | None,
     ) -> tuple[list[Term], list[MoEStats]]:
@@ -324,8 +325,7 @@ class Transformer(nn.Module):
             if real is not None:  # a position takes part if all the tokens it sees are real
                 token_mask = real.unfold(1, k + 2, 1).all(-1)
             mask = attention_scope(keep, 0, token_mask, documents, input_ids.device)
-            cos, sin = rope
-            args = (embedding, (cos[:, :keep], sin[:, :keep]), mask, token_mask)
+            args = (embedding, Uncast(*(table[:, :keep] for table in rope.tensors)), mask, token_mask)
             h, block_stats = self._run(module, h[:, :keep], *args)
             mean = next_token_loss(self.head(h), labels, k + 2, document_ids, token_mask)
             terms.append(Term("mtp", replace(mean, value=mean.value / modules), self.config.mtp_loss_weight))

@@ -12,6 +12,7 @@ from moe import ops
 from moe.config import RouterConfig
 from moe.global_batch import GlobalBatch
 from moe.ops import Routing
+from moe.ops.library import check_device
 
 COUNTER_DTYPE = torch.float64  # gradients must be floating point; counts are exact up to 2^53
 
@@ -97,8 +98,11 @@ class Router(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """x [T, D] -> [T, E]."""
+        check_device("Router", self.weight, x)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        device = x.device.type
+        # "meta", for one, has no autocast.
+        with torch.autocast(device if torch.amp.is_autocast_available(device) else "cpu", enabled=False):
             return F.linear(x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
     def route(self, logits: Tensor) -> Routing:
@@ -117,6 +121,12 @@ class Router(nn.Module):
         logits = self.logits(x)
         routing = self.route(logits) if expert_ids is None else self.replay(logits, expert_ids)
         return routing._replace(logits=logits, counter=self.load_counter)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        bias = self.e_score_correction_bias
+        if bias is not None and bias.dtype != torch.float32:  # an assigned one
+            self.e_score_correction_bias = bias.float()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         bias = self.e_score_correction_bias
