@@ -118,9 +118,7 @@ class MLA(nn.Module):
         self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
         self.o_proj = nn.Linear(self.heads * self.value, width, bias=bias)
 
-    def forward(
-        self, x: Tensor, rope: Uncast, mask: Tensor | None, cache: LayerCache | None, past: int
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Uncast, mask: Tensor | None, cache: LayerCache | None, past: int) -> Tensor:
         """x [B, S, D] -> [B, S, D], with the tables of `rope_tables`; `past` tokens are already in `cache`."""
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.compresses_q else self.q_proj(x)
         q_nope, q_pe = rearrange(q, "b s (h d) -> b s h d", h=self.heads).split((self.nope, self.rope), dim=-1)
@@ -227,9 +225,7 @@ class GQA(nn.Module):
             self.k_norm = RMSNorm(dim * (self.kv_heads if whole else 1), eps=config.rms_norm_eps)
         self.sinks = nn.Parameter(torch.empty(self.heads)) if config.attention_sinks else None
 
-    def forward(
-        self, x: Tensor, rope: Uncast, mask: Tensor | None, cache: LayerCache | None, past: int
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Uncast, mask: Tensor | None, cache: LayerCache | None, past: int) -> Tensor:
         """x [B, S, D] -> [B, S, D], with the tables of `rope_tables`; `past` tokens are already in `cache`."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.qk_norm == "whole":

@@ -54,9 +54,10 @@ def materialize(module: nn.Module, *, std: float, seed: int | None) -> None:
     A seed of None is drawn from the global generator, which is not moved otherwise.
     """
     here = nn.Module()
-    here.register_parameter("parameter", nn.Parameter(torch.empty(0)))  # what others replace to have their say
-    if has_values(here.parameter):
+    here.register_parameter("new", nn.Parameter(torch.empty(0)))  # a method that others replace to have their say
+    (new,) = here.parameters()
+    if has_values(new):
         if seed is None:
             seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_().item())
-        module.to_empty(device=here.parameter.device)
+        module.to_empty(device=new.device)
         initialize(module, std=std, seed=seed)

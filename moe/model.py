@@ -81,7 +81,13 @@ class Block(nn.Module):
             self.mlp = MLP(width, config.intermediate_size)
 
     def forward(
-        self, h: Tensor, rope: Uncast, mask: Tensor | None, token_mask: Tensor | None, cache: LayerCache | None, past: int
+        self,
+        h: Tensor,
+        rope: Uncast,
+        mask: Tensor | None,
+        token_mask: Tensor | None,
+        cache: LayerCache | None,
+        past: int,
     ) -> tuple[Tensor, MoEStats | None]:
         h = h + self.self_attn(self.input_layernorm(h), rope, mask, cache, past)
         x = self.post_attention_layernorm(h)

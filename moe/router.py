@@ -122,8 +122,8 @@ class Router(nn.Module):
         routing = self.route(logits) if expert_ids is None else self.replay(logits, expert_ids)
         return routing._replace(logits=logits, counter=self.load_counter)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
         bias = self.e_score_correction_bias
         if bias is not None and bias.dtype != torch.float32:  # an assigned one
             self.e_score_correction_bias = bias.float()

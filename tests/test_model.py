@@ -265,7 +265,7 @@ def test_mtp_is_transformers_mtp_layer() -> None:
     logits = model.head(h)
     expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 2:].flatten())
     assert out.losses["mtp"].item() == pytest.approx(expected.item(), rel=1e-5)
-    ours, _ = model.mtp[0](out.hidden[:, :-1], embedding, (cos, sin), None, None)
+    ours, _ = model.mtp[0](out.hidden[:, :-1], embedding, Uncast(cos, sin), None, None)
     close(ours, h)
     assert out.loss is not None
     total = out.losses["ce"] + 0.3 * out.losses["mtp"]

@@ -43,7 +43,9 @@ def check_device(module: str, weight: Tensor, x: Tensor) -> None:
     Some of torch's operators take it without an error, and return what was in memory.
     """
     if weight.is_meta and not x.is_meta:
-        raise ValueError(f"{module}: its weight is on the meta device; expected {x.device}; load or initialise it first")
+        raise ValueError(
+            f"{module}: its weight is on the meta device; expected {x.device}; load or initialise it first"
+        )
 
 
 def check_tier(tier: str) -> None:
