@@ -222,7 +222,7 @@ class Transformer(nn.Module):
             terms += [term for s in mtp_stats for term in s.terms]
 
         load = torch.stack([s.load.to(h.device) for s in stats]) if stats else None
-        if load is not None:
+        if load is not None and not torch.compiler.is_exporting():  # a graph has nowhere to keep the sum
             self._count(load)
         if labels is None:
             return Output(logits, h, load=load)

@@ -90,9 +90,16 @@ class Router(nn.Module):
     def join(self, batch: GlobalBatch) -> None:
         self.load_counter.join(batch)
 
+    def keep_bias_float32(self) -> None:
+        """Undo what others did to the correction bias when they assigned or cast it past `_apply`."""
+        bias = self.e_score_correction_bias
+        if bias is not None and bias.dtype != torch.float32:
+            self.e_score_correction_bias = bias.float()
+
     @torch.no_grad()
     def move_bias(self, step: Tensor) -> None:
         """Add float32 [E] to the correction bias."""
+        self.keep_bias_float32()
         assert self.e_score_correction_bias is not None
         self.e_score_correction_bias += step.to(self.e_score_correction_bias.device)
 
@@ -106,6 +113,7 @@ class Router(nn.Module):
             return F.linear(x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
     def route(self, logits: Tensor) -> Routing:
+        self.keep_bias_float32()
         return ops.route(logits, self.e_score_correction_bias, **self.selection)
 
     def replay(self, logits: Tensor, expert_ids: Tensor) -> Routing:
@@ -124,9 +132,7 @@ class Router(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        bias = self.e_score_correction_bias
-        if bias is not None and bias.dtype != torch.float32:  # an assigned one
-            self.e_score_correction_bias = bias.float()
+        self.keep_bias_float32()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         bias = self.e_score_correction_bias
