@@ -12,7 +12,7 @@ from moe import ops
 from moe.config import RouterConfig
 from moe.global_batch import GlobalBatch
 from moe.ops import Routing
-from moe.ops.library import check_device
+from moe.ops.library import check_device, without_autocast
 
 COUNTER_DTYPE = torch.float64  # gradients must be floating point; counts are exact up to 2^53
 
@@ -107,9 +107,7 @@ class Router(nn.Module):
         """x [T, D] -> [T, E]."""
         check_device("Router", self.weight, x)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        device = x.device.type
-        # "meta", for one, has no autocast.
-        with torch.autocast(device if torch.amp.is_autocast_available(device) else "cpu", enabled=False):
+        with without_autocast(x.device.type):
             return F.linear(x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
     def route(self, logits: Tensor) -> Routing:

@@ -13,6 +13,7 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
 from typing import Any, Literal, get_args
@@ -34,6 +35,7 @@ def is_fake(tensor: Tensor) -> bool:
 
 
 def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor has data, which decides if code may look at it. In a compiled graph it must not, either way."""
     return not (tensor.is_meta or is_fake(tensor))
 
 
@@ -115,9 +117,8 @@ def kernels_for(page: str, tensors: list[Tensor], tier: str = "auto") -> ModuleT
 
 
 def _check_device(tensors: list[Tensor]) -> None:
-    devices = sorted({str(tensor.device) for tensor in tensors})
-    if len(devices) > 1:
-        raise ValueError(f"tensors on {', '.join(devices)}: expected one device")
+    if any(tensor.device != tensors[0].device for tensor in tensors):
+        raise ValueError(f"tensors on {', '.join(sorted({str(t.device) for t in tensors}))}: expected one device")
 
 
 @cache
@@ -227,10 +228,14 @@ def define_gradient(
     LIBRARY.impl(op.name().partition("::")[2].partition(".")[0], autograd, "Autograd")
 
 
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Context in which products on this type of device are not cast. Some types, as "meta", have no autocast."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors as autocast would hand them to a matrix product: cast when it is on, except float64."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
-    # "meta", for one, has no autocast.
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
