@@ -235,7 +235,7 @@ def test_an_assigned_state_leaves_the_bias_float32(given: torch.dtype, on_meta: 
     source = biased_layer(OPTIONS[0])
     state = {name: tensor.to(given) for name, tensor in source.state_dict().items()}
     with torch.device("meta" if on_meta else "cpu"):
-        layer = nn.Sequential(biased_layer(OPTIONS[0]))
+        layer: Any = nn.Sequential(biased_layer(OPTIONS[0]))
     keys = layer.load_state_dict({f"0.{name}": tensor for name, tensor in state.items()}, assign=True)
     assert not keys.missing_keys and not keys.unexpected_keys
     for name, tensor in layer.state_dict().items():
