@@ -242,12 +242,12 @@ def test_an_assigned_state_leaves_the_bias_float32(given: torch.dtype, on_meta: 
         assert tensor.dtype == (torch.float32 if name.endswith("correction_bias") else given), name
         assert torch.equal(tensor.double(), state[name.removeprefix("0.")].double())
     assert layer(torch.randn(2, 3, 24, dtype=given)).dtype == given
-    if layer[0].gate.e_score_correction_bias is not None:  # as accelerate does with a dtype, and FSDP1 with buffer_dtype
-        layer[0].gate._buffers["e_score_correction_bias"] = state["gate.e_score_correction_bias"]
-        layer(torch.randn(2, 3, 24, dtype=given))
-        layer[0].gate.move_bias(torch.full((8,), 0.001))
-        moved = state["gate.e_score_correction_bias"].float() + 0.001
-        assert torch.equal(layer[0].gate.e_score_correction_bias, moved)
+    # Past `load_state_dict`, as accelerate does with a dtype and FSDP1 with buffer_dtype.
+    gate, given_bias = layer[0].gate, state["gate.e_score_correction_bias"]
+    gate._buffers["e_score_correction_bias"] = given_bias
+    layer(torch.randn(2, 3, 24, dtype=given))
+    gate.move_bias(torch.full((8,), 0.001))
+    assert torch.equal(gate.e_score_correction_bias, given_bias.float() + 0.001)
     # What is not in the state stays, and is what it was.
     del state["gate.e_score_correction_bias"]
     kept = biased_layer(OPTIONS[0])
