@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from moe.cache import LayerCache
 from moe.config import ModelConfig
 from moe.norm import RMSNorm
+from moe.ops.library import has_values
 from moe.rope import apply_rope, mscale
+from moe.uncast import Uncast
 
 # DeepSeek's code and Hugging Face's both leave the latents' norms at this default, whatever rms_norm_eps says.
 LATENT_NORM_EPS = 1e-6
@@ -64,10 +66,10 @@ def _attend_in_blocks(
     wide = torch.promote_types(q.dtype, torch.float32)
     queries, past = q.shape[1], k.shape[1] - q.shape[1]
     q, k, v = q.transpose(1, 2), k.permute(0, 2, 3, 1), v.transpose(1, 2)
-    size = queries if torch.compiler.is_compiling() else QUERY_BLOCK
+    starts = (0,) if torch.compiler.is_compiling() else range(0, queries, QUERY_BLOCK)
     out = []
-    for start in range(0, queries, size) if size else ():
-        end = min(start + size, queries)
+    for start in starts:
+        end = min(start + QUERY_BLOCK, queries) if len(starts) > 1 else queries
         keys = past + end if mask is None else k.shape[-1]
         scores = torch.matmul(q[:, :, start:end], k[..., :keys]).to(wide) * scale
         if mask is None:
@@ -116,16 +118,14 @@ class MLA(nn.Module):
         self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
         self.o_proj = nn.Linear(self.heads * self.value, width, bias=config.output_bias)
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: LayerCache | None, past: int
-    ) -> Tensor:
-        """x [B, S, D] -> [B, S, D]; `past` tokens are already in `cache`."""
+    def forward(self, x: Tensor, rope: Uncast, mask: Tensor | None, cache: LayerCache | None, past: int) -> Tensor:
+        """x [B, S, D] -> [B, S, D], with the tables of `rope_tables`; `past` tokens are already in `cache`."""
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.compresses_q else self.q_proj(x)
         q_nope, q_pe = rearrange(q, "b s (h d) -> b s h d", h=self.heads).split((self.nope, self.rope), dim=-1)
         c, k_pe = self.kv_a_proj_with_mqa(x).split((self.latent, self.rope), dim=-1)
         c = self.kv_a_layernorm(c)
-        q_pe = apply_rope(q_pe, *rope, interleave=self.interleave)
-        k_pe = apply_rope(k_pe.unsqueeze(2), *rope, interleave=self.interleave).squeeze(2)
+        q_pe = apply_rope(q_pe, *rope.tensors, interleave=self.interleave)
+        k_pe = apply_rope(k_pe.unsqueeze(2), *rope.tensors, interleave=self.interleave).squeeze(2)
 
         if cache is not None:
             (entry,) = cache.append(past, torch.cat((c, k_pe), dim=-1))
@@ -166,7 +166,7 @@ class MLA(nn.Module):
         """
         w = self.kv_b_proj(torch.eye(self.latent + 1, self.latent, dtype=c.dtype, device=c.device))
         w, constant = w[:-1] - w[-1], w[-1]
-        if not torch.compiler.is_compiling():
+        if has_values(c) and not torch.compiler.is_compiling():
             c, exact = c.to(w.dtype), self.kv_b_proj(c)
             exact_products = w.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
             eps = torch.finfo(w.dtype if exact_products else torch.bfloat16).eps
@@ -229,10 +229,8 @@ class GQA(nn.Module):
             self.k_norm = RMSNorm(dim * (self.kv_heads if whole else 1), eps=config.rms_norm_eps)
         self.sinks = nn.Parameter(torch.empty(self.heads)) if config.attention_sinks else None
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: LayerCache | None, past: int
-    ) -> Tensor:
-        """x [B, S, D] -> [B, S, D]; `past` tokens are already in `cache`."""
+    def forward(self, x: Tensor, rope: Uncast, mask: Tensor | None, cache: LayerCache | None, past: int) -> Tensor:
+        """x [B, S, D] -> [B, S, D], with the tables of `rope_tables`; `past` tokens are already in `cache`."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.qk_norm == "whole":
             q, k = self.q_norm(q), self.k_norm(k)
@@ -252,8 +250,8 @@ class GQA(nn.Module):
         text = f"heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, rope_dim={self.rope_dim}"
         return f"{text}, qk_norm={self.qk_norm}, sinks={self.sinks is not None}"
 
-    def _rotate(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        rotated = apply_rope(x[..., : self.rope_dim], *rope, interleave=self.interleave)
+    def _rotate(self, x: Tensor, rope: Uncast) -> Tensor:
+        rotated = apply_rope(x[..., : self.rope_dim], *rope.tensors, interleave=self.interleave)
         if self.rope_dim == x.shape[-1]:
             return rotated
         return torch.cat((rotated, x[..., self.rope_dim :]), dim=-1)

@@ -154,6 +154,8 @@ def inject_gradients(
     """y unchanged; when gradients flow through it, `loss` gets the gradient `scale` and `counter` gets `load`."""
     if not torch.is_grad_enabled() or (loss is None and counter is None):
         return y
+    if torch.compiler.is_exporting():
+        raise ValueError("balance losses and counts need a backward pass of ours, which torch.export drops: use eval()")
     at = y if loss is None else loss
     return _Inject.apply(y, loss, torch.full((), scale, dtype=at.dtype, device=at.device), counter, load)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from moe.cache import Cache
 from moe.config import ModelConfig
 from moe.model import Transformer, check_input_ids
+from moe.ops.library import has_values
 from moe.sampling import Sampling
 
 
@@ -90,7 +91,8 @@ def stream(
     mask = None
     if attention_mask is not None:
         mask = attention_mask.bool()
-        if mask.shape != input_ids.shape or not bool((mask[:, :-1] <= mask[:, 1:]).all() and mask[:, -1].all()):
+        on_the_left = not has_values(mask) or bool((mask[:, :-1] <= mask[:, 1:]).all() and mask[:, -1].all())
+        if mask.shape != input_ids.shape or not on_the_left:
             raise ValueError("attention_mask: expected the shape of input_ids, with padding on the left only")
     ends = (
         tuple(eos_token_id) if isinstance(eos_token_id, Sequence) else () if eos_token_id is None else (eos_token_id,)
@@ -108,7 +110,8 @@ def _steps(
     seed: int | None,
     ends: tuple[int, ...],
 ) -> Iterator[Tensor]:
-    generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
+    known = has_values(input_ids)
+    generator = torch.Generator(input_ids.device).manual_seed(seed) if seed is not None and known else None
     cache = Cache(model.config)
     ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     last = torch.tensor(ends, dtype=torch.int64, device=input_ids.device)
@@ -126,7 +129,7 @@ def _steps(
             token = token.masked_fill(ended, ends[0])
             ended = ended | torch.isin(token, last)
         yield token
-        if ends and bool(ended.all()):
+        if ends and known and bool(ended.all()):
             return
         fed = token.unsqueeze(1)
         if seen is not None:

@@ -1,10 +1,13 @@
 """Initial values of weights, which do not depend on the order of creation or on how a model is divided."""
 
 import hashlib
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moe.ops.library import has_values, is_fake
 from moe.roles import role_of
 
 
@@ -38,15 +41,23 @@ def _generator(device: torch.device, seed: int, name: str, expert: int) -> torch
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def materialize(module: nn.Module, *, std: float, seed: int | None) -> None:
-    """Turn a module built on the meta device into an initialised one on the default device; a no-op if that is meta.
+def unfilled() -> AbstractContextManager[Any]:
+    """Context in which to build a module for `materialize`: on the meta device, so that torch's own initialisation does
+    not run. Fake tensors hold nothing as they are, and cannot be replaced."""
+    return nullcontext() if is_fake(torch.empty(0)) else torch.device("meta")
 
-    Building on meta first keeps torch's own initialisation from running. A seed of None is drawn from the global
-    generator, which is not moved otherwise.
+
+def materialize(module: nn.Module, *, std: float, seed: int | None) -> None:
+    """Turn a module built in `unfilled()` into an initialised one, where new parameters have values here: on the
+    default device, and not within `accelerate.init_empty_weights`, for one.
+
+    A seed of None is drawn from the global generator, which is not moved otherwise.
     """
-    device = torch.get_default_device()
-    if device.type != "meta":
+    here = nn.Module()
+    here.register_parameter("new", nn.Parameter(torch.empty(0)))  # a method that others replace to have their say
+    (new,) = here.parameters()
+    if has_values(new):
         if seed is None:
             seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_().item())
-        module.to_empty(device=device)
+        module.to_empty(device=new.device)
         initialize(module, std=std, seed=seed)

@@ -15,11 +15,12 @@ from moe import balance, ops
 from moe.config import MoEConfig
 from moe.errors import ConfigError
 from moe.global_batch import GlobalBatch
-from moe.init import materialize
+from moe.init import materialize, unfilled
 from moe.loss import Term
 from moe.ops import Routing, SwiGLU
 from moe.ops.permutation import check_ids
 from moe.router import LoadCounter, Router
+from moe.uncast import Uncast
 
 _Arguments = ParamSpec("_Arguments")
 
@@ -97,7 +98,17 @@ class Experts(nn.Module):
         self.down_proj_bias = nn.Parameter(torch.empty(num_experts, width)) if bias else None
         self.activation = activation
 
-    def forward(self, x: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
+        return super().__call__(x, weights, expert_ids, uncast=Uncast(weights))
+
+    def forward(self, x: Tensor, weights: Tensor, expert_ids: Tensor, uncast: Uncast | None = None) -> Tensor:
+        """x [T, D], weights [T, K], expert_ids [T, K] -> [T, D]; see `moe.ops.moe_mlp`.
+
+        Half-precision weights have been cast by a wrapper, such as FSDP: they are taken from `uncast`, which a call of
+        the module adds. A wrapper that casts before that call rounds them.
+        """
+        if weights.dtype.itemsize < 4:
+            weights = (weights if uncast is None else uncast.tensors[0].to(weights.device)).float()
         gate_up, down, gate_up_bias, down_bias = self.operands()
         _check_dtype(x, gate_up)
         return ops.moe_mlp(
@@ -259,7 +270,7 @@ class MoELayer(nn.Module):
         _MoELayerArguments.check_names(settings)
         self.config = config = _MoELayerArguments(*sizes, **settings)
         self.dispatcher: Dispatcher = LocalDispatcher()
-        with torch.device("meta"):
+        with unfilled():
             self.gate = Router(config.hidden_size, config)
             self.experts = Experts(
                 config.n_routed_experts,
@@ -366,7 +377,8 @@ class MoELayer(nn.Module):
         y = y if shared is None else y + shared
         if padding is not None:  # an adapter or a hook may have added something
             y = y.masked_fill(padding, 0)
-        y = y.view(x.shape)
+        # Not a view, which could not be changed in place if it was made without gradients.
+        y = torch.ops.aten._unsafe_view.default(y, x.shape)
         return (y, stats) if return_stats else y
 
     def extra_repr(self) -> str:

@@ -24,15 +24,15 @@ from moe.cache import Cache, LayerCache
 from moe.config import ModelConfig
 from moe.errors import ConfigError
 from moe.global_batch import GlobalBatch
-from moe.init import materialize
+from moe.init import materialize, unfilled
 from moe.layer import MLP, MoELayer, MoEStats
 from moe.loss import IGNORED, Term, count_key, next_token_loss, taking_part, targets
 from moe.norm import RMSNorm
-from moe.ops.library import index_error
+from moe.ops.library import check_device, index_error
 from moe.quantized import Quantized
 from moe.rope import rope_tables
+from moe.uncast import Uncast
 
-Rope = tuple[Tensor, Tensor]
 ID_DTYPES = (torch.int64, torch.int32)
 
 
@@ -65,6 +65,7 @@ class Embedding(nn.Embedding):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        check_device("Embedding", self.weight, input)
         return F.linear(input, self.weight) if input.is_floating_point() else super().forward(input)
 
 
@@ -85,7 +86,13 @@ class Block(nn.Module):
             self.mlp = MLP(width, config.intermediate_size)
 
     def forward(
-        self, h: Tensor, rope: Rope, mask: Tensor | None, token_mask: Tensor | None, cache: LayerCache | None, past: int
+        self,
+        h: Tensor,
+        rope: Uncast,
+        mask: Tensor | None,
+        token_mask: Tensor | None,
+        cache: LayerCache | None,
+        past: int,
     ) -> tuple[Tensor, MoEStats | None]:
         h = h + self.self_attn(self.input_layernorm(h), rope, mask, cache, past)
         x = self.post_attention_layernorm(h)
@@ -113,7 +120,7 @@ class MTP(nn.Module):
         self.norm = RMSNorm(width, eps=config.rms_norm_eps)
 
     def forward(
-        self, h: Tensor, embedding: Tensor, rope: Rope, mask: Tensor | None, token_mask: Tensor | None
+        self, h: Tensor, embedding: Tensor, rope: Uncast, mask: Tensor | None, token_mask: Tensor | None
     ) -> tuple[Tensor, MoEStats | None]:
         x = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(h)), dim=-1))
         x, stats = self.block(x, rope, mask, token_mask, None, 0)
@@ -144,7 +151,7 @@ class Transformer(nn.Module):
         self.activation_checkpointing = False
         self._load: Tensor | None = None
         self._idle = config.idle_parameters()
-        with torch.device("meta"):
+        with unfilled():
             # Not nn.Embedding(V, D): its normal_ on the meta device imports torch's compiler, which takes seconds.
             embedding = torch.empty(config.vocab_size, config.hidden_size)
             self.embed_tokens = Embedding.from_pretrained(embedding, freeze=False)
@@ -206,7 +213,7 @@ class Transformer(nn.Module):
             for reason in self._idle:
                 warnings.warn(f"parameters that do not learn: {reason}", stacklevel=2)
         h = self._embed(input_ids)
-        rope = rope_tables(self.config.rope_parameters, self.config.rope_dim, position_ids, h.dtype)
+        rope = Uncast(*rope_tables(self.config.rope_parameters, self.config.rope_dim, position_ids, h.dtype))
         stats: list[MoEStats] = []
         for i, block in enumerate(self.layers):
             layer_cache = cache.layers[i] if cache is not None else None
@@ -233,7 +240,7 @@ class Transformer(nn.Module):
             terms += [term for s in mtp_stats for term in s.terms]
 
         load = torch.stack([s.load.to(h.device) for s in stats]) if stats else None
-        if load is not None:
+        if load is not None and not torch.compiler.is_exporting():  # a graph has nowhere to keep the sum
             self._count(load)
         if labels is None:
             return Output(logits, h, load=load)
@@ -365,7 +372,7 @@ class Transformer(nn.Module):
         h: Tensor,
         input_ids: Tensor,
         labels: Tensor,
-        rope: Rope,
+        rope: Uncast,
         real: Tensor | None,
         document_ids: Tensor | None,
     ) -> tuple[list[Term], list[MoEStats]]:
@@ -383,8 +390,7 @@ class Transformer(nn.Module):
             documents = document_ids[:, :keep] if document_ids is not None else None
             token_mask = taking_part(k + 1, real, document_ids)
             mask = attention_scope(keep, 0, token_mask, documents, input_ids.device)
-            cos, sin = rope
-            args = (embedding, (cos[:, :keep], sin[:, :keep]), mask, token_mask)
+            args = (embedding, Uncast(*(table[:, :keep] for table in rope.tensors)), mask, token_mask)
             h, block_stats = self._run(module, h[:, :keep], *args)
             mean = next_token_loss(self.head(h), labels, k + 2, document_ids, token_mask)
             mean = replace(mean, value=mean.value / modules)

@@ -16,7 +16,7 @@ from moe import ops
 from moe.config import RouterConfig
 from moe.global_batch import GlobalBatch
 from moe.ops import Routing
-from moe.ops.library import index_error
+from moe.ops.library import check_device, index_error, without_autocast
 from moe.ops.permutation import check_ids
 
 COUNTER_DTYPE = torch.float64  # gradients must be floating point; counts are exact up to 2^53
@@ -152,19 +152,28 @@ class Router(nn.Module):
     def join(self, batch: GlobalBatch) -> None:
         self.load_counter.join(batch)
 
+    def keep_bias_float32(self) -> None:
+        """Undo what others did to the correction bias when they assigned or cast it past `_apply`."""
+        bias = self.e_score_correction_bias
+        if bias is not None and bias.dtype != torch.float32:
+            self.e_score_correction_bias = bias.float()
+
     @torch.no_grad()
     def move_bias(self, step: Tensor) -> None:
         """Add float32 [E] to the correction bias."""
+        self.keep_bias_float32()
         assert self.e_score_correction_bias is not None
         self.e_score_correction_bias += step.to(self.e_score_correction_bias.device)
 
     def logits(self, x: Tensor) -> Tensor:
         """x [T, D] -> [T, E]."""
+        check_device("Router", self.weight, x)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             return F.linear(x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
     def route(self, logits: Tensor) -> Routing:
+        self.keep_bias_float32()
         return ops.route(logits, self.e_score_correction_bias, **self.selection)
 
     def replay(self, logits: Tensor, expert_ids: Tensor) -> Routing:
@@ -203,6 +212,10 @@ class Router(nn.Module):
         )
         balanced = self.e_score_correction_bias is not None
         return f"num_experts={self.num_experts}, width={self.weight.shape[-1]}, {rules}, correction_bias={balanced}"
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.keep_bias_float32()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         bias = self.e_score_correction_bias

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import moe
@@ -78,6 +80,8 @@ def cases(size: int, *, long: bool) -> list[Case]:
     found.append(Case("groups of the global batch", groups))
     if size == 2 or (size == 4 and long):
         found += [Case(f"unequal micro-batches, {how}", partial(unequal, how=how)) for how in ("mesh", "average")]
+    if size <= 2:
+        found.append(Case("parts as units of FSDP", units))
     if size in (2, 8):
         found.append(Case("mixed precision", mixed_precision))
     if size == 2 and long:
@@ -598,7 +602,7 @@ def mixed_precision(ranks: Ranks) -> None:
         if isinstance(layer, MoELayer):
             spy(layer)
         if isinstance(layer, MLA):
-            layer.register_forward_pre_hook(lambda _, args: seen["rotations"].update(t.dtype for t in args[1]))
+            layer.register_forward_pre_hook(lambda _, args: seen["rotations"].update(t.dtype for t in args[1].tensors))
     ids = torch.randint(0, 40, (2, LENGTH), generator=torch.Generator().manual_seed(3))
     out = model(ids, labels=ids)
     assert out.loss is not None
@@ -667,6 +671,49 @@ def foreign(ranks: Ranks) -> None:
         expected = alone.get_parameter(name).grad
         assert expected is not None
         close(whole(gradient), expected, name)
+
+
+def units(ranks: Ranks) -> None:
+    """Parts that a user shards on their own, with torch's default of casting every floating argument of a unit."""
+    half, exact = MixedPrecisionPolicy(param_dtype=torch.bfloat16), MixedPrecisionPolicy()
+    mesh = init_device_mesh("cpu", (ranks.size,))
+    x = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(ranks.rank))
+
+    def run(parts: Sequence[str], policy: MixedPrecisionPolicy) -> list[Tensor]:
+        layer = _layer().float()
+        for part in parts:
+            fully_shard(layer.get_submodule(part), mesh=mesh, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+        given = x.clone().requires_grad_()
+        y = layer(given)
+        before = y.detach().clone()
+        y.add_(1)
+        y.float().square().sum().backward()
+        assert given.grad is not None
+        # Shared experts of their own add to the gradient of x in another order, and bf16 rounds each sum.
+        grad = [] if "shared_experts" in parts else [given.grad]
+        return [before, *(whole(p.grad) for p in layer.parameters() if p.grad is not None), *grad]
+
+    for policy in (half, exact):
+        expected = run([], policy)
+        assert expected[0].dtype == (policy.param_dtype or torch.float32)
+        for parts in (["experts"], ["gate"], ["shared_experts"], ["experts", "gate", "shared_experts"]):
+            for found, alone in zip(run(parts, policy), expected, strict=False):
+                assert torch.equal(found, alone), (parts, policy)
+
+    ids = torch.randint(0, 40, (2, LENGTH), generator=torch.Generator().manual_seed(3))
+    logits = []
+    for casts in (False, True):
+        model = Transformer(_config(), seed=1)
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=casts)
+        for block in (*model.layers, *model.mtp):
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=half)
+        out = model(ids, labels=ids)
+        assert out.loss is not None
+        out.loss.backward()
+        logits.append(out.logits)
+    assert torch.equal(*logits)  # nothing but activations, which are bf16 already, is cast
 
 
 def groups(ranks: Ranks) -> None:

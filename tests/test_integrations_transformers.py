@@ -260,6 +260,14 @@ def test_no_tokens(name: str) -> None:
     assert all((ours[n] == 0).all() for n in ours)
 
 
+@each_kind
+def test_on_the_meta_device(name: str) -> None:
+    ids, weights = routing(5)
+    call = (torch.randn(5, D).to("meta"), ids.to("meta"), weights.to("meta"))
+    found = gradients(build(name).to("meta"), "moesmith", call, torch.zeros(5, D, device="meta"), torch.bfloat16)
+    assert all(tensor.is_meta and tensor.dtype == torch.bfloat16 for tensor in found.values())
+
+
 def flagged(has_gate: bool, has_bias: bool, is_transposed: bool, own_gate: bool, has_post_expert_norm: bool) -> Any:
     """An experts module of our own under transformers' decorator, any combination of whose flags may be asked for."""
 

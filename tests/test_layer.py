@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import moe
 from moe.config import MoEConfig, RouterConfig
@@ -256,6 +256,51 @@ def test_released_biases_need_fp32() -> None:
     routing = router.to(torch.bfloat16)(torch.randn(5, 4, dtype=torch.bfloat16))
     assert routing.expert_ids.tolist() == [[2]] * 5
     assert bias.bfloat16().argmax() != 2
+
+
+@pytest.mark.parametrize("given", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("on_meta", [False, True])
+def test_an_assigned_state_leaves_the_bias_float32(given: torch.dtype, on_meta: bool) -> None:
+    """As one that is copied; the other tensors are those that were given."""
+    source = biased_layer(OPTIONS[0])
+    state = {name: tensor.to(given) for name, tensor in source.state_dict().items()}
+    with torch.device("meta" if on_meta else "cpu"):
+        layer: Any = nn.Sequential(biased_layer(OPTIONS[0]))
+    keys = layer.load_state_dict({f"0.{name}": tensor for name, tensor in state.items()}, assign=True)
+    assert not keys.missing_keys and not keys.unexpected_keys
+    for name, tensor in layer.state_dict().items():
+        assert tensor.dtype == (torch.float32 if name.endswith("correction_bias") else given), name
+        assert torch.equal(tensor.double(), state[name.removeprefix("0.")].double())
+    assert layer(torch.randn(2, 3, 24, dtype=given)).dtype == given
+    # Past `load_state_dict`, as accelerate does with a dtype and FSDP1 with buffer_dtype.
+    gate, given_bias = layer[0].gate, state["gate.e_score_correction_bias"]
+    gate._buffers["e_score_correction_bias"] = given_bias
+    layer(torch.randn(2, 3, 24, dtype=given))
+    gate.move_bias(torch.full((8,), 0.001))
+    assert torch.equal(gate.e_score_correction_bias, given_bias.float() + 0.001)
+    # What is not in the state stays, and is what it was.
+    del state["gate.e_score_correction_bias"]
+    kept = biased_layer(OPTIONS[0])
+    kept.load_state_dict(state, strict=False, assign=True)
+    assert kept.gate.e_score_correction_bias is not None and source.gate.e_score_correction_bias is not None
+    assert torch.equal(kept.gate.e_score_correction_bias, source.gate.e_score_correction_bias)
+
+
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[4], OPTIONS[6]])
+def test_an_output_can_be_changed_in_place(options: dict[str, Any]) -> None:
+    """It is no view, which could not be changed after a pass without gradients, and its changes reach no input."""
+    layer, x = biased_layer(options), torch.randn(2, 5, 24)
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    for token_mask in (None, mask):
+        with torch.no_grad():
+            y = layer(x, token_mask)
+        before = x.clone()
+        y += torch.ones(24, requires_grad=True)
+        y.sum().backward()
+        assert torch.equal(x, before)
+        y = layer(x, token_mask)
+        assert not y._is_view()
+        y.add_(x).sum().backward()
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)

@@ -17,7 +17,7 @@ LEVELS = [
     {"moe.presets", "moe.counts"},
     {"moe.checkpoint.format"},
     {"moe.planning"},
-    {"moe.ops", "moe.norm"},
+    {"moe.ops", "moe.norm", "moe.uncast"},
     {"moe.router", "moe.init", "moe.rope", "moe.loss", "moe.cache"},
     {"moe.balance", "moe.quantized"},
     {"moe.attention", "moe.layer"},

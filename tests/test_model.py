@@ -15,6 +15,7 @@ from moe.cache import Cache
 from moe.loss import next_token_loss
 from moe.model import Transformer
 from moe.rope import inverse_frequencies, rope_tables
+from moe.uncast import Uncast
 
 YARN = moe.RopeParameters(
     rope_type="yarn", factor=4.0, original_max_position_embeddings=8, mscale=0.7, mscale_all_dim=1.0
@@ -420,7 +421,7 @@ def test_mtp_is_transformers_mtp_layer() -> None:
     logits = model.head(h)
     expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 2:].flatten())
     assert out.losses["mtp"].item() == pytest.approx(expected.item(), rel=1e-5)
-    ours, _ = model.mtp[0](out.hidden[:, :-1], embedding, (cos, sin), None, None)
+    ours, _ = model.mtp[0](out.hidden[:, :-1], embedding, Uncast(cos, sin), None, None)
     close(ours, h)
     assert out.loss is not None
     total = out.losses["ce"] + 0.3 * out.losses["mtp"]
@@ -433,9 +434,10 @@ def test_second_mtp_module_reads_the_first() -> None:
     out = model(ids, labels=ids)
     rope = rope_tables(SMALL.rope_parameters, SMALL.rope_dim, torch.arange(8)[None])
     first, _ = model.mtp[0](
-        out.hidden[:, :7], model.embed_tokens(ids[:, 1:]), tuple(t[:, :7] for t in rope), None, None
+        out.hidden[:, :7], model.embed_tokens(ids[:, 1:]), Uncast(*(t[:, :7] for t in rope)), None, None
     )
-    second, _ = model.mtp[1](first[:, :6], model.embed_tokens(ids[:, 2:]), tuple(t[:, :6] for t in rope), None, None)
+    rope = Uncast(*(t[:, :6] for t in rope))
+    second, _ = model.mtp[1](first[:, :6], model.embed_tokens(ids[:, 2:]), rope, None, None)
     one = next_token_loss(model.head(first), ids, 2, None, None).value
     two = nn.functional.cross_entropy(model.head(second)[0, :5], ids[0, 3:])
     assert out.losses["mtp"].item() == pytest.approx((one.item() + two.item()) / 2, rel=1e-6)

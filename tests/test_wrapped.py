@@ -4,16 +4,21 @@ import copy
 import pickle
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
 import moe
 from moe import attention, balance
 from moe.cache import Cache
+from moe.errors import CheckpointError
+from moe.train.state import save_state
 
 MLA = dict(kv_lora_rank=16, q_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10)
 GQA = dict(num_key_value_heads=2, head_dim=8, tie_word_embeddings=True)
@@ -193,14 +198,31 @@ class Adapter(nn.Module):
         return self.inner(x) + self.b(self.a(x))
 
 
+class Int8(nn.Module):
+    """A linear layer whose weight is rounded to integers, one scale for each row."""
+
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__()
+        scale = inner.weight.abs().amax(1, keepdim=True) / 127
+        self.register_buffer("codes", (inner.weight / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.codes.to(x.dtype)) * self.scale.mT
+
+
+@pytest.mark.parametrize("around", [Adapter, Int8])
 @torch.no_grad()
-def test_decoding_includes_an_adapter_of_the_latent() -> None:
+def test_decoding_includes_what_is_around_the_latent(around: Callable[[nn.Linear], nn.Module]) -> None:
     """Absorbed decoding of one token against all tokens at once, whose keys and values are expanded."""
     torch.manual_seed(0)
     model = build(MLA, max_position_embeddings=64).double().eval()
     for block in model.layers:
         latent: Any = block.self_attn
-        latent.kv_b_proj = Adapter(latent.kv_b_proj)
+        latent.kv_b_proj = around(latent.kv_b_proj)
     ids = torch.randint(0, 61, (2, 20))
     expected = model(ids).logits
     cache = Cache(model.config)
@@ -392,3 +414,29 @@ def test_a_routing_holds_no_module() -> None:
     """What moves the outputs of a module must not move the router."""
     routing = moe.MoELayer(32, 16, 8, 2, seed=0).gate(torch.randn(5, 32))
     assert not any(hasattr(part, "to") for part in routing if not isinstance(part, Tensor))
+
+
+class Packed(Tensor):
+    """What quantisers put in the place of a weight: a tensor whose values are elsewhere."""
+
+
+CHANGES: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "subclass": (lambda weight: weight.as_subclass(Packed), "Packed"),
+    "sparse": (lambda weight: weight.to_sparse(), "torch.sparse_coo"),
+    "fake": (lambda weight: FakeTensorMode().from_tensor(weight), "FakeTensor"),
+    "no tensor": (lambda weight: (weight, 1.0), "tuple"),
+}
+
+
+@pytest.mark.parametrize("how", list(CHANGES))
+def test_a_tensor_that_is_not_dense_is_refused_before_anything_is_written(how: str, tmp_path: Path) -> None:
+    change, found = CHANGES[how]
+    model, name = build(MLA), "layers.1.self_attn.o_proj.weight"
+    whole = model.state_dict()
+    given = {**whole, name: change(whole[name])}
+    message = f"{name}: not a dense tensor: dequantise the model, .*; expected torch.Tensor; found {found}$"
+    model.state_dict = lambda: given  # pyright: ignore[reportAttributeAccessIssue]
+    for save in (model.save, partial(moe.save, model), partial(save_state, tensors=given, values={"step": 1}, keep=1)):
+        with pytest.raises(CheckpointError, match=message):
+            save(tmp_path / "saved")
+    assert not list(tmp_path.iterdir())

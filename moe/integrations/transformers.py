@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moe.errors import ConfigError
 from moe.ops import grouped_mm, moe_mlp, permute, unpermute
+from moe.ops.library import without_autocast
 
 try:
     from transformers import __version__ as _found
@@ -122,5 +123,5 @@ def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) 
         return out
     # A product with ones instead of a gather: rows past the last offset stay zero, and the gradient is a sum in order.
     # It is exact, and not cast under autocast, since eager adds the bias as it is.
-    with torch.autocast(rows.device.type, enabled=False):
+    with without_autocast(rows.device.type):
         return out + grouped_mm(bias.new_ones(rows.shape[0], 1), bias[:, None], offsets)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.ops.library import Tier, autocast, check_tier, define, define_gradient
+from moe.ops.library import Tier, autocast, check_tier, define, define_gradient, has_values
 from moe.ops.matmul import product_into
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -48,7 +48,8 @@ def grouped_mm(
     if out_dtype not in (None, a.dtype):
         raise ValueError(f"out_dtype = {out_dtype}: expected the operands' dtype {a.dtype}, or None")
     check_tier(tier)
-    return grouped_mm_reference(a, b, offs) if tier == "reference" else _GROUPED_MM(a, b, offs, tier)
+    by_definition = tier == "reference" and a.device.type != "meta"
+    return grouped_mm_reference(a, b, offs) if by_definition else _GROUPED_MM(a, b, offs, tier)
 
 
 def grouped_mm_reference(a: Tensor, b: Tensor, offs: Tensor | None = None) -> Tensor:
@@ -139,11 +140,23 @@ def _forward_fake(a: Tensor, b: Tensor, offs: Tensor | None, tier: str) -> Tenso
     return a.new_empty(_shape(a, b, offs))
 
 
+def _forward_flops(a: Tensor, b: Tensor, offs: Tensor | None, tier: str) -> int:
+    """Rows and columns past the last offset are not multiplied."""
+    if offs is None:
+        return 2 * a.shape[0] * a.shape[1] * a.shape[2] * b.shape[2]
+    ragged = a.shape[0] if b.dim() == 3 else b.shape[-2] if a.dim() == 2 else b.shape[1]
+    if has_values(offs) and not torch.compiler.is_compiling():
+        ragged = int(offs[-1]) if len(offs) else 0
+    others = b.shape[1:] if b.dim() == 3 else (a.shape[0], b.shape[1]) if a.dim() == 2 else a.shape[1:]
+    return 2 * ragged * others[0] * others[1]
+
+
 _GROUPED_MM = define(
     "grouped_mm(Tensor a, Tensor b, Tensor? offs, str tier) -> Tensor",
     page="grouped_gemm",
     cpu=_forward,
     fake=_forward_fake,
+    flops=_forward_flops,
     tiered=True,
 )
 

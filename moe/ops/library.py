@@ -13,16 +13,41 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+
+from moe.ops.flops import count_by
 
 LIBRARY = torch.library.Library("moesmith", "DEF")
 Tier = Literal["auto", "triton", "reference"]
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor is on no device, and only says that it is on one."""
+    return isinstance(tensor, FakeTensor)
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor has data, which decides if code may look at it. In a compiled graph it must not, either way."""
+    return not (tensor.is_meta or is_fake(tensor))
+
+
+def check_device(module: str, weight: Tensor, x: Tensor) -> None:
+    """Raise ValueError for a weight that is still on the meta device if `x` is not.
+
+    Some of torch's operators take it without an error, and return what was in memory.
+    """
+    if weight.is_meta and not x.is_meta:
+        raise ValueError(
+            f"{module}: its weight is on the meta device; expected {x.device}; load or initialise it first"
+        )
 
 
 def check_tier(tier: str) -> None:
@@ -31,12 +56,19 @@ def check_tier(tier: str) -> None:
 
 
 def define(
-    schema: str, *, page: str | None, cpu: Callable[..., Any], fake: Callable[..., Any], tiered: bool = False
+    schema: str,
+    *,
+    page: str | None,
+    cpu: Callable[..., Any],
+    fake: Callable[..., Any],
+    flops: Callable[..., int] | None = None,
+    tiered: bool = False,
 ) -> Any:
     """Adds the operator and returns its overload. No output may alias an input, however small the shapes.
 
     `page` is the module of moe_triton that has kernels of the operator's name and arguments; without one, torch's
-    operators do it on every device. A `tiered` operator has one argument more, the tier, at the end.
+    operators do it on every device. A `tiered` operator has one argument more, the tier, at the end. `flops` counts the
+    multiplications and additions of its products, from the operator's arguments, for torch's FlopCounterMode.
     """
     name = schema.partition("(")[0]
 
@@ -50,10 +82,16 @@ def define(
         with torch.cuda.device_of(tensors[0]):
             return getattr(kernels, name)(*args)
 
+    def without_values(*args: Any) -> Any:
+        _check_device([arg for arg in args if isinstance(arg, Tensor)])
+        return fake(*args)
+
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, implementation if tiered else cpu, "CPU")
     LIBRARY.impl(name, implementation, "CUDA")
-    torch.library.register_fake(f"moesmith::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"moesmith::{name}", without_values, lib=LIBRARY)
+    if flops is not None:
+        count_by(getattr(torch.ops.moesmith, name), flops)
     return getattr(torch.ops.moesmith, name).default
 
 
@@ -63,9 +101,8 @@ def kernels_for(page: str, tensors: list[Tensor], tier: str = "auto") -> ModuleT
     None for CUDA tensors means that the kernels do not take float64, or, with a warning, that there are no kernels.
     Tier "triton" raises ValueError instead of None.
     """
+    _check_device(tensors)
     device = tensors[0].device
-    if any(tensor.device != device for tensor in tensors):
-        raise ValueError(f"tensors on {', '.join(sorted({str(t.device) for t in tensors}))}: expected one device")
     if device.type == "cpu" and tier != "triton":
         return None
     why = why_no_kernels(device)
@@ -77,6 +114,11 @@ def kernels_for(page: str, tensors: list[Tensor], tier: str = "auto") -> ModuleT
     if not wide:
         _warn_once(f"torch's operators run on {device.type} in the place of moesmith's Triton kernels: {why}")
     return None
+
+
+def _check_device(tensors: list[Tensor]) -> None:
+    if any(tensor.device != tensors[0].device for tensor in tensors):
+        raise ValueError(f"tensors on {', '.join(sorted({str(t.device) for t in tensors}))}: expected one device")
 
 
 @cache
@@ -147,12 +189,18 @@ def differentiable_once(name: str) -> Callable[[Callable[..., Any]], Callable[..
 
 
 def define_gradient(
-    op: Any, save: Callable[[Any, tuple[Any, ...], Any], None], gradient: Callable[..., Any], *, once: bool = True
+    op: Any,
+    save: Callable[[Any, tuple[Any, ...], Any], None],
+    gradient: Callable[..., Any],
+    *,
+    once: bool = True,
+    forward: Callable[..., Any] | None = None,
 ) -> None:
     """Makes `op` differentiable: once, a second differentiation raising RuntimeError, or as often as `gradient` is.
 
     `save(ctx, args, result)` keeps what the backward pass needs; `gradient(ctx, saved, *grads)` gives one gradient for
-    each argument, None for those that have none.
+    each argument, None for those that have none. `forward` is called in the place of `op` if a gradient is needed. That
+    is decided here and not where `op` is called: a graph may be exported without gradients and then run with them.
     """
 
     def often(ctx: Any, *grads: Any) -> Any:
@@ -162,7 +210,7 @@ def define_gradient(
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
-                result = op(*args)
+                result = (forward or op)(*args)
             save(ctx, args, result)
             return result
 
@@ -195,10 +243,15 @@ def index_error(name: str, ids: Tensor, size: int, ignored: int | None, error: E
     return IndexError(f"{name}{at} = {ids[tuple(at)].item()}: expected {allowed}")
 
 
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Context in which products on this type of device are not cast. Some types, as "meta", have no autocast."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors as autocast would hand them to a matrix product: cast when it is on, except float64."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

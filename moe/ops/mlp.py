@@ -8,9 +8,9 @@ from torch import Tensor
 
 from moe.config import SwiGLU
 from moe.ops.activation import swiglu_backward_into, swiglu_into, swiglu_reference
-from moe.ops.library import Tier, autocast, check_tier, define, define_gradient
+from moe.ops.library import Tier, autocast, check_tier, define, define_gradient, has_values
 from moe.ops.matmul import can_group, group_products_into, grouped_product, grouped_product_into, product
-from moe.ops.permutation import check_ids, check_weights, combine, sort_slots
+from moe.ops.permutation import check_ids, check_weights, combine, count_slots, sort_slots
 
 
 def moe_mlp(
@@ -54,12 +54,10 @@ def moe_mlp(
     x, gate_up, down, gate_up_bias, down_bias = autocast(x, gate_up, down, gate_up_bias, down_bias)  # pyright: ignore
     _check(x, gate_up, down, weights, expert_ids, gate_up_bias, down_bias)
     check_tier(tier)
-    if tier == "reference":
+    if tier == "reference" and x.device.type != "meta":
         return moe_mlp_reference(x, gate_up, down, weights, expert_ids, gate_up_bias, down_bias, activation)
-    if tier == "triton" and x.device.type == "cpu":
+    if tier == "triton" and x.device.type == "cpu" and has_values(expert_ids):
         sort_slots(expert_ids, gate_up.shape[0])  # refuses ids that name no expert, for the interpreter does not
-    leaves = (x, gate_up, down, weights, gate_up_bias, down_bias)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
     return _MOE_MLP_FORWARD(
         x,
         gate_up,
@@ -71,7 +69,7 @@ def moe_mlp(
         activation.limit,
         activation.alpha,
         activation.beta,
-        needs_grad,
+        False,
         tier,
     )[0]
 
@@ -261,6 +259,12 @@ def _forward_fake(
     return x.new_empty(x.shape), x.new_empty(expert_ids.shape[0] * expert_ids.shape[1] if save else 0, gate_up.shape[1])
 
 
+def _forward_flops(
+    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, expert_ids: Tensor, *settings: Any
+) -> int:
+    return 2 * count_slots(expert_ids) * (gate_up.shape[1] * gate_up.shape[2] + down.shape[1] * down.shape[2])
+
+
 def _backward(
     grad: Tensor,
     x: Tensor,
@@ -351,6 +355,15 @@ def _backward_fake(
     )
 
 
+def _backward_flops(
+    grad: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, expert_ids: Tensor, *settings: Any
+) -> int:
+    need_x, need_gate_up, need_down, need_weights, need_gate_up_bias, _ = settings[-2]
+    through_down = need_x or need_gate_up or need_gate_up_bias or need_weights
+    up, back = gate_up.shape[1] * gate_up.shape[2], down.shape[1] * down.shape[2]
+    return 2 * count_slots(expert_ids) * (up * (need_x + need_gate_up) + back * (through_down + need_down))
+
+
 def _sum_rows_into(out: Tensor, rows: Tensor, ends: Tensor) -> None:
     """out [G, N]: the sum of each group's rows, in order."""
     start = 0
@@ -365,6 +378,7 @@ _MOE_MLP_FORWARD = define(
     page="mlp",
     cpu=_forward,
     fake=_forward_fake,
+    flops=_forward_flops,
     tiered=True,
 )
 _MOE_MLP_BACKWARD = define(
@@ -374,14 +388,18 @@ _MOE_MLP_BACKWARD = define(
     page="mlp",
     cpu=_backward,
     fake=_backward_fake,
+    flops=_backward_flops,
     tiered=True,
 )
 
 
+def _forward_for_gradient(*args: Any) -> tuple[Tensor, Tensor]:
+    *rest, _, tier = args
+    return _MOE_MLP_FORWARD(*rest, True, tier)
+
+
 def _save(ctx: Any, args: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.limit, ctx.alpha, ctx.beta, save, ctx.tier = args
-    if not save:
-        raise RuntimeError("moe_mlp_forward: an input requires a gradient, which needs save=True")
+    *tensors, ctx.limit, ctx.alpha, ctx.beta, _, ctx.tier = args
     ctx.save_for_backward(*tensors, result[1])
     ctx.mark_non_differentiable(result[1])
 
@@ -394,4 +412,4 @@ def _gradient(ctx: Any, saved: tuple[Any, ...], grad: Tensor, _: Any) -> tuple[A
     return *grads[:4], None, *grads[4:], None, None, None, None, None
 
 
-define_gradient(_MOE_MLP_FORWARD, _save, _gradient)
+define_gradient(_MOE_MLP_FORWARD, _save, _gradient, forward=_forward_for_gradient)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe.ops.library import define, define_gradient
+from moe.ops.library import define, define_gradient, has_values
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,13 @@ def check_ids(x: Tensor, expert_ids: Tensor) -> None:
         raise ValueError(f"expert_ids: expected [{x.shape[0]}, K], got {tuple(expert_ids.shape)}")
     if expert_ids.dtype != torch.int64:
         raise TypeError(f"expert_ids: expected int64, got {expert_ids.dtype}")
+
+
+def count_slots(expert_ids: Tensor) -> int:
+    """How many of the slots [T, K] have an expert here; all of them if the ids are not known."""
+    if has_values(expert_ids) and not torch.compiler.is_compiling():
+        return int((expert_ids != -1).sum())
+    return expert_ids.shape[0] * expert_ids.shape[1]
 
 
 def check_weights(weights: Tensor, slots: Tensor) -> None:

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moe.ops.library import define
+from moe.ops.library import define, has_values
 
 FP8_MAX = 448.0  # of float8_e4m3fn
 MX_BLOCK = 32
@@ -316,7 +316,7 @@ def _dequantize_mxfp4_fake(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -
 
 def _to_float32(codes: Tensor) -> Tensor:
     """A copy of float8_e4m3fn codes, exact."""
-    if codes.device.type != "cpu":
+    if codes.device.type != "cpu" or not has_values(codes):
         return codes.to(torch.float32)
     # torch converts one code after the other on CPU, several times slower than this. Sign, exponent and mantissa at
     # their places in float16, whose bias is larger by 8, are value / 256, subnormals included; only NaN would be 480.
@@ -349,7 +349,7 @@ def _block_scale(amax: Tensor, scale_fmt: str | None) -> Tensor:
 
 def _refuse_nonfinite(per_block: Tensor, name: str) -> None:
     bad = per_block.isfinite().logical_not_()
-    if bad.any():
+    if has_values(bad) and bad.any():
         *lead, row, column = bad.nonzero()[0].tolist()
         where = f"{name}{lead}" if lead else name
         raise ValueError(f"{where}: NaN or infinity in block ({row}, {column}); {int(bad.sum())} such blocks in all")

@@ -24,6 +24,7 @@ from moe.parallel.tensor_parts import fill_part, mesh_of
 from moe.parallel.transport import AllToAll, eager
 from moe.quantized import Quantized
 from moe.router import Router
+from moe.uncast import Uncast
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ class DividedExperts(Experts):
             self.register_parameter(name, nn.Parameter(divided, requires_grad=parameter.requires_grad))
 
     @eager  # Dynamo would have to trace the gradient's division over parts that FSDP has gathered
-    def forward(self, x: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
-        return super().forward(x, weights, expert_ids)
+    def forward(self, x: Tensor, weights: Tensor, expert_ids: Tensor, uncast: Uncast | None = None) -> Tensor:
+        return super().forward(x, weights, expert_ids, uncast)
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         parts = (None if p is None else _MeanGradient.apply(_local(p), self.ranks) for p in super().operands())

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moe import ops
 from moe.ops import SwiGLU
-from moe.ops.library import autocast, differentiable_once
+from moe.ops.library import autocast, differentiable_once, has_values
 from moe.ops.permutation import check_ids, check_weights
 
 Decode = Callable[..., Tensor]  # of codes and scales, with the keywords dtype and out
@@ -238,7 +238,7 @@ class QuantizedExperts(Quantized):
             None if bias is None else bias.to(x.dtype) for bias in (self.gate_up_proj_bias, self.down_proj_bias)
         )
         chosen: list[int] | None = None
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if x.device.type == "cpu" and has_values(x) and not torch.compiler.is_compiling():
             chosen, expert_ids = self._choose(expert_ids)
             index = torch.tensor(chosen, dtype=torch.int64, device=x.device)
             gate_up_bias, down_bias = (

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe import ops
 from moe.ops import SwiGLU
-from moe.ops.library import autocast, differentiable_once
+from moe.ops.library import autocast, check_device, differentiable_once
 from moe.ops.quantization import scale_shape
 from moe.quantized.base import Decode, Quantized, QuantizedExperts, frozen, new_bias, own_bias
 
@@ -70,6 +70,7 @@ class FP8Linear(Quantized):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
+        check_device("FP8Linear", self.weight, x)
         (x,) = autocast(x)  # pyright: ignore[reportAssignmentType]
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return _FrozenLinear.apply(x, bias, self.weight, self.weight_scale_inv, self.block_size)  # pyright: ignore

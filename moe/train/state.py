@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moe.checkpoint.writing.atomic import saved_steps, settle, sync
+from moe.checkpoint.writing.shards import check_dense
 from moe.errors import CheckpointError
 
 _PARTIAL = ".partial"
@@ -23,6 +24,7 @@ _PARTIAL = ".partial"
 
 def save_state(folder: Path, tensors: dict[str, Tensor], values: dict[str, Any], *, keep: int) -> Path:
     """Write the state of step `values["step"]` below `folder`; then delete all but the `keep` newest."""
+    check_dense(tensors, folder)
     final = folder / f"step-{values['step']:06d}"
     if not final.exists():  # a resumed run may be interrupted before its first step: that state is here already
         partial = folder / (final.name + _PARTIAL)

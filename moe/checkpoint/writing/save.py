@@ -20,7 +20,7 @@ from moe.checkpoint.format.tensor_roles import needs_common_dtype
 from moe.checkpoint.reading.load import Origin
 from moe.checkpoint.reading.values import BIAS, DTYPES, STORED
 from moe.checkpoint.writing.atomic import replacing
-from moe.checkpoint.writing.shards import Entry, config_bytes, divide, entry_of, write_shards
+from moe.checkpoint.writing.shards import Entry, check_dense, config_bytes, divide, entry_of, write_shards
 from moe.counts import parameter_shapes
 from moe.errors import CheckpointError
 from moe.model import Transformer
@@ -41,8 +41,8 @@ def save(model: Transformer, folder: str | PathLike[str], *, max_shard_bytes: in
     but a checkpoint's files is refused, and so is a mount point, which nothing can be renamed over. `moesmith inspect
     --verify` compares a saved folder with its manifest.
 
-    Raises `CheckpointError` before writing anything for the first of `config.family_problems()`, and for what the
-    system answers: a full disk and the like.
+    Raises `CheckpointError` before writing anything for the first of `config.family_problems()` and for a tensor that
+    is not dense, such as torchao's quantised ones, and for what the system answers: a full disk and the like.
     """
     if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
         raise CheckpointError(folder, "the model is on a mesh", expected="moe.parallel.export, called on every rank")
@@ -83,6 +83,7 @@ def save_through(
 def _checked_state(model: Transformer, target: Path) -> tuple[dict[str, Tensor], dict[str, Slot]]:
     """The model's tensors, and where they go in the files; refuses what a reader of the files would refuse."""
     state: dict[str, Tensor] = dict(model.state_dict())
+    check_dense(state, target)
     origin: Origin | None = model.origin
     config = as_written(model.config, target)
     family = family_of(config.model_type, target)

@@ -51,6 +51,19 @@ def entry_of(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Entry:
     return Entry(name, _NAMES[tensor.dtype], shape)
 
 
+def check_dense(tensors: Mapping[str, Any], target: Path) -> None:
+    """Refuse tensors whose values are not in a dense array of their dtype: quantised, sparse, packed or fake ones.
+
+    DTensors are taken, because their parts are read one by one.
+    """
+    for name, tensor in tensors.items():
+        dense = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+        if not dense and not hasattr(tensor, "device_mesh"):
+            found = tensor.layout if type(tensor) is torch.Tensor else type(tensor).__name__
+            problem = "not a dense tensor: dequantise the model, or replace the module, before saving it"
+            raise CheckpointError(target, problem, tensor=name, expected="torch.Tensor", found=found)
+
+
 def divide(
     entries: Sequence[Entry], max_shard_bytes: int | None, target: Path, *, single: str = SINGLE
 ) -> dict[str, list[Entry]]:
