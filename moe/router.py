@@ -38,6 +38,7 @@ class LoadCounter:
         self.leaf = None
 
     def move(self, device: torch.device) -> None:
+        self.batch.move(device)
         if self.leaf is not None and self.leaf.device != device:
             self.leaf = self.leaf.detach().to(device).requires_grad_()
 

@@ -18,7 +18,7 @@ LEVELS = [
     {"moe.checkpoint.format"},
     {"moe.planning"},
     {"moe.ops", "moe.norm"},
-    {"moe.router", "moe.init", "moe.rope", "moe.loss", "moe.cache"},
+    {"moe.router", "moe.init", "moe.rope", "moe.loss", "moe.cache", "moe.output"},
     {"moe.balance", "moe.quantized"},
     {"moe.attention", "moe.layer"},
     {"moe.model"},
