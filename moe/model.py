@@ -212,7 +212,8 @@ class Transformer(nn.Module):
         next_token = Term("ce", next_token_loss(logits, labels, 1, document_ids, token_mask))
         loss, losses = self._total([next_token, *ahead, *terms])
         if num_items_in_batch is not None:
-            share = next_token.mean.count / torch.as_tensor(num_items_in_batch, device=loss.device).clamp_min(1)
+            items = torch.as_tensor(num_items_in_batch, device=loss.device).clamp_min(1)
+            share = (next_token.mean.count.double() / items).to(loss.dtype)
             loss, losses = loss * share, {name: part * share for name, part in losses.items()}
         return Output(logits=logits, hidden=h, loss=loss, losses=losses, load=load)
 
