@@ -200,7 +200,8 @@ def _with_hooks(optimizer: Any) -> Any:
     accelerate's, which has no hooks and may leave out steps."""
     if hasattr(optimizer, "_optimizer_step_post_hooks"):
         return optimizer
-    within = {id(value): value for value in getattr(optimizer, "__dict__", {}).values() if hasattr(value, "param_groups")}
+    held = getattr(optimizer, "__dict__", {}).values()
+    within = {id(value): value for value in held if hasattr(value, "param_groups")}
     if len(within) != 1:
         expected = "a torch.optim.Optimizer, or an object that holds one"
         found = f"{type(optimizer).__name__}, which holds {len(within)}"

@@ -470,8 +470,6 @@ class OpenConfig(ModelConfig):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ModelConfig) and self.to_dict() == other.to_dict()
 
-    __hash__ = None  # as of a ModelConfig: `extra` is a dict
-
     def get_text_config(self, **_: Any) -> Self:
         """This config: the model is one of text."""
         return self

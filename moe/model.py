@@ -116,7 +116,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
         super().__init__()
-        self.config = OpenConfig.of(config)
+        self.config: ModelConfig = OpenConfig.of(config)
         self.carried_files: dict[str, bytes] = {}
         self.origin: Any = None
         self.activation_checkpointing = False

@@ -57,6 +57,6 @@ pytree.register_pytree_node(
     Output,
     lambda out: (list(out.values()), list(out)),
     lambda values, names: Output(zip(names, values, strict=True)),
-    flatten_with_keys_fn=lambda out: ([(pytree.GetAttrKey(name), out[name]) for name in out], list(out)),
+    flatten_with_keys_fn=lambda out: ([(pytree.GetAttrKey(name), out[name]) for name in out], list(out)),  # pyright: ignore[reportArgumentType]
     serialized_type_name="moe.output.Output",
 )

@@ -8,13 +8,11 @@ import torch
 
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
-
 import moe
 from moe import balance
 from moe.output import Output
 
+accelerate: Any = pytest.importorskip("accelerate")
 CONFIG: Any = dict(vocab_size=61, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
 CONFIG |= dict(moe_intermediate_size=12, n_routed_experts=6, num_experts_per_tok=2, aux_loss_alpha=0.02)
 IDS = torch.randint(0, 61, (4, 2, 10), generator=torch.Generator().manual_seed(0))
@@ -24,8 +22,8 @@ IDS = torch.randint(0, 61, (4, 2, 10), generator=torch.Generator().manual_seed(0
 def _own_state() -> Iterator[None]:
     """accelerate's settings are those of a process."""
     yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    for state in ("AcceleratorState", "GradientState", "PartialState"):
+        getattr(accelerate.state, state)._reset_state()
 
 
 def build() -> moe.Transformer:
@@ -40,7 +38,7 @@ def equal(found: torch.nn.Module, expected: torch.nn.Module) -> None:
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_attach_before_and_after_prepare(when: str) -> None:
     """With accumulation, where accelerate leaves out steps."""
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     model, alone = build(), build()
     optimizer: Any = torch.optim.AdamW(model.parameters(), lr=0.01)
     if when == "before":
@@ -59,7 +57,8 @@ def test_attach_before_and_after_prepare(when: str) -> None:
     for pair in IDS.split(2):
         for ids in pair:
             (alone(ids, labels=ids).loss / 2).backward()  # pyright: ignore[reportOptionalOperand]
-        plain.step(), plain.zero_grad()
+        plain.step()
+        plain.zero_grad()
     equal(model, alone)
     assert all(load.sum() == 4 * 2 * 10 * 2 for load in handle.loads().values())
     handle.remove()
@@ -67,7 +66,7 @@ def test_attach_before_and_after_prepare(when: str) -> None:
 
 
 def test_outputs_under_mixed_precision_are_float32() -> None:
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     model = build()
     prepared = accelerator.prepare(model)
     out = prepared(IDS[0], labels=IDS[0])
@@ -80,14 +79,15 @@ def test_outputs_under_mixed_precision_are_float32() -> None:
 
 
 def test_a_saved_state_comes_back(tmp_path: Any) -> None:
-    accelerator = Accelerator(cpu=True)
+    accelerator = accelerate.Accelerator(cpu=True)
     model = build()
     prepared, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     balance.attach(prepared, optimizer, bias_update_speed=0.25)
 
     def step() -> None:
         accelerator.backward(prepared(IDS[0], labels=IDS[0]).loss)
-        optimizer.step(), optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
     step()
     accelerator.save_state(str(tmp_path))

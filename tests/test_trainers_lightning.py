@@ -10,12 +10,11 @@ from torch.utils.data import DataLoader
 
 pytest.importorskip("lightning", reason="lightning is not installed")
 
-import lightning.pytorch as pl
-
 import moe
 from moe import balance
 from moe.integrations.lightning import BalanceCallback
 
+pl: Any = pytest.importorskip("lightning.pytorch")
 pytestmark = [
     # Lightning's own: its advice to use more workers, and what it calls of torch.
     pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
@@ -52,7 +51,7 @@ class Record(pl.Callback):
             self.seen.setdefault(trainer.global_step, tuple(found))  # pyright: ignore[reportArgumentType]
 
 
-def fit(module: pl.LightningModule, callbacks: list[Any], data: Any, folder: Any, **options: Any) -> None:
+def fit(module: Any, callbacks: list[Any], data: Any, folder: Any, **options: Any) -> None:
     settings: dict[str, Any] = dict(max_epochs=2, accelerator="cpu", devices=1, logger=False, log_every_n_steps=1)
     settings |= dict(enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     run = pl.Trainer(callbacks=callbacks, default_root_dir=folder, barebones=False, **settings | options)
@@ -72,7 +71,8 @@ def test_training_equals_a_loop(options: dict[str, Any], tmp_path: Any) -> None:
     for number, step in enumerate(2 * [[0, 2], [4, 6], [8]], 1):
         for start in step:
             (alone.training_step(ROWS[start : start + 2], 0) / 2).backward()
-        optimizer.step(), optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         (load,) = handle.loads(reset=True).values()
         vio, dead = record.seen[number]
         assert vio == pytest.approx(load.max().item() / load.double().mean().item() - 1, rel=1e-6)
@@ -103,7 +103,8 @@ def test_an_output_is_the_result_of_a_step(tmp_path: Any) -> None:
     balance.attach(alone, optimizer, bias_update_speed=0.25)
     for batch in ids.split(2):
         alone.training_step(batch, 0).loss.backward()
-        optimizer.step(), optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     for (name, tensor), exact in zip(module.state_dict().items(), alone.state_dict().values(), strict=True):
         assert torch.equal(tensor, exact), name
 
@@ -114,5 +115,5 @@ def test_without_our_layers_it_is_refused(tmp_path: Any) -> None:
             super().__init__()
             self.moe = nn.Linear(8, 8, dtype=torch.float64)  # pyright: ignore
 
-    with pytest.raises(ValueError, match="expected a model that contains moe.MoELayer"):
+    with pytest.raises(ValueError, match=r"expected a model that contains moe\.MoELayer"):
         fit(Plain(), [BalanceCallback()], ROWS, tmp_path)

@@ -293,7 +293,7 @@ class Holder:
 def test_the_optimizer_within_wrappers_of_other_libraries_is_found(depth: int) -> None:
     layer = moe.MoELayer(32, 16, 8, 2, seed=0)
     inner: Any = torch.optim.SGD(layer.parameters(), lr=0.1)
-    optimizer = inner
+    optimizer: Any = inner
     for name in ("optimizer", "base", "_optim")[:depth]:
         optimizer = Holder(**{name: optimizer, "other": 3, f"same_{name}": optimizer})
     handle = balance.attach(layer, optimizer, bias_update_speed=0.5)
@@ -357,7 +357,7 @@ def test_a_group_without_this_rank_is_refused(one_rank: Any) -> None:
 @pytest.fixture
 def one_rank() -> Iterator[Any]:
     """The group of a job with one process."""
-    store = torch.distributed.HashStore()
+    store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield torch.distributed.new_group([0])
     torch.distributed.destroy_process_group()
@@ -378,7 +378,8 @@ def test_attach_beside_data_parallelism(when: str, one_rank: Any) -> None:
             balance.attach(wrapped, optimizer)
         for _ in range(2):
             wrapped(ids, labels=ids).loss.backward()
-            optimizer.step(), optimizer.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
         return model
 
     found, expected = run(parallel=True).state_dict(), run(parallel=False).state_dict()
@@ -399,7 +400,8 @@ def test_an_average_of_an_attached_model(use_buffers: bool) -> None:
     seen = []
     for batch in ids:
         model(batch, labels=batch).loss.backward()  # pyright: ignore[reportOptionalMemberAccess]
-        optimizer.step(), optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         average.update_parameters(model)
         seen.append(copy.deepcopy(model.state_dict()))
     parameters = dict(model.named_parameters())

@@ -23,14 +23,14 @@ class Balancing:
         self.stop()
         found = [router for _, router in balance.routers(model)]
         if not found:
-            expected = "a model that contains moe.MoELayer; routers of other libraries have no counts and no update here"
+            expected = "a model that contains moe.MoELayer, since routers of other libraries are not counted"
             raise ValueError(f"balancing: nothing to balance; expected {expected}; found {type(model).__name__}")
         biased = any(router.e_score_correction_bias is not None for router in found)
         speed = self.bias_update_speed if biased else 0.0
         self._handle = balance.attach(model, optimizer, bias_update_speed=speed, group=self.group)
 
     def scale(self, model: nn.Module, micro_batches: int, scaler: Any) -> None:
-        """Scale injected losses as the trainer scales its own, over `micro_batches` and by a gradient scaler or None."""
+        """Scale injected losses as the trainer scales its own: over micro-batches, and by a gradient scaler if any."""
         factor: float | Tensor = 1.0 if scaler is None else scaler.get_scale()
         balance.set_loss_scale(model, factor / micro_batches)
 

@@ -1,6 +1,7 @@
 """Balancing for models with `moe.MoELayer`s in Lightning's Trainer.
 
-    Trainer(callbacks=[moe.integrations.lightning.BalanceCallback()]).fit(module, data)
+module = ...  # a LightningModule
+Trainer(callbacks=[moe.integrations.lightning.BalanceCallback()]).fit(module, data)
 """
 
 from typing import Any
@@ -16,7 +17,7 @@ except ImportError:
         raise ImportError(f"moe.integrations.lightning needs lightning or pytorch-lightning: {error}") from error
 
 
-class BalanceCallback(Callback):
+class BalanceCallback(Callback):  # pyright: ignore[reportGeneralTypeIssues]
     """Attaches `moe.balance.attach`, scales the balance losses and logs expert load.
 
     Balance losses that enter through autograd are divided by `accumulate_grad_batches` and multiplied by the scale of

@@ -1,5 +1,4 @@
-"""`experts_implementation="moesmith"` for the Mixture-of-Experts models of Hugging Face transformers, and a callback for
-its Trainer.
+"""`experts_implementation="moesmith"` for the MoE models of Hugging Face transformers, and balancing in its Trainer.
 
     moe.integrations.transformers.register()
     model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="moesmith")
@@ -62,11 +61,13 @@ _choose = PreTrainedModel.get_correct_experts_implementation
 @functools.wraps(_choose)
 def _warns_of_eager_experts(self: Any, requested_experts: str | None) -> str:
     chosen = _choose(self, requested_experts)
-    # A model made of others has a config for each, and each of them is asked.
-    asked = chosen == "moesmith" and not self.config.sub_configs and not self._can_set_experts_implementation()
-    if asked and re.search(r"'\w*(num|n)_\w*experts'", str(self.config.to_dict())):
-        problem = "its experts do not use transformers' experts interface and stay as they are"
-        warnings.warn(f'experts_implementation="moesmith": {type(self).__name__}: {problem}', stacklevel=3)
+    if chosen == "moesmith" and not self._can_set_experts_implementation():
+        # A model of models is asked, and so is each of them, with a config of a model_type of its own.
+        config = self.config
+        alone = not any(getattr(part, "model_type", "auto") for part in config.sub_configs.values())
+        if alone and re.search(r"'\w*(num|n)_\w*experts'", str(config.to_dict())):
+            problem = "its experts do not use transformers' experts interface and stay as they are"
+            warnings.warn(f'experts_implementation="moesmith": {type(self).__name__}: {problem}', stacklevel=3)
     return chosen
 
 
@@ -76,7 +77,9 @@ def check(model: nn.Module) -> list[str]:
     Raises ConfigError if there are none, or if the implementation of one is not "moesmith".
     """
     flags = ("has_gate", "has_bias", "is_transposed")  # set by the interface
-    found = {name: each for name, each in model.named_modules() if all(hasattr(each, flag) for flag in flags)}
+    found: dict[str, Any] = {
+        name: each for name, each in model.named_modules() if all(hasattr(each, flag) for flag in flags)
+    }
     if not found:
         allowed = "a model whose experts use transformers' experts interface"
         raise ConfigError("experts_implementation", "moesmith", f"{allowed}; {type(model).__name__} has none")
