@@ -16,10 +16,9 @@ from moe.integrations.lightning import BalanceCallback
 
 pl: Any = pytest.importorskip("lightning.pytorch")
 pytestmark = [
-    # Lightning's own: its advice to use more workers, and what it calls of torch.
+    # Lightning's own: advice to use more workers, and what it calls of torch.
     pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.. is deprecated"),
-    pytest.mark.filterwarnings("ignore:The number of training batches"),
+    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"),
 ]
 ROWS = torch.randn(10, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
