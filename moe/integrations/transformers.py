@@ -25,11 +25,12 @@ from moe.model import Transformer
 from moe.ops import grouped_mm, moe_mlp, permute, unpermute
 
 try:
-    from transformers import PreTrainedModel, TrainerCallback
     from transformers import __version__ as _found
     from transformers.activations import SiLUActivation
     from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
     from transformers.integrations.moe import ExpertsInterface, _default_apply_gate
+    from transformers.modeling_utils import PreTrainedModel
+    from transformers.trainer_callback import TrainerCallback
 except ImportError as error:
     raise ImportError(f"moe.integrations.transformers needs transformers 5.17 or later: {error}") from error
 if tuple(int(part) for part in _found.split(".")[:2]) < (5, 17):
