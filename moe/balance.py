@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe.config import MoEConfig
@@ -149,7 +150,7 @@ class _Inject(torch.autograd.Function):
 
 
 def inject_gradients(
-    y: Tensor, *, loss: Tensor | None, scale: float, counter: Tensor | None, load: Tensor | None
+    y: Tensor, *, loss: Tensor | None, scale: Tensor, counter: Tensor | None, load: Tensor | None
 ) -> Tensor:
     """y unchanged; when gradients flow through it, `loss` gets the gradient `scale` and `counter` gets `load`."""
     if not torch.is_grad_enabled() or (loss is None and counter is None):
@@ -157,7 +158,7 @@ def inject_gradients(
     if torch.compiler.is_exporting():
         raise ValueError("balance losses and counts need a backward pass of ours, which torch.export drops: use eval()")
     at = y if loss is None else loss
-    return _Inject.apply(y, loss, torch.full((), scale, dtype=at.dtype, device=at.device), counter, load)
+    return _Inject.apply(y, loss, scale.to(at.device, at.dtype, copy=True), counter, load)
 
 
 def routers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -167,13 +168,13 @@ def routers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def set_loss_scale(model: nn.Module, scale: float) -> None:
+def set_loss_scale(model: nn.Module, scale: float | Tensor) -> None:
     """Weight of the balance losses that enter through autograd in every `MoELayer` of `model`.
 
     The layer cannot see by what the caller multiplies the loss: with accumulation over n micro-batches (loss / n) pass
     1 / n, with a gradient scaler pass its scale. `moe.Transformer` called with labels adds the losses to `out.loss`
     itself and needs none of this; with or without labels, its `GlobalBatch.step` weighs micro-batches by what they
-    count. The layers of a `Transformer` share one scale.
+    count. The layers of a `Transformer` share one scale. Compiled code is not compiled anew.
     """
     for module in model.modules():
         if isinstance(batch := getattr(module, "global_batch", None), GlobalBatch):
@@ -181,16 +182,45 @@ def set_loss_scale(model: nn.Module, scale: float) -> None:
 
 
 class Handle:
-    """What `attach` returns: `remove()` ends the updates. A second call does nothing."""
+    """What `attach` returns: `remove()` ends the updates and the counts. A second call does nothing."""
 
-    def __init__(self, attached: list[Any], hook: Any) -> None:
+    def __init__(self, attached: dict[str, Any], hook: Any) -> None:
         self._attached, self._hook = attached, hook
+        self._loads: dict[str, Tensor] = {}
+
+    def add(self, loads: dict[str, Tensor]) -> None:
+        """Count the loads of a step."""
+        self._loads = {name: self._loads[name] + load if name in self._loads else load for name, load in loads.items()}
+
+    def loads(self, *, reset: bool = False) -> dict[str, Tensor]:
+        """Each router's name -> int64 [E]: tokens that chose each expert in all steps since the last reset.
+
+        Those of all ranks of the group. Empty before the first step.
+        """
+        loads = self._loads
+        if reset:
+            self._loads = {}
+        return loads
 
     def remove(self) -> None:
         self._hook.remove()
-        for router in self._attached:
+        for router in self._attached.values():
             router.load_counter.stop()
-        self._attached = []
+        self._attached = {}
+
+
+def _with_hooks(optimizer: Any) -> Any:
+    """The optimizer whose hooks see the steps that are made: the given one, or that within a wrapper such as
+    accelerate's, which has no hooks and may leave out steps."""
+    if hasattr(optimizer, "_optimizer_step_post_hooks"):
+        return optimizer
+    held = getattr(optimizer, "__dict__", {}).values()
+    within = {id(value): value for value in held if hasattr(value, "param_groups")}
+    if len(within) != 1:
+        expected = "a torch.optim.Optimizer, or an object that holds one"
+        found = f"{type(optimizer).__name__}, which holds {len(within)}"
+        raise ValueError(f"attach: the optimizer has no step hooks; expected {expected}; found {found}")
+    return _with_hooks(*within.values())
 
 
 def attach(
@@ -198,59 +228,66 @@ def attach(
 ) -> Handle:
     """Update every correction bias once per step of `optimizer`: b_i += speed * sign(mean(load) - load_i).
 
-    Works on any model that contains `moe.MoELayer`s and in any trainer (`optimizer` may be accelerate's): call it once,
-    after the model is on its device and before the first forward (and before torch.compile), and attach to one
-    optimizer only when there are several. The load of a step is everything that went backward since the last one,
-    summed over `group` (None: the default group where torch.distributed runs). A step that is skipped counts nothing:
-    setting gradients to None, as zero_grad does, begins a new one. That is seen by the router's weight, if it is
-    trained and the model is not compiled as a whole; gradients that are set to zero in place are not seen. The
-    global-batch loss of all routers, those without a correction bias too, sums over the same group, also after
-    `handle.remove()`, which ends the updates. A step without any token leaves the biases alone. Change the speed by
-    removing and attaching again. A copy of the model is not attached, and neither is a copy of a part that a wrapper
-    makes, as PEFT does for modules_to_save: wrap first, then attach.
+    Works on any model that contains `moe.MoELayer`s and in any trainer (`optimizer` may be accelerate's, before or
+    after `prepare`, or another wrapper of one optimizer): call it once, after the model is on its device and before the
+    first forward, and attach to one optimizer only when there are several. The load of a step is everything that went
+    backward since the last one, summed over `group` (None: the default group where torch.distributed runs). A step that
+    is skipped counts nothing: setting gradients to None, as zero_grad does, begins a new one. That is seen by the
+    router's weight, if it is trained and the model is not compiled as a whole; gradients that are set to zero in place
+    are not seen. The global-batch loss of all routers, those without a correction bias too, sums over the same group,
+    also after `handle.remove()`, which ends the updates. A step without any token leaves the biases alone. Change the
+    speed by removing and attaching again; with a speed of 0 loads are only counted, see `Handle.loads`. A copy of the
+    model is not attached, and neither is a copy of a part that a wrapper makes, as PEFT does for modules_to_save: wrap
+    first, then attach.
 
     Raises:
-        ValueError: no router, or without a group none with a correction bias; routers that are attached already; a
-            speed below 0 or not finite. Nothing is changed then.
+        ValueError: no router, or without a group and with a speed above 0 none with a correction bias; routers that are
+            attached already; a speed below 0 or not finite; a group without this rank; an optimizer without step hooks
+            that is no wrapper of exactly one with them. Nothing is changed then.
 
     Source: arXiv 2408.15664; DeepSeek-V3 (arXiv 2412.19437), section 2.1.2 (speed 0.001, 0 at the end of training).
     """
     if not 0 <= bias_update_speed < math.inf:
         raise ValueError(f"bias_update_speed = {bias_update_speed}: expected a finite number from 0 up")
-    found = [router for _, router in routers(model)]
-    biased = [router for router in found if router.e_score_correction_bias is not None]
-    if not biased and (group is None or not found):
+    found = dict(routers(model))
+    biased = [router for router in found.values() if router.e_score_correction_bias is not None]
+    if not found or not (biased or group is not None or bias_update_speed == 0):
         raise ValueError("attach: the model has no router with a correction bias (topk_method 'noaux_tc')")
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if found[0].global_batch.lockstep and not any(hasattr(parameter, "device_mesh") for parameter in held):
+    real = _with_hooks(optimizer)
+    first = next(iter(found.values()))
+    held = [parameter for group in real.param_groups for parameter in group["params"]]
+    if first.global_batch.lockstep and not any(hasattr(parameter, "device_mesh") for parameter in held):
         raise ValueError("attach: the optimizer holds none of the model's parameters; build it after parallelize")
-    if any(router.counter is not None for router in biased):
+    if any(router.counter is not None for router in found.values()):
         raise ValueError("attach: this model is attached already; call remove() on the earlier handle first")
+    if group is not None and dist.is_available() and dist.is_initialized() and dist.get_rank(group) < 0:
+        raise ValueError("attach: this rank is not in the group; expected a group that contains it")
 
     def update(stepped: Any, *_: Any) -> None:
-        loads = [router.load_counter.take() for router in biased]
-        if not loads:
-            return
+        loads = [router.load_counter.take() for router in found.values()]
         flat = torch.cat([load.to(loads[0].device) for load in loads]).to(torch.int64)
-        flat = biased[0].global_batch.sum(flat, "bias update")
-        speed: Any = bias_update_speed
+        flat = first.global_batch.sum(flat, "bias update")
+        taken: Any = 1
         # torch.amp.GradScaler calls a fused optimizer to skip a step itself, on the device, if this is not 0.
         if (found_inf := getattr(stepped, "found_inf", None)) is not None:
-            speed = speed * (torch.as_tensor(found_inf, device=flat.device) == 0)
-        for router, load in zip(biased, flat.split([len(load) for load in loads]), strict=True):
-            router.move_bias(speed * torch.sign(load.double().mean() - load).float())
+            taken = (torch.as_tensor(found_inf, device=flat.device) == 0).to(torch.int64)
+        totals = (taken * flat).split([len(load) for load in loads])
+        handle.add(dict(zip(found, totals, strict=True)))
+        for router, load in zip(found.values(), totals, strict=True):
+            if router.e_score_correction_bias is not None:
+                router.move_bias(bias_update_speed * torch.sign(load.double().mean() - load).float())
 
-    # accelerate's optimizer has no hooks, and leaves out steps of the one inside, whose hooks see the real steps.
-    real: Any = optimizer
-    if not hasattr(optimizer, "_optimizer_step_post_hooks"):
-        real = getattr(optimizer, "optimizer", optimizer)
-    handle = Handle(biased, real.register_step_post_hook(update))
-    for router in found:
+    handle = Handle(found, real.register_step_post_hook(update))
+    try:
+        for router in found.values():
+            # FSDP1 gives optimizers flat parts, which have no gradient while a backward pass runs.
+            trained = router.weight.ndim == 2 and any(router.weight is parameter for parameter in held)
+            router.load_counter.start(router.num_experts, router.weight.device, router.weight if trained else None)
+    except BaseException:  # no memory on a device
+        handle.remove()
+        raise
+    for router in found.values():
         router.global_batch.restrict(group)
-    for router in biased:
-        # FSDP1 gives optimizers flat parts, which have no gradient while a backward pass runs.
-        trained = router.weight.ndim == 2 and any(router.weight is parameter for parameter in held)
-        router.load_counter.start(router.num_experts, router.weight.device, router.weight if trained else None)
     return handle
 
 

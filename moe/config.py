@@ -6,6 +6,7 @@ router and of the experts. None can exist in a state that makes no sense: `valid
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
@@ -484,6 +485,37 @@ class ModelConfig(MoEConfig):
         self._require("layer_types", listed, f"None or {layers} entries, one for each layer")
         slides = types is None or "sliding_attention" not in types or self.sliding_window is not None
         self._require("sliding_window", slides, "a size, because layer_types has sliding_attention")
+
+
+class OpenConfig(ModelConfig):
+    """The config of a model: its fields are frozen, but other libraries may set attributes of other names.
+
+    transformers' Trainer, for example, sets `use_cache`. What is set is kept by this model alone; nothing here reads or
+    saves it. Values of `extra` can be read as attributes.
+    """
+
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["hidden", "losses", "load"]
+    """Values of `moe.output.Output` that trainers must not collect over the batches of an evaluation."""
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Self:
+        return cls(**{f.name: getattr(config, f.name) for f in dataclasses.fields(ModelConfig)})
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in vars(self).get("extra", {}):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return self.extra[name]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ModelConfig) and self.to_dict() == other.to_dict()
+
+    def get_text_config(self, **_: Any) -> Self:
+        """This config: the model is one of text."""
+        return self
+
+    def to_json_string(self, **_: Any) -> str:
+        """`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
 
 
 # What the value of a field may be, by its type. A Literal lists its own.

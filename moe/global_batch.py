@@ -19,22 +19,34 @@ class GlobalBatch:
     object has the default one.
 
     Attributes:
-        loss_scale: gradient of the auxiliary losses that are injected, see `moe.balance.set_loss_scale`.
+        scale: float64 scalar, the gradient of the auxiliary losses that are injected; see `moe.balance.set_loss_scale`.
+            A tensor, because compiled code would have a number built in, and be compiled anew for each.
     """
 
     lockstep = False
     """Whether each forward pass waits for the other ranks, so that all of them must make the same calls."""
 
     def __init__(self, group: Any = None, loss_scale: float = 1.0) -> None:
-        self.group, self.loss_scale = group, loss_scale
+        self.group = group
+        self.scale = torch.tensor(loss_scale, dtype=torch.float64, device="cpu")
         self._totals: dict[str, Tensor] | None = None
+
+    @property
+    def loss_scale(self) -> float:
+        """`scale` as a number."""
+        return self.scale.item()
 
     def restrict(self, group: Any) -> None:
         """Sum over `group` from now on; None is the default group."""
         self.group = group
 
-    def scale_loss(self, scale: float) -> None:
-        self.loss_scale = scale
+    def scale_loss(self, scale: float | Tensor) -> None:
+        self.scale.fill_(scale)
+
+    def move(self, device: torch.device) -> None:
+        """Keep the scale where the routers are."""
+        if device.type != "meta":
+            self.scale = self.scale.to(device)
 
     def sum(self, values: Tensor, operation: str) -> Tensor:
         """Sum of all ranks' `values`, in place; `operation` names it in errors. A collective call."""
@@ -95,7 +107,7 @@ class GlobalBatch:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         made = type(self).__new__(type(self))
-        vars(made).update(vars(self))
+        vars(made).update(vars(self), scale=self.scale.clone())
         return made
 
     def __reduce__(self) -> Any:

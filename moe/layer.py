@@ -365,7 +365,7 @@ class MoELayer(nn.Module):
             weights = balance.inject_gradients(
                 routing.weights,
                 loss=None if return_stats or not stats.terms else stats.aux_loss,
-                scale=counter.batch.loss_scale,
+                scale=counter.batch.scale,
                 counter=counter.leaf,
                 load=stats.load,
             )

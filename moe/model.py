@@ -9,7 +9,7 @@ prediction modules (DeepSeek-V3, arXiv 2412.19437, section 2.2) stand behind the
 import functools
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from moe.attention import GQA, MLA
 from moe.balance import LoadReport, inject_gradients, loss_counts, routers
 from moe.cache import Cache, LayerCache
-from moe.config import ModelConfig
+from moe.config import ModelConfig, OpenConfig
 from moe.errors import ConfigError
 from moe.global_batch import GlobalBatch
 from moe.init import materialize, unfilled
@@ -29,32 +29,12 @@ from moe.layer import MLP, MoELayer, MoEStats
 from moe.loss import IGNORED, Term, count_key, next_token_loss, taking_part, targets
 from moe.norm import RMSNorm
 from moe.ops.library import check_device, index_error
+from moe.output import Output
 from moe.quantized import Quantized
 from moe.rope import rope_tables
 from moe.uncast import Uncast
 
 ID_DTYPES = (torch.int64, torch.int32)
-
-
-@dataclass(frozen=True)
-class Output:
-    """What `Transformer.forward` returns.
-
-    Attributes:
-        logits: [B, S, V], or the last `logits_to_keep` positions.
-        hidden: [B, S, D], the state after the final norm, which MTP modules and heads of other kinds read.
-        loss: scalar fp32, the sum to minimise, when labels were given.
-        losses: its parts, detached: "ce", and in training "mtp", "balance", "z" where the config has them. "mtp" is
-            the mean over modules before its weight; the balance losses carry their coefficients. In a
-            `GlobalBatch.step` they and `loss` are this micro-batch's parts of the step's means.
-        load: int64 [layers with experts, E], real tokens per expert in this call, MTP modules last.
-    """
-
-    logits: Tensor
-    hidden: Tensor
-    loss: Tensor | None = None
-    losses: dict[str, Tensor] = field(default_factory=dict)
-    load: Tensor | None = None
 
 
 class Embedding(nn.Embedding):
@@ -135,17 +115,22 @@ class Transformer(nn.Module):
         seed: of the initialisation; the global generator is not touched.
 
     Attributes:
+        config: equal to the given one; see `OpenConfig`.
         carried_files: file name -> content of tokenizer files and the like that came with a loaded checkpoint; `save`
             writes them beside the weights.
         origin: what `moe.load` remembers of the files, so that a save writes the same tensors; None for a new model.
     """
+
+    # What transformers' Trainer asks of a model: that its loss is a sum over num_items_in_batch, with shifted labels.
+    accepts_loss_kwargs = True
+    loss_type = "ForCausalLM"
 
     def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
         super().__init__()
         if not isinstance(config, ModelConfig):
             preset = repr(config) if isinstance(config, str) else "'tiny'"
             raise ConfigError("config", config, f"a ModelConfig, such as moe.preset({preset}); moe.load reads a folder")
-        self.config = config
+        self.config: ModelConfig = OpenConfig.of(config)
         self.carried_files: dict[str, bytes] = {}
         self.origin: Any = None
         self.activation_checkpointing = False
@@ -181,6 +166,7 @@ class Transformer(nn.Module):
         document_ids: Tensor | None = None,
         cache: Cache | None = None,
         logits_to_keep: int = 0,
+        num_items_in_batch: int | Tensor | None = None,
     ) -> Output:
         """Logits, and with labels the loss.
 
@@ -194,6 +180,9 @@ class Transformer(nn.Module):
                 one. MTP modules leave out positions whose tokens ahead are in another one, as they do with padding.
             cache: earlier tokens; it is filled and advanced.
             logits_to_keep: compute logits for this many last positions only; 0 for all.
+            num_items_in_batch: predicted tokens of the whole optimizer step, of which this is a micro-batch. The loss
+                and its parts are multiplied by this call's share of them, so that their sum over the micro-batches is
+                the mean over tokens ("mtp", "balance", "z": the mean of their means, weighted by predicted tokens).
 
         Raises:
             TypeError: ids or labels that are no integers.
@@ -226,7 +215,7 @@ class Transformer(nn.Module):
         if labels is None and terms:
             # Without labels there is no `out.loss`, so the auxiliary losses are injected through h.
             aux = torch.stack(self._weigh(terms)).sum()
-            h = inject_gradients(h, loss=aux, scale=self.global_batch.loss_scale, counter=None, load=None)
+            h = inject_gradients(h, loss=aux, scale=self.global_batch.scale, counter=None, load=None)
         if cache is not None:
             cache.advance(length)
         logits = self.head(h[:, -logits_to_keep:] if logits_to_keep else h)
@@ -243,10 +232,14 @@ class Transformer(nn.Module):
         if load is not None and not torch.compiler.is_exporting():  # a graph has nowhere to keep the sum
             self._count(load)
         if labels is None:
-            return Output(logits, h, load=load)
+            return Output(logits=logits, hidden=h, load=load)
         next_token = Term("ce", next_token_loss(logits, labels, 1, document_ids, token_mask))
         loss, losses = self._total([next_token, *ahead, *terms])
-        return Output(logits, h, loss, losses, load)
+        if num_items_in_batch is not None:
+            items = torch.as_tensor(num_items_in_batch, device=loss.device).clamp_min(1)
+            share = (next_token.mean.count.double() / items).to(loss.dtype)
+            loss, losses = loss * share, {name: part * share for name, part in losses.items()}
+        return Output(logits=logits, hidden=h, loss=loss, losses=losses, load=load)
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         try:
@@ -334,6 +327,18 @@ class Transformer(nn.Module):
     def set_activation_checkpointing(self, on: bool) -> None:
         """Recompute each block in the backward pass instead of keeping its activations (training only)."""
         self.activation_checkpointing = on
+
+    def gradient_checkpointing_enable(self, *_: Any, every_n_layers: int = 1, offload: bool = False, **__: Any) -> None:
+        """`set_activation_checkpointing(True)`, by the name that trainers call. It is never reentrant."""
+        if every_n_layers != 1 or offload:
+            raise ValueError(f"every_n_layers = {every_n_layers}, offload = {offload}: expected 1 and False")
+        self.set_activation_checkpointing(True)
+
+    activation_checkpointing_enable = gradient_checkpointing_enable
+
+    def gradient_checkpointing_disable(self) -> None:
+        """`set_activation_checkpointing(False)`, by the name that trainers call."""
+        self.set_activation_checkpointing(False)
 
     def load_report(self, *, reset: bool = False) -> LoadReport:
         """Expert load summed over the forward passes, of training and eval, since the last reset."""

@@ -59,6 +59,7 @@ class LoadCounter:
         self.leaf = self.weight = None
 
     def move(self, device: torch.device) -> None:
+        self.batch.move(device)
         if self.leaf is not None and self.leaf.device != device:
             self._count_in(self.leaf.detach().to(device))
 

@@ -109,7 +109,7 @@ DEFECTS = (
     Defect(
         "counts of one rank",
         "moe/balance.py",
-        'flat = biased[0].global_batch.sum(flat, "bias update")',
+        'flat = first.global_batch.sum(flat, "bias update")',
         "pass",
         4,
         "recomputed, ep 4",

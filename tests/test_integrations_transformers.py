@@ -9,6 +9,7 @@ import itertools
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
@@ -595,3 +596,53 @@ def test_compiled_experts_refuse_interleaved_weights_too() -> None:
         compiled(torch.randn(5, D), *routing(5))
     with pytest.raises(Exception, match="raise ConfigError"):
         graph_of(experts)  # one graph has no place for an error: it is the compilation that fails
+
+
+# Models with routed experts that are not under the interface, with what makes them small, or makes them have experts.
+EAGER: dict[str, dict[str, Any]] = {
+    "dbrx.modeling_dbrx.DbrxForCausalLM": {"n_layers": 1, "attn_config": {"rope_theta": 1e4}},
+    "doge.modeling_doge.DogeForCausalLM": {"num_hidden_layers": 1, "is_moe": True},
+    "jetmoe.modeling_jetmoe.JetMoeForCausalLM": {"num_hidden_layers": 1},
+    "llama4.modeling_llama4.Llama4ForCausalLM": {"num_hidden_layers": 1},
+    "longcat_flash.modeling_longcat_flash.LongcatFlashForCausalLM": {"num_layers": 1, "num_hidden_layers": 2},
+    "nllb_moe.modeling_nllb_moe.NllbMoeModel": {"encoder_layers": 1, "decoder_layers": 1},
+    "switch_transformers.modeling_switch_transformers.SwitchTransformersModel": {"num_layers": 1},
+}
+
+
+def on_meta(where: str, **fields: Any) -> Any:
+    module, _, name = where.rpartition(".")
+    model_class: Any = getattr(importlib.import_module(f"transformers.models.{module}"), name)
+    with torch.device("meta"):
+        return model_class(model_class.config_class(**fields))
+
+
+@pytest.mark.parametrize("where", sorted(EAGER))
+def test_a_model_that_stays_eager_is_named(where: str) -> None:
+    model = on_meta(where, **EAGER[where])
+    name = type(model).__name__
+    with pytest.warns(UserWarning, match=f"{name}: its experts do not use transformers' experts interface"):
+        model.set_experts_implementation("moesmith")
+    with pytest.raises(ConfigError, match=f"experts interface; {name} has none"):
+        integration.check(model)
+    config = type(model.config)(**EAGER[where])
+    config._experts_implementation = "moesmith"
+    with torch.device("meta"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        type(model)(config)  # and of the models that it is made of
+    assert name in str(caught[0].message) and all("experts do not use" in str(each.message) for each in caught)
+
+
+def test_models_under_the_interface_are_not_named() -> None:
+    """Nor are those without experts, and those made of models."""
+    sizes: Any = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size"), 1)
+    mixtral = on_meta("mixtral.modeling_mixtral.MixtralForCausalLM", **sizes)
+    with pytest.raises(ConfigError, match=r"layers.0.mlp.experts: experts_implementation = 'grouped_mm': expected"):
+        integration.check(mixtral)
+    mixtral.set_experts_implementation("moesmith")
+    assert integration.check(mixtral) == ["model.layers.0.mlp.experts"]
+    on_meta("llama.modeling_llama.LlamaForCausalLM", **sizes).set_experts_implementation("moesmith")
+    parts: Any = {"text_config": {"model_type": "qwen3_moe", **sizes}, "vision_config": {"num_hidden_layers": 1}}
+    made = on_meta("llava.modeling_llava.LlavaForConditionalGeneration", **parts)
+    made.set_experts_implementation("moesmith")
+    assert integration.check(made) == ["model.language_model.layers.0.mlp.experts"]

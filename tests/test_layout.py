@@ -18,7 +18,7 @@ LEVELS = [
     {"moe.checkpoint.format"},
     {"moe.planning"},
     {"moe.ops", "moe.norm", "moe.uncast"},
-    {"moe.router", "moe.init", "moe.rope", "moe.loss", "moe.cache"},
+    {"moe.router", "moe.init", "moe.rope", "moe.loss", "moe.cache", "moe.output"},
     {"moe.balance", "moe.quantized"},
     {"moe.attention", "moe.layer"},
     {"moe.model"},
@@ -116,7 +116,7 @@ def test_nothing_sets_an_attribute_of_an_object_from_outside() -> None:
                     wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
     # Other libraries' own ways to restore a mode, to choose an option, to forget a gradient.
     allowed = {"module.training", "memory.fill_uninitialized_memory", "self.leaf.grad"}
-    allowed |= {"tokenizer.encode_special_tokens"}
+    allowed |= {"tokenizer.encode_special_tokens", "PreTrainedModel.get_correct_experts_implementation"}
     assert {text.partition(": ")[2] for text in wrong} <= allowed, wrong
 
 

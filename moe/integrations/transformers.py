@@ -1,12 +1,17 @@
-"""`experts_implementation="moesmith"` for the Mixture-of-Experts models of Hugging Face transformers.
+"""`experts_implementation="moesmith"` for the MoE models of Hugging Face transformers, and balancing in its Trainer.
 
     moe.integrations.transformers.register()
     model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="moesmith")
     model.set_experts_implementation("moesmith")  # or later, on any model
+    Trainer(moe.Transformer(config), ..., callbacks=[moe.integrations.transformers.BalanceCallback()])
 
 Source: the experts interface of transformers, `transformers/integrations/moe.py`.
 """
 
+import functools
+import re
+import warnings
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,6 +20,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moe.errors import ConfigError
+from moe.integrations.balancing import Balancing
+from moe.model import Transformer
 from moe.ops import grouped_mm, moe_mlp, permute, unpermute
 from moe.ops.library import without_autocast
 
@@ -23,6 +30,8 @@ try:
     from transformers.activations import SiLUActivation
     from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
     from transformers.integrations.moe import ExpertsInterface, _default_apply_gate
+    from transformers.modeling_utils import PreTrainedModel
+    from transformers.trainer_callback import TrainerCallback
 except ImportError as error:
     raise ImportError(f"moe.integrations.transformers needs transformers 5.17 or later: {error}") from error
 if tuple(int(part) for part in _found.split(".")[:2]) < (5, 17):
@@ -37,11 +46,96 @@ def register() -> None:
 
     It is then a value of `from_pretrained(..., experts_implementation=)` and of `model.set_experts_implementation()`,
     for inference and training, compiled or not, with the contract of `experts_forward`. Models whose experts do not use
-    transformers' interface are as untouched by it as by transformers' own implementations.
+    transformers' interface (Llama 4, JetMoe) are as untouched by it as by transformers' own implementations, which
+    transformers does not say; a warning that names the class does, and `check` refuses them.
     """
     ExpertsInterface.register("moesmith", experts_forward)
     # FP8 experts have a table of their own; without an entry they would fail by a KeyError that names another one.
     FP8ExpertsInterface.register("moesmith", experts_forward)
+    # transformers asks no implementation whether it suits a model, so the warning is put where it asks the model.
+    if PreTrainedModel.get_correct_experts_implementation is not _warns_of_eager_experts:
+        PreTrainedModel.get_correct_experts_implementation = _warns_of_eager_experts
+
+
+_choose = PreTrainedModel.get_correct_experts_implementation
+
+
+@functools.wraps(_choose)
+def _warns_of_eager_experts(self: Any, requested_experts: str | None) -> str:
+    chosen = _choose(self, requested_experts)
+    if chosen == "moesmith" and not self._can_set_experts_implementation():
+        # A model of models is asked, and so is each of them, with a config of a model_type of its own.
+        config = self.config
+        alone = not any(getattr(part, "model_type", "auto") for part in config.sub_configs.values())
+        if alone and re.search(r"'\w*(num|n)_\w*experts'", str(config.to_dict())):
+            problem = "its experts do not use transformers' experts interface and stay as they are"
+            warnings.warn(f'experts_implementation="moesmith": {type(self).__name__}: {problem}', stacklevel=3)
+    return chosen
+
+
+def check(model: nn.Module) -> list[str]:
+    """Names of the experts modules of `model` that the experts implementation runs.
+
+    Raises ConfigError if there are none, or if the implementation of one is not "moesmith".
+    """
+    flags = ("has_gate", "has_bias", "is_transposed")  # set by the interface
+    found: dict[str, Any] = {
+        name: each for name, each in model.named_modules() if all(hasattr(each, flag) for flag in flags)
+    }
+    if not found:
+        allowed = "a model whose experts use transformers' experts interface"
+        raise ConfigError("experts_implementation", "moesmith", f"{allowed}; {type(model).__name__} has none")
+    for name, module in found.items():
+        if module.config._experts_implementation != "moesmith":
+            raise ConfigError(f"{name}: experts_implementation", module.config._experts_implementation, '"moesmith"')
+    return list(found)
+
+
+class BalanceCallback(TrainerCallback):
+    """Attaches `moe.balance.attach`, scales the balance losses and logs expert load, in transformers' Trainer.
+
+    For every model with `moe.MoELayer`s, `moe.Transformer` too. Balance losses that enter through autograd are scaled
+    as the Trainer scales its loss: over the micro-batches of the step, and by the gradient scaler of fp16. The
+    Trainer's logs of training, and `state.log_history`, get "moe_max_vio" and "moe_dead_experts", see
+    `Balancing.metrics`. Callbacks that come before this one do not see them, and those of `report_to` come first:
+    for TensorBoard and the like add it by `trainer.callback_handler.callbacks.insert(0, BalanceCallback())`.
+
+    The routers of transformers' own models have neither counts nor an update of their correction biases here, whatever
+    their experts implementation: training such a model raises ValueError. Their balance loss is transformers'
+    (`output_router_logits`).
+
+    Args:
+        bias_update_speed, group: see `moe.balance.attach`.
+
+    Raises ValueError at the start of training for label smoothing of a `moe.Transformer`, too: the Trainer would smooth
+    labels that are not shifted.
+    """
+
+    def __init__(self, bias_update_speed: float = 0.001, group: Any = None) -> None:
+        self._balancing = Balancing(bias_update_speed, group)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if args.label_smoothing_factor and isinstance(given["model"], Transformer):
+            # It shifts labels for classes of transformers only.
+            raise ValueError(f"label_smoothing_factor = {args.label_smoothing_factor}: expected 0 for moe.Transformer")
+        self._balancing.start(given["model"], given["optimizer"])
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        micro_batches = args.gradient_accumulation_steps
+        with suppress(TypeError):  # data without a length
+            batches = len(given["train_dataloader"])
+            left = batches - round((state.epoch or 0) % 1 * batches)
+            micro_batches = min(micro_batches, left)  # the last step of an epoch may have fewer
+        self._balancing.scale(given["model"], micro_batches, getattr(given["optimizer"], "scaler", None))
+
+    def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if "loss" in given["logs"]:  # of training, and not of an evaluation
+            metrics = self._balancing.metrics()
+            given["logs"].update(metrics)
+            state.log_history[-1].update(metrics)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self._balancing.stop()
 
 
 def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -1,0 +1,52 @@
+"""Balancing in another library's trainer: what the callbacks of all of them do."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from moe import balance
+
+
+class Balancing:
+    """`moe.balance.attach`, the loss scale and the metrics of one training run.
+
+    Args:
+        bias_update_speed, group: see `moe.balance.attach`. Models without a correction bias are only counted.
+    """
+
+    def __init__(self, bias_update_speed: float = 0.001, group: Any = None) -> None:
+        self.bias_update_speed, self.group = bias_update_speed, group
+        self._handle: balance.Handle | None = None
+
+    def start(self, model: nn.Module, optimizer: Any) -> None:
+        """Attach. Ends a run that has been interrupted."""
+        self.stop()
+        found = [router for _, router in balance.routers(model)]
+        if not found:
+            expected = "a model that contains moe.MoELayer, since routers of other libraries are not counted"
+            raise ValueError(f"balancing: nothing to balance; expected {expected}; found {type(model).__name__}")
+        biased = any(router.e_score_correction_bias is not None for router in found)
+        speed = self.bias_update_speed if biased else 0.0
+        self._handle = balance.attach(model, optimizer, bias_update_speed=speed, group=self.group)
+
+    def scale(self, model: nn.Module, micro_batches: int, scaler: Any) -> None:
+        """Scale injected losses as the trainer scales its own: over micro-batches, and by a gradient scaler if any."""
+        factor: float | Tensor = 1.0 if scaler is None else scaler.get_scale()
+        balance.set_loss_scale(model, factor / micro_batches)
+
+    def metrics(self) -> dict[str, float]:
+        """Expert load since the last call: "moe_max_vio" of the worst layer, "moe_dead_experts" of all layers."""
+        loads = self._handle.loads(reset=True) if self._handle is not None else {}
+        reports = [balance.LoadReport([name], load[None].cpu()) for name, load in loads.items()]
+        if not reports:
+            return {}
+        return {
+            "moe_max_vio": max(report.max_vio[0] for report in reports),
+            "moe_dead_experts": float(sum(report.dead_experts[0] for report in reports)),
+        }
+
+    def stop(self) -> None:
+        """Detach. A second call does nothing."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
