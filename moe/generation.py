@@ -123,7 +123,8 @@ def _steps(
             logits = model(fed, attention_mask=mask, cache=cache, logits_to_keep=1).logits[:, -1]
         if seen is not None:
             logits = penalize(logits, seen, sampling.repetition_penalty)
-        _check_finite(logits, ended, step)
+        if known:
+            _check_finite(logits, ended, step)
         token = sample(logits, sampling, generator)
         if ends:
             token = token.masked_fill(ended, ends[0])

@@ -18,7 +18,6 @@ from moe.global_batch import GlobalBatch
 from moe.init import materialize, unfilled
 from moe.loss import Term
 from moe.ops import Routing, SwiGLU
-from moe.ops.permutation import check_ids
 from moe.router import LoadCounter, Router
 from moe.uncast import Uncast
 
@@ -35,7 +34,7 @@ def _check_dtype(x: Tensor, weight: Tensor) -> None:
 
 
 def _check_routing(routing: Any, tokens: int, experts: int, *, needs_scores: bool) -> None:
-    """Raise TypeError, ValueError or IndexError for a `routing` that is not one of `tokens` tokens to `experts`."""
+    """Raise TypeError or ValueError for a `routing` that is not one of `tokens` tokens to `experts`."""
     whole = isinstance(routing, Routing)
     if not whole and not isinstance(routing, Tensor):
         found = type(routing).__name__
@@ -46,11 +45,6 @@ def _check_routing(routing: Any, tokens: int, experts: int, *, needs_scores: boo
         _check_part("weights", weights, (torch.float32, torch.float64), tuple(ids.shape))
     if whole and needs_scores:
         _check_part("scores", scores, (torch.float32, torch.float64), (tokens, experts))
-    if ids.numel() and type(ids) is Tensor and ids.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = int(ids.min()), int(ids.max())
-        if low < -1 or high >= experts:
-            found = low if low < -1 else high
-            raise IndexError(f"routing: expert id {found}: expected 0 to {experts - 1}, or -1 for none")
 
 
 def _check_part(name: str, value: Any, dtypes: tuple[torch.dtype, ...], shape: tuple[int | None, ...]) -> None:
@@ -349,7 +343,6 @@ class MoELayer(nn.Module):
             needs_scores = self.training and self.config.aux_loss_alpha > 0
             _check_routing(routing, len(rows), self.config.n_routed_experts, needs_scores=needs_scores)
         if isinstance(routing, Routing):
-            check_ids(rows, routing.expert_ids)
             routing = routing._replace(logits=None, counter=None)
         else:
             routing = self.gate(rows) if routing is None else self.gate(rows, routing)

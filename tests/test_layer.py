@@ -189,7 +189,7 @@ def test_expert_ids_of_another_dtype_or_shape_are_refused(make: Any) -> None:
     layer, x, ids = biased_layer(OPTIONS[0]), torch.randn(6, 24), torch.randint(0, 8, (6, 3))
     for error, wrong in ((TypeError, make(ids)), (ValueError, ids[:5]), (ValueError, ids[:, 0])):
         for routing in (wrong, moe.Routing(torch.ones(wrong.shape), wrong, torch.ones(6, 8))):
-            with pytest.raises(error, match=r"^expert_ids: expected "):
+            with pytest.raises(error, match=r"^routing: expert_ids "):
                 layer(x, routing=routing)
 
 
@@ -443,9 +443,9 @@ GOOD = moe.Routing(torch.ones(6, 3), IDS, torch.ones(6, 8))
         ({"routing": IDS[:5]}, ValueError, "routing: expert_ids have shape (5, 3): expected [6, K]"),
         ({"routing": IDS[None]}, ValueError, "routing: expert_ids have shape (1, 6, 3): expected [6, K]"),
         ({"routing": IDS[:, 0]}, ValueError, "routing: expert_ids have shape (6,): expected [6, K]"),
-        ({"routing": IDS + 8}, IndexError, "routing: expert id 8: expected 0 to 7, or -1 for none"),
-        ({"routing": IDS - 2}, IndexError, "routing: expert id -2: expected 0 to 7, or -1 for none"),
-        ({"routing": GOOD._replace(expert_ids=IDS + 9)}, IndexError, "routing: expert id 9: expected 0 to 7"),
+        ({"routing": IDS + 8}, IndexError, "expert_ids[0, 0] = 8: expected 0 to 7, or -1"),
+        ({"routing": IDS - 2}, IndexError, "expert_ids[0, 0] = -2: expected 0 to 7, or -1"),
+        ({"routing": GOOD._replace(expert_ids=IDS + 9)}, IndexError, "expert_ids[0, 0] = 9: expected 0 to 7"),
         ({"routing": GOOD._replace(expert_ids=IDS.tolist())}, TypeError, "routing: expert_ids are list: expected a"),
         (
             {"routing": GOOD._replace(weights=torch.ones(6, 2))},
