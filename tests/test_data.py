@@ -13,24 +13,18 @@ from tokenizers import Tokenizer
 
 from moe.errors import ConfigError
 from moe.train.baselines import bigram_nats, bits_per_byte, unigram_nats
-from moe.train.data import (
+from moe.train.data import Dataset, Sampler, document_ids, evaluation_batches, open_dataset, prepare
+from moe.train.documents import (
     COPY_MIN_CHARACTERS,
     DOCUMENT_BYTES,
-    END_OF_TEXT,
-    Dataset,
     Document,
-    Sampler,
-    document_ids,
-    evaluation_batches,
-    load_tokenizer,
-    open_dataset,
+    Documents,
     paragraphs,
-    prepare,
     python_topics,
     read_files,
     split,
-    train_tokenizer,
 )
+from moe.train.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
 
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu")
 
@@ -43,7 +37,7 @@ def make_documents(count: int) -> list[Document]:
 
 def test_no_paragraph_of_a_held_out_topic_is_left_in_training() -> None:
     topics = python_topics()
-    training, validation = split(topics)
+    training, validation = map(list, split(topics))
     names = {document.name for document in validation}
     assert names and names.isdisjoint(document.name for document in training)
     assert {d.name: d.text for d in validation} == {d.name: d.text for d in topics if d.name in names}  # whole topics
@@ -61,9 +55,9 @@ def test_no_paragraph_of_a_held_out_topic_is_left_in_training() -> None:
 
 def test_a_copy_under_another_name_does_not_leak() -> None:
     documents = make_documents(40)
-    _, validation = split(documents)
+    validation = list(split(documents)[1])
     copy = Document("a copy", validation[0].text.replace(" ", "  "))
-    training, again = split([*documents, copy])
+    training, again = map(list, split([*documents, copy]))
     if "a copy" not in {document.name for document in again}:
         assert "a copy" not in {document.name for document in training}
     assert {document.name for document in validation} <= {document.name for document in again}
@@ -75,7 +69,7 @@ def test_split_depends_on_names_only_and_leaves_no_part_empty() -> None:
     assert 0 < len(held_out) < 25
     assert held_out == {document.name for document in split(documents[::-1])[1]}
     for i in range(5):
-        training, validation = split(documents[2 * i : 2 * i + 2])
+        training, validation = map(list, split(documents[2 * i : 2 * i + 2]))
         assert len(training) == len(validation) == 1
     with pytest.raises(ConfigError, match="two documents"):
         split(documents[:1])
@@ -93,20 +87,20 @@ def test_long_files_become_documents(tmp_path: Path) -> None:
     (tmp_path / "with_blanks.txt").write_text("word " * 200 + "\n\n" * 1 + ("line\n" * 50 + "\n") * 200)
     (tmp_path / "lines.md").write_text("one line\n" * 10000)
     (tmp_path / "ignored.bin").write_bytes(b"\xff")
-    documents = read_files([tmp_path])
+    documents = list(read_files([tmp_path]))
     assert [d.name for d in documents][:2] == ["lines.md#0", "lines.md#1"]
     for name in ("with_blanks.txt", "lines.md"):
         pieces = [d.text for d in documents if d.name.startswith(name)]
         assert "".join(pieces) == (tmp_path / name).read_text()
         assert len(pieces) > 3 and all(DOCUMENT_BYTES <= len(p) <= 2 * DOCUMENT_BYTES + 10 for p in pieces[:-1])
-    assert read_files([tmp_path / "lines.md"]) == [d for d in documents if d.name.startswith("lines.md")]
+    assert list(read_files([tmp_path / "lines.md"])) == [d for d in documents if d.name.startswith("lines.md")]
 
 
 def test_unreadable_data_is_refused_by_name(tmp_path: Path) -> None:
     bad = tmp_path / "bad.txt"
     bad.write_bytes(b"good\xff")
     with pytest.raises(ConfigError, match=r"bad\.txt.*UTF-8.*0xff at offset 4"):
-        read_files([bad])
+        list(read_files([bad]))
     with pytest.raises(ConfigError, match=r"nowhere.*existing"):
         read_files([tmp_path / "nowhere"])
     (tmp_path / "empty").mkdir()
@@ -194,7 +188,7 @@ def test_packed_tokens_are_the_documents_between_end_tokens(tmp_path: Path) -> N
     for i, document in enumerate(make_documents(12)):
         (text / f"{i}.txt").write_text(document.text + f"\nthis spells {END_OF_TEXT} in text")
     dataset = prepare(tmp_path / "data", [text], None, 320)
-    training, validation = split(read_files([text]))
+    training, validation = map(list, split(read_files([text])))
     for tokens, documents in ((dataset.train, training), (dataset.validation, validation)):
         assert isinstance(tokens, np.memmap) and tokens.dtype == np.uint16
         ends = np.flatnonzero(tokens == dataset.end_of_text)

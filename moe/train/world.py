@@ -34,6 +34,10 @@ class World:
         with torch.device(settings.device):
             return Transformer(config, seed=settings.seed)
 
+    def load(self, folder: Path, settings: Settings) -> Transformer:
+        """Load a checkpoint in fp32, onto the device of `settings`."""
+        return load(folder, settings.device, torch.float32, progress=False)
+
     def begin_step(self, number: int) -> None:
         """Set the optimizer step that errors of collectives name."""
 
@@ -84,6 +88,10 @@ class MeshWorld(World):
         moe.parallel.parallelize(model, self.mesh, moe.parallel.ParallelConfig(payload=settings.dispatch))
         moe.parallel.materialize(model, seed=settings.seed)
         return model
+
+    def load(self, folder: Path, settings: Settings) -> Transformer:
+        config = moe.parallel.ParallelConfig(payload=settings.dispatch)
+        return moe.parallel.load(folder, self.mesh, config, dtype=torch.float32, progress=False)
 
     def begin_step(self, number: int) -> None:
         self.mesh.journal.begin(number)
