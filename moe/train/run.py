@@ -138,11 +138,12 @@ def train(
 def _describe(trainer: Trainer, folder: Path) -> str:
     settings, counts = trainer.settings, count_parameters(trainer.model.config)
     size = f"{counts.with_mtp:,} parameters, {counts.activated:,} activated"
-    return f"model: {settings.name}, {size}; {settings.device}, {settings.dtype}; {folder}"
+    name = " ".join((settings.name, *settings.set))
+    return f"model: {name}, {size}; {settings.device}, {settings.dtype}; {folder}"
 
 
 def _describe_data(facts: dict[str, Any]) -> Iterator[str]:
-    held_out = f"{facts['validation']['tokens']:,} validation tokens of {facts['validation']['documents']:,}"
+    held_out = f"{facts['validation']['tokens']:,} validation tokens of {facts['validation']['documents']:,} documents"
     yield f"data: {facts['train']['tokens']:,} training tokens of {facts['train']['documents']:,} documents, {held_out}"
     left_out = facts.get("left_out", {"count": 0})  # of a run that was begun before this was recorded
     if left_out["count"]:
