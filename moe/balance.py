@@ -8,8 +8,9 @@ instead of a side effect. What counts is thus what `backward()` reaches: a secon
 again, as its gradients do, and `torch.autograd.grad` for chosen parameters counts nothing.
 """
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from moe.config import MoEConfig
 from moe.global_batch import GlobalBatch
 from moe.loss import Mean, Term
 from moe.ops import Routing
+from moe.ops.library import index_error
 from moe.router import COUNTER_DTYPE, Router
 
 
@@ -33,12 +35,17 @@ def expert_load(expert_ids: Tensor, num_experts: int, token_mask: Tensor | None 
 
     Returns:
         int64 [..., E].
+
+    Raises IndexError for an id that is neither -1 nor in [0, E) (on CPU; a device assertion on CUDA).
     """
-    counted = expert_ids >= 0
-    if token_mask is not None:
-        counted = counted & token_mask.unsqueeze(-1)
+    absent = expert_ids == -1
+    counted = ~absent if token_mask is None else ~absent & token_mask.unsqueeze(-1)
     load = torch.zeros(*expert_ids.shape[:-2], num_experts, dtype=torch.int64, device=expert_ids.device)
-    return load.scatter_add_(-1, expert_ids.clamp_min(0).flatten(-2), counted.to(torch.int64).flatten(-2))
+    try:
+        chosen = expert_ids.masked_fill(absent, 0).flatten(-2)
+        return load.scatter_add_(-1, chosen, counted.to(torch.int64).flatten(-2))
+    except (IndexError, RuntimeError) as error:
+        raise index_error("expert_ids", expert_ids, num_experts, -1, error) from None
 
 
 def balance_loss(
@@ -107,16 +114,21 @@ def loss_terms(
         tokens: int64 [B], real tokens of each sequence.
         batch: over which the balance loss without `seq_aux` is computed.
     """
-    terms = []
+    terms, counts = [], loss_counts(config, tokens)
     if config.aux_loss_alpha:
         scores, ids = routing.scores.unflatten(0, shape), routing.expert_ids.unflatten(0, shape)
         loss = balance_loss(scores, ids, token_mask, seq_aux=config.seq_aux, batch=batch)
-        over = (tokens > 0).sum() if config.seq_aux else tokens.sum()
-        terms.append(Term("balance", Mean(config.aux_loss_alpha * loss, over)))
+        terms.append(Term("balance", Mean(config.aux_loss_alpha * loss, counts["balance"])))
     if config.router_z_loss_coef and routing.logits is not None:
         loss = z_loss(routing.logits.unflatten(0, shape), token_mask)
-        terms.append(Term("z", Mean(config.router_z_loss_coef * loss, tokens.sum())))
+        terms.append(Term("z", Mean(config.router_z_loss_coef * loss, counts["z"])))
     return tuple(terms)
+
+
+def loss_counts(config: MoEConfig, tokens: Tensor) -> dict[str, Tensor]:
+    """Over how many sequences or tokens each loss of a layer is a mean, for tokens [B], the real ones of each."""
+    everything = tokens.sum()
+    return {"balance": (tokens > 0).sum() if config.seq_aux else everything, "z": everything}
 
 
 class _Inject(torch.autograd.Function):
@@ -166,14 +178,32 @@ def set_loss_scale(model: nn.Module, scale: float) -> None:
             batch.scale_loss(scale)
 
 
+def _after_zero_grad(optimizer: Any, forget: Callable[[], None]) -> Callable[[], None]:
+    """Call `forget` whenever `optimizer` clears gradients, for which torch has no hook; returns what ends that."""
+    clear = optimizer.zero_grad
+
+    @functools.wraps(clear)
+    def zero_grad(*args: Any, **options: Any) -> None:
+        clear(*args, **options)
+        forget()
+
+    def end() -> None:
+        if optimizer.zero_grad is zero_grad:
+            optimizer.zero_grad = clear
+
+    optimizer.zero_grad = zero_grad
+    return end
+
+
 class Handle:
     """What `attach` returns: `remove()` ends the updates. A second call does nothing."""
 
-    def __init__(self, attached: list[Any], hook: Any) -> None:
-        self._attached, self._hook = attached, hook
+    def __init__(self, attached: list[Any], hook: Any, end: Callable[[], None]) -> None:
+        self._attached, self._hook, self._end = attached, hook, end
 
     def remove(self) -> None:
         self._hook.remove()
+        self._end()
         for router in self._attached:
             router.load_counter.stop()
         self._attached = []
@@ -187,7 +217,9 @@ def attach(
     Works on any model that contains `moe.MoELayer`s and in any trainer (`optimizer` may be accelerate's): call it once,
     after the model is on its device and before the first forward (and before torch.compile), and attach to one
     optimizer only when there are several. The load of a step is everything that went backward since the last one,
-    summed over `group` (None: the default group where torch.distributed runs). The global-batch loss of all routers,
+    summed over `group` (None: the default group where torch.distributed runs). A step that is skipped counts nothing,
+    as its gradients do: what `optimizer.zero_grad` clears is not counted, nor, while a router's weight is trained and
+    not in a compiled graph, what `model.zero_grad()` or the caller sets to None. The global-batch loss of all routers,
     those without a correction bias too, sums over the same group, also after `handle.remove()`, which ends the updates.
     A step without any token leaves the biases alone. Change the speed by removing and attaching again. A copy of the
     model is not attached, and neither is a copy of a part that a wrapper makes, as PEFT does for modules_to_save: wrap
@@ -211,24 +243,34 @@ def attach(
     if any(router.counter is not None for router in biased):
         raise ValueError("attach: this model is attached already; call remove() on the earlier handle first")
 
-    def update(*_: Any) -> None:
+    def update(stepped: Any, *_: Any) -> None:
         loads = [router.load_counter.take() for router in biased]
         if not loads:
             return
         flat = torch.cat([load.to(loads[0].device) for load in loads]).to(torch.int64)
         flat = biased[0].global_batch.sum(flat, "bias update")
+        speed: Any = bias_update_speed
+        # torch.amp.GradScaler calls a fused optimizer to skip a step itself, on the device, if this is not 0.
+        if (found_inf := getattr(stepped, "found_inf", None)) is not None:
+            speed = speed * (torch.as_tensor(found_inf, device=flat.device) == 0)
         for router, load in zip(biased, flat.split([len(load) for load in loads]), strict=True):
-            router.move_bias(bias_update_speed * torch.sign(load.double().mean() - load).float())
+            router.move_bias(speed * torch.sign(load.double().mean() - load).float())
+
+    def forget() -> None:
+        for router in biased:
+            router.load_counter.forget()
 
     # accelerate's optimizer has no hooks, and leaves out steps of the one inside, whose hooks see the real steps.
     real: Any = optimizer
     if not hasattr(optimizer, "_optimizer_step_post_hooks"):
         real = getattr(optimizer, "optimizer", optimizer)
-    handle = Handle(biased, real.register_step_post_hook(update))
+    handle = Handle(biased, real.register_step_post_hook(update), _after_zero_grad(real, forget))
     for router in found:
         router.global_batch.restrict(group)
     for router in biased:
-        router.load_counter.start(router.num_experts, router.weight.device)
+        # FSDP1 gives optimizers flat parts, which have no gradient while a backward pass runs.
+        trained = router.weight.ndim == 2 and any(router.weight is parameter for parameter in held)
+        router.load_counter.start(router.num_experts, router.weight.device, router.weight if trained else None)
     return handle
 
 

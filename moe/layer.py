@@ -16,6 +16,7 @@ from moe.global_batch import GlobalBatch
 from moe.init import materialize
 from moe.loss import Term
 from moe.ops import Routing, SwiGLU
+from moe.ops.permutation import check_ids
 from moe.router import LoadCounter, Router
 
 _Arguments = ParamSpec("_Arguments")
@@ -254,6 +255,7 @@ class MoELayer(nn.Module):
             rows = rows.masked_fill(padding, 0)
 
         if isinstance(routing, Routing):
+            check_ids(rows, routing.expert_ids)
             routing = routing._replace(logits=None, counter=None)
         else:
             routing = self.gate(rows) if routing is None else self.gate(rows, routing)

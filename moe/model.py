@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe.attention import GQA, MLA
-from moe.balance import LoadReport, inject_gradients, routers
+from moe.balance import LoadReport, inject_gradients, loss_counts, routers
 from moe.cache import Cache, LayerCache
 from moe.config import ModelConfig
 from moe.global_batch import GlobalBatch
 from moe.init import materialize
 from moe.layer import MLP, MoELayer, MoEStats
-from moe.loss import Term, next_token_loss
+from moe.loss import IGNORED, Term, count_key, next_token_loss, taking_part, targets
 from moe.norm import RMSNorm
+from moe.ops.library import index_error
 from moe.quantized import Quantized
 from moe.rope import rope_tables
 
@@ -41,7 +42,8 @@ class Output:
         hidden: [B, S, D], the state after the final norm, which MTP modules and heads of other kinds read.
         loss: scalar fp32, the sum to minimise, when labels were given.
         losses: its parts, detached: "ce", and in training "mtp", "balance", "z" where the config has them. "mtp" is
-            the mean over modules before its weight; the balance losses carry their coefficients.
+            the mean over modules before its weight; the balance losses carry their coefficients. In a
+            `GlobalBatch.step` they and `loss` are this micro-batch's parts of the step's means.
         load: int64 [layers with experts, E], real tokens per expert in this call, MTP modules last.
     """
 
@@ -169,25 +171,33 @@ class Transformer(nn.Module):
         """Logits, and with labels the loss.
 
         Args:
-            input_ids: int64 [B, S].
-            labels: int64 [B, S], unshifted (usually input_ids); -100 is ignored.
+            input_ids: int64 or int32 [B, S], in [0, V).
+            labels: int64 or int32 [B, S], unshifted (usually input_ids), in [0, V); -100 is ignored.
             attention_mask: [B, S_total], non-zero for real tokens, padding on either side; S_total includes the
                 tokens in `cache`.
-            position_ids: int64 [B, S]; by default they count on from the cache's length.
-            document_ids: int [B, S]; a token sees only its own document, and no token is predicted from another one.
+            position_ids: integers [B, S], also negative; by default they count on from the cache's length.
+            document_ids: integers [B, S]; a token sees only its own document, and no token is predicted from another
+                one. MTP modules leave out positions whose tokens ahead are in another one, as they do with padding.
             cache: earlier tokens; it is filled and advanced.
             logits_to_keep: compute logits for this many last positions only; 0 for all.
+
+        Raises:
+            ValueError: shapes, dtypes or arguments that do not fit each other.
+            IndexError: an id or a label that is predicted out of range (on CPU; a device assertion on CUDA).
         """
-        batch, length = input_ids.shape
         past = cache.length if cache is not None else 0
         self._check(input_ids, labels, attention_mask, position_ids, document_ids, cache, past, logits_to_keep)
+        batch, length = input_ids.shape
         if position_ids is None:
             position_ids = torch.arange(past, past + length, device=input_ids.device).expand(batch, length)
         real = attention_mask.bool() if attention_mask is not None else None
         masks = self._masks(length, past, real, document_ids, input_ids.device)
         token_mask = real[:, past:] if real is not None else None
 
-        h = self.embed_tokens(input_ids)
+        try:
+            h = self.embed_tokens(input_ids)
+        except IndexError as error:
+            raise index_error("input_ids", input_ids, self.config.vocab_size, None, error) from None
         rope = rope_tables(self.config.rope_parameters, self.config.rope_dim, position_ids, h.dtype)
         stats: list[MoEStats] = []
         for i, block in enumerate(self.layers):
@@ -207,7 +217,7 @@ class Transformer(nn.Module):
         logits = self.head(h[:, -logits_to_keep:] if logits_to_keep else h)
 
         if labels is not None and token_mask is not None:
-            labels = labels.masked_fill(~token_mask, -100)
+            labels = labels.masked_fill(~token_mask, IGNORED)
         ahead: list[Term] = []
         if self.training and labels is not None:
             ahead, mtp_stats = self._predict_ahead(h, input_ids, labels, rope, real, document_ids)
@@ -238,7 +248,40 @@ class Transformer(nn.Module):
             return []
         device = terms[0].mean.value.device  # layers may be on several
         values = [term.mean.value.to(device) for term in terms]
-        return self.global_batch.weigh(values, [term.mean.count.to(device) for term in terms])
+        counts = [term.mean.count.to(device) for term in terms]
+        return self.global_batch.weigh(values, counts, [term.key for term in terms])
+
+    def loss_counts(
+        self,
+        input_ids: Tensor,
+        *,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        **_: Any,
+    ) -> dict[str, Tensor]:
+        """Over how much each term of the loss of `forward`, called with the same arguments, is a mean.
+
+        Returns:
+            int64 scalars. "ce.0": tokens that are predicted; "mtp.1": by the module mtp.0, and so on; "balance.0",
+            "balance.1", ...: sequences with a real token (without `seq_aux`, real tokens) in the layers, in mtp.0, and
+            so on; "z.0", ...: real tokens. For `GlobalBatch.step`.
+        """
+        batch, length = input_ids.shape
+        real = attention_mask.bool() if attention_mask is not None else None
+        if labels is not None and real is not None:
+            labels = labels.masked_fill(~real, IGNORED)
+        counts: dict[str, Tensor] = {}
+        for depth in range(1 + len(self.mtp)):
+            keep = max(length - depth, 0)
+            part = taking_part(depth, real, document_ids) if keep else None
+            tokens = input_ids.new_full((batch,), keep, dtype=torch.int64) if part is None else part.sum(-1)
+            for name, count in loss_counts(self.config, tokens).items():
+                counts[count_key(name, depth)] = count
+            if labels is not None:
+                _, predicted = targets(labels, depth + 1, keep, document_ids, part)
+                counts[count_key("mtp" if depth else "ce", depth)] = predicted
+        return counts
 
     def interleave_rope(self) -> None:
         """Rotate pairs of neighbouring rows from now on: `rope_interleave` of the config. The weights stay."""
@@ -320,17 +363,17 @@ class Transformer(nn.Module):
                 break
             embedding = self.embed_tokens(input_ids[:, k + 1 :])
             documents = document_ids[:, :keep] if document_ids is not None else None
-            token_mask = None
-            if real is not None:  # a position takes part if all the tokens it sees are real
-                token_mask = real.unfold(1, k + 2, 1).all(-1)
+            token_mask = taking_part(k + 1, real, document_ids)
             mask = attention_scope(keep, 0, token_mask, documents, input_ids.device)
             cos, sin = rope
             args = (embedding, (cos[:, :keep], sin[:, :keep]), mask, token_mask)
             h, block_stats = self._run(module, h[:, :keep], *args)
             mean = next_token_loss(self.head(h), labels, k + 2, document_ids, token_mask)
-            terms.append(Term("mtp", replace(mean, value=mean.value / modules), self.config.mtp_loss_weight))
+            mean = replace(mean, value=mean.value / modules)
+            terms.append(Term("mtp", mean, self.config.mtp_loss_weight, depth=k + 1))
             if block_stats is not None:
-                stats.append(block_stats)
+                own = tuple(replace(term, depth=k + 1) for term in block_stats.terms)
+                stats.append(replace(block_stats, terms=own))
         return terms, stats
 
     def _count(self, load: Tensor) -> None:
@@ -350,15 +393,24 @@ class Transformer(nn.Module):
         past: int,
         logits_to_keep: int,
     ) -> None:
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected [B, S]")
         batch, length = input_ids.shape
         for name, tensor, shape in (
+            ("input_ids", input_ids, (batch, length)),
             ("labels", labels, (batch, length)),
             ("attention_mask", attention_mask, (batch, past + length)),
             ("position_ids", position_ids, (batch, length)),
             ("document_ids", document_ids, (batch, length)),
         ):
-            if tensor is not None and tuple(tensor.shape) != shape:
+            if tensor is None:
+                continue
+            if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}: expected {shape}")
+            if name in ("input_ids", "labels") and tensor.dtype not in (torch.int64, torch.int32):
+                raise ValueError(f"{name} is {tensor.dtype}: expected torch.int64 or torch.int32")
+            if name in ("position_ids", "document_ids") and (tensor.is_floating_point() or tensor.is_complex()):
+                raise ValueError(f"{name} is {tensor.dtype}: expected integers")
         if attention_mask is not None and attention_mask.is_floating_point():
             raise ValueError(
                 "attention_mask is floating point: expected booleans or integers, non-zero for real tokens"

@@ -12,6 +12,8 @@ from moe import ops
 from moe.config import RouterConfig
 from moe.global_batch import GlobalBatch
 from moe.ops import Routing
+from moe.ops.library import index_error
+from moe.ops.permutation import check_ids
 
 COUNTER_DTYPE = torch.float64  # gradients must be floating point; counts are exact up to 2^53
 
@@ -22,31 +24,49 @@ class LoadCounter:
     Attributes:
         batch: the global batch.
         leaf: float64 [E], whose gradient is the load of the step; None if nothing is counted.
+        weight: a parameter whose gradient is complete after the count of the same backward pass, that of the router.
+            A step begins where it has none: what was counted before is of a step that was skipped. None if no
+            optimizer has it.
     """
 
     def __init__(self, batch: GlobalBatch) -> None:
         self.batch = batch
         self.leaf: Tensor | None = None
+        self.weight: Tensor | None = None
 
     def join(self, batch: GlobalBatch) -> None:
         self.batch = batch
 
-    def start(self, num_experts: int, device: torch.device) -> None:
-        self.leaf = torch.zeros(num_experts, dtype=COUNTER_DTYPE, device=device, requires_grad=True)
+    def start(self, num_experts: int, device: torch.device, weight: Tensor | None) -> None:
+        self.weight = weight
+        self._count_in(torch.zeros(num_experts, dtype=COUNTER_DTYPE, device=device))
+
+    def _count_in(self, leaf: Tensor) -> None:
+        self.leaf = leaf.requires_grad_()
+        self.leaf.register_hook(self._before_counting)
+
+    def _before_counting(self, _: Tensor) -> None:
+        if self.weight is not None and self.weight.requires_grad and self.weight.grad is None:
+            self.forget()
 
     def stop(self) -> None:
-        self.leaf = None
+        self.leaf = self.weight = None
 
     def move(self, device: torch.device) -> None:
         if self.leaf is not None and self.leaf.device != device:
-            self.leaf = self.leaf.detach().to(device).requires_grad_()
+            self._count_in(self.leaf.detach().to(device))
+
+    def forget(self) -> None:
+        """Drop what has been counted since the last `take`."""
+        if self.leaf is not None:
+            self.leaf.grad = None
 
     @torch.no_grad()
     def take(self) -> Tensor:
         """float64 [E]: the tokens counted since the last call."""
         assert self.leaf is not None
         load = self.leaf.grad if self.leaf.grad is not None else torch.zeros_like(self.leaf)
-        self.leaf.grad = None
+        self.forget()
         return load
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LoadCounter":
@@ -105,9 +125,18 @@ class Router(nn.Module):
         return ops.route(logits, self.e_score_correction_bias, **self.selection)
 
     def replay(self, logits: Tensor, expert_ids: Tensor) -> Routing:
-        """The routing that `expert_ids` [T, K] would give: weights from this router's own scores."""
+        """The routing that `expert_ids` [T, K] would give: weights from this router's own scores.
+
+        Raises ValueError for another shape, TypeError for another dtype than int64, and IndexError for an id that is
+        neither -1 ("not here") nor in [0, E) (on CPU; a device assertion on CUDA).
+        """
+        check_ids(logits, expert_ids)
         scores = logits.sigmoid() if self.selection["scoring_func"] == "sigmoid" else logits.softmax(-1)
-        weights = scores.gather(-1, expert_ids.clamp_min(0)).masked_fill(expert_ids < 0, 0)
+        absent = expert_ids == -1
+        try:
+            weights = scores.gather(-1, expert_ids.masked_fill(absent, 0)).masked_fill(absent, 0)
+        except (IndexError, RuntimeError) as error:
+            raise index_error("expert_ids", expert_ids, self.num_experts, -1, error) from None
         if self.selection["norm_topk_prob"]:
             weights = weights / (weights.sum(-1, keepdim=True).clamp_min(self.selection["norm_min"]) + 1e-20)
         return Routing(weights * self.selection["routed_scaling_factor"], expert_ids, scores)

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import math
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -436,3 +437,100 @@ def test_router_is_fp32_inside_autocast(dtype: torch.dtype) -> None:
     assert routing.scores.dtype == routing.weights.dtype == torch.float32
     assert torch.equal(routing.scores, exact.scores) and torch.equal(routing.expert_ids, exact.expert_ids)
     assert y.dtype == dtype
+
+
+CLEAR: dict[str, Any] = {
+    "optimizer": lambda model, optimizer: optimizer.zero_grad(),
+    "optimizer, in place": lambda model, optimizer: optimizer.zero_grad(set_to_none=False),
+    "model": lambda model, optimizer: model.zero_grad(),
+    "by hand": lambda model, optimizer: [setattr(parameter, "grad", None) for parameter in model.parameters()],
+}
+
+
+def overflowing(model: nn.Module) -> Tensor:
+    """A loss whose gradients are not finite, of so many equal tokens that their load would decide every sign."""
+    return model(torch.ones(1, 999, 16)).sum() * math.inf
+
+
+def skip(how: str, model: nn.Module, optimizer: Any, scaler: torch.amp.GradScaler) -> None:
+    """A step that is not taken, by a trainer that accumulates two micro-batches."""
+    for _ in range(2):
+        scaler.scale(overflowing(model)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    CLEAR[how](model, optimizer)
+
+
+# Of a frozen router only what the optimizer clears is seen.
+SKIPS = [(optimizer, how) for optimizer in ("plain", "fused") for how in CLEAR]
+SKIPS.append(("frozen router", "optimizer, in place"))
+
+
+@pytest.mark.parametrize(("optimizer", "how"), SKIPS)
+def test_a_skipped_step_counts_nothing(optimizer: str, how: str) -> None:
+    """Neither right after `attach` nor between steps: the bias is that of the steps that are taken."""
+    batches = torch.randint(-1, 2, (2, 2, 4, 10, 16)).float()
+    biases = []
+    for skips in (False, True):
+        model = Other()
+        if optimizer == "frozen router":
+            model.moe.gate.weight.requires_grad_(False)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        stepper = torch.optim.SGD(parameters, lr=0.1, fused=optimizer == "fused")
+        balance.attach(model, stepper, bias_update_speed=0.25)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+        for step in batches:
+            if skips:
+                skip(how, model, stepper, scaler)
+            for part in step:
+                scaler.scale(model(part).square().mean()).backward()
+            scaler.step(stepper)
+            scaler.update()
+            CLEAR[how](model, stepper)
+            biases.append(bias_of(model.moe).clone())
+    assert torch.equal(biases[0], biases[2]) and torch.equal(biases[1], biases[3])
+    assert not torch.equal(biases[0], biases[1])
+
+
+@pytest.fixture
+def accelerate() -> Iterator[Any]:
+    library = pytest.importorskip("accelerate")
+    library.Accelerator(cpu=True)  # sets what its optimizer reads
+    yield library
+    library.state.AcceleratorState._reset_state(reset_partial_state=True)
+    library.state.GradientState._reset_state()
+
+
+@pytest.mark.parametrize("when", ["before prepare", "after prepare"])
+def test_a_step_that_accelerate_skips_counts_nothing(accelerate: Any, when: str) -> None:
+    x = torch.randint(-1, 2, (4, 10, 16)).float()
+    biases = []
+    for skips in (False, True):
+        model = Other()
+        real = torch.optim.AdamW(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+        prepared = accelerate.optimizer.AcceleratedOptimizer(real, scaler=scaler)
+        balance.attach(model, real if when == "before prepare" else prepared, bias_update_speed=0.25)
+        if skips:
+            scaler.scale(overflowing(model)).backward()
+            prepared.step()
+            assert prepared.step_was_skipped
+            prepared.zero_grad()
+        scaler.scale(model(x).square().mean()).backward()
+        prepared.step()
+        assert not prepared.step_was_skipped
+        biases.append(bias_of(model.moe).clone())
+    assert torch.equal(*biases) and biases[0].any()
+
+
+def test_zero_grad_is_the_optimizers_own_again_after_remove() -> None:
+    model = Other()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        handle = balance.attach(model, optimizer)
+        assert copy.deepcopy(optimizer).state_dict() == optimizer.state_dict()
+        model(torch.randn(1, 5, 16)).sum().backward()
+        handle.remove()
+        assert optimizer.zero_grad == type(optimizer).zero_grad.__get__(optimizer)
+    optimizer.zero_grad()
+    assert all(parameter.grad is None for parameter in model.parameters())

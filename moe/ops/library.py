@@ -180,6 +180,21 @@ def define_gradient(
     LIBRARY.impl(op.name().partition("::")[2].partition(".")[0], autograd, "Autograd")
 
 
+def index_error(name: str, ids: Tensor, size: int, ignored: int | None, error: Exception) -> Exception:
+    """What to raise for an `error` of torch's: on the CPU an IndexError that names the first id out of range.
+
+    Looking only after torch has refused costs nothing before, and is no obstacle to tensors without data.
+    """
+    wrong = (ids < 0) | (ids >= size)
+    if ignored is not None:
+        wrong = wrong & (ids != ignored)
+    if ids.device.type != "cpu" or not wrong.any():
+        return error
+    at = wrong.nonzero()[0].tolist()
+    allowed = f"0 to {size - 1}" + ("" if ignored is None else f", or {ignored}")
+    return IndexError(f"{name}{at} = {ids[tuple(at)].item()}: expected {allowed}")
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors as autocast would hand them to a matrix product: cast when it is on, except float64."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)

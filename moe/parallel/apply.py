@@ -252,13 +252,10 @@ class MeshBatch(GlobalBatch):
     def sum(self, values: Tensor, operation: str) -> Tensor:
         return self._sum(values, self.group, "routers", operation)
 
-    def weigh(self, means: Sequence[Tensor], counts: Sequence[Tensor]) -> list[Tensor]:
-        """Each mean times ranks * its count / the sum of all ranks' counts."""
-        mine = torch.stack(list(counts))
+    def _per_rank(self, counts: Sequence[Tensor]) -> Tensor:
         # Over all ranks, whatever group counts experts: the ranks' gradients are averaged over all of them.
-        everywhere = self._sum(mine.clone(), None, "loss", "sum of counts")
-        weights = mine.double() * dist.get_world_size() / everywhere.clamp_min(1)
-        return [mean * weight.to(mean.dtype) for mean, weight in zip(means, weights, strict=True)]
+        everywhere = self._sum(torch.stack(list(counts)), None, "loss", "sum of counts")
+        return everywhere.clamp_min(1).double() / dist.get_world_size()
 
     def _sum(self, values: Tensor, group: Any, layer: str, operation: str) -> Tensor:
         with self.journal.collective(layer, operation, group, size=values.numel()):

@@ -119,7 +119,8 @@ class AllToAllDispatcher:
 
     def destinations(self, expert_ids: Tensor) -> Tensor:
         """expert_ids [T, K] -> ranks [T, min(K, ranks)]: the distinct ones of each token, descending, then -1."""
-        rank = torch.where(expert_ids < 0, -1, expert_ids // self.experts_per_rank)
+        # An id below -1 stays what it is, for `permute` to refuse.
+        rank = torch.where(expert_ids < 0, expert_ids, expert_ids // self.experts_per_rank)
         ordered = rank.sort(dim=-1, descending=True).values
         again = torch.zeros_like(ordered, dtype=torch.bool)
         again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]

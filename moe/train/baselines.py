@@ -1,7 +1,8 @@
 """Count models that a trained model must beat, scored on the same tokens.
 
-The first token of `validation` is context only; every other one is scored. Bits per byte divide the summed nats by
-ln 2 and by the bytes of the scored text, so that they compare across vocabularies.
+The first token of `validation` is context only; every other one is scored, or those where `scored` [len - 1] is True.
+Bits per byte divide the summed nats by ln 2 and by the bytes of text that the scored tokens spell, so that they compare
+across vocabularies: of `moesmith train --document-mask` without the first token of each document, which is not scored.
 """
 
 import math
@@ -13,15 +14,19 @@ def bits_per_byte(total_nats: float, text_bytes: int) -> float:
     return total_nats / math.log(2) / text_bytes
 
 
-def unigram_nats(train: np.ndarray, validation: np.ndarray, vocab_size: int) -> float:
+def unigram_nats(
+    train: np.ndarray, validation: np.ndarray, vocab_size: int, scored: np.ndarray | slice = slice(None)
+) -> float:
     """Summed -ln p over validation[1:], p(b) = (c(b) + U / V) / (N + U).
 
     c counts train[1:], N is their number and U how many different ones there are: Witten-Bell over the uniform model.
     """
-    return float(-np.log(_unigram(train, vocab_size)[validation[1:]]).sum())
+    return float(-np.log(_unigram(train, vocab_size)[validation[1:][scored]]).sum())
 
 
-def bigram_nats(train: np.ndarray, validation: np.ndarray, vocab_size: int) -> float:
+def bigram_nats(
+    train: np.ndarray, validation: np.ndarray, vocab_size: int, scored: np.ndarray | slice = slice(None)
+) -> float:
     """Summed -ln p over validation[1:], p(b | a) = (c(a, b) + U(a) p(b)) / (c(a) + U(a)), p(b) as in `unigram_nats`.
 
     Interpolated Witten-Bell: U(a) is how many different tokens follow a in training; where none does, p(b | a) = p(b).
@@ -39,7 +44,7 @@ def bigram_nats(train: np.ndarray, validation: np.ndarray, vocab_size: int) -> f
     seen = total[a] > 0
     denominator = np.where(seen, total[a] + followers[a], 1)
     p = np.where(seen, (count + followers[a] * unigram[b]) / denominator, unigram[b])
-    return float(-np.log(p).sum())
+    return float(-np.log(p[scored]).sum())
 
 
 def _unigram(train: np.ndarray, vocab_size: int) -> np.ndarray:

@@ -7,6 +7,7 @@ windows whose order is a function of (seed, epoch).
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 from torch import Tensor
 
 from moe.errors import ConfigError
@@ -35,7 +36,8 @@ LEFT_OUT_NAMES = 5
 class Dataset:
     """Packed tokens of both parts and what scoring them needs.
 
-    A model is scored on every validation token but the first, the closing <end> of each document among them.
+    A model is scored on every validation token but the first, the closing <end> of each document among them. With a
+    document mask the first token of each document is not scored: nothing in its document precedes it.
 
     Attributes:
         end_of_text: id of <end>.
@@ -54,6 +56,30 @@ class Dataset:
     def validation_bytes(self) -> int:
         """UTF-8 bytes of the held-out documents."""
         return self.facts["validation_bytes"]
+
+    def scored(self, *, document_mask: bool) -> np.ndarray:
+        """bool [len(validation) - 1]: which of validation[1:] are scored."""
+        if document_mask:
+            return self.validation[:-1] != self.end_of_text
+        return np.ones(len(self.validation) - 1, dtype=bool)
+
+    def scored_bytes(self, *, document_mask: bool) -> int:
+        """UTF-8 bytes of the held-out documents that the scored tokens spell; an <end> spells none."""
+        left_out, times = np.unique(self.validation[1:][~self.scored(document_mask=document_mask)], return_counts=True)
+        return self.validation_bytes - sum(
+            int(count) * self._bytes_of(int(token)) for token, count in zip(left_out, times, strict=True)
+        )
+
+    def _bytes_of(self, token: int) -> int:
+        """How many bytes of text a token that begins a document spells, which may be a part of a character."""
+        text = self.tokenizer.id_to_token(token)
+        if token == self.end_of_text:
+            return 0
+        if isinstance(self.tokenizer.decoder, decoders.ByteLevel):
+            return len(text)  # it has a character for each byte
+        if re.fullmatch("<0x[0-9A-F]{2}>", text):
+            return 1
+        return len(self.tokenizer.decode([token], skip_special_tokens=False).encode())
 
     @property
     def token_ids(self) -> dict[str, int]:

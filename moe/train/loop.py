@@ -53,7 +53,8 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The whole validation part: tokens scored, their summed nats, and the load [layers, E] int64."""
+    """The whole validation part: tokens scored, their summed nats, the bytes of text that they spell, and the load
+    [layers, E] int64 of all tokens."""
 
     tokens: int
     nats: float
@@ -105,6 +106,11 @@ class Trainer:
         world: World | None = None,
     ) -> None:
         self.model, self.dataset, self.settings, self.world = model, dataset, settings, world or world_of(mesh)
+        if dataset.facts["vocab_size"] > model.config.vocab_size:
+            allowed = f"at least {dataset.facts['vocab_size']}, the tokens of the data"
+            raise ConfigError("vocab_size", model.config.vocab_size, allowed)
+        if not dataset.scored_bytes(document_mask=settings.document_mask):
+            raise ConfigError("--document-mask", True, "a held-out document of more than one token")
         if settings.batch_size % self.world.size:
             raise ConfigError("--batch-size", settings.batch_size, f"a multiple of the {self.world.size} ranks")
         self.device = next(model.parameters()).device
@@ -131,19 +137,19 @@ class Trainer:
         self.world.begin_step(number)
         losses: dict[str, float] = {}
         load = torch.zeros((), dtype=torch.int64, device=self.device)
-        for _ in range(settings.accumulation):
-            input_ids = self._share(self.sampler.next_batch())
-            output = self._forward(input_ids)
-            assert output.loss is not None and output.load is not None
-            # Of all ranks: each of them has to know that there is no step.
-            parts = self._mean({**output.losses, "sum": output.loss.detach()})
-            if not parts.pop("sum") < float("inf"):
-                raise NonFiniteError(number, "loss", self._first_non_finite(input_ids))
-            # Every window predicts as many tokens, so the mean of the means is the mean over tokens.
-            (output.loss / settings.accumulation).backward()
-            for name, value in parts.items():
-                losses[name] = losses.get(name, 0.0) + value / settings.accumulation
-            load = load + output.load
+        batches = [self._share(self.sampler.next_batch()) for _ in range(settings.accumulation)]
+        with self.model.global_batch.step([self.model.loss_counts(**self._arguments(ids)) for ids in batches]):
+            for input_ids in batches:
+                output = self._forward(input_ids)
+                assert output.loss is not None and output.load is not None
+                # Of all ranks: each of them has to know that there is no step.
+                parts = self._mean({**output.losses, "sum": output.loss.detach()})
+                if not parts.pop("sum") < float("inf"):
+                    raise NonFiniteError(number, "loss", self._first_non_finite(input_ids))
+                output.loss.backward()
+                for name, value in parts.items():
+                    losses[name] = losses.get(name, 0.0) + value
+                load = load + output.load
         load = self.world.sum(load.cpu())
         norm = self.world.clip(self.model.parameters(), settings.clip).item()
         if not norm < float("inf"):
@@ -157,22 +163,26 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
-        """Score every validation token but the first, each given what precedes it in its window of packed text."""
+        """Score every validation token but the first, each given what precedes it in its window of packed text.
+
+        With `document_mask` the first token of each document, which training does not predict either, is left out, and
+        the others are given what precedes them in their document.
+        """
         # Training mode, because that is when MTP modules run: their experts' load counts too. No layer has dropout.
         self.model.train()
         nats, tokens, load = 0.0, 0, torch.zeros((), dtype=torch.int64)
         for batch in evaluation_batches(self.dataset.validation, self.settings.seq_length, self.settings.batch_size):
-            count = batch.numel() - len(batch)
+            count = int(self.model.loss_counts(**self._arguments(batch))["ce.0"])
             # Rows of padding for ranks that there are no rows left for: all have to call the model.
             rows = nn.functional.pad(batch, (0, 0, 0, -len(batch) % self.world.size))
             input_ids, real = self._share(rows), torch.arange(len(rows))[:, None].expand_as(rows) < len(batch)
-            mask = self._share(real) if self.world.size > 1 else None
-            with self._autocast():
-                output = self.model(input_ids, labels=input_ids, attention_mask=mask)
+            output = self._forward(input_ids, self._share(real) if self.world.size > 1 else None)
+            assert output.load is not None
             nats += self._mean({"ce": output.losses["ce"]})["ce"] * count
             tokens += count
             load = load + output.load.cpu()
-        return Evaluation(tokens, nats, self.dataset.validation_bytes, self.world.sum(load))
+        scored_bytes = self.dataset.scored_bytes(document_mask=self.settings.document_mask)
+        return Evaluation(tokens, nats, scored_bytes, self.world.sum(load))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, JSON values) from which `load_state` continues bit for bit."""
@@ -217,10 +227,14 @@ class Trainer:
     def _autocast(self) -> Any:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.dtype == "bf16")
 
-    def _forward(self, input_ids: Tensor) -> Output:
+    def _arguments(self, input_ids: Tensor) -> dict[str, Any]:
+        """What the model is called with, in training and in evaluation: both predict the same tokens of a window."""
         documents = document_ids(input_ids, self.dataset.end_of_text) if self.settings.document_mask else None
+        return {"input_ids": input_ids, "labels": input_ids, "document_ids": documents}
+
+    def _forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Output:
         with self._autocast():
-            return self.model(input_ids, labels=input_ids, document_ids=documents)
+            return self.model(**self._arguments(input_ids), attention_mask=attention_mask)
 
     def _share(self, rows: Tensor) -> Tensor:
         """This rank's part of the rows of a global batch, on its device."""

@@ -70,6 +70,10 @@ def train(
     ends with the bits of a run that was never ended (on one machine, with one number of threads). With other `steps`
     than it began with, the learning rate follows the schedule of the new length from there.
 
+    The validation scores in metrics.jsonl and summary.json, and those of the baselines, are over the tokens that
+    training predicts: with `document_mask` without the first token of each document. `tokens` and `bytes` of the
+    summary say how many they are and how many bytes of text they spell; bits per byte divide by these.
+
     On a mesh every rank calls this, with one folder that all of them see. Rank 0 writes it; its states are those of
     `moe.parallel.StateWriter`, of which each rank writes its part, and which any other mesh, or one process, resumes
     from. Equal settings give the losses and the counts of one process, up to the order of sums. Other ranks return
@@ -277,14 +281,16 @@ def _run_steps(trainer: Trainer, metrics: Metrics, states: Path, display: Progre
 def _summary(trainer: Trainer, metrics: Metrics, folder: Path, whole: Transformer) -> dict[str, Any]:
     model, dataset = trainer.model, trainer.dataset
     validation = metrics.of("validation")
-    tokens = len(dataset.validation) - 1
+    scored = dataset.scored(document_mask=trainer.settings.document_mask)
+    scored_bytes = dataset.scored_bytes(document_mask=trainer.settings.document_mask)
+    tokens = int(scored.sum())
     scores = {
         name: {key: record[key] for key in ("nats_per_token", "bits_per_byte")}
         for name, record in (("before", validation[0]), ("after", validation[-1]))
     }
     for name, count_nats in (("unigram", unigram_nats), ("bigram", bigram_nats)):
-        nats = count_nats(dataset.train, dataset.validation, dataset.facts["vocab_size"])
-        bits = bits_per_byte(nats, dataset.validation_bytes)
+        nats = count_nats(dataset.train, dataset.validation, dataset.facts["vocab_size"], scored)
+        bits = bits_per_byte(nats, scored_bytes)
         scores[name] = {"nats_per_token": nats / tokens, "bits_per_byte": bits}
     load = LoadReport(trainer.layer_names, torch.tensor(validation[-1]["load"]))
     rows = zip(load.layers, load.max_vio, load.dead_experts, load.load.tolist(), strict=True)
@@ -299,7 +305,7 @@ def _summary(trainer: Trainer, metrics: Metrics, folder: Path, whole: Transforme
         "tokens_per_second": 1 / mean_seconds,
         "validation": {
             "tokens": tokens,
-            "bytes": dataset.validation_bytes,
+            "bytes": scored_bytes,
             "documents": dataset.facts["validation"]["documents"],
             **scores,
         },

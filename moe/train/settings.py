@@ -66,7 +66,7 @@ class Settings:
     compile: bool = False
     """Compile the model with torch.compile; the first steps take longer."""
     document_mask: bool = False
-    """Restrict attention to tokens of the same document."""
+    """Restrict attention to tokens of the same document, whose first tokens are not predicted or scored."""
     seed: int = 0
     """Random seed for weights, data order and the final sample."""
     eval_every: int = 80
