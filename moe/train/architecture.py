@@ -33,6 +33,13 @@ def read_architecture(settings: Settings) -> ModelConfig:
     return changed(config, settings.set)
 
 
+def check_experts(config: ModelConfig) -> None:
+    """Raise ConfigError for a model without a layer that has experts."""
+    if not config.num_moe_layers + config.num_nextn_predict_layers:
+        layers = config.num_hidden_layers
+        raise ConfigError("num_hidden_layers", layers, "a layer with experts; all are dense in this configuration")
+
+
 def _read(path: Path) -> ModelConfig:
     """A config.json, that of a folder, or a JSON object of the fields of `ModelConfig`."""
     if path.is_dir():

@@ -24,13 +24,14 @@ from moe.counts import count_parameters
 from moe.errors import CheckpointError, ConfigError
 from moe.generation import generate
 from moe.model import Transformer
-from moe.train.architecture import read_architecture
+from moe.train.architecture import check_experts, read_architecture
 from moe.train.baselines import bigram_nats, bits_per_byte, unigram_nats
 from moe.train.data import Dataset, open_dataset, prepare, write_json
 from moe.train.logs import check_log, open_log
 from moe.train.loop import Trainer, check_savable, deterministic
 from moe.train.metrics import Metrics
 from moe.train.report import ProgressDisplay, say
+from moe.train.scoring import load_rows
 from moe.train.settings import Settings
 from moe.train.state import is_safetensors_state, load_latest_state
 from moe.train.tokenizer import check_vocabulary
@@ -165,6 +166,7 @@ def _architecture(folder: Path, settings: Settings) -> ModelConfig:
 
 def _dataset(folder: Path, settings: Settings) -> Dataset:
     config = _architecture(folder, settings)
+    check_experts(config)
     check_savable(config)
     if settings.seq_length > config.max_position_embeddings:
         raise ConfigError("--seq-length", settings.seq_length, f"at most {config.max_position_embeddings}")
@@ -293,7 +295,6 @@ def _summary(trainer: Trainer, metrics: Metrics, folder: Path, whole: Transforme
         bits = bits_per_byte(nats, scored_bytes)
         scores[name] = {"nats_per_token": nats / tokens, "bits_per_byte": bits}
     load = LoadReport(trainer.layer_names, torch.tensor(validation[-1]["load"]))
-    rows = zip(load.layers, load.max_vio, load.dead_experts, load.load.tolist(), strict=True)
     train_records = metrics.of("train")
     mean_seconds = sum(1 / record["tokens_per_second"] for record in train_records) / len(train_records)
     return {
@@ -309,9 +310,7 @@ def _summary(trainer: Trainer, metrics: Metrics, folder: Path, whole: Transforme
             "documents": dataset.facts["validation"]["documents"],
             **scores,
         },
-        "load": [
-            {"layer": name, "max_vio": vio, "dead_experts": dead, "tokens": counts} for name, vio, dead, counts in rows
-        ],
+        "load": load_rows(load),
         "plots": _plot(folder, metrics, load, {name: scores[name]["nats_per_token"] for name in ("unigram", "bigram")}),
         "sample": _sample(trainer, whole),
     }
