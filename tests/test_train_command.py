@@ -109,7 +109,7 @@ def test_a_configuration_file_is_hugging_faces_or_ours(text: Path, tmp_path: Pat
         config = moe.load(tmp_path / str(number) / "checkpoint").config
         assert config.num_hidden_layers == layers and config.hidden_size == MICRO.hidden_size
         assert config.extra.get("pad_token_id") is None and "auto_map" not in config.extra
-    assert config.extra["mine"] == 1
+        assert config.extra.get("mine") == (1 if number else None)
 
 
 @pytest.mark.parametrize(
@@ -266,10 +266,15 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 SMALL = dataclasses.replace(
-    MICRO, num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0, aux_loss_alpha=0.0
+    MICRO, num_hidden_layers=4, first_k_dense_replace=2, num_nextn_predict_layers=0, aux_loss_alpha=0.0
 )
 
 
+# torch.compile hides this warning of its own, unless warnings are errors.
+NOT_A_LEAF = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
+
+@NOT_A_LEAF
 def test_compiled_runs_trace_once_and_resume(
     text: Path, tmp_path: Path, traced: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,8 +287,7 @@ def test_compiled_runs_trace_once_and_resume(
     compiled = train(dataclasses.replace(settings, compile=True), tmp_path / "run", console=QUIET)
     assert plain is not None and compiled is not None
     assert compiled["validation"]["after"] == pytest.approx(plain["validation"]["after"], rel=1e-3)
-    # One graph for a step, and for validation one for each of its shapes (full, last, rest) and the very first batch.
-    assert 0 < len(traced) <= 5
+    assert len(traced) == 2, "a dense block, and one with experts: shared by layers, and traced once"
     shutil.copytree(tmp_path / "run", tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "states" / "step-000006")
     again = train(dataclasses.replace(settings, compile=True), tmp_path / "again", resume=True, console=QUIET)
@@ -294,13 +298,18 @@ def test_compiled_runs_trace_once_and_resume(
     assert_same_state(states[1], states[2])
 
 
+@NOT_A_LEAF
 def test_a_compiled_model_names_what_is_not_finite(dataset: Any, traced: list[int]) -> None:
     config = dataclasses.replace(SMALL, vocab_size=dataset.facts["vocab_size"])
-    trainer = Trainer(moe.Transformer(config), dataset, MICRO_SETTINGS)
-    trainer.model.compile(dynamic=False)
-    trainer.model.get_submodule("layers.0.mlp.experts").register_forward_hook(lambda *args: args[-1] / 0)
-    with pytest.raises(NonFiniteError, match=r"first in the output of layers\.0\.mlp\.experts$"):
+    trainer = Trainer(moe.Transformer(config), dataset, dataclasses.replace(MICRO_SETTINGS, compile=True))
+    trainer.model.layers[2].compile(dynamic=False)
+    trainer.step()
+    assert len(traced) == 1
+    with torch.no_grad():
+        trainer.model.get_parameter("layers.2.input_layernorm.weight").fill_(3e38)
+    with pytest.raises(NonFiniteError, match=r"first in the output of layers\.2\.input_layernorm$"):
         trainer.step()
+    assert len(traced) == 1
 
 
 # Logs.
@@ -360,7 +369,6 @@ def test_wandb_gets_the_same_and_goes_on_with_its_run(
     wandb = types.SimpleNamespace(
         Error=type("Error", (Exception,), {}),
         Settings=lambda **values: values,
-        util=types.SimpleNamespace(generate_id=lambda: "abc"),
         init=init,
     )
     monkeypatch.setitem(sys.modules, "wandb", wandb)
@@ -368,7 +376,7 @@ def test_wandb_gets_the_same_and_goes_on_with_its_run(
     settings = dataclasses.replace(MICRO_SETTINGS, data=(text,), steps=1, log="wandb")
     train(settings, tmp_path / "run", console=QUIET)
     train(dataclasses.replace(settings, steps=2), tmp_path / "run", resume=True, console=QUIET)
-    assert [values["id"] for values in inits] == ["abc", "abc"] and inits[1]["resume"] == "allow" and fake.ended
+    assert inits[0]["id"] == inits[1]["id"] and inits[1]["resume"] == "allow" and fake.ended
     assert inits[0]["config"]["steps"] == 1 and inits[0]["dir"] == tmp_path / "run"
     assert [step for step, _ in fake.logged] == [0, 1, 1, 2, 2]
     assert (

@@ -112,7 +112,9 @@ def _tokenizer(folder: Path) -> "tuple[Tokenizer, int]":
         tokenizer, end = load_tokenizer(folder / "tokenizer.json")
     except ConfigError as error:
         raise CheckpointError(error.value, f"expected {error.allowed}") from None
-    return tokenizer, tokenizer.token_to_id(end)
+    number = tokenizer.token_to_id(end)
+    assert number is not None  # load_tokenizer sees to it
+    return tokenizer, number
 
 
 def _settings(run: Path) -> Settings:

@@ -411,8 +411,8 @@ def split(documents: Documents, validation: Documents | None = None) -> tuple[Pa
         training, scored = (lambda number: number not in held_out), Part(documents, held_out.__contains__)
     else:
         training, scored, count = (lambda number: True), Part(validation, lambda number: True), "them"
-    copies = {_digest(text) for document in scored for text in paragraphs(document.text)} - {None}
-    part = Part(documents, training, copies)
+    digests = (_digest(text) for document in scored for text in paragraphs(document.text))
+    part = Part(documents, training, {digest for digest in digests if digest is not None})
     if next(iter(scored), None) is None:
         raise ConfigError("--validation-data", None, "text; found white space only")
     if next(iter(part), None) is None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,12 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
     Numbers per layer with experts, such as MaxVio, are "train/max_vio/0", "train/max_vio/1", ...; loads of single
     experts are left out.
     """
-    found = {}
+    found: dict[str, float] = {}
     for name, value in record.items():
-        if isinstance(value, int | float) and name != "step":
-            found[f"{record['kind']}/{name}"] = float(value)
-        elif name == "max_vio":
+        if name == "max_vio":
             found |= {f"{record['kind']}/{name}/{layer}": each for layer, each in enumerate(value)}
+        elif isinstance(value, int | float) and name != "step":
+            found[f"{record['kind']}/{name}"] = float(value)
     return found
 
 
@@ -64,7 +65,7 @@ def _wandb_run(settings: Settings, folder: Path) -> Any:
 
     file = folder / "wandb_id.txt"
     if not file.exists():
-        file.write_text(wandb.util.generate_id())
+        file.write_text(secrets.token_hex(4))
     try:
         return wandb.init(
             project="moesmith",

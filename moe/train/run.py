@@ -23,12 +23,12 @@ from moe.config import ModelConfig
 from moe.counts import count_parameters
 from moe.errors import CheckpointError, ConfigError
 from moe.generation import generate
-from moe.model import Transformer
+from moe.model import Block, Transformer
 from moe.train.architecture import check_experts, read_architecture
 from moe.train.baselines import bigram_nats, bits_per_byte, unigram_nats
 from moe.train.data import Dataset, open_dataset, prepare, write_json
 from moe.train.logs import check_log, open_log
-from moe.train.loop import Trainer, check_savable, deterministic
+from moe.train.loop import Trainer, check_savable, deterministic, uncompiled
 from moe.train.metrics import Metrics
 from moe.train.report import ProgressDisplay, say
 from moe.train.scoring import load_rows
@@ -131,7 +131,7 @@ def train(
         ):
             _run_steps(trainer, metrics, folder / "states", display, stopped)
         trainer.model.eval()
-        with torch.compiler.set_stance("force_eager"):  # a sample has as many lengths as tokens
+        with uncompiled(settings):  # a sample has as many lengths as tokens
             model = world.export(trainer.model, folder / "checkpoint")
             if model is None:
                 return None
@@ -199,7 +199,11 @@ def _trainer(folder: Path, settings: Settings, world: World) -> Trainer:
         model.carried_files = dataset.carried_files()
     trainer = Trainer(model, dataset, settings, world=world)
     if settings.compile:
-        model.compile(dynamic=False)  # the bits of a step do not depend on the shapes that were seen before it
+        # Blocks, because those of one kind share their code. Static shapes: the bits of a step do not depend on what
+        # was compiled before it.
+        for block in model.modules():
+            if isinstance(block, Block):
+                block.compile(dynamic=False)
     return trainer
 
 
@@ -247,7 +251,8 @@ def _run_steps(trainer: Trainer, metrics: Metrics, states: Path, display: Progre
         at_end = step == settings.steps
         due = step == 0 or at_end or (settings.eval_every and step % settings.eval_every == 0)
         if due and step not in validated:
-            evaluation = trainer.evaluate()
+            with uncompiled(settings):  # whose last windows have lengths of their own
+                evaluation = trainer.evaluate()
             metrics.write(
                 "validation",
                 step,

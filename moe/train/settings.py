@@ -64,7 +64,7 @@ class Settings:
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
     compile: bool = False
-    """Compile the model with torch.compile; the first steps take longer."""
+    """Train with torch.compile; the first step takes longer. Validation is not compiled."""
     document_mask: bool = False
     """Restrict attention to tokens of the same document, whose first tokens are not predicted or scored."""
     seed: int = 0
@@ -147,9 +147,9 @@ class Settings:
     @classmethod
     def from_deciding(cls, values: Mapping[str, Any]) -> "Settings":
         """The settings that `deciding` gave `values` for; those that are missing have their defaults."""
-        known = {f.name: f for f in dataclasses.fields(Settings)}
+        known = {f.name for f in dataclasses.fields(Settings)}
         paths = {"config", "init", "tokenizer"}
-        found = {name: Path(value) if name in paths and value else value for name, value in values.items()}
+        found: dict[str, Any] = {name: Path(v) if name in paths and v else v for name, v in values.items()}
         for name in ("data", "validation_data"):
             found[name] = tuple(map(Path, values.get(name) or ())) or None
         found["set"] = tuple(values.get("set", ()))
