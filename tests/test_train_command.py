@@ -391,6 +391,7 @@ def test_wandb_gets_the_same_and_goes_on_with_its_run(
         moe.ConfigError, match=r"--log = 'wandb': expected an account .*WANDB_MODE=offline; found api_key"
     ):
         train(settings, tmp_path / "other", console=QUIET)
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(("name", "extra"), [("tensorboard", "log"), ("wandb", "wandb")])

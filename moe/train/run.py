@@ -104,6 +104,11 @@ def train(
                     _dataset(folder, settings)
             with world.together():
                 trainer = _trainer(folder, settings, world)
+            if resume:
+                _load_state(trainer, folder / "states", console)
+            with world.together():
+                extended = _extend(folder, settings, trainer) if first and resume else None
+                log = held.enter_context(open_log(settings, folder, trainer.step_number) if first else nullcontext())
         except BaseException:
             if first and not resume:
                 shutil.rmtree(folder)  # nothing was done there yet, and the next attempt needs the name
@@ -118,12 +123,7 @@ def train(
         if world.launched:
             say(console, str(mesh))
         if resume:
-            _load_state(trainer, folder / "states", console)
-            with world.together():
-                extended = first and _extend(folder, settings, trainer)
             say(console, extended or f"resuming after step {trainer.step_number} of {settings.steps}")
-        with world.together():
-            log = held.enter_context(open_log(settings, folder, trainer.step_number) if first else nullcontext())
         metrics = Metrics(folder / "metrics.jsonl" if first else Path(os.devnull), trainer.step_number, log)
         with (
             _stop_signals(console, once_more_kills=not world.launched) as stopped,
