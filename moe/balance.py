@@ -171,7 +171,8 @@ def set_loss_scale(model: nn.Module, scale: float) -> None:
 
     The layer cannot see by what the caller multiplies the loss: with accumulation over n micro-batches (loss / n) pass
     1 / n, with a gradient scaler pass its scale. `moe.Transformer` called with labels adds the losses to `out.loss`
-    itself and needs none of this. The layers of a `Transformer` share one scale.
+    itself and needs none of this; with or without labels, its `GlobalBatch.step` weighs micro-batches by what they
+    count. The layers of a `Transformer` share one scale.
     """
     for module in model.modules():
         if isinstance(batch := getattr(module, "global_batch", None), GlobalBatch):

@@ -279,8 +279,8 @@ class Transformer(nn.Module):
             for name, count in loss_counts(self.config, tokens).items():
                 counts[count_key(name, depth)] = count
             if labels is not None:
-                _, predicted = targets(labels, depth + 1, keep, document_ids, part)
-                counts[count_key("mtp" if depth else "ce", depth)] = predicted
+                predicted = targets(labels, depth + 1, keep, document_ids, part)
+                counts[count_key("mtp" if depth else "ce", depth)] = predicted[1]
         return counts
 
     def interleave_rope(self) -> None:

@@ -25,8 +25,8 @@ class LoadCounter:
         batch: the global batch.
         leaf: float64 [E], whose gradient is the load of the step; None if nothing is counted.
         weight: a parameter whose gradient is complete after the count of the same backward pass, that of the router.
-            A step begins where it has none: what was counted before is of a step that was skipped. None if no
-            optimizer has it.
+            A step begins where it has none: what was counted before is of a step that was skipped. None if that
+            cannot be told, because the optimizer does not have it or finds no gradient in it.
     """
 
     def __init__(self, batch: GlobalBatch) -> None:
@@ -65,7 +65,11 @@ class LoadCounter:
     def take(self) -> Tensor:
         """float64 [E]: the tokens counted since the last call."""
         assert self.leaf is not None
-        load = self.leaf.grad if self.leaf.grad is not None else torch.zeros_like(self.leaf)
+        if self.leaf.grad is None:
+            return torch.zeros_like(self.leaf)
+        load = self.leaf.grad
+        if self.weight is not None and self.weight.grad is None:
+            self.weight = None  # this trainer keeps gradients elsewhere
         self.forget()
         return load
 

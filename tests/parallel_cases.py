@@ -76,12 +76,15 @@ def cases(size: int, *, long: bool) -> list[Case]:
     found += [Case(f"payload {name}", partial(payload, how=name)) for name in ("bf16", "fp8", "autocast")]
     found.append(Case("somebody else's model", foreign))
     found.append(Case("groups of the global batch", groups))
+    if size == 2 or (size == 4 and long):
+        found += [Case(f"unequal micro-batches, {how}", partial(unequal, how=how)) for how in ("mesh", "average")]
     if size in (2, 8):
         found.append(Case("mixed precision", mixed_precision))
     if size == 2 and long:
         found.append(Case("compiled", compiled))
     if size == 2:
         found.append(Case("passes without gradients", without_gradients))
+        found.append(Case("skipped steps", skipped_steps))
         found.append(Case("out of order", out_of_order))
     if size == 8:
         found.append(Case("refusals", refusals))
@@ -699,6 +702,77 @@ def groups(ranks: Ranks) -> None:
         close(loss(copied, x), alone, f"loss of a copy, {when}")
         assert pickle.loads(pickle.dumps(copied)).gate.counter is None
         handle.remove()
+
+
+def unequal(ranks: Ranks, how: str) -> None:
+    """Gradients and losses of a step of unequal micro-batches on unequal ranks: those of all rows in one batch.
+
+    In the second nothing is real on the last rank, in the third nowhere. On a mesh, and where the gradients of whole
+    models are averaged over ranks, as DDP does.
+    """
+    config: dict[str, Any] = {"num_nextn_predict_layers": 2, "router_z_loss_coef": 0.01}
+    generator = torch.Generator().manual_seed(5)
+    micro = []
+    for rows in ([2, 1, 3, 2, 1, 4, 2, 2], [1, 3, 2, 2, 4, 1, 1, 2], [1] * 8):
+        parts = []
+        for rank in range(ranks.size):
+            shape = rows[rank], LENGTH
+            ids = torch.randint(0, 40, shape, generator=generator)
+            lengths = torch.randint(0, LENGTH + 1, (shape[0], 1), generator=generator)
+            nothing = len(micro) == 2 or (len(micro) == 1 and rank == ranks.size - 1)
+            real = (torch.arange(LENGTH) < lengths) & torch.tensor(not nothing)
+            documents = (torch.rand(shape, generator=generator) < 0.3).long().cumsum(1)
+            parts.append({"input_ids": ids, "labels": ids, "attention_mask": real.long(), "document_ids": documents})
+        micro.append(parts)
+    alone, model = built({"config": config}).train(), built({"config": config}).train()
+    together = [part for parts in micro for part in parts]
+    expected = alone(**{name: torch.cat([part[name] for part in together]) for name in together[0]})
+    expected.loss.backward()
+
+    if how == "mesh":
+        parallelize(model, make_mesh(ep=ranks.size))
+    mine = [parts[ranks.rank] for parts in micro]
+    losses = {name: torch.zeros((), dtype=torch.float64) for name in expected.losses}
+    with model.global_batch.step([model.loss_counts(**batch) for batch in mine]):
+        for batch in mine:
+            out = model(**batch)
+            assert out.loss is not None
+            out.loss.backward()
+            for name, value in out.losses.items():
+                losses[name] += value / ranks.size
+    for name, value in losses.items():
+        dist.all_reduce(value)
+        close(value, expected.losses[name], f"loss {name}")
+    for name, parameter in alone.named_parameters():
+        gradient = model.get_parameter(name).grad
+        assert parameter.grad is not None and gradient is not None, name
+        if how == "average":
+            dist.all_reduce(gradient)
+            gradient /= ranks.size
+        close(whole(gradient), parameter.grad, f"gradient of {name}")
+
+
+def skipped_steps(ranks: Ranks) -> None:
+    """On a mesh too, what has no gradients any more is not counted: neither in a sharded router nor on any rank."""
+    biases = []
+    for clear in (None, "optimizer", "model"):
+        model = parallelize(built(), make_mesh(ep=ranks.size))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        balance.attach(model, optimizer, bias_update_speed=0.5)
+        if clear:
+            for _ in range(2):
+                ids = torch.full((9, LENGTH), 7)
+                out = model(ids, labels=ids)
+                assert out.loss is not None
+                out.loss.backward()
+            (optimizer if clear == "optimizer" else model).zero_grad()
+        for step in range(2):
+            out = model(**token_batch(step, ranks.rank))
+            assert out.loss is not None
+            out.loss.backward()
+        optimizer.step()
+        biases.append(torch.cat([router.e_score_correction_bias for _, router in balance.routers(model)]))
+    assert biases[0].any() and all(torch.equal(bias, biases[0]) for bias in biases[1:])
 
 
 def without_gradients(ranks: Ranks) -> None:

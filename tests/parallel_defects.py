@@ -78,8 +78,8 @@ DEFECTS = (
     ),
     apply(
         "a rank's mean taken for the mean of all",
-        "weights = mine.double() * dist.get_world_size() / everywhere.clamp_min(1)",
-        "weights = torch.ones_like(mine).double()",
+        "return everywhere.clamp_min(1).double() / dist.get_world_size()",
+        "return torch.stack(list(counts)).clamp_min(1).double()",
         "padded",
     ),
     apply("the norm of one rank", "        dist.all_reduce(total)", "        pass", "plain"),

@@ -523,6 +523,21 @@ def test_a_step_that_accelerate_skips_counts_nothing(accelerate: Any, when: str)
     assert torch.equal(*biases) and biases[0].any()
 
 
+def test_gradients_that_a_trainer_keeps_elsewhere_end_no_step() -> None:
+    """From the second step on: the first shows that there is none in the router's weight."""
+    model = Other()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    balance.attach(model, optimizer, bias_update_speed=0.25)
+    model.moe.gate.weight.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    for _ in range(2):
+        before, load = bias_of(model.moe).clone(), torch.zeros(6)
+        for x in (torch.ones(1, 999, 16), torch.randint(-1, 2, (1, 10, 16)).float()):
+            load += balance.expert_load(model.moe.gate(x[0]).expert_ids, 6)
+            model(x).sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(bias_of(model.moe) - before, 0.25 * torch.sign(load.mean() - load))
+
+
 def test_zero_grad_is_the_optimizers_own_again_after_remove() -> None:
     model = Other()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

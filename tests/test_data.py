@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from moe.errors import ConfigError
 from moe.train.baselines import bigram_nats, bits_per_byte, unigram_nats
@@ -256,6 +256,34 @@ def test_evaluation_predicts_every_token_but_the_first_once(count: int, length: 
     predicted = torch.cat([batch[:, 1:].flatten() for batch in batches])
     assert torch.equal(predicted, torch.arange(1, count))
     assert all(len(batch) <= batch_size and batch.shape[1] <= length for batch in batches)
+
+
+def test_ids_that_a_vocabulary_leaves_out_count(tmp_path: Path) -> None:
+    """A model needs a row for the largest id, not for so many tokens; 16 bits may not hold it."""
+    words = {"<|endoftext|>": 3, "red": 70000, "blue": 9}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="blue"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for name, text in (("a", "red blue"), ("b", "blue red red")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    data = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    dataset = prepare(tmp_path / "data", data, tmp_path / "tokenizer.json", 300)
+    assert dataset.facts["vocab_size"] == 70001
+    found = sorted([dataset.train.tolist(), dataset.validation.tolist()])
+    assert found == [[3, 9, 70000, 70000, 3], [3, 70000, 9, 3]]
+
+
+def test_bytes_of_first_tokens() -> None:
+    """SentencePiece's: a space that decoding drops, single bytes of a character, and an empty document."""
+    vocabulary = {"<eos>": 0, "▁day": 1, "<0xE6>": 2, "日": 3, "x": 4}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)  # pyright: ignore[reportAttributeAccessIssue]
+    validation = np.array([0, 1, 4, 0, 2, 4, 4, 0, 3, 3, 0, 0, 1, 0], dtype=np.uint16)
+    dataset = Dataset(tokenizer, 0, validation, validation, {"validation_bytes": 100})
+    assert dataset.scored(document_mask=False).sum() == 13 and dataset.scored_bytes(document_mask=False) == 100
+    assert np.flatnonzero(~dataset.scored(document_mask=True)).tolist() == [0, 3, 7, 10, 11]
+    assert dataset.scored_bytes(document_mask=True) == 100 - (3 + 1 + 3 + 0 + 3)
 
 
 def test_document_ids_change_at_each_end_token() -> None:

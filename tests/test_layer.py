@@ -163,6 +163,35 @@ def test_routing_override() -> None:
     torch.testing.assert_close(replayed, torch.tensor([[2.5, 0.0, 0.0]] * 8, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("wrong", [-2, -100, 8, 2**40])
+def test_an_expert_that_is_not_there_is_named(wrong: int) -> None:
+    """Whether ids replace the selection or a whole routing is given, in training and not."""
+    layer = biased_layer(OPTIONS[0])
+    x, ids = torch.randn(6, 24), torch.randint(0, 8, (6, 3))
+    ids[4, 1], ids[2, 2] = wrong, -1
+    routing = moe.Routing(torch.ones(6, 3), ids, torch.ones(6, 8))
+    for call in (
+        lambda: layer(x, routing=ids),
+        lambda: layer(x, routing=routing),
+        lambda: layer.gate.replay(layer.gate.logits(x), ids),
+        lambda: moe.balance.expert_load(ids, 8),
+        lambda: moe.balance.balance_loss(torch.rand(6, 8), ids),
+    ):
+        for training in (True, False):
+            layer.train(training)
+            with pytest.raises(IndexError, match=rf"^expert_ids\[4, 1\] = {wrong}: expected 0 to 7, or -1$"):
+                call()
+
+
+@pytest.mark.parametrize("make", [lambda ids: ids.float(), lambda ids: ids.int(), lambda ids: ids.bool()])
+def test_expert_ids_of_another_dtype_or_shape_are_refused(make: Any) -> None:
+    layer, x, ids = biased_layer(OPTIONS[0]), torch.randn(6, 24), torch.randint(0, 8, (6, 3))
+    for error, wrong in ((TypeError, make(ids)), (ValueError, ids[:5]), (ValueError, ids[:, 0])):
+        for routing in (wrong, moe.Routing(torch.ones(wrong.shape), wrong, torch.ones(6, 8))):
+            with pytest.raises(error, match=r"^expert_ids: expected "):
+                layer(x, routing=routing)
+
+
 def test_shapes_of_others() -> None:
     layer = biased_layer(OPTIONS[0])
     x = torch.randn(6, 24)

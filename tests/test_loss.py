@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from moe.loss import next_token_loss
+from moe.loss import next_token_loss, taking_part, targets
 
 
 def definition(logits: Tensor, labels: Tensor, ahead: int, documents: Tensor | None, real: Tensor | None) -> Tensor:
@@ -106,3 +107,39 @@ def test_compiled():
     torch.testing.assert_close(compiled, eager)
     grads = [torch.autograd.grad(loss, logits)[0] for loss in (eager, compiled)]
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("label", [-1, -99, -101, 11, 2**40])
+@pytest.mark.parametrize("ahead", [1, 2])
+def test_a_label_out_of_range_is_named(label, ahead):
+    """Among others that are left out, which may be anything: before the first target, and in another document."""
+    logits, labels = torch.randn(2, 8 - (ahead - 1), 11), torch.randint(11, (2, 8))
+    documents = torch.tensor([[0] * 8, [0] * 4 + [1] * 4])
+    real = torch.ones(logits.shape[:2], dtype=torch.bool)
+    real[0, 5] = False
+    labels[0, ahead - 1] = labels[1, 4] = labels[0, 5 + ahead] = label
+    labels[0, 4] = -100
+    assert next_token_loss(logits, labels, ahead, documents, real).value.isfinite()
+    labels[1, 3] = label
+    with pytest.raises(IndexError, match=rf"^labels\[1, 3\] = {label}: expected 0 to 10, or -100$"):
+        next_token_loss(logits, labels, ahead, documents, real)
+
+
+@pytest.mark.parametrize("device", ["meta", "fake"])
+def test_labels_without_data_are_not_looked_at(device):
+    with FakeTensorMode() if device == "fake" else torch.device("meta"):
+        logits, labels = torch.randn(2, 5, 9, requires_grad=True), torch.randint(-1, 9, (2, 5))
+        next_token_loss(logits, labels, 1, None, None).value.backward()
+        assert logits.grad is not None and logits.grad.shape == logits.shape
+
+
+def test_targets_are_those_of_the_loss():
+    labels = torch.tensor([[5, 6, -100, 8, 9, 1], [3, 1, 4, 1, 5, 9]])
+    documents = torch.tensor([[0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 0, 0]])
+    target, count = targets(labels, 1, 6, documents, None)
+    assert target.tolist() == [[6, -100, 8, -100, 1, -100], [1, -100, 1, -100, 9, -100]] and count == 6
+    part = taking_part(2, labels.new_ones(2, 6).bool(), documents)
+    assert part is not None
+    assert part.tolist() == [[True, True, False, False], [False] * 4], "the documents of the second row alternate"
+    target, count = targets(labels, 3, 4, documents, part)
+    assert target.tolist() == [[8, -100, -100, -100], [-100] * 4] and count == 1

@@ -189,6 +189,161 @@ def test_wrong_shapes_are_named() -> None:
         model(ids, position_ids=torch.arange(9)[None])
 
 
+def test_wrong_dtypes_are_named() -> None:
+    tied = model_of(SHAPES["gqa-tied"])
+    ids = torch.randint(0, 61, (2, 24))
+    for wrong in (torch.float32, torch.bool, torch.uint8):
+        with pytest.raises(ValueError, match=f"^labels is {wrong}: expected torch.int64 or torch.int32$"):
+            tied(ids, labels=ids.to(wrong))
+    with pytest.raises(ValueError, match=r"^input_ids is torch\.float32: "):
+        tied(torch.rand(2, 24))  # as wide as the model: its head would take it for states
+    with pytest.raises(ValueError, match=r"^input_ids has shape \(24,\): expected \[B, S\]$"):
+        tied(ids[0])
+    for name in ("position_ids", "document_ids"):
+        with pytest.raises(ValueError, match=rf"^{name} is torch\.float64: expected integers$"):
+            tied(ids, **{name: ids.double()})
+    wide, narrow = tied(ids, labels=ids), tied(ids.int(), labels=ids.int(), document_ids=torch.zeros_like(ids).int())
+    assert wide.loss is not None and narrow.loss is not None and torch.equal(wide.loss, narrow.loss)
+
+
+def test_positions_may_be_negative() -> None:
+    """Rotations are relative: left padding counted from below zero is no mistake."""
+    model, ids = model_of(SMALL).double(), torch.randint(0, 61, (2, 9))
+    close(model(ids, position_ids=torch.arange(-20, -11).expand(2, 9)).logits, model(ids).logits, 1e-12)
+
+
+@pytest.mark.parametrize("wrong", [-1, -100, 61, 2**31 - 1])
+def test_ids_and_labels_out_of_range_are_named(wrong: int) -> None:
+    model = model_of(dataclasses.replace(SMALL, num_nextn_predict_layers=2)).train()
+    ids = torch.randint(0, 61, (2, 9))
+    bad = ids.clone()
+    bad[1, 4] = wrong
+    with pytest.raises(IndexError, match=rf"^input_ids\[1, 4\] = {wrong}: expected 0 to 60$"):
+        model(bad, labels=ids)
+    if wrong != -100:
+        with pytest.raises(IndexError, match=rf"^labels\[1, 4\] = {wrong}: expected 0 to 60, or -100$"):
+            model(ids, labels=bad)
+        padding = torch.ones_like(ids)
+        padding[1, 4:] = 0
+        assert model(ids, labels=bad, attention_mask=padding).loss.isfinite()
+        # A label that mtp.1 alone predicts, since its document begins before.
+        with pytest.raises(IndexError, match=rf"^labels\[1, 4\] = {wrong}: "):
+            model(ids, labels=bad.index_fill(1, torch.tensor([5]), -100), document_ids=torch.zeros_like(ids))
+
+
+PACKED = [[4, 7, 5], [1, 2, 3, 9, 1], [16], [2, 14]]
+
+
+@pytest.mark.parametrize("lengths", PACKED, ids=str)
+def test_mtp_of_packed_documents_is_that_of_each_alone(lengths: list[int]) -> None:
+    """Loads and losses, those of the balance too, as the documents one by one and as a padded batch of them."""
+    config = dataclasses.replace(
+        SMALL, num_nextn_predict_layers=2, aux_loss_alpha=0.1, router_z_loss_coef=0.01, seq_aux=False
+    )
+    model = model_of(config).double().train()
+    documents = [torch.randint(0, 61, (1, length)) for length in lengths]
+    ids = torch.cat(documents, 1)
+    which = torch.repeat_interleave(torch.tensor(lengths)).expand(1, -1)
+    packed = model(ids, labels=ids, document_ids=which)
+    rows, mask = torch.zeros(len(lengths), max(lengths), dtype=torch.int64), torch.zeros(len(lengths), max(lengths))
+    for row, real, document in zip(rows, mask, documents, strict=True):
+        row[: document.shape[1]], real[: document.shape[1]] = document[0], 1
+    padded = model(rows, labels=rows, attention_mask=mask.long())
+    alone = [model(document, labels=document) for document in documents]
+    loads = [nn.functional.pad(out.load, (0, 0, 0, len(packed.load) - len(out.load))) for out in alone]
+    load = torch.stack(loads).sum(0)
+    assert torch.equal(packed.load, load) and torch.equal(padded.load, load)
+    for name, value in padded.losses.items():
+        assert packed.losses[name].item() == pytest.approx(value.item(), rel=1e-12), name
+
+
+def random_batch(rows: int, length: int) -> dict[str, Tensor]:
+    """Some labels left out, padding on either side, packed documents."""
+    ids, at = torch.randint(0, 61, (rows, length)), torch.arange(length)
+    cut = torch.randint(0, length + 1, (rows, 1))
+    return {
+        "input_ids": ids,
+        "labels": ids.masked_fill(torch.rand(rows, length) < torch.rand(rows, 1), -100),
+        "attention_mask": torch.where(torch.rand(rows, 1) < 0.5, at < cut, at >= cut).long(),
+        "document_ids": (torch.rand(rows, length) < 0.3).long().cumsum(1),
+    }
+
+
+@pytest.mark.parametrize("seq_aux", [True, False])
+def test_counts_are_those_of_the_losses(seq_aux: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(
+        SMALL, num_nextn_predict_layers=3, aux_loss_alpha=0.1, router_z_loss_coef=0.01, seq_aux=seq_aux
+    )
+    model, seen = model_of(config).train(), []
+    monkeypatch.setattr(model.global_batch, "weigh", lambda means, *rest: seen.append(rest) or list(means))
+    for length in (1, 2, 3, 11):
+        batch = random_batch(5, length)
+        for left_out in ((), ("attention_mask",), ("document_ids",), ("labels",), ("attention_mask", "document_ids")):
+            given = {name: tensor for name, tensor in batch.items() if name not in left_out}
+            counts = model.loss_counts(**given)
+            assert len(counts) == (8 if "labels" in left_out else 12)
+            model(**given)
+            found, keys = seen.pop()
+            assert len(keys) >= 3 and {"balance.0", "z.0"} <= set(keys)
+            for key, count in zip(keys, found, strict=True):
+                assert count == counts[key], (key, length, left_out)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_micro_batches_of_a_step_are_one_batch(labelled: bool, empty: bool) -> None:
+    """Gradients and losses of unequal micro-batches, of which one may have nothing, against those of all rows."""
+    config = dataclasses.replace(SMALL, num_nextn_predict_layers=2, aux_loss_alpha=0.1, router_z_loss_coef=0.01)
+    micro = [random_batch(rows, 11) for rows in (1, 3, 2)]
+    if empty:
+        micro[1] = {**micro[1], "attention_mask": torch.zeros(3, 11, dtype=torch.int64)}
+    whole = {name: torch.cat([batch[name] for batch in micro]) for name in micro[0]}
+    if not labelled:
+        for batch in (whole, *micro):
+            del batch["labels"]
+    alone, model = (model_of(config).double().train() for _ in range(2))
+
+    def value(out: Any) -> Tensor:
+        return out.hidden.sum() if out.loss is None else out.loss
+
+    one = alone(**whole)
+    value(one).backward()
+    losses: dict[str, float] = {}
+    with model.global_batch.step([model.loss_counts(**batch) for batch in micro]):
+        for batch in micro:
+            out = model(**batch)
+            value(out).backward()
+            for name, part in (*out.losses.items(), ("sum", value(out))):
+                losses[name] = losses.get(name, 0.0) + part.item()
+    assert losses == pytest.approx({**{n: v.item() for n, v in one.losses.items()}, "sum": value(one).item()}, rel=1e-9)
+    for (name, found), expected in zip(model.named_parameters(), alone.parameters(), strict=True):
+        assert (found.grad is None) == (expected.grad is None), name
+        if expected.grad is not None:
+            torch.testing.assert_close(found.grad, expected.grad, rtol=1e-8, atol=1e-11, msg=name)
+    assert torch.equal(value(model(**micro[0])), value(alone(**micro[0]))), "the step is over"
+
+
+def test_a_step_of_nothing_has_a_loss_of_zero() -> None:
+    model = model_of(dataclasses.replace(SMALL, num_nextn_predict_layers=1, aux_loss_alpha=0.1)).train()
+    batch = {**random_batch(2, 5), "attention_mask": torch.zeros(2, 5, dtype=torch.int64)}
+    with model.global_batch.step([model.loss_counts(**batch)] * 2):
+        for _ in range(2):
+            out = model(**batch)
+            out.loss.backward()
+            assert out.loss == 0 and not any(out.losses.values())
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+def test_a_step_wants_the_counts_of_what_is_called() -> None:
+    model, ids = model_of(SMALL).train(), torch.randint(0, 61, (2, 5))
+    with (
+        pytest.raises(ValueError, match=r"expected counts of all terms; found none of ce\.0"),
+        model.global_batch.step([model.loss_counts(ids)]),
+    ):
+        model(ids, labels=ids)
+    assert model(ids, labels=ids).loss is not None
+
+
 @pytest.mark.parametrize("name", ["mla", "gqa"])
 def test_cache_forgets_and_selects(name: str) -> None:
     model = model_of(SHAPES[name]).double()

@@ -1,5 +1,6 @@
 """The training loop on a model small enough to run many times: steps, states, interruptions, mistakes."""
 
+import copy
 import dataclasses
 import io
 import itertools
@@ -25,7 +26,8 @@ from moe.cli import main
 from moe.config import ModelConfig
 from moe.presets import PRESETS
 from moe.train import launcher
-from moe.train.data import Dataset, evaluation_batches, prepare
+from moe.train.baselines import bigram_nats, unigram_nats
+from moe.train.data import Dataset, evaluation_batches, open_dataset, prepare
 from moe.train.loop import NonFiniteError, Trainer, deterministic
 from moe.train.metrics import Metrics
 from moe.train.report import ProgressDisplay, print_summary
@@ -184,6 +186,133 @@ def test_document_mask_separates_documents(dataset: Dataset) -> None:
         other, other_unmasked = (trainer._forward(batch).logits for trainer in (masked, plain))
     assert torch.equal(logits[:, 8:], other[:, 8:]), "the second document does not see the first"
     assert not torch.equal(unmasked[:, 8:], other_unmasked[:, 8:])
+
+
+def short_documents(folder: Path, documents: int = 60) -> Path:
+    """Documents of one word that take turns with long ones: windows predict unequal numbers of tokens."""
+    folder.mkdir()
+    rng = np.random.default_rng(1)
+    for i in range(documents):
+        text = " ".join(rng.choice(["ein", "zwei", "drei", "vier", "fünf", "日本語"], 1 if i % 3 else 60))
+        (folder / f"{i:03}.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    folder = tmp_path_factory.mktemp("short")
+    return prepare(folder / "data", [short_documents(folder / "text")], None, MICRO.vocab_size)
+
+
+def test_accumulation_under_a_document_mask_is_the_mean_over_tokens(short: Dataset) -> None:
+    """Against cross entropies summed over all windows, divided by how many tokens they predict."""
+    trainer = make_trainer(short, batch_size=1, accumulation=8, document_mask=True, clip=1e9)
+    model = copy.deepcopy(trainer.model)
+    windows = torch.cat([trainer.sampler.next_batch() for _ in range(8)])
+    trainer.sampler.load_state_dict({"epoch": 0, "position": 0})
+    report = trainer.step()
+
+    ends = (windows == short.end_of_text).long()
+    documents = ends.cumsum(1) - ends
+    out = model(windows, labels=windows, document_ids=documents)
+    target = windows[:, 1:].masked_fill(ends[:, :-1].bool(), -100)
+    counts = (target != -100).sum(1)
+    assert counts.unique().numel() > 2
+    each = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), target.flatten(), reduction="sum")
+    assert report.losses["ce"] == pytest.approx(each.item() / counts.sum().item(), rel=1e-5)
+    # "mtp" and "balance" have counts of their own; one batch of all windows is what they are compared with.
+    assert report.losses == pytest.approx({name: value.item() for name, value in out.losses.items()}, rel=1e-5)
+    out.loss.backward()
+    for (name, found), expected in zip(trainer.model.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-3, atol=1e-6, msg=name)
+    assert torch.equal(report.load, out.load)
+
+
+def test_a_micro_batch_that_predicts_nothing_takes_no_part(short: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(short, batch_size=1, accumulation=2, document_mask=True)
+    plain = make_trainer(short, batch_size=1, document_mask=True)
+    window, ends = trainer.sampler.next_batch(), torch.full((1, 16), short.end_of_text)
+    for each, windows in ((trainer, [window, ends]), (plain, [window])):
+        monkeypatch.setattr(each.sampler, "next_batch", iter(windows).__next__)
+    found, expected = trainer.step(), plain.step()
+    assert found.losses["ce"] == pytest.approx(expected.losses["ce"], rel=1e-6)
+    assert found.losses["mtp"] == pytest.approx(expected.losses["mtp"], rel=1e-6)
+    monkeypatch.setattr(trainer.sampler, "next_batch", iter([ends, ends]).__next__)
+    assert trainer.step().losses["ce"] == 0
+
+
+def test_evaluation_under_a_document_mask_scores_what_training_predicts(short: Dataset) -> None:
+    """By a loop over documents of each window, with the bytes of the text behind their first tokens."""
+    trainer = make_trainer(short, document_mask=True)
+    trainer.step()
+    evaluation = trainer.evaluate()
+    nats, tokens, end = 0.0, 0, short.end_of_text
+    model = trainer.model.eval()
+    for window in evaluation_batches(short.validation, 16, 1):
+        cuts = [0, *(np.flatnonzero(window[0] == end) + 1), window.shape[1]]
+        for a, b in itertools.pairwise(cuts):
+            if b - a > 1:
+                log_p = model(window[:, a:b]).logits.double().log_softmax(-1)[0, :-1]
+                nats -= log_p.gather(1, window[0, a + 1 : b, None]).sum().item()
+                tokens += b - a - 1
+    assert evaluation.tokens == tokens < len(short.validation) - 1
+    assert evaluation.nats == pytest.approx(nats, rel=1e-5)
+
+    first = short.validation[1:][short.validation[:-1] == end]
+    assert len(first) == short.facts["validation"]["documents"]
+    spelled = 0
+    for a, b in itertools.pairwise(np.flatnonzero(short.validation == end)):
+        rest = map(short.tokenizer.id_to_token, short.validation[a + 2 : b].tolist())
+        spelled += sum(len(text or "") for text in rest)  # byte-level: a character for each byte
+    assert evaluation.text_bytes == spelled < short.validation_bytes
+    assert evaluation.bits_per_byte == pytest.approx(nats / np.log(2) / spelled, rel=1e-5)
+    assert make_trainer(short).evaluate().text_bytes == short.validation_bytes
+
+
+def test_the_summary_scores_all_models_on_the_same_tokens(tmp_path: Path) -> None:
+    data = short_documents(tmp_path / "text")
+    settings = dataclasses.replace(MICRO_SETTINGS, data=(data,), steps=1, document_mask=True)
+    summary = train(settings, tmp_path / "run", console=QUIET)
+    assert summary is not None
+    dataset = open_dataset(tmp_path / "run" / "data")
+    scored = dataset.validation[:-1] != dataset.end_of_text
+    scores = summary["validation"]
+    assert scores["tokens"] == scored.sum() and scores["bytes"] == dataset.scored_bytes(document_mask=True)
+    for name, each in (("unigram", unigram_nats), ("bigram", bigram_nats)):
+        pairs = zip(dataset.validation[:-1], dataset.validation[1:], scored, strict=True)
+        vocab_size = dataset.facts["vocab_size"]
+        nats = [each(dataset.train, np.array(pair), vocab_size) for *pair, counts in pairs if counts]
+        assert scores[name]["nats_per_token"] == pytest.approx(np.mean(nats), rel=1e-9)
+        assert scores[name]["bits_per_byte"] == pytest.approx(sum(nats) / np.log(2) / scores["bytes"], rel=1e-9)
+
+
+def test_documents_of_one_token_cannot_be_scored_alone(tmp_path: Path) -> None:
+    for i in range(30):
+        (tmp_path / f"{i}.txt").write_text("ab")
+    dataset = prepare(tmp_path / "data", [tmp_path], None, MICRO.vocab_size)
+    facts = dataset.facts | {"validation_bytes": 1}
+    dataset = dataclasses.replace(dataset, validation=np.array([0, 5, 0], dtype=np.uint16), facts=facts)
+    with pytest.raises(moe.ConfigError, match=r"--document-mask = True: expected a held-out document of more than one"):
+        make_trainer(dataset, document_mask=True)
+
+
+def test_tokens_that_the_model_does_not_have_are_refused(dataset: Dataset) -> None:
+    with pytest.raises(moe.ConfigError, match=rf"vocab_size = 200: expected at least {dataset.facts['vocab_size']}"):
+        Trainer(moe.Transformer(dataclasses.replace(MICRO, vocab_size=200)), dataset, MICRO_SETTINGS)
+
+
+def test_a_step_that_was_refused_steers_no_bias(dataset: Dataset) -> None:
+    trainer = make_trainer(dataset, accumulation=2)
+    weight = trainer.model.get_parameter("layers.1.self_attn.o_proj.weight")
+    broken = weight.register_hook(lambda grad: grad / 0)
+    for _ in range(3):
+        with pytest.raises(NonFiniteError):
+            trainer.step()
+    broken.remove()
+    load = trainer.step().load
+    biases = torch.stack([router.e_score_correction_bias for _, router in moe.balance.routers(trainer.model)])
+    speed = trainer.settings.bias_update_speed
+    torch.testing.assert_close(biases, speed * torch.sign(load.double().mean(-1, keepdim=True) - load).float())
 
 
 def test_the_step_reports_what_it_did(dataset: Dataset) -> None:

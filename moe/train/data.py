@@ -73,7 +73,7 @@ class Dataset:
     def _bytes_of(self, token: int) -> int:
         """How many bytes of text a token that begins a document spells, which may be a part of a character."""
         text = self.tokenizer.id_to_token(token)
-        if token == self.end_of_text:
+        if text is None or token == self.end_of_text:
             return 0
         if isinstance(self.tokenizer.decoder, decoders.ByteLevel):
             return len(text)  # it has a character for each byte
