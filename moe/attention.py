@@ -114,7 +114,7 @@ class MLA(nn.Module):
         self.kv_a_proj_with_mqa = nn.Linear(width, self.latent + self.rope, bias=bias)
         self.kv_a_layernorm = RMSNorm(self.latent, eps=LATENT_NORM_EPS)
         self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
-        self.o_proj = nn.Linear(self.heads * self.value, width, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.value, width, bias=config.output_bias)
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: LayerCache | None, past: int

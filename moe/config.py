@@ -85,6 +85,7 @@ class RopeParameters(_Settings):
     attention_factor multiplies cos and sin; None derives it from factor, mscale and mscale_all_dim.
     mscale_all_dim also raises the softmax scale of MLA by (0.1 * mscale_all_dim * ln(factor) + 1)^2.
     partial_rotary_factor is the share of a head's dimensions, the first ones, that rotate (grouped-query attention).
+    The fields between rope_type and partial_rotary_factor are YaRN's.
     """
 
     where = "rope_parameters."
@@ -107,10 +108,14 @@ class RopeParameters(_Settings):
         self._require("partial_rotary_factor", 0 < self.partial_rotary_factor <= 1, "a number above 0, at most 1")
         for name in ("beta_fast", "beta_slow"):
             self._require(name, getattr(self, name) > 0, "a number above 0")
-        for name in ("mscale", "mscale_all_dim", "attention_factor"):
+        for name in ("mscale", "mscale_all_dim"):
             value = getattr(self, name)
             self._require(name, value is None or value >= 0, "None or a number from 0 up")
-        if self.rope_type == "yarn":
+        factor = self.attention_factor
+        self._require("attention_factor", factor is None or factor > 0, "None or a number above 0")
+        if self.rope_type == "default":
+            self._require("factor", self.factor in (None, 1), "None for rope_type 'default'")
+        else:
             self._require(
                 "factor", self.factor is not None and self.factor >= 1, "a number from 1 up for rope_type 'yarn'"
             )
@@ -224,6 +229,19 @@ class RouterConfig(_Settings):
             "routed_scaling_factor": self.routed_scaling_factor,
             "norm_min": self.moe_norm_min,
         }
+
+    @property
+    def idle_router(self) -> str | None:
+        """Why the model's loss does not reach the router, whatever it is; None if it does.
+
+        Such layers compute what their files say, so they are legal. A layer warns when it is trained.
+        """
+        if self.norm_topk_prob and self.num_experts_per_tok == 1 and self.moe_norm_min < 0.5:
+            way_out = "norm_topk_prob=False or a larger num_experts_per_tok"
+            return f"norm_topk_prob with num_experts_per_tok = 1: the only weight is w / w = 1; use {way_out}"
+        if self.scoring_func == "softmax" and self.n_routed_experts == 1:
+            return "scoring_func 'softmax' with n_routed_experts = 1: the score is 1; use 'sigmoid' or more experts"
+        return None
 
     def validate(self) -> None:
         super().validate()
@@ -385,6 +403,23 @@ class ModelConfig(MoEConfig):
         import moe  # the lazy package: families of files are built on configs, and not the reverse
 
         return moe.family_problems(self)
+
+    def idle_parameters(self) -> tuple[str, ...]:
+        """Which parameters outside the routers the loss cannot change, and why, one line each; usually none.
+
+        Such models compute what their files say, so they are legal. `Transformer` warns when it is trained.
+        """
+        slides = not self.attention_sinks and any(map(self.is_sliding_layer, range(self.num_hidden_layers)))
+        reasons = {
+            "all: a vocabulary of one token makes the loss 0": self.vocab_size == 1,
+            "mtp: mtp_loss_weight is 0; use num_nextn_predict_layers=0, or moe.load(..., mtp=False)": (
+                self.num_nextn_predict_layers > 0 and self.mtp_loss_weight == 0
+            ),
+            "q_proj, k_proj and their norms: in a sliding_window of 1 a token sees itself only; use at least 2": (
+                slides and self.sliding_window == 1
+            ),
+        }
+        return tuple(reason for reason, holds in reasons.items() if holds)
 
     def validate(self) -> None:
         super().validate()

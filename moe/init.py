@@ -5,27 +5,28 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
+from moe.roles import role_of
+
 
 @torch.no_grad()
 def initialize(module: nn.Module, *, std: float, seed: int) -> None:
     """Initialise every parameter and buffer below `module`.
 
-    Norm weights are 1, biases (the correction bias too) 0, everything else normal with standard deviation `std`. Each
-    tensor, and each expert's slice of a stacked one, has its own generator seeded by (seed, name, expert): the result
-    does not depend on the order of creation, and a rank that owns a few experts can make exactly those.
+    Values are those of the tensors' roles: norm weights are 1, biases (the correction bias too) 0, everything else
+    normal with standard deviation `std`. Each tensor, and each expert's slice of a stacked one, has its own generator
+    seeded by (seed, name, expert): the result does not depend on the order of creation, and a rank that owns a few
+    experts can make exactly those. Raises ConfigError for a tensor without a role.
     """
-    norms = {name for name, child in module.named_modules() if isinstance(child, nn.RMSNorm)}
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        fill(tensor, name, norm=name.rpartition(".")[0] in norms, std=std, seed=seed)
+        fill(tensor, name, std=std, seed=seed)
 
 
-def fill(tensor: Tensor, name: str, *, norm: bool, std: float, seed: int, first_expert: int = 0) -> None:
+def fill(tensor: Tensor, name: str, *, std: float, seed: int, first_expert: int = 0) -> None:
     """One tensor of `initialize`; of stacked experts, those from `first_expert` on."""
-    if norm:
-        tensor.fill_(1.0)
-    elif name.endswith("bias"):
-        tensor.zero_()
-    elif tensor.ndim == 3:
+    role = role_of(name)
+    if role.initial != "normal":
+        tensor.fill_(1.0 if role.initial == "ones" else 0.0)
+    elif role.name == "experts":
         for expert, part in enumerate(tensor, first_expert):
             part.normal_(0.0, std, generator=_generator(tensor.device, seed, name, expert))
     else:

@@ -1,6 +1,7 @@
 """The Mixture-of-Experts layer: experts, shared experts, and the layer that routes tokens to them."""
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, fields
 from functools import wraps
@@ -266,6 +267,7 @@ class MoELayer(nn.Module):
             routing = routing._replace(expert_ids=routing.expert_ids.masked_fill(padding, -1))
         stats = self._stats(routing, counter.batch, shape, token_mask)
         if self.training:
+            self._warn_of_idle_router()
             # On the weights and not on y: y's gradient passes through them, and they are a D-th of its size.
             weights = balance.inject_gradients(
                 routing.weights,
@@ -289,6 +291,13 @@ class MoELayer(nn.Module):
         """Hold only `experts`, and reach the others through `dispatcher`."""
         self.register_module("experts", experts)
         self.dispatcher = dispatcher
+
+    def _warn_of_idle_router(self) -> None:
+        reason = self.config.idle_router
+        if reason is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        if any(parameter.requires_grad for parameter in self.gate.parameters()):
+            warnings.warn(f"the router does not learn: {reason}", stacklevel=2)
 
     def _router(self) -> Router:
         """The router, whatever is around it. PEFT puts the copy that is used behind the original."""

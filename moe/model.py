@@ -7,6 +7,7 @@ prediction modules (DeepSeek-V3, arXiv 2412.19437, section 2.2) stand behind the
 """
 
 import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -137,6 +138,7 @@ class Transformer(nn.Module):
         self.origin: Any = None
         self.activation_checkpointing = False
         self._load: Tensor | None = None
+        self._idle = config.idle_parameters()
         with torch.device("meta"):
             # Not nn.Embedding(V, D): its normal_ on the meta device imports torch's compiler, which takes seconds.
             embedding = torch.empty(config.vocab_size, config.hidden_size)
@@ -194,6 +196,9 @@ class Transformer(nn.Module):
         masks = self._masks(length, past, real, document_ids, input_ids.device)
         token_mask = real[:, past:] if real is not None else None
 
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            for reason in self._idle:
+                warnings.warn(f"parameters that do not learn: {reason}", stacklevel=2)
         try:
             h = self.embed_tokens(input_ids)
         except IndexError as error:

@@ -19,7 +19,13 @@ from moe.checkpoint.format.config_json import parse_config, render_config
 from moe.checkpoint.format.folder import read_tensors
 from moe.checkpoint.format.header import MAX_HEADER_BYTES, MAX_TENSORS, read_header
 from moe.checkpoint.format.layout import layout
-from moe.checkpoint.format.tensor_roles import allowed_dtypes, check_experts, check_scales, role_of
+from moe.checkpoint.format.tensor_roles import (
+    allowed_dtypes,
+    check_experts,
+    check_scales,
+    is_quantisable,
+    needs_common_dtype,
+)
 from moe.errors import one_line
 from tests.checkpoint_cases import V2, V3, V3_MTP
 
@@ -284,17 +290,22 @@ def test_far_more_experts_than_tensors() -> None:
 
 
 @pytest.mark.parametrize(
-    ("parameter", "role"),
+    ("parameter", "quantisable", "common"),
     [
-        ("layers.1.mlp.gate.weight", "router"),
-        ("mtp.0.block.mlp.gate.weight", "router"),
-        ("layers.1.mlp.gate.e_score_correction_bias", "correction bias"),
-        ("layers.0.mlp.gate_proj.weight", "projection"),
-        ("layers.1.input_layernorm.weight", "plain"),
-        ("mtp.0.eh_proj.weight", "plain"),
-        ("layers.0.self_attn.q_proj.bias", "plain"),
-        ("embed_tokens.weight", "plain"),
+        ("layers.1.mlp.gate.weight", False, False),
+        ("mtp.0.block.mlp.gate.weight", False, False),
+        ("layers.1.mlp.gate.e_score_correction_bias", False, False),
+        ("layers.0.mlp.gate_proj.weight", True, True),
+        ("layers.1.input_layernorm.weight", False, False),
+        ("mtp.0.eh_proj.weight", False, True),
+        ("layers.0.self_attn.q_proj.bias", False, True),
+        ("layers.0.self_attn.q_proj.weight_scale_inv", False, False),
+        ("layers.1.mlp.experts.down_proj_bias", False, True),
+        ("layers.1.self_attn.sinks", False, False),
+        ("layers.1.mlp.shared_expert_gate.weight", False, True),
+        ("embed_tokens.weight", False, True),
     ],
 )
-def test_roles(parameter: str, role: str) -> None:
-    assert role_of(parameter) == role
+def test_what_files_may_hold_of_a_parameter(parameter: str, quantisable: bool, common: bool) -> None:
+    assert is_quantisable(parameter) == quantisable
+    assert needs_common_dtype(parameter) == common

@@ -2,14 +2,21 @@
 
 import dataclasses
 import math
+import random
 
 import pytest
 import torch
 from hypothesis import given, settings
 
 import moe
+from moe.cache import Cache
 from moe.counts import count_parameters, parameter_shapes
-from tests.checkpoint_cases import V3, V3_MTP, configs
+from moe.layer import Experts
+from moe.planning.cluster.stages import blocks
+from moe.planning.footprint import Placement, inference, training
+from moe.router import Router
+from tests.any_config import draw
+from tests.checkpoint_cases import BY_FAMILY, V3, V3_MTP, configs
 
 
 def test_deepseek_v3() -> None:
@@ -98,3 +105,51 @@ def test_shapes_and_counts_are_those_of_the_model(config: moe.ModelConfig) -> No
     expert = 3 * config.hidden_size * config.moe_intermediate_size
     unused = config.num_moe_layers * (config.n_routed_experts - config.num_experts_per_tok) * expert
     assert counts.activated == counts.total - unused
+
+
+def test_counts_shapes_and_products_of_random_models_are_those_of_their_modules() -> None:
+    """All fields of a config at random: what is computed by arithmetic against what is built."""
+    rng = random.Random(0)
+    for _ in range(200):
+        config = draw(rng)
+        with torch.device("meta"):
+            model = moe.Transformer(config)
+        state = model.state_dict()
+        assert parameter_shapes(config) == {name: tuple(tensor.shape) for name, tensor in state.items()}, config
+
+        counts = count_parameters(config)
+        sizes = {name: tensor.numel() for name, tensor in state.items()}
+        assert counts.with_mtp == sum(sizes.values()), config
+        assert counts.routed_experts == sum(
+            n for name, n in sizes.items() if name.startswith("layers") and "experts." in name and "shared" not in name
+        )
+        assert counts.attention == sum(
+            n for name, n in sizes.items() if name.startswith("layers") and "self_attn" in name
+        )
+
+        # Multiply-adds of one token with weights: each prediction module uses the head once more.
+        head = state["embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"].numel()
+        products = head * (1 + config.num_nextn_predict_layers)
+        for name, module in model.named_modules():
+            if isinstance(module, Router) or (isinstance(module, torch.nn.Linear) and name != "lm_head"):
+                products += module.weight.numel()
+            if isinstance(module, Experts):
+                each = (module.gate_up_proj.numel() + module.down_proj.numel()) // config.n_routed_experts
+                products += config.num_experts_per_tok * each
+        assert sum(block.products for block in blocks(config, 8)) == products, config
+
+        parts = training(config, Placement(1, 1, "bf16", 1)).parts
+        assert parts["parameters"] == 4 * counts.with_mtp, config
+        units = [*model.layers, *model.mtp]
+        largest = max(sum(tensor.numel() for tensor in unit.state_dict().values()) for unit in units)
+        assert parts["a gathered block"] == 2 * largest, config
+
+
+@pytest.mark.parametrize("family", BY_FAMILY)
+def test_the_planned_cache_is_the_one_that_a_model_fills(family: str) -> None:
+    config = BY_FAMILY[family]
+    cache = Cache(config)
+    with torch.no_grad():
+        moe.Transformer(config).eval()(torch.zeros(2, 3, dtype=torch.int64), cache=cache)
+    planned = inference(config, Placement(1, 1, "bf16", 6)).parts["cache"]
+    assert cache.nbytes == 2 * planned  # fp32 here

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # From the bottom up. A module imports only from levels below its own, or from its own package, inside functions too.
 LEVELS = [
     {"moe.errors"},
-    {"moe.config", "moe.global_batch"},
+    {"moe.config", "moe.global_batch", "moe.roles"},
     {"moe.presets", "moe.counts"},
     {"moe.checkpoint.format"},
     {"moe.planning"},

@@ -302,9 +302,8 @@ def materialize(model: Transformer, *, seed: int = 0) -> Transformer:
     device = next(model.parameters()).device
     if device.type == "meta":
         model.to_empty(device=device_of(mesh_of(model)))
-    norms = {name for name, child in model.named_modules() if isinstance(child, nn.RMSNorm)}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        fill_part(tensor, name, norm=name.rpartition(".")[0] in norms, std=model.config.initializer_range, seed=seed)
+        fill_part(tensor, name, std=model.config.initializer_range, seed=seed)
     return model
 
 

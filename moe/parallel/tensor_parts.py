@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from moe.errors import ParallelError
 from moe.init import fill
+from moe.roles import role_of
 
 
 def mesh_of(model: nn.Module) -> DeviceMesh:
@@ -25,7 +26,7 @@ def fill_part(tensor: Tensor, name: str, **how: Any) -> None:
         return
     local = tensor.to_local()
     part = region(tensor)
-    if tensor.ndim == 3:  # experts: each has a generator of its own
+    if role_of(name).name == "experts":  # each has a generator of its own
         whole = local.new_empty(local.shape[0], *tensor.shape[1:])
         fill(whole, name, first_expert=part[0].start, **how)
         local.copy_(whole[:, part[1], part[2]])

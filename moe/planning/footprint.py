@@ -10,7 +10,7 @@ from moe.checkpoint.format.families import family_of
 from moe.checkpoint.format.folder import CONFIG
 from moe.checkpoint.format.layout import Slot, fp8_names, layout, with_scales
 from moe.config import ModelConfig
-from moe.counts import count_parameters
+from moe.counts import count_parameters, parameter_shapes
 from moe.errors import ConfigError
 
 SIZES = {"F8_E4M3": 1, "U8": 1, "BF16": 2, "F16": 2, "F32": 4, "F64": 8}  # of safetensors' dtypes
@@ -181,7 +181,7 @@ def training(config: ModelConfig, placement: Placement) -> Estimate:
     others = math.ceil((counts.with_mtp - _experts(config)) / placement.gpus)
     mine = experts + others
     blocks = config.num_hidden_layers + config.num_nextn_predict_layers
-    largest = _layer(config, share)
+    largest = _block(config, share)
     logits = placement.tokens * config.vocab_size * 4 * 2
     saved = placement.tokens * config.hidden_size * blocks * 2
     parts = {
@@ -242,14 +242,15 @@ def _cache_values(config: ModelConfig) -> int:
     return 2 * (config.num_key_value_heads or config.num_attention_heads) * config.qk_head_dim
 
 
-def _layer(config: ModelConfig, share: int) -> int:
-    """Parameters of the largest block of a GPU."""
-    counts = count_parameters(config)
-    each = 3 * config.hidden_size * config.moe_intermediate_size
-    sparse = share * each + 3 * config.hidden_size * config.shared_width + config.n_routed_experts * config.hidden_size
-    dense = 3 * config.hidden_size * config.intermediate_size
-    attention = counts.attention // config.num_hidden_layers
-    return attention + max(sparse if config.num_moe_layers else 0, dense)
+def _block(config: ModelConfig, share: int) -> int:
+    """Parameters of the largest block or MTP module, with a GPU's share of the experts."""
+    sizes: dict[tuple[str, ...], int] = {}
+    for name, shape in parameter_shapes(config).items():
+        unit = tuple(name.split(".")[:2])
+        if unit[0] in ("layers", "mtp"):
+            mine = (share, *shape[1:]) if ".mlp.experts." in name else shape
+            sizes[unit] = sizes.get(unit, 0) + math.prod(mine)
+    return max(sizes.values())
 
 
 def _forward_values(config: ModelConfig, ep: int, tokens: int) -> int:

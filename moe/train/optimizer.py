@@ -7,6 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moe.errors import ConfigError
+from moe.roles import role_of
+
 OptimizerName = Literal["adamw", "muon"]
 
 ADAM_BETAS = (0.9, 0.95)
@@ -18,8 +21,6 @@ ADAM_SHARE = 0.3
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _NEWTON_SCHULZ_STEPS = 5
 _NORM_EPS = 1e-7
-# Tables of vectors, one per token or expert, rather than maps between spaces: Muon is not for them.
-_TABLES = ("embed_tokens.weight", "lm_head.weight", "gate.weight")
 
 
 class BatchedMuon(torch.optim.Optimizer):
@@ -115,23 +116,28 @@ def _by_mesh(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
 def build_optimizers(
     model: nn.Module, name: OptimizerName, lr: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
-    """One optimizer ("adamw") or three ("muon"), to be stepped together; every parameter belongs to exactly one.
+    """One optimizer ("adamw") or up to three ("muon"), to be stepped together.
 
-    Vectors (norms, biases) are never decayed. Muon takes matrices and stacks of them, except the embedding, the head
-    and the routers' gates. Its update has the size of an AdamW update, so one learning rate decides both: AdamW takes
-    ADAM_SHARE of it where it works beside Muon.
+    Every parameter that requires a gradient belongs to exactly one, as its role in `moe.roles` says: norms, biases
+    (those of experts too) and sinks are not decayed, and Muon takes projections and stacks of them. Muon's update has
+    the size of an AdamW update, so one learning rate decides both: AdamW takes ADAM_SHARE of it where it works beside
+    Muon. The last optimizer is AdamW. Raises ConfigError for a parameter without a role.
     """
-    tables: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
     matrices: list[nn.Parameter] = []
     stacks: list[nn.Parameter] = []
     for parameter_name, parameter in model.named_parameters():
-        if parameter.ndim < 2:
-            vectors.append(parameter)
-        elif parameter_name.endswith(_TABLES) or name == "adamw":
-            tables.append(parameter)
-        else:
+        if not parameter.requires_grad:
+            continue
+        role = role_of(parameter_name)
+        if role.ndim not in (None, parameter.ndim):
+            found = f"parameter {parameter_name}, a {role.name}"
+            raise ConfigError(found, tuple(parameter.shape), f"{role.ndim} dimensions")
+        if role.orthogonalised and name == "muon":
             (matrices if parameter.ndim == 2 else stacks).append(parameter)
+        else:
+            (decayed if role.decays else undecayed).append(parameter)
     optimizers: list[torch.optim.Optimizer] = []
     if _is_parallel():
         stacks, matrices = matrices + stacks, []  # torch's would multiply parts of matrices, in other orders
@@ -145,7 +151,7 @@ def build_optimizers(
         optimizers.append(BatchedMuon(stacks, lr, weight_decay))
     groups = [
         {"params": members, "weight_decay": decay}
-        for parameters, decay in ((tables, weight_decay), (vectors, 0.0))
+        for parameters, decay in ((decayed, weight_decay), (undecayed, 0.0))
         for members in _by_mesh(parameters)
     ]
     optimizers.append(torch.optim.AdamW(groups, lr if name == "adamw" else ADAM_SHARE * lr, betas=ADAM_BETAS))

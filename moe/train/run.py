@@ -29,6 +29,7 @@ from moe.train.baselines import bigram_nats, bits_per_byte, unigram_nats
 from moe.train.data import Dataset, open_dataset, prepare, write_json
 from moe.train.logs import check_log, open_log
 from moe.train.loop import Trainer, check_savable, deterministic, uncompiled
+from moe.train.memory import check_memory
 from moe.train.metrics import Metrics
 from moe.train.report import ProgressDisplay, say
 from moe.train.scoring import load_rows
@@ -88,10 +89,13 @@ def train(
         SystemExit: on a mesh, instead of a mistake found before the first step, except in the first process of a node.
     """
     started = time.perf_counter()
-    world = world_of(mesh)
+    world, device = world_of(mesh), torch.device(settings.device) if mesh is None else mesh.device
     first = world.rank == 0
     overwritten = _overwritten(folder)
     with deterministic(), contextlib.ExitStack() as held:
+        with world.together():
+            config = _architecture(folder, settings) if resume else read_architecture(settings)
+            _check(settings, config, world, device)
         with world.together():
             if first:
                 check_log(settings.log)
@@ -103,7 +107,7 @@ def train(
                 if first:
                     _dataset(folder, settings)
             with world.together():
-                trainer = _trainer(folder, settings, world)
+                trainer = _trainer(folder, settings, world, device)
             if resume:
                 _load_state(trainer, folder / "states", console)
             with world.together():
@@ -164,37 +168,48 @@ def _architecture(folder: Path, settings: Settings) -> ModelConfig:
     return ModelConfig.from_dict(json.loads(file.read_text())) if file.exists() else read_architecture(settings)
 
 
-def _dataset(folder: Path, settings: Settings) -> Dataset:
-    config = _architecture(folder, settings)
+def _check(settings: Settings, config: ModelConfig, world: World, device: torch.device) -> None:
+    """Refuse what cannot be trained, before anything is written."""
     check_experts(config)
     check_savable(config)
     if settings.seq_length > config.max_position_embeddings:
         raise ConfigError("--seq-length", settings.seq_length, f"at most {config.max_position_embeddings}")
+    default = Settings.bias_update_speed
+    if config.topk_method != "noaux_tc" and settings.bias_update_speed != default:
+        problem = f"the default {default}: {settings.name} has no correction bias"
+        raise ConfigError("--bias-update-speed", settings.bias_update_speed, problem)
+    if settings.dispatch != "same" and settings.ep == 1:
+        raise ConfigError("--dispatch", settings.dispatch, "same where no experts are divided (--ep 1)")
+    if settings.init is not None:
+        option = "--init" if settings.tokenizer is None else "--tokenizer"
+        check_vocabulary(settings.tokenizer or settings.init, config.vocab_size, option)
+    check_memory(config, settings, ranks=world.size, device=device)
+
+
+def _dataset(folder: Path, settings: Settings) -> Dataset:
     if (folder / "data" / "data.json").exists():
         return open_dataset(folder / "data")
-    tokenizer = settings.tokenizer or settings.init
-    if settings.init is not None and tokenizer is not None:
-        check_vocabulary(tokenizer, config.vocab_size, "--init" if settings.tokenizer is None else "--tokenizer")
+    config = _architecture(folder, settings)
     write_json(folder / "model.json", config.to_dict())
     return prepare(
         folder / "data",
         settings.data,
-        tokenizer,
+        settings.tokenizer or settings.init,
         config.vocab_size,
         field=settings.field,
         validation_data=settings.validation_data,
     )
 
 
-def _trainer(folder: Path, settings: Settings, world: World) -> Trainer:
+def _trainer(folder: Path, settings: Settings, world: World, device: torch.device) -> Trainer:
     dataset = _dataset(folder, settings)
-    torch.manual_seed(settings.seed)
+    config = _architecture(folder, settings)
     if settings.init is None:
-        config = _architecture(folder, settings)
         extra = {**config.extra, **dataset.token_ids}
-        model = world.build(replace(config, vocab_size=dataset.facts["vocab_size"], extra=extra), settings)
-    else:
-        model = world.load(settings.init, settings)
+        config = replace(config, vocab_size=dataset.facts["vocab_size"], extra=extra)
+    check_memory(config, settings, ranks=world.size, device=device, vocab_size=config.vocab_size)
+    torch.manual_seed(settings.seed)
+    model = world.build(config, settings) if settings.init is None else world.load(settings.init, settings)
     if settings.init is None or settings.tokenizer is not None:
         model.carried_files = dataset.carried_files()
     trainer = Trainer(model, dataset, settings, world=world)

@@ -128,6 +128,11 @@ class Settings:
         return self.lr if self.lr is not None else {"muon": 0.02, "adamw": 0.004}[self.optimizer]
 
     @property
+    def source(self) -> str:
+        """Name of the setting that chooses the model: preset, config or init."""
+        return next((name for name in ("config", "init") if getattr(self, name) is not None), "preset")
+
+    @property
     def name(self) -> str:
         """Name of the model, for messages and the default folder."""
         if self.config is not None:

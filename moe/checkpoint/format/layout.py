@@ -9,7 +9,7 @@ from typing import Any
 from moe.checkpoint.format.families import family_of
 from moe.checkpoint.format.family import MXFP4, Names, Reordered, Row, Table
 from moe.checkpoint.format.folder import CONFIG
-from moe.checkpoint.format.tensor_roles import role_of
+from moe.checkpoint.format.tensor_roles import is_quantisable
 from moe.config import ModelConfig
 from moe.counts import Shape, parameter_shapes
 from moe.errors import CheckpointError
@@ -201,7 +201,7 @@ def fp8_names(slots: Mapping[str, Slot]) -> list[str]:
     return [
         name
         for name, slot in slots.items()
-        if len(slot.shape) == 2 and not slot.repeat and role_of(slot.parameter) == "projection"
+        if len(slot.shape) == 2 and not slot.repeat and is_quantisable(slot.parameter)
     ]
 
 

@@ -2,54 +2,37 @@
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from moe.checkpoint.format.header import TensorInfo
 from moe.errors import CheckpointError
+from moe.roles import role_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Role = Literal["router", "correction bias", "projection", "plain"]
-
 _FLOATS = ("F64", "F32", "F16", "BF16")
-# The router decides between experts on small differences; its bias moves in steps that only fp32 holds, and a wider
-# one would be rounded.
-ROLE_DTYPES: dict[Role, tuple[str, ...]] = {
-    "router": _FLOATS,
-    "correction bias": ("F32", "F16", "BF16"),
-    "projection": _FLOATS,
-    "plain": _FLOATS,
-}
+_BIAS_DTYPES = ("F32", "F16", "BF16")  # the correction bias is fp32 in every model: a wider one would be rounded
+_QUANTISABLE = ("projection", "experts")
+_OWN_DTYPE = ("norm", "router", "router bias", "correction bias", "sink", "scales")
 
 _SURPLUS = 2**14  # experts more than tensors; the names of that many are made in no time
 
 
-def role_of(parameter: str) -> Role:
-    """The role of a parameter of the model. Only a projection may be quantised."""
-    match parameter.split("."):
-        case [*_, "gate", "e_score_correction_bias"]:
-            return "correction bias"
-        case [*_, "mlp", "gate", "weight" | "bias"]:
-            return "router"
-        case [*_, "gate_up_proj" | "down_proj"]:
-            return "projection"
-        case [*_, name, "weight"] if (name.endswith("_proj") and name != "eh_proj") or name == "kv_a_proj_with_mqa":
-            return "projection"
-        case _:
-            return "plain"
+def is_quantisable(parameter: str) -> bool:
+    """Whether files may hold `parameter` quantised: a projection of attention, an MLP or experts."""
+    return role_of(parameter).name in _QUANTISABLE
 
 
 def needs_common_dtype(parameter: str) -> bool:
     """Whether `parameter` must have the dtype of the activations. Norms, routers and sinks compute in their own."""
-    kinds = ("norm.weight", "mlp.gate.weight", "mlp.gate.bias", "e_score_correction_bias", "sinks", "_scale_inv")
-    return not parameter.endswith(kinds)
+    return role_of(parameter).name not in _OWN_DTYPE
 
 
 def allowed_dtypes(parameter: str, *, quantised: Collection[str] = ()) -> tuple[str, ...]:
-    """The dtypes that the role of `parameter` allows; a projection may also have those in `quantised`."""
-    role = role_of(parameter)
-    return (*ROLE_DTYPES[role], *(quantised if role == "projection" else ()))
+    """The dtypes that the role of `parameter` allows; one that is quantisable may also have those in `quantised`."""
+    floats = _BIAS_DTYPES if role_of(parameter).name == "correction bias" else _FLOATS
+    return (*floats, *(quantised if is_quantisable(parameter) else ()))
 
 
 def check_scales(info: TensorInfo, values: "Tensor") -> None:
