@@ -66,6 +66,7 @@ class Args(Settings):
             if not words[at + 1 : at + 2] or words[at + 1].startswith("-"):
                 return list(words)
             run = rest.pop(at)
+        rest = ["--log" if word == "--log-to" else word for word in rest]
         given = {re.sub("^no_", "", word[2:].partition("=")[0].replace("-", "_")) for word in rest if word[:2] == "--"}
         if "out" in given:
             raise ConfigError("--resume", run, "no folder with --out, which names it")
@@ -80,6 +81,7 @@ class Args(Settings):
 # `Settings` knows no tyro. Its texts say what None means, and one value of --set is one change.
 _PATHS = tyro.conf.arg(metavar="PATH [PATH ...]", help_behavior_hint="")
 _SHOWN = {"data": _PATHS, "validation_data": _PATHS, "set": tyro.conf.arg(metavar="FIELD=VALUE")}
+_SHOWN["log"] = tyro.conf.arg(aliases=("--log-to",), help_behavior_hint="")
 for _field in dataclasses.fields(Settings):
     if _field.default is None or _field.name in _SHOWN:
         Args.__annotations__[_field.name] = Annotated[_field.type, _SHOWN.get(_field.name, UNSET)]

@@ -76,7 +76,7 @@ class Settings:
     keep: int = 2
     """How many saved states to keep."""
     log: Literal["tensorboard", "wandb"] | None = None
-    """Also log losses, rates and expert load to TensorBoard or Weights & Biases, in the run's folder."""
+    """Also log to TensorBoard or Weights & Biases, in the run's folder; under torchrun write --log-to."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to compute; under torchrun each process takes the GPU of its local rank."""
     ep: int = 1
@@ -167,7 +167,7 @@ class Settings:
             value = getattr(self, f.name)
             if value == f.default or f.name in without:
                 continue
-            option = f"--{f.name.replace('_', '-')}"
+            option = "--log-to" if f.name == "log" else f"--{f.name.replace('_', '-')}"
             if isinstance(value, bool):
                 words.append(option)
             elif f.name == "set":
