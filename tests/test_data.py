@@ -558,3 +558,12 @@ def test_ids_with_gaps_fit_the_vocabulary(tmp_path: Path) -> None:
         (tmp_path / f"{i}.txt").write_text(document.text)
     dataset = prepare(tmp_path / "data", [tmp_path / f"{i}.txt" for i in range(3)], tmp_path / "tokenizer.json", 0)
     assert dataset.facts["vocab_size"] == 70_001 == dataset.train.max() + 1
+
+
+def test_counts_do_not_depend_on_how_many_tokens_are_counted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    train, validation = (rng.integers(0, 9, size).astype(np.uint16) for size in (200, 50))
+    whole = unigram_nats(train, validation, 11), bigram_nats(train, validation, 11)
+    for chunk in (1, 7, 199, 200):
+        monkeypatch.setattr("moe.train.baselines.CHUNK", chunk)
+        assert (unigram_nats(train, validation, 11), bigram_nats(train, validation, 11)) == whole
