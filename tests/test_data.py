@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import hashlib
 import importlib
 import itertools
 import json
@@ -82,6 +83,20 @@ def test_split_depends_on_names_only_and_leaves_no_part_empty() -> None:
     same = "\n\n".join(["one paragraph that is long enough to count as a copy"] * 3)
     with pytest.raises(ConfigError, match="copy"):
         split([Document("a", same), Document("b", same)])
+
+
+def test_documents_are_held_out_by_the_hash_of_their_name() -> None:
+    def rank(document: Document) -> tuple[int, str]:
+        return int.from_bytes(hashlib.sha256(document.name.encode()).digest()[:8], "big"), document.name
+
+    few, many = make_documents(4), make_documents(300)
+    below = [document for document in many if rank(document)[0] < 2**64 / 10]
+    above = [document for document in many if document not in below]
+    for documents in (few, many, above[:9], below[:9], above[:2], below[:2]):
+        ranked = sorted(documents, key=rank)
+        share = sum(rank(document)[0] < 2**64 / 10 for document in documents)
+        expected = ranked[: min(max(share, 1), len(documents) - 1)]
+        assert {d.name for d in split(documents)[1]} == {d.name for d in expected}
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "a", "a\n\nb", "\n \na\nb\n\n\nc\n", "a\r\n\r\nb"])
