@@ -32,6 +32,13 @@ from tests.test_train import MICRO, MICRO_SETTINGS, QUIET, assert_same_state
 micro, text, dataset = test_train.micro, test_train.text, test_train.dataset
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs without plots, and with a short sample."""
+    monkeypatch.setattr("moe.train.run._plot", lambda *_: [])
+    monkeypatch.setattr("moe.train.run.SAMPLE_NEW_TOKENS", 2)
+
+
 @pytest.fixture(scope="module")
 def run(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the micro preset."""

@@ -157,7 +157,7 @@ def _describe_data(facts: dict[str, Any]) -> Iterator[str]:
     left_out = facts.get("left_out", {"count": 0})  # of a run that was begun before this was recorded
     if left_out["count"]:
         names = ", ".join(left_out["first"]) + (", ..." if left_out["count"] > len(left_out["first"]) else "")
-        yield f"data: {left_out['count']:,} files left out: {names}"
+        yield f"data: {left_out['count']:,} files or folders left out: {names}"
     if dropped := facts.get("dropped_paragraphs"):
         yield f"data: {dropped:,} paragraphs of training text dropped, because validation text has them too"
 
