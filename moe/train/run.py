@@ -209,10 +209,7 @@ def _trainer(folder: Path, settings: Settings, world: World, device: torch.devic
         config = replace(config, vocab_size=dataset.facts["vocab_size"], extra=extra)
     check_memory(config, settings, ranks=world.size, device=device, vocab_size=config.vocab_size)
     torch.manual_seed(settings.seed)
-    if settings.init is None:
-        model = world.build(config, settings)
-    else:
-        model = world.load(settings.init, settings)
+    model = world.build(config, settings)
     if settings.init is None or settings.tokenizer is not None:
         model.carried_files = dataset.carried_files()
     trainer = Trainer(model, dataset, settings, world=world)
