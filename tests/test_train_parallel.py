@@ -208,7 +208,7 @@ def test_an_interrupted_run_says_once_how_to_go_on(text: Path, tmp_path: Path) -
     program.write_text(LATE + KILLED.replace("SIGKILL", "SIGTERM"))
     options = arguments(text, out, "--ep", 2, "--json")
     said = finish(torchrun(2, options, program=(str(program),)), status=143)
-    assert said.count("stopped after step 3, saved; to go on: torchrun") == 1, said
+    assert said.count("stopped after step 3, saved; resume with: torchrun") == 1, said
     assert said.count('"interrupted": "SIGTERM"') == 1, said
 
 
