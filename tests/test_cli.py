@@ -78,7 +78,7 @@ def test_top_level(capsys):
     status, out, err = run(capsys)
     assert (status, out) == (2, "") and "usage: moesmith" in err
     assert "did you mean inspect?" in fails_in_one_line(capsys, "inspekt")
-    assert "there are train, generate" in fails_in_one_line(capsys, "xyzzy")
+    assert "there are train, eval" in fails_in_one_line(capsys, "xyzzy")
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from moe import CheckpointError, ConfigError
 from moe.checkpoint import read_summary
 from moe.checkpoint.convert import convert
 from moe.checkpoint.reading import hub
-from moe.train.data import find_tokenizer, load_tokenizer
 from moe.train.settings import Settings
+from moe.train.tokenizer import find_tokenizer, load_tokenizer
 from tests.checkpoint_cases import V3
 from tests.test_cli import fails_in_one_line, run
 

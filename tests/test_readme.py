@@ -36,7 +36,7 @@ def test_there_are_examples_of_ten_lines() -> None:
 
 def test_every_command_of_the_table_exists(capsys: pytest.CaptureFixture[str]) -> None:
     commands = set(re.findall(r"^\| `moesmith (\w+)", README, re.MULTILINE))
-    assert commands == {"train", "generate", "inspect", "plan", "place", "convert", "cut", "doctor"}
+    assert commands == {"train", "eval", "generate", "inspect", "plan", "place", "convert", "cut", "doctor"}
     for command in commands:
         try:
             status: Any = main([command, "--help"])

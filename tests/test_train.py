@@ -583,7 +583,7 @@ Arguments = Callable[[Path, Path], list[str]]
 MISTAKES: dict[str, tuple[Arguments, str]] = {
     "no such preset": (lambda text, here: ["--preset", "tinny"], "did you mean tiny"),
     "no such file": (lambda text, here: ["--data", f"{here}/none.txt"], "none.txt"),
-    "empty text": (lambda text, here: ["--data", f"{here}/empty.txt"], "two documents"),
+    "empty text": (lambda text, here: ["--data", f"{here}/empty.txt"], "empty.txt': expected documents"),
     "not UTF-8": (lambda text, here: ["--data", f"{here}/latin.txt"], "UTF-8"),
     "too little text": (lambda text, here: ["--data", *map(str, sorted(text.iterdir())[:2])], "--seq-length = 256"),
     "too long windows": (lambda text, here: ["--seq-length", "1025"], "at most 1024"),

@@ -140,7 +140,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
 def test_ranks_train_as_one_process_and_another_number_resumes(text: Path, alone: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     said = finish(torchrun(2, arguments(text, out, "--ep", 2)))
-    assert "2 ranks: EP 2" in said and said.count("held out of") == 1
+    assert "2 ranks: EP 2" in said and said.count(" training tokens of ") == 1
     assert_same_run(out, alone)
     assert json.loads((out / "summary.json").read_text())["sample"]["text"]
 
@@ -208,7 +208,7 @@ def test_an_interrupted_run_says_once_how_to_go_on(text: Path, tmp_path: Path) -
     program.write_text(LATE + KILLED.replace("SIGKILL", "SIGTERM"))
     options = arguments(text, out, "--ep", 2, "--json")
     said = finish(torchrun(2, options, program=(str(program),)), status=143)
-    assert said.count("stopped after step 3, saved; to go on: torchrun") == 1, said
+    assert said.count("stopped after step 3, saved; resume with: torchrun") == 1, said
     assert said.count('"interrupted": "SIGTERM"') == 1, said
 
 

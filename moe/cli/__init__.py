@@ -19,7 +19,8 @@ from moe.errors import ConfigError, did_you_mean
 from moe.train.launcher import MISTAKES, said_once, shown
 
 COMMANDS = {
-    "train": "train a preset on text and save it",
+    "train": "train a preset, a configuration or a checkpoint on text",
+    "eval": "score a model on text: perplexity, bits per byte, expert load",
     "generate": "continue prompts with a model",
     "inspect": "configuration and counts; --verify: check that bytes are unchanged",
     "plan": "what each GPU would hold of a model, and whether it fits",

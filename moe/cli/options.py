@@ -26,11 +26,15 @@ _registry = ConstructorRegistry()
 
 
 def parse(command: type[_Args], name: str, arguments: Sequence[str]) -> _Args:
-    """The arguments of `moesmith NAME`, whose method `check`, if it has one, raises ConfigError for wrong values.
+    """The arguments of `moesmith NAME`.
+
+    If the command has them, its function `expand` rewrites the words first, and its method `check` raises ConfigError
+    for wrong values.
 
     Leaves by SystemExit after --help, and for what is no option or cannot be parsed. Values are checked after tyro,
     which would put an error that is raised meanwhile into a box of several lines.
     """
+    arguments = getattr(command, "expand", list)(arguments)
     with _registry:
         args = tyro.cli(
             command,

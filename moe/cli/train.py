@@ -1,17 +1,21 @@
 """`moesmith train`: train a model on text, from a preset, and save it."""
 
 import contextlib
+import dataclasses
 import json
 import os
+import re
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from moe.cli.options import option
+import tyro
+
+from moe.cli.options import UNSET, option
 from moe.errors import CheckpointError, ConfigError, ParallelError
 from moe.train.launcher import is_first, said_once
 from moe.train.settings import Settings
@@ -22,20 +26,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Args(Settings):
-    """Train a model on text and save it where transformers and `moesmith generate` can load it.
+    """Train a model on text and save it in a format that transformers and `moesmith generate` can load.
 
-    The defaults train the tiny preset, a whole DeepSeek-V3 in small, in two minutes on two CPU cores. Runs compute on
-    the CPU in fp32 unless told otherwise, and equal settings give equal bits.
+    The defaults train the tiny preset, a complete DeepSeek-V3 in miniature, in two minutes on two CPU cores. Training
+    runs on the CPU in fp32 by default; identical settings give bit-identical results.
 
     Under torchrun (torchrun --nproc-per-node N -m moe train ...) N processes train one model on parts of each batch.
     """
 
-    out: Path | None = None
-    """Folder of the run: saved states, metrics, plots, checkpoint. By default runs/PRESET."""
+    out: Annotated[Path | None, UNSET] = None
+    """Folder of the run: saved states, metrics, plots, checkpoint; default: runs/MODEL."""
     resume: bool = False
-    """Go on with the run in that folder; give the options that it began with."""
+    """Resume the run in --out; repeat the original options. --resume RUN takes them from RUN; --steps may differ."""
     auto_resume: bool = False
-    """Go on with the run in that folder if there is one, and else begin it: for jobs that are submitted again."""
+    """Resume if --out holds a run, otherwise start one; for jobs that are requeued."""
     overwrite: bool = False
     """Delete an earlier run in that folder and begin again."""
     json: bool = False
@@ -43,6 +47,45 @@ class Args(Settings):
 
     def __post_init__(self) -> None:
         """Nothing yet: `moe.cli.options.parse` calls `check`."""
+
+    @staticmethod
+    def expand(words: Sequence[str]) -> list[str]:
+        """The arguments, where --resume RUN became the options of that run, those that are not given again.
+
+        Raises ConfigError if RUN is none, and if --data is repeated, of which the parser would take the last.
+        """
+        for name in ("--data", "--validation-data"):
+            if sum(word.partition("=")[0] == name for word in words) > 1:
+                raise ConfigError(name, "...", f"all paths after one name: {name} PATH PATH")
+        found = [i for i, word in enumerate(words) if word == "--resume" or word.startswith("--resume=")]
+        if not found:
+            return list(words)
+        at, (_, equals, run) = found[0], words[found[0]].partition("=")
+        rest = [*words[:at], *words[at + 1 :]]
+        if not equals:
+            if not words[at + 1 : at + 2] or words[at + 1].startswith("-"):
+                return list(words)
+            run = rest.pop(at)
+        rest = ["--log" if word == "--log-to" else word for word in rest]
+        given = {re.sub("^no_", "", word[2:].partition("=")[0].replace("-", "_")) for word in rest if word[:2] == "--"}
+        if "out" in given:
+            raise ConfigError("--resume", run, "no folder with --out, which names it")
+        try:
+            values = json.loads((Path(run) / "settings.json").read_text())
+            settings = Settings.from_deciding(values)
+        except (OSError, ValueError, TypeError):
+            raise ConfigError("--resume", run, "the folder of a run") from None
+        return [*settings.options(without=given), *rest, "--resume", "--out", run]
+
+
+# `Settings` knows no tyro. Its texts say what None means, and one value of --set is one change.
+_PATHS = tyro.conf.arg(metavar="PATH [PATH ...]", help_behavior_hint="")
+_SHOWN = {"data": _PATHS, "validation_data": _PATHS, "set": tyro.conf.arg(metavar="FIELD=VALUE")}
+_SHOWN["log"] = tyro.conf.arg(aliases=("--log-to",), help_behavior_hint="")
+for _field in dataclasses.fields(Settings):
+    if _field.default is None or _field.name in _SHOWN:
+        Args.__annotations__[_field.name] = Annotated[_field.type, _SHOWN.get(_field.name, UNSET)]
+Args.__annotations__["set"] = tyro.conf.UseAppendAction[Args.__annotations__["set"]]
 
 
 def run(args: Args) -> int:
@@ -57,7 +100,7 @@ def run(args: Args) -> int:
     from moe.train.run import Interrupted, train
 
     _check_device(args.device)
-    folder = args.out or Path("runs") / args.preset
+    folder = args.out or Path("runs") / args.name
     try:
         with said_once(Interrupted, NonFiniteError, CheckpointError), _ranks(args) as mesh:
             # torchrun repeats the command that was given, when it restarts all ranks because one has died.
@@ -68,7 +111,7 @@ def run(args: Args) -> int:
             summary = train(args, folder, resume=resume, overwrite=overwrite, console=progress, mesh=mesh)
     except Interrupted as stop:
         command = shlex.join([*_program(), "train", *args.options(), "--out", str(folder), "--resume"])
-        print(f"stopped after step {stop.step}, saved; to go on: {command}", file=sys.stderr)
+        print(f"stopped after step {stop.step}, saved; resume with: {command}", file=sys.stderr)
         if args.json and is_first():
             print(json.dumps({"interrupted": signal.Signals(stop.signum).name, "step": stop.step, "resume": command}))
         return 128 + stop.signum

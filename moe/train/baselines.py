@@ -9,6 +9,8 @@ import math
 
 import numpy as np
 
+CHUNK = 2**24  # tokens that are counted at once
+
 
 def bits_per_byte(total_nats: float, text_bytes: int) -> float:
     return total_nats / math.log(2) / text_bytes
@@ -32,7 +34,7 @@ def bigram_nats(
     Interpolated Witten-Bell: U(a) is how many different tokens follow a in training; where none does, p(b | a) = p(b).
     """
     unigram = _unigram(train, vocab_size)
-    pairs, counts = np.unique(_pair_keys(train, vocab_size), return_counts=True)
+    pairs, counts = _count_pairs(train, vocab_size)
     first = pairs // vocab_size
     total = np.bincount(first, weights=counts, minlength=vocab_size)
     followers = np.bincount(first, minlength=vocab_size)
@@ -48,9 +50,23 @@ def bigram_nats(
 
 
 def _unigram(train: np.ndarray, vocab_size: int) -> np.ndarray:
-    counts = np.bincount(train[1:], minlength=vocab_size)
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for start in range(1, len(train), CHUNK):
+        counts += np.bincount(train[start : start + CHUNK], minlength=vocab_size)
     distinct = np.count_nonzero(counts)
     return (counts + distinct / vocab_size) / (counts.sum() + distinct)
+
+
+def _count_pairs(tokens: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The different pairs of neighbours, sorted, and how often each occurs. Memory holds one chunk of the tokens."""
+    pairs = counts = np.zeros(0, dtype=np.int64)
+    for start in range(0, len(tokens) - 1, CHUNK):
+        found, times = np.unique(_pair_keys(tokens[start : start + CHUNK + 1], vocab_size), return_counts=True)
+        known, (pairs, places) = len(pairs), np.unique(np.concatenate((pairs, found)), return_inverse=True)
+        before, counts = counts, np.zeros(len(pairs), dtype=np.int64)
+        counts[places[:known]] = before
+        counts[places[known:]] += times
+    return pairs, counts
 
 
 def _pair_keys(tokens: np.ndarray, vocab_size: int) -> np.ndarray:

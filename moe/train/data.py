@@ -1,223 +1,35 @@
-"""From text to batches: documents, held-out split, tokenizer, packed tokens on disk, seeded windows.
+"""From documents to batches: tokenizer, packed tokens on disk, seeded windows.
 
-A document is a name and a text. Validation takes whole documents, chosen by a hash of the name, and whatever training
-text repeats one of their paragraphs is dropped. Tokens of all documents of a part stand in one file, each document
-after an end-of-text token; training reads it in windows whose order is a function of (seed, epoch).
+Tokens of all documents of a part are in one file, each document after an end-of-text token; training reads it in
+windows whose order is a function of (seed, epoch).
 """
 
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders
 from torch import Tensor
 
-from moe.checkpoint.reading.hub import find, is_name
-from moe.errors import CheckpointError, ConfigError
-
-END_OF_TEXT = "<|endoftext|>"
-# What released tokenizers call the token between documents, for a tokenizer.json without a tokenizer_config.json.
-END_OF_TEXT_NAMES = (
+from moe.errors import ConfigError
+from moe.train.documents import Document, FileDocuments, python_topics, read_files, split
+from moe.train.tokenizer import (
     END_OF_TEXT,
-    "<｜end▁of▁sentence｜>",  # noqa: RUF001 (DeepSeek's)
-    "<|end_of_text|>",
-    "<eos>",
-    "</s>",
-    "<|im_end|>",
-    "[SEP]",
+    find_tokenizer,
+    load_tokenizer,
+    read_tokenizer_settings,
+    train_tokenizer,
+    vocabulary_size,
 )
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".tex", ".html")
-DOCUMENT_BYTES = 8192
-HELD_OUT_FRACTION = 0.1
-# Shorter paragraphs ("Example:", a signature) are language, not a copy.
-COPY_MIN_CHARACTERS = 40
 
-
-@dataclass(frozen=True)
-class Document:
-    name: str
-    text: str
-
-
-def python_topics() -> list[Document]:
-    """The language reference that ships with Python as `pydoc_data.topics`; its content differs between versions."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        raise ConfigError("--data", None, "text files: this Python comes without pydoc_data.topics") from None
-    return [Document(name, text) for name, text in sorted(topics.items())]
-
-
-def read_files(paths: Iterable[Path]) -> list[Document]:
-    """Documents of UTF-8 text files, and of the text files below folders. Long files are cut, see `_cut`."""
-    documents = []
-    for path in paths:
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
-            if not files:
-                raise ConfigError("--data", str(path), f"a folder with files of {', '.join(TEXT_SUFFIXES)}")
-        elif path.is_file():
-            files = [path]
-        else:
-            raise ConfigError("--data", str(path), "an existing file or folder")
-        for file in files:
-            name = file.relative_to(path).as_posix() if file != path else path.name
-            documents += [Document(f"{name}#{i}", text) for i, text in enumerate(_cut(_read_utf8(file)))]
-    return documents
-
-
-def _read_utf8(file: Path) -> str:
-    try:
-        return file.read_bytes().decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        found = f"byte {error.object[error.start]:#04x} at offset {error.start}"
-        raise ConfigError("--data", str(file), f"UTF-8 text; found {found}") from None
-    except OSError as error:
-        raise ConfigError("--data", str(file), f"a readable file; {error.strerror}") from None
-
-
-def _cut(text: str) -> Iterator[str]:
-    """Pieces of at least DOCUMENT_BYTES characters that end at a blank line, or, at twice that, at any line's end."""
-    piece: list[str] = []
-    size = 0
-    for line in text.splitlines(keepends=True):
-        piece.append(line)
-        size += len(line)
-        if size >= 2 * DOCUMENT_BYTES or (size >= DOCUMENT_BYTES and not line.strip()):
-            yield "".join(piece)
-            piece, size = [], 0
-    if any(line.strip() for line in piece):
-        yield "".join(piece)
-
-
-def split(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
-    """(training, validation): whole documents, held out where a hash of the name says so; neither part is empty.
-
-    Documents repeat each other ("with" is a section of "compound" in Python's own): paragraphs that stand in a held-out
-    document, whatever their white space, are dropped from the training documents.
-    """
-    if len(documents) < 2:
-        raise ConfigError("--data", len(documents), "text for two documents or more, one of them held out")
-    ranked = sorted(documents, key=lambda document: (_fraction(document.name), document.name))
-    count = sum(_fraction(document.name) < HELD_OUT_FRACTION for document in documents)
-    held_out = {id(document) for document in ranked[: min(max(count, 1), len(ranked) - 1)]}
-    validation = [document for document in documents if id(document) in held_out]
-    held_out_paragraphs = {_key(text) for document in validation for text in paragraphs(document.text)}
-    copies = {key for key in held_out_paragraphs if len(key) >= COPY_MIN_CHARACTERS}
-    training = []
-    for document in documents:
-        if id(document) in held_out:
-            continue
-        kept = "".join(text for text in paragraphs(document.text) if _key(text) not in copies)
-        if kept.strip():
-            training.append(Document(document.name, kept))
-    if not training:
-        raise ConfigError("--data", len(documents), "documents that differ: all text is a copy of what is held out")
-    return training, validation
-
-
-def _fraction(name: str) -> float:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
-
-
-def _key(paragraph: str) -> str:
-    return " ".join(paragraph.split())
-
-
-def paragraphs(text: str) -> list[str]:
-    """The text in pieces that end with their blank lines; joined they are the text."""
-    pieces: list[str] = []
-    blank = True
-    for line in text.splitlines(keepends=True):
-        if (blank and line.strip()) or not pieces:
-            pieces.append("")
-        pieces[-1] += line
-        blank = not line.strip()
-    return pieces
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE with at most `vocab_size` tokens, END_OF_TEXT among them; the same texts give the same one."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
-
-
-def find_tokenizer(path: Path) -> Path:
-    """The tokenizer.json that `path` names: itself, or that of a checkpoint folder, a run or a name on the Hub."""
-    if path.suffix == ".json" or not (path.is_dir() or is_name(path)):
-        return path
-    try:
-        folder = find(path, files=("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"))
-    except CheckpointError as error:
-        raise ConfigError("--tokenizer", str(path), f"a readable tokenizer.json; {error.problem}") from None
-    return folder / "tokenizer.json"
-
-
-def load_tokenizer(path: Path) -> tuple[Tokenizer, str]:
-    """(tokenizer, end-of-text token) of a tokenizer.json.
-
-    The token is the `eos_token` of the tokenizer_config.json beside it, else the first of END_OF_TEXT_NAMES there is.
-    """
-    try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError("--tokenizer", str(path), f"a readable tokenizer.json; {error.strerror}") from None
-    except Exception as error:  # the library raises bare Exception
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError("--tokenizer", str(path), f"a tokenizer.json; {reason}") from None
-    names = END_OF_TEXT_NAMES
-    if named := _token(_read_beside(path), "eos_token"):
-        names = (named,)
-    for name in names:
-        if tokenizer.token_to_id(name) is not None:
-            return tokenizer, name
-    raise ConfigError("--tokenizer", str(path), f"a tokenizer with an end-of-text token, one of {', '.join(names)}")
-
-
-def _read_beside(path: Path) -> dict[str, Any]:
-    """The object in the tokenizer_config.json beside a tokenizer.json; empty if there is none."""
-    beside = path.with_name("tokenizer_config.json")
-    try:
-        return {**json.loads(beside.read_text(encoding="utf-8"))} if beside.is_file() else {}
-    except (ValueError, TypeError):
-        raise ConfigError("--tokenizer", str(beside), "a JSON object") from None
-
-
-def _token(values: Mapping[str, Any], name: str) -> str | None:
-    """The text of a special token, which is a string or an object with a "content"."""
-    token = values.get(name)
-    token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else None
-
-
-def read_tokenizer_settings(tokenizer_path: Path) -> dict[str, Any]:
-    """What an exported checkpoint keeps of the files beside a tokenizer.json: "chat_template" and "pad_token".
-
-    chat_template.jinja goes before the chat_template of tokenizer_config.json, as in transformers. Keys that the files
-    do not give are absent.
-    """
-    values = _read_beside(tokenizer_path)
-    found = {"chat_template": values.get("chat_template"), "pad_token": _token(values, "pad_token")}
-    template = tokenizer_path.with_name("chat_template.jinja")
-    if template.is_file():
-        found["chat_template"] = _read_utf8(template)
-    return {name: value for name, value in found.items() if value is not None}
+LEFT_OUT_NAMES = 5
 
 
 @dataclass(frozen=True)
@@ -294,10 +106,29 @@ class Dataset:
         return self.facts.get("tokenizer", {})
 
 
-def prepare(folder: Path, data: Sequence[Path], tokenizer_path: Path | None, vocab_size: int) -> Dataset:
-    """Read, split, tokenize and pack into `folder`. data.json is written last: with it the folder is complete."""
-    documents = read_files(data) if data else python_topics()
-    training, validation = split(documents)
+def prepare(
+    folder: Path,
+    data: Sequence[Path] | None,
+    tokenizer_path: Path | None,
+    vocab_size: int,
+    *,
+    field: str = "text",
+    validation_data: Sequence[Path] | None = None,
+) -> Dataset:
+    """Read, split, tokenize and pack into `folder`. data.json is written last: with it the folder is complete.
+
+    Args:
+        data: files and folders, see `read_files`; None or none for the language reference that ships with Python.
+        tokenizer_path: see `find_tokenizer`; None trains a tokenizer of at most `vocab_size` tokens.
+        field: name of the text in files of records.
+        validation_data: files and folders to validate on; None holds documents of `data` out.
+
+    Raises:
+        ConfigError: what `read_files`, `split` and `load_tokenizer` raise.
+    """
+    documents = read_files(data, field) if data else python_topics()
+    others = None if validation_data is None else read_files(validation_data, field, option="--validation-data")
+    training, validation = split(documents, others)
     settings: dict[str, Any] = {}
     if tokenizer_path is None:
         tokenizer, end_name = train_tokenizer((document.text for document in training), vocab_size), END_OF_TEXT
@@ -308,23 +139,19 @@ def prepare(folder: Path, data: Sequence[Path], tokenizer_path: Path | None, voc
     end = tokenizer.token_to_id(end_name)
     assert end is not None  # both ways of getting a tokenizer see to it
     folder.mkdir(parents=True, exist_ok=True)
-    vocab_size = 1 + max(tokenizer.get_vocab().values())  # and not how many there are: some leave ids out
+    size = vocabulary_size(tokenizer)
+    left_out = [name for each in (documents, others) if isinstance(each, FileDocuments) for name in each.left_out]
     facts: dict[str, Any] = {
-        "dtype": "uint16" if vocab_size <= 2**16 else "uint32",
+        "dtype": "uint16" if size <= 2**16 else "uint32",
         "end_of_text": end,
-        "vocab_size": vocab_size,
-        "validation_bytes": sum(len(document.text.encode()) for document in validation),
+        "vocab_size": size,
         "held_out": [document.name for document in validation],
+        "left_out": {"count": len(left_out), "first": left_out[:LEFT_OUT_NAMES]},
         "tokenizer": settings,
     }
     for part, members in (("train", training), ("validation", validation)):
-        tokens = np.fromiter(_pack(tokenizer, end, members), dtype=facts["dtype"])
-        (folder / f"{part}.bin").write_bytes(tokens.tobytes())
-        facts[part] = {
-            "documents": len(members),
-            "tokens": len(tokens),
-            "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
-        }
+        facts[part] = _pack(folder / f"{part}.bin", tokenizer, end, members, facts["dtype"])
+    facts |= {"validation_bytes": facts["validation"]["bytes"], "dropped_paragraphs": training.dropped}
     (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     write_json(folder / "data.json", facts)
     return open_dataset(folder)
@@ -337,12 +164,30 @@ def write_json(file: Path, values: Any) -> None:
     os.replace(partial, file)
 
 
-def _pack(tokenizer: Tokenizer, end: int, documents: Sequence[Document]) -> Iterator[int]:
+def _pack(file: Path, tokenizer: Tokenizer, end: int, documents: Iterable[Document], dtype: str) -> dict[str, Any]:
+    """Write <end> document <end> document ... <end>; returns documents, tokens, bytes of text, and the file's hash."""
+    digest = hashlib.sha256()
+    sizes = {"documents": 0, "tokens": 0, "bytes": 0}
+    with file.open("wb") as out:
+        for ids, text_bytes in encode(tokenizer, end, documents):
+            content = np.array(ids, dtype=dtype).tobytes()
+            digest.update(content)
+            out.write(content)
+            sizes = {
+                "documents": sizes["documents"] + (text_bytes > 0),
+                "tokens": sizes["tokens"] + len(ids),
+                "bytes": sizes["bytes"] + text_bytes,
+            }
+    return {**sizes, "sha256": digest.hexdigest()}
+
+
+def encode(tokenizer: Tokenizer, end: int, documents: Iterable[Document]) -> Iterator[tuple[list[int], int]]:
+    """(token ids, UTF-8 bytes of their text) of a first <end>, and of each document with the <end> after it."""
     tokenizer.encode_special_tokens = True  # text that spells a special token is text
-    yield end
+    yield [end], 0
     for document in documents:
-        yield from tokenizer.encode(document.text, add_special_tokens=False).ids
-        yield end
+        ids = tokenizer.encode(document.text, add_special_tokens=False).ids
+        yield [*ids, end], len(document.text.encode())
 
 
 def open_dataset(folder: Path) -> Dataset:
@@ -352,7 +197,9 @@ def open_dataset(folder: Path) -> Dataset:
     for part in ("train", "validation"):
         file = folder / f"{part}.bin"
         parts[part] = np.memmap(file, dtype=facts["dtype"], mode="r")
-        if hashlib.sha256(parts[part].tobytes()).hexdigest() != facts[part]["sha256"]:
+        with file.open("rb") as content:
+            found = hashlib.file_digest(content, "sha256").hexdigest()
+        if found != facts[part]["sha256"]:
             raise ConfigError("--data", str(file), "the tokens that the run began with; the file has changed")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     return Dataset(tokenizer, facts["end_of_text"], parts["train"], parts["validation"], facts)

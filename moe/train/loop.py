@@ -87,6 +87,11 @@ def deterministic() -> Iterator[None]:
         memory.fill_uninitialized_memory = before[1]
 
 
+def uncompiled(settings: Settings) -> contextlib.AbstractContextManager[Any]:
+    """Run models as they are in the block, whatever has been compiled."""
+    return torch.compiler.set_stance("force_eager") if settings.compile else contextlib.nullcontext()
+
+
 def check_savable(config: ModelConfig) -> None:
     """Raise ConfigError, before any training, if a checkpoint of the model could not be saved."""
     if problems := config.family_problems():
@@ -268,7 +273,8 @@ class Trainer:
         names = {module: name for name, module in self.model.named_modules() if name}
         hooks = [module.register_forward_hook(look) for module in names]
         try:
-            self._forward(input_ids)
+            with uncompiled(self.settings):  # compiled code calls no hooks
+                self._forward(input_ids)
         finally:
             for hook in hooks:
                 hook.remove()

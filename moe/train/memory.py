@@ -40,12 +40,13 @@ def check_memory(
 
     if needed(rows) <= free:
         return
-    option, advice = "--preset", "a smaller model, or, under torchrun, more ranks that share it"
+    option, advice = f"--{settings.source}", "a smaller model, or, under torchrun, more ranks that share it"
     if states + optimizer <= free:
         option, advice = "--seq-length", "shorter sequences"
         if needed(min(rows, 1)) <= free:
             option, advice = "--batch-size", "fewer sequences, and --accumulation"
-    value = getattr(settings, option[2:].replace("-", "_"))
+    name = option[2:].replace("-", "_")
+    value = settings.name if name == settings.source else getattr(settings, name)
     found = f"{_gib(needed(rows))} are needed at least and {_gib(free)} are free"
     raise ConfigError(option, value, f"a run that fits into {what}, where {found}: {advice}")
 

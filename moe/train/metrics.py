@@ -1,6 +1,7 @@
 """What a run measured, one JSON object a line: {"kind": "train" | "validation", "step": n, ...}."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ class Metrics:
         file: created when missing; os.devnull on ranks that do not write.
         until: records of later steps, written after the state that a run resumes from, are dropped, as is a line that a
             kill cut short.
+        log: also gets every new record, see `moe.train.logs`.
     """
 
-    def __init__(self, file: Path, until: int) -> None:
-        self.file = file
+    def __init__(self, file: Path, until: int, log: Callable[[dict[str, Any]], None] | None = None) -> None:
+        self.file, self._log = file, log
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
         whole = [json.loads(line) for line in lines if line.endswith("\n")]
         self.records: list[dict[str, Any]] = [record for record in whole if record["step"] <= until]
@@ -28,6 +30,8 @@ class Metrics:
         self.records.append(record)
         with self.file.open("a") as file:
             file.write(json.dumps(record) + "\n")
+        if self._log is not None:
+            self._log(record)
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [record for record in self.records if record["kind"] == kind]

@@ -69,17 +69,7 @@ def print_summary(console: Console, summary: dict[str, Any], command: str | None
         table.add_row(label, f"{row['nats_per_token']:.4f}", f"{row['bits_per_byte']:.4f}")
     console.print(table)
 
-    if summary["load"]:
-        table = Table(title="expert load on the validation text")
-        table.add_column("layer")
-        for heading in ("MaxVio", "dead experts", "least", "most"):
-            table.add_column(heading, justify="right")
-        for row in summary["load"]:
-            tokens = row["tokens"]
-            table.add_row(
-                row["layer"], f"{row['max_vio']:.3f}", str(row["dead_experts"]), f"{min(tokens):,}", f"{max(tokens):,}"
-            )
-        console.print(table)
+    _print_load(console, summary["load"], "expert load on the validation text")
 
     say(console, f"sample ({summary['sample']['prompt']!r} and what the model adds):")
     say(console, summary["sample"]["text"])
@@ -92,3 +82,28 @@ def print_summary(console: Console, summary: dict[str, Any], command: str | None
     say(console, f"checkpoint   {summary['checkpoint']}")
     if command is not None:
         say(console, f"try          {command}")
+
+
+def print_scores(console: Console, result: dict[str, Any]) -> None:
+    """What `moe.train.scoring.score` returns, as tables."""
+    scored = f"{result['tokens']:,} tokens of {result['documents']:,} documents"
+    say(console, f"{result['folder']}: {scored}, in windows of {result['seq_length']:,}")
+    table = Table()
+    for heading in ("perplexity", "nats/token", "bits/byte"):
+        table.add_column(heading, justify="right")
+    table.add_row(f"{result['perplexity']:,.4f}", f"{result['nats_per_token']:.4f}", f"{result['bits_per_byte']:.4f}")
+    console.print(table)
+    _print_load(console, result["load"], "expert load")
+
+
+def _print_load(console: Console, load: list[dict[str, Any]], title: str) -> None:
+    if not load:
+        return
+    table = Table(title=title)
+    table.add_column("layer")
+    for heading in ("MaxVio", "dead experts", "least", "most"):
+        table.add_column(heading, justify="right")
+    for row in load:
+        counts = f"{min(row['tokens']):,}", f"{max(row['tokens']):,}"
+        table.add_row(row["layer"], f"{row['max_vio']:.3f}", str(row["dead_experts"]), *counts)
+    console.print(table)

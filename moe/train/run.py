@@ -1,7 +1,6 @@
 """A whole run in one folder: data, steps, saved states, final report, checkpoint. See `train` for the folder."""
 
 import contextlib
-import dataclasses
 import importlib.util
 import json
 import os
@@ -9,6 +8,8 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,18 +19,23 @@ from rich.console import Console
 
 from moe.balance import LoadReport
 from moe.checkpoint.writing.atomic import locked
+from moe.config import ModelConfig
+from moe.counts import count_parameters
 from moe.errors import CheckpointError, ConfigError
 from moe.generation import generate
-from moe.model import Transformer
-from moe.presets import preset
+from moe.model import Block, Transformer
+from moe.train.architecture import check_experts, read_architecture
 from moe.train.baselines import bigram_nats, bits_per_byte, unigram_nats
 from moe.train.data import Dataset, open_dataset, prepare, write_json
-from moe.train.loop import Trainer, check_savable, deterministic
+from moe.train.logs import check_log, open_log
+from moe.train.loop import Trainer, check_savable, deterministic, uncompiled
 from moe.train.memory import check_memory
 from moe.train.metrics import Metrics
 from moe.train.report import ProgressDisplay, say
+from moe.train.scoring import load_rows
 from moe.train.settings import Settings
 from moe.train.state import is_safetensors_state, load_latest_state
+from moe.train.tokenizer import check_vocabulary
 from moe.train.world import World, world_of
 
 if TYPE_CHECKING:  # importing it takes half a second
@@ -59,11 +65,13 @@ def train(
 ) -> dict[str, Any] | None:
     """Train, and return the summary that is also written as summary.json.
 
-    The folder gets settings.json, data/ (tokens, tokenizer), states/ (see `moe.train.state`), metrics.jsonl,
-    loss.png and load.png (with matplotlib), checkpoint/ (Hugging Face layout, with the tokenizer), summary.json.
+    The folder gets settings.json, model.json (its `ModelConfig`), data/ (tokens, tokenizer), states/ (see
+    `moe.train.state`), metrics.jsonl, loss.png and load.png (with matplotlib), checkpoint/ (Hugging Face layout, with
+    the tokenizer), summary.json.
 
     A run that was ended at any moment, by a signal or a crash, goes on with `resume` from its last saved state, and
-    ends with the bits of a run that was never ended (on one machine, with one number of threads).
+    ends with the bits of a run that was never ended (on one machine, with one number of threads). With other `steps`
+    than it began with, the learning rate follows the schedule of the new length from there.
 
     The validation scores in metrics.jsonl and summary.json, and those of the baselines, are over the tokens that
     training predicts: with `document_mask` without the first token of each document. `tokens` and `bytes` of the
@@ -85,15 +93,13 @@ def train(
     world, device = world_of(mesh), torch.device(settings.device) if mesh is None else mesh.device
     first = world.rank == 0
     overwritten = _overwritten(folder)
-    with (
-        deterministic(),
-        _stop_signals(console, once_more_kills=not world.launched) as stopped,
-        contextlib.ExitStack() as held,
-    ):
+    with deterministic(), contextlib.ExitStack() as held:
         with world.together():
-            _check(settings, world, device)
+            config = _architecture(folder, settings) if resume else read_architecture(settings)
+            _check(settings, config, world, device)
         with world.together():
             if first:
+                check_log(settings.log)
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 held.enter_context(locked(folder, "another run is at work in this folder"))
                 _open_folder(folder, settings, resume=resume, overwrite=overwrite)
@@ -103,6 +109,11 @@ def train(
                     _dataset(folder, settings)
             with world.together():
                 trainer = _trainer(folder, settings, world, device)
+            if resume:
+                _load_state(trainer, folder / "states", console)
+            with world.together():
+                extended = _extend(folder, settings, trainer) if first and resume else None
+                log = held.enter_context(open_log(settings, folder, trainer.step_number) if first else nullcontext())
         except BaseException:
             if first and not resume:
                 shutil.rmtree(folder)  # nothing was done there yet, and the next attempt needs the name
@@ -111,60 +122,120 @@ def train(
             raise
         if first and overwritten.exists():
             shutil.rmtree(overwritten)
-        facts = trainer.dataset.facts
-        say(
-            console,
-            f"data: {facts['train']['tokens']:,} training tokens of {facts['train']['documents']} documents, "
-            f"{facts['validation']['tokens']:,} held out of {facts['validation']['documents']}",
-        )
+        say(console, _describe(trainer, folder))
+        for line in _describe_data(trainer.dataset.facts):
+            say(console, line)
         if world.launched:
             say(console, str(mesh))
         if resume:
-            _load_state(trainer, folder / "states", console)
-            say(console, f"resuming after step {trainer.step_number} of {settings.steps}")
-        metrics = Metrics(folder / "metrics.jsonl" if first else Path(os.devnull), until=trainer.step_number)
-        with ProgressDisplay(console, settings.steps, trainer.step_number) as display:
+            say(console, extended or f"resuming after step {trainer.step_number} of {settings.steps}")
+        metrics = Metrics(folder / "metrics.jsonl" if first else Path(os.devnull), trainer.step_number, log)
+        with (
+            _stop_signals(console, once_more_kills=not world.launched) as stopped,
+            ProgressDisplay(console, settings.steps, trainer.step_number) as display,
+        ):
             _run_steps(trainer, metrics, folder / "states", display, stopped)
         trainer.model.eval()
-        model = world.export(trainer.model, folder / "checkpoint")
-        if model is None:
-            return None
-        summary = _summary(trainer, metrics, folder, model) | {"seconds": time.perf_counter() - started}
+        with uncompiled(settings):  # a sample has as many lengths as tokens
+            model = world.export(trainer.model, folder / "checkpoint")
+            if model is None:
+                return None
+            summary = _summary(trainer, metrics, folder, model) | {"seconds": time.perf_counter() - started}
         write_json(folder / "summary.json", summary)
         return summary
 
 
-def _check(settings: Settings, world: World, device: torch.device) -> None:
+def _describe(trainer: Trainer, folder: Path) -> str:
+    settings, counts = trainer.settings, count_parameters(trainer.model.config)
+    size = f"{counts.with_mtp:,} parameters, {counts.activated:,} activated"
+    name = " ".join((settings.name, *settings.set))
+    return f"model: {name}, {size}; {settings.device}, {settings.dtype}; {folder}"
+
+
+def _describe_data(facts: dict[str, Any]) -> Iterator[str]:
+    held_out = f"{facts['validation']['tokens']:,} validation tokens of {facts['validation']['documents']:,} documents"
+    yield f"data: {facts['train']['tokens']:,} training tokens of {facts['train']['documents']:,} documents, {held_out}"
+    left_out = facts.get("left_out", {"count": 0})  # of a run that was begun before this was recorded
+    if left_out["count"]:
+        names = ", ".join(left_out["first"]) + (", ..." if left_out["count"] > len(left_out["first"]) else "")
+        yield f"data: {left_out['count']:,} files or folders left out: {names}"
+    if dropped := facts.get("dropped_paragraphs"):
+        yield f"data: {dropped:,} paragraphs of training text dropped, because validation text has them too"
+
+
+def _architecture(folder: Path, settings: Settings) -> ModelConfig:
+    """What the run began with, or, before it begins, what its settings say."""
+    file = folder / "model.json"
+    return ModelConfig.from_dict(json.loads(file.read_text())) if file.exists() else read_architecture(settings)
+
+
+def _check(settings: Settings, config: ModelConfig, world: World, device: torch.device) -> None:
     """Refuse what cannot be trained, before anything is written."""
-    config = preset(settings.preset)
+    check_experts(config)
     check_savable(config)
     if settings.seq_length > config.max_position_embeddings:
         raise ConfigError("--seq-length", settings.seq_length, f"at most {config.max_position_embeddings}")
     default = Settings.bias_update_speed
     if config.topk_method != "noaux_tc" and settings.bias_update_speed != default:
-        problem = f"the default {default}: {settings.preset} has no correction bias"
+        problem = f"the default {default}: {settings.name} has no correction bias"
         raise ConfigError("--bias-update-speed", settings.bias_update_speed, problem)
     if settings.dispatch != "same" and settings.ep == 1:
         raise ConfigError("--dispatch", settings.dispatch, "same where no experts are divided (--ep 1)")
+    if settings.init is not None:
+        option = "--init" if settings.tokenizer is None else "--tokenizer"
+        check_vocabulary(settings.tokenizer or settings.init, config.vocab_size, option)
     check_memory(config, settings, ranks=world.size, device=device)
 
 
 def _dataset(folder: Path, settings: Settings) -> Dataset:
     if (folder / "data" / "data.json").exists():
         return open_dataset(folder / "data")
-    return prepare(folder / "data", settings.data, settings.tokenizer, preset(settings.preset).vocab_size)
+    config = _architecture(folder, settings)
+    write_json(folder / "model.json", config.to_dict())
+    return prepare(
+        folder / "data",
+        settings.data,
+        settings.tokenizer or settings.init,
+        config.vocab_size,
+        field=settings.field,
+        validation_data=settings.validation_data,
+    )
 
 
 def _trainer(folder: Path, settings: Settings, world: World, device: torch.device) -> Trainer:
     dataset = _dataset(folder, settings)
-    config = preset(settings.preset)
-    extra = {**config.extra, **dataset.token_ids}
-    config = dataclasses.replace(config, vocab_size=dataset.facts["vocab_size"], extra=extra)
+    config = _architecture(folder, settings)
+    if settings.init is None:
+        extra = {**config.extra, **dataset.token_ids}
+        config = replace(config, vocab_size=dataset.facts["vocab_size"], extra=extra)
     check_memory(config, settings, ranks=world.size, device=device, vocab_size=config.vocab_size)
     torch.manual_seed(settings.seed)
     model = world.build(config, settings)
-    model.carried_files = dataset.carried_files()
-    return Trainer(model, dataset, settings, world=world)
+    if settings.init is None or settings.tokenizer is not None:
+        model.carried_files = dataset.carried_files()
+    trainer = Trainer(model, dataset, settings, world=world)
+    if settings.compile:
+        # Blocks, because those of one kind share their code. Static shapes: the bits of a step do not depend on what
+        # was compiled before it.
+        for block in model.modules():
+            if isinstance(block, Block):
+                block.compile(dynamic=False)
+    return trainer
+
+
+def _extend(folder: Path, settings: Settings, trainer: Trainer) -> str | None:
+    """Record another number of steps than the run had; returns what that changes, None without a change."""
+    file = folder / "settings.json"
+    before, done = json.loads(file.read_text()), trainer.step_number
+    if before["steps"] == settings.steps:
+        return None
+    if settings.steps < done:
+        raise ConfigError("--steps", settings.steps, f"at least {done}, the steps that the run has taken")
+    write_json(file, before | {"steps": settings.steps})
+    return (
+        f"resuming after step {done}, with {settings.steps} steps instead of {before['steps']}: "
+        f"the {settings.schedule} schedule is recomputed for the new length"
+    )
 
 
 def _load_state(trainer: Trainer, states: Path, console: Console) -> None:
@@ -196,7 +267,8 @@ def _run_steps(trainer: Trainer, metrics: Metrics, states: Path, display: Progre
         at_end = step == settings.steps
         due = step == 0 or at_end or (settings.eval_every and step % settings.eval_every == 0)
         if due and step not in validated:
-            evaluation = trainer.evaluate()
+            with uncompiled(settings):  # whose last windows have lengths of their own
+                evaluation = trainer.evaluate()
             metrics.write(
                 "validation",
                 step,
@@ -244,7 +316,6 @@ def _summary(trainer: Trainer, metrics: Metrics, folder: Path, whole: Transforme
         bits = bits_per_byte(nats, scored_bytes)
         scores[name] = {"nats_per_token": nats / tokens, "bits_per_byte": bits}
     load = LoadReport(trainer.layer_names, torch.tensor(validation[-1]["load"]))
-    rows = zip(load.layers, load.max_vio, load.dead_experts, load.load.tolist(), strict=True)
     train_records = metrics.of("train")
     mean_seconds = sum(1 / record["tokens_per_second"] for record in train_records) / len(train_records)
     return {
@@ -260,9 +331,7 @@ def _summary(trainer: Trainer, metrics: Metrics, folder: Path, whole: Transforme
             "documents": dataset.facts["validation"]["documents"],
             **scores,
         },
-        "load": [
-            {"layer": name, "max_vio": vio, "dead_experts": dead, "tokens": counts} for name, vio, dead, counts in rows
-        ],
+        "load": load_rows(load),
         "plots": _plot(folder, metrics, load, {name: scores[name]["nats_per_token"] for name in ("unigram", "bigram")}),
         "sample": _sample(trainer, whole),
     }
@@ -308,9 +377,13 @@ def _open_folder(folder: Path, settings: Settings, *, resume: bool, overwrite: b
             raise ConfigError("--resume", str(folder), "the folder of a run") from None
         except ValueError:
             raise CheckpointError(file, "not JSON") from None
-        differing = [name for name in deciding if before.get(name) != deciding[name]]
+        if not _is_settings(file):
+            raise ConfigError("--resume", str(folder), "the folder of a run")
+        defaults = Settings().deciding()  # of settings that a run begun by an earlier release has not recorded
+        before = defaults | before
+        differing = [name for name in deciding if name != "steps" and before[name] != deciding[name]]
         if differing:
-            words = (f"{name} {before.get(name)!r} (now {deciding[name]!r})" for name in differing)
+            words = (f"{name} {before[name]!r} (now {deciding[name]!r})" for name in differing)
             raise ConfigError("--resume", str(folder), f"the settings that the run began with: {', '.join(words)}")
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -2,71 +2,89 @@
 
 import dataclasses
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from moe.checkpoint.format.folder import CONFIG
 from moe.checkpoint.reading.hub import is_name
 from moe.errors import ConfigError
 
 # These change what is written and shown, and where it is computed, not what is trained; a resumed run may have others.
-_FREE = ("eval_every", "save_every", "keep", "device", "ep", "dp_shard", "dp_replicate", "timeout")
+_FREE = ("eval_every", "save_every", "keep", "log", "device", "ep", "dp_shard", "dp_replicate", "timeout")
+
+DEFAULT_PRESET = "tiny"
 
 
 @dataclass(frozen=True)
 class Settings:
     """What is trained, on what, and how. Equal settings give equal bits on one machine."""
 
-    preset: str = "tiny"
-    """Model to build: a name from `moe.presets`. Its vocabulary becomes the tokenizer's."""
-    data: tuple[Path, ...] = ()
-    """UTF-8 text files, or folders of them; by default the language reference that ships with Python."""
+    preset: str | None = None
+    """Model to build: a name from `moe.presets` (default: tiny). The tokenizer determines the vocabulary size."""
+    config: Path | None = None
+    """Model to build instead: a Hugging Face config.json or its folder, or a JSON object of ModelConfig fields."""
+    set: tuple[str, ...] = ()
+    """Change a field of that configuration, for example num_hidden_layers=12."""
+    init: Path | None = None
+    """Continue from the weights and the tokenizer of a checkpoint: a folder, a run, or a Hugging Face Hub name."""
+    data: tuple[Path, ...] | None = None
+    """Text, JSON Lines, JSON or Parquet files, or folders of them; default: the language reference of Python."""
+    field: str = "text"
+    """Name of the field that holds the text, in JSON Lines, JSON and Parquet files."""
+    validation_data: tuple[Path, ...] | None = None
+    """Files or folders to validate on; default: a tenth of the documents of --data is held out."""
     tokenizer: Path | None = None
     """tokenizer.json, or a folder or Hub name that has one; default: one trained on the training text."""
     steps: int = 320
     """Optimizer steps."""
     batch_size: int = 4
-    """Windows of text in one forward pass, of all ranks together."""
+    """Sequences per forward pass, summed over all ranks."""
     accumulation: int = 1
-    """Forward passes in one optimizer step."""
+    """Forward passes per optimizer step."""
     seq_length: int = 256
-    """Tokens in one window."""
+    """Sequence length in tokens."""
     optimizer: Literal["adamw", "muon"] = "muon"
-    """muon takes matrices and leaves the embedding, the head, gates and vectors to AdamW."""
+    """muon: Muon for matrices, AdamW for the embedding, head, gates and vectors."""
     lr: float | None = None
-    """Peak learning rate; by default 0.02 with muon, whose AdamW part takes 0.3 of it, and 0.004 with adamw."""
+    """Peak learning rate; default: 0.02 with muon, whose AdamW part takes 0.3 of it, and 0.004 with adamw."""
     weight_decay: float = 0.3
-    """Of matrices; norms and biases have none."""
+    """Applied to matrices only, not to norms or biases."""
     schedule: Literal["cosine", "wsd"] = "wsd"
     """cosine to a tenth of the peak, or wsd: stable, then a linear decay over the last 30 percent."""
     warmup: int = 10
-    """Steps in which the learning rate rises from zero."""
+    """Steps over which the learning rate rises from zero."""
     clip: float = 1.0
-    """Largest norm of the gradient of all parameters together."""
+    """Clip the global gradient norm to this value."""
     bias_update_speed: float = 0.01
     """Change of an expert's correction bias per step; long runs want DeepSeek's 0.001."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of products: bf16 is autocast, the parameters stay fp32."""
+    """Compute precision. bf16 uses autocast; parameters stay in fp32."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
+    compile: bool = False
+    """Train with torch.compile; the first step takes longer. Validation is not compiled."""
     document_mask: bool = False
-    """Let tokens of a window see their own document only; first tokens of documents are not predicted or scored."""
+    """Restrict attention to tokens of the same document, whose first tokens are not predicted or scored."""
     seed: int = 0
-    """Of the initial weights, the order of the data and the sample."""
+    """Random seed for weights, data order and the final sample."""
     eval_every: int = 80
-    """Steps between validations; it is always done before and after the run. 0 for these two only."""
+    """Validate every N steps, and always before and after the run; 0 disables the rest."""
     save_every: int = 80
-    """Steps between saved states; one is always saved at the end or when interrupted. 0 for that one only."""
+    """Save a state every N steps, and always at the end or when interrupted; 0 disables the rest."""
     keep: int = 2
-    """Saved states that are kept."""
+    """How many saved states to keep."""
+    log: Literal["tensorboard", "wandb"] | None = None
+    """Also log to TensorBoard or Weights & Biases, in the run's folder; under torchrun write --log-to."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to compute; under torchrun each process takes the GPU of its local rank."""
     ep: int = 1
-    """Under torchrun: ranks among which the experts of each layer are divided."""
+    """Under torchrun: ranks that share the experts of each layer."""
     dp_shard: int | None = None
-    """Under torchrun: ranks over which all other parameters are cut; by default all, divided by --dp-replicate."""
+    """Under torchrun: ranks that shard all other parameters; default: all, divided by --dp-replicate."""
     dp_replicate: int = 1
-    """Under torchrun: copies of these."""
+    """Under torchrun: number of replicas of the sharded parameters."""
     dispatch: Literal["same", "fp8"] = "same"
     """How tokens travel to experts on other ranks: in their own dtype, or in FP8 with a scale for 128 values."""
     timeout: float = 600.0
@@ -76,7 +94,17 @@ class Settings:
         self.check()
 
     def check(self) -> None:
-        """Raise ConfigError for a value out of range."""
+        """Raise ConfigError for a value out of range, and for settings that exclude each other."""
+        for name in ("data", "validation_data"):
+            self._require(name, getattr(self, name) != (), "one or more files or folders")
+        self._require("field", bool(self.field), "the name of a field")
+        sources = [f"--{name}" for name in ("preset", "config", "init") if getattr(self, name) is not None]
+        if len(sources) > 1 or (self.init is not None and self.set):
+            given = [*sources, *(["--set"] if self.set else [])]
+            allowed = "one of --preset, --config and --init, and --set with the first two only"
+            raise ConfigError(
+                given[-1], _plain(getattr(self, given[-1][2:])), f"{allowed}; found {' and '.join(given)}"
+            )
         for name in ("steps", "batch_size", "accumulation", "keep", "ep", "dp_replicate"):
             self._require(name, getattr(self, name) >= 1, "1 or more")
         for name in ("eval_every", "save_every", "warmup"):
@@ -99,27 +127,60 @@ class Settings:
         """`lr`, or what the tiny preset did best with of those tried."""
         return self.lr if self.lr is not None else {"muon": 0.02, "adamw": 0.004}[self.optimizer]
 
+    @property
+    def source(self) -> str:
+        """Name of the setting that chooses the model: preset, config or init."""
+        return next((name for name in ("config", "init") if getattr(self, name) is not None), "preset")
+
+    @property
+    def name(self) -> str:
+        """Name of the model, for messages and the default folder."""
+        if self.config is not None:
+            path = self.config.resolve().parent if self.config.name == CONFIG else self.config
+            return path.name.removesuffix(".json")
+        return self.preset or (DEFAULT_PRESET if self.init is None else self.init.name)
+
     def deciding(self) -> dict[str, Any]:
         """JSON values of the settings that a resumed run must share. Paths are absolute."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(Settings) if f.name not in _FREE}
-        values["data"] = [str(path.resolve()) for path in self.data]
-        values["lr"] = self.peak_lr
-        tokenizer = self.tokenizer
-        values["tokenizer"] = (
-            None if tokenizer is None else str(tokenizer if is_name(tokenizer) else tokenizer.resolve())
-        )
+        values = {name: _plain(value) for name, value in values.items()}
+        values |= {"data": values["data"] or [], "lr": self.peak_lr}
+        if self.config is None and self.init is None:
+            values["preset"] = self.preset or DEFAULT_PRESET
         return values
 
-    def options(self) -> list[str]:
-        """Command-line options that give these settings."""
+    @classmethod
+    def from_deciding(cls, values: Mapping[str, Any]) -> "Settings":
+        """The settings that `deciding` gave `values` for; those that are missing have their defaults."""
+        known = {f.name for f in dataclasses.fields(Settings)}
+        paths = {"config", "init", "tokenizer"}
+        found: dict[str, Any] = {name: Path(v) if name in paths and v else v for name, v in values.items()}
+        for name in ("data", "validation_data"):
+            found[name] = tuple(map(Path, values.get(name) or ())) or None
+        found["set"] = tuple(values.get("set", ()))
+        return Settings(**{name: value for name, value in found.items() if name in known})
+
+    def options(self, without: Collection[str] = ()) -> list[str]:
+        """Command-line options that give these settings, but for those whose names are in `without`."""
         words: list[str] = []
         for f in dataclasses.fields(Settings):
             value = getattr(self, f.name)
-            if value == f.default:
+            if value == f.default or f.name in without:
                 continue
-            option = f"--{f.name.replace('_', '-')}"
+            option = "--log-to" if f.name == "log" else f"--{f.name.replace('_', '-')}"
             if isinstance(value, bool):
                 words.append(option)
+            elif f.name == "set":
+                words += [word for each in value for word in (option, each)]
             else:
                 words += [option, *map(str, value if isinstance(value, tuple) else (value,))]
         return words
+
+
+def _plain(value: Any) -> Any:
+    """The JSON value of a setting, in which paths are absolute; names on the Hub stay."""
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, Path):
+        return str(value if is_name(value) else value.resolve())
+    return value

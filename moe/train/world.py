@@ -30,7 +30,9 @@ class World:
     rank, size, launched = 0, 1, False
 
     def build(self, config: ModelConfig, settings: Settings) -> Transformer:
-        """Build a model, initialised from the seed, on the device of `settings`."""
+        """Build a model on the device of `settings`: initialised from its seed, or in fp32 from its checkpoint."""
+        if settings.init is not None:
+            return load(settings.init, settings.device, torch.float32, progress=False)
         with torch.device(settings.device):
             return Transformer(config, seed=settings.seed)
 
@@ -79,9 +81,12 @@ class MeshWorld(World):
         self.writer: moe.parallel.StateWriter | None = None
 
     def build(self, config: ModelConfig, settings: Settings) -> Transformer:
+        parallel = moe.parallel.ParallelConfig(payload=settings.dispatch)
+        if settings.init is not None:
+            return moe.parallel.load(settings.init, self.mesh, parallel, dtype=torch.float32, progress=False)
         with torch.device("meta"):
             model = Transformer(config)
-        moe.parallel.parallelize(model, self.mesh, moe.parallel.ParallelConfig(payload=settings.dispatch))
+        moe.parallel.parallelize(model, self.mesh, parallel)
         moe.parallel.materialize(model, seed=settings.seed)
         return model
 

@@ -761,11 +761,11 @@ FAMILIES = {
 
 
 def family_of(model_type: Any, path: Any) -> Family:
-    """The family, or a `CheckpointError` about `path`, a folder or its config.json, with the list of families."""
+    """The family, or a `CheckpointError` about `path`, a folder or a JSON file, with the list of families."""
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         hint = did_you_mean(model_type, FAMILIES) if isinstance(model_type, str) else ""
         expected = f"one of {', '.join(FAMILIES)}{hint}"
-        where = path if Path(path).name == CONFIG else Path(path) / CONFIG
+        where = path if Path(path).suffix == ".json" else Path(path) / CONFIG
         raise CheckpointError(where, "model_type", expected=expected, found=model_type)
     return family

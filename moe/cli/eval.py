@@ -1,0 +1,125 @@
+"""`moesmith eval`: score a model on text."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from moe.checkpoint.reading.hub import find, from_cache
+from moe.cli.generate import read_tokenizer
+from moe.cli.options import COMPUTE_DTYPES, UNSET, dtype_option, option, read_dtype
+from moe.cli.source import FOLDER
+from moe.errors import CheckpointError, ConfigError
+from moe.train.settings import Settings
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+DEFAULT_SEQ_LENGTH = 2048
+
+
+@dataclass(frozen=True)
+class Args:
+    """Score a model on text: perplexity, nats per token, bits per byte, and the load of its experts.
+
+    The text is tokenized with the folder's tokenizer.json and scored in windows, as `moesmith train` validates: each
+    token given those before it in its window. Perplexities compare only between models with one tokenizer; bits per
+    byte compare between all.
+    """
+
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER", help=FOLDER)]
+    data: Annotated[tuple[Path, ...] | None, tyro.conf.arg(metavar="PATH [PATH ...]", help_behavior_hint="")] = None
+    """Text, JSON Lines, JSON or Parquet files, or folders of them; default: the text that a run has held out."""
+    field: str = "text"
+    """Name of the field that holds the text, in JSON Lines, JSON and Parquet files."""
+    seq_length: Annotated[int | None, UNSET] = None
+    """Window length in tokens; default: that of the run, otherwise 2048, at most the model's."""
+    batch_size: Annotated[int | None, UNSET] = None
+    """Windows per forward pass; default: as in the run's training, otherwise 4."""
+    document_mask: Annotated[bool | None, UNSET] = None
+    """Restrict attention to tokens of the same document; default: as the run was trained, otherwise not."""
+    dtype: Annotated[str, dtype_option(COMPUTE_DTYPES)] = "auto"
+    """Compute dtype; auto (the default) uses the checkpoint's."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto is the GPU if there is one."""
+    json: bool = False
+    """Print one JSON object instead of tables."""
+
+    def check(self) -> None:
+        for name, ok, allowed in (
+            ("data", self.data != (), "one or more files or folders"),
+            ("field", bool(self.field), "the name of a field"),
+            ("seq_length", self.seq_length is None or self.seq_length >= 4, "4 or more"),
+            ("batch_size", self.batch_size is None or self.batch_size >= 1, "1 or more"),
+        ):
+            if not ok:
+                raise ConfigError(option(name), getattr(self, name), allowed)
+        read_dtype(self.dtype, COMPUTE_DTYPES)
+
+
+def run(args: Args) -> int:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in training
+    folder = find(args.folder)
+    began = _settings(Path(args.folder))
+
+    import torch
+
+    import moe
+    from moe.checkpoint.reading.load import usable_device
+    from moe.train.documents import read_files
+    from moe.train.scoring import pack, score, validation_of
+
+    device = usable_device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    if args.data is None:
+        dataset = validation_of(Path(args.folder))
+    else:
+        documents = read_files(args.data, args.field)
+        with from_cache(args.folder):
+            dataset = pack(documents, *_tokenizer(folder))
+    with from_cache(args.folder):
+        model = moe.load(folder, device=device, dtype=read_dtype(args.dtype, COMPUTE_DTYPES))
+    limit = model.config.max_position_embeddings
+    if (args.seq_length or 0) > limit:
+        raise ConfigError("--seq-length", args.seq_length, f"at most {limit}")
+    settings = Settings(
+        seq_length=min(args.seq_length or began.seq_length, limit, len(dataset.validation)),
+        batch_size=args.batch_size or began.batch_size,
+        document_mask=began.document_mask if args.document_mask is None else args.document_mask,
+        dtype=began.dtype if args.dtype == "auto" else "fp32",
+    )
+    result = {"folder": str(folder)} | score(model, dataset, settings)
+    if args.json:
+        print(json.dumps(result))
+        return 0
+
+    from rich.console import Console
+
+    from moe.train.report import print_scores
+
+    print_scores(Console(), result)
+    return 0
+
+
+def _tokenizer(folder: Path) -> "tuple[Tokenizer, int]":
+    """The folder's tokenizer, and the id of its end-of-text token."""
+    from moe.train.tokenizer import load_tokenizer
+
+    read_tokenizer(folder)  # whose errors are about the folder, and not about --tokenizer
+    try:
+        tokenizer, end = load_tokenizer(folder / "tokenizer.json")
+    except ConfigError as error:
+        raise CheckpointError(error.value, f"expected {error.allowed}") from None
+    number = tokenizer.token_to_id(end)
+    assert number is not None  # load_tokenizer sees to it
+    return tokenizer, number
+
+
+def _settings(run: Path) -> Settings:
+    """What a run of `moesmith train` began with; defaults for another folder."""
+    try:
+        return Settings.from_deciding(json.loads((run / "settings.json").read_text()))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return Settings(seq_length=DEFAULT_SEQ_LENGTH)

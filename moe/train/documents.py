@@ -1,0 +1,463 @@
+"""Documents: reading them from files, and which of them are held out for validation.
+
+A document is a name and a text. Files are read anew whenever documents are iterated over, a record or a text file at a
+time, so that data need not fit into memory. Formats are told by a file's name and checked by its content: markup, JSON
+and binary data are never read as text.
+"""
+
+import contextlib
+import glob
+import hashlib
+import importlib
+import io
+import os
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, Protocol
+
+from moe.checkpoint.format.strict_json import parse_json
+from moe.errors import CheckpointError, ConfigError, did_you_mean, one_line
+
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".tex")
+LINES_SUFFIXES = (".jsonl", ".ndjson")
+RECORD_SUFFIXES = (*LINES_SUFFIXES, ".json", ".parquet")
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "pyarrow"}
+"""Suffix -> module that opens such files."""
+FORMATS = f"{', '.join(TEXT_SUFFIXES)}, {', '.join(RECORD_SUFFIXES)} (all but Parquet also {', '.join(COMPRESSIONS)})"
+# Files whose names say that most of their characters are no text.
+MARKUP_SUFFIXES = (".csv", ".tsv", ".html", ".htm", ".xhtml", ".xml", ".svg", ".rtf", ".ipynb")
+# Of data for fine-tuning: a record with one of these and without the field is none of plain text.
+CHAT_FIELDS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "instruction")
+DOCUMENT_BYTES = 8192
+MAX_RECORD_BYTES = 2**28
+HELD_OUT_FRACTION = 0.1
+# Shorter paragraphs ("Example:", a signature) are language, not a copy.
+COPY_MIN_CHARACTERS = 40
+
+_BEGINNING_BYTES = 4096
+_MAGIC = (
+    (b"PK\x03\x04", "a zip archive"),
+    (b"PAR1", "a Parquet file"),
+    (b"\x1f\x8b", "a gzip file"),
+    (b"BZh", "a bzip2 file"),
+    (b"\xfd7zXZ\x00", "an xz file"),
+    (b"\x28\xb5\x2f\xfd", "a Zstandard file"),
+    (b"%PDF-", "a PDF file"),
+    (b"{\\rtf", "an RTF file"),
+    (b"version https://git-lfs.github.com/spec/", "a Git LFS pointer: the file was not downloaded (git lfs pull)"),
+)
+_MARKUP = re.compile(rb"\s*(<!doctype|<html|<head|<\?xml|<svg)", re.IGNORECASE)
+_JSON = re.compile(rb'\s*(\{\s*"(?:[^"\\\n]|\\.)*"\s*:|\[\s*\{\s*")')
+
+
+@dataclass(frozen=True)
+class Document:
+    name: str
+    text: str
+
+
+class Documents(Protocol):
+    """What can be iterated over several times, and gives the same documents each time."""
+
+    def __iter__(self) -> Iterator[Document]: ...
+
+
+def python_topics() -> list[Document]:
+    """The language reference that ships with Python as `pydoc_data.topics`; its content differs between versions."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise ConfigError("--data", None, "text files: this Python comes without pydoc_data.topics") from None
+    return [Document(name, text) for name, text in sorted(topics.items())]
+
+
+@dataclass(frozen=True)
+class _File:
+    """One file to read. `explicit`: it was named itself, and not found in a folder."""
+
+    path: Path
+    name: str
+    kind: Literal["text", "lines", "json", "parquet"]
+    compression: str | None
+    explicit: bool
+    option: str
+
+    def error(self, expected: str, found: Any = None, *, record: int | None = None) -> ConfigError:
+        """A ConfigError that names the file, and with `record` the number of a line or record, the first being 1."""
+        unit = {"lines": "line", "parquet": "row"}.get(self.kind, "record")
+        where = str(self.path) if record is None else f"{self.path}, {unit} {record}"
+        return ConfigError(self.option, where, expected if found is None else f"{expected}; found {one_line(found)}")
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """The content, decompressed. Raises ConfigError for what cannot be read in the block, or is damaged."""
+        try:
+            with _open(self.path, self.compression) as file:
+                yield file
+        except ImportError as error:
+            allowed = f'the module {error.name}, to read {self.path.suffix} files; pip install -e ".[data]"'
+            raise self.error(allowed) from None
+        except ConfigError:
+            raise
+        except Exception as error:  # zlib, lzma and pyarrow have their own
+            found = getattr(error, "strerror", None) or error
+            expected = "a readable file" if self.compression is None else f"a readable {self.path.suffix} file"
+            raise self.error(expected, found) from None
+
+    def beginning(self) -> bytes:
+        with self.open() as file:
+            return file.read(_BEGINNING_BYTES)
+
+    def documents(self, field: str) -> Iterator[Document]:
+        """Raises ConfigError, with the number of the line or record, for the first that has no text."""
+        if self.kind == "text":
+            with self.open() as file:
+                content = file.read()
+            found: Iterable[tuple[int, str]] = enumerate(_cut(_decode(content, self)))
+        else:
+            records = {"lines": _read_lines, "json": _read_json, "parquet": _read_parquet}[self.kind](self, field)
+            found = ((number, self._text(record, field, number)) for number, record in records)
+        number = None
+        for number, text in found:
+            if text.strip():
+                yield Document(f"{self.name}#{number}", text)
+        if number is None and (self.explicit or self.kind != "text"):
+            raise self.error("documents", "none")
+
+    def _text(self, record: Any, field: str, number: int) -> str:
+        if not isinstance(record, dict):
+            raise self.error(f'an object with the field "{field}"', _kind_of(record), record=number)
+        if isinstance(text := record.get(field), str):
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise self.error(f'Unicode text in "{field}"', "half of a surrogate pair", record=number) from None
+            return text
+        names = ", ".join(map(str, record)) or "no field"
+        if chat := [name for name in CHAT_FIELDS if name in record]:
+            expected = f'plain text in "{field}", on which this command trains, and not data for fine-tuning'
+            raise self.error(expected, ", ".join(chat), record=number)
+        if field not in record:
+            expected = f'the field "{field}", or --field with the name of another{did_you_mean(field, record)}'
+            raise self.error(expected, names, record=number)
+        raise self.error(f'a string in "{field}"', _kind_of(record[field]), record=number)
+
+
+def _kind_of(value: Any) -> str:
+    """The name that JSON has for the value, with its beginning."""
+    kinds = {
+        dict: "an object",
+        list: "an array",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+    }
+    return "null" if value is None else f"{kinds.get(type(value), type(value).__name__)}, {one_line(repr(value), 60)}"
+
+
+@dataclass(frozen=True)
+class FileDocuments:
+    """The documents of files.
+
+    Attributes:
+        left_out: names of files in folders that are not read: their format is another, or their name begins with ".",
+            or they are empty.
+    """
+
+    files: tuple[_File, ...]
+    field: str
+    left_out: tuple[str, ...]
+
+    @property
+    def where(self) -> str:
+        """The paths, for messages."""
+        return ", ".join(str(file.path) for file in self.files[:3]) + (", ..." if len(self.files) > 3 else "")
+
+    def __iter__(self) -> Iterator[Document]:
+        for file in self.files:
+            yield from file.documents(self.field)
+
+
+def read_files(paths: Iterable[Path], field: str | None = None, *, option: str = "--data") -> FileDocuments:
+    """The documents of files and of the files below folders, which are read when they are iterated over.
+
+    Text files are UTF-8; long ones are cut, see `_cut`. Every line of a JSON Lines file, every object in the array of a
+    JSON file and every row of a Parquet file is a document. A file that is named itself is read as text whatever its
+    suffix, if its content is no markup, JSON or binary data. Of folders, files of other formats are left out.
+
+    Args:
+        field: name of the field with the text. None refuses files of records.
+        option: for messages.
+
+    Raises:
+        ConfigError: a path that does not exist, a folder without files of these formats, or a file whose content is not
+            what its name says; when iterated over, the first line or record without text.
+    """
+    files: list[_File] = []
+    left_out: list[str] = []
+    for path in paths:
+        if path.is_file():
+            files.append(_examine(path, path.name, field, option, explicit=True))
+        elif path.is_dir():
+            found, others = _walk(path, option)
+            chosen = [_examine(file, file.relative_to(path).as_posix(), field, option) for file in found]
+            left_out += others + [file.name for file in chosen if file.kind == "json" and not _is_array(file)]
+            files += (chosen := [file for file in chosen if file.kind != "json" or _is_array(file)])
+            if not chosen:
+                listed = f"found {_listed(left_out)}" if left_out else "it is empty"
+                raise ConfigError(option, str(path), f"a folder with files of {FORMATS}; {listed}")
+        else:
+            raise ConfigError(option, str(path), "an existing file or folder")
+    return FileDocuments(tuple(files), field or "", tuple(left_out))
+
+
+def _listed(names: Sequence[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
+    return one_line(", ".join(names[:limit])) + more
+
+
+def _walk(folder: Path, option: str) -> tuple[list[Path], list[str]]:
+    """Files of known formats below a folder, sorted, and the names of all others."""
+
+    def refuse(error: OSError) -> None:
+        raise ConfigError(option, str(error.filename), f"a readable folder; {error.strerror}") from None
+
+    found, others = [], []
+    for root, folders, names in os.walk(folder, onerror=refuse):
+        others += [
+            f"{Path(root, name).relative_to(folder).as_posix()}/" for name in folders if _is_passed_over(root, name)
+        ]
+        folders[:] = [name for name in folders if not _is_passed_over(root, name)]
+        for name in names:
+            file = Path(root, name)
+            known = _suffixes(file)[0] in (*TEXT_SUFFIXES, *RECORD_SUFFIXES) and not name.startswith(".")
+            if known and file.is_file() and file.stat().st_size:
+                found.append(file)
+            else:
+                others.append(file.relative_to(folder).as_posix())
+    return sorted(found), sorted(others)
+
+
+def _is_passed_over(root: str, name: str) -> bool:
+    """Hidden folders hold what programs keep for themselves; links may lead round in circles."""
+    return name.startswith(".") or os.path.islink(os.path.join(root, name))
+
+
+def _suffixes(path: Path) -> tuple[str, str | None]:
+    """(suffix, module that decompresses)."""
+    last = path.suffix.lower()
+    return (Path(path.stem).suffix.lower(), COMPRESSIONS[last]) if last in COMPRESSIONS else (last, None)
+
+
+def _examine(path: Path, name: str, field: str | None, option: str, *, explicit: bool = False) -> _File:
+    suffix, compression = _suffixes(path)
+    kind = "lines" if suffix in LINES_SUFFIXES else suffix[1:] if suffix in RECORD_SUFFIXES else "text"
+    file = _File(path, name, kind, compression, explicit, option)  # pyright: ignore[reportArgumentType]
+    if suffix in MARKUP_SUFFIXES:
+        raise file.error(f"one of the formats {FORMATS}", f"{suffix}, which is no plain text")
+    beginning = file.beginning()
+    if not beginning:
+        raise file.error("documents", "an empty file")
+    if kind == "parquet" and (compression or not beginning.startswith(b"PAR1")):
+        raise file.error("a Parquet file", _recognise(beginning) or "other content")
+    if kind in ("lines", "json") and (found := _recognise(beginning)) not in (None, "JSON"):
+        raise file.error("JSON", found)
+    if kind == "text" and (found := _recognise(beginning)) is not None:
+        raise file.error(f"plain text, or a name that ends in the format of the file, of {FORMATS}", found)
+    if kind != "text" and field is None:
+        raise file.error("the name of the field with the text (--field), or plain text files", f"a file of {suffix}")
+    if kind == "json" and beginning.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"[" and _has_a_whole_line(beginning):
+        return _File(path, name, "lines", compression, explicit, option)  # as many data sets have it
+    return file
+
+
+def _has_a_whole_line(beginning: bytes) -> bool:
+    """Whether the first line is one JSON object, as far as can be seen."""
+    line, newline, _ = beginning.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")
+    return line.startswith(b"{") and line.rstrip() != b"{" and (not newline or line.rstrip().endswith(b"}"))
+
+
+def _is_array(file: _File) -> bool:
+    return file.beginning().removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+
+
+def _recognise(beginning: bytes) -> str | None:
+    """What a file is that begins so and is no plain text."""
+    if magic := next((found for head, found in _MAGIC if beginning.startswith(head)), None):
+        return magic
+    if beginning.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "UTF-16 text, which must be UTF-8"
+    if (at := beginning.find(b"\0")) >= 0:
+        return f"binary data: a zero byte at offset {at}"
+    text = beginning.removeprefix(b"\xef\xbb\xbf")
+    return "HTML or XML" if _MARKUP.match(text) else "JSON" if _JSON.match(text) else None
+
+
+def _open(path: Path, compression: str | None) -> Any:
+    if compression is None:
+        return path.open("rb")
+    module: Any = importlib.import_module(compression)
+    if compression != "pyarrow":
+        return module.open(path, "rb")
+    return io.BufferedReader(module.input_stream(str(path), compression="zstd"))
+
+
+def _decode(content: bytes, file: _File) -> str:
+    try:
+        return content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise file.error("UTF-8 text", f"byte {content[error.start]:#04x} at offset {error.start}") from None
+
+
+def _parse(content: bytes, file: _File, number: int | None) -> Any:
+    try:
+        return parse_json(content, file.path)
+    except CheckpointError as error:
+        raise file.error("JSON", str(error.found).replace("line 1 column", "column"), record=number) from None
+
+
+def _read_lines(file: _File, field: str) -> Iterator[tuple[int, Any]]:
+    with file.open() as lines:
+        number = 0
+        while line := lines.readline(MAX_RECORD_BYTES + 1):
+            number += 1
+            if len(line) > MAX_RECORD_BYTES:
+                raise file.error(f"a line of at most {MAX_RECORD_BYTES >> 20} MiB", "a longer one", record=number)
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if line.strip():
+                yield number, _parse(line, file, number)
+
+
+def _read_json(file: _File, field: str) -> Iterator[tuple[int, Any]]:
+    with file.open() as whole:
+        content = whole.read(MAX_RECORD_BYTES + 1)
+    if len(content) > MAX_RECORD_BYTES:
+        expected = f"at most {MAX_RECORD_BYTES >> 20} MiB, because JSON is read whole, or JSON Lines (.jsonl)"
+        raise file.error(expected, "a larger file")
+    values = _parse(content.removeprefix(b"\xef\xbb\xbf"), file, None)
+    if not isinstance(values, list):
+        raise file.error("an array of objects, or an object in each line", _kind_of(values))
+    yield from enumerate(values, 1)
+
+
+def _read_parquet(file: _File, field: str) -> Iterator[tuple[int, Any]]:
+    try:
+        from datasets import Dataset
+        from pyarrow import parquet
+    except ImportError:
+        raise file.error('the package datasets, to read Parquet files; pip install -e ".[data]"') from None
+    try:
+        names = parquet.read_schema(file.path).names
+        if field in names:  # the path is a pattern to datasets; its load_dataset would ask the network
+            rows: Any = Dataset.from_parquet(glob.escape(str(file.path)), streaming=True, columns=[field])
+        else:
+            rows = [dict.fromkeys(names)]
+        yield from enumerate(rows, 1)
+    except Exception as error:
+        raise file.error("a readable Parquet file", str(error).partition("\n")[0]) from None
+
+
+def _cut(text: str) -> Iterator[str]:
+    """Pieces of at least DOCUMENT_BYTES characters that end at a blank line, or, at twice that, at any line's end."""
+    piece: list[str] = []
+    size = 0
+    for line in text.splitlines(keepends=True):
+        piece.append(line)
+        size += len(line)
+        if size >= 2 * DOCUMENT_BYTES or (size >= DOCUMENT_BYTES and not line.strip()):
+            yield "".join(piece)
+            piece, size = [], 0
+    if any(line.strip() for line in piece):
+        yield "".join(piece)
+
+
+class Part:
+    """Those of `documents` whose position `chosen` accepts, without paragraphs whose digest is in `copies`.
+
+    Attributes:
+        dropped: number of paragraphs that were dropped when it was last iterated over.
+    """
+
+    def __init__(
+        self, documents: Documents, chosen: Callable[[int], bool], copies: Collection[bytes] = frozenset()
+    ) -> None:
+        self.documents, self.chosen, self.copies, self.dropped = documents, chosen, copies, 0
+
+    def __iter__(self) -> Iterator[Document]:
+        self.dropped = 0
+        for number, document in enumerate(self.documents):
+            if not self.chosen(number):
+                continue
+            pieces = paragraphs(document.text) if self.copies else [document.text]
+            kept = [text for text in pieces if not self.copies or _digest(text) not in self.copies]
+            self.dropped += len(pieces) - len(kept)
+            if (text := "".join(kept)).strip():
+                yield Document(document.name, text)
+
+
+def split(documents: Documents, validation: Documents | None = None) -> tuple[Part, Part]:
+    """(training, validation): whole documents, held out where a hash of the name says so; neither part is empty.
+
+    With `validation` nothing is held out. Documents repeat each other ("with" is a section of "compound" in Python's
+    own): paragraphs of a validation document, whatever their white space, are dropped from the training documents,
+    because a loss on text that was trained on is none of validation.
+    """
+    if validation is None:
+        held_out, number = _hold_out(documents)
+        count = f"{number} documents"
+        training, scored = (lambda number: number not in held_out), Part(documents, held_out.__contains__)
+    else:
+        training, scored, count = (lambda number: True), Part(validation, lambda number: True), "them"
+    digests = (_digest(text) for document in scored for text in paragraphs(document.text))
+    part = Part(documents, training, {digest for digest in digests if digest is not None})
+    if next(iter(scored), None) is None:
+        raise ConfigError("--validation-data", None, "text; found white space only")
+    if next(iter(part), None) is None:
+        expected = f"documents that differ: all text of {count} is a copy of what is held out"
+        raise ConfigError("--data", _where(documents), expected)
+    return part, scored
+
+
+def _hold_out(documents: Documents) -> tuple[set[int], int]:
+    """Positions of the documents to hold out, at least one and not all, and the number of all documents."""
+    held_out: set[int] = set()
+    first = last = (0.0, "", 0)
+    number = -1
+    for number, document in enumerate(documents):
+        rank = (_fraction(document.name), document.name, number)
+        first, last = (min(first, rank), max(last, rank)) if number else (rank, rank)
+        if rank[0] < HELD_OUT_FRACTION:
+            held_out.add(number)
+    if number < 1:
+        allowed = f"two documents or more, one of them held out, or --validation-data; found {number + 1}"
+        raise ConfigError("--data", _where(documents), allowed)
+    return (held_out or {first[2]}) - ({last[2]} if len(held_out) == number + 1 else set()), number + 1
+
+
+def _where(documents: Documents) -> str | None:
+    return documents.where if isinstance(documents, FileDocuments) else None
+
+
+def _fraction(name: str) -> float:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+
+
+def _digest(paragraph: str) -> bytes | None:
+    """Digest of the words of a paragraph; None if they are too few to be a copy."""
+    words = " ".join(paragraph.split())
+    return hashlib.blake2b(words.encode(), digest_size=16).digest() if len(words) >= COPY_MIN_CHARACTERS else None
+
+
+def paragraphs(text: str) -> list[str]:
+    """The text in pieces that end with their blank lines; joined they are the text."""
+    pieces: list[str] = []
+    blank = True
+    for line in text.splitlines(keepends=True):
+        if (blank and line.strip()) or not pieces:
+            pieces.append("")
+        pieces[-1] += line
+        blank = not line.strip()
+    return pieces

@@ -1,0 +1,81 @@
+"""The records of a run, sent to TensorBoard or Weights & Biases while it runs."""
+
+import contextlib
+import importlib.util
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from moe.errors import ConfigError, one_line
+from moe.train.settings import Settings
+
+Log = Callable[[dict[str, Any]], None]
+
+_EXTRAS = {"tensorboard": "log", "wandb": "wandb"}
+
+
+def check_log(name: str | None) -> None:
+    """Raise ConfigError if the package that --log needs is not installed."""
+    if name is not None and importlib.util.find_spec(name) is None:
+        raise ConfigError(
+            "--log", name, f'the package {name}, which is not installed; pip install -e ".[{_EXTRAS[name]}]"'
+        )
+
+
+def scalars(record: dict[str, Any]) -> dict[str, float]:
+    """Every number of a record of `Metrics`, as both programs get it: "train/ce", "validation/nats_per_token", ...
+
+    Numbers per layer with experts, such as MaxVio, are "train/max_vio/0", "train/max_vio/1", ...; loads of single
+    experts are left out.
+    """
+    found: dict[str, float] = {}
+    for name, value in record.items():
+        if name == "max_vio":
+            found |= {f"{record['kind']}/{name}/{layer}": each for layer, each in enumerate(value)}
+        elif isinstance(value, int | float) and name != "step":
+            found[f"{record['kind']}/{name}"] = float(value)
+    return found
+
+
+@contextlib.contextmanager
+def open_log(settings: Settings, folder: Path, step: int) -> Iterator[Log | None]:
+    """What sends records to the program of --log; None without one. `step`: the one that the run resumes after."""
+    if settings.log == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        # Of what a run that was killed had logged after its last state, nothing is shown.
+        with SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else None) as writer:
+
+            def write(record: dict[str, Any]) -> None:
+                for name, value in scalars(record).items():
+                    writer.add_scalar(name, value, record["step"])
+
+            yield write
+    elif settings.log == "wandb":
+        with _wandb_run(settings, folder) as run:
+            yield lambda record: run.log(scalars(record), step=record["step"])
+    else:
+        yield None
+
+
+def _wandb_run(settings: Settings, folder: Path) -> Any:
+    """A run of Weights & Biases, which a resumed run goes on with; offline with WANDB_MODE=offline."""
+    import wandb
+
+    file = folder / "wandb_id.txt"
+    if not file.exists():
+        file.write_text(secrets.token_hex(4))
+    try:
+        return wandb.init(
+            project="moesmith",
+            name=folder.name,
+            id=file.read_text(),
+            resume="allow",
+            dir=folder,
+            config=settings.deciding(),
+            settings=wandb.Settings(console="off"),
+        )
+    except wandb.Error as error:
+        allowed = f"an account (wandb login), or WANDB_MODE=offline; found {one_line(error)}"
+        raise ConfigError("--log", "wandb", allowed) from None

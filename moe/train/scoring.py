@@ -1,0 +1,73 @@
+"""Scoring a model on text: the validation of a training run, for any documents and checkpoint."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from moe.balance import LoadReport
+from moe.errors import ConfigError
+from moe.model import Transformer
+from moe.train.architecture import check_experts
+from moe.train.data import Dataset, encode, open_dataset
+from moe.train.documents import Documents
+from moe.train.loop import Trainer, deterministic
+from moe.train.settings import Settings
+
+MIN_TOKENS = 4
+
+
+def validation_of(run: Path) -> Dataset:
+    """The held-out text of a run of `moesmith train`."""
+    if not (run / "data" / "data.json").is_file():
+        raise ConfigError(
+            "--data", None, f"files or folders; {run} is no run of `moesmith train` that has held text out"
+        )
+    return open_dataset(run / "data")
+
+
+def pack(documents: Documents, tokenizer: Tokenizer, end: int) -> Dataset:
+    """All of `documents` as the validation part of a dataset, packed in memory as `prepare` packs them on disk."""
+    tokens: list[np.ndarray] = []
+    facts = {"vocab_size": 1 + max(tokenizer.get_vocab().values()), "validation_bytes": 0}
+    count = -1  # the first piece is <end> alone
+    for ids, text_bytes in encode(tokenizer, end, documents):
+        tokens.append(np.array(ids, dtype=np.uint32))
+        facts["validation_bytes"] += text_bytes
+        count += 1
+    packed = np.concatenate(tokens)
+    if len(packed) < MIN_TOKENS:
+        raise ConfigError("--data", len(packed), f"text of {MIN_TOKENS} tokens or more")
+    return Dataset(tokenizer, end, packed, packed, {**facts, "validation": {"documents": count}})
+
+
+def score(model: Transformer, dataset: Dataset, settings: Settings) -> dict[str, Any]:
+    """Score the validation part of `dataset` by `Trainer.evaluate`, in windows of `settings.seq_length`.
+
+    Returns:
+        JSON values: tokens scored, documents, bytes that they spell, nats_per_token, perplexity, bits_per_byte, and
+        for each layer with experts max_vio, dead_experts and tokens (per expert).
+    """
+    check_experts(model.config)
+    with deterministic():
+        trainer = Trainer(model, dataset, settings)
+        found = trainer.evaluate()
+    load = LoadReport(trainer.layer_names, found.load)
+    return {
+        "tokens": found.tokens,
+        "documents": dataset.facts["validation"]["documents"],
+        "bytes": found.text_bytes,
+        "seq_length": settings.seq_length,
+        "nats_per_token": found.nats_per_token,
+        "perplexity": math.exp(min(found.nats_per_token, 700.0)),  # exp(710) is beyond all floats
+        "bits_per_byte": found.bits_per_byte,
+        "load": load_rows(load),
+    }
+
+
+def load_rows(load: LoadReport) -> list[dict[str, Any]]:
+    """JSON values of a load report, one object for each layer."""
+    rows = zip(load.layers, load.max_vio, load.dead_experts, load.load.tolist(), strict=True)
+    return [{"layer": name, "max_vio": vio, "dead_experts": dead, "tokens": counts} for name, vio, dead, counts in rows]

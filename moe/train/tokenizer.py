@@ -1,0 +1,115 @@
+"""Tokenizers: training one, finding one, and what a checkpoint keeps of the files beside it."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from moe.checkpoint.reading.hub import find, is_name
+from moe.errors import CheckpointError, ConfigError
+
+END_OF_TEXT = "<|endoftext|>"
+# What released tokenizers call the token between documents, for a tokenizer.json without a tokenizer_config.json.
+END_OF_TEXT_NAMES = (
+    END_OF_TEXT,
+    "<｜end▁of▁sentence｜>",  # noqa: RUF001 (DeepSeek's)
+    "<|end_of_text|>",
+    "<eos>",
+    "</s>",
+    "<|im_end|>",
+    "[SEP]",
+)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE with at most `vocab_size` tokens, END_OF_TEXT among them; the same texts give the same one."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def find_tokenizer(path: Path) -> Path:
+    """The tokenizer.json that `path` names: itself, or that of a checkpoint folder, a run or a name on the Hub."""
+    if path.suffix == ".json" or not (path.is_dir() or is_name(path)):
+        return path
+    try:
+        folder = find(path, files=("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"))
+    except CheckpointError as error:
+        raise ConfigError("--tokenizer", str(path), f"a readable tokenizer.json; {error.problem}") from None
+    return folder / "tokenizer.json"
+
+
+def load_tokenizer(path: Path) -> tuple[Tokenizer, str]:
+    """(tokenizer, end-of-text token) of a tokenizer.json.
+
+    The token is the `eos_token` of the tokenizer_config.json beside it, else the first of END_OF_TEXT_NAMES there is.
+    """
+    try:
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError("--tokenizer", str(path), f"a readable tokenizer.json; {error.strerror}") from None
+    except Exception as error:  # the library raises bare Exception
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError("--tokenizer", str(path), f"a tokenizer.json; {reason}") from None
+    names = END_OF_TEXT_NAMES
+    if named := _token(_read_beside(path), "eos_token"):
+        names = (named,)
+    for name in names:
+        if tokenizer.token_to_id(name) is not None:
+            return tokenizer, name
+    raise ConfigError("--tokenizer", str(path), f"a tokenizer with an end-of-text token, one of {', '.join(names)}")
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """One more than the largest id, which is more than the number of tokens if there are gaps between the ids."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
+def check_vocabulary(path: Path, vocab_size: int, option: str) -> None:
+    """Raise ConfigError if the tokenizer that `path` names has an id that a model of `vocab_size` tokens has not."""
+    found = vocabulary_size(load_tokenizer(find_tokenizer(path))[0])
+    if found > vocab_size:
+        raise ConfigError(option, str(path), f"a tokenizer of at most {vocab_size} tokens, as the model; found {found}")
+
+
+def _read_beside(path: Path) -> dict[str, Any]:
+    """The object in the tokenizer_config.json beside a tokenizer.json; empty if there is none."""
+    beside = path.with_name("tokenizer_config.json")
+    try:
+        return {**json.loads(beside.read_text(encoding="utf-8"))} if beside.is_file() else {}
+    except (ValueError, TypeError):
+        raise ConfigError("--tokenizer", str(beside), "a JSON object") from None
+
+
+def _token(values: Mapping[str, Any], name: str) -> str | None:
+    """The text of a special token, which is a string or an object with a "content"."""
+    token = values.get(name)
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def read_tokenizer_settings(tokenizer_path: Path) -> dict[str, Any]:
+    """What an exported checkpoint keeps of the files beside a tokenizer.json: "chat_template" and "pad_token".
+
+    chat_template.jinja goes before the chat_template of tokenizer_config.json, as in transformers. Keys that the files
+    do not give are absent.
+    """
+    values = _read_beside(tokenizer_path)
+    found = {"chat_template": values.get("chat_template"), "pad_token": _token(values, "pad_token")}
+    template = tokenizer_path.with_name("chat_template.jinja")
+    if template.is_file():
+        try:
+            found["chat_template"] = template.read_bytes().decode("utf-8").removeprefix("\ufeff")
+        except (OSError, UnicodeError) as error:
+            raise ConfigError("--tokenizer", str(template), f"UTF-8 text; {error}") from None
+    return {name: value for name, value in found.items() if value is not None}
