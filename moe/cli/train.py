@@ -56,7 +56,7 @@ class Args(Settings):
         """
         for name in ("--data", "--validation-data"):
             if sum(word.partition("=")[0] == name for word in words) > 1:
-                raise ConfigError(name, "...", f"all paths after one name: {name} PATH PATH")
+                raise ConfigError(name, "...", f"all paths after one option: {name} PATH PATH")
         found = [i for i, word in enumerate(words) if word == "--resume" or word.startswith("--resume=")]
         if not found:
             return list(words)
