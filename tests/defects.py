@@ -167,7 +167,11 @@ NAMED = (
         "self.e_score_correction_bias = moved.to(bias.dtype)",
     ),
     router("bias of the router forgotten", ", None if self.bias is None else self.bias.to(dtype))", ")"),
-    router("an absent expert takes a share", ".masked_fill(expert_ids < 0, 0)", ""),
+    router(
+        "an absent expert takes a share",
+        "expert_ids.masked_fill(absent, 0)).masked_fill(absent, 0)",
+        "expert_ids.masked_fill(absent, 0))",
+    ),
     kernel(
         "grouped_gemm",
         "K mask dropped",

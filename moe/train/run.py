@@ -357,7 +357,7 @@ def _sample(trainer: Trainer, model: Transformer) -> dict[str, str]:
     ids = generate(
         model,
         torch.from_numpy(prompt)[None].to(next(model.parameters()).device),
-        max_new_tokens=SAMPLE_NEW_TOKENS,
+        max_new_tokens=min(SAMPLE_NEW_TOKENS, model.config.max_position_embeddings - len(prompt)),
         **SAMPLING,
         seed=trainer.settings.seed,
         eos_token_id=dataset.end_of_text,
