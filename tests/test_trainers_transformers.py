@@ -37,7 +37,7 @@ CONFIG = moe.ModelConfig(
     initializer_range=0.2,
     extra={"eos_token_id": 3},
 )
-PLAIN = {"num_nextn_predict_layers": 0, "aux_loss_alpha": 0.0, "router_z_loss_coef": 0.0}
+PLAIN = {"topk_method": "greedy", "num_nextn_predict_layers": 0, "aux_loss_alpha": 0.0, "router_z_loss_coef": 0.0}
 
 
 def build(**changes: Any) -> moe.Transformer:
