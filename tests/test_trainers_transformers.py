@@ -278,8 +278,7 @@ def test_models_of_transformers_are_refused(tmp_path: Path) -> None:
 
 def test_a_tokenizer_and_tensorboard(tmp_path: Path) -> None:
     """What they read and write of a model's config."""
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -294,6 +293,6 @@ def test_a_tokenizer_and_tensorboard(tmp_path: Path) -> None:
     assert model.config is given and given.pad_token_id == 1 and given.eos_token_id == 2
     assert given.use_cache is False and given == CONFIG and given.to_dict() == CONFIG.to_dict()
     (folder,) = {path.parent for path in tmp_path.rglob("events.out.*")}
-    events = EventAccumulator(str(folder))
+    events = accumulator.EventAccumulator(str(folder))
     events.Reload()
     assert {"train/loss", "train/moe_max_vio", "train/moe_dead_experts"} <= set(events.Tags()["scalars"])

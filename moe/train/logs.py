@@ -61,7 +61,7 @@ def open_log(settings: Settings, folder: Path, step: int) -> Iterator[Log | None
 
 def _wandb_run(settings: Settings, folder: Path) -> Any:
     """A run of Weights & Biases, which a resumed run goes on with; offline with WANDB_MODE=offline."""
-    import wandb
+    import wandb  # pyright: ignore[reportMissingImports]
 
     file = folder / "wandb_id.txt"
     if not file.exists():
