@@ -597,11 +597,11 @@ def test_mistakes_are_one_line(name: str, text: Path, tmp_path: Path, capsys: py
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     make, expected = MISTAKES[name]
-    out = tmp_path / "run"
+    out = tmp_path / "runs" / "run"
     assert main(["train", *make(text, tmp_path), "--out", str(out)]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1 and expected in captured.err
-    assert not out.exists(), "the next attempt finds the name free"
+    assert not out.parent.exists(), "nothing is left behind, and the next attempt finds the name free"
 
 
 def test_folders_are_not_overwritten_or_resumed_by_accident(

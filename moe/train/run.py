@@ -100,7 +100,9 @@ def train(
         with world.together():
             if first:
                 check_log(settings.log)
-                folder.parent.mkdir(parents=True, exist_ok=True)
+                if not folder.parent.exists():
+                    folder.parent.mkdir(parents=True)
+                    held.callback(_remove_if_empty, folder.parent)  # after a mistake found below
                 held.enter_context(locked(folder, "another run is at work in this folder"))
                 _open_folder(folder, settings, resume=resume, overwrite=overwrite)
         try:
@@ -396,6 +398,11 @@ def _open_folder(folder: Path, settings: Settings, *, resume: bool, overwrite: b
         os.replace(folder, _overwritten(folder))
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, deciding)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _overwritten(folder: Path) -> Path:
