@@ -204,7 +204,7 @@ def test_wrong_dtypes_are_named() -> None:
     for name in ("position_ids", "document_ids"):
         with pytest.raises(ValueError, match=f"^{name} is floating point: expected integers$"):
             tied(ids, **{name: ids.double()})
-    wide, narrow = tied(ids, labels=ids), tied(ids.int(), labels=ids.int(), document_ids=torch.zeros_like(ids).int())
+    wide, narrow = (tied(i, labels=i, document_ids=torch.zeros_like(i)) for i in (ids, ids.int()))
     assert wide.loss is not None and narrow.loss is not None and torch.equal(wide.loss, narrow.loss)
 
 
