@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
-from moe.checkpoint.format.carried import templates
+from moe.checkpoint.format.carried import special_token, templates
 from moe.checkpoint.format.files import read_bounded
 from moe.checkpoint.format.folder import MAX_CONFIG_BYTES, MAX_CONFIG_VALUES, member
 from moe.checkpoint.format.strict_json import parse_as_python, settled
@@ -55,7 +55,7 @@ class ChatTemplate:
             found = f"templates called {', '.join(map(str, sources))}" if isinstance(sources, dict) else repr(sources)
             raise CheckpointError(file, "chat_template", expected='a text, or one called "default"', found=found)
         values = settings if "added_tokens_decoder" in settings else settings | _object(folder, _TOKENS)
-        tokens = {name: _content(values.get(name)) for name in _NAMED_TOKENS}
+        tokens = {name: special_token(values, name) for name in _NAMED_TOKENS}
         return cls(source, {name: token for name, token in tokens.items() if token is not None}, file)
 
     def render(self, messages: list[dict[str, str]]) -> str:
@@ -151,9 +151,3 @@ def _object(folder: Path, name: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(folder / name, "not a JSON object", found=repr(values)[:80])
     return values
-
-
-def _content(token: Any) -> str | None:
-    """The text of a special token, which is a string or an object with a "content"."""
-    token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else None

@@ -15,6 +15,7 @@ from moe.train.data import Dataset, encode, open_dataset
 from moe.train.documents import Documents
 from moe.train.loop import Trainer, deterministic
 from moe.train.settings import Settings
+from moe.train.tokenizer import vocabulary_size
 
 MIN_TOKENS = 4
 
@@ -31,7 +32,7 @@ def validation_of(run: Path) -> Dataset:
 def pack(documents: Documents, tokenizer: Tokenizer, end: int) -> Dataset:
     """All of `documents` as the validation part of a dataset, packed in memory as `prepare` packs them on disk."""
     tokens: list[np.ndarray] = []
-    facts = {"vocab_size": 1 + max(tokenizer.get_vocab().values()), "validation_bytes": 0}
+    facts = {"vocab_size": vocabulary_size(tokenizer), "validation_bytes": 0}
     count = -1  # the first piece is <end> alone
     for ids, text_bytes in encode(tokenizer, end, documents):
         tokens.append(np.array(ids, dtype=np.uint32))

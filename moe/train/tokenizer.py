@@ -1,12 +1,13 @@
 """Tokenizers: training one, finding one, and what a checkpoint keeps of the files beside it."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from moe.checkpoint.format.carried import special_token
 from moe.checkpoint.reading.hub import find, is_name
 from moe.errors import CheckpointError, ConfigError
 
@@ -62,7 +63,7 @@ def load_tokenizer(path: Path) -> tuple[Tokenizer, str]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError("--tokenizer", str(path), f"a tokenizer.json; {reason}") from None
     names = END_OF_TEXT_NAMES
-    if named := _token(_read_beside(path), "eos_token"):
+    if named := special_token(_read_beside(path), "eos_token"):
         names = (named,)
     for name in names:
         if tokenizer.token_to_id(name) is not None:
@@ -91,13 +92,6 @@ def _read_beside(path: Path) -> dict[str, Any]:
         raise ConfigError("--tokenizer", str(beside), "a JSON object") from None
 
 
-def _token(values: Mapping[str, Any], name: str) -> str | None:
-    """The text of a special token, which is a string or an object with a "content"."""
-    token = values.get(name)
-    token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else None
-
-
 def read_tokenizer_settings(tokenizer_path: Path) -> dict[str, Any]:
     """What an exported checkpoint keeps of the files beside a tokenizer.json: "chat_template" and "pad_token".
 
@@ -105,7 +99,7 @@ def read_tokenizer_settings(tokenizer_path: Path) -> dict[str, Any]:
     do not give are absent.
     """
     values = _read_beside(tokenizer_path)
-    found = {"chat_template": values.get("chat_template"), "pad_token": _token(values, "pad_token")}
+    found = {"chat_template": values.get("chat_template"), "pad_token": special_token(values, "pad_token")}
     template = tokenizer_path.with_name("chat_template.jinja")
     if template.is_file():
         try:

@@ -113,6 +113,13 @@ def templates(folder: Path) -> list[str]:
     return [name for name in names if _TEMPLATE.fullmatch(name)][: MAX_CARRIED_FILES + 1]
 
 
+def special_token(values: Mapping[str, Any], name: str) -> str | None:
+    """The text of a special token in tokenizer_config.json, which is a string or an object with a "content"."""
+    token = values.get(name)
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
 def _licenses(folder: Path) -> list[str]:
     """Names of the licences in `folder`; not of what is too large to be one, or leads out of the folder."""
     names: list[str] = []
