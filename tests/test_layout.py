@@ -130,6 +130,18 @@ def test_library_imports_neither_tests_nor_benchmarks() -> None:
         assert not {n for n in imports(path) if n.split(".")[0] in ("tests", "benchmarks", "kernels")}, path
 
 
+def test_no_module_imports_a_test_module() -> None:
+    """What tests share is in tests/support, in a program, or in a conftest."""
+    wrong = []
+    for path in (*sources("tests"), *sources("benchmarks")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                modules = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+                if any(part.startswith("test_") for module in modules for part in module.split(".")):
+                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not wrong
+
+
 def test_kernels_is_a_source_root_and_not_a_package() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert (ROOT / "kernels" / "moe_triton" / "__init__.py").exists()

@@ -18,7 +18,8 @@ from moe.checkpoint.convert import convert, cut
 from moe.checkpoint.format.manifest import verify
 from moe.checkpoint.rewrite import DEEPSEEK_FILE
 from moe.ops import dequantize_blocks, quantize_blocks
-from tests.checkpoint.test_quantised import (
+from tests.support.checkpoint_cases import BY_FAMILY, V3, V3_MTP, assert_same, build
+from tests.support.quantised_checkpoints import (
     BLOCK,
     GPT_OSS,
     Folders,
@@ -28,7 +29,6 @@ from tests.checkpoint.test_quantised import (
     make_mxfp4,
     noisy,
 )
-from tests.support.checkpoint_cases import BY_FAMILY, V3, V3_MTP, assert_same, build
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ import moe
 from moe import CheckpointError, Transformer
 from moe.checkpoint import read_summary
 from moe.checkpoint.convert import convert, cut
-from tests.checkpoint.test_quantised import GPT_OSS
 from tests.support.checkpoint_cases import V3_MTP, as_kimi_k25, assert_same
+from tests.support.quantised_checkpoints import GPT_OSS
 
 CONFIG = dataclasses.replace(V3_MTP, num_nextn_predict_layers=1)
 MTP = "model.layers.3."

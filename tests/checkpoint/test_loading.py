@@ -21,8 +21,8 @@ from moe.checkpoint.reading import load as reading
 from moe.checkpoint.reading import memory
 from moe.checkpoint.reading.hub import find
 from tests import skeletons
-from tests.checkpoint.test_quantised import GPT_OSS, is_quantised
 from tests.support.checkpoint_cases import V3, configure
+from tests.support.quantised_checkpoints import GPT_OSS, is_quantised
 
 MIB = 2**20
 

@@ -4,7 +4,6 @@ import dataclasses
 import io
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,23 +15,7 @@ import moe
 from moe.cli import COMMANDS, main
 from moe.cli.generate import GrowingText, end_ids, read_tokenizer
 from tests.support.checkpoint_cases import V3
-
-
-def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
-    """Status, stdout and stderr of a command, run in this process."""
-    try:
-        status = main(argv)
-    except SystemExit as exit_:  # tyro's way out
-        status = exit_.code if isinstance(exit_.code, int) else 1
-    out, err = capsys.readouterr()
-    return status, out, err
-
-
-def fails_in_one_line(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    status, out, err = run(capsys, *argv)
-    assert (status, out) == (2, "")
-    assert err.startswith("moesmith: ") and err.count("\n") == 1
-    return err
+from tests.support.command_line import fails_in_one_line, run, variant
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -163,18 +146,6 @@ def folder(tmp_path_factory) -> Path:
     model.carried_files["tokenizer.json"] = tokenizer.to_str().encode()
     model.save(path)
     return path
-
-
-def variant(folder: Path, into: Path, **files: str | None) -> Path:
-    """A copy of the folder with some files changed, or left out where None."""
-    shutil.copytree(folder, into)
-    for name, content in files.items():
-        path = into / name.replace("__", ".")
-        if content is None:
-            path.unlink()
-        else:
-            path.write_text(content)
-    return into
 
 
 def test_inspect_folder_reads_headers_only(capsys, folder, tmp_path):

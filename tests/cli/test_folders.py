@@ -22,8 +22,8 @@ from moe.cli import COMMANDS
 from moe.cli.options import parse
 from moe.cli.train import Args as TrainArgs
 from moe.planning.footprint import Placement, inference, stored
-from tests.cli.test_cli import fails_in_one_line, run
 from tests.support.checkpoint_cases import V3, V3_MTP
+from tests.support.command_line import fails_in_one_line, run
 
 
 @pytest.fixture(scope="module")

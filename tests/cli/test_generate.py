@@ -25,8 +25,7 @@ from moe.cli.options import parse
 from moe.cli.train import _generate
 from moe.sampling import Sampling
 from moe.train.run import SAMPLING
-from tests.cli.test_chat import NAMES, SETTINGS, TEMPLATES, write_tokenizer
-from tests.cli.test_cli import fails_in_one_line, run, variant
+from tests.support.command_line import NAMES, SETTINGS, TEMPLATES, fails_in_one_line, run, variant, write_tokenizer
 
 
 @pytest.fixture(scope="module")

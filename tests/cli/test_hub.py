@@ -21,8 +21,8 @@ from moe.checkpoint.convert import convert
 from moe.checkpoint.reading import hub
 from moe.train.settings import Settings
 from moe.train.tokenizer import find_tokenizer, load_tokenizer
-from tests.cli.test_cli import fails_in_one_line, run
 from tests.support.checkpoint_cases import V3
+from tests.support.command_line import fails_in_one_line, run
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 

@@ -17,32 +17,15 @@ from torch.utils.checkpoint import checkpoint
 
 import moe
 from moe import balance
+from tests.support.models import SMALL
 
-SMALL = moe.ModelConfig(
-    vocab_size=61,
-    hidden_size=24,
+CONFIG = dataclasses.replace(
+    SMALL,
     num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=40,
-    moe_intermediate_size=16,
-    n_routed_experts=8,
-    num_experts_per_tok=3,
-    n_shared_experts=1,
-    first_k_dense_replace=1,
-    kv_lora_rank=12,
-    q_lora_rank=10,
-    qk_nope_head_dim=6,
-    qk_rope_head_dim=4,
-    v_head_dim=8,
-    rope_interleave=True,
-    scoring_func="sigmoid",
-    topk_method="noaux_tc",
-    n_group=4,
-    topk_group=2,
-    routed_scaling_factor=2.5,
     num_nextn_predict_layers=1,
     aux_loss_alpha=0.01,
     router_z_loss_coef=0.001,
+    initializer_range=0.02,
 )
 
 
@@ -197,7 +180,7 @@ def test_aux_loss_enters_the_gradient_and_not_the_output() -> None:
 @pytest.mark.parametrize("recompute", [False, True])
 def test_transformer_adds_the_losses_or_carries_them(recompute: bool) -> None:
     """The gradient of out.loss equals that of a cross entropy computed by the caller from out.logits."""
-    config = dataclasses.replace(SMALL, num_nextn_predict_layers=0)
+    config = dataclasses.replace(CONFIG, num_nextn_predict_layers=0)
     ids = torch.randint(0, 61, (2, 12))
     ours, theirs = moe.Transformer(config).train(), moe.Transformer(config).train()
     for model in (ours, theirs):
@@ -216,7 +199,7 @@ def test_transformer_adds_the_losses_or_carries_them(recompute: bool) -> None:
 
 
 def test_mtp_layers_are_counted_and_balanced() -> None:
-    model = moe.Transformer(SMALL).train()
+    model = moe.Transformer(CONFIG).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     handle = balance.attach(model, optimizer)
     ids = torch.randint(0, 61, (2, 12))
@@ -269,7 +252,7 @@ def test_attach_refuses_what_cannot_work() -> None:
 
 
 def test_bias_stays_fp32_through_every_cast() -> None:
-    model = moe.Transformer(SMALL)
+    model = moe.Transformer(CONFIG)
     values = torch.linspace(-3, 5, 8) + 0.001
     for _, router in balance.routers(model):
         router.e_score_correction_bias.copy_(values)
@@ -372,7 +355,7 @@ def test_losses_reach_a_head_of_another_kind() -> None:
     ids = torch.randint(0, 61, (2, 12))
     grads = []
     for alpha, scale in ((0.0, 1.0), (1.0, 1.0), (1.0, 0.5)):
-        config = dataclasses.replace(SMALL, aux_loss_alpha=alpha, router_z_loss_coef=0.0)
+        config = dataclasses.replace(CONFIG, aux_loss_alpha=alpha, router_z_loss_coef=0.0)
         model = moe.Transformer(config).train()
         balance.set_loss_scale(model, scale)
         model(ids).hidden.square().sum().backward()
@@ -383,7 +366,7 @@ def test_losses_reach_a_head_of_another_kind() -> None:
 
 
 def test_report_without_mtp_keeps_its_rows() -> None:
-    model = moe.Transformer(SMALL).eval()
+    model = moe.Transformer(CONFIG).eval()
     ids = torch.randint(0, 61, (2, 12))
     out = model(ids)
     assert out.load is not None

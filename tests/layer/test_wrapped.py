@@ -23,16 +23,7 @@ from moe.cache import Cache
 from moe.errors import CheckpointError
 from moe.router import LoadCounter
 from moe.train.state import save_state
-
-MLA = dict(kv_lora_rank=16, q_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10)
-GQA = dict(num_key_value_heads=2, head_dim=8, tie_word_embeddings=True)
-
-
-def build(attention: dict[str, Any], **more: Any) -> moe.Transformer:
-    settings: dict[str, Any] = dict(vocab_size=61, hidden_size=32, num_hidden_layers=3, num_attention_heads=4)
-    settings |= dict(intermediate_size=24, moe_intermediate_size=12, n_routed_experts=8, num_experts_per_tok=3)
-    settings |= dict(first_k_dense_replace=1, aux_loss_alpha=0.1, router_z_loss_coef=0.01, initializer_range=0.2)
-    return moe.Transformer(moe.ModelConfig(**settings | attention | more))
+from tests.support.models import GQA, MLA, small_model
 
 
 class Around(nn.Module):
@@ -128,7 +119,7 @@ def test_a_wrapped_layer_of_a_model(wrapper: str) -> None:
     mask[0, :5] = 0
 
     def run(wrap: Callable[[nn.Module], Any]) -> dict[str, Any]:
-        model = build(MLA, num_nextn_predict_layers=1)
+        model = small_model(MLA, num_nextn_predict_layers=1)
         blocks: list[Any] = [*model.layers, model.mtp[0].block]
         for block in blocks:
             block.mlp = wrap(block.mlp)
@@ -180,7 +171,7 @@ def offload(module: nn.Module) -> None:
 @pytest.mark.parametrize(("attention", "more"), [(MLA, {}), (GQA, {}), (GQA, {"qk_norm": "head"})])
 @torch.no_grad()
 def test_offloaded_parameters_come_back_where_they_are_used(attention: dict[str, Any], more: dict[str, Any]) -> None:
-    model = build(attention, n_shared_experts=1, shared_expert_gate=True, **more).eval()
+    model = small_model(attention, n_shared_experts=1, shared_expert_gate=True, **more).eval()
     ids = torch.tensor([[1, 2, 3], [9, 8, 7]])
     logits, text = model(ids).logits, moe.generate(model, ids, max_new_tokens=6)
     offload(model)
@@ -223,7 +214,7 @@ class Int8(nn.Module):
 def test_decoding_includes_what_is_around_the_latent(around: Callable[[nn.Linear], nn.Module]) -> None:
     """Absorbed decoding of one token against all tokens at once, whose keys and values are expanded."""
     torch.manual_seed(0)
-    model = build(MLA, max_position_embeddings=64).double().eval()
+    model = small_model(MLA, max_position_embeddings=64).double().eval()
     for block in model.layers:
         latent: Any = block.self_attn
         latent.kv_b_proj = around(latent.kv_b_proj)
@@ -241,7 +232,7 @@ def test_a_decoding_step_with_gradients_reaches_the_latent(monkeypatch: pytest.M
     ids = torch.randint(0, 61, (2, 10), generator=torch.Generator().manual_seed(0))
 
     def gradient() -> Tensor:
-        model = build(MLA).double().eval()
+        model = small_model(MLA).double().eval()
         cache = Cache(model.config)
         with torch.no_grad():
             model(ids[:, :8], cache=cache)
@@ -256,7 +247,7 @@ def test_a_decoding_step_with_gradients_reaches_the_latent(monkeypatch: pytest.M
 
 
 def test_an_attached_copy_has_counters_and_a_scale_of_its_own() -> None:
-    model = build(MLA)
+    model = small_model(MLA)
     balance.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
     balance.set_loss_scale(model, 0.25)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -271,7 +262,7 @@ def test_the_loss_scale_reaches_a_model_whose_layers_were_replaced() -> None:
     ids = torch.randint(0, 61, (2, 8), generator=torch.Generator().manual_seed(0))
 
     def gradient(scale: float) -> Tensor:
-        model = build(MLA).double()
+        model = small_model(MLA).double()
         for i in range(len(model.layers)):
             model.layers[i] = copy.deepcopy(model.layers[i])
         balance.set_loss_scale(model, scale)
@@ -349,7 +340,7 @@ def test_attach_that_fails_changes_nothing(optimizer: Any, message: str) -> None
 
 
 def test_attach_without_memory_for_the_counters_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build(MLA)
+    model = small_model(MLA)
     optimizer = sgd(model)
     start, last = LoadCounter.start, [router for _, router in balance.routers(model)][-1].load_counter
 
@@ -394,7 +385,7 @@ def test_attach_beside_data_parallelism(when: str, one_rank: Any) -> None:
     ids = torch.randint(0, 61, (2, 8), generator=torch.Generator().manual_seed(0))
 
     def run(*, parallel: bool) -> moe.Transformer:
-        model = build(MLA, num_nextn_predict_layers=1)
+        model = small_model(MLA, num_nextn_predict_layers=1)
         optimizer = sgd(model)
         if when == "before":
             balance.attach(model, optimizer)
@@ -408,7 +399,7 @@ def test_attach_beside_data_parallelism(when: str, one_rank: Any) -> None:
         return model
 
     found, expected = run(parallel=True).state_dict(), run(parallel=False).state_dict()
-    assert found.keys() == expected.keys() == build(MLA, num_nextn_predict_layers=1).state_dict().keys()
+    assert found.keys() == expected.keys() == small_model(MLA, num_nextn_predict_layers=1).state_dict().keys()
     for name, exact in expected.items():
         assert torch.equal(found[name], exact), name
 
@@ -416,7 +407,7 @@ def test_attach_beside_data_parallelism(when: str, one_rank: Any) -> None:
 @pytest.mark.parametrize("use_buffers", [False, True])
 def test_an_average_of_an_attached_model(use_buffers: bool) -> None:
     """Begun amid an accumulation. The correction bias is averaged, or follows the model's, and gets no updates."""
-    model = build(MLA)
+    model = small_model(MLA)
     optimizer = sgd(model)
     balance.attach(model, optimizer, bias_update_speed=0.25)
     ids = torch.randint(0, 61, (3, 2, 8), generator=torch.Generator().manual_seed(0))
@@ -489,7 +480,7 @@ def test_another_loss_scale_compiles_nothing_anew(of: str) -> None:
     counters.clear()
     x = torch.randn(2, 5, 32, dtype=torch.float64)
     ids = torch.randint(0, 61, (2, 8), generator=torch.Generator().manual_seed(0))
-    module: Any = build(MLA, aux_loss_alpha=1.0, num_hidden_layers=1, first_k_dense_replace=0).double()
+    module: Any = small_model(MLA, aux_loss_alpha=1.0, num_hidden_layers=1, first_k_dense_replace=0).double()
     module = module if of == "model" else module.layers[0].mlp
     given = ids if of == "model" else x
     balance.attach(module, sgd(module))
@@ -535,7 +526,7 @@ def test_a_reentrant_checkpoint_loses_the_balance_loss_and_is_refused(around: st
     if around == "mtp" and not with_labels:
         return  # MTP modules run with labels only
     ids = torch.randint(0, 61, (2, 8))
-    model: Any = build(MLA, num_nextn_predict_layers=1)
+    model: Any = small_model(MLA, num_nextn_predict_layers=1)
     wrap = partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.REENTRANT)
     if around == "mlp":
         model.layers[1].mlp = wrap(model.layers[1].mlp)
@@ -552,7 +543,7 @@ def test_layers_below_what_is_trained_may_be_frozen() -> None:
     ids = torch.randint(0, 61, (2, 8), generator=torch.Generator().manual_seed(0))
 
     def gradient(*, freeze: bool) -> Tensor:
-        model = build(MLA).double()
+        model = small_model(MLA).double()
         for part in (model.embed_tokens, *model.layers[:2]):
             part.requires_grad_(not freeze)
         loss = model(ids, labels=ids).loss
@@ -567,7 +558,7 @@ def test_layers_below_what_is_trained_may_be_frozen() -> None:
 
 @torch.no_grad()
 def test_a_cache_forgets_old_weights_with_its_tokens() -> None:
-    model = build(MLA).double().eval()
+    model = small_model(MLA).double().eval()
     ids = torch.randint(0, 61, (2, 8))
     cache = Cache(model.config)
     for i in range(8):
@@ -582,7 +573,7 @@ def test_a_cache_forgets_old_weights_with_its_tokens() -> None:
 
 @torch.no_grad()
 def test_decoding_under_autocast_and_then_without() -> None:
-    model = build(MLA).eval()
+    model = small_model(MLA).eval()
     ids = torch.randint(0, 61, (1, 8))
     cache = Cache(model.config)
     model(ids[:, :6], cache=cache)
@@ -597,7 +588,7 @@ def test_decoding_under_autocast_and_then_without() -> None:
 def test_decoding_includes_a_hook_on_the_latent(hook: str) -> None:
     """One that is not linear rules absorption out."""
     torch.manual_seed(0)
-    model = build(MLA).double().eval()
+    model = small_model(MLA).double().eval()
     for block in model.layers:
         latent: Any = block.self_attn
         if hook == "inputs":
@@ -649,7 +640,7 @@ CHANGES: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 @pytest.mark.parametrize("how", list(CHANGES))
 def test_a_tensor_that_is_not_dense_is_refused_before_anything_is_written(how: str, tmp_path: Path) -> None:
     change, found = CHANGES[how]
-    model, name = build(MLA), "layers.1.self_attn.o_proj.weight"
+    model, name = small_model(MLA), "layers.1.self_attn.o_proj.weight"
     whole = model.state_dict()
     given = {**whole, name: change(whole[name])}
     message = f"{name}: not a dense tensor: dequantise the model, .*; expected torch.Tensor; found {found}$"

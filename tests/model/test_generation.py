@@ -11,7 +11,7 @@ import moe
 from moe.generation import _count, penalize, rank, sample, stream
 from moe.model import Transformer
 from moe.sampling import Sampling
-from tests.model.test_model import GROUPED, SMALL
+from tests.support.models import GROUPED, SMALL
 
 
 def greedy_without_cache(model: Transformer, ids: Tensor, steps: int) -> tuple[Tensor, float]:

@@ -16,45 +16,10 @@ from moe.loss import next_token_loss
 from moe.model import Transformer
 from moe.rope import inverse_frequencies, rope_tables
 from moe.uncast import Uncast
+from tests.support.models import GROUPED, SMALL
 
 YARN = moe.RopeParameters(
     rope_type="yarn", factor=4.0, original_max_position_embeddings=8, mscale=0.7, mscale_all_dim=1.0
-)
-SMALL = moe.ModelConfig(
-    vocab_size=61,
-    hidden_size=24,
-    num_hidden_layers=3,
-    num_attention_heads=2,
-    intermediate_size=40,
-    moe_intermediate_size=16,
-    n_routed_experts=8,
-    num_experts_per_tok=3,
-    n_shared_experts=1,
-    first_k_dense_replace=1,
-    kv_lora_rank=12,
-    q_lora_rank=10,
-    qk_nope_head_dim=6,
-    qk_rope_head_dim=4,
-    v_head_dim=8,
-    rope_interleave=True,
-    scoring_func="sigmoid",
-    topk_method="noaux_tc",
-    n_group=4,
-    topk_group=2,
-    routed_scaling_factor=2.5,
-    initializer_range=0.2,
-)
-GROUPED = dataclasses.replace(
-    SMALL,
-    kv_lora_rank=None,
-    q_lora_rank=None,
-    qk_nope_head_dim=None,
-    qk_rope_head_dim=None,
-    v_head_dim=None,
-    num_key_value_heads=1,
-    head_dim=6,
-    qk_norm="head",
-    rope_interleave=False,
 )
 SHAPES = {
     "mla": SMALL,

@@ -19,34 +19,11 @@ from moe.ops.mlp import moe_mlp_reference
 from moe.ops.permutation import permute_reference, unpermute_reference
 from tests.support.bound import DTYPES, UNIT, against_eager, elementwise_limit, excess, product_limit
 from tests.support.cases import BY_NAME, CASES, Case, Inputs
+from tests.support.operators import eager_experts, fused, gradients
 from tests.support.running_error import beyond, complaints, moe_mlp_errors
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-
-
-def eager_experts(i: Inputs, bias: bool = True) -> Tensor:
-    """What transformers' experts do in eager mode, with biases and ids of -1."""
-    out = torch.zeros_like(i.x)
-    for e in range(len(i.gate_up)):
-        token, k = (i.expert_ids == e).nonzero(as_tuple=True)
-        gate, up = (i.x[token] @ i.gate_up[e].T + (i.gate_up_bias[e] if bias else 0)).chunk(2, dim=-1)
-        rows = (silu(gate) * up) @ i.down[e].T + (i.down_bias[e] if bias else 0)
-        out = out.index_add(0, token, (rows * i.weights[token, k, None]).to(out.dtype))
-    return out
-
-
-def fused(i: Inputs, **settings: Any) -> Tensor:
-    biases: dict[str, Any] = {"gate_up_bias": i.gate_up_bias, "down_bias": i.down_bias}
-    return ops.moe_mlp(i.x, i.gate_up, i.down, i.weights, i.expert_ids, **biases, **settings)
-
-
-def gradients(function: Callable[[Inputs], Tensor], inputs: Inputs, grad: Tensor) -> dict[str, Tensor]:
-    leaves = inputs.leaves()
-    result = function(leaves)
-    names = ("x", "gate_up", "down", "weights", "gate_up_bias", "down_bias")
-    grads = torch.autograd.grad(result, leaves.differentiable, grad.to(result.dtype), materialize_grads=True)
-    return {"y": result.detach(), **dict(zip(names, grads, strict=True))}
 
 
 def test_memory_is_poisoned() -> None:

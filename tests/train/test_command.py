@@ -26,10 +26,9 @@ from moe.train.schedule import learning_rate_factor
 from moe.train.scoring import pack
 from moe.train.settings import Settings
 from moe.train.state import load_latest_state
-from tests.train import test_train
-from tests.train.test_train import MICRO, MICRO_SETTINGS, QUIET, assert_same_state
+from tests.support.training import MICRO, MICRO_SETTINGS, QUIET, assert_same_state
 
-micro, text, dataset = test_train.micro, test_train.text, test_train.dataset
+pytestmark = pytest.mark.usefixtures("micro")
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,9 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from torch import Tensor
 
 import moe
 from moe.cli import main
-from moe.config import ModelConfig
 from moe.presets import PRESETS
 from moe.train import launcher
 from moe.train.baselines import bigram_nats, unigram_nats
@@ -32,79 +30,15 @@ from moe.train.loop import NonFiniteError, Trainer, deterministic
 from moe.train.metrics import Metrics
 from moe.train.report import ProgressDisplay, print_summary
 from moe.train.run import train
-from moe.train.settings import Settings
 from moe.train.state import load_latest_state, save_state
+from tests.support.training import MICRO, MICRO_SETTINGS, QUIET, State, assert_same_state
 
-MICRO = ModelConfig(
-    vocab_size=300,
-    hidden_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=2,
-    intermediate_size=48,
-    moe_intermediate_size=16,
-    n_routed_experts=8,
-    n_shared_experts=1,
-    num_experts_per_tok=2,
-    first_k_dense_replace=1,
-    kv_lora_rank=16,
-    q_lora_rank=16,
-    qk_nope_head_dim=8,
-    qk_rope_head_dim=4,
-    v_head_dim=8,
-    rope_interleave=True,
-    max_position_embeddings=64,
-    scoring_func="sigmoid",
-    topk_method="noaux_tc",
-    n_group=2,
-    topk_group=1,
-    num_nextn_predict_layers=1,
-    aux_loss_alpha=1e-3,
-)
-MICRO_SETTINGS = Settings(
-    preset="micro", steps=6, batch_size=2, seq_length=16, lr=1e-2, warmup=2, eval_every=0, save_every=0
-)
-QUIET = Console(file=io.StringIO())
-
-
-@pytest.fixture(autouse=True)
-def micro(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The preset, on one thread: models this small spend their time waiting for a second one."""
-    monkeypatch.setitem(PRESETS, "micro", MICRO)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of small files that differ."""
-    folder = tmp_path_factory.mktemp("text")
-    rng = np.random.default_rng(0)
-    words = ("the", "a", "model", "layer", "expert", "token", "router", "gate", "loss", "step", "of", "in", "to", "is")
-    for i in range(24):
-        (folder / f"{i:02}.txt").write_text("\n\n".join(" ".join(rng.choice(words, 40)) + "." for _ in range(4)))
-    return folder
-
-
-@pytest.fixture(scope="session")
-def dataset(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return prepare(tmp_path_factory.mktemp("data"), [text], None, MICRO.vocab_size)
+pytestmark = pytest.mark.usefixtures("micro")
 
 
 def make_trainer(dataset: Dataset, **changes: Any) -> Trainer:
     config = dataclasses.replace(MICRO, vocab_size=dataset.facts["vocab_size"])
     return Trainer(moe.Transformer(config), dataset, dataclasses.replace(MICRO_SETTINGS, **changes))
-
-
-State = tuple[dict[str, Tensor], dict[str, Any]]
-
-
-def assert_same_state(a: State, b: State) -> None:
-    (tensors_a, values_a), (tensors_b, values_b) = a, b
-    assert values_a == values_b and tensors_a.keys() == tensors_b.keys()
-    assert [name for name in tensors_a if not torch.equal(tensors_a[name], tensors_b[name])] == []
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
