@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from moe.loss import next_token_loss, taking_part, targets
+from moe.loss import next_token_loss, valid_positions, targets
 
 
 def definition(logits: Tensor, labels: Tensor, ahead: int, documents: Tensor | None, real: Tensor | None) -> Tensor:
@@ -138,7 +138,7 @@ def test_targets_are_those_of_the_loss():
     documents = torch.tensor([[0, 0, 0, 0, 1, 1], [0, 1, 0, 1, 1, 1]])
     target, count = targets(labels, 1, 6, documents, None)
     assert target.tolist() == [[6, -100, 8, -100, 1, -100], [-100, -100, -100, 5, 9, -100]] and count == 5
-    part = taking_part(2, labels.new_ones(2, 6).bool(), documents)
+    part = valid_positions(2, labels.new_ones(2, 6).bool(), documents)
     assert part is not None
     assert part.tolist() == [[True, True, False, False], [False] * 3 + [True]], "the second row's begin in turns"
     target, count = targets(labels, 3, 4, documents, part)

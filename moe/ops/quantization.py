@@ -357,13 +357,13 @@ def _refuse_nonfinite(per_block: Tensor, name: str) -> None:
 
 _DEQUANTIZE_BLOCKS = define(
     "dequantize_blocks(Tensor codes, Tensor scale_inv, int[] block_size, int halves, ScalarType dtype) -> Tensor",
-    page=None,
+    kernel_module=None,
     cpu=_dequantize_blocks,
     fake=_dequantize_blocks_fake,
 )
 _DEQUANTIZE_MXFP4 = define(
     "dequantize_mxfp4(Tensor blocks, Tensor scales, ScalarType dtype) -> Tensor",
-    page=None,
+    kernel_module=None,
     cpu=_dequantize_mxfp4,
     fake=_dequantize_mxfp4_fake,
 )
