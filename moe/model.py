@@ -26,7 +26,7 @@ from moe.errors import ConfigError
 from moe.global_batch import GlobalBatch
 from moe.init import materialize, unfilled
 from moe.layer import MLP, MoELayer, MoEStats
-from moe.loss import IGNORED, Term, count_key, next_token_loss, valid_positions, targets
+from moe.loss import IGNORED, Term, count_key, next_token_loss, targets, valid_positions
 from moe.norm import RMSNorm
 from moe.ops.library import check_device, index_error
 from moe.output import Output

@@ -76,7 +76,7 @@ class MeshWorld(World):
     """A rank of a mesh. All methods but `begin_step` and `part_like` are collective calls."""
 
     def __init__(self, mesh: "moe.parallel.Mesh") -> None:
-        # Whoever has a mesh has imported moe.parallel already.
+        # A caller with a mesh has already imported moe.parallel.
         self.mesh, self.rank, self.size, self.launched = mesh, dist.get_rank(), mesh.size, True
         self.writer: moe.parallel.StateWriter | None = None
 

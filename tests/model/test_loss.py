@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from moe.loss import next_token_loss, valid_positions, targets
+from moe.loss import next_token_loss, targets, valid_positions
 
 
 def definition(logits: Tensor, labels: Tensor, ahead: int, documents: Tensor | None, real: Tensor | None) -> Tensor:
@@ -85,7 +85,7 @@ def test_a_second_derivative_is_refused(outer, checkpointed):
         assert all(torch.equal(a, b) and not b.requires_grad for a, b in zip(grads, plain, strict=True))
         for grad in grads:
             for wanted in leaves:
-                with pytest.raises(RuntimeError, match="next_token_loss: differentiable once, and this is a second"):
+                with pytest.raises(RuntimeError, match="next_token_loss: differentiable once; this is a second"):
                     torch.autograd.grad(grad.square().sum(), wanted, retain_graph=True)
 
 

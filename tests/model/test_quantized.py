@@ -244,10 +244,10 @@ def test_casts_are_refused_and_change_nothing(cast: str) -> None:
             assert {k: after[k] for k in module.quantized} == {k: before[k] for k in module.quantized}
             continue
         message = (
-            rf"^{type(module).__name__}\.\w+: a cast from torch\.\w+ to torch\.\w+ would lose the quantised weights"
+            rf"^{type(module).__name__}\.\w+: a cast from torch\.\w+ to torch\.\w+ would destroy the quantised weights"
         )
         for whole in (module, inside):
-            with pytest.raises(TypeError, match=message + "; give it x in the dtype to compute in, or load"):
+            with pytest.raises(TypeError, match=message + "; pass x in the compute dtype, or load"):
                 CASTS[cast](whole)
         assert {k: v.dtype for k, v in module.state_dict().items()} == before
         assert torch.equal(module(*args), expected)
@@ -316,7 +316,7 @@ def test_inference_mode_and_second_derivatives() -> None:
                     assert not grad.requires_grad
                     continue
                 for inputs in ([a], None):
-                    with pytest.raises(RuntimeError, match="differentiable once, and this is a second differentiation"):
+                    with pytest.raises(RuntimeError, match="differentiable once; this is a second differentiation"):
                         grad.sum().backward(retain_graph=True, inputs=inputs)
         assert a.grad is None
 

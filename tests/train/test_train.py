@@ -612,7 +612,7 @@ def test_folders_are_not_overwritten_or_resumed_by_accident(
     assert main(argv) == 0
     capsys.readouterr()
     for more, expected in (
-        ([], "--resume to go on, or --overwrite"),
+        ([], "--resume to continue the run, or --overwrite"),
         (["--resume", "--seed", "1", "--lr", "0.5"], "lr 0.02 (now 0.5), seed 0 (now 1)"),
     ):
         assert main([*argv, *more]) == 2
@@ -688,7 +688,7 @@ def test_a_model_that_cannot_be_saved_is_not_trained(
     argv = ["train", "--preset", "micro", "--data", str(text), "--seq-length", "16", "--out", str(tmp_path / "run")]
     assert main(argv) == 2
     said = capsys.readouterr().err
-    expected = "model_type = 'deepseek_v3': expected a model that its files can express; "
+    expected = "model_type = 'deepseek_v3': expected a model type that can represent the model; "
     assert said.count("\n") == 1 and expected + problem in said
     assert not (tmp_path / "run").exists()
 
@@ -709,7 +709,7 @@ def test_two_runs_in_one_folder_are_refused(text: Path, tmp_path: Path, capsys: 
     assert os.WIFSTOPPED(os.waitpid(first.pid, os.WUNTRACED)[1])
     assert main([*command(text, tmp_path / "run"), "--resume"]) == 2
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "another run is at work in this folder" in said and str(first.pid) in said
+    assert said.count("\n") == 1 and "another run is using this folder" in said and str(first.pid) in said
     first.kill()
     first.communicate()
     assert main([*command(text, tmp_path / "run"), "--auto-resume"]) == 0
