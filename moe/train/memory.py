@@ -47,8 +47,8 @@ def check_memory(
             option, advice = "--batch-size", "use fewer sequences with --accumulation"
     name = option[2:].replace("-", "_")
     value = settings.name if name == settings.source else getattr(settings, name)
-    found = f"at least {_gib(needed(rows))}, and {_gib(free)} free"
-    raise ConfigError(option, value, f"a run that fits into {what}; found that it needs {found}: {advice}")
+    found = f"{_gib(needed(rows))} needed at least, {_gib(free)} free"
+    raise ConfigError(option, value, f"a run that fits into {what}; found {found}; {advice}")
 
 
 def state_bytes(config: ModelConfig, settings: Settings, ranks: int) -> tuple[int, int]:

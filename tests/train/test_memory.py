@@ -151,7 +151,7 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPat
     [
         (
             ["--preset", "deepseek_v3"],
-            "moesmith: --preset = 'deepseek_v3': expected a run that fits into this machine's memory; found that it needs at least 7,6",
+            "moesmith: --preset = 'deepseek_v3': expected a run that fits into this machine's memory; found 7,6",
         ),
         (["--preset", "deepseek_v3", "--optimizer", "adamw"], "10,1"),
         (["--preset", "mixtral_8x7b", "--activation-checkpointing"], "smaller model or, under torchrun, more ranks"),
@@ -183,7 +183,7 @@ def test_an_earlier_run_stays_where_another_does_not_fit(tmp_path: Path, monkeyp
     folder.mkdir()
     (folder / "settings.json").write_text('{"preset": "tiny", "steps": 1, "seq_length": 4}')
     free(monkeypatch, 2**20)
-    with pytest.raises(ConfigError, match=r"found that it needs at least [\d.]+ GiB, and 0\.0 GiB free"):
+    with pytest.raises(ConfigError, match=r"found [\d.]+ GiB needed at least, 0\.0 GiB free"):
         train(Settings(), folder, overwrite=True, console=Console(file=io.StringIO()))
     assert [path.name for path in tmp_path.rglob("*")] == ["run", "settings.json"]
 
