@@ -164,7 +164,8 @@ def _check_finite(logits: Tensor, ended: Tensor, step: int) -> None:
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
         values = logits[row]
-        found = "hold NaN" if bool(values.isnan().any()) else "hold inf" if bool((values > 0).any()) else "are all -inf"
+        has_nan, has_inf = bool(values.isnan().any()), bool((values > 0).any())
+        found = "contain NaN" if has_nan else "contain inf" if has_inf else "are all -inf"
         raise FloatingPointError(f"step {step}: the logits of sequence {row} {found}; expected finite numbers")
 
 

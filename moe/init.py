@@ -41,7 +41,7 @@ def _generator(device: torch.device, seed: int, name: str, expert: int) -> torch
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def unfilled() -> AbstractContextManager[Any]:
+def skip_init() -> AbstractContextManager[Any]:
     """Return the context in which to build a module for `materialize`: the meta device, to skip torch's initialisation.
 
     Under FakeTensorMode it does nothing, because fake tensors have no values and cannot be replaced.
@@ -50,7 +50,7 @@ def unfilled() -> AbstractContextManager[Any]:
 
 
 def materialize(module: nn.Module, *, std: float, seed: int | None) -> None:
-    """Allocate and initialise a module built under `unfilled()`, on the default device.
+    """Allocate and initialise a module built under `skip_init()`, on the default device.
 
     Does nothing if new parameters have no values, as on the meta device or under `accelerate.init_empty_weights`. A
     seed of None is drawn from the global generator, which is not used otherwise.

@@ -15,7 +15,7 @@ from moe import balance, ops
 from moe.config import MoEConfig
 from moe.errors import ConfigError
 from moe.global_batch import GlobalBatch
-from moe.init import materialize, unfilled
+from moe.init import materialize, skip_init
 from moe.loss import Term
 from moe.ops import Routing, SwiGLU
 from moe.router import LoadCounter, Router
@@ -267,7 +267,7 @@ class MoELayer(nn.Module):
         _MoELayerArguments.check_names(settings)
         self.config = config = _MoELayerArguments(*sizes, **settings)
         self.dispatcher: Dispatcher = LocalDispatcher()
-        with unfilled():
+        with skip_init():
             self.gate = Router(config.hidden_size, config)
             self.experts = Experts(
                 config.n_routed_experts,

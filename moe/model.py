@@ -24,7 +24,7 @@ from moe.cache import Cache, LayerCache
 from moe.config import ModelConfig, OpenConfig
 from moe.errors import ConfigError
 from moe.global_batch import GlobalBatch
-from moe.init import materialize, unfilled
+from moe.init import materialize, skip_init
 from moe.layer import MLP, MoELayer, MoEStats
 from moe.loss import IGNORED, Term, count_key, next_token_loss, targets, valid_positions
 from moe.norm import RMSNorm
@@ -137,7 +137,7 @@ class Transformer(nn.Module):
         self.activation_checkpointing = False
         self._load: Tensor | None = None
         self._idle = config.idle_parameters()
-        with unfilled():
+        with skip_init():
             # Not nn.Embedding(V, D), whose normal_ on the meta device imports torch's compiler, which takes seconds.
             embedding = torch.empty(config.vocab_size, config.hidden_size)
             self.embed_tokens = Embedding.from_pretrained(embedding, freeze=False)

@@ -116,8 +116,8 @@ PRESETS: dict[str, ModelConfig] = {
         hidden_size=128,
         num_hidden_layers=3,
         num_attention_heads=4,
-        # Tied, with narrow dense layers and wide experts. Otherwise the dense parts would learn so little text on their
-        # own, and the experts would stay interchangeable.
+        # Tied, with narrow dense layers and wide experts. Otherwise the dense parts would learn a small corpus alone,
+        # and the experts would stay interchangeable.
         intermediate_size=64,
         moe_intermediate_size=160,
         n_routed_experts=8,

@@ -16,7 +16,7 @@ _COUNTER = "torch.utils.flop_counter"
 _formulas: dict[Any, Callable[..., int]] = {}
 
 
-def count_by(op: Any, formula: Callable[..., int]) -> None:
+def register_formula(op: Any, formula: Callable[..., int]) -> None:
     """Count a call of any overload of `op` as `formula(*args)` FLOPs."""
     if _COUNTER in sys.modules:
         _register(sys.modules[_COUNTER], op, formula)

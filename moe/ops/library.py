@@ -1,9 +1,9 @@
 """Registration of operators in the `moesmith` namespace.
 
 An operator has a schema, a CPU implementation, a CUDA implementation (which ROCm shares) and a fake. On CUDA the Triton
-kernels of the same module and function name in `moe_triton` run. torch's operators run instead for float64, which the
-kernels do not support, and, with one warning that states the reason, where the kernels cannot run: on a GPU below
-compute capability 8.0, or if they are not installed.
+kernels of the same module and function name in `moe_triton` run. torch's operators run for float64, which the kernels
+do not support, and on GPUs where the kernels cannot run (below compute capability 8.0, or not installed). The latter
+gives one warning with the reason.
 
 A differentiable operator also has an "Autograd" implementation, which applies an `autograd.Function` if a gradient is
 needed and otherwise redispatches below autograd; its backward is a separate operator. opcheck and
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-from moe.ops.flops import count_by
+from moe.ops.flops import register_formula
 
 LIBRARY = torch.library.Library("moesmith", "DEF")
 Tier = Literal["auto", "triton", "reference"]
@@ -92,7 +92,7 @@ def define(
     LIBRARY.impl(name, implementation, "CUDA")
     torch.library.register_fake(f"moesmith::{name}", without_values, lib=LIBRARY)
     if flops is not None:
-        count_by(getattr(torch.ops.moesmith, name), flops)
+        register_formula(getattr(torch.ops.moesmith, name), flops)
     return getattr(torch.ops.moesmith, name).default
 
 

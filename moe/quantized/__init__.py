@@ -1,9 +1,9 @@
 """Modules that keep quantised weights in memory and dequantise them on use.
 
 Results are bit-identical to those of `nn.Linear` and `moe.layer.Experts` with the dequantised weights in x's dtype.
-Quantised weights are frozen; x, routing weights and biases are differentiable once. A second differentiation raises
-RuntimeError, except that of a linear function, which is zero. Dequantised weights exist only during a forward pass, and
-are recomputed in the backward pass.
+Quantised weights are frozen. Results are differentiable once in x, routing weights and biases; a second differentiation
+raises RuntimeError, except that of a linear function, which is zero. Dequantised weights are not saved for the backward
+pass but recomputed.
 
 Casts raise TypeError. torch would cast FP8 codes or scales separately, which changes the weights silently. Call the
 modules with x in the compute dtype instead.

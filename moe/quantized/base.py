@@ -83,7 +83,7 @@ def new_bias(shape: tuple[int, ...], bias: bool) -> nn.Parameter | None:
     return nn.Parameter(torch.empty(shape)) if bias else None
 
 
-def own_bias(bias: Tensor | None, shape: tuple[int, ...], name: str) -> nn.Parameter | None:
+def bias_parameter(bias: Tensor | None, shape: tuple[int, ...], name: str) -> nn.Parameter | None:
     if bias is None:
         return None
     if bias.shape != shape:
@@ -219,8 +219,8 @@ class QuantizedExperts(Quantized):
             made = cls(num_experts, width, hidden, **settings)
         for name, part in zip(cls.quantized, parts, strict=True):
             setattr(made, name, frozen(part) if name in made._parameters else part.detach())
-        made.gate_up_proj_bias = own_bias(gate_up_bias, (num_experts, 2 * hidden), "gate_up_bias")
-        made.down_proj_bias = own_bias(down_bias, (num_experts, width), "down_bias")
+        made.gate_up_proj_bias = bias_parameter(gate_up_bias, (num_experts, 2 * hidden), "gate_up_bias")
+        made.down_proj_bias = bias_parameter(down_bias, (num_experts, width), "down_bias")
         return made
 
     def _decoders(self) -> tuple[Decode, Decode]:

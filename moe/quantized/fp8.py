@@ -11,7 +11,7 @@ from moe import ops
 from moe.ops import SwiGLU
 from moe.ops.library import autocast, check_device, differentiable_once
 from moe.ops.quantization import scale_shape
-from moe.quantized.base import Decode, Quantized, QuantizedExperts, frozen, new_bias, own_bias
+from moe.quantized.base import Decode, Quantized, QuantizedExperts, bias_parameter, frozen, new_bias
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -65,7 +65,7 @@ class FP8Linear(Quantized):
         with torch.device("meta"):
             made = cls(weight.shape[1], weight.shape[0], bias is not None, block_size=block_size)
         made.weight, made.weight_scale_inv = frozen(weight), scale_inv.detach()
-        made.bias = own_bias(bias, (weight.shape[0],), "bias")
+        made.bias = bias_parameter(bias, (weight.shape[0],), "bias")
         return made
 
     def forward(self, x: Tensor) -> Tensor:

@@ -145,7 +145,7 @@ class Trainer:
         self.world.begin_step(number)
         losses: dict[str, float] = {}
         load = torch.zeros((), dtype=torch.int64, device=self.device)
-        batches = [self._share(self.sampler.next_batch()) for _ in range(settings.accumulation)]
+        batches = [self._local_rows(self.sampler.next_batch()) for _ in range(settings.accumulation)]
         with self.model.global_batch.step([self.model.loss_counts(**self._arguments(ids)) for ids in batches]):
             for input_ids in batches:
                 output = self._forward(input_ids)
@@ -183,8 +183,8 @@ class Trainer:
             count = int(self.model.loss_counts(**self._arguments(batch))["ce.0"])
             # Padded to a multiple of the ranks, because every rank must call the model.
             rows = nn.functional.pad(batch, (0, 0, 0, -len(batch) % self.world.size))
-            input_ids, real = self._share(rows), torch.arange(len(rows))[:, None].expand_as(rows) < len(batch)
-            output = self._forward(input_ids, self._share(real) if self.world.size > 1 else None)
+            input_ids, real = self._local_rows(rows), torch.arange(len(rows))[:, None].expand_as(rows) < len(batch)
+            output = self._forward(input_ids, self._local_rows(real) if self.world.size > 1 else None)
             assert output.load is not None
             nats += self._mean({"ce": output.losses["ce"]})["ce"] * count
             tokens += count
@@ -244,7 +244,7 @@ class Trainer:
         with self._autocast():
             return self.model(**self._arguments(input_ids), attention_mask=attention_mask)
 
-    def _share(self, rows: Tensor) -> Tensor:
+    def _local_rows(self, rows: Tensor) -> Tensor:
         """Return this rank's rows of a global batch, on its device."""
         each = len(rows) // self.world.size
         return rows[self.world.rank * each : (self.world.rank + 1) * each].to(self.device)
@@ -254,7 +254,7 @@ class Trainer:
         flat = torch.stack([value.double() for value in values.values()])
         return dict(zip(values, (self.world.sum(flat) / self.world.size).tolist(), strict=True))
 
-    def _first_of_all(self, found: str) -> str:
+    def _first_reported(self, found: str) -> str:
         """Return the first non-empty text of all ranks, with its rank if there are several; otherwise ""."""
         texts = enumerate(self.world.gather(found))
         return next((f"{text} (rank {rank})" if self.world.launched else text for rank, text in texts if text), "")
@@ -264,7 +264,7 @@ class Trainer:
         """Describe the first non-finite parameter or, if there is none, the first non-finite module output."""
         tensors = (*self.model.named_parameters(), *self.model.named_buffers())
         bad = next((name for name, tensor in tensors if not torch.isfinite(_part(tensor)).all()), "")
-        if where := self._first_of_all(bad and f"first in the parameter {bad}"):
+        if where := self._first_reported(bad and f"first in the parameter {bad}"):
             return where
         found: list[str] = []
 
@@ -280,14 +280,14 @@ class Trainer:
         finally:
             for hook in hooks:
                 hook.remove()
-        where = self._first_of_all(f"first in the output of {found[0]}" if found else "")
+        where = self._first_reported(f"first in the output of {found[0]}" if found else "")
         return where or "all module outputs are finite"
 
     def _first_non_finite_gradient(self) -> str:
         # The backward pass runs from the last parameter to the first.
         gradients = ((name, parameter.grad) for parameter, name in reversed(self._names.items()))
         bad = (name for name, grad in gradients if grad is not None and not torch.isfinite(_part(grad)).all())
-        where = self._first_of_all(next((f"first in the gradient of {name}" for name in bad), ""))
+        where = self._first_reported(next((f"first in the gradient of {name}" for name in bad), ""))
         return where or "all parameters have finite gradients, but their norm is not finite"
 
 

@@ -133,7 +133,7 @@ def train(
             say(console, extended or f"resuming after step {trainer.step_number} of {settings.steps}")
         metrics = Metrics(folder / "metrics.jsonl" if first else Path(os.devnull), trainer.step_number, log)
         with (
-            _stop_signals(console, once_more_kills=not world.launched) as stopped,
+            _stop_signals(console, kill_on_second=not world.launched) as stopped,
             ProgressDisplay(console, settings.steps, trainer.step_number) as display,
         ):
             _run_steps(trainer, metrics, folder / "states", display, stopped)
@@ -427,8 +427,8 @@ def _warn_of_other_bits(console: Console, values: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _stop_signals(console: Console, *, once_more_kills: bool) -> Iterator[list[int]]:
-    """Yield a list to which SIGINT or SIGTERM is appended. With `once_more_kills` a second signal kills the process.
+def _stop_signals(console: Console, *, kill_on_second: bool) -> Iterator[list[int]]:
+    """Yield a list to which SIGINT or SIGTERM is appended. With `kill_on_second` a second signal kills the process.
 
     torchrun needs False, because it forwards Ctrl-C as an immediate second signal, and has its own timeout.
     """
@@ -437,12 +437,12 @@ def _stop_signals(console: Console, *, once_more_kills: bool) -> Iterator[list[i
 
     def stop(number: int, _: Any) -> None:
         stopped.append(number)
-        if once_more_kills:
+        if kill_on_second:
             for each in before:
                 signal.signal(each, signal.SIG_DFL)
-        once_more = "; press again to quit immediately" if once_more_kills else ""
+        hint = "; press again to quit immediately" if kill_on_second else ""
         if len(stopped) == 1:
-            say(console, f"{signal.Signals(number).name}: finishing this step and saving{once_more}")
+            say(console, f"{signal.Signals(number).name}: finishing this step and saving{hint}")
 
     for number in before:
         signal.signal(number, stop)

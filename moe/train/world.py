@@ -1,4 +1,4 @@
-"""The processes that train one model together: what a `Trainer` needs from all of them."""
+"""Communication of a `Trainer` with the other processes that train the same model."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # importing it takes half a second
 
 
 class World:
-    """A process that trains alone, and the base class of `MeshWorld`. All ranks call the same methods in one order.
+    """World of a single process, and base class of `MeshWorld`. All ranks call the same methods in the same order.
 
     Attributes: rank, size, launched (by torchrun, which sends its processes the signals that it receives).
     """
@@ -73,7 +73,7 @@ class World:
 
 
 class MeshWorld(World):
-    """A rank of a mesh. All methods but `begin_step` and `part_like` are collective calls."""
+    """World of the ranks of a mesh. All methods except `begin_step` and `part_like` are collective."""
 
     def __init__(self, mesh: "moe.parallel.Mesh") -> None:
         # A caller with a mesh has already imported moe.parallel.
@@ -129,5 +129,5 @@ class MeshWorld(World):
 
 
 def world_of(mesh: "moe.parallel.Mesh | None") -> World:
-    """The world of all ranks of `mesh`, or, without one, of this process alone."""
+    """Return the world of all ranks of `mesh`, or of this process alone if `mesh` is None."""
     return World() if mesh is None else MeshWorld(mesh)

@@ -280,9 +280,9 @@ def test_a_text_ends_with_the_positions() -> None:
 @pytest.mark.parametrize(
     ("bad", "found"),
     [
-        (lambda v: v.index_fill(1, torch.tensor([7]), torch.nan), "hold NaN"),
+        (lambda v: v.index_fill(1, torch.tensor([7]), torch.nan), "contain NaN"),
         (lambda v: torch.full_like(v, -torch.inf), "are all -inf"),
-        (lambda v: v.index_fill(1, torch.tensor([7]), torch.inf), "hold inf"),
+        (lambda v: v.index_fill(1, torch.tensor([7]), torch.inf), "contain inf"),
     ],
 )
 def test_logits_that_are_not_numbers(temperature: float, bad: Any, found: str) -> None:
