@@ -58,8 +58,6 @@ def balance_loss(
 ) -> Tensor:
     """Compute sum_i f_i P_i, with f_i = E / (K T) count_i and P_i = mean over tokens of s_i / sum_j s_j.
 
-    It is 1 if the load is balanced.
-
     Args:
         scores: [B, S, E] unbiased, non-negative router scores; gradients flow through P only.
         expert_ids: int64 [B, S, K].
@@ -69,7 +67,7 @@ def balance_loss(
         batch: the global batch; None for that of the default process group, if there is one.
 
     Returns:
-        scalar in the dtype of `scores`; 0 if there is no real token.
+        scalar in the dtype of `scores`; 1 if the load is balanced, 0 if there is no real token.
 
     Source: DeepSeek-V3 (arXiv 2412.19437), equations 17 to 20; global batch: arXiv 2501.11873.
     """
@@ -212,10 +210,7 @@ class Handle:
 
 
 def _with_hooks(optimizer: Any) -> Any:
-    """Return the optimizer with step hooks: the given one, or the one inside a wrapper such as accelerate's.
-
-    Wrappers have no hooks and may skip steps.
-    """
+    """Return `optimizer`, or the one inside a wrapper such as accelerate's, which has no hooks and may skip steps."""
     if hasattr(optimizer, "_optimizer_step_post_hooks"):
         return optimizer
     held = getattr(optimizer, "__dict__", {}).values()
@@ -243,9 +238,8 @@ def attach(
     the biases unchanged.
 
     The balance loss without `seq_aux` sums over the same group in all routers, even after `handle.remove()`. To change
-    the speed, remove and attach again. With a speed of 0 loads are only counted; see `Handle.loads`. Copies of the
-    model are not attached, nor are copies of modules that a wrapper makes, as PEFT does for modules_to_save: wrap
-    first, then attach.
+    the speed, remove and attach again. With a speed of 0 loads are only counted; see `Handle.loads`. Copies of a model
+    or module are not attached. Wrap first, then attach, because wrappers may copy modules (PEFT's modules_to_save).
 
     Raises:
         ValueError: the model has no router, or none with a correction bias although `group` is None and the speed is

@@ -12,10 +12,7 @@ _Made = TypeVar("_Made")
 
 
 class LayerCache:
-    """Cache of one layer: growing tensors [B, capacity, ...], one per kind of entry.
-
-    Rows past the length of the cache are uninitialised.
-    """
+    """Cache of one layer: growing tensors [B, capacity, ...], uninitialised past the length of the cache."""
 
     def __init__(self, shapes: list[tuple[int, ...]]) -> None:
         self.shapes = shapes

@@ -45,14 +45,12 @@ def generate(
             or its prompt, before all other rules; 1 for none.
         seed: random seed of sampling, for reproducible output; None uses the global generator.
         eos_token_id: one or several ids that end a sequence; later positions repeat the (first) id, and generation
-            stops when all sequences have ended. Not supported on a mesh, where all ranks must run the same number of
-            steps.
+            stops when all sequences have ended. Not supported on a mesh, where ranks must run equally many steps.
 
     Raises:
         ValueError: an empty prompt, a prompt that fills all positions, a mask with padding on the right, or a sampling
             parameter out of range (ConfigError).
-        FloatingPointError: logits contain NaN or inf, or are all -inf; the message has the step (from 1) and the
-            sequence.
+        FloatingPointError: logits contain NaN or inf, or are all -inf; the message has step (from 1) and sequence.
     """
     steps = stream(
         model,

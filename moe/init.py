@@ -42,10 +42,8 @@ def _generator(device: torch.device, seed: int, name: str, expert: int) -> torch
 
 
 def skip_init() -> AbstractContextManager[Any]:
-    """Return the context in which to build a module for `materialize`: the meta device, to skip torch's initialisation.
-
-    Under FakeTensorMode it does nothing, because fake tensors have no values and cannot be replaced.
-    """
+    """Return the context for building a module on the meta device, without torch's initialisation."""
+    # Fake tensors have no values to initialise and cannot be replaced.
     return nullcontext() if is_fake(torch.empty(0)) else torch.device("meta")
 
 

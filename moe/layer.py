@@ -232,8 +232,7 @@ class MoELayer(nn.Module):
         moe_intermediate_size: F, the width of each routed expert.
         n_routed_experts: E, the number of routed experts.
         num_experts_per_tok: K, the number of routed experts per token.
-        n_shared_experts: number of experts that every token uses, as one MLP of width
-            n_shared_experts * moe_intermediate_size.
+        n_shared_experts: number of experts that every token uses; one MLP of n_shared_experts * moe_intermediate_size.
         shared_expert_intermediate_size: width of that MLP instead; requires n_shared_experts = 1.
         shared_expert_gate: multiply its output by a sigmoid of a linear function of the token.
         expert_bias: biases in the projections of routed experts.

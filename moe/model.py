@@ -118,8 +118,7 @@ class Transformer(nn.Module):
         config: an `OpenConfig` equal to the given config.
         carried_files: file name -> content of other files of a loaded checkpoint, such as the tokenizer; `save` writes
             them beside the weights.
-        origin: layout of the checkpoint that `moe.load` read, so that `save` writes the same tensors; None for a new
-            model.
+        origin: layout of the loaded checkpoint, so that `save` writes the same tensors; None for a new model.
     """
 
     # For transformers' Trainer: the loss takes num_items_in_batch, and labels are shifted by the model.
@@ -181,10 +180,9 @@ class Transformer(nn.Module):
                 skip positions whose following tokens are in another document, as they do for padding.
             cache: earlier tokens; it is filled and advanced.
             logits_to_keep: compute logits only for this many last positions; 0 for all.
-            num_items_in_batch: number of predicted tokens in the optimizer step, if this call is one of its
-                micro-batches. The loss and its parts are multiplied by this call's fraction of them, so that their sum
-                over micro-batches is the mean over tokens ("mtp", "balance" and "z": the mean of the micro-batches'
-                means, weighted by predicted tokens).
+            num_items_in_batch: number of predicted tokens in the optimizer step, of which this call is a micro-batch.
+                The loss and its parts are multiplied by this call's fraction of them, so that their sums over
+                micro-batches are means over tokens ("mtp", "balance", "z": token-weighted means of their means).
 
         Raises:
             TypeError: ids or labels that are not integers.

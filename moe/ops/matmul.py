@@ -81,10 +81,9 @@ def group_products_into(out: Tensor, a: Tensor, b: Tensor, ends: Tensor) -> None
 
 
 def _by_onednn(a: Tensor, b: Tensor) -> bool:
-    """Return whether oneDNN is faster than MKL for this product.
+    """Return whether oneDNN is faster than MKL here: float32 on AMD processors (twice), and x @ W.T on Intel's.
 
-    On AMD processors oneDNN's float32 product is twice as fast as MKL's; on Intel only for x @ W.T. A call takes ten
-    microseconds longer, which pays off from a million multiplications.
+    A call takes ten microseconds longer, which pays off from a million multiplications.
     """
     if a.dtype != torch.float32 or a.device.type != "cpu" or not _has_onednn or (_on_intel and b.stride(0) != 1):
         return False

@@ -53,10 +53,7 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Score of the validation split: scored tokens, their summed nats and bytes of text, load of all tokens.
-
-    load is int64 [layers, E].
-    """
+    """Score of the validation split: scored tokens, their nats and bytes of text, load [layers, E] of all tokens."""
 
     tokens: int
     nats: float
