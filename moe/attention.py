@@ -148,7 +148,7 @@ class MLA(nn.Module):
         return f"heads={self.heads}, latent={self.latent}, nope={self.nope}, rope={self.rope}, value={self.value}"
 
     def interleave_rope(self) -> None:
-        """See `Transformer.interleave_rope`."""
+        """Set `rope_interleave`; see `Transformer.interleave_rope`."""
         self.interleave = True
 
     def _absorbing_is_cheaper(self, queries: int) -> bool:

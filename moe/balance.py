@@ -30,7 +30,7 @@ def expert_load(expert_ids: Tensor, num_experts: int, token_mask: Tensor | None 
 
     Args:
         expert_ids: int64 [..., T, K]; -1 is not counted.
-        num_experts: E.
+        num_experts: E, the number of experts.
         token_mask: bool [..., T], True for real tokens; padding is not counted.
 
     Returns:

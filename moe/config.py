@@ -30,7 +30,7 @@ MAX_PARAMETERS = 2**46  # a hundred times the largest released model
 class _Settings:
     """Base of the dataclasses of this module: validation on creation, and conversion to and from plain values."""
 
-    where: ClassVar[str] = ""  # precedes the names of fields in errors
+    where: ClassVar[str] = ""  # prefix of field names in errors
 
     def __post_init__(self) -> None:
         self.validate()

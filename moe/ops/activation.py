@@ -29,7 +29,7 @@ def swiglu(gate_up: Tensor, activation: SwiGLU = SwiGLU()) -> Tensor:
     Source: Shazeer, GLU variants improve Transformer (arXiv 2002.05202); limit, alpha and beta: openai/gpt-oss.
     """
     if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
-        raise ValueError(f"gate_up: expected an even last dimension (gate half, up half), got {tuple(gate_up.shape)}")
+        raise ValueError(f"gate_up: expected an even last dimension (gate half, up half); found {tuple(gate_up.shape)}")
     return _SWIGLU(gate_up, activation.limit, activation.alpha, activation.beta)
 
 

@@ -71,24 +71,24 @@ def grouped_mm_reference(a: Tensor, b: Tensor, offs: Tensor | None = None) -> Te
 
 def _check(a: Tensor, b: Tensor, offs: Tensor | None) -> None:
     if a.dim() not in (2, 3) or b.dim() not in (2, 3):
-        raise ValueError(f"a, b: expected two or three dimensions each, got {tuple(a.shape)} and {tuple(b.shape)}")
+        raise ValueError(f"a, b: expected two or three dimensions each; found {tuple(a.shape)} and {tuple(b.shape)}")
     if a.dtype not in _DTYPES or a.dtype != b.dtype:
-        raise TypeError(f"a, b: expected one floating dtype for both, got {a.dtype} and {b.dtype}")
+        raise TypeError(f"a, b: expected one floating dtype for both; found {a.dtype} and {b.dtype}")
     if a.shape[-1] != b.shape[-2]:
-        raise ValueError(f"a, b: expected equal inner sizes, got {tuple(a.shape)} and {tuple(b.shape)}")
+        raise ValueError(f"a, b: expected equal inner sizes; found {tuple(a.shape)} and {tuple(b.shape)}")
     if a.dim() == 3 and b.dim() == 3:
         if offs is not None:
             raise ValueError("offs: expected None for two three-dimensional operands")
         if a.shape[0] != b.shape[0]:
-            raise ValueError(f"a, b: expected equal numbers of groups, got {a.shape[0]} and {b.shape[0]}")
+            raise ValueError(f"a, b: expected equal numbers of groups; found {a.shape[0]} and {b.shape[0]}")
         return
     if offs is None:
-        raise ValueError("offs: expected [G] int32 for a two-dimensional operand, got None")
+        raise ValueError("offs: expected [G] int32 for a two-dimensional operand; found None")
     if offs.dtype != torch.int32:
-        raise TypeError(f"offs: expected int32, got {offs.dtype}")
+        raise TypeError(f"offs: expected int32; found {offs.dtype}")
     groups = offs.shape[0] if a.dim() == b.dim() else (a if a.dim() == 3 else b).shape[0]
     if offs.dim() != 1 or offs.shape[0] != groups:
-        raise ValueError(f"offs: expected [{groups}], got {tuple(offs.shape)}")
+        raise ValueError(f"offs: expected [{groups}]; found {tuple(offs.shape)}")
 
 
 def _shape(a: Tensor, b: Tensor, offs: Tensor | None) -> tuple[int, ...]:
@@ -104,7 +104,7 @@ def _spans(offs: Tensor, length: int) -> list[tuple[int, int]]:
     ends = offs.tolist()
     spans = list(zip([0, *ends], ends, strict=False))
     if any(start > end for start, end in spans) or (ends and ends[-1] > length):
-        raise ValueError(f"offs: expected non-decreasing offsets up to {length}, got {ends}")
+        raise ValueError(f"offs: expected non-decreasing offsets up to {length}; found {ends}")
     return spans
 
 

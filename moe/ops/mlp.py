@@ -116,10 +116,10 @@ def _check(
     check_ids(x, expert_ids)
     check_weights(weights, expert_ids)
     if not x.dtype.is_floating_point or x.dtype.itemsize < 2:
-        raise TypeError(f"x: expected float32, float64, bfloat16 or float16, got {x.dtype}")
+        raise TypeError(f"x: expected float32, float64, bfloat16 or float16; found {x.dtype}")
     width = x.shape[1]
     if gate_up.dim() != 3 or gate_up.shape[1] % 2 or gate_up.shape[2] != width:
-        raise ValueError(f"gate_up: expected [E, 2F, {width}], got {tuple(gate_up.shape)}")
+        raise ValueError(f"gate_up: expected [E, 2F, {width}]; found {tuple(gate_up.shape)}")
     experts, twice = gate_up.shape[:2]
     expected = {
         "gate_up": (gate_up, gate_up.shape),
@@ -131,9 +131,9 @@ def _check(
         if tensor is None:
             continue
         if tensor.shape != shape:
-            raise ValueError(f"{name}: expected {list(shape)}, got {tuple(tensor.shape)}")
+            raise ValueError(f"{name}: expected {list(shape)}; found {tuple(tensor.shape)}")
         if tensor.dtype != x.dtype:
-            raise TypeError(f"{name}: expected {x.dtype}, the dtype of x, got {tensor.dtype}")
+            raise TypeError(f"{name}: expected {x.dtype}, the dtype of x; found {tensor.dtype}")
 
 
 # Products with fewer multiplications are small: the call takes longer than the multiplication. Small experts are

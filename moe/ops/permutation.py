@@ -61,11 +61,11 @@ def unpermute(rows: Tensor, position: Tensor, weights: Tensor | None = None) -> 
 
 def check_ids(x: Tensor, expert_ids: Tensor) -> None:
     if x.dim() != 2:
-        raise ValueError(f"x: expected [T, D], got {tuple(x.shape)}")
+        raise ValueError(f"x: expected [T, D]; found {tuple(x.shape)}")
     if expert_ids.dim() != 2 or expert_ids.shape[0] != x.shape[0]:
-        raise ValueError(f"expert_ids: expected [{x.shape[0]}, K], got {tuple(expert_ids.shape)}")
+        raise ValueError(f"expert_ids: expected [{x.shape[0]}, K]; found {tuple(expert_ids.shape)}")
     if expert_ids.dtype != torch.int64:
-        raise TypeError(f"expert_ids: expected int64, got {expert_ids.dtype}")
+        raise TypeError(f"expert_ids: expected int64; found {expert_ids.dtype}")
 
 
 def count_slots(expert_ids: Tensor) -> int:
@@ -77,9 +77,9 @@ def count_slots(expert_ids: Tensor) -> int:
 
 def check_weights(weights: Tensor, slots: Tensor) -> None:
     if weights.shape != slots.shape:
-        raise ValueError(f"weights: expected {tuple(slots.shape)}, got {tuple(weights.shape)}")
+        raise ValueError(f"weights: expected {tuple(slots.shape)}; found {tuple(weights.shape)}")
     if weights.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"weights: expected float32 or float64, got {weights.dtype}; do not cast routing weights")
+        raise TypeError(f"weights: expected float32 or float64; found {weights.dtype}; do not cast routing weights")
 
 
 def permute_reference(x: Tensor, expert_ids: Tensor, num_experts: int) -> Permuted:

@@ -92,7 +92,7 @@ def quantize_blocks(
     the block.
     """
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"weight: expected float32, bfloat16 or float16, got {weight.dtype}")
+        raise TypeError(f"weight: expected float32, bfloat16 or float16; found {weight.dtype}")
     if scale_fmt not in (None, "ue8m0"):
         raise ValueError(f"scale_fmt = {scale_fmt!r}: expected None or 'ue8m0'")
     shape = scale_shape(weight.shape, block_size, halves)
@@ -121,7 +121,7 @@ def quantize_rows(x: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
     Source: DeepSeek-V3 (arXiv 2412.19437), section 3.3, and `act_quant` of its inference code.
     """
     if x.dim() != 2 or not x.is_floating_point():
-        raise ValueError(f"x: expected floating point [T, D], got {x.dtype} {tuple(x.shape)}")
+        raise ValueError(f"x: expected floating point [T, D]; found {x.dtype} {tuple(x.shape)}")
     tokens, width = x.shape
     blocks = -(-width // block)
     padded = torch.nn.functional.pad(x.detach().float(), (0, blocks * block - width)).view(tokens, blocks, block)
@@ -176,9 +176,9 @@ def quantize_mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
     Source: OCP Microscaling Formats (MX) 1.0, section 6.3.
     """
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"weight: expected float32, bfloat16 or float16, got {weight.dtype}")
+        raise TypeError(f"weight: expected float32, bfloat16 or float16; found {weight.dtype}")
     if weight.dim() < 2 or weight.shape[-1] % MX_BLOCK:
-        raise ValueError(f"weight: expected [..., N, K] with K a multiple of {MX_BLOCK}, got {tuple(weight.shape)}")
+        raise ValueError(f"weight: expected [..., N, K] with K a multiple of {MX_BLOCK}; found {tuple(weight.shape)}")
     weight = weight.detach()
     groups = (*weight.shape[:-1], weight.shape[-1] // MX_BLOCK)
     blocks = torch.empty(*groups, MX_BLOCK // 2, dtype=torch.uint8, device=weight.device)
@@ -211,40 +211,40 @@ def scale_shape(shape: tuple[int, ...], block_size: tuple[int, int], halves: int
         raise ValueError(f"halves = {halves}: expected a positive number")
     if len(shape) < 2 or shape[-2] % halves:
         rows = "N" if halves == 1 else f"N a multiple of halves = {halves}"
-        raise ValueError(f"weight: expected [..., N, K], {rows}, got {tuple(shape)}")
+        raise ValueError(f"weight: expected [..., N, K], {rows}; found {tuple(shape)}")
     return *shape[:-2], halves * -(-shape[-2] // halves // block_size[0]), -(-shape[-1] // block_size[1])
 
 
 def _check_blocks(weight: Tensor, scale_inv: Tensor, block_size: tuple[int, int], halves: int) -> None:
     if weight.dtype != torch.float8_e4m3fn:
-        raise TypeError(f"weight: expected float8_e4m3fn, got {weight.dtype}")
+        raise TypeError(f"weight: expected float8_e4m3fn; found {weight.dtype}")
     if scale_inv.dtype not in _SCALE_DTYPES:
-        raise TypeError(f"scale_inv: expected float32 or float8_e8m0fnu, got {scale_inv.dtype}")
+        raise TypeError(f"scale_inv: expected float32 or float8_e8m0fnu; found {scale_inv.dtype}")
     expected = scale_shape(weight.shape, block_size, halves)
     if scale_inv.shape != expected:
         blocks = f"blocks of {block_size[0]} x {block_size[1]}" + (f" in {halves} parts" if halves > 1 else "")
         raise ValueError(
-            f"scale_inv: expected {list(expected)} for a weight of {list(weight.shape)} in {blocks}, "
-            f"got {list(scale_inv.shape)}"
+            f"scale_inv: expected {list(expected)} for a weight of {list(weight.shape)} in {blocks}; "
+            f"found {list(scale_inv.shape)}"
         )
 
 
 def _check_mxfp4(blocks: Tensor, scales: Tensor) -> None:
     for name, tensor in (("blocks", blocks), ("scales", scales)):
         if tensor.dtype != torch.uint8:
-            raise TypeError(f"{name}: expected uint8, got {tensor.dtype}")
+            raise TypeError(f"{name}: expected uint8; found {tensor.dtype}")
     if blocks.dim() < 3 or blocks.shape[-1] != MX_BLOCK // 2:
-        raise ValueError(f"blocks: expected [..., N, K/{MX_BLOCK}, {MX_BLOCK // 2}], got {tuple(blocks.shape)}")
+        raise ValueError(f"blocks: expected [..., N, K/{MX_BLOCK}, {MX_BLOCK // 2}]; found {tuple(blocks.shape)}")
     if scales.shape != blocks.shape[:-1]:
-        raise ValueError(f"scales: expected {list(blocks.shape[:-1])}, got {tuple(scales.shape)}")
+        raise ValueError(f"scales: expected {list(blocks.shape[:-1])}; found {tuple(scales.shape)}")
 
 
 def _check_out(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, out: Tensor | None) -> None:
     if out is not None and (out.shape != shape or out.device != device):
-        raise ValueError(f"out: expected {list(shape)} on {device}, got {list(out.shape)} on {out.device}")
+        raise ValueError(f"out: expected {list(shape)} on {device}; found {list(out.shape)} on {out.device}")
     found = dtype if out is None else out.dtype
     if found not in _DTYPES:
-        raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, got {found}")
+        raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16; found {found}")
 
 
 def _matrices(halves: int, *stacks: Tensor) -> Iterator[tuple[Tensor, ...]]:

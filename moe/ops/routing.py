@@ -119,15 +119,15 @@ def _check(
     norm_min: float,
 ) -> None:
     if logits.dim() != 2:
-        raise ValueError(f"logits: expected [T, E], got {tuple(logits.shape)}")
+        raise ValueError(f"logits: expected [T, E]; found {tuple(logits.shape)}")
     if logits.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"logits: expected float32 or float64, got {logits.dtype}; do not route in half precision")
+        raise TypeError(f"logits: expected float32 or float64; found {logits.dtype}; do not route in half precision")
     experts = logits.shape[1]
     if correction_bias is not None:
         if correction_bias.dtype != torch.float32:
-            raise TypeError(f"correction_bias: expected float32, got {correction_bias.dtype}")
+            raise TypeError(f"correction_bias: expected float32; found {correction_bias.dtype}")
         if correction_bias.shape != (experts,):
-            raise ValueError(f"correction_bias: expected [{experts}], got {tuple(correction_bias.shape)}")
+            raise ValueError(f"correction_bias: expected [{experts}]; found {tuple(correction_bias.shape)}")
     if scoring_func not in ("sigmoid", "softmax"):
         raise ValueError(f"scoring_func = {scoring_func!r}: expected 'sigmoid' or 'softmax'")
     if group_score not in ("top2", "max"):

@@ -87,7 +87,7 @@ def bias_parameter(bias: Tensor | None, shape: tuple[int, ...], name: str) -> nn
     if bias is None:
         return None
     if bias.shape != shape:
-        raise ValueError(f"{name}: expected {list(shape)}, got {tuple(bias.shape)}")
+        raise ValueError(f"{name}: expected {list(shape)}; found {tuple(bias.shape)}")
     return nn.Parameter(bias.detach())
 
 
@@ -211,10 +211,10 @@ class QuantizedExperts(Quantized):
     ) -> Self:
         """Build a module from `parts`, in the order of `quantized`; gate_up and down are the shapes of the matrices."""
         if len(gate_up) != 3 or gate_up[1] % 2:
-            raise ValueError(f"gate_up: expected [E, 2F, D], got {tuple(gate_up)}")
+            raise ValueError(f"gate_up: expected [E, 2F, D]; found {tuple(gate_up)}")
         num_experts, width, hidden = gate_up[0], gate_up[2], gate_up[1] // 2
         if tuple(down) != (num_experts, width, hidden):
-            raise ValueError(f"down: expected {[num_experts, width, hidden]}, got {tuple(down)}")
+            raise ValueError(f"down: expected {[num_experts, width, hidden]}; found {tuple(down)}")
         with torch.device("meta"):
             made = cls(num_experts, width, hidden, **settings)
         for name, part in zip(cls.quantized, parts, strict=True):
@@ -233,7 +233,7 @@ class QuantizedExperts(Quantized):
         check_ids(x, expert_ids)
         check_weights(weights, expert_ids)
         if x.shape[1] != self.width:
-            raise ValueError(f"x: expected [T, {self.width}], got {tuple(x.shape)}")
+            raise ValueError(f"x: expected [T, {self.width}]; found {tuple(x.shape)}")
         gate_up_bias, down_bias = (
             None if bias is None else bias.to(x.dtype) for bias in (self.gate_up_proj_bias, self.down_proj_bias)
         )

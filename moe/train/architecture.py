@@ -76,7 +76,7 @@ def apply_changes(config: ModelConfig, changes: Sequence[str]) -> ModelConfig:
             raise ConfigError("--set", change, f"FIELD=VALUE with a field of ModelConfig{hint}")
         target, key = (rope, inner) if dot else (values, name)
         if key in target:
-            raise ConfigError("--set", change, f"{name} only once; found it also with {target[key]!r}")
+            raise ConfigError("--set", change, f"{name} only once; found another value, {target[key]!r}")
         try:
             target[key] = json.loads(text)
         except ValueError:

@@ -39,7 +39,7 @@ class BatchedMuon(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.ndim < 2:
-                    raise ValueError(f"BatchedMuon: expected matrices, got {tuple(parameter.shape)}")
+                    raise ValueError(f"BatchedMuon: expected matrices; found {tuple(parameter.shape)}")
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:

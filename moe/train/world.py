@@ -40,11 +40,11 @@ class World:
         """Set the optimizer step that errors of collectives name."""
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over the ranks of a tensor of any shape."""
+        """Sum a tensor of any shape over the ranks."""
         return values
 
     def gather(self, value: Any) -> list[Any]:
-        """Values of all ranks, by rank."""
+        """Return the values of all ranks, by rank."""
         return [value]
 
     def together(self) -> contextlib.AbstractContextManager[None]:
@@ -59,11 +59,11 @@ class World:
         return nn.utils.clip_grad_norm_(parameters, limit)
 
     def part_like(self, tensor: Tensor, parameter: Tensor) -> Tensor:
-        """This rank's part of a whole tensor, distributed as `parameter` is."""
+        """Return this rank's part of a full tensor, sharded as `parameter` is."""
         return tensor
 
     def save_state(self, trainer: Any, states: Path, *, wait: bool) -> Path:
-        """Save the state of a `Trainer` below `states`; returns its folder, with `wait` once it is on disk."""
+        """Save the state of a `Trainer` to `states` and return its folder; with `wait`, after it is on disk."""
         return save_state(states, *trainer.state(), keep=trainer.settings.keep)
 
     def export(self, model: Transformer, folder: Path) -> Transformer | None:
@@ -124,7 +124,7 @@ class MeshWorld(World):
 
     def export(self, model: Transformer, folder: Path) -> Transformer | None:
         moe.parallel.export(model, folder)
-        # To generate with `model`, every rank would have to take part and draw the same tokens.
+        # Generating with `model` would require every rank to take part and to draw the same tokens.
         return None if self.rank else load(folder, dtype=torch.float32)
 
 

@@ -93,7 +93,7 @@ def test_changes_are_json_or_strings_and_checked_together() -> None:
         (["tie_word_embeddings=True"], "tie_word_embeddings = 'True': expected true or false"),
         (["rms_norm_eps=NaN"], "rms_norm_eps = nan: expected a finite number"),
         (["n_group=3"], r"n_routed_experts = 8: expected a multiple of n_group \(3\)"),
-        (["hidden_size=8", "hidden_size=16"], "hidden_size once; found 8"),
+        (["hidden_size=8", "hidden_size=16"], "hidden_size only once; found another value, 8"),
         (["rope_parameters.theta=3"], r"did you mean rope_parameters.rope_theta\?"),
         (["rope_parameters.factor=a"], "factor = 'a'"),
     ):
