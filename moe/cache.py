@@ -29,7 +29,7 @@ class LayerCache:
             self.made = None
         if self.entries and self.entries[0].shape[0] != new[0].shape[0]:
             if start:
-                raise ValueError(f"cache: expected {self.entries[0].shape[0]} sequences; found {new[0].shape[0]}")
+                raise ValueError(f"the cache holds {self.entries[0].shape[0]} sequences: found {new[0].shape[0]}")
             self.entries = []
         if not self.entries or end > self.entries[0].shape[1]:
             capacity = max(end, 2 * start, 64)

@@ -449,7 +449,7 @@ class Transformer(nn.Module):
         if document_ids is not None and cache is not None:
             raise ValueError("document_ids: not supported with a cache")
         if labels is not None and (logits_to_keep or cache is not None):
-            raise ValueError("labels: require the logits of all positions; expected no cache and logits_to_keep = 0")
+            raise ValueError("labels need the logits of all positions; expected no cache and logits_to_keep = 0")
 
 
 def check_input_ids(input_ids: Any) -> None:

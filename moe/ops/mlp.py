@@ -176,7 +176,7 @@ def _batches(offsets: Tensor, gate_up: Tensor, down: Tensor) -> list[_Batch]:
     return batches
 
 
-def _bias_rows(bias: Tensor, batch: _Batch) -> Tensor:
+def _rows_of(bias: Tensor, batch: _Batch) -> Tensor:
     """Return the bias of each row of the batch, or one that all rows share, of bias [E, N]."""
     if batch.last - batch.first == 1:
         return bias[batch.first]
@@ -212,13 +212,13 @@ def _forward(
         experts, here = slice(batch.first, batch.last), slice(batch.start, batch.end)
         part = grouped_product(x.index_select(0, tokens[here]), gate_up[experts].mT, batch.ends)
         if gate_up_bias is not None:
-            part.add_(_bias_rows(gate_up_bias, batch))
+            part.add_(_rows_of(gate_up_bias, batch))
         if save:
             pre[here] = part
         act = swiglu_into(hidden[: batch.end - batch.start], part, limit, alpha, beta)
         grouped_product_into(rows[here], act, down[experts].mT, batch.ends)
         if down_bias is not None:
-            rows[here].add_(_bias_rows(down_bias, batch))
+            rows[here].add_(_rows_of(down_bias, batch))
     return combine(rows, order.position, weights), pre
 
 
@@ -310,7 +310,7 @@ def _backward(
             # The gradient of a weight is grad_y . (down @ hidden) = grad_hidden . hidden, so outputs need not be saved.
             dots = (grad_hidden * hidden).sum(dim=1, dtype=weights.dtype)
             if down_bias is not None:
-                dots += (grad_y.to(wide) * _bias_rows(down_bias, batch)).sum(dim=1, dtype=weights.dtype)
+                dots += (grad_y.to(wide) * _rows_of(down_bias, batch)).sum(dim=1, dtype=weights.dtype)
             sorted_dots[here, 0] = dots
         if need_pre:
             grad_hidden = (grad_hidden * weight).to(x.dtype)

@@ -133,7 +133,7 @@ def train(
             say(console, extended or f"resuming after step {trainer.step_number} of {settings.steps}")
         metrics = Metrics(folder / "metrics.jsonl" if first else Path(os.devnull), trainer.step_number, log)
         with (
-            _stop_signals(console, kill_on_second=not world.launched) as stopped,
+            _stop_signals(console, once_more_kills=not world.launched) as stopped,
             ProgressDisplay(console, settings.steps, trainer.step_number) as display,
         ):
             _run_steps(trainer, metrics, folder / "states", display, stopped)
@@ -162,7 +162,7 @@ def _describe_data(facts: dict[str, Any]) -> Iterator[str]:
         names = ", ".join(left_out["first"]) + (", ..." if left_out["count"] > len(left_out["first"]) else "")
         yield f"data: {left_out['count']:,} files or folders left out: {names}"
     if dropped := facts.get("dropped_paragraphs"):
-        yield f"data: {dropped:,} paragraphs of training text dropped, because they are also in the validation text"
+        yield f"data: {dropped:,} paragraphs of training text dropped, because they also occur in the validation text"
 
 
 def _architecture(folder: Path, settings: Settings) -> ModelConfig:
@@ -390,10 +390,11 @@ def _open_folder(folder: Path, settings: Settings, *, resume: bool, overwrite: b
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not _is_settings(file):  # other programs have files of that name, too
-            raise ConfigError("--out", str(folder), "a new or empty folder, or the folder of a run")
+            raise ConfigError("--out", str(folder), "a new or empty folder, or that of an earlier run")
         if not overwrite:
-            allowed = "a new folder, --resume to continue the run, or --overwrite to start again"
-            raise ConfigError("--out", str(folder), allowed)
+            raise ConfigError(
+                "--out", str(folder), "a new folder, or --resume to continue, or --overwrite to start over"
+            )
         if _overwritten(folder).exists():
             shutil.rmtree(_overwritten(folder))
         os.replace(folder, _overwritten(folder))
@@ -427,8 +428,8 @@ def _warn_of_other_bits(console: Console, values: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _stop_signals(console: Console, *, kill_on_second: bool) -> Iterator[list[int]]:
-    """Yield a list to which SIGINT or SIGTERM is appended. With `kill_on_second` a second signal kills the process.
+def _stop_signals(console: Console, *, once_more_kills: bool) -> Iterator[list[int]]:
+    """Yield a list to which SIGINT or SIGTERM is appended. With `once_more_kills` a second signal kills the process.
 
     torchrun needs False, because it forwards Ctrl-C as an immediate second signal, and has its own timeout.
     """
@@ -437,12 +438,12 @@ def _stop_signals(console: Console, *, kill_on_second: bool) -> Iterator[list[in
 
     def stop(number: int, _: Any) -> None:
         stopped.append(number)
-        if kill_on_second:
+        if once_more_kills:
             for each in before:
                 signal.signal(each, signal.SIG_DFL)
-        hint = "; press again to quit immediately" if kill_on_second else ""
+        once_more = "; press Ctrl-C again to quit immediately" if once_more_kills else ""
         if len(stopped) == 1:
-            say(console, f"{signal.Signals(number).name}: finishing this step and saving{hint}")
+            say(console, f"{signal.Signals(number).name}: finishing this step and saving{once_more}")
 
     for number in before:
         signal.signal(number, stop)

@@ -40,7 +40,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def find_tokenizer(path: Path) -> Path:
-    """Return the path of the tokenizer.json given by `path`: a file, checkpoint folder, run or name on the Hub."""
+    """The tokenizer.json that `path` names: itself, or that of a checkpoint folder, a run or a name on the Hub."""
     if path.suffix == ".json" or not (path.is_dir() or is_name(path)):
         return path
     try:

@@ -409,7 +409,7 @@ def test_a_foreign_settings_file_does_not_make_a_run(capsys: Any, tmp_path: Path
     for content in ('{"editor.tabSize": 4}', "[]", "not JSON"):
         (tmp_path / "settings.json").write_text(content)
         line = fails_in_one_line(capsys, "train", "--out", str(tmp_path), "--overwrite")
-        assert "expected a new or empty folder, or the folder of a run" in line
+        assert "expected a new or empty folder, or that of an earlier run" in line
         assert (tmp_path / "settings.json").read_text() == content
 
 

@@ -181,7 +181,7 @@ def test_wrong_shapes_are_named() -> None:
         model(ids, labels=ids[:, 1:])
     with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 8\): expected \(2, 9\)"):
         model(ids, attention_mask=ids[:, 1:])
-    with pytest.raises(ValueError, match="labels: require the logits of all positions"):
+    with pytest.raises(ValueError, match="labels need the logits of all positions"):
         model(ids, labels=ids, logits_to_keep=1)
     with pytest.raises(ValueError, match="logits_to_keep = -1"):
         model(ids, logits_to_keep=-1)
@@ -359,7 +359,7 @@ def test_cache_forgets_and_selects(name: str) -> None:
         found = model(again, cache=cache).logits
         expected = model(torch.cat((ids[[2, 0], :12], again), 1)).logits[:, 12:]
         close(found, expected, 1e-12)
-        with pytest.raises(ValueError, match="cache: expected 2 sequences; found 1"):
+        with pytest.raises(ValueError, match="the cache holds 2 sequences: found 1"):
             model(again[:1], cache=cache)
         with pytest.raises(ValueError, match="length = 18: expected 0 to 17"):
             cache.truncate(18)

@@ -60,11 +60,11 @@ NAMED = (
     ),
     ops("mlp", "gradient of an expert without tokens not written", "per_expert.index_fill_(0, unused, 0)", "pass"),
     ops("mlp", "bias of the wrong expert", "return bias[batch.first]", "return bias[batch.first - 1]"),
-    ops("mlp", "down bias forgotten", "rows[here].add_(_bias_rows(down_bias, batch))", "pass"),
+    ops("mlp", "down bias forgotten", "rows[here].add_(_rows_of(down_bias, batch))", "pass"),
     ops(
         "mlp",
         "routing weight's gradient without the down bias",
-        "dots += (grad_y.to(wide) * _bias_rows(down_bias, batch)).sum(dim=1, dtype=weights.dtype)",
+        "dots += (grad_y.to(wide) * _rows_of(down_bias, batch)).sum(dim=1, dtype=weights.dtype)",
         "pass",
     ),
     ops(
