@@ -389,8 +389,7 @@ class Transformer(nn.Module):
             keep = input_ids.shape[1] - (k + 1)
             if keep < 1:
                 if self.global_batch.lockstep:  # other ranks may run the module and would wait for this one
-                    expected = f"{k + 2} or more on a mesh, for mtp.{k}"
-                    raise ValueError(f"input_ids has {keep + k + 1} tokens per sequence: expected {expected}")
+                    raise ValueError(f"sequences of {keep + k + 1} tokens: on a mesh {k + 2} or more, for mtp.{k}")
                 break
             embedding = self.embed_tokens(input_ids[:, k + 1 :])
             documents = document_ids[:, :keep] if document_ids is not None else None

@@ -37,7 +37,7 @@ def check_experts(config: ModelConfig) -> None:
     """Raise ConfigError if no layer has experts."""
     if not config.num_moe_layers + config.num_nextn_predict_layers:
         layers = config.num_hidden_layers
-        raise ConfigError("num_hidden_layers", layers, "at least one layer with experts; found dense layers only")
+        raise ConfigError("num_hidden_layers", layers, "a layer with experts; found dense layers only")
 
 
 def _read(path: Path) -> ModelConfig:

@@ -405,7 +405,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "falling offs": (lambda: ops.grouped_mm(ROWS, STACK, OFFS.flip(0)), ValueError, r"found \[6, 2\]"),
     "offs past the end": (lambda: ops.grouped_mm(ROWS, STACK, OFFS + 1), ValueError, r"up to 6; found \[3, 7\]"),
     "inner sizes": (lambda: ops.grouped_mm(ROWS, STACK.mT, OFFS), ValueError, "expected equal inner sizes"),
-    "groups of a batch": (lambda: ops.grouped_mm(STACK.mT, STACK[:1]), ValueError, "2 groups and 1 groups"),
+    "groups of a batch": (
+        lambda: ops.grouped_mm(STACK.mT, STACK[:1]),
+        ValueError,
+        "equal numbers of groups; found 2 and 1",
+    ),
     "a vector": (lambda: ops.grouped_mm(ROWS[0], STACK, OFFS), ValueError, "two or three dimensions"),
     "two dtypes": (lambda: ops.grouped_mm(ROWS, STACK.double(), OFFS), TypeError, "one floating dtype for both"),
     "bias": (lambda: ops.grouped_mm(ROWS, STACK, OFFS, bias=ROWS), ValueError, "bias: not supported"),
