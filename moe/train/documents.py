@@ -414,7 +414,7 @@ def split(documents: Documents, validation: Documents | None = None) -> tuple[Pa
     if next(iter(scored), None) is None:
         raise ConfigError("--validation-data", None, "text; found white space only")
     if next(iter(part), None) is None:
-        expected = f"documents that differ; all text of {count} is also in the validation text"
+        expected = f"documents that differ: all text of {count} is a copy of what is held out"
         raise ConfigError("--data", _where(documents), expected)
     return part, scored
 
@@ -430,7 +430,7 @@ def _hold_out(documents: Documents) -> tuple[set[int], int]:
         if rank[0] < HELD_OUT_FRACTION:
             held_out.add(number)
     if number < 1:
-        allowed = f"at least two documents, of which one is held out, or --validation-data; found {number + 1}"
+        allowed = f"two documents or more, one of them held out, or --validation-data; found {number + 1}"
         raise ConfigError("--data", _where(documents), allowed)
     return (held_out or {first[2]}) - ({last[2]} if len(held_out) == number + 1 else set()), number + 1
 

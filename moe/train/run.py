@@ -102,8 +102,8 @@ def train(
                 check_log(settings.log)
                 if not folder.parent.exists():
                     folder.parent.mkdir(parents=True)
-                    held.callback(_remove_if_empty, folder.parent)  # after an error below
-                held.enter_context(locked(folder, "another run is using this folder"))
+                    held.callback(_remove_if_empty, folder.parent)  # after a mistake found below
+                held.enter_context(locked(folder, "another run is at work in this folder"))
                 _open_folder(folder, settings, resume=resume, overwrite=overwrite)
         try:
             with world.together():
@@ -118,7 +118,7 @@ def train(
                 log = held.enter_context(open_log(settings, folder, trainer.step_number) if first else nullcontext())
         except BaseException:
             if first and not resume:
-                shutil.rmtree(folder)  # no training yet, and the next attempt needs the name
+                shutil.rmtree(folder)  # nothing was done there yet, and the next attempt needs the name
                 if overwritten.exists():
                     os.replace(overwritten, folder)
             raise

@@ -709,7 +709,7 @@ def test_two_runs_in_one_folder_are_refused(text: Path, tmp_path: Path, capsys: 
     assert os.WIFSTOPPED(os.waitpid(first.pid, os.WUNTRACED)[1])
     assert main([*command(text, tmp_path / "run"), "--resume"]) == 2
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "another run is using this folder" in said and str(first.pid) in said
+    assert said.count("\n") == 1 and "another run is at work in this folder" in said and str(first.pid) in said
     first.kill()
     first.communicate()
     assert main([*command(text, tmp_path / "run"), "--auto-resume"]) == 0
