@@ -81,7 +81,7 @@ def check_vocabulary(path: Path, vocab_size: int, option: str) -> None:
     """Raise ConfigError if the tokenizer given by `path` has an id that is not below `vocab_size`."""
     found = vocabulary_size(load_tokenizer(find_tokenizer(path))[0])
     if found > vocab_size:
-        raise ConfigError(option, str(path), f"at most {vocab_size} tokens, the model's vocabulary size; found {found}")
+        raise ConfigError(option, str(path), f"a tokenizer of at most {vocab_size} tokens; found {found}")
 
 
 def _read_beside(path: Path) -> dict[str, Any]:

@@ -371,7 +371,7 @@ def test_json_lines_are_one_document_a_line(tmp_path: Path) -> None:
     assert [d.text for d in read_files([write_lines(tmp_path / "lines.json")], "text")] == TEXTS
     (tmp_path / "array.json").write_text(json.dumps(RECORDS, indent=1))
     assert [d.text for d in read_files([tmp_path / "array.json"], "text")] == TEXTS
-    with pytest.raises(ConfigError, match=r"x\.jsonl.*name of the field.*--field"):
+    with pytest.raises(ConfigError, match=r"x\.jsonl.*name of the text field.*--field"):
         read_files([tmp_path / "x.jsonl"])
 
 
@@ -439,7 +439,7 @@ WRONG_LINES = {
     "NaN": ('{"text": "a", "score": NaN}', "expected JSON; found the literal NaN"),
     "half a character": (r'{"text": "\ud83d"}', 'Unicode text in "text"; found half of a surrogate pair'),
     "a chat": ('{"messages": [{"role": "user"}]}', "plain text.*, not fine-tuning data; found messages"),
-    "a prompt": ('{"prompt": "a", "completion": "b"}', "fine-tuning; found prompt, completion"),
+    "a prompt": ('{"prompt": "a", "completion": "b"}', "fine-tuning data; found prompt, completion"),
 }
 
 

@@ -123,7 +123,7 @@ def test_the_bound_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     free(monkeypatch, states // 4 + activations)  # before its only step an optimizer has no state
     check_memory(config, dataclasses.replace(large, steps=1), **how)
     free(monkeypatch, states + 1)
-    with pytest.raises(ConfigError, match=r"^--seq-length = 2000: expected .*: shorter sequences"):
+    with pytest.raises(ConfigError, match=r"^--seq-length = 2000: expected .*; use shorter sequences"):
         check_memory(config, dataclasses.replace(settings, seq_length=2000), **how)
 
 
@@ -201,7 +201,7 @@ def test_what_is_free_is_the_machines_own_figure() -> None:
     [
         (
             ["--preset", "mixtral_8x7b", "--bias-update-speed", "0.1"],
-            "--bias-update-speed = 0.1: expected the default 0.01: mixtral_8x7b has no correction bias",
+            "--bias-update-speed = 0.1: expected the default 0.01, because mixtral_8x7b has no correction bias",
         ),
         (["--dispatch", "fp8"], "--dispatch = 'fp8': expected same without expert parallelism (--ep 1)"),
     ],
