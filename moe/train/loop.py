@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # importing it takes half a second
 class NonFiniteError(FloatingPointError):
     """NaN or infinity in a loss or a gradient.
 
-    Attributes: step, what ("loss" or "gradient"), where (text with the first non-finite module or parameter).
+    Attributes: step, what ("loss" or "gradient"), where (name of the module or parameter that shows it first).
     """
 
     def __init__(self, step: int, what: str, where: str) -> None:
@@ -94,8 +94,7 @@ def uncompiled(settings: Settings) -> contextlib.AbstractContextManager[Any]:
 def check_savable(config: ModelConfig) -> None:
     """Raise ConfigError if a checkpoint of the model cannot be saved."""
     if problems := config.family_problems():
-        allowed = f"a model type that can represent the model; {'; '.join(problems)}"
-        raise ConfigError("model_type", config.model_type, allowed)
+        raise ConfigError("model_type", config.model_type, f"a model that its files can express; {'; '.join(problems)}")
 
 
 class Trainer:
@@ -170,8 +169,8 @@ class Trainer:
     def evaluate(self) -> Evaluation:
         """Score every validation token but the first, given the preceding tokens of its window of packed text.
 
-        With `document_mask`, as in training, a token is given the preceding tokens of its document, and the first token
-        of each document is not scored.
+        With `document_mask` the first token of each document, which training does not predict either, is left out, and
+        the others are given what precedes them in their document.
         """
         # Training mode runs the MTP modules too, whose load is reported. No layer has dropout.
         self.model.train()

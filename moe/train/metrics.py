@@ -1,4 +1,4 @@
-"""Metrics file of a run, one JSON object per line: {"kind": "train" | "validation", "step": n, ...}."""
+"""Measurements of a run, one JSON object per line: {"kind": "train" | "validation", "step": n, ...}."""
 
 import json
 from collections.abc import Callable
@@ -13,8 +13,8 @@ class Metrics:
 
     Args:
         file: created if missing; os.devnull on ranks that do not write.
-        until: step from which the run resumes. Records of later steps and an incomplete last line are dropped.
-        log: function that also receives every new record, see `moe.train.logs`.
+        until: step from which a run resumes. Records of later steps and an incomplete last line are dropped.
+        log: receives every new record, see `moe.train.logs`.
     """
 
     def __init__(self, file: Path, until: int, log: Callable[[dict[str, Any]], None] | None = None) -> None:

@@ -179,10 +179,10 @@ def _check(settings: Settings, config: ModelConfig, world: World, device: torch.
         raise ConfigError("--seq-length", settings.seq_length, f"at most {config.max_position_embeddings}")
     default = Settings.bias_update_speed
     if config.topk_method != "noaux_tc" and settings.bias_update_speed != default:
-        allowed = f"the default {default}, because {settings.name} has no correction bias"
-        raise ConfigError("--bias-update-speed", settings.bias_update_speed, allowed)
+        problem = f"the default {default}: {settings.name} has no correction bias"
+        raise ConfigError("--bias-update-speed", settings.bias_update_speed, problem)
     if settings.dispatch != "same" and settings.ep == 1:
-        raise ConfigError("--dispatch", settings.dispatch, "same without expert parallelism (--ep 1)")
+        raise ConfigError("--dispatch", settings.dispatch, "same where no experts are divided (--ep 1)")
     if settings.init is not None:
         option = "--init" if settings.tokenizer is None else "--tokenizer"
         check_vocabulary(settings.tokenizer or settings.init, config.vocab_size, option)

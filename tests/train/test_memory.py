@@ -201,9 +201,9 @@ def test_what_is_free_is_the_machines_own_figure() -> None:
     [
         (
             ["--preset", "mixtral_8x7b", "--bias-update-speed", "0.1"],
-            "--bias-update-speed = 0.1: expected the default 0.01, because mixtral_8x7b has no correction bias",
+            "--bias-update-speed = 0.1: expected the default 0.01: mixtral_8x7b has no correction bias",
         ),
-        (["--dispatch", "fp8"], "--dispatch = 'fp8': expected same without expert parallelism (--ep 1)"),
+        (["--dispatch", "fp8"], "--dispatch = 'fp8': expected same where no experts are divided (--ep 1)"),
     ],
 )
 def test_options_without_effect_are_refused(

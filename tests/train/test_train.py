@@ -368,7 +368,7 @@ def test_a_model_that_cannot_be_saved_is_not_trained(
     argv = ["train", "--preset", "micro", "--data", str(text), "--seq-length", "16", "--out", str(tmp_path / "run")]
     assert main(argv) == 2
     said = capsys.readouterr().err
-    expected = "model_type = 'deepseek_v3': expected a model type that can represent the model; "
+    expected = "model_type = 'deepseek_v3': expected a model that its files can express; "
     assert said.count("\n") == 1 and expected + problem in said
     assert not (tmp_path / "run").exists()
 
