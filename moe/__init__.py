@@ -1,14 +1,13 @@
 """Mixture-of-Experts transformers: build, train, load and run them.
 
-Shapes in every docstring and comment use one legend:
+Shapes in docstrings and comments use these letters:
 
     B batch          T tokens (B * S)         R routed rows (T * K)
     S sequence       E experts                H attention heads
     D model width    K experts per token      C latent rank of MLA
     F expert width   L layers                 V vocabulary
 
-Names are resolved on first use, so that `import moe` costs nothing and needs neither Triton, nor transformers, nor a
-GPU.
+Names are imported on first use, so `import moe` is fast and requires neither Triton, nor transformers, nor a GPU.
 """
 
 from typing import TYPE_CHECKING

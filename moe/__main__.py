@@ -1,4 +1,4 @@
-"""`python -m moe` is `moesmith`."""
+"""Entry point of `python -m moe`, the same program as `moesmith`."""
 
 import sys
 

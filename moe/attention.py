@@ -1,7 +1,7 @@
 """Multi-head latent attention (MLA) and grouped-query attention.
 
-A mask is boolean [B or 1, 1, S, S_total], True where a query may look. None means plain causal attention when the
-queries are all the tokens there are, and "look at everything" for a single query.
+A mask is boolean [B or 1, 1, S, S_total], True where a query may attend. None means causal attention if S = S_total,
+and unmasked attention for a single query.
 """
 
 import torch
@@ -16,14 +16,14 @@ from moe.ops.library import has_values
 from moe.rope import apply_rope, mscale
 from moe.uncast import Uncast
 
-# DeepSeek's code and Hugging Face's both leave the latents' norms at this default, whatever rms_norm_eps says.
+# DeepSeek's and Hugging Face's code both use this constant for the norms of latents, independent of rms_norm_eps.
 LATENT_NORM_EPS = 1e-6
 
-QUERY_BLOCK = 128  # of the CPU's causal attention
+QUERY_BLOCK = 128  # queries per block of attention on the CPU
 
 
 def softmax_scale(config: ModelConfig) -> float:
-    """qk_head_dim^-0.5, under YaRN with mscale_all_dim times (0.1 mscale_all_dim ln(factor) + 1)^2 (MLA only)."""
+    """Return qk_head_dim^-0.5; for MLA with YaRN and mscale_all_dim, times (0.1 mscale_all_dim ln(factor) + 1)^2."""
     scale = config.qk_head_dim**-0.5
     rope = config.rope_parameters
     if config.is_mla and rope.rope_type == "yarn" and rope.mscale_all_dim and rope.factor:
@@ -32,15 +32,16 @@ def softmax_scale(config: ModelConfig) -> float:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, sinks: Tensor | None = None) -> Tensor:
-    """softmax(q k^T scale + mask) v for q [B, S, H, d], k [B, S_total, H, d], v [B, S_total, H, dv] -> [B, S, H dv].
+    """Compute softmax(q k^T scale + mask) v.
 
-    sinks [H] are one more logit of each query's softmax, without a value.
+    q [B, S, H, d], k [B, S_total, H, d] and v [B, S_total, H, dv] give [B, S, H dv]. sinks [H] add one logit per head
+    to each query's softmax, without a value.
     """
     width = v.shape[-1]
     on_cpu = q.device.type == "cpu"
     if sinks is not None:
         return _attend_in_blocks(q, k, v, mask, scale, sinks)
-    # A compiled graph is for all lengths, and training on long sequences must not keep S^2 probabilities.
+    # A compiled graph serves all lengths, and training on long sequences must not keep S^2 probabilities.
     in_blocks = on_cpu and mask is None and not torch.compiler.is_compiling()
     if in_blocks and q.shape[1] > 1 and (q.shape[1] <= 1024 or not torch.is_grad_enabled()):
         return _attend_in_blocks(q, k, v, None, scale, None)
@@ -49,7 +50,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, s
         v = F.pad(v, (0, q.shape[-1] - width))
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     causal = mask is None
-    if q.shape[2] == 1:  # a branch, not `and`: a symbolic shape would make is_causal a SymBool, which is refused
+    if q.shape[2] == 1:  # not `and`: with symbolic shapes is_causal would be a SymBool, which SDPA rejects
         causal = False
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
     return rearrange(out[..., :width], "b h s d -> b s (h d)")
@@ -58,10 +59,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, s
 def _attend_in_blocks(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, sinks: Tensor | None
 ) -> Tensor:
-    """As `attend`, a block of queries at a time; without a mask, with the keys that it may see and no others.
+    """Compute `attend` one block of queries at a time; without a mask, each block reads only the keys it may attend to.
 
     On CPU this takes 0.5 (bf16) to 0.9 (fp32) of the flash kernel's time, forward and backward, at 512 to 1,024 tokens.
-    A compiled graph, which is for all lengths, has one block.
+    A compiled graph serves all lengths, so it has one block.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     queries, past = q.shape[1], k.shape[1] - q.shape[1]
@@ -86,13 +87,13 @@ def _attend_in_blocks(
 
 
 class MLA(nn.Module):
-    """Attention over a shared low-rank latent. Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.
+    """Multi-head latent attention. Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.
 
-    q = q_b(RMS(q_a x)) or q_proj x, per head [nope | rope]; kv_a x = [latent C | k_pe]; the latent is normalised, k_pe
-    is not, and one k_pe serves all heads; kv_b expands the latent per head to [K nope | V].
+    q = q_b(RMS(q_a x)) or q_proj x, per head [nope | rope]. kv_a x = [latent C | k_pe]: the latent is normalised, k_pe
+    is not, and all heads share one k_pe. kv_b expands the latent per head to [K nope | V].
 
-    Prefill and training expand the latent. Decode folds kv_b into the query and the output instead ("absorbed"), so
-    that it reads C + rope values a token from the cache and expands none of them.
+    Prefill and training expand the latent. Decode absorbs kv_b into the query and the output instead, and reads
+    C + rope values per token from the cache.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -119,7 +120,7 @@ class MLA(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.value, width, bias=config.output_bias)
 
     def forward(self, x: Tensor, rope: Uncast, mask: Tensor | None, cache: LayerCache | None, past: int) -> Tensor:
-        """x [B, S, D] -> [B, S, D], with the tables of `rope_tables`; `past` tokens are already in `cache`."""
+        """Attend: x [B, S, D] -> [B, S, D]. `rope` holds the `rope_tables`; `cache` already holds `past` tokens."""
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.compresses_q else self.q_proj(x)
         q_nope, q_pe = rearrange(q, "b s (h d) -> b s h d", h=self.heads).split((self.nope, self.rope), dim=-1)
         c, k_pe = self.kv_a_proj_with_mqa(x).split((self.latent, self.rope), dim=-1)
@@ -130,9 +131,9 @@ class MLA(nn.Module):
         if cache is not None:
             (entry,) = cache.append(past, torch.cat((c, k_pe), dim=-1))
             if past > 0 and self._absorbing_is_cheaper(x.shape[1]):
-                # A graph is freed by its backward pass, and dropout draws anew: then each pass needs its own.
-                again = self.training or torch.is_grad_enabled()
-                w = self._absorbed(c) if again else cache.once(q_pe.dtype, lambda: self._absorbed(c))
+                # Backward frees the graph, and an adapter's dropout differs between calls: recompute in either case.
+                recompute = self.training or torch.is_grad_enabled()
+                w = self._absorbed(c) if recompute else cache.memoize(q_pe.dtype, lambda: self._absorbed(c))
                 if w is not None:
                     return self.o_proj(self._attend_absorbed(q_nope, q_pe, entry, mask, *w))
             c, k_pe = entry.split((self.latent, self.rope), dim=-1)
@@ -147,22 +148,21 @@ class MLA(nn.Module):
         return f"heads={self.heads}, latent={self.latent}, nope={self.nope}, rope={self.rope}, value={self.value}"
 
     def interleave_rope(self) -> None:
-        """See `Transformer.interleave_rope`."""
+        """Set `rope_interleave`; see `Transformer.interleave_rope`."""
         self.interleave = True
 
     def _absorbing_is_cheaper(self, queries: int) -> bool:
-        # Per cached token and head: expanding costs C (nope + value) once and nope + rope + value a query;
-        # absorbed costs 2 C + rope a query.
+        # Per cached token and head: expanding costs C (nope + value) once and nope + rope + value per query;
+        # absorbed attention costs 2 C + rope per query.
         expanded = self.latent * (self.nope + self.value)
         return queries * (2 * self.latent - self.nope - self.value) < expanded
 
     def _absorbed(self, c: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """W_UK [H, nope, C], W_UV [H, C, value] and the constant [H, value] of kv_b, in the dtype of c [B, S, C].
+        """Return kv_b's W_UK [H, nope, C], W_UV [H, C, value] and constant [H, value] in c's dtype; None if nonlinear.
 
-        kv_b is called with the identity, and with zero for what an adapter may add. That is exact for a linear module,
-        and includes what is around it: adapters, offloading, quantisation. The constant of the keys changes all logits
-        of a query alike, and so nothing. None if kv_b is something else than that of c: something around it is not
-        linear.
+        Calls kv_b with the identity and with zero, which is exact for a linear module and includes its wrappers:
+        adapters, offloading, quantisation. The constant of the keys shifts all logits of a query equally, so it is
+        dropped. c [B, S, C] serves to check that kv_b is linear.
         """
         w = self.kv_b_proj(torch.eye(self.latent + 1, self.latent, dtype=c.dtype, device=c.device))
         w, constant = w[:-1] - w[-1], w[-1]
@@ -187,7 +187,7 @@ class MLA(nn.Module):
         w_uv: Tensor,
         constant: Tensor,
     ) -> Tensor:
-        """As `attend`, from cache entries [B, S_total, C + rope]: score = (q_nope W_UK) c + q_pe k_pe."""
+        """Compute `attend` from cache entries [B, S_total, C + rope]: score = (q_nope W_UK) c + q_pe k_pe."""
         q = torch.cat((torch.einsum("bshn,hnc->bshc", q_nope, w_uk), q_pe), dim=-1)
         batch, queries = q.shape[:2]
         scores = torch.matmul(q.flatten(1, 2), entry.transpose(1, 2))
@@ -203,9 +203,9 @@ class MLA(nn.Module):
 class GQA(nn.Module):
     """Grouped-query attention.
 
-    With `qk_norm`, RMS norms on each query and key head (Qwen3) or on all heads of a token together (OLMoE). With
-    `attention_sinks`, each head has a learnt logit that takes part in the softmax and has no value (gpt-oss). The first
-    `rope_dim` dimensions of a head rotate.
+    `qk_norm` adds RMS norms on each query and key head (Qwen3) or across all heads of a token (OLMoE).
+    `attention_sinks` adds a learned logit per head to the softmax, without a value (gpt-oss). The first `rope_dim`
+    dimensions of a head rotate.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -230,7 +230,7 @@ class GQA(nn.Module):
         self.sinks = nn.Parameter(torch.empty(self.heads)) if config.attention_sinks else None
 
     def forward(self, x: Tensor, rope: Uncast, mask: Tensor | None, cache: LayerCache | None, past: int) -> Tensor:
-        """x [B, S, D] -> [B, S, D], with the tables of `rope_tables`; `past` tokens are already in `cache`."""
+        """Attend: x [B, S, D] -> [B, S, D]. `rope` holds the `rope_tables`; `cache` already holds `past` tokens."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.qk_norm == "whole":
             q, k = self.q_norm(q), self.k_norm(k)

@@ -1,11 +1,11 @@
-"""Keeping experts evenly loaded: losses, the correction bias and its once-per-step update, load reports.
+"""Load balancing: losses, the correction bias and its update once per step, load reports.
 
-A step's load counts every real token of the global batch once: in training only, in the MTP modules too, and never
-again when activations are recomputed. Counts therefore travel in the backward pass: `attach` gives each router a leaf
-tensor, and the routing weights pass through a function whose gradient for that leaf is the micro-batch's load. Autograd
-sums over micro-batches, eval adds nothing, recomputation adds nothing, and a compiled graph sees an ordinary gradient
-instead of a side effect. What counts is thus what `backward()` reaches: a second backward through the same graph counts
-again, as its gradients do, and `torch.autograd.grad` for chosen parameters counts nothing.
+The load of a step counts every real token of the global batch once, in training only, MTP modules included. Counts are
+accumulated in the backward pass: `attach` gives each router a leaf tensor, and the routing weights pass through a
+function whose gradient for that leaf is the load of the micro-batch. Autograd sums over micro-batches. Eval mode and
+recomputed activations add nothing, and a compiled graph sees an ordinary gradient instead of a side effect. As with
+gradients, a second `backward()` through the same graph counts again; `torch.autograd.grad` for selected parameters
+counts nothing.
 """
 
 import math
@@ -26,11 +26,11 @@ from moe.router import COUNTER_DTYPE, Router
 
 
 def expert_load(expert_ids: Tensor, num_experts: int, token_mask: Tensor | None = None) -> Tensor:
-    """How many tokens chose each expert.
+    """Count the tokens that chose each expert.
 
     Args:
         expert_ids: int64 [..., T, K]; -1 is not counted.
-        num_experts: E.
+        num_experts: E, the number of experts.
         token_mask: bool [..., T], True for real tokens; padding is not counted.
 
     Returns:
@@ -56,18 +56,18 @@ def balance_loss(
     seq_aux: bool = True,
     batch: GlobalBatch | None = None,
 ) -> Tensor:
-    """sum_i f_i P_i with f_i = E / (K T) * count_i and P_i = mean over tokens of s_i / sum_j s_j; 1 when balanced.
+    """Compute sum_i f_i P_i, with f_i = E / (K T) count_i and P_i = mean over tokens of s_i / sum_j s_j.
 
     Args:
         scores: [B, S, E] unbiased, non-negative router scores; gradients flow through P only.
         expert_ids: int64 [B, S, K].
-        token_mask: bool [B, S]; padding enters neither f, nor P, nor T.
-        seq_aux: T is one sequence, and the losses of the sequences that have a token are averaged. Otherwise T is the
-            whole batch, and the counts f are summed over the ranks of `batch`.
-        batch: the global batch; None means that of the default group where torch.distributed runs.
+        token_mask: bool [B, S], True for real tokens; padding is excluded from f, P and T.
+        seq_aux: compute the loss per sequence and average over sequences with a real token. Otherwise T is the whole
+            batch, and counts are summed over the ranks of `batch`.
+        batch: the global batch; None for that of the default process group, if there is one.
 
     Returns:
-        scalar in scores' dtype; 0 when no token is real.
+        scalar in the dtype of `scores`; 1 if the load is balanced, 0 if there is no real token.
 
     Source: DeepSeek-V3 (arXiv 2412.19437), equations 17 to 20; global batch: arXiv 2501.11873.
     """
@@ -76,7 +76,7 @@ def balance_loss(
         token_mask = torch.ones(scores.shape[:-1], dtype=torch.bool, device=scores.device)
     load = expert_load(expert_ids, num_experts, token_mask)
     tokens = token_mask.sum(-1)
-    # masked_fill, not a product: a padded row may hold NaN, and 0 * NaN is NaN.
+    # masked_fill, because padding may hold NaN and 0 * NaN is NaN.
     share = (scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)).masked_fill(~token_mask.unsqueeze(-1), 0).sum(-2)
     if not seq_aux:
         load, tokens, share = load.sum(0, keepdim=True), tokens.sum(0, keepdim=True), share.sum(0, keepdim=True)
@@ -89,7 +89,7 @@ def balance_loss(
 
 
 def z_loss(logits: Tensor, token_mask: Tensor | None = None) -> Tensor:
-    """Mean over real tokens of logsumexp(logits)^2, for logits [..., E]. Source: ST-MoE (arXiv 2202.08906), eq. 5."""
+    """Average logsumexp(logits)^2 over real tokens, for logits [..., E]. Source: ST-MoE (arXiv 2202.08906), eq. 5."""
     z = logits.logsumexp(-1).square()
     if token_mask is None:
         return z.mean() if z.numel() else z.sum()
@@ -104,15 +104,15 @@ def loss_terms(
     tokens: Tensor,
     batch: GlobalBatch,
 ) -> tuple[Term, ...]:
-    """The losses of a layer's routing that have a coefficient, multiplied by it.
+    """Compute the auxiliary losses of a layer's routing that have a non-zero coefficient, multiplied by it.
 
     Args:
-        config: that of the layer.
-        routing: of T = B * S tokens; without logits it has no z-loss. Padding has ids of -1.
+        config: configuration of the layer.
+        routing: routing of T = B * S tokens; without logits there is no z-loss. Padding has ids of -1.
         shape: (B, S).
         token_mask: bool [B, S], True for real tokens.
-        tokens: int64 [B], real tokens of each sequence.
-        batch: over which the balance loss without `seq_aux` is computed.
+        tokens: int64 [B], number of real tokens of each sequence.
+        batch: global batch over which the balance loss is computed without `seq_aux`.
     """
     terms, counts = [], loss_counts(config, tokens)
     if config.aux_loss_alpha:
@@ -126,13 +126,13 @@ def loss_terms(
 
 
 def loss_counts(config: MoEConfig, tokens: Tensor) -> dict[str, Tensor]:
-    """Number of sequences or tokens that each loss of a layer is a mean over, for tokens [B], the real ones of each."""
+    """Return the number of sequences or tokens that each loss averages over, for real tokens [B] of each sequence."""
     everything = tokens.sum()
     return {"balance": (tokens > 0).sum() if config.seq_aux else everything, "z": everything}
 
 
 class _Inject(torch.autograd.Function):
-    """The identity on y, whose backward also feeds `loss` (gradient `scale`) and `counter` (gradient `load`)."""
+    """Identity on y, whose backward also gives `loss` the gradient `scale` and `counter` the gradient `load`."""
 
     @staticmethod
     def forward(
@@ -152,29 +152,29 @@ class _Inject(torch.autograd.Function):
 def inject_gradients(
     y: Tensor, *, loss: Tensor | None, scale: Tensor, counter: Tensor | None, load: Tensor | None
 ) -> Tensor:
-    """y unchanged; when gradients flow through it, `loss` gets the gradient `scale` and `counter` gets `load`."""
+    """Return y; its backward pass also gives `loss` the gradient `scale` and `counter` the gradient `load`."""
     if not torch.is_grad_enabled() or (loss is None and counter is None):
         return y
     if torch.compiler.is_exporting():
-        raise ValueError("balance losses and counts need a backward pass of ours, which torch.export drops: use eval()")
+        raise ValueError("torch.export drops the backward pass that balance losses and counts need; export in eval()")
     at = y if loss is None else loss
     return _Inject.apply(y, loss, scale.to(at.device, at.dtype, copy=True), counter, load)
 
 
 def routers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(name, router) of every `moe.router.Router` in the model, in order, MTP modules included."""
+    """Yield (name, router) for every `moe.router.Router` in the model, in order, MTP modules included."""
     for name, module in model.named_modules():
         if isinstance(module, Router):
             yield name, module
 
 
 def set_loss_scale(model: nn.Module, scale: float | Tensor) -> None:
-    """Weight of the balance losses that enter through autograd in every `MoELayer` of `model`.
+    """Set the factor of balance losses that enter through autograd, in every `MoELayer` of `model`.
 
-    The layer cannot see by what the caller multiplies the loss: with accumulation over n micro-batches (loss / n) pass
-    1 / n, with a gradient scaler pass its scale. `moe.Transformer` called with labels adds the losses to `out.loss`
-    itself and needs none of this; with or without labels, its `GlobalBatch.step` weighs micro-batches by what they
-    count. The layers of a `Transformer` share one scale. Compiled code is not compiled anew.
+    The layer cannot see the factor by which the caller multiplies the loss. When accumulating n micro-batches
+    (loss / n) pass 1 / n; with a gradient scaler pass its scale. `moe.Transformer` does not need this if called with
+    labels, because it adds the losses to `out.loss`; its `GlobalBatch.step` weights micro-batches by their counts. The
+    layers of a `Transformer` share one scale. Changing it does not recompile.
     """
     for module in model.modules():
         if isinstance(batch := getattr(module, "global_batch", None), GlobalBatch):
@@ -182,20 +182,20 @@ def set_loss_scale(model: nn.Module, scale: float | Tensor) -> None:
 
 
 class Handle:
-    """What `attach` returns: `remove()` ends the updates and the counts. A second call does nothing."""
+    """Handle returned by `attach`. `remove()` ends updates and counting; a second call does nothing."""
 
     def __init__(self, attached: dict[str, Any], hook: Any) -> None:
         self._attached, self._hook = attached, hook
         self._loads: dict[str, Tensor] = {}
 
     def add(self, loads: dict[str, Tensor]) -> None:
-        """Count the loads of a step."""
+        """Add the loads of a step."""
         self._loads = {name: self._loads[name] + load if name in self._loads else load for name, load in loads.items()}
 
     def loads(self, *, reset: bool = False) -> dict[str, Tensor]:
-        """Each router's name -> int64 [E]: tokens that chose each expert in all steps since the last reset.
+        """Return router name -> int64 [E], the tokens that chose each expert in all steps since the last reset.
 
-        Those of all ranks of the group. Empty before the first step.
+        Summed over the ranks of the group. Empty before the first step.
         """
         loads = self._loads
         if reset:
@@ -210,8 +210,7 @@ class Handle:
 
 
 def _with_hooks(optimizer: Any) -> Any:
-    """The optimizer whose hooks see the steps that are made: the given one, or that within a wrapper such as
-    accelerate's, which has no hooks and may leave out steps."""
+    """Return `optimizer`, or the one inside a wrapper such as accelerate's, which has no hooks and may skip steps."""
     if hasattr(optimizer, "_optimizer_step_post_hooks"):
         return optimizer
     held = getattr(optimizer, "__dict__", {}).values()
@@ -228,22 +227,24 @@ def attach(
 ) -> Handle:
     """Update every correction bias once per step of `optimizer`: b_i += speed * sign(mean(load) - load_i).
 
-    Works on any model that contains `moe.MoELayer`s and in any trainer (`optimizer` may be accelerate's, before or
-    after `prepare`, or another wrapper of one optimizer): call it once, after the model is on its device and before the
-    first forward, and attach to one optimizer only when there are several. The load of a step is everything that went
-    backward since the last one, summed over `group` (None: the default group where torch.distributed runs). A step that
-    is skipped counts nothing: setting gradients to None, as zero_grad does, begins a new one. That is seen by the
-    router's weight, if it is trained and the model is not compiled as a whole; gradients that are set to zero in place
-    are not seen. The global-batch loss of all routers, those without a correction bias too, sums over the same group,
-    also after `handle.remove()`, which ends the updates. A step without any token leaves the biases alone. Change the
-    speed by removing and attaching again; with a speed of 0 loads are only counted, see `Handle.loads`. A copy of the
-    model is not attached, and neither is a copy of a part that a wrapper makes, as PEFT does for modules_to_save: wrap
-    first, then attach.
+    Works with any model that contains `moe.MoELayer`s and with any trainer. Call it once, after the model is on its
+    device and before the first forward pass; with several optimizers, attach to one. `optimizer` may be a wrapper of
+    one optimizer, such as accelerate's, before or after `prepare`.
+
+    The load of a step is the load of all backward passes since the previous step, summed over `group` (None: the
+    default process group, if there is one). A skipped step counts nothing: setting gradients to None, as zero_grad
+    does, begins a new step. This is detected by the gradient of the router's weight, so the weight must be trained and
+    the model must not be compiled as a whole; gradients zeroed in place are not detected. A step without tokens leaves
+    the biases unchanged.
+
+    The balance loss without `seq_aux` sums over the same group in all routers, even after `handle.remove()`. To change
+    the speed, remove and attach again. With a speed of 0 loads are only counted; see `Handle.loads`. Copies of a model
+    or module are not attached. Wrap first, then attach, because wrappers may copy modules (PEFT's modules_to_save).
 
     Raises:
-        ValueError: no router, or without a group and with a speed above 0 none with a correction bias; routers that are
-            attached already; a speed below 0 or not finite; a group without this rank; an optimizer without step hooks
-            that is no wrapper of exactly one with them. Nothing is changed then.
+        ValueError: the model has no router, or none with a correction bias although `group` is None and the speed is
+            above 0; it is already attached; the speed is negative or not finite; `group` does not contain this rank;
+            the optimizer has no step hooks and does not wrap exactly one that has. Nothing is changed then.
 
     Source: arXiv 2408.15664; DeepSeek-V3 (arXiv 2412.19437), section 2.1.2 (speed 0.001, 0 at the end of training).
     """
@@ -259,7 +260,7 @@ def attach(
     if first.global_batch.lockstep and not any(hasattr(parameter, "device_mesh") for parameter in held):
         raise ValueError("attach: the optimizer holds none of the model's parameters; build it after parallelize")
     if any(router.counter is not None for router in found.values()):
-        raise ValueError("attach: this model is attached already; call remove() on the earlier handle first")
+        raise ValueError("attach: the model is already attached; call remove() on the earlier handle first")
     if group is not None and dist.is_available() and dist.is_initialized() and dist.get_rank(group) < 0:
         raise ValueError("attach: this rank is not in the group; expected a group that contains it")
 
@@ -268,7 +269,7 @@ def attach(
         flat = torch.cat([load.to(loads[0].device) for load in loads]).to(torch.int64)
         flat = first.global_batch.sum(flat, "bias update")
         taken: Any = 1
-        # torch.amp.GradScaler calls a fused optimizer to skip a step itself, on the device, if this is not 0.
+        # torch.amp.GradScaler lets a fused optimizer skip the step itself, on the device, if found_inf is not 0.
         if (found_inf := getattr(stepped, "found_inf", None)) is not None:
             taken = (torch.as_tensor(found_inf, device=flat.device) == 0).to(torch.int64)
         totals = (taken * flat).split([len(load) for load in loads])
@@ -280,10 +281,10 @@ def attach(
     handle = Handle(found, real.register_step_post_hook(update))
     try:
         for router in found.values():
-            # FSDP1 gives optimizers flat parts, which have no gradient while a backward pass runs.
+            # FSDP1 gives optimizers flat shards, which have no gradient during the backward pass.
             trained = router.weight.ndim == 2 and any(router.weight is parameter for parameter in held)
             router.load_counter.start(router.num_experts, router.weight.device, router.weight if trained else None)
-    except BaseException:  # no memory on a device
+    except BaseException:  # such as out of memory
         handle.remove()
         raise
     for router in found.values():
@@ -293,7 +294,7 @@ def attach(
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Expert load per layer with experts.
+    """Expert load of each MoE layer.
 
     Attributes:
         layers: names of the routers.
@@ -305,14 +306,14 @@ class LoadReport:
 
     @property
     def max_vio(self) -> list[float]:
-        """Per layer max(load) / mean(load) - 1: 0 is perfect balance, E / K - 1 the worst. 0 where nothing ran."""
+        """max(load) / mean(load) - 1 per layer: 0 is perfect balance, E / K - 1 the worst. 0 if no token was routed."""
         mean = self.load.double().mean(-1).clamp_min(torch.finfo(torch.float64).tiny)
         vio = self.load.double().amax(-1) / mean - 1
         return torch.where(self.load.sum(-1) > 0, vio, 0.0).tolist()
 
     @property
     def dead_experts(self) -> list[int]:
-        """Per layer, how many experts no token chose."""
+        """Number of experts per layer that no token chose."""
         return (self.load == 0).sum(-1).tolist()
 
     def __str__(self) -> str:

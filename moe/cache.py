@@ -1,4 +1,4 @@
-"""What attention keeps of earlier tokens: keys and values, or the latents of MLA."""
+"""Cache of earlier tokens for attention: keys and values, or the latents of MLA."""
 
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
@@ -12,7 +12,7 @@ _Made = TypeVar("_Made")
 
 
 class LayerCache:
-    """Growing tensors [B, capacity, ...], one per kind of entry; rows past the cache's length are unwritten."""
+    """Cache of one layer: growing tensors [B, capacity, ...], uninitialised past the length of the cache."""
 
     def __init__(self, shapes: list[tuple[int, ...]]) -> None:
         self.shapes = shapes
@@ -20,9 +20,9 @@ class LayerCache:
         self.made: tuple[Hashable, Any] | None = None
 
     def append(self, start: int, *new: Tensor) -> list[Tensor]:
-        """Write `new` (each [B, S, ...]) at rows start to start + S; returns views of rows 0 to start + S.
+        """Write `new` (each [B, S, ...]) at rows start to start + S; return views of rows 0 to start + S.
 
-        Raises ValueError for another B than that of the rows before `start`.
+        Raises ValueError if B differs from that of the rows before `start`.
         """
         end = start + new[0].shape[1]
         if start == 0:
@@ -42,22 +42,22 @@ class LayerCache:
         return [entry[:, :end] for entry in self.entries]
 
     def select(self, rows: Tensor) -> None:
-        """Keep the sequences `rows`, in that order."""
+        """Keep only the sequences `rows`, in that order."""
         self.entries = [torch.index_select(entry, 0, rows) for entry in self.entries]
 
-    def once(self, key: Hashable, make: Callable[[], _Made]) -> _Made:
-        """What `make` returned at the first call with this key since the cache was empty, for what weights decide."""
+    def memoize(self, key: Hashable, make: Callable[[], _Made]) -> _Made:
+        """Return `make()`, computed once per key until the cache is emptied; for values that depend on weights only."""
         if self.made is None or self.made[0] != key:
             self.made = key, make()
         return self.made[1]
 
 
 class Cache:
-    """The cache of a whole model, passed to `Transformer.forward(cache=...)`, which fills and advances it.
+    """Cache of a whole model, filled and advanced by `Transformer.forward(cache=...)`.
 
-    MLA layers keep one entry of C + qk_rope_head_dim values a token (latent after its norm, rotated shared key);
-    grouped-query layers keep keys and values, num_key_value_heads * head_dim each. Storage grows by doubling.
-    `length` is the number of tokens held, padding included.
+    An MLA layer keeps C + qk_rope_head_dim values per token (normalised latent, rotated shared key); a grouped-query
+    layer keeps keys and values, num_key_value_heads * head_dim each. Storage grows by doubling. `length` is the number
+    of tokens in the cache, padding included.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -71,21 +71,21 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tokens held (not of the capacity)."""
+        """Bytes used by the cached tokens, without unused capacity."""
         rows = (e[:, : self.length] for layer in self.layers for e in layer.entries)
         return sum(r.numel() * r.element_size() for r in rows)
 
     def truncate(self, length: int) -> None:
-        """Forget all but the first `length` tokens."""
+        """Keep only the first `length` tokens."""
         if not 0 <= length <= self.length:
             raise ValueError(f"length = {length}: expected 0 to {self.length}")
         self.length = length
 
     def select(self, rows: Tensor) -> None:
-        """Keep the sequences `rows` (int64 indices into the batch), in that order."""
+        """Keep only the sequences `rows` (int64 indices into the batch), in that order."""
         for layer in self.layers:
             layer.select(rows)
 
     def advance(self, length: int) -> None:
-        """Count `length` more tokens, which every layer has appended."""
+        """Add `length` tokens, already appended by every layer, to the length."""
         self.length += length

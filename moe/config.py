@@ -1,8 +1,8 @@
-"""What a model is: frozen dataclasses with Hugging Face's field names, each setting listed once. No torch here.
+"""Model configuration: frozen dataclasses with Hugging Face's field names. This module does not import torch.
 
-A `ModelConfig` inherits the settings of its Mixture-of-Experts layers from `MoEConfig`, which inherits those of the
-router and of the experts. None can exist in a state that makes no sense: `validate()` runs when one is made (also by
-`dataclasses.replace`) and names the field, the value and what is allowed.
+`ModelConfig` inherits the settings of MoE layers from `MoEConfig`, which inherits those of the router and the experts.
+`validate()` runs on creation (also by `dataclasses.replace`), so an invalid configuration cannot exist. Its error
+states the field, the value and the allowed values.
 """
 
 import dataclasses
@@ -22,33 +22,33 @@ QkNorm = Literal["none", "head", "whole"]
 LayerType = Literal["full_attention", "sliding_attention"]
 
 MAX_SIZE = 2**24  # any single dimension; far above every released model, far below int32 overflow in a product of two
-MAX_LENGTH = MAX_SIZE * 64  # of positions
+MAX_LENGTH = MAX_SIZE * 64  # in positions
 MAX_PARAMETERS = 2**46  # a hundred times the largest released model
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """Base of the dataclasses of this module: checks when one is made, and conversion from and to plain values."""
+    """Base of the dataclasses of this module: validation on creation, and conversion to and from plain values."""
 
-    where: ClassVar[str] = ""  # precedes the names of fields in errors
+    where: ClassVar[str] = ""  # prefix of field names in errors
 
     def __post_init__(self) -> None:
         self.validate()
 
     def validate(self) -> None:
-        """Raise `ConfigError` for the first field that makes no sense. Allocates nothing."""
+        """Raise `ConfigError` for the first invalid field. Allocates nothing."""
         for f in dataclasses.fields(self):
             value, optional = getattr(self, f.name), isinstance(f.type, UnionType)
             kind = get_args(f.type)[0] if optional else f.type
             if not _is_a(kind, value) and not (value is None and optional):
-                # Looked up only now: torch.compile, which may have to trace a SwiGLU being made, cannot hash a type.
+                # Looked up only here, because torch.compile may trace the creation of a SwiGLU and cannot hash a type.
                 raise ConfigError(
                     self.where + f.name, value, _ALLOWED.get(kind) or f"one of {', '.join(get_args(kind))}"
                 )
 
     @classmethod
     def check_names(cls, values: Mapping[str, Any]) -> None:
-        """Raise `ConfigError` for the first name that is not a field, with the nearest name that is."""
+        """Raise `ConfigError` for the first name that is not a field, with the closest field name."""
         known = [f.name for f in dataclasses.fields(cls)]
         for name in values:
             if name not in known:
@@ -56,7 +56,7 @@ class _Settings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Make one from plain values. Raises `ConfigError` if a field does not exist or a required one is missing."""
+        """Create one from plain values. Raises `ConfigError` for an unknown field or a missing required one."""
         cls.check_names(values)
         for f in dataclasses.fields(cls):
             if f.default is f.default_factory is dataclasses.MISSING and f.name not in values:
@@ -64,7 +64,7 @@ class _Settings:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, such that `from_dict(to_dict())` equals the original."""
+        """Return plain values, such that `from_dict(to_dict())` equals the original."""
         return dataclasses.asdict(self)
 
     def _require(self, name: str, ok: bool, allowed: str) -> None:
@@ -80,12 +80,12 @@ class _Settings:
 
 @dataclass(frozen=True)
 class RopeParameters(_Settings):
-    """Rotary embedding, in the form of Hugging Face's `rope_parameters`.
+    """Rotary embedding parameters, in the form of Hugging Face's `rope_parameters`.
 
-    rope_type "yarn" is always on when configured (DeepSeek's own code applies it only past the original length).
+    rope_type "yarn" applies at every length (DeepSeek's own code applies it only past the original length).
     attention_factor multiplies cos and sin; None derives it from factor, mscale and mscale_all_dim.
-    mscale_all_dim also raises the softmax scale of MLA by (0.1 * mscale_all_dim * ln(factor) + 1)^2.
-    partial_rotary_factor is the share of a head's dimensions, the first ones, that rotate (grouped-query attention).
+    mscale_all_dim also multiplies the softmax scale of MLA by (0.1 * mscale_all_dim * ln(factor) + 1)^2.
+    partial_rotary_factor is the fraction of a head's dimensions, the first ones, that rotate (grouped-query attention).
     The fields between rope_type and partial_rotary_factor are YaRN's.
     """
 
@@ -130,11 +130,11 @@ class RopeParameters(_Settings):
 
 @dataclass(frozen=True)
 class SwiGLU(_Settings):
-    """The gated activation of experts; `moe.ops.swiglu` defines it. The default is silu(gate) * up.
+    """Gated activation of experts, defined by `moe.ops.swiglu`. The default is silu(gate) * up.
 
-    limit (None: no clamping) bounds the gate half from above and the up half on both sides, alpha multiplies the gate
-    inside the sigmoid, beta is added to the up half. Raises ConfigError, a ValueError, for a limit that is not
-    positive and for values that are not finite.
+    limit (None: no clamping) bounds the gate half from above and the up half on both sides. alpha multiplies the gate
+    inside the sigmoid. beta is added to the up half. Raises ConfigError, a ValueError, if limit is not positive or a
+    value is not finite.
     """
 
     limit: float | None = None
@@ -148,7 +148,7 @@ class SwiGLU(_Settings):
 
 @dataclass(frozen=True)
 class ExpertsConfig(_Settings):
-    """The experts of a Mixture-of-Experts layer. `moe.MoELayer` explains each field."""
+    """Experts of a Mixture-of-Experts layer. `moe.MoELayer` documents each field."""
 
     hidden_size: int
     moe_intermediate_size: int
@@ -163,12 +163,12 @@ class ExpertsConfig(_Settings):
 
     @property
     def activation(self) -> SwiGLU:
-        """The activation of routed experts."""
+        """Activation of routed experts."""
         return SwiGLU(self.swiglu_limit, self.swiglu_alpha, self.swiglu_beta)
 
     @property
     def shared_width(self) -> int:
-        """Hidden width of the shared expert; 0 for none."""
+        """Hidden width of the shared expert; 0 if there is none."""
         width = self.shared_expert_intermediate_size
         return self.n_shared_experts * self.moe_intermediate_size if width is None else width
 
@@ -187,7 +187,7 @@ class ExpertsConfig(_Settings):
 
 @dataclass(frozen=True)
 class RouterConfig(_Settings):
-    """The router of a Mixture-of-Experts layer. `moe.MoELayer` explains each field."""
+    """Router of a Mixture-of-Experts layer. `moe.MoELayer` documents each field."""
 
     n_routed_experts: int
     num_experts_per_tok: int
@@ -203,7 +203,7 @@ class RouterConfig(_Settings):
 
     @property
     def selection(self) -> dict[str, Any]:
-        """The keyword arguments of `moe.ops.route`."""
+        """Keyword arguments of `moe.ops.route`."""
         return {
             "top_k": self.num_experts_per_tok,
             "scoring_func": self.scoring_func,
@@ -217,13 +217,13 @@ class RouterConfig(_Settings):
 
     @property
     def idle_router(self) -> str | None:
-        """Why the model's loss does not reach the router, whatever it is; None if it does.
+        """Reason why the model's loss cannot train the router; None if it can.
 
-        Such layers compute what their files say, so they are legal. A layer warns when it is trained, if not compiled.
+        Such configurations are valid, because checkpoints may have them. An uncompiled layer warns in training.
         """
         if self.norm_topk_prob and self.num_experts_per_tok == 1 and self.moe_norm_min < 0.5:
-            way_out = "norm_topk_prob=False or a larger num_experts_per_tok"
-            return f"norm_topk_prob with num_experts_per_tok = 1: the only weight is w / w = 1; use {way_out}"
+            remedy = "norm_topk_prob=False or a larger num_experts_per_tok"
+            return f"norm_topk_prob with num_experts_per_tok = 1: the only weight is w / w = 1; use {remedy}"
         if self.scoring_func == "softmax" and self.n_routed_experts == 1:
             return "scoring_func 'softmax' with n_routed_experts = 1: the score is 1; use 'sigmoid' or more experts"
         return None
@@ -251,7 +251,7 @@ class RouterConfig(_Settings):
 
 @dataclass(frozen=True)
 class MoEConfig(RouterConfig, ExpertsConfig):
-    """A Mixture-of-Experts layer: router, experts and losses. `moe.MoELayer` explains each field."""
+    """Mixture-of-Experts layer: router, experts and losses. `moe.MoELayer` documents each field."""
 
     _: KW_ONLY
     aux_loss_alpha: float = 0.0
@@ -267,52 +267,52 @@ class MoEConfig(RouterConfig, ExpertsConfig):
         self._limit_parameters("n_routed_experts", 3 * self.moe_intermediate_size * self.n_routed_experts)
 
     def _limit_parameters(self, name: str, rows: int) -> None:
-        # A product, not the exact count: this guard must not depend on code that the config feeds.
+        # Not the exact count, because this check must not depend on code that takes a config.
         count = rows * self.hidden_size
-        self._require(name, count <= MAX_PARAMETERS, f"a size that makes at most 2^46 parameters; it makes {count:.3g}")
+        self._require(name, count <= MAX_PARAMETERS, f"a size with at most 2^46 parameters; found {count:.3g}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(MoEConfig):
-    """A transformer with Mixture-of-Experts layers.
+    """Transformer with Mixture-of-Experts layers.
 
-    `moe.MoELayer` explains the fields of these layers: hidden_size, moe_intermediate_size, n_routed_experts,
+    `moe.MoELayer` documents the fields of these layers: hidden_size, moe_intermediate_size, n_routed_experts,
     num_experts_per_tok, n_shared_experts, shared_expert_intermediate_size, shared_expert_gate, expert_bias,
     swiglu_limit, swiglu_alpha, swiglu_beta, scoring_func, topk_method, n_group, topk_group, norm_topk_prob,
-    routed_scaling_factor, router_bias, moe_norm_min, aux_loss_alpha, seq_aux, router_z_loss_coef and initializer_range,
-    which is that of the whole model. hidden_size is D, the width of the whole model.
+    routed_scaling_factor, router_bias, moe_norm_min, aux_loss_alpha, seq_aux, router_z_loss_coef and initializer_range.
+    hidden_size (D) and initializer_range apply to the whole model.
 
     Attributes:
-        vocab_size: V.
-        num_hidden_layers: L, without MTP modules.
-        num_attention_heads: H.
-        intermediate_size: width of the MLP of layers without experts.
-        first_k_dense_replace: layers without experts at the beginning.
-        mlp_only_layers: numbers of further layers without experts.
-        decoder_sparse_step: of the others, layer i has experts if i + 1 is a multiple of this.
+        vocab_size: V, the vocabulary size.
+        num_hidden_layers: L, the number of layers without MTP modules.
+        num_attention_heads: H, the number of query heads.
+        intermediate_size: MLP width of layers without experts.
+        first_k_dense_replace: number of layers without experts at the beginning.
+        mlp_only_layers: indices of further layers without experts.
+        decoder_sparse_step: each remaining layer i has experts if i + 1 is a multiple of this.
         kv_lora_rank: C, the latent rank of MLA; None for grouped-query attention.
-        q_lora_rank: MLA: rank of the compressed queries; None does not compress them.
-        qk_nope_head_dim, qk_rope_head_dim: MLA: dimensions of a query and key head that do not rotate, and that do.
+        q_lora_rank: MLA: rank of the compressed queries; None for uncompressed queries.
+        qk_nope_head_dim, qk_rope_head_dim: MLA: dimensions of a query or key head without and with rotation.
         v_head_dim: MLA: dimensions of a value head.
-        num_key_value_heads: grouped-query attention: key and value heads; None for as many as there are query heads.
+        num_key_value_heads: grouped-query attention: number of key and value heads; None for num_attention_heads.
         head_dim: grouped-query attention: dimensions of a head; None for hidden_size / num_attention_heads.
-        qk_norm: grouped-query attention: RMS norms on each query and key head ("head"), on all heads of a token
-            together ("whole"), or "none".
+        qk_norm: grouped-query attention: RMS norms on each query and key head ("head"), across all heads of a token
+            ("whole"), or "none".
         attention_bias: biases in the projections of queries, keys and values.
-        attention_output_bias: a bias in the output projection; None for that of attention_bias.
-        attention_sinks: a learnt logit for each head, which takes attention and gives nothing.
-        sliding_window: how many tokens a query sees, itself included; None for all.
-        layer_types: "full_attention" or "sliding_attention" for each layer; None: sliding_window, if any, is for all.
+        attention_output_bias: bias in the output projection; None for the value of attention_bias.
+        attention_sinks: learned logit for each head, added to the softmax without a value.
+        sliding_window: number of tokens that a query attends to, itself included; None for all.
+        layer_types: "full_attention" or "sliding_attention" for each layer; None applies sliding_window to all layers.
         rope_parameters: rotary embedding; see `RopeParameters`.
         rope_interleave: rotate pairs (2i, 2i + 1) of a head's dimensions instead of (i, i + half). None becomes True
             with MLA and False without, as in released models.
-        max_position_embeddings: longest sequence that the model is for. `moe.generate` ends there.
-        num_nextn_predict_layers: multi-token prediction modules.
-        mtp_loss_weight: lambda, the weight of their loss.
-        tie_word_embeddings: the head is the embedding.
+        max_position_embeddings: maximum sequence length. `moe.generate` stops there.
+        num_nextn_predict_layers: number of multi-token prediction (MTP) modules.
+        mtp_loss_weight: lambda, the weight of the MTP loss.
+        tie_word_embeddings: use the embedding as the head.
         rms_norm_eps: added to the mean square in RMS norms.
-        model_type: Hugging Face's; decides the layout of checkpoints only.
-        extra: values of a config.json that nothing here reads; they are written back on save.
+        model_type: Hugging Face's model type; affects the layout of checkpoints only.
+        extra: values of config.json that this library does not use; they are written back on save.
     """
 
     vocab_size: int
@@ -376,7 +376,7 @@ class ModelConfig(MoEConfig):
 
     @property
     def rope_dim(self) -> int:
-        """How many of a head's dimensions rotate."""
+        """Number of dimensions of a head that rotate."""
         rotary = self.qk_rope_head_dim or 0
         return rotary if self.is_mla else int(self.qk_head_dim * self.rope_parameters.partial_rotary_factor)
 
@@ -387,7 +387,7 @@ class ModelConfig(MoEConfig):
 
     @property
     def num_moe_layers(self) -> int:
-        """Layers with routed experts, without those of the MTP modules."""
+        """Number of layers with routed experts, MTP modules excluded."""
         return sum(self.is_moe_layer(i) for i in range(self.num_hidden_layers))
 
     def is_moe_layer(self, index: int) -> bool:
@@ -399,20 +399,19 @@ class ModelConfig(MoEConfig):
         return self.sliding_window is not None and (types is None or types[index] == "sliding_attention")
 
     def family_problems(self) -> tuple[str, ...]:
-        """Why checkpoint files of `model_type` cannot express this config, one line for each reason; empty if they can.
+        """Return the reasons why a checkpoint of `model_type` cannot represent this config, one line each.
 
-        Every valid config builds and trains. A save refuses a config whose files would lack something, or would mean
-        something else in transformers, vLLM, SGLang or llama.cpp. Fields without effect are ignored.
+        Every valid config builds and trains. A save refuses a config whose checkpoint would be incomplete, or would
+        mean something else in transformers, vLLM, SGLang or llama.cpp. Fields without effect are ignored.
         """
-        import moe  # the lazy package: families of files are built on configs, and not the reverse
+        import moe  # the lazy package, because checkpoint families depend on this module
 
         return moe.family_problems(self)
 
     def idle_parameters(self) -> tuple[str, ...]:
-        """Which parameters outside the routers the loss cannot change, and why, one line each; usually none.
+        """Return the parameters outside the routers that the loss cannot train, with the reason, one line each.
 
-        Such models compute what their files say, so they are legal. `Transformer` warns when it is trained
-        without compilation.
+        Such configurations are valid, because checkpoints may have them. An uncompiled `Transformer` warns in training.
         """
         slides = not self.attention_sinks and any(map(self.is_sliding_layer, range(self.num_hidden_layers)))
         reasons = {
@@ -420,7 +419,7 @@ class ModelConfig(MoEConfig):
             "mtp: mtp_loss_weight is 0; use num_nextn_predict_layers=0, or moe.load(..., mtp=False)": (
                 self.num_nextn_predict_layers > 0 and self.mtp_loss_weight == 0
             ),
-            "q_proj, k_proj and their norms: in a sliding_window of 1 a token sees itself only; use at least 2": (
+            "q_proj, k_proj and their norms: in a sliding_window of 1 a token attends to itself only; use 2 or more": (
                 slides and self.sliding_window == 1
             ),
         }
@@ -459,12 +458,12 @@ class ModelConfig(MoEConfig):
         types, layers = self.layer_types, self.num_hidden_layers
         if self.is_mla:
             for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
-                self._require(name, getattr(self, name) is not None, "a size, because kv_lora_rank asks for MLA")
+                self._require(name, getattr(self, name) is not None, "a size, because kv_lora_rank selects MLA")
             for name, ok, allowed in (
                 ("qk_nope_head_dim", 0 <= (self.qk_nope_head_dim or 0) <= MAX_SIZE, f"an integer from 0 to {MAX_SIZE}"),
                 ("num_key_value_heads", kv_heads in (None, heads), f"None or num_attention_heads ({heads}) with MLA"),
-                ("head_dim", self.head_dim is None, "None with MLA (qk_nope_head_dim and qk_rope_head_dim decide)"),
-                ("qk_norm", self.qk_norm == "none", "'none' with MLA (its latents are normalised)"),
+                ("head_dim", self.head_dim is None, "None with MLA, which has qk_nope_head_dim and qk_rope_head_dim"),
+                ("qk_norm", self.qk_norm == "none", "'none' with MLA, whose latents are normalised"),
                 ("attention_sinks", not self.attention_sinks, "False with MLA"),
                 ("sliding_window", self.sliding_window is None, "None with MLA"),
             ):
@@ -480,22 +479,22 @@ class ModelConfig(MoEConfig):
             self._require("hidden_size", fits, f"a multiple of num_attention_heads ({heads}), or a head_dim")
         name = "qk_rope_head_dim" if self.is_mla else ("head_dim" if self.head_dim is not None else "hidden_size")
         even = self.rope_dim % 2 == 0 and self.rope_dim > 0
-        self._require(name, even, f"an even rotary dimension; it is {self.rope_dim}")
-        listed = types is None or len(types) == layers
-        self._require("layer_types", listed, f"None or {layers} entries, one for each layer")
+        self._require(name, even, f"an even rotary dimension; found {self.rope_dim}")
+        complete = types is None or len(types) == layers
+        self._require("layer_types", complete, f"None or {layers} entries, one for each layer")
         slides = types is None or "sliding_attention" not in types or self.sliding_window is not None
         self._require("sliding_window", slides, "a size, because layer_types has sliding_attention")
 
 
 class OpenConfig(ModelConfig):
-    """The config of a model: its fields are frozen, but other libraries may set attributes of other names.
+    """Config of a `Transformer`: its fields are frozen, but other libraries may set further attributes.
 
-    transformers' Trainer, for example, sets `use_cache`. What is set is kept by this model alone; nothing here reads or
-    saves it. Values of `extra` can be read as attributes.
+    transformers' Trainer, for example, sets `use_cache`. This library neither reads nor saves such attributes. Values
+    of `extra` can be read as attributes.
     """
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["hidden", "losses", "load"]
-    """Values of `moe.output.Output` that trainers must not collect over the batches of an evaluation."""
+    """Values of `moe.output.Output` that trainers must not collect over evaluation batches."""
 
     @classmethod
     def of(cls, config: ModelConfig) -> Self:
@@ -510,15 +509,15 @@ class OpenConfig(ModelConfig):
         return isinstance(other, ModelConfig) and self.to_dict() == other.to_dict()
 
     def get_text_config(self, **_: Any) -> Self:
-        """This config: the model is one of text."""
+        """Return this config, because the model is text-only."""
         return self
 
     def to_json_string(self, **_: Any) -> str:
-        """`to_dict` as JSON."""
+        """Return `to_dict()` as JSON."""
         return json.dumps(self.to_dict(), indent=2)
 
 
-# What the value of a field may be, by its type. A Literal lists its own.
+# Allowed values of a field by its type, for errors. A Literal lists its own.
 _ALLOWED: dict[Any, str] = {
     bool: "true or false",
     int: "an integer",
@@ -532,7 +531,7 @@ _ALLOWED: dict[Any, str] = {
 
 
 def _is_a(kind: Any, value: Any) -> bool:
-    """Whether a field of type `kind` may have the value. bool is not int; int passes for float; floats are finite."""
+    """Return whether `value` is valid for a field of type `kind`: bool is not int, int is float, floats are finite."""
     if get_origin(kind) is Literal:
         return isinstance(value, str) and value in get_args(kind)
     if get_origin(kind) is tuple:
@@ -543,5 +542,5 @@ def _is_a(kind: Any, value: Any) -> bool:
         return isinstance(value, get_origin(kind) or kind)
     try:
         return isinstance(value, int | float) and math.isfinite(value)
-    except OverflowError:  # an integer beyond all floats
+    except OverflowError:  # an integer too large for a float
         return False

@@ -1,4 +1,4 @@
-"""What a configuration weighs: names and shapes of its tensors, and parameter counts, by arithmetic. No torch here."""
+"""Names and shapes of a model's tensors, and parameter counts, computed from its config without torch."""
 
 import math
 from collections.abc import Iterator
@@ -11,19 +11,19 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Parameters of a model, correction biases included.
+    """Parameter counts of a model, correction biases included.
 
-    A count is of values in the state dict: tied embeddings count once. "Activated" is what one token uses: all but the
-    routed experts that it is not sent to.
+    A count is the number of values in the state dict, so tied embeddings count once. "Activated" parameters are those
+    that one token uses: all except the routed experts that it is not sent to.
 
     Attributes:
-        embedding, attention, dense_mlp, routed_experts, shared_experts, routers, norms, head: the main model by
-            component. `attention` has the projections and the norms within it; `norms` has the others; `routers` has
-            the correction biases.
-        mtp: the multi-token prediction modules, which share the embedding and the head of the main model.
-        activated: with both embeddings.
-        activated_without_embedding: what is usually quoted (37B for DeepSeek-V3).
-        released: with embedding and head written again for each MTP module, as the released files have it.
+        embedding, attention, dense_mlp, routed_experts, shared_experts, routers, norms, head: components of the main
+            model. `attention` includes its projections and norms; `norms` has all other norms; `routers` includes the
+            correction biases.
+        mtp: multi-token prediction modules, without the embedding and head that they share with the main model.
+        activated: activated parameters, with embedding and head.
+        activated_without_embedding: activated parameters as usually quoted (37B for DeepSeek-V3).
+        released: all parameters, with embedding and head repeated for each MTP module, as in released files.
     """
 
     embedding: int
@@ -41,7 +41,7 @@ class ParameterCounts:
 
     @property
     def total(self) -> int:
-        """The main model."""
+        """Parameters of the main model."""
         parts = (self.embedding, self.attention, self.dense_mlp, self.routed_experts)
         return sum(parts) + self.shared_experts + self.routers + self.norms + self.head
 
@@ -51,7 +51,7 @@ class ParameterCounts:
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Every name of `Transformer(config).state_dict()` with its shape."""
+    """Return name -> shape for every tensor of `Transformer(config).state_dict()`."""
     width = config.hidden_size
     shapes: dict[str, Shape] = {"embed_tokens.weight": (config.vocab_size, width)}
     for i in range(config.num_hidden_layers):
@@ -65,7 +65,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
 
 
 def count_parameters(config: ModelConfig) -> ParameterCounts:
-    """Counts from the shapes, without building the model."""
+    """Count the parameters from their shapes, without building the model."""
     parts = dict.fromkeys(_COMPONENTS.values(), 0)
     blocks = (
         (config.num_hidden_layers - config.num_moe_layers, _block(config, has_experts=False)),
@@ -87,7 +87,7 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
         head=head,
         mtp=modules * mtp,
         activated=rest + used,
-        # A tied embedding is the head too: a token multiplies by it, whatever it is called.
+        # A tied embedding is also the head, by which every token is multiplied.
         activated_without_embedding=rest + used - (embedding if head else 0),
         released=rest + parts["routed_experts"] + modules * (mtp + 2 * embedding),
         **parts,
@@ -107,7 +107,7 @@ _COMPONENTS = {
 
 
 def _component(name: str) -> str:
-    """The component of a block's tensor: that of the longest prefix in the table."""
+    """Return the component of a block's tensor: that of the longest prefix in the table."""
     while name not in _COMPONENTS:
         name = name.rpartition(".")[0]
     return _COMPONENTS[name]

@@ -1,4 +1,4 @@
-"""The three errors of the library. Each carries its facts as attributes and says them in one line."""
+"""The three exceptions of the library. Each has a one-line message and its details as attributes."""
 
 import copyreg
 import difflib
@@ -7,13 +7,13 @@ from typing import Any
 
 
 def one_line(value: Any, limit: int = 300) -> str:
-    """`value` as text for a message: what does not print is escaped, and of what is too long the middle left out.
+    """Return `value` as text for a message: unprintable characters escaped, the middle of a long text left out.
 
-    Names and values come from strangers' files, and may hold line breaks, terminal commands or a megabyte.
+    Names and values come from untrusted files and may contain line breaks, terminal escapes or a megabyte of text.
     """
     try:
         text = str(value)
-    except ValueError:  # an integer with more digits than Python prints
+    except ValueError:  # an integer with more digits than Python converts
         text = f"a number of {value.bit_length()} bits"
     if len(text) > limit:
         text = f"{text[: limit - 20]}…{text[-19:]}"
@@ -23,28 +23,28 @@ def one_line(value: Any, limit: int = 300) -> str:
 
 
 def nearest(name: Any, known: Iterable[str]) -> str | None:
-    """Return the closest match to `name` in `known`, or None; ignores case, "-" and "_"."""
+    """Return the closest match to `name` in `known`, or None. Case is ignored, and "-" equals "_"."""
     folded = {each.lower().replace("-", "_"): each for each in known}
     word = str(name)[:200].lower().replace("-", "_")
-    # difflib counts letters in order, so of a short word with two letters exchanged it finds little.
-    near = [each for each in folded if _are_exchanged(word, each)] or difflib.get_close_matches(word, folded, n=1)
+    # difflib compares letters in order, so it rates a short word with two transposed letters too low.
+    near = [each for each in folded if _is_transposed(word, each)] or difflib.get_close_matches(word, folded, n=1)
     return folded[near[0]] if near else None
 
 
-def _are_exchanged(word: str, other: str) -> bool:
-    """Whether the words differ in two letters that have changed places."""
+def _is_transposed(word: str, other: str) -> bool:
+    """Return whether the words differ by one transposition of two letters."""
     pairs = [pair for pair in zip(word, other, strict=False) if pair[0] != pair[1]]
     return len(word) == len(other) and len(pairs) == 2 and pairs[0] == pairs[1][::-1]
 
 
 def did_you_mean(name: Any, known: Iterable[str]) -> str:
-    """ "; did you mean X?" for the end of a message about an unknown name, or "" if none is near."""
+    """Return "; did you mean X?" to append to an error about an unknown name, or "" if no name is similar."""
     near = nearest(name, known)
     return "" if near is None else f"; did you mean {near}?"
 
 
 class ConfigError(ValueError):
-    """A configuration value that makes no sense. Raised before anything is allocated.
+    """Invalid configuration value. Raised before anything is allocated.
 
     Attributes: field (name), value (found), allowed (text).
     """
@@ -53,9 +53,8 @@ class ConfigError(ValueError):
         self.field, self.value, self.allowed = field, value, allowed
         try:
             shown = repr(value)
-        except ValueError:  # an integer with more digits than Python prints
+        except ValueError:  # an integer with more digits than Python converts
             shown = value
-        # Wide enough for a path, whose end says most.
         super().__init__(f"{field} = {one_line(shown)}: expected {allowed}")
 
     def __reduce__(self) -> Any:
@@ -63,10 +62,10 @@ class ConfigError(ValueError):
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or written as asked. Nothing has been loaded or replaced.
+    """Checkpoint that cannot be read or written as requested. Nothing has been loaded or replaced.
 
-    Attributes: path (file or folder), problem (text), tensor (name or None), expected, found (texts or None). They are
-    as they were found; the message has them escaped and shortened to one line.
+    Attributes: path (file or folder), problem (text), tensor (name or None), expected, found (texts or None). The
+    message escapes and shortens them to one line; the attributes are unchanged.
     """
 
     def __init__(
@@ -90,15 +89,15 @@ class CheckpointError(ValueError):
         super().__init__(message)
 
     def __reduce__(self) -> Any:
-        # Ranks send each other what they raise; exceptions are made anew from their message alone.
+        # Ranks exchange exceptions by pickle, which by default recreates them from the message alone.
         return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class ParallelError(RuntimeError):
-    """A mesh, a layout or a collective that cannot work as asked, or a rank that has left the others.
+    """Mesh, layout or collective that cannot work as requested, or a rank that failed.
 
-    Attributes: problem (the message without the others), rank (int or None; whose fault it is, where that is known),
-    step (of the optimizer), layer (name), operation (name): each may be None.
+    Attributes: problem (the message without the location), rank (the failed rank, if known), step (of the optimizer),
+    layer (name), operation (name); all but `problem` may be None.
     """
 
     def __init__(

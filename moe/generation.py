@@ -1,4 +1,4 @@
-"""Prefill, decode and sampling. The function is `moe.generate`."""
+"""Text generation: prefill, decode and sampling. The public function is `moe.generate`."""
 
 import math
 import warnings
@@ -31,26 +31,26 @@ def generate(
 ) -> Tensor:
     """Continue each sequence: int64 [B, S] -> [B, S + new], new <= max_new_tokens.
 
-    Rows end at the model's last position (`max_position_embeddings`), prompt and padding included, with a warning if
-    that comes before max_new_tokens and before the end of all sequences.
+    Generation stops at the model's last position (`max_position_embeddings`), prompt and padding included. It warns
+    if that is before max_new_tokens and before all sequences have ended.
 
     Args:
-        input_ids: prompts; shorter ones are padded on the left with any id.
-        attention_mask: [B, S], zero on that padding.
-        temperature: 0 takes the most likely token (the lowest id among equals); else logits are divided by it.
-        top_k: sample among the k most likely; 0 for all.
-        top_p: sample among the smallest set of most likely tokens whose probability reaches top_p.
-        min_p: sample among tokens that are at least min_p times as likely as the most likely one; 0 for all.
-        repetition_penalty: divides the positive and multiplies the negative logits of tokens that a sequence already
-            has, its prompt included, before everything else; 1 changes nothing.
-        seed: of the sampling, for repeatable text; None draws from the global generator.
-        eos_token_id: an id, or several, that end a sequence; its later positions repeat the (first) id, and generation
-            stops when all have ended. Not on a mesh, where every rank has to make equally many steps.
+        input_ids: prompts, padded on the left with any id to equal length.
+        attention_mask: [B, S], zero for padding.
+        temperature: divides the logits; 0 selects the most likely token (the lowest id among equals).
+        top_k: sample from the k most likely tokens; 0 for all.
+        top_p: sample from the smallest set of most likely tokens whose total probability is at least top_p.
+        min_p: sample from tokens that are at least min_p times as likely as the most likely one; 0 for all.
+        repetition_penalty: divides positive and multiplies negative logits of tokens that are already in the sequence
+            or its prompt, before all other rules; 1 for none.
+        seed: random seed of sampling, for reproducible output; None uses the global generator.
+        eos_token_id: one or several ids that end a sequence; later positions repeat the (first) id, and generation
+            stops when all sequences have ended. Not supported on a mesh, where ranks must run equally many steps.
 
     Raises:
-        ValueError: an empty prompt, one that fills the model's positions, a mask with padding on the right, or a
-            sampling parameter out of range (ConfigError).
-        FloatingPointError: logits with NaN, with inf, or all -inf; it names the step (from 1) and the sequence.
+        ValueError: an empty prompt, a prompt that fills all positions, a mask with padding on the right, or a sampling
+            parameter out of range (ConfigError).
+        FloatingPointError: logits contain NaN or inf, or are all -inf; the message has step (from 1) and sequence.
     """
     steps = stream(
         model,
@@ -74,7 +74,7 @@ def stream(
     seed: int | None = None,
     eos_token_id: int | Sequence[int] | None = None,
 ) -> Iterator[Tensor]:
-    """As `generate`, one step at a time: yields int64 [B], the next token of every sequence."""
+    """Run `generate` one step at a time: yield int64 [B], the next token of every sequence."""
     if not isinstance(getattr(model, "config", None), ModelConfig):
         raise TypeError(f"model is a {type(model).__name__}: expected a moe.Transformer")
     check_input_ids(input_ids)
@@ -84,10 +84,10 @@ def stream(
         raise ValueError(f"max_new_tokens = {max_new_tokens}: expected 0 or more")
     length, positions = input_ids.shape[1], model.config.max_position_embeddings
     if max_new_tokens and length >= positions:
-        expected = f"fewer than the model's {positions} positions (max_position_embeddings), for a token to follow"
+        expected = f"fewer than the model's {positions} positions (max_position_embeddings)"
         raise ValueError(f"input_ids has {length} tokens: expected {expected}")
     if eos_token_id is not None and model.global_batch.lockstep:
-        raise ValueError("eos_token_id: on a mesh other ranks' sequences end elsewhere; cut them after max_new_tokens")
+        raise ValueError("eos_token_id: not supported on a mesh; expected None, and truncation after generation")
     mask = None
     if attention_mask is not None:
         mask = attention_mask.bool()
@@ -138,14 +138,14 @@ def _steps(
         if mask is not None:
             mask = torch.cat((mask, torch.ones_like(fed, dtype=torch.bool)), dim=1)
     if max_new_tokens > max(room, 0):
-        problem = f"{max_new_tokens} new tokens were asked for, and generation stopped after {room}"
         length, positions = input_ids.shape[1], model.config.max_position_embeddings
-        warnings.warn(f"{problem}: with {length} before them, all {positions} positions are taken", stacklevel=3)
+        problem = f"generation stopped after {room} of {max_new_tokens} new tokens"
+        warnings.warn(f"{problem}: with a prompt of {length}, all {positions} positions are used", stacklevel=3)
 
 
 @contextmanager
 def _eval_mode(model: Transformer) -> Iterator[None]:
-    """Eval mode for one forward pass, and then each module as it was: a stream may stay suspended for long."""
+    """Set eval mode for one forward pass, then restore each module, because a stream may be suspended between steps."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -157,29 +157,30 @@ def _eval_mode(model: Transformer) -> Iterator[None]:
 
 
 def _check_finite(logits: Tensor, ended: Tensor, step: int) -> None:
-    """Raise FloatingPointError for logits [B, V] from which nothing can be chosen, in a row that has not ended."""
-    bad = ~logits.amax(dim=-1).isfinite() & ~ended  # the largest of values with a NaN is NaN
+    """Raise FloatingPointError if logits [B, V] are unusable (see `generate`) in a row that has not ended."""
+    bad = ~logits.amax(dim=-1).isfinite() & ~ended  # amax propagates NaN
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
         values = logits[row]
-        found = "hold NaN" if bool(values.isnan().any()) else "hold inf" if bool((values > 0).any()) else "are all -inf"
+        has_nan, has_inf = bool(values.isnan().any()), bool((values > 0).any())
+        found = "contain NaN" if has_nan else "contain inf" if has_inf else "are all -inf"
         raise FloatingPointError(f"step {step}: the logits of sequence {row} {found}; expected finite numbers")
 
 
 def _count(input_ids: Tensor, mask: Tensor | None, vocabulary: int) -> Tensor:
-    """int64 [B, V], how often each sequence has each token, without padding."""
+    """Count each token in each sequence, without padding: int64 [B, V]."""
     counted = torch.ones_like(input_ids) if mask is None else mask.long()
     return input_ids.new_zeros(len(input_ids), vocabulary).scatter_add_(1, input_ids, counted)
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """logits [B, V] with a penalty on the tokens whose count in `seen` [B, V] is not 0; see `Sampling`."""
+    """Apply the repetition penalty to logits [B, V] of tokens whose count in `seen` [B, V] is not 0; see `Sampling`."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return torch.where(seen > 0, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
-    """One token id [B] from logits [B, V]; see `Sampling`. The repetition penalty is not applied here."""
+    """Sample token ids [B] from logits [B, V], without the repetition penalty; see `Sampling`."""
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     ranked, ids = rank(logits, sampling)
@@ -188,20 +189,20 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
 
 
 def rank(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """(logits to sample from, their ids), both [B, V], the most likely first, of equal ones the lower id.
+    """Return (logits to sample from, token ids), both [B, V], sorted by logit descending, then id ascending.
 
-    The logits are divided by the temperature, shifted, and -inf where a rule excludes the token.
+    The logits are divided by the temperature, shifted, and -inf for tokens that a rule excludes.
     """
     shifted = logits.float() - logits.amax(dim=-1, keepdim=True).float()
     ranked, ids = (shifted / sampling.temperature).sort(dim=-1, descending=True, stable=True)  # nothing overflows
     if sampling.top_k:
         ranked[:, sampling.top_k :] = float("-inf")
     if sampling.top_p < 1:
-        # In integers: sums of floating point differ with their order, and torch has no deterministic ones on a GPU.
+        # In integers, because torch has no deterministic floating-point cumsum on a GPU.
         p = (ranked.softmax(dim=-1, dtype=torch.float64) * 2**52).long()
         before = p.cumsum(dim=-1) - p
         excluded = before >= math.ceil(sampling.top_p * 2**52)
-        ranked = ranked.masked_fill(excluded, float("-inf"))  # 0 before the first: it stays
+        ranked = ranked.masked_fill(excluded, float("-inf"))  # the first token is never excluded
     if sampling.min_p:
         p = ranked.softmax(dim=-1)
         ranked = ranked.masked_fill(p < sampling.min_p * p[:, :1], float("-inf"))

@@ -1,4 +1,4 @@
-"""Initial values of weights, which do not depend on the order of creation or on how a model is divided."""
+"""Weight initialisation, independent of creation order and of sharding."""
 
 import hashlib
 from contextlib import AbstractContextManager, nullcontext
@@ -13,19 +13,19 @@ from moe.roles import role_of
 
 @torch.no_grad()
 def initialize(module: nn.Module, *, std: float, seed: int) -> None:
-    """Initialise every parameter and buffer below `module`.
+    """Initialise every parameter and buffer of `module` in place.
 
-    Values are those of the tensors' roles: norm weights are 1, biases (the correction bias too) 0, everything else
+    The role of a tensor decides its values: norm weights are 1, biases (the correction bias included) 0, all others
     normal with standard deviation `std`. Each tensor, and each expert's slice of a stacked one, has its own generator
-    seeded by (seed, name, expert): the result does not depend on the order of creation, and a rank that owns a few
-    experts can make exactly those. Raises ConfigError for a tensor without a role.
+    seeded by (seed, name, expert). So a rank that owns some experts can initialise exactly those. Raises ConfigError
+    for a tensor without a role.
     """
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         fill(tensor, name, std=std, seed=seed)
 
 
 def fill(tensor: Tensor, name: str, *, std: float, seed: int, first_expert: int = 0) -> None:
-    """One tensor of `initialize`; of stacked experts, those from `first_expert` on."""
+    """Initialise one tensor as `initialize` does; stacked experts start at number `first_expert`."""
     role = role_of(name)
     if role.initial != "normal":
         tensor.fill_(1.0 if role.initial == "ones" else 0.0)
@@ -41,21 +41,21 @@ def _generator(device: torch.device, seed: int, name: str, expert: int) -> torch
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def unfilled() -> AbstractContextManager[Any]:
-    """Context in which to build a module for `materialize`: on the meta device, so that torch's own initialisation does
-    not run. Fake tensors hold nothing as they are, and cannot be replaced."""
+def skip_init() -> AbstractContextManager[Any]:
+    """Return the context for building a module on the meta device, without torch's initialisation."""
+    # Fake tensors have no values to initialise and cannot be replaced.
     return nullcontext() if is_fake(torch.empty(0)) else torch.device("meta")
 
 
 def materialize(module: nn.Module, *, std: float, seed: int | None) -> None:
-    """Turn a module built in `unfilled()` into an initialised one, where new parameters have values here: on the
-    default device, and not within `accelerate.init_empty_weights`, for one.
+    """Allocate and initialise a module built under `skip_init()`, on the default device.
 
-    A seed of None is drawn from the global generator, which is not moved otherwise.
+    Does nothing if new parameters have no values, as on the meta device or under `accelerate.init_empty_weights`. A
+    seed of None is drawn from the global generator, which is not used otherwise.
     """
-    here = nn.Module()
-    here.register_parameter("new", nn.Parameter(torch.empty(0)))  # a method that others replace to have their say
-    (new,) = here.parameters()
+    probe = nn.Module()
+    probe.register_parameter("new", nn.Parameter(torch.empty(0)))  # accelerate patches this method
+    (new,) = probe.parameters()
     if has_values(new):
         if seed is None:
             seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_().item())

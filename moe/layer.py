@@ -1,4 +1,4 @@
-"""The Mixture-of-Experts layer: experts, shared experts, and the layer that routes tokens to them."""
+"""Mixture-of-Experts layer: routed experts, shared experts, and the layer that routes tokens to them."""
 
 import math
 import warnings
@@ -15,7 +15,7 @@ from moe import balance, ops
 from moe.config import MoEConfig
 from moe.errors import ConfigError
 from moe.global_batch import GlobalBatch
-from moe.init import materialize, unfilled
+from moe.init import materialize, skip_init
 from moe.loss import Term
 from moe.ops import Routing, SwiGLU
 from moe.router import LoadCounter, Router
@@ -27,14 +27,14 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _check_dtype(x: Tensor, weight: Tensor) -> None:
-    device = x.device.type  # "meta", for one, has no autocast
+    device = x.device.type  # some types, such as "meta", have no autocast
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if x.dtype != weight.dtype and not autocast:
-        raise TypeError(f"x is {x.dtype}: expected {weight.dtype}, as the weights are")
+        raise TypeError(f"x is {x.dtype}: expected {weight.dtype}, the dtype of the weights")
 
 
 def _check_routing(routing: Any, tokens: int, experts: int, *, needs_scores: bool) -> None:
-    """Raise TypeError or ValueError for a `routing` that is not one of `tokens` tokens to `experts`."""
+    """Raise TypeError or ValueError if `routing` does not route `tokens` tokens to `experts` experts."""
     whole = isinstance(routing, Routing)
     if not whole and not isinstance(routing, Tensor):
         found = type(routing).__name__
@@ -48,7 +48,7 @@ def _check_routing(routing: Any, tokens: int, experts: int, *, needs_scores: boo
 
 
 def _check_part(name: str, value: Any, dtypes: tuple[torch.dtype, ...], shape: tuple[int | None, ...]) -> None:
-    """Raise TypeError or ValueError if this part of a routing is not a tensor of such a dtype and shape (None: any)."""
+    """Raise TypeError or ValueError if `value` is not a tensor of such a dtype and shape (None: any size)."""
     found = value.dtype if isinstance(value, Tensor) else type(value).__name__
     if found not in dtypes:
         raise TypeError(f"routing: {name} are {found}: expected a tensor of {' or '.join(map(str, dtypes))}")
@@ -58,7 +58,7 @@ def _check_part(name: str, value: Any, dtypes: tuple[torch.dtype, ...], shape: t
 
 
 class MLP(nn.Module):
-    """down(silu(gate x) * up x): a dense layer, or the shared experts as one."""
+    """Gated MLP, down(silu(gate x) * up x), for dense layers and for shared experts."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -67,14 +67,17 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if type(self.gate_proj) is nn.Linear:  # quantised weights, adapters and FSDP's units have dtypes of their own
+        if type(self.gate_proj) is nn.Linear:  # quantised, adapted and FSDP-wrapped modules handle dtypes themselves
             _check_dtype(x, self.gate_proj.weight)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Experts(nn.Module):
-    """All routed experts, stacked: gate_up_proj [E, 2F, D] (gate rows first) and down_proj [E, D, F], with `bias` also
-    gate_up_proj_bias [E, 2F] and down_proj_bias [E, D]; `activation` is that of `moe.ops.swiglu`."""
+    """All routed experts, stacked.
+
+    Parameters are gate_up_proj [E, 2F, D] (gate rows first) and down_proj [E, D, F]; with `bias` also gate_up_proj_bias
+    [E, 2F] and down_proj_bias [E, D].
+    """
 
     def __init__(
         self,
@@ -96,10 +99,10 @@ class Experts(nn.Module):
         return super().__call__(x, weights, expert_ids, uncast=Uncast(weights))
 
     def forward(self, x: Tensor, weights: Tensor, expert_ids: Tensor, uncast: Uncast | None = None) -> Tensor:
-        """x [T, D], weights [T, K], expert_ids [T, K] -> [T, D]; see `moe.ops.moe_mlp`.
+        """Apply `moe.ops.moe_mlp`: x [T, D], weights [T, K], expert_ids [T, K] -> [T, D].
 
-        Half-precision weights have been cast by a wrapper, such as FSDP: they are taken from `uncast`, which a call of
-        the module adds. A wrapper that casts before that call rounds them.
+        If a wrapper such as FSDP has cast the weights to half precision, they are taken from `uncast`, which `__call__`
+        adds. A wrapper that casts before `__call__` rounds them.
         """
         if weights.dtype.itemsize < 4:
             weights = (weights if uncast is None else uncast.tensors[0].to(weights.device)).float()
@@ -117,7 +120,7 @@ class Experts(nn.Module):
         )
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """The parameters as the operator takes them."""
+        """Return the parameters in the operator's order."""
         return self.gate_up_proj, self.down_proj, self.gate_up_proj_bias, self.down_proj_bias
 
     def extra_repr(self) -> str:
@@ -126,27 +129,27 @@ class Experts(nn.Module):
 
 
 class Dispatched(Protocol):
-    """Tokens on their way to the ranks that have their experts."""
+    """Tokens in transit to the ranks that have their experts."""
 
     def wait(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What arrives at this rank's experts: rows [N, D], weights [N, K] and expert ids [N, K], -1 for "not here"."""
+        """Return what this rank's experts receive: rows [N, D], weights [N, K] and expert ids [N, K], -1 if absent."""
         ...
 
 
 class Dispatcher(Protocol):
-    """How a layer reaches its experts. Other work may be done between `dispatch` and `Dispatched.wait`."""
+    """Moves tokens to experts and back. Other work may run between `dispatch` and `Dispatched.wait`."""
 
     def dispatch(self, x: Tensor, routing: Routing) -> Dispatched:
-        """Start to move x [T, D] to its experts."""
+        """Start sending x [T, D] to its experts."""
         ...
 
     def combine(self, y: Tensor, sent: Any) -> Tensor:
-        """y [N, D], what the experts made of the rows that arrived -> the sum of each token of `sent`, [T, D]."""
+        """Sum the experts' outputs y [N, D] into the tokens of `sent`, [T, D]."""
         ...
 
 
 @dataclass(frozen=True)
-class _Here:
+class _Local:
     rows: Tensor
     weights: Tensor
     expert_ids: Tensor
@@ -156,23 +159,23 @@ class _Here:
 
 
 class LocalDispatcher:
-    """Every expert is here: nothing moves."""
+    """Dispatcher for a rank that has all experts: nothing is moved."""
 
-    def dispatch(self, x: Tensor, routing: Routing) -> _Here:
-        return _Here(x, routing.weights, routing.expert_ids)
+    def dispatch(self, x: Tensor, routing: Routing) -> _Local:
+        return _Local(x, routing.weights, routing.expert_ids)
 
-    def combine(self, y: Tensor, sent: _Here) -> Tensor:
+    def combine(self, y: Tensor, sent: _Local) -> Tensor:
         return y
 
 
 @dataclass(frozen=True)
 class MoEStats:
-    """What a MoE layer did with one input.
+    """Routing statistics of one forward pass of a MoE layer.
 
     Attributes:
-        load: int64 [E], real tokens that chose each expert.
-        tokens: int64 [B], real tokens of each sequence.
-        terms: the losses of the routing, in training only; see `moe.balance.loss_terms`.
+        load: int64 [E], number of real tokens that chose each expert.
+        tokens: int64 [B], number of real tokens of each sequence.
+        terms: auxiliary losses of the routing, in training only; see `moe.balance.loss_terms`.
     """
 
     load: Tensor
@@ -181,18 +184,17 @@ class MoEStats:
 
     @property
     def balance_loss(self) -> Tensor:
-        """Scalar, multiplied by its coefficient: a mean over the sequences that have a real token, without `seq_aux`
-        over all real tokens; 0 if the coefficient is 0."""
+        """Scalar balance loss, multiplied by its coefficient; 0 if that is 0. See `moe.balance.balance_loss`."""
         return self._sum("balance")
 
     @property
     def z_loss(self) -> Tensor:
-        """Scalar, multiplied by its coefficient: a mean over real tokens; 0 if the coefficient is 0."""
+        """Scalar z-loss, a mean over real tokens, multiplied by its coefficient; 0 if that is 0."""
         return self._sum("z")
 
     @property
     def aux_loss(self) -> Tensor:
-        """Scalar: the sum of all terms."""
+        """Scalar sum of all terms."""
         return self._sum()
 
     def _sum(self, name: str | None = None) -> Tensor:
@@ -202,60 +204,60 @@ class MoEStats:
 
 @dataclass(frozen=True)
 class _MoELayerArguments(MoEConfig):
-    """The arguments of `MoELayer`."""
+    """Arguments of `MoELayer`."""
 
     _: KW_ONLY
     seed: int | None = None
 
 
-_MoELayerArguments.__init__.__qualname__ = "MoELayer.__init__"  # which Python names where arguments are missing
+_MoELayerArguments.__init__.__qualname__ = "MoELayer.__init__"  # for Python's error about missing arguments
 
 
 def _takes(
     arguments: Callable[Concatenate[Any, _Arguments], None],
 ) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, _Arguments], None]]:
-    """Decorator of a method that passes its arguments on, which gives it their signature for editors and `inspect`."""
+    """Give the decorated method the signature of `arguments`, for editors and `inspect`."""
     return wraps(arguments, assigned=(), updated=())  # pyright: ignore[reportReturnType]
 
 
 class MoELayer(nn.Module):
-    """A Mixture-of-Experts feed-forward layer for any model: y = sum_k w_k expert_k(x) + shared(x).
+    """Mixture-of-Experts feed-forward layer for any model: y = sum_k w_k expert_k(x) + shared(x).
 
-    In training, the balance losses enter through autograd: y is unchanged, and its backward pass also feeds them
-    (see `moe.balance.set_loss_scale` for accumulation and gradient scalers). With `return_stats` they are returned
-    instead, for the caller to add to the loss. The correction bias changes only under `moe.balance.attach`.
+    In training, the balance losses enter through autograd: y is unchanged, and its backward pass also adds their
+    gradients (see `moe.balance.set_loss_scale` for accumulation and gradient scalers). With `return_stats` they are
+    returned instead, and the caller adds them to the loss. Only `moe.balance.attach` updates the correction bias.
 
     Args:
         hidden_size: D, the width of tokens.
         moe_intermediate_size: F, the width of each routed expert.
         n_routed_experts: E, the number of routed experts.
-        num_experts_per_tok: K, how many of them each token uses.
-        n_shared_experts: experts that every token uses; one MLP of n_shared_experts * moe_intermediate_size.
-        shared_expert_intermediate_size: width of that MLP instead, with n_shared_experts of 1.
+        num_experts_per_tok: K, the number of routed experts per token.
+        n_shared_experts: number of experts that every token uses; one MLP of n_shared_experts * moe_intermediate_size.
+        shared_expert_intermediate_size: width of that MLP instead; requires n_shared_experts = 1.
         shared_expert_gate: multiply its output by a sigmoid of a linear function of the token.
         expert_bias: biases in the projections of routed experts.
         swiglu_limit, swiglu_alpha, swiglu_beta: the activation of routed experts is
-            u * sigmoid(swiglu_alpha * u) * (v + swiglu_beta), where u is the gate half, at most swiglu_limit, and v the
-            up half, within swiglu_limit on both sides; None does not clamp. The default is silu(u) * v.
-        scoring_func: scores of experts are the "sigmoid" or the "softmax" of the router's logits.
-        topk_method: which experts are selected. "noaux_tc": those of the best score plus correction bias, which
-            balances the load and has no part in the weights; see `moe.balance.attach`. "group_limited_greedy" and
-            "greedy": those of the best score, the latter without groups.
-        n_group: number of groups of equally many consecutive experts.
-        topk_group: number of groups from which a token's experts come, those of the best score: the sum of a group's
-            two best experts with "noaux_tc", else its best expert.
+            u * sigmoid(swiglu_alpha * u) * (v + swiglu_beta). u is the gate half, clamped to at most swiglu_limit; v is
+            the up half, clamped to swiglu_limit on both sides; None for no clamping. The default is silu(u) * v.
+        scoring_func: expert scores are the "sigmoid" or the "softmax" of the router's logits.
+        topk_method: selection of experts. "noaux_tc": highest score plus correction bias; the bias balances the load
+            and does not enter the weights, see `moe.balance.attach`. "group_limited_greedy" and "greedy": highest
+            score, with and without groups.
+        n_group: number of groups of consecutive experts, all of equal size.
+        topk_group: number of groups from which a token's experts are selected, those of the highest group score: the
+            sum of the group's two best experts for "noaux_tc", otherwise its best expert.
         norm_topk_prob: divide a token's weights, which are the scores of its experts, by their sum.
-        routed_scaling_factor: multiplies the weights, after that.
+        routed_scaling_factor: multiplies the weights after normalisation.
         router_bias: add a bias to the router's logits.
-        moe_norm_min: the least sum by which weights are divided.
+        moe_norm_min: lower limit of the sum by which weights are divided.
         aux_loss_alpha: coefficient of the balance loss, `moe.balance.balance_loss`; 0 for none.
-        seq_aux: compute the balance loss for each sequence; else over the whole batch, of all ranks.
+        seq_aux: compute the balance loss per sequence, otherwise over the global batch.
         router_z_loss_coef: coefficient of the mean squared logsumexp of the router's logits; 0 for none.
-        initializer_range: standard deviation of initial weights. Biases begin at 0.
-        seed: of the initial weights, see `moe.init.initialize`; None draws one from torch's generator.
+        initializer_range: standard deviation of initial weights. Initial biases are 0.
+        seed: random seed of the initial weights, see `moe.init.initialize`; None draws one from torch's generator.
 
     Raises:
-        ConfigError: from the same checks as `ModelConfig`, and for a keyword that does not exist.
+        ConfigError: an invalid value, as for `ModelConfig`, or an unknown keyword.
     """
 
     @_takes(_MoELayerArguments.__init__)
@@ -264,7 +266,7 @@ class MoELayer(nn.Module):
         _MoELayerArguments.check_names(settings)
         self.config = config = _MoELayerArguments(*sizes, **settings)
         self.dispatcher: Dispatcher = LocalDispatcher()
-        with unfilled():
+        with skip_init():
             self.gate = Router(config.hidden_size, config)
             self.experts = Experts(
                 config.n_routed_experts,
@@ -281,7 +283,7 @@ class MoELayer(nn.Module):
 
     @classmethod
     def from_config(cls, config: MoEConfig, *, seed: int | None = None) -> Self:
-        """The layer of a config, which may be a `ModelConfig`."""
+        """Build the layer from a config, which may be a `ModelConfig`."""
         if not isinstance(config, MoEConfig):
             raise ConfigError("config", config, "a moe.config.MoEConfig or moe.ModelConfig, such as moe.preset('tiny')")
         return cls(**{f.name: getattr(config, f.name) for f in fields(MoEConfig)}, seed=seed)
@@ -312,14 +314,14 @@ class MoELayer(nn.Module):
         routing: Routing | Tensor | None = None,
         return_stats: bool = False,
     ) -> Tensor | tuple[Tensor, MoEStats]:
-        """x [..., S, D] -> y of the same shape, in x's dtype or autocast's; with `return_stats`, (y, MoEStats).
+        """Map x [..., S, D] to y of the same shape, in x's dtype or autocast's; with `return_stats` to (y, MoEStats).
 
         Args:
-            x: the last but one dimension is the sequence; [T, D] is one sequence.
-            token_mask: bool [..., S], True for real tokens. Padding reaches no expert, no count and no loss, whatever
-                its values (NaN too), and its output is zero.
-            routing: replaces the router. A `Routing` is used as it is, and has no z-loss; int64 expert ids [T, K] are
-                replayed with weights from this router's scores.
+            x: tokens; the second-to-last dimension is the sequence, and [T, D] is one sequence.
+            token_mask: bool [..., S], True for real tokens. Padding, NaN included, does not affect experts, counts or
+                losses, and its output is zero.
+            routing: replaces the router's selection. A `Routing` is used unchanged, without a z-loss; int64 expert ids
+                [T, K] are used with weights from this router's scores.
         """
         width = self.config.hidden_size
         if not isinstance(x, Tensor) or x.dtype not in _DTYPES:
@@ -347,14 +349,14 @@ class MoELayer(nn.Module):
         else:
             routing = self.gate(rows) if routing is None else self.gate(rows, routing)
             if not isinstance(routing, Routing):
-                raise TypeError(f"gate: expected it to return a Routing, found {type(routing).__name__}")
+                raise TypeError(f"gate: expected a Routing as its result; found {type(routing).__name__}")
         counter: LoadCounter = routing.counter or self._router().load_counter
         if padding is not None:
             routing = routing._replace(expert_ids=routing.expert_ids.masked_fill(padding, -1))
         stats = self._stats(routing, counter.batch, shape, token_mask)
         if self.training:
             self._warn_of_idle_router()
-            # On the weights and not on y: y's gradient passes through them, and they are a D-th of its size.
+            # Injected into the weights, not y, because y's gradient passes through them and they are smaller.
             weights = balance.inject_gradients(
                 routing.weights,
                 loss=None if return_stats or not stats.terms else stats.aux_loss,
@@ -365,12 +367,12 @@ class MoELayer(nn.Module):
             routing = routing._replace(weights=weights)
 
         sent = self.dispatcher.dispatch(rows, routing)
-        shared = None if self.shared_experts is None else self._shared(rows)  # while tokens travel
+        shared = None if self.shared_experts is None else self._shared(rows)  # overlaps communication
         y = self.dispatcher.combine(self.experts(*sent.wait()), sent)
         y = y if shared is None else y + shared
-        if padding is not None:  # an adapter or a hook may have added something
+        if padding is not None:  # adapters and hooks may have changed it
             y = y.masked_fill(padding, 0)
-        # Not a view, which could not be changed in place if it was made without gradients.
+        # Not a view, because a view made without gradients cannot be modified in place later.
         y = torch.ops.aten._unsafe_view.default(y, x.shape)
         return (y, stats) if return_stats else y
 
@@ -379,7 +381,7 @@ class MoELayer(nn.Module):
         return ", ".join(f"{name}={getattr(self.config, name)}" for name in sizes)
 
     def divide(self, experts: nn.Module, dispatcher: Dispatcher) -> None:
-        """Hold only `experts`, and reach the others through `dispatcher`."""
+        """Replace the experts by `experts`, this rank's part, and reach the others through `dispatcher`."""
         self.register_module("experts", experts)
         self.dispatcher = dispatcher
 
@@ -391,7 +393,7 @@ class MoELayer(nn.Module):
             warnings.warn(f"the router does not learn: {reason}", stacklevel=2)
 
     def _router(self) -> Router:
-        """The router, whatever is around it. PEFT puts the copy that is used behind the original."""
+        """Return the router inside any wrappers. PEFT registers the copy in use after the original."""
         *_, router = (module for module in self.gate.modules() if isinstance(module, Router))
         return router
 

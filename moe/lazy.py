@@ -1,4 +1,4 @@
-"""Attributes of packages that are imported on first use."""
+"""Package attributes that are imported on first use."""
 
 import importlib
 import importlib.util
@@ -7,11 +7,11 @@ from typing import Any
 
 
 def attributes(namespace: dict[str, Any], homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """The `__getattr__` of a package.
+    """Return the `__getattr__` of a package.
 
     Args:
-        namespace: globals of the package; what is found is kept there.
-        homes: name -> the module that has it. Submodules need no entry.
+        namespace: globals of the package, in which resolved attributes are stored.
+        homes: attribute name -> module that defines it. Submodules need no entry.
     """
     package = namespace["__name__"]
 

@@ -1,4 +1,4 @@
-"""The language-model loss."""
+"""Language-model loss."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +10,12 @@ from torch import Tensor
 from moe.ops.library import differentiable_once, index_error
 
 IGNORED = -100
-"""The label of a position that is not predicted."""
+"""Label of positions that are excluded from the loss."""
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A scalar, and an int64 scalar: over how many it is the mean. Ranks with unequal counts weigh theirs by it."""
+    """Scalar mean and the int64 number of items that it averages. Ranks weight their means by this count."""
 
     value: Tensor
     count: Tensor
@@ -23,12 +23,12 @@ class Mean:
 
 @dataclass(frozen=True)
 class Term:
-    """One term of the loss, which is the sum of weight * mean over all terms.
+    """Term of the loss, which is the sum of weight * mean over all terms.
 
-    Terms of one name, of several layers for example, are reported as the sum of their means.
+    Terms with the same name, such as those of several layers, are reported as the sum of their means.
 
     Attributes:
-        depth: 0 in the model itself, k + 1 in its module mtp.k. Terms of one name and depth have one count.
+        depth: 0 in the model itself, k + 1 in its module mtp.k. Terms with the same name and depth share one count.
     """
 
     name: str
@@ -46,10 +46,10 @@ def count_key(name: str, depth: int) -> str:
     return f"{name}.{depth}"
 
 
-def taking_part(depth: int, real: Tensor | None, document_ids: Tensor | None) -> Tensor | None:
-    """bool [B, S - depth], True at i if all tokens from i to i + depth are real and of one document; None for all.
+def valid_positions(depth: int, real: Tensor | None, document_ids: Tensor | None) -> Tensor | None:
+    """Return bool [B, S - depth], True at i if tokens i to i + depth are real and of one document; None if all are.
 
-    That is what a position sees at this depth (see `Term`): mtp.k sees k + 1 tokens more than the model.
+    These tokens are the input of position i at this depth (see `Term`): mtp.k takes k + 1 more tokens than the model.
     """
     mask = None if real is None else real.unfold(1, depth + 1, 1).all(-1)
     if document_ids is None or depth == 0:
@@ -62,9 +62,9 @@ def taking_part(depth: int, real: Tensor | None, document_ids: Tensor | None) ->
 def targets(
     labels: Tensor, ahead: int, length: int, document_ids: Tensor | None, token_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(target [B, length], how many are predicted): at i the label of i + ahead, -100 where nothing is predicted.
+    """Return (target [B, length], number of predicted tokens): the label of i + ahead at position i, or -100.
 
-    Left out are labels of -100, beyond the end, or in another document, and positions i outside token_mask [B, length].
+    It is -100 past the end, in another document, and if position i is outside token_mask [B, length].
     """
     target = labels[:, ahead:]
     if document_ids is not None:
@@ -78,25 +78,25 @@ def targets(
 def next_token_loss(
     logits: Tensor, labels: Tensor, ahead: int, document_ids: Tensor | None, token_mask: Tensor | None
 ) -> Mean:
-    """Mean cross entropy, in fp32 at least, of logits [B, S', V] at i against labels [B, S] at i + ahead.
+    """Compute the mean cross entropy, in fp32 or wider, of logits [B, S', V] at i against labels [B, S] at i + ahead.
 
-    Over what `targets` predicts, as many positions as there are logits (a shorter slice of the logits would cost a copy
-    in the backward pass); 0 when nothing is predicted. A label that is predicted and neither -100 nor in [0, V) raises
-    IndexError (on CPU; a device assertion on CUDA).
+    The mean is over the labels that `targets` keeps; 0 if there are none. Targets are as long as the logits, because
+    slicing the logits would copy them in the backward pass. Raises IndexError if a kept label is outside [0, V) (on
+    CPU; a device assertion on CUDA).
     """
     target, count = targets(labels, ahead, logits.shape[1], document_ids, token_mask)
     try:
         total = _CrossEntropy.apply(logits.flatten(0, 1), target.flatten())
     except (IndexError, RuntimeError) as error:
-        whole = F.pad(target, (ahead, 0), value=IGNORED)  # at the places that the labels have
-        raise index_error("labels", whole, logits.shape[-1], IGNORED, error) from None
+        aligned = F.pad(target, (ahead, 0), value=IGNORED)  # at the positions of the labels
+        raise index_error("labels", aligned, logits.shape[-1], IGNORED, error) from None
     return Mean(total / count.clamp_min(1), count)
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Summed cross entropy, in fp32 at least, of logits [T, V] and targets [T], -100 ignored.
+    """Summed cross entropy, in fp32 or wider, of logits [T, V] and targets [T], ignoring -100.
 
-    As `F.cross_entropy`, whose backward pass writes and reads [T, V] three times more. Differentiable once: a second
+    The backward pass of `F.cross_entropy` reads and writes [T, V] three more times. Differentiable once: a second
     differentiation raises RuntimeError.
     """
 
@@ -105,17 +105,17 @@ class _CrossEntropy(torch.autograd.Function):
         log_p = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         ctx.dtype = logits.dtype
         ignored = target == IGNORED
-        # Nothing else is replaced: torch refuses a label out of range, on every device.
+        # Only ignored labels are replaced, so that torch rejects labels out of range on every device.
         picked = log_p.gather(-1, target.masked_fill(ignored, 0).unsqueeze(-1)).squeeze(-1)
         total = -picked.masked_fill(ignored, 0).sum()
-        # log_p has no graph, nor are the logits kept: the result says that the gradient depends on them.
+        # `total` connects the gradient to the logits, which are not saved; see `differentiable_once`.
         ctx.save_for_backward(log_p, target, total)
         return total
 
     @staticmethod
     @differentiable_once("next_token_loss")
     def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, None]:
-        """(softmax - one-hot) * grad, zero for ignored rows."""
+        """Return (softmax - one-hot) * grad, zero for ignored rows."""
         log_p, target, _ = saved
         ignored = target == IGNORED
         p, at = log_p.exp(), target.masked_fill(ignored, 0).unsqueeze(-1)

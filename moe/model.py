@@ -1,9 +1,9 @@
-"""The transformer. Read this file first: it is the whole architecture, top to bottom.
+"""The transformer. Read this file first: it contains the whole architecture.
 
     h = embed(ids);  for each block: h += attention(norm(h)); h += mlp(norm(h));  logits = head(norm(h))
 
-where `mlp` is a dense MLP in some blocks, as the config says, and a `MoELayer` in the others. Multi-token
-prediction modules (DeepSeek-V3, arXiv 2412.19437, section 2.2) stand behind the last block and are used in training.
+The config decides whether `mlp` is a dense MLP or a `MoELayer`. Multi-token prediction modules (DeepSeek-V3,
+arXiv 2412.19437, section 2.2) follow the last block and run in training only.
 """
 
 import functools
@@ -24,9 +24,9 @@ from moe.cache import Cache, LayerCache
 from moe.config import ModelConfig, OpenConfig
 from moe.errors import ConfigError
 from moe.global_batch import GlobalBatch
-from moe.init import materialize, unfilled
+from moe.init import materialize, skip_init
 from moe.layer import MLP, MoELayer, MoEStats
-from moe.loss import IGNORED, Term, count_key, next_token_loss, taking_part, targets
+from moe.loss import IGNORED, Term, count_key, next_token_loss, targets, valid_positions
 from moe.norm import RMSNorm
 from moe.ops.library import check_device, index_error
 from moe.output import Output
@@ -38,10 +38,10 @@ ID_DTYPES = (torch.int64, torch.int32)
 
 
 class Embedding(nn.Embedding):
-    """Token ids [...] -> vectors [..., D]; and as the tied head, vectors [..., D] -> logits [..., V].
+    """Token embedding, ids [...] -> [..., D], and tied head, vectors [..., D] -> logits [..., V].
 
-    One module for both, since offloading, sharding and hooks see parameters where their module is called. A hook on
-    its output sees both.
+    One module for both, because offloading, sharding and hooks handle parameters when their module is called. A hook
+    on its output sees both.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(width, eps=config.rms_norm_eps)
         self.self_attn = MLA(config) if config.is_mla else GQA(config)
         self.post_attention_layernorm = RMSNorm(width, eps=config.rms_norm_eps)
-        self.has_experts = has_experts  # and not the class of mlp, which others wrap
+        self.has_experts = has_experts  # not isinstance(mlp, ...), because other libraries wrap modules
         self.mlp: MLP | MoELayer
         if has_experts:
             self.mlp = MoELayer.from_config(config)
@@ -83,11 +83,11 @@ class Block(nn.Module):
 
 
 class MTP(nn.Module):
-    """One multi-token prediction module: h' = norm(block(eh_proj(cat[enorm(emb), hnorm(h)]))).
+    """Multi-token prediction module: h' = norm(block(eh_proj(cat[enorm(emb), hnorm(h)]))).
 
-    Module k (from 0) sees the state h_i of the module before it (of the model's final norm for k = 0) and the embedding
-    of token i + k + 1, and predicts token i + k + 2 through the model's own head. The concatenation is in the released
-    checkpoint's order, embedding first; the paper prints the reverse.
+    Module k (from 0) takes the output h_i of the previous module (for k = 0, of the model's final norm) and the
+    embedding of token i + k + 1. It predicts token i + k + 2 through the model's head. The concatenation has the order
+    of the released checkpoint, embedding first; the paper prints the reverse.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -108,20 +108,20 @@ class MTP(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A Mixture-of-Experts language model. Builds on the meta device under `with torch.device("meta")`.
+    """Mixture-of-Experts language model. Can be built on the meta device, under `with torch.device("meta")`.
 
     Args:
-        config: what to build; see `ModelConfig`.
-        seed: of the initialisation; the global generator is not touched.
+        config: the configuration; see `ModelConfig`.
+        seed: random seed of the initialisation; the global generator is not used.
 
     Attributes:
-        config: equal to the given one; see `OpenConfig`.
-        carried_files: file name -> content of tokenizer files and the like that came with a loaded checkpoint; `save`
-            writes them beside the weights.
-        origin: what `moe.load` remembers of the files, so that a save writes the same tensors; None for a new model.
+        config: an `OpenConfig` equal to the given config.
+        carried_files: file name -> content of other files of a loaded checkpoint, such as the tokenizer; `save` writes
+            them beside the weights.
+        origin: layout of the loaded checkpoint, so that `save` writes the same tensors; None for a new model.
     """
 
-    # What transformers' Trainer asks of a model: that its loss is a sum over num_items_in_batch, with shifted labels.
+    # For transformers' Trainer: the loss takes num_items_in_batch, and labels are shifted by the model.
     accepts_loss_kwargs = True
     loss_type = "ForCausalLM"
 
@@ -136,8 +136,8 @@ class Transformer(nn.Module):
         self.activation_checkpointing = False
         self._load: Tensor | None = None
         self._idle = config.idle_parameters()
-        with unfilled():
-            # Not nn.Embedding(V, D): its normal_ on the meta device imports torch's compiler, which takes seconds.
+        with skip_init():
+            # Not nn.Embedding(V, D), whose normal_ on the meta device imports torch's compiler, which takes seconds.
             embedding = torch.empty(config.vocab_size, config.hidden_size)
             self.embed_tokens = Embedding.from_pretrained(embedding, freeze=False)
             self.layers = nn.ModuleList(
@@ -151,7 +151,7 @@ class Transformer(nn.Module):
         self.join(GlobalBatch())
 
     def join(self, batch: GlobalBatch) -> None:
-        """Take part in `batch`, with all routers."""
+        """Set the global batch of the model and its routers."""
         self.global_batch = batch
         for _, router in routers(self):
             router.join(batch)
@@ -168,26 +168,26 @@ class Transformer(nn.Module):
         logits_to_keep: int = 0,
         num_items_in_batch: int | Tensor | None = None,
     ) -> Output:
-        """Logits, and with labels the loss.
+        """Compute logits and, if labels are given, the loss.
 
         Args:
             input_ids: int64 or int32 [B, S], in [0, V).
             labels: int64 or int32 [B, S], unshifted (usually input_ids), in [0, V); -100 is ignored.
-            attention_mask: [B, S_total], non-zero for real tokens, padding on either side; S_total includes the
+            attention_mask: [B, S_total], non-zero for real tokens, with padding on either side; S_total includes the
                 tokens in `cache`.
-            position_ids: integers [B, S], also negative; by default they count on from the cache's length.
-            document_ids: integers [B, S]; a token sees only its own document, and no token is predicted from another
-                one. MTP modules leave out positions whose tokens ahead are in another one, as they do with padding.
+            position_ids: integers [B, S], possibly negative; the default continues from the length of the cache.
+            document_ids: integers [B, S]. Tokens attend to and are predicted from their own document only. MTP modules
+                skip positions whose following tokens are in another document, as they do for padding.
             cache: earlier tokens; it is filled and advanced.
-            logits_to_keep: compute logits for this many last positions only; 0 for all.
-            num_items_in_batch: predicted tokens of the whole optimizer step, of which this is a micro-batch. The loss
-                and its parts are multiplied by this call's share of them, so that their sum over the micro-batches is
-                the mean over tokens ("mtp", "balance", "z": the mean of their means, weighted by predicted tokens).
+            logits_to_keep: compute logits only for this many last positions; 0 for all.
+            num_items_in_batch: number of predicted tokens in the optimizer step, of which this call is a micro-batch.
+                The loss and its parts are multiplied by this call's fraction of them, so that their sums over
+                micro-batches are means over tokens ("mtp", "balance", "z": token-weighted means of their means).
 
         Raises:
-            TypeError: ids or labels that are no integers.
-            ValueError: shapes, dtypes or arguments that do not fit each other.
-            IndexError: an id or a label that is predicted out of range (on CPU; a device assertion on CUDA).
+            TypeError: ids or labels that are not integers.
+            ValueError: invalid or incompatible shapes, dtypes or arguments.
+            IndexError: an id or a predicted label out of range (on CPU; a device assertion on CUDA).
         """
         self._check(input_ids, labels, attention_mask, position_ids, document_ids, cache, logits_to_keep)
         batch, length = input_ids.shape
@@ -229,7 +229,7 @@ class Transformer(nn.Module):
             terms += [term for s in mtp_stats for term in s.terms]
 
         load = torch.stack([s.load.to(h.device) for s in stats]) if stats else None
-        if load is not None and not torch.compiler.is_exporting():  # a graph has nowhere to keep the sum
+        if load is not None and not torch.compiler.is_exporting():  # an exported graph cannot keep the sum
             self._count(load)
         if labels is None:
             return Output(logits=logits, hidden=h, load=load)
@@ -248,7 +248,7 @@ class Transformer(nn.Module):
             raise index_error("input_ids", input_ids, self.config.vocab_size, None, error) from None
 
     def _total(self, terms: list[Term]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and what `Output.losses` reports of it."""
+        """Return the loss and its parts for `Output.losses`."""
         by_name: dict[str, list[Tensor]] = {}
         for term, mean in zip(terms, self._weigh(terms), strict=True):
             by_name.setdefault(term.name, []).append(mean)
@@ -260,7 +260,7 @@ class Transformer(nn.Module):
     def _weigh(self, terms: list[Term]) -> list[Tensor]:
         if not terms:
             return []
-        device = terms[0].mean.value.device  # layers may be on several
+        device = terms[0].mean.value.device  # layers may be on several devices
         values = [term.mean.value.to(device) for term in terms]
         counts = [term.mean.count.to(device) for term in terms]
         return self.global_batch.weigh(values, counts, [term.key for term in terms])
@@ -274,12 +274,12 @@ class Transformer(nn.Module):
         document_ids: Tensor | None = None,
         **_: Any,
     ) -> dict[str, Tensor]:
-        """Number of tokens or sequences that each term of the loss of `forward` is a mean over, for the same arguments.
+        """Count the tokens or sequences that each term of the loss of `forward` averages over, for the same arguments.
 
         Returns:
-            int64 scalars. "ce.0": tokens that are predicted; "mtp.1": by the module mtp.0, and so on; "balance.0",
-            "balance.1", ...: sequences with a real token (without `seq_aux`, real tokens) in the layers, in mtp.0, and
-            so on; "z.0", ...: real tokens. For `GlobalBatch.step`.
+            int64 scalars for `GlobalBatch.step`. "ce.0": tokens predicted by the model; "mtp.1", "mtp.2", ...: tokens
+            predicted by mtp.0, mtp.1, ...; "balance.0", "balance.1", ...: sequences with a real token (without
+            `seq_aux`, real tokens) in the model, in mtp.0, ...; "z.0", "z.1", ...: real tokens.
         """
         batch, length = input_ids.shape
         real = attention_mask.bool() if attention_mask is not None else None
@@ -288,7 +288,7 @@ class Transformer(nn.Module):
         counts: dict[str, Tensor] = {}
         for depth in range(1 + len(self.mtp)):
             keep = max(length - depth, 0)
-            part = taking_part(depth, real, document_ids) if keep else None
+            part = valid_positions(depth, real, document_ids) if keep else None
             tokens = input_ids.new_full((batch,), keep, dtype=torch.int64) if part is None else part.sum(-1)
             for name, count in loss_counts(self.config, tokens).items():
                 counts[count_key(name, depth)] = count
@@ -298,24 +298,24 @@ class Transformer(nn.Module):
         return counts
 
     def interleave_rope(self) -> None:
-        """Rotate pairs of neighbouring rows from now on: `rope_interleave` of the config. The weights stay."""
+        """Set `rope_interleave` in the config and all attention layers, without changing weights."""
         self.config = replace(self.config, rope_interleave=True)
         for module in self.modules():
             if isinstance(module, MLA):
                 module.interleave_rope()
 
     def head(self, h: Tensor) -> Tensor:
-        """h [..., D], normalised -> logits [..., V]."""
+        """Compute logits [..., V] of normalised h [..., D]."""
         return self.embed_tokens(h) if self.lm_head is None else self.lm_head(h)
 
     def save(self, folder: str | PathLike[str]) -> None:
         """Write a Hugging Face checkpoint folder, atomically; see `moe.save`."""
-        import moe  # the lazy package: saving is built on models, and not the reverse
+        import moe  # the lazy package, because saving depends on this module
 
         moe.save(self, folder)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
-        for module in self.modules():  # all of them first: a refused cast leaves nothing half cast
+        for module in self.modules():  # all before the first cast, so that a refused cast changes nothing
             if isinstance(module, Quantized):
                 module.refuse_cast(fn)
         return super()._apply(fn, recurse)
@@ -329,7 +329,7 @@ class Transformer(nn.Module):
         self.activation_checkpointing = on
 
     def gradient_checkpointing_enable(self, *_: Any, every_n_layers: int = 1, offload: bool = False, **__: Any) -> None:
-        """`set_activation_checkpointing(True)`, by the name that trainers call. It is never reentrant."""
+        """Call `set_activation_checkpointing(True)`, under the name that trainers use. It is never reentrant."""
         if every_n_layers != 1 or offload:
             raise ValueError(f"every_n_layers = {every_n_layers}, offload = {offload}: expected 1 and False")
         self.set_activation_checkpointing(True)
@@ -337,11 +337,11 @@ class Transformer(nn.Module):
     activation_checkpointing_enable = gradient_checkpointing_enable
 
     def gradient_checkpointing_disable(self) -> None:
-        """`set_activation_checkpointing(False)`, by the name that trainers call."""
+        """Call `set_activation_checkpointing(False)`, under the name that trainers use."""
         self.set_activation_checkpointing(False)
 
     def load_report(self, *, reset: bool = False) -> LoadReport:
-        """Expert load summed over the forward passes, of training and eval, since the last reset."""
+        """Return the expert load summed over all forward passes since the last reset, eval mode included."""
         names = [f"layers.{i}.mlp.gate" for i in range(len(self.layers)) if self.config.is_moe_layer(i)]
         names += [f"mtp.{k}.block.mlp.gate" for k in range(len(self.mtp))]
         load = torch.zeros(len(names), self.config.n_routed_experts, dtype=torch.int64)
@@ -354,11 +354,11 @@ class Transformer(nn.Module):
     def _masks(
         self, length: int, past: int, real: Tensor | None, document_ids: Tensor | None, device: torch.device
     ) -> dict[bool, Tensor | None]:
-        """The attention masks of full and (True) of sliding layers, each made only if some layer needs it."""
+        """Return the attention masks of full (False) and sliding (True) layers, if the model has such layers."""
         config, masks = self.config, {}
         for slides in {config.is_sliding_layer(i) for i in range(config.num_hidden_layers)}:
             window = config.sliding_window if slides else None
-            masks[slides] = attention_scope(length, past, real, document_ids, device, window)
+            masks[slides] = make_attention_mask(length, past, real, document_ids, device, window)
         return masks
 
     def _run(self, block: nn.Module, h: Tensor, *args: object) -> tuple[Tensor, MoEStats | None]:
@@ -366,10 +366,10 @@ class Transformer(nn.Module):
             y, stats = checkpoint(block, h, *args, use_reentrant=False)
         else:
             y, stats = block(h, *args)
-        # A reentrant checkpoint around a layer, a block or an MTP module gives the losses back without their graph.
+        # A reentrant checkpoint around a layer, block or MTP module detaches the losses.
         terms = stats.terms if stats is not None and torch.is_grad_enabled() and h.requires_grad else ()
         if not all(term.mean.value.requires_grad for term in terms):
-            raise ValueError("the balance losses of a layer have no gradient: checkpoint it with use_reentrant=False")
+            raise ValueError("balance losses: a reentrant checkpoint detached them; expected use_reentrant=False")
         return y, stats
 
     def _predict_ahead(
@@ -381,20 +381,20 @@ class Transformer(nn.Module):
         real: Tensor | None,
         document_ids: Tensor | None,
     ) -> tuple[list[Term], list[MoEStats]]:
-        """The MTP modules' losses and statistics. Module k drops the last k + 1 positions: they have no token ahead."""
+        """Return the losses and statistics of the MTP modules. Module k drops the last k + 1 positions."""
         terms: list[Term] = []
         stats: list[MoEStats] = []
         modules = min(len(self.mtp), input_ids.shape[1] - 1)
         for k, module in enumerate(self.mtp):
             keep = input_ids.shape[1] - (k + 1)
             if keep < 1:
-                if self.global_batch.lockstep:  # other ranks may run the module, and would wait for this one
+                if self.global_batch.lockstep:  # other ranks may run the module and would wait for this one
                     raise ValueError(f"sequences of {keep + k + 1} tokens: on a mesh {k + 2} or more, for mtp.{k}")
                 break
             embedding = self.embed_tokens(input_ids[:, k + 1 :])
             documents = document_ids[:, :keep] if document_ids is not None else None
-            token_mask = taking_part(k + 1, real, document_ids)
-            mask = attention_scope(keep, 0, token_mask, documents, input_ids.device)
+            token_mask = valid_positions(k + 1, real, document_ids)
+            mask = make_attention_mask(keep, 0, token_mask, documents, input_ids.device)
             args = (embedding, Uncast(*(table[:, :keep] for table in rope.tensors)), mask, token_mask)
             h, block_stats = self._run(module, h[:, :keep], *args)
             mean = next_token_loss(self.head(h), labels, k + 2, document_ids, token_mask)
@@ -446,13 +446,13 @@ class Transformer(nn.Module):
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep = {logits_to_keep}: expected 0 (all) or more")
         if document_ids is not None and cache is not None:
-            raise ValueError("document_ids and cache together: packed documents are for training")
+            raise ValueError("document_ids: not supported with a cache")
         if labels is not None and (logits_to_keep or cache is not None):
-            raise ValueError("labels need the logits of all positions: no cache and no logits_to_keep")
+            raise ValueError("labels need the logits of all positions; expected no cache and logits_to_keep = 0")
 
 
 def check_input_ids(input_ids: Any) -> None:
-    """Raise TypeError or ValueError for what is no tensor of token ids [B, S]."""
+    """Raise TypeError or ValueError if `input_ids` is not a tensor of token ids [B, S]."""
     if not isinstance(input_ids, Tensor):
         raise TypeError(f"input_ids is a {type(input_ids).__name__}: expected a tensor, int64 [B, S]")
     if input_ids.ndim != 2:
@@ -461,7 +461,7 @@ def check_input_ids(input_ids: Any) -> None:
         raise TypeError(f"input_ids is {input_ids.dtype}: expected int64 or int32")
 
 
-def attention_scope(
+def make_attention_mask(
     length: int,
     past: int,
     real: Tensor | None,
@@ -469,20 +469,20 @@ def attention_scope(
     device: torch.device,
     window: int | None = None,
 ) -> Tensor | None:
-    """The attention mask, bool [B or 1, 1, S, S_total], or None where the attention's own causal rule says it all.
+    """Return the attention mask, bool [B or 1, 1, S, S_total], or None if attention without a mask is equivalent.
 
-    With a window, a query sees that many tokens, itself included.
-    A query always sees itself: a padded query that saw nothing would be 0/0.
+    With a window, a query attends to that many tokens, itself included. A query always attends to itself, because a
+    softmax over nothing is 0/0.
     """
     if window is None and real is None and document_ids is None and (past == 0 or length == 1):
         return None
     query = torch.arange(past, past + length, device=device)[:, None]
     key = torch.arange(past + length, device=device)[None, :]
-    scope = (key <= query)[None, None]
+    mask = (key <= query)[None, None]
     if window is not None:
-        scope = scope & (key > query - window)
+        mask = mask & (key > query - window)
     if real is not None:
-        scope = scope & real[:, None, None, :]
+        mask = mask & real[:, None, None, :]
     if document_ids is not None:
-        scope = scope & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
-    return scope | (key == query)
+        mask = mask & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
+    return mask | (key == query)

@@ -1,4 +1,4 @@
-"""RMS normalisation."""
+"""Root-mean-square normalisation."""
 
 import torch
 import torch.nn.functional as F
@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 at least, rounded to the output once.
+    """RMSNorm, x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 or wider and rounded once.
 
-    The output has x's dtype, whatever the weight's. Under autocast, where the weight is fp32 and activations are bf16,
-    it is fp32: torch's module would leave its fused kernel with a warning.
+    The output has x's dtype. Under autocast with an fp32 weight and bf16 activations it is fp32; torch's module would
+    warn there and skip its fused kernel.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -17,6 +17,6 @@ class RMSNorm(nn.RMSNorm):
         y = F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps)
         if y.dtype == x.dtype:
             return y
-        device = x.device.type  # "meta", for one, has no autocast
+        device = x.device.type  # some types, such as "meta", have no autocast
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         return y if autocast else y.to(x.dtype)

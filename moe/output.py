@@ -1,4 +1,4 @@
-"""What a model returns: a frozen dataclass, a mapping for trainers and a pytree for torch."""
+"""Model output: a frozen dataclass that is also a mapping, for trainers, and a pytree, for torch."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ _NAMES = ("loss", "logits", "hidden", "losses", "load")
 
 @dataclass(frozen=True, init=False, eq=False)
 class Output(dict[str, Any]):
-    """What `Transformer.forward` returns.
+    """Output of `Transformer.forward`.
 
-    It is also a mapping of the attributes that are not None, with the loss first if there is one, and is made of one:
-    trainers read `out["loss"]` or `out[0]`, and make new outputs by `type(out)({...})` to cast or move the tensors.
+    It is also a mapping of the attributes that are not None, loss first. Trainers read `out["loss"]` or `out[0]`, and
+    create outputs with cast or moved tensors by `type(out)({...})`.
 
     Attributes:
         logits: [B, S, V], or the last `logits_to_keep` positions.
-        hidden: [B, S, D], the state after the final norm, which MTP modules and heads of other kinds read.
-        loss: scalar fp32, the sum to minimise, when labels were given.
-        losses: its parts, detached: "ce", and in training "mtp", "balance", "z" where the config has them. "mtp" is
-            the mean over modules before its weight; the balance losses carry their coefficients. In a
-            `GlobalBatch.step` they and `loss` are this micro-batch's parts of the step's means.
+        hidden: [B, S, D], the state after the final norm, the input of the head and of MTP modules.
+        loss: fp32 scalar to minimise, if labels were given.
+        losses: detached parts of the loss: "ce" and, in training, "mtp", "balance" and "z" if the config has them.
+            "mtp" is the mean over modules, without its weight; "balance" and "z" include their coefficients. Within
+            `GlobalBatch.step`, they and `loss` are this micro-batch's share of the step's means.
         load: int64 [layers with experts, E], real tokens per expert in this call, MTP modules last.
     """
 
@@ -36,17 +36,17 @@ class Output(dict[str, Any]):
     def __init__(self, values: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), /, **more: Any) -> None:
         given = {"loss": None, "losses": {}, "load": None, **dict(values), **more}
         if set(given) != set(_NAMES):
-            raise TypeError(f"Output: expected {', '.join(_NAMES)}, found {', '.join(map(str, given))}")
+            raise TypeError(f"Output: expected {', '.join(_NAMES)}; found {', '.join(map(str, given))}")
         for name in _NAMES:
             object.__setattr__(self, name, given[name])
         super().__init__({name: given[name] for name in _NAMES if given[name] is not None})
 
     def __getitem__(self, key: Any) -> Any:
-        """The value of a name, or the n-th value, or a slice of the values."""
+        """Return the value of a name, the n-th value, or a slice of the values."""
         return super().__getitem__(key) if isinstance(key, str) else tuple(self.values())[key]
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        raise TypeError("an Output does not change: make another with dataclasses.replace")
+        raise TypeError("Output: immutable; use dataclasses.replace to create another")
 
     __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # pyright: ignore
 

@@ -1,4 +1,4 @@
-"""Complete configurations, as data."""
+"""Configurations of released and small models, as data."""
 
 from dataclasses import replace
 
@@ -109,15 +109,15 @@ _KIMI_K2 = ModelConfig(
 )
 
 PRESETS: dict[str, ModelConfig] = {
-    # Trains in two to three minutes on two CPU cores; every part of DeepSeek-V3 is present.
+    # Trains in two to three minutes on two CPU cores, and has every part of DeepSeek-V3.
     "tiny": ModelConfig(
         model_type="deepseek_v3",
         vocab_size=2048,
         hidden_size=128,
         num_hidden_layers=3,
         num_attention_heads=4,
-        # Narrow where every token passes and wide where it is routed, and tied: so little text would otherwise be
-        # learnt by the embedding, the head and the shared parts, and the experts would stay interchangeable.
+        # Tied, with narrow dense layers and wide experts. Otherwise the dense parts would learn a small corpus alone,
+        # and the experts would stay interchangeable.
         intermediate_size=64,
         moe_intermediate_size=160,
         n_routed_experts=8,
@@ -142,7 +142,7 @@ PRESETS: dict[str, ModelConfig] = {
         aux_loss_alpha=1e-4,
         rms_norm_eps=1e-6,
     ),
-    # DeepSeek-V3 at 400M parameters, for benchmarks: complete, so that figures compare.
+    # DeepSeek-V3 with 400M parameters, for benchmarks.
     "bench_400m": ModelConfig(
         model_type="deepseek_v3",
         vocab_size=32000,
@@ -374,7 +374,7 @@ PRESETS: dict[str, ModelConfig] = {
         seq_aux=False,
     ),
     "kimi_k2": _KIMI_K2,
-    # The text part.
+    # The language model only.
     "kimi_k2_5": replace(
         _KIMI_K2,
         model_type="kimi_k25",
@@ -451,7 +451,7 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def preset(name: str) -> ModelConfig:
-    """The configuration called `name`; raises `ConfigError` with the nearest name there is."""
+    """Return the configuration `name`. Raises `ConfigError` with the closest name if it is unknown."""
     if name not in PRESETS:
         raise ConfigError("preset", name, f"one of {', '.join(PRESETS)}{did_you_mean(name, PRESETS)}")
     return PRESETS[name]

@@ -1,4 +1,4 @@
-"""The role of each parameter: how it is initialised, and what an optimizer may do with it. No torch here."""
+"""Role of each parameter: its initialisation and its treatment by optimizers. This module does not import torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,14 +8,14 @@ from moe.errors import ConfigError
 
 @dataclass(frozen=True)
 class Role:
-    """What the parameters of one kind have in common.
+    """Common properties of one kind of parameters.
 
     Attributes:
         ndim: number of dimensions; None if it varies.
-        initial: values of a new model: "normal" with the config's standard deviation, "ones" or "zeros".
+        initial: initial values: "normal" with the config's standard deviation, "ones" or "zeros".
         decays: whether weight decay applies.
-        orthogonalised: whether Muon steps it: a matrix between two spaces, or a stack of them. An embedding, a head, a
-            router and a gate are tables of vectors, one for each token or expert.
+        orthogonalised: whether Muon applies: True for linear maps and stacks of them. Embeddings, heads, routers and
+            gates are excluded, because they are tables of vectors, one per token or expert.
     """
 
     name: str
@@ -25,7 +25,7 @@ class Role:
     orthogonalised: bool = False
 
 
-# Each parameter of the model: its module and its name in it, or its name alone where no other module has that.
+# Parameters by module and name, or by name alone if it is unique.
 _NAMES: dict[Role, tuple[str, ...]] = {
     Role("embedding", 2, decays=True): ("embed_tokens.weight",),
     Role("head", 2, decays=True): ("lm_head.weight",),
@@ -62,10 +62,10 @@ ROLES: dict[str, Role] = {name: role for role, names in _NAMES.items() for name 
 
 
 def role_of(parameter: str) -> Role:
-    """The role of a parameter or buffer, from its name in a model or in a part of one.
+    """Return the role of a parameter or buffer, given its name in a model or in a submodule.
 
-    Names of what wraps a module, wherever they are, change nothing: `_orig_mod`, `base_layer`, `modules_to_save.x`.
-    Raises ConfigError for a name without a role.
+    Name parts added by wrappers are ignored, such as `_orig_mod`, `base_layer` and `modules_to_save.x`. Raises
+    ConfigError for a name without a role.
     """
     *modules, name = parameter.replace("parametrizations.", "").removesuffix(".original").split(".")
     if name in ROLES:

@@ -1,7 +1,7 @@
 """Rotary position embedding: plain and YaRN, interleaved or half layout.
 
-Tables are computed from the config and the positions at every call and shared by all layers. Nothing is cached in a
-module: a non-persistent buffer would hold garbage after building on the meta device.
+Tables are computed from the config and the positions in every call, and shared by all layers. They are not cached in a
+non-persistent buffer, which would be uninitialised after building on the meta device.
 """
 
 import math
@@ -13,12 +13,12 @@ from moe.config import RopeParameters
 
 
 def mscale(factor: float, m: float) -> float:
-    """0.1 m ln(factor) + 1, and 1 for factor <= 1. Source: YaRN (arXiv 2309.00071), with DeepSeek's weight m."""
+    """Return 0.1 m ln(factor) + 1, or 1 if factor <= 1. Source: YaRN (arXiv 2309.00071), with DeepSeek's weight m."""
     return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
 
 
 def attention_factor(rope: RopeParameters) -> float:
-    """The multiplier of cos and sin."""
+    """Return the factor that multiplies cos and sin."""
     if rope.rope_type != "yarn":
         return 1.0
     if rope.attention_factor is not None:
@@ -30,27 +30,27 @@ def attention_factor(rope: RopeParameters) -> float:
 
 
 def inverse_frequencies(rope: RopeParameters, dim: int, device: torch.device) -> Tensor:
-    """[dim / 2] fp32: rope_theta^(-2i/dim), under YaRN blended with the same over `factor`.
+    """Return rope_theta^(-2i/dim), fp32 [dim / 2]; with YaRN, blended with the same divided by `factor`.
 
     YaRN keeps frequencies that turn more than beta_fast times over the original length, interpolates those that turn
-    less than beta_slow times, and ramps linearly between. It is applied at every length, as Hugging Face does.
-    The arithmetic is fp32 in Hugging Face's order: at position 160,000 one ulp of a frequency is 0.01 rad.
+    less than beta_slow times, and ramps linearly between. As in Hugging Face, it applies at every length, and the fp32
+    operations have the same order, because one ulp of a frequency is 0.01 rad at position 160,000.
     """
     wavelength = rope.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.int64, device=device).float() / dim)
     if rope.rope_type != "yarn":
         return 1.0 / wavelength
     assert rope.factor is not None and rope.original_max_position_embeddings is not None  # validated
 
-    def dimension_that_turns(times: float) -> float:
+    def dimension_with_turns(turns: float) -> float:
         length = rope.original_max_position_embeddings or 1
-        return dim * math.log(length / (times * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
+        return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
 
-    low, high = dimension_that_turns(rope.beta_fast), dimension_that_turns(rope.beta_slow)
+    low, high = dimension_with_turns(rope.beta_fast), dimension_with_turns(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:
-        high += 0.001  # a step instead of a division by zero
+        high += 0.001  # avoids a division by zero
     ramp = (torch.arange(dim // 2, dtype=torch.float32, device=device) - low) / (high - low)
     keep = 1 - ramp.clamp(0, 1)
     return 1.0 / (rope.factor * wavelength) * (1 - keep) + 1.0 / wavelength * keep
@@ -59,7 +59,7 @@ def inverse_frequencies(rope: RopeParameters, dim: int, device: torch.device) ->
 def rope_tables(
     rope: RopeParameters, dim: int, position_ids: Tensor, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """cos, sin [B, S, 1, dim / 2] (the 1 is for heads) of position_ids [B, S], in promote_types(dtype, float32)."""
+    """Return cos, sin [B, S, 1, dim / 2] (1 for heads) of position_ids [B, S], in promote_types(dtype, float32)."""
     frequencies = inverse_frequencies(rope, dim, position_ids.device)
     angle = position_ids[..., None] * frequencies.to(torch.promote_types(dtype, torch.float32))
     factor = attention_factor(rope)
@@ -67,10 +67,10 @@ def rope_tables(
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleave: bool) -> Tensor:
-    """Rotate x [B, S, H, dim] by cos and sin [B, S, 1, dim / 2]; returns x's shape and dtype.
+    """Rotate x [B, S, H, dim] by cos and sin [B, S, 1, dim / 2]; the result has x's shape and dtype.
 
-    interleave pairs dimensions (2i, 2i + 1), else (i, i + dim / 2). The result is in half layout either way: queries
-    and keys are permuted alike, so their dot products are unchanged. The rotation is computed in fp32 at least.
+    `interleave` pairs dimensions (2i, 2i + 1), otherwise (i, i + dim / 2). The result is in half layout in both cases;
+    dot products do not change, because queries and keys are permuted equally. Computed in fp32 or wider.
     """
     if interleave:
         a, b = x[..., 0::2], x[..., 1::2]

@@ -1,4 +1,4 @@
-"""The router of a Mixture-of-Experts layer."""
+"""Router of a Mixture-of-Experts layer."""
 
 import copy
 import warnings
@@ -23,15 +23,15 @@ COUNTER_DTYPE = torch.float64  # gradients must be floating point; counts are ex
 
 
 class LoadCounter:
-    """What a router counts, and for which global batch. A copy counts nothing yet, and so does what is unpickled.
+    """Load count of a router, and its global batch. Copies and unpickled counters are not started.
 
     Attributes:
         batch: the global batch.
-        leaf: float64 [E], whose gradient is the load of the step; None if nothing is counted.
-        weight: a parameter whose gradient is complete after the count of the same backward pass, that of the router.
-            A step begins where it has none: what was counted before is of a step that was skipped. None if that
-            cannot be told, because the optimizer does not have it or finds no gradient in it.
-        ever_counted: whether it was ever started.
+        leaf: float64 [E], whose gradient is the load of the step; None if counting is off.
+        weight: the router's weight, whose gradient arrives after the count of the same backward pass. While it has no
+            gradient, any earlier count belongs to a skipped step and is dropped. None if skipped steps cannot be
+            detected, because the optimizer does not hold the weight or keeps its gradient elsewhere.
+        ever_counted: whether counting was ever started.
     """
 
     def __init__(self, batch: GlobalBatch) -> None:
@@ -53,7 +53,7 @@ class LoadCounter:
 
     def _before_counting(self, _: Tensor) -> None:
         if self.weight is not None and self.weight.requires_grad and self.weight.grad is None:
-            self.forget()
+            self.reset()
 
     def stop(self) -> None:
         self.leaf = self.weight = None
@@ -63,21 +63,21 @@ class LoadCounter:
         if self.leaf is not None and self.leaf.device != device:
             self._count_in(self.leaf.detach().to(device))
 
-    def forget(self) -> None:
-        """Drop what has been counted since the last `take`."""
+    def reset(self) -> None:
+        """Drop the count since the last `take`."""
         if self.leaf is not None:
             self.leaf.grad = None
 
     @torch.no_grad()
     def take(self) -> Tensor:
-        """float64 [E]: the tokens counted since the last call."""
+        """Return float64 [E], the tokens counted since the last call, and reset the count."""
         assert self.leaf is not None
         if self.leaf.grad is None:
             return torch.zeros_like(self.leaf)
         load = self.leaf.grad
         if self.weight is not None and self.weight.grad is None:
-            self.weight = None  # this trainer keeps gradients elsewhere
-        self.forget()
+            self.weight = None  # the trainer keeps gradients elsewhere
+        self.reset()
         return load
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LoadCounter":
@@ -88,9 +88,9 @@ class LoadCounter:
 
 
 class _Watch:
-    """Warns, once per process, of routers that an optimizer trains and whose correction bias nothing moves.
+    """Warns once per process if an optimizer trains a router whose correction bias is never updated.
 
-    It looks at the steps of torch's optimizers, since a forward pass cannot know whether one follows.
+    It hooks the steps of torch's optimizers, because a forward pass cannot know whether a step follows.
     """
 
     def __init__(self) -> None:
@@ -111,8 +111,8 @@ class _Watch:
             self.hook.remove()
             self.has_warned = True
             warnings.warn(
-                "experts are trained without balancing: their correction bias (topk_method 'noaux_tc') changes only "
-                "under moe.balance.attach(model, optimizer); attach with bias_update_speed=0 to keep it as it is",
+                "experts are trained without balancing: the correction bias (topk_method 'noaux_tc') is updated only "
+                "by moe.balance.attach(model, optimizer); attach with bias_update_speed=0 to keep it unchanged",
                 stacklevel=3,
             )
 
@@ -121,11 +121,10 @@ _watch = _Watch()
 
 
 class Router(nn.Module):
-    """Scores, correction bias and top-k selection; see `moe.ops.route` for the contract of the selection.
+    """Router: scores, correction bias and top-k selection by `moe.ops.route`.
 
-    Logits are computed in promote_types(x.dtype, float32), with autocast off: F.linear under autocast would be bf16.
-    The correction bias [E] is float32 whatever the module is cast to: released biases are 2 to 5 and their update is
-    0.001, which bf16 cannot hold.
+    Logits are computed in promote_types(x.dtype, float32) with autocast off. The correction bias [E] stays float32 even
+    if the module is cast, because released biases are 2 to 5 and updates are 0.001, which bf16 cannot represent.
     """
 
     e_score_correction_bias: Tensor | None
@@ -142,32 +141,32 @@ class Router(nn.Module):
 
     @property
     def global_batch(self) -> GlobalBatch:
-        """The global batch, which the routers of a model share; `join` changes it."""
+        """Global batch, shared by the routers of a model and set by `join`."""
         return self.load_counter.batch
 
     @property
     def counter(self) -> Tensor | None:
-        """float64 [E], whose gradient is the load of the step; None unless `moe.balance.attach` has been called."""
+        """Tensor float64 [E], whose gradient is the load of the step; None unless `moe.balance.attach` was called."""
         return self.load_counter.leaf
 
     def join(self, batch: GlobalBatch) -> None:
         self.load_counter.join(batch)
 
     def keep_bias_float32(self) -> None:
-        """Undo what others did to the correction bias when they assigned or cast it past `_apply`."""
+        """Restore float32 if other code assigned or cast the correction bias without `_apply`."""
         bias = self.e_score_correction_bias
         if bias is not None and bias.dtype != torch.float32:
             self.e_score_correction_bias = bias.float()
 
     @torch.no_grad()
     def move_bias(self, step: Tensor) -> None:
-        """Add float32 [E] to the correction bias."""
+        """Add `step`, float32 [E], to the correction bias."""
         self.keep_bias_float32()
         assert self.e_score_correction_bias is not None
         self.e_score_correction_bias += step.to(self.e_score_correction_bias.device)
 
     def logits(self, x: Tensor) -> Tensor:
-        """x [T, D] -> [T, E]."""
+        """Compute logits [T, E] of x [T, D]."""
         check_device("Router", self.weight, x)
         dtype = torch.promote_types(x.dtype, torch.float32)
         with without_autocast(x.device.type):
@@ -178,10 +177,10 @@ class Router(nn.Module):
         return ops.route(logits, self.e_score_correction_bias, **self.selection)
 
     def replay(self, logits: Tensor, expert_ids: Tensor) -> Routing:
-        """The routing that `expert_ids` [T, K] would give: weights from this router's own scores.
+        """Return the routing for given `expert_ids` int64 [T, K], with weights from this router's scores.
 
-        Raises ValueError for another shape, TypeError for another dtype than int64, and IndexError for an id that is
-        neither -1 ("not here") nor in [0, E) (on CPU; a device assertion on CUDA).
+        Raises ValueError for a wrong shape, TypeError for a wrong dtype, and IndexError for an id that is neither -1
+        (absent) nor in [0, E) (on CPU; a device assertion on CUDA).
         """
         check_ids(logits, expert_ids)
         scores = logits.sigmoid() if self.selection["scoring_func"] == "sigmoid" else logits.softmax(-1)
@@ -195,15 +194,15 @@ class Router(nn.Module):
         return Routing(weights * self.selection["routed_scaling_factor"], expert_ids, scores)
 
     def forward(self, x: Tensor, expert_ids: Tensor | None = None) -> Routing:
-        """x [T, D] -> its routing, with the logits; `expert_ids` [T, K] replace the selection."""
+        """Route x [T, D]; `expert_ids` [T, K], if given, replace the selection. The result includes the logits."""
         logits = self.logits(x)
-        if not torch.compiler.is_compiling() and self._may_be_forgotten():
+        if not torch.compiler.is_compiling() and self._trains_unattached():
             _watch.add(self)
         routing = self.route(logits) if expert_ids is None else self.replay(logits, expert_ids)
         return routing._replace(logits=logits, counter=self.load_counter)
 
-    def _may_be_forgotten(self) -> bool:
-        """Whether this looks like training without `moe.balance.attach`, which is called before it."""
+    def _trains_unattached(self) -> bool:
+        """Return whether this looks like training without a prior `moe.balance.attach`."""
         has_bias = self.e_score_correction_bias is not None and not self.load_counter.ever_counted
         return has_bias and self.training and self.weight.requires_grad and torch.is_grad_enabled()
 

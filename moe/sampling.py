@@ -1,4 +1,4 @@
-"""How generation chooses the next token. No torch here: the command line checks its options first."""
+"""Sampling parameters of generation. This module does not import torch, so the command line can check them early."""
 
 import math
 from dataclasses import dataclass
@@ -8,16 +8,16 @@ from moe.errors import ConfigError
 
 @dataclass(frozen=True)
 class Sampling:
-    """The rules, in the order in which they apply, which is that of transformers. The default is greedy.
+    """Sampling parameters, in the order in which they apply, as in transformers. The default is greedy.
 
     Attributes:
-        repetition_penalty: logits of tokens that the sequence already has, the prompt included, are divided by it if
-            they are positive and multiplied by it if they are negative; 1 changes nothing.
-        temperature: 0 takes the most likely token (the lowest id among equals), whatever the rules below; else logits
-            are divided by it.
-        top_k: sample among the k most likely tokens, of equal ones those with the lower ids; 0 for all.
-        top_p: sample among the smallest set of most likely tokens whose probability reaches top_p.
-        min_p: sample among tokens that are at least min_p times as likely as the most likely one.
+        repetition_penalty: divides positive and multiplies negative logits of tokens that are already in the sequence
+            or its prompt; 1 for none.
+        temperature: divides the logits; 0 selects the most likely token (the lowest id among equals) and disables the
+            parameters below.
+        top_k: sample from the k most likely tokens, lower ids first among equals; 0 for all.
+        top_p: sample from the smallest set of most likely tokens whose total probability is at least top_p.
+        min_p: sample from tokens that are at least min_p times as likely as the most likely one; 0 for all.
     """
 
     temperature: float = 0.0

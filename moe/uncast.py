@@ -1,4 +1,4 @@
-"""Arguments of modules that keep their dtype, whatever is around the module."""
+"""Container that protects module arguments from casts by wrappers."""
 
 from typing import Any, Self
 
@@ -6,10 +6,10 @@ from torch import Tensor
 
 
 class Uncast:
-    """Tensors that a module gets as they are.
+    """Tensors that keep their dtype when passed to a module.
 
-    FSDP's mixed precision casts every floating-point tensor in a module's arguments, and looks for them in tuples,
-    mappings and dataclasses. `to` is what accelerate calls to move an argument to another device.
+    FSDP's mixed precision casts all floating-point tensors that it finds in a module's arguments, also in tuples,
+    mappings and dataclasses. accelerate calls `to` to move an argument to another device.
     """
 
     def __init__(self, *tensors: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Models of other libraries on moesmith's operators: a module for each library, imported only by whoever asks."""
+"""Integrations with other libraries, one module each, imported on first use."""
 
 from moe.lazy import attributes
 

@@ -1,4 +1,4 @@
-"""Balancing in another library's trainer: what the callbacks of all of them do."""
+"""Load balancing in trainers of other libraries: the common part of their callbacks."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from moe import balance
 
 
 class Balancing:
-    """`moe.balance.attach`, the loss scale and the metrics of one training run.
+    """Attachment by `moe.balance.attach`, loss scale and metrics of one training run.
 
     Args:
-        bias_update_speed, group: see `moe.balance.attach`. Models without a correction bias are only counted.
+        bias_update_speed, group: see `moe.balance.attach`. If the model has no correction bias, loads are only counted.
     """
 
     def __init__(self, bias_update_speed: float = 0.001, group: Any = None) -> None:
@@ -19,23 +19,23 @@ class Balancing:
         self._handle: balance.Handle | None = None
 
     def start(self, model: nn.Module, optimizer: Any) -> None:
-        """Attach. Ends a run that has been interrupted."""
+        """Attach to the model, after detaching from an interrupted run."""
         self.stop()
         found = [router for _, router in balance.routers(model)]
         if not found:
-            expected = "a model that contains moe.MoELayer, since routers of other libraries are not counted"
+            expected = "a model with a moe.MoELayer (routers of other libraries are not supported)"
             raise ValueError(f"balancing: nothing to balance; expected {expected}; found {type(model).__name__}")
         biased = any(router.e_score_correction_bias is not None for router in found)
         speed = self.bias_update_speed if biased else 0.0
         self._handle = balance.attach(model, optimizer, bias_update_speed=speed, group=self.group)
 
     def scale(self, model: nn.Module, micro_batches: int, scaler: Any) -> None:
-        """Scale injected losses as the trainer scales its own: over micro-batches, and by a gradient scaler if any."""
+        """Scale injected losses as the trainer scales its loss: by 1 / micro_batches and any gradient scaler."""
         factor: float | Tensor = 1.0 if scaler is None else scaler.get_scale()
         balance.set_loss_scale(model, factor / micro_batches)
 
     def metrics(self) -> dict[str, float]:
-        """Expert load since the last call: "moe_max_vio" of the worst layer, "moe_dead_experts" of all layers."""
+        """Return "moe_max_vio" of the worst layer and "moe_dead_experts" of all layers, since the last call."""
         loads = self._handle.loads(reset=True) if self._handle is not None else {}
         reports = [balance.LoadReport([name], load[None].cpu()) for name, load in loads.items()]
         if not reports:
@@ -46,7 +46,7 @@ class Balancing:
         }
 
     def stop(self) -> None:
-        """Detach. A second call does nothing."""
+        """Detach from the model. A second call does nothing."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None

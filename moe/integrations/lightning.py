@@ -1,4 +1,4 @@
-"""Balancing for models with `moe.MoELayer`s in Lightning's Trainer.
+"""Load balancing for models with `moe.MoELayer`s in Lightning's Trainer.
 
 module = ...  # a LightningModule
 Trainer(callbacks=[moe.integrations.lightning.BalanceCallback()]).fit(module, data)
@@ -14,19 +14,19 @@ except ImportError:
     try:
         from pytorch_lightning import Callback  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ImportError(f"moe.integrations.lightning needs lightning or pytorch-lightning: {error}") from error
+        raise ImportError(f"moe.integrations.lightning requires lightning or pytorch-lightning: {error}") from error
 
 
 class BalanceCallback(Callback):  # pyright: ignore[reportGeneralTypeIssues]
-    """Attaches `moe.balance.attach`, scales the balance losses and logs expert load.
+    """Callback that calls `moe.balance.attach`, scales the balance losses and logs expert load.
 
     Balance losses that enter through autograd are divided by `accumulate_grad_batches` and multiplied by the scale of
-    the precision plugin, as Lightning does with the loss; with manual optimization, dividing is up to the module.
-    Every `log_every_n_steps` steps it logs "moe_max_vio" and "moe_dead_experts", see `Balancing.metrics`.
+    the precision plugin, as Lightning does with the loss (with manual optimization, the module must divide its loss).
+    Every `log_every_n_steps` steps the callback logs "moe_max_vio" and "moe_dead_experts"; see `Balancing.metrics`.
 
     Args:
         bias_update_speed, group: see `moe.balance.attach`.
-        optimizer: which of the module's optimizers counts the steps.
+        optimizer: index of the optimizer whose steps update the bias, among those of the module.
 
     Raises ValueError at the start of training if the module contains no `moe.MoELayer`.
     """

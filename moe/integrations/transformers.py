@@ -1,4 +1,4 @@
-"""`experts_implementation="moesmith"` for the MoE models of Hugging Face transformers, and balancing in its Trainer.
+"""`experts_implementation="moesmith"` for MoE models of Hugging Face transformers, and load balancing in its Trainer.
 
     moe.integrations.transformers.register()
     model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="moesmith")
@@ -33,26 +33,25 @@ try:
     from transformers.modeling_utils import PreTrainedModel
     from transformers.trainer_callback import TrainerCallback
 except ImportError as error:
-    raise ImportError(f"moe.integrations.transformers needs transformers 5.17 or later: {error}") from error
+    raise ImportError(f"moe.integrations.transformers requires transformers 5.17 or later: {error}") from error
 if tuple(int(part) for part in _found.split(".")[:2]) < (5, 17):
-    raise ImportError(f"moe.integrations.transformers needs transformers 5.17 or later, found {_found}")
+    raise ImportError(f"moe.integrations.transformers requires transformers 5.17 or later; found {_found}")
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_WAY_OUT = "dequantise the model or choose another experts_implementation"
+_REMEDY = "dequantise the model or choose another experts_implementation"
 
 
 def register() -> None:
-    """Makes "moesmith" an experts implementation of transformers, for this process. A second call changes nothing.
+    """Register "moesmith" as an experts implementation of transformers, for this process. A second call does nothing.
 
-    It is then a value of `from_pretrained(..., experts_implementation=)` and of `model.set_experts_implementation()`,
-    for inference and training, compiled or not, with the contract of `experts_forward`. Models whose experts do not use
-    transformers' interface (Llama 4, JetMoe) are as untouched by it as by transformers' own implementations, which
-    transformers does not say; a warning that names the class does, and `check` refuses them.
+    It is a value of `from_pretrained(..., experts_implementation=)` and of `model.set_experts_implementation()`, for
+    inference and training, compiled or not, and runs `experts_forward`. It has no effect on models whose experts do not
+    use transformers' experts interface (Llama 4, JetMoe); a warning then states the class, and `check` raises.
     """
     ExpertsInterface.register("moesmith", experts_forward)
-    # FP8 experts have a table of their own; without an entry they would fail by a KeyError that names another one.
+    # FP8 experts have a separate registry; without an entry they would fail with a misleading KeyError.
     FP8ExpertsInterface.register("moesmith", experts_forward)
-    # transformers asks no implementation whether it suits a model, so the warning is put where it asks the model.
+    # transformers has no hook to check a model for an implementation, so the warning wraps the method that selects it.
     if PreTrainedModel.get_correct_experts_implementation is not _warns_of_eager_experts:
         PreTrainedModel.get_correct_experts_implementation = _warns_of_eager_experts
 
@@ -64,19 +63,19 @@ _choose = PreTrainedModel.get_correct_experts_implementation
 def _warns_of_eager_experts(self: Any, requested_experts: str | None) -> str:
     chosen = _choose(self, requested_experts)
     if chosen == "moesmith" and not self._can_set_experts_implementation():
-        # A model of models is asked, and so is each of them, with a config of a model_type of its own.
+        # A composite model is skipped, because its parts are checked separately, each with its own model_type.
         config = self.config
         alone = not any(getattr(part, "model_type", "auto") for part in config.sub_configs.values())
         if alone and re.search(r"'\w*(num|n)_\w*experts'", str(config.to_dict())):
-            problem = "its experts do not use transformers' experts interface and stay as they are"
+            problem = "its experts do not use transformers' experts interface and are not replaced"
             warnings.warn(f'experts_implementation="moesmith": {type(self).__name__}: {problem}', stacklevel=3)
     return chosen
 
 
 def check(model: nn.Module) -> list[str]:
-    """Names of the experts modules of `model` that the experts implementation runs.
+    """Return the names of the experts modules of `model` that run on "moesmith".
 
-    Raises ConfigError if there are none, or if the implementation of one is not "moesmith".
+    Raises ConfigError if there are none, or if one has another implementation.
     """
     flags = ("has_gate", "has_bias", "is_transposed")  # set by the interface
     found: dict[str, Any] = {
@@ -92,23 +91,22 @@ def check(model: nn.Module) -> list[str]:
 
 
 class BalanceCallback(TrainerCallback):
-    """Attaches `moe.balance.attach`, scales the balance losses and logs expert load, in transformers' Trainer.
+    """Trainer callback that calls `moe.balance.attach`, scales the balance losses and logs expert load.
 
-    For every model with `moe.MoELayer`s, `moe.Transformer` too. Balance losses that enter through autograd are scaled
-    as the Trainer scales its loss: over the micro-batches of the step, and by the gradient scaler of fp16. The
-    Trainer's logs of training, and `state.log_history`, get "moe_max_vio" and "moe_dead_experts", see
-    `Balancing.metrics`. Callbacks that come before this one do not see them, and those of `report_to` come first:
-    for TensorBoard and the like add it by `trainer.callback_handler.callbacks.insert(0, BalanceCallback())`.
+    Works with every model that contains `moe.MoELayer`s, such as `moe.Transformer`. Balance losses that enter through
+    autograd are scaled as the Trainer scales its loss: by the micro-batches of the step and the fp16 gradient scaler.
+    Training logs and `state.log_history` get "moe_max_vio" and "moe_dead_experts"; see `Balancing.metrics`. Callbacks
+    before this one do not see them, and those of `report_to` come first. For TensorBoard and others, add it by
+    `trainer.callback_handler.callbacks.insert(0, BalanceCallback())`.
 
-    The routers of transformers' own models have neither counts nor an update of their correction biases here, whatever
-    their experts implementation: training such a model raises ValueError. Their balance loss is transformers'
-    (`output_router_logits`).
+    Routers of transformers' own models are not supported, regardless of their experts implementation. Use transformers'
+    balance loss for them (`output_router_logits`).
 
     Args:
         bias_update_speed, group: see `moe.balance.attach`.
 
-    Raises ValueError at the start of training for label smoothing of a `moe.Transformer`, too: the Trainer would smooth
-    labels that are not shifted.
+    Raises ValueError at the start of training if the model has no `moe.MoELayer`, or for label smoothing with a
+    `moe.Transformer`, because the Trainer would smooth labels that are not shifted.
     """
 
     def __init__(self, bias_update_speed: float = 0.001, group: Any = None) -> None:
@@ -116,7 +114,7 @@ class BalanceCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         if args.label_smoothing_factor and isinstance(given["model"], Transformer):
-            # It shifts labels for classes of transformers only.
+            # The Trainer shifts labels for transformers' classes only.
             raise ValueError(f"label_smoothing_factor = {args.label_smoothing_factor}: expected 0 for moe.Transformer")
         self._balancing.start(given["model"], given["optimizer"])
 
@@ -129,7 +127,7 @@ class BalanceCallback(TrainerCallback):
         self._balancing.scale(given["model"], micro_batches, getattr(given["optimizer"], "scaler", None))
 
     def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        if "loss" in given["logs"]:  # of training, and not of an evaluation
+        if "loss" in given["logs"]:  # training logs, not evaluation logs
             metrics = self._balancing.metrics()
             given["logs"].update(metrics)
             state.log_history[-1].update(metrics)
@@ -139,30 +137,30 @@ class BalanceCallback(TrainerCallback):
 
 
 def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """What transformers calls as the forward of an experts module: hidden_states [T, D] -> [T, D], in their dtype.
+    """Forward of an experts module of transformers: hidden_states [T, D] -> [T, D], in the same dtype.
 
-    `experts` is of a class under `use_experts_implementation`, whose flags are honoured: has_gate, has_bias,
-    is_transposed, is_concatenated, has_post_expert_norm. Experts that are SwiGLU go through `moe_mlp` (an activation
-    module's hooks are not called then). All others, with another activation or a gate of their own, go through
-    `permute`, `grouped_mm` and `unpermute` around the module's `_apply_gate` or `act_fn`.
+    The class of `experts` is decorated with `use_experts_implementation`. Its flags has_gate, has_bias, is_transposed,
+    is_concatenated and has_post_expert_norm are respected. SwiGLU experts run `moe_mlp`, without calling hooks of the
+    activation module. Experts with another activation or gate run `permute`, `grouped_mm` and `unpermute` around the
+    module's `_apply_gate` or `act_fn`.
 
-    top_k_index [T, K] is of any integer dtype, top_k_weights [T, K] of any floating one and used in float32 or wider.
-    Under expert parallelism ids >= the number of experts here mean "not here", and so does the id that equals it
-    elsewhere, as in eager mode, and -1: nothing is computed or added, and the weight has zero gradient. Other ids out
-    of range raise IndexError (on CPU; a device assertion on CUDA).
+    top_k_index [T, K] has any integer dtype; top_k_weights [T, K] any floating dtype and are used in float32 or wider.
+    An expert is absent if its id is -1 or equals the number of experts on this rank, as in eager mode, or under expert
+    parallelism exceeds it. Absent experts add nothing, and their weights get a zero gradient. Other ids out of range
+    raise IndexError (on CPU; a device assertion on CUDA).
 
-    Sums accumulate in float32 or wider whatever the dtype; equal input, equal bits. Under autocast products are cast as
-    any matrix product is.
+    Sums accumulate in float32 or wider for any dtype. Identical inputs give bit-identical results. Under autocast
+    products are cast as any matrix product is.
 
     Raises ConfigError for expert weights that are not dense tensors of float32, float64, bfloat16 or float16 (quantised
-    or sharded ones), and for interleaved weights without an `_apply_gate` that knows of it.
+    or sharded ones), and for interleaved weights without an `_apply_gate` that handles them.
     """
     up, down = _weight(experts, "gate_up_proj" if experts.has_gate else "up_proj"), _weight(experts, "down_proj")
     up_bias = down_bias = None
     if experts.has_bias:
         up_bias = _weight(experts, "gate_up_proj_bias" if experts.has_gate else "up_proj_bias")
         down_bias = _weight(experts, "down_proj_bias")
-    # Asked of the class, since a bound method's __func__ is not there while Dynamo traces.
+    # Compared on the class, because Dynamo does not support a bound method's __func__.
     own_gate = "_apply_gate" in vars(experts) or type(experts)._apply_gate is not _default_apply_gate
     default_gate = experts.has_gate and not own_gate
     if default_gate and not experts.is_concatenated:
@@ -170,7 +168,7 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
             f"{type(experts).__name__}.is_concatenated", False, "True, or an _apply_gate that takes interleaved rows"
         )
 
-    # transformers 5.17 has no such mark. The only id that its expert parallelism gives to other ranks' slots is E.
+    # transformers 5.17 has no such attribute; its expert parallelism gives other ranks' slots the id E only.
     sharded = getattr(experts, "_is_expert_parallel", False)
     expert_ids = top_k_index.to(torch.int64)
     absent = expert_ids >= down.shape[0] if sharded else expert_ids == down.shape[0]
@@ -191,7 +189,7 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
     rows = experts._apply_gate(rows) if experts.has_gate else experts.act_fn(rows)
     rows = _linear(rows, down, down_bias, permuted.offsets)
     if post_norm is not None:
-        # Rows past the last offset are zero, of which a norm may make NaN, and NaN times no gradient is NaN.
+        # Rows past the last offset are zero, for which a norm may give NaN, and NaN times a zero gradient is NaN.
         here = torch.arange(rows.shape[0], device=rows.device) < permuted.offsets[-1]
         rows = post_norm(torch.where(here[:, None], rows, 1))
     return unpermute(rows, permuted.position, weights).to(hidden_states.dtype)
@@ -201,9 +199,9 @@ def _weight(experts: Any, name: str) -> Tensor:
     weight = getattr(experts, name, None)
     where = f"{type(experts).__name__}.{name}"
     if not isinstance(weight, Tensor) or is_traceable_wrapper_subclass(weight):
-        raise ConfigError(where, type(weight).__name__, f"a dense tensor; {_WAY_OUT}")
+        raise ConfigError(where, type(weight).__name__, f"a dense tensor; {_REMEDY}")
     if weight.dtype not in _DTYPES:
-        raise ConfigError(where, weight.dtype, f"float32, float64, bfloat16 or float16; {_WAY_OUT}")
+        raise ConfigError(where, weight.dtype, f"float32, float64, bfloat16 or float16; {_REMEDY}")
     return weight
 
 
@@ -215,7 +213,7 @@ def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) 
     out = grouped_mm(rows, weight, offsets)
     if bias is None:
         return out
-    # A product with ones instead of a gather: rows past the last offset stay zero, and the gradient is a sum in order.
-    # It is exact, and not cast under autocast, since eager adds the bias as it is.
+    # A product with ones instead of a gather keeps rows past the last offset zero, and its gradient is summed in order.
+    # It is exact. Autocast is off, because eager mode does not cast the bias.
     with without_autocast(rows.device.type):
         return out + grouped_mm(bias.new_ones(rows.shape[0], 1), bias[:, None], offsets)

@@ -1,7 +1,7 @@
-"""The operators of a Mixture-of-Experts layer, one page each.
+"""Operators of a Mixture-of-Experts layer, one module each.
 
-A page holds the contract (the public function's docstring), the definition (`*_reference`), the CPU implementation,
-the fake and the gradient. What runs is decided by the tensors' device alone.
+A module contains the specification (the docstring of the public function), the definition (`*_reference`), the CPU
+implementation, the fake and the gradient. The device of the tensors selects the implementation.
 """
 
 from moe.config import SwiGLU

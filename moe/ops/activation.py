@@ -1,4 +1,4 @@
-"""SwiGLU: the gated activation between an expert's two matrix products."""
+"""SwiGLU, the gated activation between the two matrix products of an expert."""
 
 from typing import Any
 
@@ -10,31 +10,31 @@ from moe.ops.library import define, define_gradient
 
 
 def swiglu(gate_up: Tensor, activation: SwiGLU = SwiGLU()) -> Tensor:
-    """Gated activation of two halves that lie side by side: [..., 2F] -> [..., F], gate half first.
+    """Apply the gated activation to adjacent halves: [..., 2F] -> [..., F], gate half first.
 
         gate, up = gate_up[..., :F], gate_up[..., F:]
         if limit is not None: gate = min(gate, limit); up = max(min(up, limit), -limit)
         out = gate * sigmoid(alpha * gate) * (up + beta)
 
-    limit, alpha and beta are those of `activation`. With the defaults this is silu(gate) * up; gpt-oss has
-    SwiGLU(limit=7.0, alpha=1.702, beta=1.0). Clamping stops the gradient strictly outside the limits, as `torch.clamp`
-    does; NaN stays NaN. Differentiable once: a second differentiation raises RuntimeError.
+    limit, alpha and beta are those of `activation`. The default is silu(gate) * up; gpt-oss uses
+    SwiGLU(limit=7.0, alpha=1.702, beta=1.0). As in `torch.clamp`, the gradient is zero strictly outside the limits, and
+    NaN stays NaN. Differentiable once: a second differentiation raises RuntimeError.
 
-    Any floating dtype, any number of leading dimensions, any strides; the output is contiguous and of the same dtype,
-    within four roundings of it (0 where exp(-gate) exceeds float32); computed in float32 or wider when `limit`,
-    `alpha` or `beta` is used. Where alpha is not 1, alpha * gate is rounded as well, in that wider dtype, of which the
-    exponential makes a relative error of up to 2 u |alpha * gate| more, u being its unit roundoff. Empty inputs give
-    empty outputs. Raises ValueError for an odd last dimension.
+    Accepts any floating dtype, leading dimensions and strides. The output is contiguous, has the same dtype and is
+    accurate to four roundings in it (0 if exp(-gate) exceeds float32). If `limit`, `alpha` or `beta` is used, it is
+    computed in float32 or wider. If alpha is not 1, alpha * gate is also rounded in that wider dtype of unit roundoff
+    u, which the exponential amplifies to a relative error of up to 2 u |alpha * gate|. Empty inputs give empty outputs.
+    Raises ValueError if the last dimension is odd.
 
     Source: Shazeer, GLU variants improve Transformer (arXiv 2002.05202); limit, alpha and beta: openai/gpt-oss.
     """
     if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
-        raise ValueError(f"gate_up: the last dimension must be even (gate half, up half), got {tuple(gate_up.shape)}")
+        raise ValueError(f"gate_up: expected an even last dimension (gate half, up half); found {tuple(gate_up.shape)}")
     return _SWIGLU(gate_up, activation.limit, activation.alpha, activation.beta)
 
 
 def swiglu_reference(gate_up: Tensor, activation: SwiGLU = SwiGLU()) -> Tensor:
-    """The definition of `swiglu`, in the input's own dtype from step to step."""
+    """Definition of `swiglu`, with every step in the input's dtype."""
     gate, up = gate_up.chunk(2, dim=-1)
     if activation.limit is not None:
         gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
@@ -42,10 +42,10 @@ def swiglu_reference(gate_up: Tensor, activation: SwiGLU = SwiGLU()) -> Tensor:
 
 
 def swiglu_into(out: Tensor, gate_up: Tensor, limit: float | None, alpha: float, beta: float) -> Tensor:
-    """`swiglu` written to `out` [..., F], which may be wider than the input; no gradient."""
+    """Write `swiglu` to `out` [..., F], whose dtype may be wider than the input's; no gradient."""
     gate, up = gate_up.chunk(2, dim=-1)
     if limit is None and (alpha, beta) == (1.0, 0.0):
-        # One pass for silu, whose inside is float32, and one for the product: two roundings if `out` is half precision.
+        # silu computes in float32, so a half-precision result is rounded twice: after silu and after the product.
         return torch.ops.aten.silu.out(gate.to(out.dtype), out=out).mul_(up.to(out.dtype))
     wide = torch.promote_types(gate_up.dtype, torch.float32)
     gate, up = gate.to(wide), up.to(wide)
@@ -59,7 +59,7 @@ def swiglu_into(out: Tensor, gate_up: Tensor, limit: float | None, alpha: float,
 def swiglu_backward_into(
     out: Tensor, grad: Tensor, gate_up: Tensor, limit: float | None, alpha: float, beta: float
 ) -> Tensor:
-    """The gradient of `swiglu` for `gate_up` [..., 2F], to `out`; `grad` [..., F] may be of a wider dtype."""
+    """Write the gradient of `swiglu` for `gate_up` [..., 2F] to `out`; `grad` [..., F] may have a wider dtype."""
     if limit is None and (alpha, beta) == (1.0, 0.0) and grad.dtype == out.dtype == gate_up.dtype:
         (gate, up), (out_gate, out_up) = gate_up.chunk(2, dim=-1), out.chunk(2, dim=-1)
         torch.ops.aten.silu.out(gate, out=out_up).mul_(grad)
@@ -106,13 +106,13 @@ def _backward_fake(grad: Tensor, gate_up: Tensor, limit: float | None, alpha: fl
 
 _SWIGLU = define(
     "swiglu(Tensor gate_up, float? limit, float alpha, float beta) -> Tensor",
-    page="activation",
+    kernel_module="activation",
     cpu=_forward,
     fake=_forward_fake,
 )
 _SWIGLU_BACKWARD = define(
     "swiglu_backward(Tensor grad, Tensor gate_up, float? limit, float alpha, float beta) -> Tensor",
-    page="activation",
+    kernel_module="activation",
     cpu=_backward,
     fake=_backward_fake,
 )

@@ -1,7 +1,7 @@
-"""FLOPs of the operators, for torch's `FlopCounterMode`.
+"""FLOP formulas of the operators for torch's `FlopCounterMode`.
 
-The module of that mode imports Triton, which takes a third of a second. It therefore gets the formulas once somebody
-imports it, at once if that has happened already.
+The module of that mode imports Triton, which takes a third of a second. The formulas are therefore registered when some
+other code imports it, or immediately if it is imported already.
 """
 
 import importlib.util
@@ -16,8 +16,8 @@ _COUNTER = "torch.utils.flop_counter"
 _formulas: dict[Any, Callable[..., int]] = {}
 
 
-def count_by(op: Any, formula: Callable[..., int]) -> None:
-    """Count a call of `op`, of all overloads of an operator, as `formula(*args)` FLOPs."""
+def register_formula(op: Any, formula: Callable[..., int]) -> None:
+    """Count a call of any overload of `op` as `formula(*args)` FLOPs."""
     if _COUNTER in sys.modules:
         _register(sys.modules[_COUNTER], op, formula)
     else:
@@ -44,7 +44,7 @@ class _Loader(Loader):
 
 
 class _Finder(MetaPathFinder):
-    """Finds the counter's module as everybody does, and has the formulas registered when it has been executed."""
+    """Import hook that registers the formulas after the counter's module is executed."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         if fullname != _COUNTER:

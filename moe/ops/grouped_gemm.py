@@ -1,4 +1,4 @@
-"""Grouped matrix product: many products of different lengths in one call."""
+"""Grouped matrix multiplication: many products of different sizes in one call."""
 
 from typing import Any
 
@@ -20,40 +20,40 @@ def grouped_mm(
     out_dtype: torch.dtype | None = None,
     tier: Tier = "auto",
 ) -> Tensor:
-    """One matrix product for each of G groups, with the semantics of `torch.nn.functional.grouped_mm`.
+    """Multiply matrices of G groups, with the semantics of `torch.nn.functional.grouped_mm`.
 
-    `offs` [G] int32 holds the end of each group along the ragged dimension; group g is start:end = offs[g-1]:offs[g].
+    `offs` [G] int32 is the end of each group along the ragged dimension; group g is start:end = offs[g-1]:offs[g].
 
         a [R, K]     b [G, K, N]  -> [R, N]     rows:     out[start:end] = a[start:end] @ b[g]
         a [M, R]     b [R, N]     -> [G, M, N]  products: out[g] = a[:, start:end] @ b[start:end]
         a [G, M, K]  b [G, K, N]  -> [G, M, N]  batched:  out[g] = a[g] @ b[g], no offs
         a [G, M, K]  b [K, R]     -> [M, R]     columns:  out[:, start:end] = a[g] @ b[:, start:end]
 
-    What torch leaves unwritten or undefined is defined here: rows and columns past the last offset are zero, an empty
-    group of the ragged-product form is an exact zero matrix, and every size may be 0. What torch refuses is accepted:
-    float64, any strides (transposed weights, expanded gradients), any alignment.
+    Unlike torch, rows and columns past the last offset are zero, an empty group of the "products" form is an exact zero
+    matrix, every size may be 0, and float64, any strides (transposed weights, expanded gradients) and any alignment are
+    supported.
 
-    float32, float64, bfloat16 or float16, both operands alike; accumulation in float32 or wider, one rounding to the
-    operands' dtype. Under autocast both operands are cast, as a matrix product's are. Differentiable in a and b as
-    often as needed. Equal input, equal bits. `tier` is as for `moe_mlp`.
+    Both operands have the same dtype: float32, float64, bfloat16 or float16. Products accumulate in float32 or wider
+    and are rounded to that dtype once. Under autocast both operands are cast, as for `torch.matmul`. Differentiable in
+    a and b any number of times. Identical inputs give bit-identical results. `tier` is as for `moe_mlp`.
 
-    Raises TypeError for other or unequal dtypes and for offs that is not int32; ValueError for shapes that do not fit,
-    for offs that decreases or ends past the ragged dimension (on CPU; undefined on CUDA), and, as torch does, for a
-    `bias` or for an `out_dtype` other than the operands' (both are in the signature so that a call can be exchanged).
+    Raises TypeError for other or unequal dtypes, or if offs is not int32. Raises ValueError for incompatible shapes; if
+    offs decreases or ends past the ragged dimension (on CPU; undefined on CUDA); and, as torch does, for a `bias` or an
+    `out_dtype` other than the operands' (both are in the signature for compatibility with torch).
     """
     if bias is not None:
-        raise ValueError("bias: not supported by a grouped product, nor by torch's; add it to the rows")
+        raise ValueError("bias: not supported, as in torch; expected None, add the bias to the rows instead")
     a, b = autocast(a, b)  # pyright: ignore[reportAssignmentType]
     _check(a, b, offs)
     if out_dtype not in (None, a.dtype):
         raise ValueError(f"out_dtype = {out_dtype}: expected the operands' dtype {a.dtype}, or None")
     check_tier(tier)
-    by_definition = tier == "reference" and a.device.type != "meta"
-    return grouped_mm_reference(a, b, offs) if by_definition else _GROUPED_MM(a, b, offs, tier)
+    use_reference = tier == "reference" and a.device.type != "meta"
+    return grouped_mm_reference(a, b, offs) if use_reference else _GROUPED_MM(a, b, offs, tier)
 
 
 def grouped_mm_reference(a: Tensor, b: Tensor, offs: Tensor | None = None) -> Tensor:
-    """The definition of `grouped_mm`."""
+    """Definition of `grouped_mm`."""
     _check(a, b, offs)
     if offs is None:
         return torch.stack([p @ q for p, q in zip(a, b, strict=True)]) if len(a) else a.new_zeros(_shape(a, b, offs))
@@ -71,24 +71,24 @@ def grouped_mm_reference(a: Tensor, b: Tensor, offs: Tensor | None = None) -> Te
 
 def _check(a: Tensor, b: Tensor, offs: Tensor | None) -> None:
     if a.dim() not in (2, 3) or b.dim() not in (2, 3):
-        raise ValueError(f"a, b: expected two or three dimensions each, got {tuple(a.shape)} and {tuple(b.shape)}")
+        raise ValueError(f"a, b: expected two or three dimensions each; found {tuple(a.shape)} and {tuple(b.shape)}")
     if a.dtype not in _DTYPES or a.dtype != b.dtype:
-        raise TypeError(f"a, b: expected one floating dtype for both, got {a.dtype} and {b.dtype}")
+        raise TypeError(f"a, b: expected one floating dtype for both; found {a.dtype} and {b.dtype}")
     if a.shape[-1] != b.shape[-2]:
-        raise ValueError(f"a, b: inner sizes differ, {tuple(a.shape)} @ {tuple(b.shape)}")
+        raise ValueError(f"a, b: expected equal inner sizes; found {tuple(a.shape)} and {tuple(b.shape)}")
     if a.dim() == 3 and b.dim() == 3:
         if offs is not None:
-            raise ValueError("offs: expected None for two three-dimensional operands, which have no ragged dimension")
+            raise ValueError("offs: expected None for two three-dimensional operands")
         if a.shape[0] != b.shape[0]:
-            raise ValueError(f"a, b: {a.shape[0]} groups and {b.shape[0]} groups")
+            raise ValueError(f"a, b: expected equal numbers of groups; found {a.shape[0]} and {b.shape[0]}")
         return
     if offs is None:
-        raise ValueError("offs: needed for a two-dimensional operand, whose groups it delimits")
+        raise ValueError("offs: expected [G] int32 for a two-dimensional operand; found None")
     if offs.dtype != torch.int32:
-        raise TypeError(f"offs: expected int32, got {offs.dtype}")
+        raise TypeError(f"offs: expected int32; found {offs.dtype}")
     groups = offs.shape[0] if a.dim() == b.dim() else (a if a.dim() == 3 else b).shape[0]
     if offs.dim() != 1 or offs.shape[0] != groups:
-        raise ValueError(f"offs: expected [{groups}], got {tuple(offs.shape)}")
+        raise ValueError(f"offs: expected [{groups}]; found {tuple(offs.shape)}")
 
 
 def _shape(a: Tensor, b: Tensor, offs: Tensor | None) -> tuple[int, ...]:
@@ -104,7 +104,7 @@ def _spans(offs: Tensor, length: int) -> list[tuple[int, int]]:
     ends = offs.tolist()
     spans = list(zip([0, *ends], ends, strict=False))
     if any(start > end for start, end in spans) or (ends and ends[-1] > length):
-        raise ValueError(f"offs: expected ends that do not decrease, up to {length}, got {ends}")
+        raise ValueError(f"offs: expected non-decreasing offsets up to {length}; found {ends}")
     return spans
 
 
@@ -141,7 +141,7 @@ def _forward_fake(a: Tensor, b: Tensor, offs: Tensor | None, tier: str) -> Tenso
 
 
 def _forward_flops(a: Tensor, b: Tensor, offs: Tensor | None, tier: str) -> int:
-    """Rows and columns past the last offset are not multiplied."""
+    """Count the FLOPs, without rows and columns past the last offset."""
     if offs is None:
         return 2 * a.shape[0] * a.shape[1] * a.shape[2] * b.shape[2]
     ragged = a.shape[0] if b.dim() == 3 else b.shape[-2] if a.dim() == 2 else b.shape[1]
@@ -153,7 +153,7 @@ def _forward_flops(a: Tensor, b: Tensor, offs: Tensor | None, tier: str) -> int:
 
 _GROUPED_MM = define(
     "grouped_mm(Tensor a, Tensor b, Tensor? offs, str tier) -> Tensor",
-    page="grouped_gemm",
+    kernel_module="grouped_gemm",
     cpu=_forward,
     fake=_forward_fake,
     flops=_forward_flops,
@@ -167,7 +167,7 @@ def _save(ctx: Any, args: tuple[Any, ...], result: Tensor) -> None:
 
 
 def _gradient(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Any, ...]:
-    # Grouped products again, of the two other forms with the same offs (batched: of its own).
+    # Both gradients are grouped products with the same offs, in another form.
     a, b, offs = saved
     grad_a = _GROUPED_MM(grad, b.transpose(-1, -2), offs, ctx.tier) if ctx.needs_input_grad[0] else None
     grad_b = _GROUPED_MM(a.transpose(-1, -2), grad, offs, ctx.tier) if ctx.needs_input_grad[1] else None

@@ -1,12 +1,13 @@
-"""The `moesmith` operator namespace, and the one way in which an operator enters it.
+"""Registration of operators in the `moesmith` namespace.
 
 An operator has a schema, a CPU implementation, a CUDA implementation (which ROCm shares) and a fake. On CUDA the Triton
-kernels of the same page and name in `moe_triton` run. Torch's operators run the CPU's algorithm for float64, silently,
-because the kernels do not take it. They also run where there are no kernels (a GPU before compute capability 8.0, or
-nothing installed), with one warning that says why. A differentiable operator has an "Autograd" implementation as well,
-which applies an `autograd.Function` when a gradient is needed and otherwise goes on below autograd; its backward is an
-operator of its own. This is the form that opcheck and `torch.compile(fullgraph=True, dynamic=True)` both accept,
-forward and backward.
+kernels of the same module and function name in `moe_triton` run. torch's operators run for float64, which the kernels
+do not support, and on GPUs where the kernels cannot run (below compute capability 8.0, or not installed). The latter
+gives one warning with the reason.
+
+A differentiable operator also has an "Autograd" implementation, which applies an `autograd.Function` if a gradient is
+needed and otherwise redispatches below autograd; its backward is a separate operator. opcheck and
+`torch.compile(fullgraph=True, dynamic=True)` accept this form, forward and backward.
 """
 
 import importlib
@@ -23,26 +24,26 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-from moe.ops.flops import count_by
+from moe.ops.flops import register_formula
 
 LIBRARY = torch.library.Library("moesmith", "DEF")
 Tier = Literal["auto", "triton", "reference"]
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor is on no device, and only says that it is on one."""
+    """Return whether `tensor` is a FakeTensor, which has a device but no values."""
     return isinstance(tensor, FakeTensor)
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether a tensor has data, which decides if code may look at it. In a compiled graph it must not, either way."""
+    """Return whether the values of `tensor` can be read. Compiled graphs must not read values in any case."""
     return not (tensor.is_meta or is_fake(tensor))
 
 
 def check_device(module: str, weight: Tensor, x: Tensor) -> None:
-    """Raise ValueError for a weight that is still on the meta device if `x` is not.
+    """Raise ValueError if `weight` is still on the meta device but `x` is not.
 
-    Some of torch's operators take it without an error, and return what was in memory.
+    Some of torch's operators accept it without an error and return uninitialised memory.
     """
     if weight.is_meta and not x.is_meta:
         raise ValueError(
@@ -58,17 +59,17 @@ def check_tier(tier: str) -> None:
 def define(
     schema: str,
     *,
-    page: str | None,
+    kernel_module: str | None,
     cpu: Callable[..., Any],
     fake: Callable[..., Any],
     flops: Callable[..., int] | None = None,
     tiered: bool = False,
 ) -> Any:
-    """Adds the operator and returns its overload. No output may alias an input, however small the shapes.
+    """Register an operator and return its overload. Its outputs must not alias inputs, even if they are empty.
 
-    `page` is the module of moe_triton that has kernels of the operator's name and arguments; without one, torch's
-    operators do it on every device. A `tiered` operator has one argument more, the tier, at the end. `flops` counts the
-    multiplications and additions of its products, from the operator's arguments, for torch's FlopCounterMode.
+    `kernel_module` is the module of moe_triton with a function of the operator's name and arguments; None runs `cpu`
+    on every device. A `tiered` operator takes the tier as an additional last argument. `flops` computes the FLOPs of
+    its products from the operator's arguments, for torch's FlopCounterMode.
     """
     name = schema.partition("(")[0]
 
@@ -76,7 +77,7 @@ def define(
         tier = args[-1] if tiered else "auto"
         args = args[:-1] if tiered else args
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        kernels = None if page is None else kernels_for(page, tensors, tier)
+        kernels = None if kernel_module is None else kernels_for(kernel_module, tensors, tier)
         if kernels is None:
             return cpu(*args)
         with torch.cuda.device_of(tensors[0]):
@@ -91,15 +92,15 @@ def define(
     LIBRARY.impl(name, implementation, "CUDA")
     torch.library.register_fake(f"moesmith::{name}", without_values, lib=LIBRARY)
     if flops is not None:
-        count_by(getattr(torch.ops.moesmith, name), flops)
+        register_formula(getattr(torch.ops.moesmith, name), flops)
     return getattr(torch.ops.moesmith, name).default
 
 
-def kernels_for(page: str, tensors: list[Tensor], tier: str = "auto") -> ModuleType | None:
-    """The module of Triton kernels for these tensors, or None if torch's operators are to run.
+def kernels_for(name: str, tensors: list[Tensor], tier: str = "auto") -> ModuleType | None:
+    """Return the module `name` of moe_triton, or None to run torch's operators on these tensors.
 
-    None for CUDA tensors means that the kernels do not take float64, or, with a warning, that there are no kernels.
-    Tier "triton" raises ValueError instead of None.
+    On CUDA, None means float64, which the kernels do not support, or, with a warning, that kernels cannot run. With
+    tier "triton" it raises ValueError instead of returning None.
     """
     _check_device(tensors)
     device = tensors[0].device
@@ -108,11 +109,11 @@ def kernels_for(page: str, tensors: list[Tensor], tier: str = "auto") -> ModuleT
     why = why_no_kernels(device)
     wide = any(tensor.dtype == torch.float64 for tensor in tensors)
     if why is None and not wide:
-        return importlib.import_module(f"moe_triton.{page}")
+        return importlib.import_module(f"moe_triton.{name}")
     if tier == "triton":
         raise ValueError(f"tier = 'triton': {why or 'a tensor is float64'}")
     if not wide:
-        _warn_once(f"torch's operators run on {device.type} in the place of moesmith's Triton kernels: {why}")
+        _warn_once(f"torch's operators run on {device.type} instead of moesmith's Triton kernels: {why}")
     return None
 
 
@@ -134,9 +135,9 @@ _REMEDIES = {
 
 @cache
 def why_no_kernels(device: torch.device) -> str | None:
-    """Why the kernels cannot run on a device, and what to do; None if they can."""
+    """Return why the kernels cannot run on `device`, and the remedy; None if they can."""
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "tensors are on the CPU, where kernels run only by Triton's interpreter (TRITON_INTERPRET=1)"
+        return "tensors are on the CPU, where kernels run only in Triton's interpreter (TRITON_INTERPRET=1)"
     for package, remedy in _REMEDIES.items():
         try:
             importlib.import_module(package)
@@ -148,10 +149,10 @@ def why_no_kernels(device: torch.device) -> str | None:
 
 
 class _Once(torch.autograd.Function):
-    """A gradient that may be used and not differentiated again.
+    """Identity on a gradient; differentiating it raises RuntimeError.
 
-    torch's `once_differentiable` says so only where the outgoing gradient is differentiable, and otherwise gives a
-    constant: the second derivative of a sum would be zero. This one hangs on what the first depended on.
+    torch's `once_differentiable` raises only if the outgoing gradient requires grad, and otherwise returns a constant,
+    so the second derivative of a sum would be zero. This result depends on all origins of the gradient.
     """
 
     @staticmethod
@@ -161,15 +162,14 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(f"{ctx.name}: differentiable once, and this is a second differentiation")
+        raise RuntimeError(f"{ctx.name}: differentiable once; this is a second differentiation")
 
 
 def differentiable_once(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Makes `gradient(ctx, saved, *grads)` the backward of an `autograd.Function`, which can be differentiated once.
+    """Turn `gradient(ctx, saved, *grads)` into the backward of an `autograd.Function` that is differentiable once.
 
-    A second differentiation raises RuntimeError if what is saved says that it depends on more than `grads`: at least
-    one saved tensor has to be an input or an output of the function. Saved tensors are read once, for activation
-    checkpointing hands out each of them only once.
+    A second differentiation raises RuntimeError. For this, at least one saved tensor must be an input or an output of
+    the function. Saved tensors are read once, because activation checkpointing returns each only once.
     """
 
     def decorate(gradient: Callable[..., Any]) -> Callable[..., Any]:
@@ -177,7 +177,7 @@ def differentiable_once(name: str) -> Callable[[Callable[..., Any]], Callable[..
             saved = ctx.saved_tensors
             with torch.no_grad():
                 results = gradient(ctx, saved, *grads)
-            # In a compiled graph it is torch that answers a second differentiation.
+            # In a compiled graph torch itself rejects a second differentiation.
             if not torch.is_grad_enabled() or torch.compiler.is_compiling():
                 return results
             origins = [t for t in (*grads, *saved) if t is not None and t.requires_grad]
@@ -196,11 +196,11 @@ def define_gradient(
     once: bool = True,
     forward: Callable[..., Any] | None = None,
 ) -> None:
-    """Makes `op` differentiable: once, a second differentiation raising RuntimeError, or as often as `gradient` is.
+    """Make `op` differentiable: once, after which RuntimeError is raised, or else as often as `gradient` is.
 
-    `save(ctx, args, result)` keeps what the backward pass needs; `gradient(ctx, saved, *grads)` gives one gradient for
-    each argument, None for those that have none. `forward` is called in the place of `op` if a gradient is needed. That
-    is decided here and not where `op` is called: a graph may be exported without gradients and then run with them.
+    `save(ctx, args, result)` saves what the backward pass needs. `gradient(ctx, saved, *grads)` returns one gradient or
+    None per argument. `forward` replaces `op` if a gradient is needed; this is decided per call, because a graph may be
+    exported without gradients and run with them.
     """
 
     def often(ctx: Any, *grads: Any) -> Any:
@@ -221,7 +221,7 @@ def define_gradient(
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return Differentiable.apply(*args)
         if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-            raise NotImplementedError(f"{op.name()}: no forward-mode gradient; use the reverse mode")
+            raise NotImplementedError(f"{op.name()}: forward-mode gradients are not supported; use reverse mode")
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
@@ -229,9 +229,9 @@ def define_gradient(
 
 
 def index_error(name: str, ids: Tensor, size: int, ignored: int | None, error: Exception) -> Exception:
-    """The exception to raise for an `error` of torch's: on the CPU an IndexError that names the first id out of range.
+    """Return the exception to raise for torch's `error`: on the CPU an IndexError with the first id out of range.
 
-    Looking only after torch has refused costs nothing before, and is no obstacle to tensors without data.
+    Checking only after torch has failed costs nothing otherwise, and works with tensors without values.
     """
     wrong = (ids < 0) | (ids >= size)
     if ignored is not None:
@@ -244,12 +244,12 @@ def index_error(name: str, ids: Tensor, size: int, ignored: int | None, error: E
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Context in which products on this type of device are not cast. Some types, as "meta", have no autocast."""
+    """Return a context without autocast on this device type. Some types, such as "meta", have no autocast."""
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors as autocast would hand them to a matrix product: cast when it is on, except float64."""
+    """Cast the tensors as autocast does for a matrix product: only if it is on, and except float64."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors

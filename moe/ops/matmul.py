@@ -1,6 +1,6 @@
-"""One matrix product, on CPU by whichever of torch's libraries is fastest for its dtype and size.
+"""Matrix products, on CPU by the library that is fastest for the dtype and size.
 
-Kernels call these and never a plain `matmul`: autocast, which may be on while a kernel runs, would change its dtype.
+CPU implementations call these instead of `matmul`, which would change the dtype under autocast.
 """
 
 from pathlib import Path
@@ -23,27 +23,27 @@ _on_intel = _is_intel()
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a [M, K] @ b [K, N] -> [M, N] in the dtype of `a`, any strides, accumulated in float32 or wider."""
+    """Multiply a [M, K] @ b [K, N] -> [M, N] in the dtype of `a`, any strides, accumulating in float32 or wider."""
     if _by_onednn(a, b):
         return torch.ops.mkldnn._linear_pointwise.default(a, b.t(), None, "none", [], "")
     if a.dtype == torch.float16 and a.device.type == "cpu":
-        # Half-precision products of layouts other than x @ W.T are a hundred times slower than this on most processors.
+        # On most processors, float16 products of layouts other than x @ W.T are a hundred times slower than this.
         return product(a.float(), b.float()).to(a.dtype)
     return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
 
 
 def product_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """`product` written to `out` [M, N]; K = 0 gives zeros."""
+    """Write `product` to `out` [M, N]; K = 0 gives zeros."""
     if _by_onednn(a, b) or (a.dtype == torch.float16 and a.device.type == "cpu"):
         return out.copy_(product(a, b))
     return torch.mm(a, b, out=out)
 
 
 def can_group(*weights: Tensor) -> bool:
-    """Whether torch's grouped product takes these stacked matrices, on the CPU, where it is a loop of `mm` in C++."""
+    """Return whether torch's CPU grouped product, a C++ loop of `mm`, supports these stacked matrices."""
     return all(
         w.device.type == "cpu"
-        and w.dtype in (torch.float32, torch.bfloat16)  # in half precision the loop would be the slow one
+        and w.dtype in (torch.float32, torch.bfloat16)  # float16 would use the slow products
         and w.is_contiguous()
         and w.data_ptr() % 16 == 0
         and all(size * w.dtype.itemsize % 16 == 0 for size in w.shape[1:])
@@ -52,7 +52,7 @@ def can_group(*weights: Tensor) -> bool:
 
 
 def grouped_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-    """a [R, K] @ b [G, K, N] -> [R, N], each group of rows, up to its end, with its matrix."""
+    """Multiply each group of rows of a [R, K] by its matrix of b [G, K, N] -> [R, N]; `ends` [G] ends each group."""
     if len(b) == 1:
         return product(a, b[0])
     return _without_autocast(a, b, ends)
@@ -73,7 +73,7 @@ def grouped_product_into(out: Tensor, a: Tensor, b: Tensor, ends: Tensor) -> Non
 
 
 def group_products_into(out: Tensor, a: Tensor, b: Tensor, ends: Tensor) -> None:
-    """out [G, M, N]: a.T @ b of each group's rows, a [R, M] and b [R, N]."""
+    """Write a.T @ b of each group's rows, a [R, M] and b [R, N], to out [G, M, N]."""
     if len(out) == 1:
         product_into(out[0], a.t(), b)
     else:
@@ -81,9 +81,9 @@ def group_products_into(out: Tensor, a: Tensor, b: Tensor, ends: Tensor) -> None
 
 
 def _by_onednn(a: Tensor, b: Tensor) -> bool:
-    """On AMD processors MKL's float32 product runs at half the speed of oneDNN's; on Intel's only x @ W.T is faster so.
+    """Return whether oneDNN is faster than MKL here: float32 on AMD processors (twice), and x @ W.T on Intel's.
 
-    A call costs ten microseconds more than MKL's: made good at a million multiplications, where nothing is empty.
+    A call takes ten microseconds longer, which pays off from a million multiplications.
     """
     if a.dtype != torch.float32 or a.device.type != "cpu" or not _has_onednn or (_on_intel and b.stride(0) != 1):
         return False

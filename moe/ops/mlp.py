@@ -1,4 +1,4 @@
-"""The expert MLP of a Mixture-of-Experts layer as one operator."""
+"""Expert MLP of a Mixture-of-Experts layer, as one operator."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -25,31 +25,32 @@ def moe_mlp(
     activation: SwiGLU = SwiGLU(),
     tier: Tier = "auto",
 ) -> Tensor:
-    """Each token through its experts, summed with its weights: x [T, D] -> [T, D].
+    """Apply its experts to each token and sum their outputs by weight: x [T, D] -> [T, D].
 
         out[t] = sum over k, in order, of weights[t, k] * expert(expert_ids[t, k], x[t])
         expert(e, x) = swiglu(x @ gate_up[e].T + gate_up_bias[e]) @ down[e].T + down_bias[e]
 
-    gate_up [E, 2F, D] with the gate rows first, down [E, D, F], gate_up_bias [E, 2F], down_bias [E, D], all in
-    x's dtype (float32, float64, bfloat16, float16), any strides; `swiglu` is `moe.ops.swiglu` with `activation`.
-    weights [T, K] are float32 or float64 and never cast; expert_ids [T, K] int64. An id of -1 means "not here": no row,
-    nothing added even if its weight is NaN, zero gradient for its weight. Ids of one token may repeat.
+    gate_up [E, 2F, D] (gate rows first), down [E, D, F], gate_up_bias [E, 2F] and down_bias [E, D] have x's dtype
+    (float32, float64, bfloat16 or float16) and any strides. `swiglu` is `moe.ops.swiglu` with `activation`. weights
+    [T, K] are float32 or float64 and never cast; expert_ids [T, K] are int64. An id of -1 means that the expert is
+    absent: nothing is added, even if its weight is NaN, and the weight gets a zero gradient. The ids of a token may
+    repeat.
 
-    Products accumulate in float32 or wider, as does the sum over k, which is rounded once. A token with no expert here
-    is zero; T = 0 and K = 0 give what the shapes say. A token's NaN reaches its own row only (and the gradients of the
-    experts that it used). Equal input, equal bits, forward and backward: nothing is added atomically.
+    Products and the sum over k accumulate in float32 or wider; the sum is rounded once. A token without experts gives
+    zero. T = 0 and K = 0 are valid. NaN in a token affects only its own row and the gradients of its experts.
+    Identical inputs give bit-identical results, forward and backward; no atomics are used.
 
-    Differentiable once in everything but the ids (a second differentiation raises RuntimeError, but for the reference);
-    an expert without a token gets exactly zero gradient. Saved for the backward pass: the arguments and the
-    pre-activation [R, 2F]. Under autocast x and the expert parameters are cast, as for a matrix product, and the output
-    has the cast dtype.
+    Differentiable once in everything but the ids: a second differentiation raises RuntimeError, except for the
+    reference. An expert without tokens gets an exactly zero gradient. The arguments and the pre-activation [R, 2F] are
+    saved for the backward pass. Under autocast x and the expert parameters are cast, as for a matrix product, and the
+    output has that dtype.
 
-    `tier`: "auto" is the fastest implementation for the device; on a GPU without kernels, torch's operators, and one
-    warning says why. "triton" is the Triton kernels, or ValueError where they cannot run (CPU tensors need
-    TRITON_INTERPRET=1). "reference" is the definition, plain differentiable PyTorch.
+    `tier`: "auto" selects the fastest implementation for the device; on a GPU without kernels, torch's operators, with
+    one warning that states the reason. "triton" selects the Triton kernels and raises ValueError if they cannot run
+    (CPU tensors require TRITON_INTERPRET=1). "reference" selects the definition, plain differentiable PyTorch.
 
-    Raises ValueError for shapes and an unknown tier, TypeError for dtypes, IndexError for an id that is neither -1 nor
-    in [0, E) (on CPU; a device assertion on CUDA).
+    Raises ValueError for wrong shapes or an unknown tier, TypeError for wrong dtypes, IndexError for an id that is
+    neither -1 nor in [0, E) (on CPU; a device assertion on CUDA).
     """
     x, gate_up, down, gate_up_bias, down_bias = autocast(x, gate_up, down, gate_up_bias, down_bias)  # pyright: ignore
     _check(x, gate_up, down, weights, expert_ids, gate_up_bias, down_bias)
@@ -57,7 +58,7 @@ def moe_mlp(
     if tier == "reference" and x.device.type != "meta":
         return moe_mlp_reference(x, gate_up, down, weights, expert_ids, gate_up_bias, down_bias, activation)
     if tier == "triton" and x.device.type == "cpu" and has_values(expert_ids):
-        sort_slots(expert_ids, gate_up.shape[0])  # refuses ids that name no expert, for the interpreter does not
+        sort_slots(expert_ids, gate_up.shape[0])  # raises for ids out of range, which the interpreter does not check
     return _MOE_MLP_FORWARD(
         x,
         gate_up,
@@ -84,8 +85,8 @@ def moe_mlp_reference(
     down_bias: Tensor | None = None,
     activation: SwiGLU = SwiGLU(),
 ) -> Tensor:
-    """The definition of `moe_mlp`."""
-    sort_slots(expert_ids, gate_up.shape[0])  # refuses ids that name no expert
+    """Definition of `moe_mlp`."""
+    sort_slots(expert_ids, gate_up.shape[0])  # raises for ids out of range
     wide = torch.promote_types(x.dtype, weights.dtype)
     out = torch.zeros(x.shape, dtype=wide, device=x.device)
     for k in range(expert_ids.shape[1]):
@@ -97,7 +98,7 @@ def moe_mlp_reference(
             rows = swiglu_reference(up, activation) @ down[e].t()
             rows = rows if down_bias is None else rows + down_bias[e]
             out = out.index_add(0, tokens, rows * weights[:, k].index_select(0, tokens)[:, None])
-    # Nothing of each argument, so that each has a gradient, zero, where K or E is 0 as well.
+    # Adds an empty sum of each argument, so that each has a (zero) gradient even if K or E is 0.
     for tensor in (x, gate_up, down, weights, gate_up_bias, down_bias):
         out = out if tensor is None else out + tensor[:0].sum()
     return out.to(x.dtype)
@@ -115,10 +116,10 @@ def _check(
     check_ids(x, expert_ids)
     check_weights(weights, expert_ids)
     if not x.dtype.is_floating_point or x.dtype.itemsize < 2:
-        raise TypeError(f"x: expected float32, float64, bfloat16 or float16, got {x.dtype}")
+        raise TypeError(f"x: expected float32, float64, bfloat16 or float16; found {x.dtype}")
     width = x.shape[1]
     if gate_up.dim() != 3 or gate_up.shape[1] % 2 or gate_up.shape[2] != width:
-        raise ValueError(f"gate_up: expected [E, 2F, {width}], got {tuple(gate_up.shape)}")
+        raise ValueError(f"gate_up: expected [E, 2F, {width}]; found {tuple(gate_up.shape)}")
     experts, twice = gate_up.shape[:2]
     expected = {
         "gate_up": (gate_up, gate_up.shape),
@@ -130,19 +131,19 @@ def _check(
         if tensor is None:
             continue
         if tensor.shape != shape:
-            raise ValueError(f"{name}: expected {list(shape)}, got {tuple(tensor.shape)}")
+            raise ValueError(f"{name}: expected {list(shape)}; found {tuple(tensor.shape)}")
         if tensor.dtype != x.dtype:
-            raise TypeError(f"{name}: expected {x.dtype} as x has, got {tensor.dtype}")
+            raise TypeError(f"{name}: expected {x.dtype}, the dtype of x; found {tensor.dtype}")
 
 
-# An expert whose products have fewer multiplications than this is small: calling costs more than multiplying. A batch
-# of small ones stays in cache.
+# Products with fewer multiplications are small: the call takes longer than the multiplication. Small experts are
+# batched up to _BATCH_ROWS rows, which fit into the cache.
 _SMALL_PRODUCT, _BATCH_ROWS = 2**20, 1024
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """The rows start:end, of the experts first:last, which go through the products together; ends count from start."""
+    """Rows start:end, of experts first:last, that are multiplied together; `ends` are relative to start."""
 
     first: int
     last: int
@@ -152,7 +153,7 @@ class _Batch:
 
 
 def _batches(offsets: Tensor, gate_up: Tensor, down: Tensor) -> list[_Batch]:
-    """All rows: those of a large expert alone, those of small ones that follow one another in one batch."""
+    """Split all rows into batches: one per large expert, and one per run of small experts."""
     most = _SMALL_PRODUCT // max(gate_up[0].numel(), 1) if len(gate_up) and can_group(gate_up, down) else 0
     batches: list[_Batch] = []
     first = start = 0
@@ -176,7 +177,7 @@ def _batches(offsets: Tensor, gate_up: Tensor, down: Tensor) -> list[_Batch]:
 
 
 def _rows_of(bias: Tensor, batch: _Batch) -> Tensor:
-    """bias [E, N] -> the bias of each row of the batch, or one that all of them share."""
+    """Return the bias of each row of the batch, or one that all rows share, of bias [E, N]."""
     if batch.last - batch.first == 1:
         return bias[batch.first]
     return bias[batch.first : batch.last].repeat_interleave(batch.ends.diff(prepend=batch.ends.new_zeros(1)), dim=0)
@@ -205,7 +206,7 @@ def _forward(
     rows = x.new_empty(order.slots.shape[0], x.shape[1])
     pre = x.new_empty(order.slots.shape[0] if save else 0, gate_up.shape[1])
     pre[routed:].zero_()
-    # A batch's rows go through both products while they are in cache; only the result has size R.
+    # Both products run per batch, while its rows are in cache; only the result has R rows.
     hidden = x.new_empty(max((batch.end - batch.start for batch in batches), default=0), down.shape[2])
     for batch in batches:
         experts, here = slice(batch.first, batch.last), slice(batch.start, batch.end)
@@ -233,7 +234,7 @@ def _one_token(
     alpha: float,
     beta: float,
 ) -> Tensor:
-    """`_forward` for T = 1, where nothing needs sorting or gathering: rows stand in order of k."""
+    """`_forward` for T = 1, which needs no sorting or gathering: rows are in order of k."""
     ids = expert_ids[0].tolist()
     here = [k for k, expert in enumerate(ids) if expert != -1]
     for k in here:
@@ -280,7 +281,7 @@ def _backward(
     beta: float,
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of (x, gate_up, down, weights, gate_up_bias, down_bias); empty where not needed."""
+    """Compute the gradients of (x, gate_up, down, weights, gate_up_bias, down_bias); empty if not needed."""
     order = sort_slots(expert_ids, gate_up.shape[0])
     tokens = order.slots // expert_ids.shape[1]
     grad_x, grad_gate_up, grad_down, grad_weights, grad_gate_up_bias, grad_down_bias = (
@@ -306,7 +307,7 @@ def _backward(
             continue
         grad_hidden = grouped_product(grad_y, down[experts], batch.ends)
         if need_weights:
-            # The gradient of a weight is grad_y . (down @ hidden) = grad_hidden . hidden: no row of the output is kept.
+            # The gradient of a weight is grad_y . (down @ hidden) = grad_hidden . hidden, so outputs need not be saved.
             dots = (grad_hidden * hidden).sum(dim=1, dtype=weights.dtype)
             if down_bias is not None:
                 dots += (grad_y.to(wide) * _rows_of(down_bias, batch)).sum(dim=1, dtype=weights.dtype)
@@ -320,7 +321,7 @@ def _backward(
                 _sum_rows_into(grad_gate_up_bias[experts], grad_pre, batch.ends)
             if need_x:
                 grouped_product_into(grad_rows[here], grad_pre, gate_up[experts], batch.ends)
-    # An expert without a token is in no batch, or was multiplied with nothing.
+    # Experts without tokens are in no batch, or were multiplied with no rows.
     unused = (torch.cat([order.offsets[:1], order.offsets.diff()]) == 0).nonzero().squeeze(1)
     for per_expert in (grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias):
         if per_expert.numel():
@@ -328,7 +329,7 @@ def _backward(
     if need_x:
         grad_x = combine(grad_rows, order.position, None)
     if need_weights:
-        # Slots that are not here come last, where the dots are zero.
+        # Absent slots come last, where the dots are zero.
         grad_weights.view(-1, 1).index_copy_(0, order.slots, sorted_dots)
     return grad_x, grad_gate_up, grad_down, grad_weights, grad_gate_up_bias, grad_down_bias
 
@@ -365,7 +366,7 @@ def _backward_flops(
 
 
 def _sum_rows_into(out: Tensor, rows: Tensor, ends: Tensor) -> None:
-    """out [G, N]: the sum of each group's rows, in order."""
+    """Write the sum of each group's rows, in order, to out [G, N]."""
     start = 0
     for total, end in zip(out, ends.tolist(), strict=True):
         total.copy_(rows[start:end].sum(dim=0))
@@ -375,7 +376,7 @@ def _sum_rows_into(out: Tensor, rows: Tensor, ends: Tensor) -> None:
 _MOE_MLP_FORWARD = define(
     "moe_mlp_forward(Tensor x, Tensor gate_up, Tensor down, Tensor weights, Tensor expert_ids, Tensor? gate_up_bias, "
     "Tensor? down_bias, float? limit, float alpha, float beta, bool save, str tier) -> (Tensor, Tensor)",
-    page="mlp",
+    kernel_module="mlp",
     cpu=_forward,
     fake=_forward_fake,
     flops=_forward_flops,
@@ -385,7 +386,7 @@ _MOE_MLP_BACKWARD = define(
     "moe_mlp_backward(Tensor grad, Tensor x, Tensor gate_up, Tensor down, Tensor weights, Tensor expert_ids, "
     "Tensor? gate_up_bias, Tensor? down_bias, Tensor pre, float? limit, float alpha, float beta, bool[] needed, "
     "str tier) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    page="mlp",
+    kernel_module="mlp",
     cpu=_backward,
     fake=_backward_fake,
     flops=_backward_flops,
@@ -405,7 +406,7 @@ def _save(ctx: Any, args: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> Non
 
 
 def _gradient(ctx: Any, saved: tuple[Any, ...], grad: Tensor, _: Any) -> tuple[Any, ...]:
-    # The ids, argument 4, have no gradient; neither have the five settings at the end.
+    # The ids (argument 4) and the last five arguments have no gradient.
     needed = [need for i, need in enumerate(ctx.needs_input_grad[:7]) if i != 4]
     results = _MOE_MLP_BACKWARD(grad, *saved, ctx.limit, ctx.alpha, ctx.beta, needed, ctx.tier)
     grads = [result if need else None for result, need in zip(results, needed, strict=True)]

@@ -1,4 +1,4 @@
-"""Putting token rows into expert order, and back."""
+"""Permutation of token rows into expert order, and back."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +13,10 @@ from moe.ops.library import define, define_gradient, has_values
 
 @dataclass(frozen=True)
 class Permuted:
-    """Rows in expert order, where each came from, and where each expert ends.
+    """Rows in expert order, their slots, and the end of each expert.
 
-    rows [R, D]; position [T, K] int64, the row of slot (t, k) or -1 where it has none; offsets [E] int32, the row after
-    the last of each expert, which is what grouped GEMMs call `offs`.
+    rows [R, D]; position [T, K] int64, the row of slot (t, k), or -1 if it has none; offsets [E] int32, the end of each
+    expert's rows, the `offs` of grouped GEMMs.
     """
 
     rows: Tensor
@@ -25,13 +25,13 @@ class Permuted:
 
 
 def permute(x: Tensor, expert_ids: Tensor, num_experts: int) -> Permuted:
-    """Copies the rows of x [T, D] into expert order, one for each of the R = T * K slots of expert_ids [T, K] int64.
+    """Copy the rows of x [T, D] into expert order, one for each of the R = T * K slots of expert_ids [T, K] int64.
 
-    The order is stable: by expert, then token, then k. A slot with id -1 ("not here") has position -1; as many rows
-    past the last offset are zero, so that R does not depend on the ids. Empty T, K = 0, E = 0 and experts without
-    tokens are fine. Differentiable once in x: the gradient of a token is the sum of its rows' in order of k,
-    accumulated in float32 or wider. Raises ValueError for num_experts < 0, IndexError for an id below -1 or >= E (on
-    CPU; a device assertion on CUDA).
+    The order is stable: by expert, then token, then k. A slot with id -1 (absent) has position -1; as many rows past
+    the last offset are zero, so R does not depend on the ids. T = 0, K = 0, E = 0 and experts without tokens are valid.
+    Differentiable once in x: the gradient of a token is the sum of its rows' gradients in order of k, accumulated in
+    float32 or wider. Raises ValueError if num_experts < 0, IndexError for an id below -1 or >= E (on CPU; a device
+    assertion on CUDA).
 
     Source: the "unpermute/permute" pair of Megatron-LM and torchtitan, with counting offsets as in MegaBlocks
     (arXiv 2211.15841).
@@ -44,15 +44,15 @@ def permute(x: Tensor, expert_ids: Tensor, num_experts: int) -> Permuted:
 
 
 def unpermute(rows: Tensor, position: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Sums each token's rows: rows [R, D] and position [T, K] of `permute`, weights [T, K] -> [T, D].
+    """Sum each token's rows: rows [R, D] and position [T, K] of `permute`, weights [T, K] -> [T, D].
 
         out[t] = sum over k, in order, of weights[t, k] * rows[position[t, k]], for position[t, k] != -1
 
     accumulated in float32 (float64 if rows or weights are float64) and rounded once to the rows' dtype; without
-    weights, a plain sum. A slot at -1 contributes nothing, even if its weight is NaN, and gets a zero gradient. A token
-    without any row is zero. Differentiable once in rows and weights (float32 or float64, TypeError otherwise). No
-    atomics: equal input, equal bits. Positions are trusted to be those of `permute`: distinct and below R; rows of
-    absent slots, which stand last, may be left out.
+    weights, a plain sum. A position of -1 contributes nothing, even if its weight is NaN, and gets a zero gradient. A
+    token without rows gives zero. Differentiable once in rows and weights (float32 or float64, TypeError otherwise). No
+    atomics are used, so identical inputs give bit-identical results. Positions are not checked: they must be distinct
+    and below R, as those of `permute`. The rows of absent slots, which come last, may be omitted.
     """
     if weights is not None:
         check_weights(weights, position)
@@ -61,15 +61,15 @@ def unpermute(rows: Tensor, position: Tensor, weights: Tensor | None = None) -> 
 
 def check_ids(x: Tensor, expert_ids: Tensor) -> None:
     if x.dim() != 2:
-        raise ValueError(f"x: expected [T, D], got {tuple(x.shape)}")
+        raise ValueError(f"x: expected [T, D]; found {tuple(x.shape)}")
     if expert_ids.dim() != 2 or expert_ids.shape[0] != x.shape[0]:
-        raise ValueError(f"expert_ids: expected [{x.shape[0]}, K], got {tuple(expert_ids.shape)}")
+        raise ValueError(f"expert_ids: expected [{x.shape[0]}, K]; found {tuple(expert_ids.shape)}")
     if expert_ids.dtype != torch.int64:
-        raise TypeError(f"expert_ids: expected int64, got {expert_ids.dtype}")
+        raise TypeError(f"expert_ids: expected int64; found {expert_ids.dtype}")
 
 
 def count_slots(expert_ids: Tensor) -> int:
-    """How many of the slots [T, K] have an expert here; all of them if the ids are not known."""
+    """Count the slots of expert_ids [T, K] whose expert is present; T * K if the values cannot be read."""
     if has_values(expert_ids) and not torch.compiler.is_compiling():
         return int((expert_ids != -1).sum())
     return expert_ids.shape[0] * expert_ids.shape[1]
@@ -77,13 +77,13 @@ def count_slots(expert_ids: Tensor) -> int:
 
 def check_weights(weights: Tensor, slots: Tensor) -> None:
     if weights.shape != slots.shape:
-        raise ValueError(f"weights: expected {tuple(slots.shape)}, got {tuple(weights.shape)}")
+        raise ValueError(f"weights: expected {tuple(slots.shape)}; found {tuple(weights.shape)}")
     if weights.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"weights: expected float32 or float64, got {weights.dtype}; routing weights are never cast")
+        raise TypeError(f"weights: expected float32 or float64; found {weights.dtype}; do not cast routing weights")
 
 
 def permute_reference(x: Tensor, expert_ids: Tensor, num_experts: int) -> Permuted:
-    """The definition of `permute`."""
+    """Definition of `permute`."""
     check_ids(x, expert_ids)
     order = _sort_slots(expert_ids, num_experts)
     rows = x.index_select(0, order.slots // expert_ids.shape[1])
@@ -92,10 +92,10 @@ def permute_reference(x: Tensor, expert_ids: Tensor, num_experts: int) -> Permut
 
 
 def unpermute_reference(rows: Tensor, position: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The definition of `unpermute`."""
+    """Definition of `unpermute`."""
     wide = accumulation_dtype(rows, weights)
     out = torch.zeros(position.shape[0], rows.shape[1], dtype=wide, device=rows.device)
-    padded = F.pad(rows, (0, 0, 0, 1))  # something to read for slots without a row, even if there is no row
+    padded = F.pad(rows, (0, 0, 0, 1))  # a row to read for absent slots, even if R is 0
     for k in range(position.shape[1]):
         here = position[:, k, None] >= 0
         part = padded.index_select(0, position[:, k].clamp(min=0)).to(wide)
@@ -112,7 +112,7 @@ def accumulation_dtype(rows: Tensor, weights: Tensor | None) -> torch.dtype:
 
 @dataclass(frozen=True)
 class SlotOrder:
-    """Slots t * K + k in expert order: slots [R] int64, those at -1 last; position and offsets as in `Permuted`."""
+    """Slots t * K + k in expert order: slots [R] int64, absent ones last; position and offsets as in `Permuted`."""
 
     slots: Tensor
     position: Tensor
@@ -120,10 +120,10 @@ class SlotOrder:
 
 
 def sort_slots(expert_ids: Tensor, num_experts: int) -> SlotOrder:
-    """The stable order of the slots of expert_ids [T, K]. Raises IndexError for ids that name no expert."""
+    """Sort the slots of expert_ids [T, K] by expert, stably. Raises IndexError for ids out of range."""
     if expert_ids.device.type != "cpu":
         return _sort_slots(expert_ids, num_experts)
-    # numpy sorts integers of 16 bits by radix, ten times faster than torch's stable sort.
+    # NumPy's radix sort of 16-bit integers is ten times faster than torch's stable sort.
     ids = expert_ids.numpy().reshape(-1)
     some_absent = False
     if ids.size:
@@ -144,7 +144,7 @@ def sort_slots(expert_ids: Tensor, num_experts: int) -> SlotOrder:
 
 
 def _sort_slots(expert_ids: Tensor, num_experts: int) -> SlotOrder:
-    """`sort_slots` by torch's operators, on any device."""
+    """`sort_slots` with torch's operators, on any device."""
     flat = expert_ids.reshape(-1)
     bad = (flat < -1) | (flat >= num_experts)
     if flat.device.type != "cpu":
@@ -160,7 +160,7 @@ def _sort_slots(expert_ids: Tensor, num_experts: int) -> SlotOrder:
 
 
 def combine(rows: Tensor, position: Tensor, weights: Tensor | None) -> Tensor:
-    """`unpermute` without a gradient: a token's rows are a bag of torch's `embedding_bag`, summed in their order."""
+    """Compute `unpermute` without a gradient, by `embedding_bag`: each token's rows are one bag, summed in order."""
     if not rows.numel():
         return rows.new_zeros(position.shape[0], rows.shape[1])
     wide = accumulation_dtype(rows, weights)
@@ -170,16 +170,16 @@ def combine(rows: Tensor, position: Tensor, weights: Tensor | None) -> Tensor:
     start, place, weight = end - count, position[here], None if weights is None else weights[here].to(wide)
     if rows.dtype == wide:
         return F.embedding_bag(place, rows, start, mode="sum", per_sample_weights=weight)
-    # embedding_bag takes weights in the rows' dtype only: narrower rows are widened, as many at once as a cache holds.
+    # embedding_bag requires equal dtypes of rows and weights, so narrow rows are widened in chunks that fit into cache.
     out = rows.new_empty(position.shape[0], rows.shape[1])
     tokens = max(1, 2**20 // max(position.shape[1] * rows.shape[1], 1))
     order = torch.arange(tokens * position.shape[1], device=rows.device)
     first, lasts = 0, [*end[tokens - 1 :: tokens].tolist(), len(place)]
     for t, last in zip(range(0, len(out), tokens), lasts, strict=False):
         table = rows.index_select(0, place[first:last]).to(wide)
-        of_rows = None if weight is None else weight[first:last]
+        part = None if weight is None else weight[first:last]
         bags = start[t : t + tokens] - first
-        out[t : t + tokens] = F.embedding_bag(order[: len(table)], table, bags, mode="sum", per_sample_weights=of_rows)
+        out[t : t + tokens] = F.embedding_bag(order[: len(table)], table, bags, mode="sum", per_sample_weights=part)
         first = last
     return out
 
@@ -209,7 +209,7 @@ def _unpermute_fake(rows: Tensor, position: Tensor, weights: Tensor | None) -> T
 def _unpermute_backward(
     grad: Tensor, rows: Tensor, position: Tensor, weights: Tensor | None, needed: list[bool]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of (rows, weights); empty where not needed."""
+    """Compute the gradients of (rows, weights); empty if not needed."""
     wide = accumulation_dtype(rows, weights)
     here = position >= 0
     grad_rows, grad_weights = rows.new_empty(0), rows.new_empty(0, dtype=wide)
@@ -236,19 +236,19 @@ def _unpermute_backward_fake(
 
 _PERMUTE = define(
     "permute(Tensor x, Tensor expert_ids, SymInt num_experts) -> (Tensor, Tensor, Tensor)",
-    page="permutation",
+    kernel_module="permutation",
     cpu=_permute,
     fake=_permute_fake,
 )
 _UNPERMUTE = define(
     "unpermute(Tensor rows, Tensor position, Tensor? weights) -> Tensor",
-    page="permutation",
+    kernel_module="permutation",
     cpu=_unpermute,
     fake=_unpermute_fake,
 )
 _UNPERMUTE_BACKWARD = define(
     "unpermute_backward(Tensor grad, Tensor rows, Tensor position, Tensor? weights, bool[] needed) -> (Tensor, Tensor)",
-    page="permutation",
+    kernel_module="permutation",
     cpu=_unpermute_backward,
     fake=_unpermute_backward_fake,
 )
@@ -261,7 +261,7 @@ def _permute_save(ctx: Any, args: tuple[Any, ...], result: tuple[Tensor, Tensor,
 
 
 def _permute_gradient(ctx: Any, saved: tuple[Any, ...], grad_rows: Tensor, *_: Any) -> tuple[Any, ...]:
-    # The transpose of "copy a token's row to each of its positions" is "sum the rows at its positions".
+    # The transpose of copying a token to its positions is the sum over these positions.
     return _UNPERMUTE(grad_rows, *saved, None), None, None
 
 

@@ -1,7 +1,7 @@
-"""Quantised weights: FP8 in scaled blocks, as DeepSeek-V3 stores them, and MXFP4, as gpt-oss does.
+"""Quantised weights: FP8 in scaled blocks, as in DeepSeek-V3, and MXFP4, as in gpt-oss.
 
-Reading back is an operator, so that a compiled graph holds one node whatever the number of experts; quantising, which
-happens once and away from any model, is a plain function. None has a gradient.
+Dequantisation is an operator, so a compiled graph has one node for any number of experts. Quantisation is a plain
+function, because it runs once, outside models. Neither has a gradient.
 """
 
 import itertools
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from moe.ops.library import define, has_values
 
-FP8_MAX = 448.0  # of float8_e4m3fn
+FP8_MAX = 448.0  # largest float8_e4m3fn
 MX_BLOCK = 32
 
-# Elements that are float32 at one time: in cache on CPU, few launches elsewhere.
+# Elements that are float32 at one time: few enough for the cache on CPU, many per kernel launch elsewhere.
 _CHUNK_CPU, _CHUNK = 2**18, 2**24
 
 _SCALE_DTYPES = (torch.float32, torch.float8_e8m0fnu)
@@ -32,25 +32,24 @@ def dequantize_blocks(
     halves: int = 1,
     out: Tensor | None = None,
 ) -> Tensor:
-    """FP8 weights times the scale of their block: [..., N, K] -> [..., N, K].
+    """Multiply FP8 weights by the scales of their blocks: [..., N, K] -> [..., N, K].
 
         out[..., i, j] = weight[..., i, j] * scale_inv[..., i // bn, j // bk]        block_size = (bn, bk)
 
-    weight is float8_e4m3fn, scale_inv [..., ceil(N / bn), ceil(K / bk)] float32 or float8_e8m0fnu: the last block of a
-    row or column may be short. The product is computed in float32 and rounded once to `dtype` (float32, bfloat16,
-    float16, or float64, which holds the float32 product). What is too large for `dtype` becomes infinite, a NaN in
-    code or scale stays NaN, and the sign of zero stays.
+    weight is float8_e4m3fn, scale_inv [..., ceil(N / bn), ceil(K / bk)] is float32 or float8_e8m0fnu. The last block of
+    a row or column may be shorter. The product is computed in float32 and rounded once to `dtype` (float32, bfloat16,
+    float16, or float64, which represents the float32 product). It becomes infinite if it is too large for `dtype`. NaN
+    in a code or scale stays NaN, and the sign of zero is kept.
 
-    With `halves` = h the N rows are h matrices of N / h rows on top of one another, each blocked on its own and each
-    with ceil(N / h / bn) rows of scales: stacked experts [E, 2F, D] have two, gate and up, whether or not F is a
-    multiple of the block.
+    With `halves` = h the N rows are h stacked matrices of N / h rows, each blocked separately, with ceil(N / h / bn)
+    rows of scales. Stacked experts [E, 2F, D] have two, gate and up, even if F is not a multiple of the block.
 
-    `out`, of weight's shape, any strides, and a dtype of the list, is filled and returned; `dtype` is then not looked
-    at. Besides the result, at most 64 MiB (CPU: 1 MiB) or one row of blocks is in memory as float32. Empty sizes give
-    empty results. No host synchronisation, no gradient. Equal input, equal bits.
+    If given, `out` is filled and returned, and `dtype` is ignored; it has weight's shape, any strides, and one of the
+    dtypes above. Besides the result, at most 64 MiB (CPU: 1 MiB) or one row of blocks is in memory as float32. Empty
+    sizes give empty results. No host synchronisation, no gradient. Identical inputs give bit-identical results.
 
-    Raises TypeError for other dtypes; ValueError for shapes that do not fit, naming the expected and the found one: the
-    block size is never inferred from them.
+    Raises TypeError for other dtypes, and ValueError for incompatible shapes. The block size is never inferred from
+    them.
 
     Source: DeepSeek-V3 (arXiv 2412.19437), section 3.3, and `weight_dequant` of its inference code.
     """
@@ -58,7 +57,7 @@ def dequantize_blocks(
     _check_out(weight.shape, weight.device, dtype, out)
     weight, scale_inv = weight.detach(), scale_inv.detach()
     if out is None:
-        # As bytes: torch's checks of operators do arithmetic with their arguments, which it does not have for FP8.
+        # As bytes, because torch's operator checks use arithmetic that FP8 does not support.
         codes, scale_inv = weight.view(torch.uint8), scale_inv.to(torch.float32)
         return _DEQUANTIZE_BLOCKS(codes, scale_inv, list(block_size), halves, dtype)
     return _dequantize_blocks_into(out, weight, scale_inv, block_size, halves)
@@ -71,29 +70,29 @@ def quantize_blocks(
     scale_fmt: Literal["ue8m0"] | None = None,
     halves: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Weights [..., N, K] -> (FP8 codes, scale_inv) for `dequantize_blocks`: float8_e4m3fn and float32.
+    """Quantise weights [..., N, K] to (float8_e4m3fn codes, float32 scale_inv), for `dequantize_blocks`.
 
         scale_inv = amax(|block|) / 448, at least 2^-126; 1 for a block of zeros
         code      = weight / scale_inv, in float32, to the nearest float8_e4m3fn, ties to even
 
-    weight is float32, bfloat16 or float16; blocks, their last ones and `halves` are as in `dequantize_blocks`. With
-    `scale_fmt` "ue8m0" (DeepSeek-V3.1) each scale is rounded up to a power of two. The lower limit is the smallest
-    normal float32: smaller blocks lose digits, and none becomes 0/0. No code is NaN. With "ue8m0" and magnitudes from
-    248 * 2^120 up, the last 4 percent of float32, what is read back is infinite. Equal input, equal bits.
+    weight is float32, bfloat16 or float16; blocks and `halves` are as in `dequantize_blocks`. With `scale_fmt` "ue8m0"
+    (DeepSeek-V3.1) each scale is rounded up to a power of two. The lower limit is the smallest normal float32: smaller
+    blocks lose precision, and none becomes 0/0. No code is NaN. With "ue8m0", magnitudes from 248 * 2^120, the last 4
+    percent of float32, dequantise to infinity. Identical inputs give bit-identical results.
 
-    What a second round keeps: if a block of dequantised weights (float32 or bfloat16) contains the code 448, it gets
-    its codes back, all of them. Its scale comes back exactly if that is a power of two; any other scale within one unit
-    in the last place from float32, for 448 * scale was rounded, and within 2^-8 of itself from bfloat16. Weights that
-    shall stay as they are must be copied as codes and scales.
+    If a block of dequantised weights (float32 or bfloat16) contains the code 448, quantising it again gives the same
+    codes. The scale is exact if it is a power of two; otherwise it differs by at most one unit in the last place from
+    float32, because 448 * scale was rounded, and relatively by at most 2^-8 from bfloat16. To keep weights unchanged,
+    copy codes and scales.
 
-    Besides the result, two float32 copies of at most 64 MiB (CPU: 1 MiB) or one row of blocks are in memory. Looks at
-    the scales on the host once.
+    Besides the result, two float32 copies of at most 64 MiB (CPU: 1 MiB) or one row of blocks are in memory. The scales
+    are read on the host once.
 
-    Raises TypeError for other dtypes, ValueError for a shape or a setting that does not fit, and for NaN or infinity,
-    naming the block.
+    Raises TypeError for other dtypes. Raises ValueError for an invalid shape or setting, and for NaN or infinity, with
+    the block.
     """
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"weight: expected float32, bfloat16 or float16, got {weight.dtype}")
+        raise TypeError(f"weight: expected float32, bfloat16 or float16; found {weight.dtype}")
     if scale_fmt not in (None, "ue8m0"):
         raise ValueError(f"scale_fmt = {scale_fmt!r}: expected None or 'ue8m0'")
     shape = scale_shape(weight.shape, block_size, halves)
@@ -111,18 +110,18 @@ def quantize_blocks(
 
 
 def quantize_rows(x: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
-    """Activations [T, D] -> (codes float8_e4m3fn [T, D], scale_inv float32 [T, ceil(D / block)]).
+    """Quantise activations [T, D] to (float8_e4m3fn codes [T, D], float32 scale_inv [T, ceil(D / block)]).
 
         scale_inv = max(amax(|block|), 1e-4) / 448        code = x / scale_inv, to the nearest, ties to even
 
-    which `dequantize_blocks(codes, scale_inv, (1, block))` reads back. x is of any floating dtype; the arithmetic is
-    float32. A NaN or an infinity makes its block, and no other, not finite when read back. Empty sizes are fine. No
-    host synchronisation, no gradient. Equal input, equal bits.
+    `dequantize_blocks(codes, scale_inv, (1, block))` is the inverse. x has any floating dtype; the arithmetic is
+    float32. NaN or infinity makes only its own block non-finite. Empty sizes give empty results. No host
+    synchronisation, no gradient. Identical inputs give bit-identical results.
 
     Source: DeepSeek-V3 (arXiv 2412.19437), section 3.3, and `act_quant` of its inference code.
     """
     if x.dim() != 2 or not x.is_floating_point():
-        raise ValueError(f"x: expected floating point [T, D], got {x.dtype} {tuple(x.shape)}")
+        raise ValueError(f"x: expected floating point [T, D]; found {x.dtype} {tuple(x.shape)}")
     tokens, width = x.shape
     blocks = -(-width // block)
     padded = torch.nn.functional.pad(x.detach().float(), (0, blocks * block - width)).view(tokens, blocks, block)
@@ -134,21 +133,21 @@ def quantize_rows(x: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
 def dequantize_mxfp4(
     blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16, *, out: Tensor | None = None
 ) -> Tensor:
-    """MXFP4 weights: blocks uint8 [..., N, K/32, 16] and scales uint8 [..., N, K/32] -> [..., N, K].
+    """Dequantise MXFP4: blocks uint8 [..., N, K/32, 16] and scales uint8 [..., N, K/32] -> [..., N, K].
 
         out[..., i, 32 g + 2 b]     = e2m1(blocks[..., i, g, b] & 15) * 2^(scales[..., i, g] - 127)
         out[..., i, 32 g + 2 b + 1] = e2m1(blocks[..., i, g, b] >> 4) * 2^(scales[..., i, g] - 127)
 
-    e2m1 of 0 to 7 is 0, 0.5, 1, 1.5, 2, 3, 4, 6; 8 more is the same with a minus sign. A scale of 255 is NaN, and so is
-    every value of its block, zeros too. The product is formed in float32, which only 4 and 6 times 2^126 and 2 to 6
-    times 2^127 exceed: they become infinite. One rounding to `dtype` (float32, bfloat16, float16, or float64, which
-    holds the float32 product); bfloat16 holds every finite product exactly.
+    e2m1 of 0 to 7 is 0, 0.5, 1, 1.5, 2, 3, 4, 6; adding 8 negates the value. A scale of 255 is NaN, and so is every
+    value of its block, zeros included. The product is computed in float32, where 4 and 6 times 2^126 and 2 to 6 times
+    2^127 become infinite. It is rounded once to `dtype` (float32, bfloat16, float16, or float64, which represents the
+    float32 product); bfloat16 represents every finite product exactly.
 
-    `out` [..., N, K], any strides, is filled and returned; `dtype` is then not looked at. Besides the result, at most
-    three times 64 MiB (CPU: 1 MiB) or one row is in memory. Empty sizes give empty results. No host synchronisation, no
-    gradient.
+    If given, `out` [..., N, K], any strides, is filled and returned, and `dtype` is ignored. Besides the result, at
+    most three times 64 MiB (CPU: 1 MiB) or one row is in memory. Empty sizes give empty results. No host
+    synchronisation, no gradient.
 
-    Raises TypeError for dtypes, ValueError for shapes.
+    Raises TypeError for wrong dtypes, ValueError for wrong shapes.
 
     Source: OCP Microscaling Formats (MX) 1.0, and openai/gpt-oss, whose checkpoints have this layout.
     """
@@ -161,30 +160,31 @@ def dequantize_mxfp4(
 
 
 def quantize_mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [..., N, K] -> (blocks, scales) for `dequantize_mxfp4`, one scale for 32 neighbours in a row.
+    """Quantise weight [..., N, K] to MXFP4 (blocks, scales) for `dequantize_mxfp4`, one scale per 32 columns.
 
         scales = 127 + floor(log2(amax(|block|))) - 2, at least 0; 127 for a block of zeros
         values = weight / 2^(scales - 127), to the nearest e2m1, ties to the even code, at most 6 in magnitude
 
     weight is float32, bfloat16 or float16. The scale follows the MX specification: an amax between 6 and 8 times the
-    scale is cut to 6. Dequantised weights whose blocks contain 4 or 6, or 2 or 3 times 2^-127, or zeros only, come back
-    exactly. Besides the result, float32 copies of at most 64 MiB (CPU: 1 MiB) or one row are in memory. Looks at the
-    weights on the host once.
+    scale is clamped to 6. Dequantised weights whose blocks contain 4 or 6, or 2 or 3 times 2^-127, or zeros only, are
+    restored exactly. Besides the result, float32 copies of at most 64 MiB (CPU: 1 MiB) or one row are in memory. The
+    weights are read on the host once.
 
-    Raises TypeError for dtypes; ValueError if K is not a multiple of 32, and for NaN or infinity, naming the block.
+    Raises TypeError for other dtypes. Raises ValueError if K is not a multiple of 32, and for NaN or infinity, with the
+    block.
 
     Source: OCP Microscaling Formats (MX) 1.0, section 6.3.
     """
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"weight: expected float32, bfloat16 or float16, got {weight.dtype}")
+        raise TypeError(f"weight: expected float32, bfloat16 or float16; found {weight.dtype}")
     if weight.dim() < 2 or weight.shape[-1] % MX_BLOCK:
-        raise ValueError(f"weight: expected [..., N, K] with K a multiple of {MX_BLOCK}, got {tuple(weight.shape)}")
+        raise ValueError(f"weight: expected [..., N, K] with K a multiple of {MX_BLOCK}; found {tuple(weight.shape)}")
     weight = weight.detach()
     groups = (*weight.shape[:-1], weight.shape[-1] // MX_BLOCK)
     blocks = torch.empty(*groups, MX_BLOCK // 2, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(groups, dtype=torch.uint8, device=weight.device)
     finite = torch.ones(groups, dtype=torch.float32, device=weight.device)
-    # Of the values halfway between two codes the upper ones of these go up, for the code above is the even one.
+    # Midpoints between codes. Every second one rounds up, to the even code, so it is lowered by one ulp.
     halfway = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=weight.device)
     halfway[1::2] = torch.nextafter(halfway[1::2], torch.zeros_like(halfway[1::2]))
     for part, block, scale, check in _matrices(1, weight, blocks, scales, finite):
@@ -204,58 +204,58 @@ def quantize_mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scale_shape(shape: tuple[int, ...], block_size: tuple[int, int], halves: int = 1) -> tuple[int, ...]:
-    """The shape of scale_inv for a weight [..., N, K] in `halves` parts; ValueError for what cannot be blocked."""
+    """Return the shape of scale_inv for a weight [..., N, K] in `halves` parts; ValueError for invalid sizes."""
     if len(block_size) != 2 or min(block_size) < 1:
         raise ValueError(f"block_size = {tuple(block_size)}: expected two positive numbers, of rows and of columns")
     if halves < 1:
         raise ValueError(f"halves = {halves}: expected a positive number")
     if len(shape) < 2 or shape[-2] % halves:
         rows = "N" if halves == 1 else f"N a multiple of halves = {halves}"
-        raise ValueError(f"weight: expected [..., N, K], {rows}, got {tuple(shape)}")
+        raise ValueError(f"weight: expected [..., N, K], {rows}; found {tuple(shape)}")
     return *shape[:-2], halves * -(-shape[-2] // halves // block_size[0]), -(-shape[-1] // block_size[1])
 
 
 def _check_blocks(weight: Tensor, scale_inv: Tensor, block_size: tuple[int, int], halves: int) -> None:
     if weight.dtype != torch.float8_e4m3fn:
-        raise TypeError(f"weight: expected float8_e4m3fn, got {weight.dtype}")
+        raise TypeError(f"weight: expected float8_e4m3fn; found {weight.dtype}")
     if scale_inv.dtype not in _SCALE_DTYPES:
-        raise TypeError(f"scale_inv: expected float32 or float8_e8m0fnu, got {scale_inv.dtype}")
+        raise TypeError(f"scale_inv: expected float32 or float8_e8m0fnu; found {scale_inv.dtype}")
     expected = scale_shape(weight.shape, block_size, halves)
     if scale_inv.shape != expected:
         blocks = f"blocks of {block_size[0]} x {block_size[1]}" + (f" in {halves} parts" if halves > 1 else "")
         raise ValueError(
-            f"scale_inv: expected {list(expected)} for a weight of {list(weight.shape)} in {blocks}, "
-            f"got {list(scale_inv.shape)}"
+            f"scale_inv: expected {list(expected)} for a weight of {list(weight.shape)} in {blocks}; "
+            f"found {list(scale_inv.shape)}"
         )
 
 
 def _check_mxfp4(blocks: Tensor, scales: Tensor) -> None:
     for name, tensor in (("blocks", blocks), ("scales", scales)):
         if tensor.dtype != torch.uint8:
-            raise TypeError(f"{name}: expected uint8, got {tensor.dtype}")
+            raise TypeError(f"{name}: expected uint8; found {tensor.dtype}")
     if blocks.dim() < 3 or blocks.shape[-1] != MX_BLOCK // 2:
-        raise ValueError(f"blocks: expected [..., N, K/{MX_BLOCK}, {MX_BLOCK // 2}], got {tuple(blocks.shape)}")
+        raise ValueError(f"blocks: expected [..., N, K/{MX_BLOCK}, {MX_BLOCK // 2}]; found {tuple(blocks.shape)}")
     if scales.shape != blocks.shape[:-1]:
-        raise ValueError(f"scales: expected {list(blocks.shape[:-1])}, got {tuple(scales.shape)}")
+        raise ValueError(f"scales: expected {list(blocks.shape[:-1])}; found {tuple(scales.shape)}")
 
 
 def _check_out(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, out: Tensor | None) -> None:
     if out is not None and (out.shape != shape or out.device != device):
-        raise ValueError(f"out: expected {list(shape)} on {device}, got {list(out.shape)} on {out.device}")
+        raise ValueError(f"out: expected {list(shape)} on {device}; found {list(out.shape)} on {out.device}")
     found = dtype if out is None else out.dtype
     if found not in _DTYPES:
-        raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, got {found}")
+        raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16; found {found}")
 
 
 def _matrices(halves: int, *stacks: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Matching matrices of stacks [..., N, K...] that have the same leading dimensions, each cut into its halves."""
+    """Yield matching matrices of stacks [..., N, K...] with equal leading dimensions, each split into its halves."""
     lead = stacks[0].shape[: stacks[0].dim() - 2]
     for index in itertools.product(*map(range, lead)):
         yield from zip(*(stack[index].chunk(halves) if halves > 1 else [stack[index]] for stack in stacks), strict=True)
 
 
 def _chunks(matrix: Tensor, block_size: tuple[int, int]) -> Iterator[tuple[slice, slice, int]]:
-    """(rows, their rows of blocks, rows in each of these): whole blocks first, then the short last one."""
+    """Yield (rows, their rows of blocks, rows per block): full blocks first, then the shorter last one."""
     height, most = block_size[0], _CHUNK_CPU if matrix.device.type == "cpu" else _CHUNK
     whole = matrix.shape[0] // height
     step = max(1, most // max(height * matrix.shape[1], 1))
@@ -295,12 +295,12 @@ def _dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Ten
 
 
 def _dequantize_mxfp4_into(out: Tensor, blocks: Tensor, scales: Tensor) -> Tensor:
-    # blocks have one dimension more than the others; without it the leading dimensions are the same.
+    # `blocks` has one more dimension, at the end; the leading dimensions are equal.
     for result, scale, packed in _matrices(1, out, scales, blocks):
         for rows, _, _ in _chunks(result, (1, MX_BLOCK)):
             byte = packed[rows].to(torch.int16)
-            # The exponent and the mantissa of e2m1 at their places in e4m3, whose bias is larger by 6, are value / 64,
-            # subnormals included. The upper value of a byte is the second in memory, and in a little-endian pair.
+            # The exponent and mantissa of e2m1, shifted to those of e4m3, whose bias is larger by 6, are value / 64,
+            # subnormals included. The upper nibble is second in memory, as in a little-endian pair.
             pair = (byte & 8).bitwise_left_shift_(4)
             pair |= (byte & 7).bitwise_left_shift_(2)
             pair |= (byte & 128).bitwise_left_shift_(8)
@@ -315,11 +315,11 @@ def _dequantize_mxfp4_fake(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -
 
 
 def _to_float32(codes: Tensor) -> Tensor:
-    """A copy of float8_e4m3fn codes, exact."""
+    """Convert float8_e4m3fn codes to float32, exactly."""
     if codes.device.type != "cpu" or not has_values(codes):
         return codes.to(torch.float32)
-    # torch converts one code after the other on CPU, several times slower than this. Sign, exponent and mantissa at
-    # their places in float16, whose bias is larger by 8, are value / 256, subnormals included; only NaN would be 480.
+    # Several times faster than torch's scalar conversion. Sign, exponent and mantissa, shifted to those of float16,
+    # whose bias is larger by 8, are value / 256, subnormals included; only NaN would become 480.
     bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)
     wide = bits.view(torch.float16).mul_(256).to(torch.float32)
     nan = (codes.view(torch.uint8) & 127) == 127
@@ -327,12 +327,12 @@ def _to_float32(codes: Tensor) -> Tensor:
 
 
 def _power_of_two(exponents: Tensor) -> Tensor:
-    """2^(exponents - 127) as float32; NaN for 255."""
+    """Compute 2^(exponents - 127) as float32; NaN for 255."""
     return exponents.contiguous().view(torch.float8_e8m0fnu).to(torch.float32)
 
 
 def _amax(wide: Tensor, width: int) -> Tensor:
-    """wide [blocks, height, K] -> [blocks, ceil(K / width)], each block's largest magnitude; NaN if it holds one."""
+    """Return each block's largest magnitude, [blocks, ceil(K / width)], of wide [blocks, height, K]; propagates NaN."""
     columns = wide.abs().amax(dim=1)
     columns = torch.nn.functional.pad(columns, (0, -columns.shape[1] % width))
     return columns.unflatten(1, (-1, width)).amax(dim=2)
@@ -357,13 +357,13 @@ def _refuse_nonfinite(per_block: Tensor, name: str) -> None:
 
 _DEQUANTIZE_BLOCKS = define(
     "dequantize_blocks(Tensor codes, Tensor scale_inv, int[] block_size, int halves, ScalarType dtype) -> Tensor",
-    page=None,
+    kernel_module=None,
     cpu=_dequantize_blocks,
     fake=_dequantize_blocks_fake,
 )
 _DEQUANTIZE_MXFP4 = define(
     "dequantize_mxfp4(Tensor blocks, Tensor scales, ScalarType dtype) -> Tensor",
-    page=None,
+    kernel_module=None,
     cpu=_dequantize_mxfp4,
     fake=_dequantize_mxfp4_fake,
 )

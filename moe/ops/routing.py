@@ -1,4 +1,4 @@
-"""Top-k routing: which experts a token goes to, and with what weight."""
+"""Top-k routing: selection of each token's experts and their weights."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -12,10 +12,11 @@ GroupScore = Literal["top2", "max"]
 
 
 class Routing(NamedTuple):
-    """weights [T, K] and scores [T, E] in the logits' dtype, expert_ids [T, K] int64, best expert first.
+    """Routing of T tokens.
 
-    A named tuple, because FSDP and other wrappers of modules look for tensors in tuples. `moe.router.Router` adds the
-    logits [T, E] and its `LoadCounter`.
+    weights [T, K] and scores [T, E] have the logits' dtype; expert_ids [T, K] are int64, best expert first.
+    `moe.router.Router` adds the logits [T, E] and its `LoadCounter`. A named tuple, because FSDP and other module
+    wrappers look for tensors in tuples.
     """
 
     weights: Tensor
@@ -39,29 +40,28 @@ def route(
     norm_min: float = 0.0,
     tier: Tier = "auto",
 ) -> Routing:
-    """Selects `top_k` of the E experts for each row of `logits` [T, E] (float32 or float64).
+    """Select `top_k` of the E experts for each row of `logits` [T, E] (float32 or float64).
 
         scores = sigmoid(logits) or softmax(logits)
         choice = scores + correction_bias                     # [E] float32; selection only
         if n_group > 1: each run of E / n_group experts is a group; its score is the sum of its two best choices
-            ("top2"; of what there is, if it has one) or the best ("max"), a NaN counting as -inf; only the experts
-            of the best topk_group groups can be selected
+            ("top2"; or its only one) or the best ("max"), with NaN counted as -inf; only the experts of the best
+            topk_group groups can be selected
         expert_ids = the first top_k in the order below
         weights = scores[expert_ids]                          # unbiased
         if norm_topk_prob: weights /= max(sum(weights), norm_min) + 1e-20
         weights *= routed_scaling_factor
 
-    One total order decides, for experts and for groups, on every backend: value descending, index ascending among equal
-    values, NaN after everything else (-inf included), again by index. So the ids of a row are distinct and in [0, E)
-    whatever the logits are, and always in the selected groups. A NaN logit reaches only its own row: its weight, and by
-    the normalisation its row's weights if it is selected; with softmax the whole row. A sum that is NaN stays NaN.
+    Experts and groups are sorted by value descending, then index ascending, with NaN last (after -inf), on every
+    backend. So the ids of a row are distinct, in [0, E) and in the selected groups for any logits. A NaN logit affects
+    only its own row: its weight and, through the normalisation, the row's weights if it is selected; with softmax the
+    whole row. A sum that is NaN stays NaN.
 
-    `weights` and `scores` carry gradients to `logits`, differentiable once (a second differentiation raises
-    RuntimeError, except with tier="reference"); `correction_bias` gets none. T = 0 gives empty outputs. `tier` is as
-    for `moe_mlp`.
+    Differentiable once from `weights` and `scores` to `logits` (a second differentiation raises RuntimeError, except
+    with tier="reference"); `correction_bias` gets no gradient. T = 0 gives empty outputs. `tier` is as for `moe_mlp`.
 
-    Raises TypeError for other dtypes and ValueError for settings that leave a token without top_k candidates:
-    top_k > topk_group * (E / n_group), E not divisible by n_group, topk_group > n_group; or for a negative norm_min.
+    Raises TypeError for other dtypes. Raises ValueError if top_k > topk_group * (E / n_group), if E is not divisible by
+    n_group, if topk_group > n_group, or if norm_min is negative.
 
     Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 2.1.2; V2 (softmax, max): arXiv 2405.04434;
     norm_min: ERNIE 4.5's moe_norm_min.
@@ -96,7 +96,7 @@ def route_reference(
     routed_scaling_factor: float = 1.0,
     norm_min: float = 0.0,
 ) -> Routing:
-    """The definition of `route`."""
+    """Definition of `route`."""
     _check(logits, correction_bias, top_k, scoring_func, n_group, topk_group, group_score, norm_min)
     scores = logits.sigmoid() if scoring_func == "sigmoid" else logits.softmax(dim=-1)
     with torch.no_grad():
@@ -119,15 +119,15 @@ def _check(
     norm_min: float,
 ) -> None:
     if logits.dim() != 2:
-        raise ValueError(f"logits: expected [T, E], got {tuple(logits.shape)}")
+        raise ValueError(f"logits: expected [T, E]; found {tuple(logits.shape)}")
     if logits.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"logits: expected float32 or float64, got {logits.dtype}; a router is never half precision")
+        raise TypeError(f"logits: expected float32 or float64; found {logits.dtype}; do not route in half precision")
     experts = logits.shape[1]
     if correction_bias is not None:
         if correction_bias.dtype != torch.float32:
-            raise TypeError(f"correction_bias: expected float32, got {correction_bias.dtype}")
+            raise TypeError(f"correction_bias: expected float32; found {correction_bias.dtype}")
         if correction_bias.shape != (experts,):
-            raise ValueError(f"correction_bias: expected [{experts}], got {tuple(correction_bias.shape)}")
+            raise ValueError(f"correction_bias: expected [{experts}]; found {tuple(correction_bias.shape)}")
     if scoring_func not in ("sigmoid", "softmax"):
         raise ValueError(f"scoring_func = {scoring_func!r}: expected 'sigmoid' or 'softmax'")
     if group_score not in ("top2", "max"):
@@ -146,7 +146,7 @@ def _check(
 
 
 def _group_scores(choice: Tensor, n_group: int, group_score: str) -> Tensor:
-    """[T, E] -> [T, n_group]"""
+    """Compute group scores [T, n_group] of choice [T, E]."""
     members = choice.view(choice.shape[0], n_group, choice.shape[1] // n_group)
     members = members.masked_fill(members.isnan(), -torch.inf)
     if group_score == "max":
@@ -155,13 +155,13 @@ def _group_scores(choice: Tensor, n_group: int, group_score: str) -> Tensor:
 
 
 def _members_of(groups: Tensor, n_group: int, experts: int) -> Tensor:
-    """Group indices [T, topk_group] -> a mask [T, E] of the experts in those groups."""
+    """Return the mask [T, E] of the experts in groups [T, topk_group]."""
     mask = torch.zeros(groups.shape[0], n_group, dtype=torch.bool, device=groups.device).scatter_(1, groups, True)
     return mask.repeat_interleave(experts // n_group, dim=1)
 
 
 def _first_by_sorting(values: Tensor, excluded: Tensor | None, k: int) -> Tensor:
-    """Indices [T, k] of the first k columns in the total order; columns `excluded` come after NaN."""
+    """Return the indices [T, k] of the first k columns in the order of `route`; `excluded` columns come after NaN."""
     last = values.isnan().to(torch.int8)
     order = values.masked_fill(last.bool(), -torch.inf).sort(dim=1, descending=True, stable=True).indices
     if excluded is not None:
@@ -170,11 +170,11 @@ def _first_by_sorting(values: Tensor, excluded: Tensor | None, k: int) -> Tensor
 
 
 def _first_by_key(values: Tensor, excluded: Tensor | None, k: int) -> Tensor:
-    """What `_first_by_sorting` gives for float32, by one top-k over distinct integers instead of two full sorts.
+    """Compute `_first_by_sorting` for float32 by one top-k over distinct integers instead of two full sorts.
 
-    A key holds the value in its upper half, as the integer that orders like the float, and the index, reversed, in its
-    lower half. Values are sums that start from a score >= +0, so -0 does not occur and equal floats have equal bits.
-    The index part is at least 1, so that the smallest integer is left for the excluded: below a NaN in the last column.
+    The upper half of a key is the value, as the integer with the same order; the lower half is the reversed index.
+    Values are sums with a score >= +0, so -0 does not occur and equal floats have equal bits. The reversed index is at
+    least 1, so the smallest integer, for excluded columns, is below that of a NaN in the last column.
     """
     bits = values.view(torch.int32)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -187,7 +187,7 @@ def _first_by_key(values: Tensor, excluded: Tensor | None, k: int) -> Tensor:
 
 
 def _select(first: Any, choice: Tensor, top_k: int, n_group: int, topk_group: int, group_score: str) -> Tensor:
-    """Expert ids [T, top_k], by `first`, which is `_first_by_sorting` or, for float32, `_first_by_key`."""
+    """Select expert ids [T, top_k] with `first`: `_first_by_sorting` or, for float32, `_first_by_key`."""
     excluded = None
     if n_group > 1:
         groups = first(_group_scores(choice, n_group, group_score), None, topk_group)
@@ -244,7 +244,7 @@ def _backward(
             raised, total = total < norm_min, total.clamp_min(norm_min) + 1e-20
             through_total = (part * (selected / total)).sum(dim=-1, keepdim=True)
             part = (part - through_total.masked_fill(raised, 0)) / total
-        grad.scatter_add_(1, expert_ids, part)  # the ids of a row are distinct, so nothing is added twice
+        grad.scatter_add_(1, expert_ids, part)  # deterministic, because the ids of a row are distinct
     if scoring_func == "sigmoid":
         return grad.mul_(scores).mul_(1 - scores)
     return grad.sub_((grad * scores).sum(dim=-1, keepdim=True)).mul_(scores)
@@ -258,7 +258,7 @@ _ROUTE = define(
     "route(Tensor logits, Tensor? correction_bias, int top_k, str scoring_func, int n_group, int topk_group, "
     "str group_score, bool norm_topk_prob, float routed_scaling_factor, float norm_min, str tier) "
     "-> (Tensor, Tensor, Tensor)",
-    page="routing",
+    kernel_module="routing",
     cpu=_forward,
     fake=_forward_fake,
     tiered=True,
@@ -266,7 +266,7 @@ _ROUTE = define(
 _ROUTE_BACKWARD = define(
     "route_backward(Tensor? grad_weights, Tensor? grad_scores, Tensor scores, Tensor expert_ids, str scoring_func, "
     "bool norm_topk_prob, float routed_scaling_factor, float norm_min, str tier) -> Tensor",
-    page="routing",
+    kernel_module="routing",
     cpu=_backward,
     fake=_backward_fake,
     tiered=True,

@@ -1,12 +1,12 @@
-"""Modules that keep quantised weights in memory and turn them into numbers when they are used.
+"""Modules that keep quantised weights in memory and dequantise them on use.
 
-Their results are, bit for bit, those of `nn.Linear` and `moe.layer.Experts` with the dequantised weights in x's dtype.
-Quantised weights are frozen: gradients flow to x, to the routing weights and to biases, once: a second differentiation
-raises RuntimeError, but for that of a linear function, which is zero. Dequantised weights live within one forward or
-backward pass and are computed again in the latter; no graph keeps them.
+Results are bit-identical to those of `nn.Linear` and `moe.layer.Experts` with the dequantised weights in x's dtype.
+Quantised weights are frozen. Results are differentiable once in x, routing weights and biases; a second differentiation
+raises RuntimeError, except that of a linear function, which is zero. Dequantised weights are not saved for the backward
+pass but recomputed.
 
-A cast is refused. torch would round FP8 codes to the new dtype and leave their scales, or cast the scales as well, and
-in either case the weights would be others without a word. Call the modules with x in the dtype to compute in instead.
+Casts raise TypeError. torch would cast FP8 codes or scales separately, which changes the weights silently. Call the
+modules with x in the compute dtype instead.
 """
 
 from moe.quantized.base import Quantized as Quantized

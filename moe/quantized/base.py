@@ -1,4 +1,4 @@
-"""What modules with quantised weights share: refused casts, loading, and experts that are dequantised when used."""
+"""Base classes of modules with quantised weights: refused casts, loading, and dequantisation of experts on use."""
 
 from collections.abc import Callable
 from typing import Any, Self
@@ -11,11 +11,11 @@ from moe.ops import SwiGLU
 from moe.ops.library import autocast, differentiable_once, has_values
 from moe.ops.permutation import check_ids, check_weights
 
-Decode = Callable[..., Tensor]  # of codes and scales, with the keywords dtype and out
+Decode = Callable[..., Tensor]  # (codes, scales, *, dtype, out) -> weights
 
 
 class Quantized(nn.Module):
-    """A module some of whose tensors, named in `quantized`, are codes and scales that no cast may touch."""
+    """Base of modules with codes and scales, named in `quantized`, that must not be cast."""
 
     quantized: tuple[str, ...] = ()
 
@@ -24,14 +24,14 @@ class Quantized(nn.Module):
         return super()._apply(fn, recurse)
 
     def refuse_cast(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Raise TypeError if `fn`, as `_apply` gets it, would change a dtype."""
+        """Raise TypeError if `fn`, an argument of `_apply`, would change a dtype."""
         for name in self.quantized:
             tensor = getattr(self, name)
             dtype = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device)).dtype
             if dtype != tensor.dtype:
                 raise TypeError(
-                    f"{type(self).__name__}.{name}: a cast from {tensor.dtype} to {dtype} would lose the quantised "
-                    "weights; give it x in the dtype to compute in, or load the model dequantised to that dtype"
+                    f"{type(self).__name__}.{name}: a cast from {tensor.dtype} to {dtype} would destroy the quantised "
+                    "weights; pass x in the compute dtype, or load the model dequantised to that dtype"
                 )
 
     def _load_from_state_dict(
@@ -44,7 +44,7 @@ class Quantized(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        # torch's own loading casts to the dtype of the parameter: numbers would become codes, or codes numbers.
+        # torch would cast the loaded tensor to the parameter's dtype, which turns values into codes or vice versa.
         wrong = []
         for name in self.quantized:
             given, own = state_dict.get(prefix + name), getattr(self, name)
@@ -57,7 +57,7 @@ class Quantized(nn.Module):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        # torch cannot unpickle FP8: it travels as bytes.
+        # As bytes, because torch cannot unpickle FP8.
         state = {**self.__dict__, "_parameters": {**self._parameters}, "_buffers": {**self._buffers}}
         dtypes = {name: getattr(self, name).dtype for name in self.quantized}
         for name in self.quantized:
@@ -83,19 +83,19 @@ def new_bias(shape: tuple[int, ...], bias: bool) -> nn.Parameter | None:
     return nn.Parameter(torch.empty(shape)) if bias else None
 
 
-def own_bias(bias: Tensor | None, shape: tuple[int, ...], name: str) -> nn.Parameter | None:
+def bias_parameter(bias: Tensor | None, shape: tuple[int, ...], name: str) -> nn.Parameter | None:
     if bias is None:
         return None
     if bias.shape != shape:
-        raise ValueError(f"{name}: expected {list(shape)}, got {tuple(bias.shape)}")
+        raise ValueError(f"{name}: expected {list(shape)}; found {tuple(bias.shape)}")
     return nn.Parameter(bias.detach())
 
 
 class _FrozenMLP(torch.autograd.Function):
-    """`ops.moe_mlp` with expert weights that have no gradient and are not kept.
+    """`ops.moe_mlp` with expert weights that have no gradient and are not saved.
 
-    The operators beneath it are called by name: their forward gives the pre-activation, the only thing of size R that
-    the backward pass needs, and no product is computed twice.
+    Calls the underlying operators directly: the forward operator returns the pre-activation for the backward pass, so
+    that no product is computed twice.
     """
 
     @staticmethod
@@ -160,7 +160,7 @@ class _FrozenMLP(torch.autograd.Function):
 
 
 def _decode(decode: Decode, codes: Tensor, scale: Tensor, dtype: torch.dtype, chosen: list[int] | None) -> Tensor:
-    """The matrices of the chosen experts, one on another; all of them for None."""
+    """Dequantise and stack the matrices of the chosen experts; None for all."""
     if chosen is None:
         return decode(codes, scale, dtype=dtype)
     none = decode(codes[:0], scale[:0], dtype=dtype)
@@ -171,14 +171,14 @@ def _decode(decode: Decode, codes: Tensor, scale: Tensor, dtype: torch.dtype, ch
 
 
 class QuantizedExperts(Quantized):
-    """What FP8Experts and MXFP4Experts share: forward, biases, and which experts are dequantised.
+    """Base of FP8Experts and MXFP4Experts, with the interface of `moe.layer.Experts`.
 
-    The interface is that of `moe.layer.Experts`. Under autocast x and the biases are cast, as in `ops.moe_mlp`, and the
-    weights are dequantised to autocast's dtype; otherwise to x's.
+    Under autocast x and the biases are cast, as in `ops.moe_mlp`, and the weights are dequantised to autocast's dtype;
+    otherwise to x's.
 
-    On CPU the experts that a batch uses are dequantised and no others: K of them for one token. Everywhere else, and
-    in a compiled graph, which is for all batches, it is all of them, because finding out which would make the host wait
-    for the device. One layer's experts in x's dtype are then in memory, and only while the layer runs.
+    On CPU only the experts that a batch uses are dequantised, for one token K of them. On other devices and in compiled
+    graphs all experts are, because selecting them would make the host wait for the device. Then the experts of one
+    layer are in memory in x's dtype while the layer runs.
     """
 
     gate_up_proj_bias: nn.Parameter | None
@@ -200,7 +200,7 @@ class QuantizedExperts(Quantized):
         self.down_proj_bias = new_bias((num_experts, width), bias)
 
     @classmethod
-    def _around(
+    def _from_tensors(
         cls,
         gate_up: tuple[int, ...],
         down: tuple[int, ...],
@@ -209,31 +209,31 @@ class QuantizedExperts(Quantized):
         down_bias: Tensor | None,
         **settings: Any,
     ) -> Self:
-        """A module of `parts`, in the order of `quantized`; gate_up and down are the shapes of their matrices."""
+        """Build a module from `parts`, in the order of `quantized`; gate_up and down are the shapes of the matrices."""
         if len(gate_up) != 3 or gate_up[1] % 2:
-            raise ValueError(f"gate_up: expected [E, 2F, D], got {tuple(gate_up)}")
+            raise ValueError(f"gate_up: expected [E, 2F, D]; found {tuple(gate_up)}")
         num_experts, width, hidden = gate_up[0], gate_up[2], gate_up[1] // 2
         if tuple(down) != (num_experts, width, hidden):
-            raise ValueError(f"down: expected {[num_experts, width, hidden]}, got {tuple(down)}")
+            raise ValueError(f"down: expected {[num_experts, width, hidden]}; found {tuple(down)}")
         with torch.device("meta"):
             made = cls(num_experts, width, hidden, **settings)
         for name, part in zip(cls.quantized, parts, strict=True):
             setattr(made, name, frozen(part) if name in made._parameters else part.detach())
-        made.gate_up_proj_bias = own_bias(gate_up_bias, (num_experts, 2 * hidden), "gate_up_bias")
-        made.down_proj_bias = own_bias(down_bias, (num_experts, width), "down_bias")
+        made.gate_up_proj_bias = bias_parameter(gate_up_bias, (num_experts, 2 * hidden), "gate_up_bias")
+        made.down_proj_bias = bias_parameter(down_bias, (num_experts, width), "down_bias")
         return made
 
     def _decoders(self) -> tuple[Decode, Decode]:
-        """Of gate_up_proj and of down_proj."""
+        """Return the functions that dequantise gate_up_proj and down_proj."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
-        """x [T, D], weights [T, K] and expert_ids [T, K] -> [T, D], as `ops.moe_mlp`, with its errors."""
+        """Apply `ops.moe_mlp`: x [T, D], weights [T, K] and expert_ids [T, K] -> [T, D]. Raises the same errors."""
         (x,) = autocast(x)  # pyright: ignore[reportAssignmentType]
         check_ids(x, expert_ids)
         check_weights(weights, expert_ids)
         if x.shape[1] != self.width:
-            raise ValueError(f"x: expected [T, {self.width}], got {tuple(x.shape)}")
+            raise ValueError(f"x: expected [T, {self.width}]; found {tuple(x.shape)}")
         gate_up_bias, down_bias = (
             None if bias is None else bias.to(x.dtype) for bias in (self.gate_up_proj_bias, self.down_proj_bias)
         )
@@ -263,13 +263,13 @@ class QuantizedExperts(Quantized):
         )
 
     def _choose(self, expert_ids: Tensor) -> tuple[list[int], Tensor]:
-        """The experts that are used, in order, and the ids as places among them; -1 stays."""
+        """Return the used experts in order, and expert_ids as indices into them; -1 is kept."""
         used = expert_ids.unique().tolist()
         for expert in used[:1] + used[-1:]:
             if not -1 <= expert < self.num_experts:
                 raise IndexError(f"expert_ids: {expert} is neither -1 nor in [0, {self.num_experts})")
         chosen = [expert for expert in used if expert != -1]
-        place = expert_ids.new_full((self.num_experts + 1,), -1)  # the last is for id -1
+        place = expert_ids.new_full((self.num_experts + 1,), -1)  # the last entry is for id -1
         place[chosen] = torch.arange(len(chosen), device=place.device)
         return chosen, place[expert_ids]
 

@@ -1,4 +1,4 @@
-"""Linear layers and experts whose weights are in FP8 blocks."""
+"""Linear layers and experts with weights in FP8 blocks."""
 
 from functools import partial
 from typing import Any, Self
@@ -11,11 +11,11 @@ from moe import ops
 from moe.ops import SwiGLU
 from moe.ops.library import autocast, check_device, differentiable_once
 from moe.ops.quantization import scale_shape
-from moe.quantized.base import Decode, Quantized, QuantizedExperts, frozen, new_bias, own_bias
+from moe.quantized.base import Decode, Quantized, QuantizedExperts, bias_parameter, frozen, new_bias
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """F.linear with a weight that has no gradient and is not kept."""
+    """F.linear with a weight that has no gradient and is not saved dequantised."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Any:
@@ -38,9 +38,9 @@ class _FrozenLinear(torch.autograd.Function):
 class FP8Linear(Quantized):
     """`nn.Linear` with FP8 weights: y = x @ W.T + bias, W = `ops.dequantize_blocks(weight, weight_scale_inv)`.
 
-    weight [out, in] is a frozen float8_e4m3fn parameter, weight_scale_inv [ceil(out / bn), ceil(in / bk)] a float32 (or
-    float8_e8m0fnu) buffer, bias [out] a parameter of any dtype. W is computed in x's dtype, autocast's if that is on,
-    and so is y; the bias is cast to it.
+    weight [out, in] is a frozen float8_e4m3fn parameter, weight_scale_inv [ceil(out / bn), ceil(in / bk)] a float32 or
+    float8_e8m0fnu buffer, bias [out] a parameter of any dtype. W, bias and y have autocast's dtype if it is on,
+    otherwise x's.
     """
 
     quantized = ("weight", "weight_scale_inv")
@@ -60,16 +60,16 @@ class FP8Linear(Quantized):
     def from_parts(
         cls, weight: Tensor, scale_inv: Tensor, bias: Tensor | None = None, *, block_size: tuple[int, int]
     ) -> Self:
-        """A module around these tensors, which are not copied; errors as those of `ops.dequantize_blocks`."""
+        """Build a module from these tensors without copying. Raises the errors of `ops.dequantize_blocks`."""
         _check_parts(weight, scale_inv, block_size)
         with torch.device("meta"):
             made = cls(weight.shape[1], weight.shape[0], bias is not None, block_size=block_size)
         made.weight, made.weight_scale_inv = frozen(weight), scale_inv.detach()
-        made.bias = own_bias(bias, (weight.shape[0],), "bias")
+        made.bias = bias_parameter(bias, (weight.shape[0],), "bias")
         return made
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
+        """Map x [..., in] to [..., out]."""
         check_device("FP8Linear", self.weight, x)
         (x,) = autocast(x)  # pyright: ignore[reportAssignmentType]
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -81,17 +81,17 @@ class FP8Linear(Quantized):
 
 
 def _check_parts(weight: Tensor, scale_inv: Tensor, block_size: tuple[int, int], halves: int = 1) -> None:
-    """As `dequantize_blocks` does, at no cost."""
+    """Raise the errors of `dequantize_blocks`, without computing it."""
     ops.dequantize_blocks(weight.to("meta"), scale_inv.to("meta"), block_size, halves=halves)
 
 
 class FP8Experts(QuantizedExperts):
     """All routed experts in FP8 blocks; see `QuantizedExperts`, and `ops.dequantize_blocks` for the format.
 
-    Frozen float8_e4m3fn parameters gate_up_proj [E, 2F, D], gate rows first, and down_proj [E, D, F]; float32 (or
-    float8_e8m0fnu) buffers gate_up_proj_scale_inv [E, 2 ceil(F / bn), ceil(D / bk)], where the blocks of the gate and
-    of the up half begin anew, and down_proj_scale_inv [E, ceil(D / bn), ceil(F / bk)]. Biases gate_up_proj_bias
-    [E, 2F] and down_proj_bias [E, D], if any, are ordinary parameters.
+    Frozen float8_e4m3fn parameters: gate_up_proj [E, 2F, D], gate rows first, and down_proj [E, D, F]. Float32 or
+    float8_e8m0fnu buffers: gate_up_proj_scale_inv [E, 2 ceil(F / bn), ceil(D / bk)], with separate blocks for the gate
+    and up halves, and down_proj_scale_inv [E, ceil(D / bn), ceil(F / bk)]. Optional biases gate_up_proj_bias [E, 2F]
+    and down_proj_bias [E, D] are ordinary parameters.
     """
 
     quantized = ("gate_up_proj", "gate_up_proj_scale_inv", "down_proj", "down_proj_scale_inv")
@@ -130,10 +130,10 @@ class FP8Experts(QuantizedExperts):
         down_bias: Tensor | None = None,
         activation: SwiGLU = SwiGLU(),
     ) -> Self:
-        """A module around these tensors, which are not copied; errors as those of `ops.dequantize_blocks`."""
+        """Build a module from these tensors without copying. Raises the errors of `ops.dequantize_blocks`."""
         _check_parts(gate_up, gate_up_scale_inv, block_size, halves=2)
         _check_parts(down, down_scale_inv, block_size)
-        return cls._around(
+        return cls._from_tensors(
             gate_up.shape,
             down.shape,
             (gate_up, gate_up_scale_inv, down, down_scale_inv),

@@ -1,4 +1,4 @@
-"""Experts whose weights are in MXFP4."""
+"""Experts with weights in MXFP4."""
 
 from typing import Self
 
@@ -14,12 +14,12 @@ from moe.quantized.base import Decode, QuantizedExperts, frozen
 class MXFP4Experts(QuantizedExperts):
     """All routed experts in MXFP4; see `QuantizedExperts`, and `ops.dequantize_mxfp4` for the format.
 
-    Frozen uint8 parameters gate_up_proj_blocks [E, 2F, D/32, 16], gate rows first, and down_proj_blocks
-    [E, D, F/32, 16]; uint8 buffers gate_up_proj_scales [E, 2F, D/32] and down_proj_scales [E, D, F/32]. Biases
-    gate_up_proj_bias [E, 2F] and down_proj_bias [E, D], if any, are ordinary parameters. gpt-oss has gate and up rows
-    in turn: blocks lie along a row, so rows of blocks, scales and biases can be put in order without loss.
+    Frozen uint8 parameters: gate_up_proj_blocks [E, 2F, D/32, 16], gate rows first, and down_proj_blocks
+    [E, D, F/32, 16]. Uint8 buffers: gate_up_proj_scales [E, 2F, D/32] and down_proj_scales [E, D, F/32]. Optional
+    biases gate_up_proj_bias [E, 2F] and down_proj_bias [E, D] are ordinary parameters. gpt-oss alternates gate and up
+    rows; because blocks do not cross rows, rows are reordered without loss.
 
-    A cast to a floating dtype leaves uint8 alone and reaches the biases only; it is refused for FP8 and harmless here.
+    A cast to a floating dtype changes the biases only, because uint8 tensors are not cast.
     """
 
     quantized = ("gate_up_proj_blocks", "gate_up_proj_scales", "down_proj_blocks", "down_proj_scales")
@@ -57,10 +57,10 @@ class MXFP4Experts(QuantizedExperts):
         down_bias: Tensor | None = None,
         activation: SwiGLU = SwiGLU(),
     ) -> Self:
-        """A module around these tensors, which are not copied; errors as those of `ops.dequantize_mxfp4`."""
+        """Build a module from these tensors without copying. Raises the errors of `ops.dequantize_mxfp4`."""
         gate_up = ops.dequantize_mxfp4(gate_up_blocks.to("meta"), gate_up_scales.to("meta"))
         down = ops.dequantize_mxfp4(down_blocks.to("meta"), down_scales.to("meta"))
-        return cls._around(
+        return cls._from_tensors(
             gate_up.shape,
             down.shape,
             (gate_up_blocks, gate_up_scales, down_blocks, down_scales),

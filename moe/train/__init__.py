@@ -1,6 +1,6 @@
-"""Training on text: data, baselines, optimizers, schedule and the loop that ties them together.
+"""Training on text: data, baselines, optimizers, learning-rate schedule and training loop.
 
-Importing this package imports no torch: the command line reads `settings` before it decides to train.
+This package does not import torch, so that the command line can check its options first.
 """
 
 from moe.lazy import attributes

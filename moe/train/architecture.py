@@ -1,4 +1,4 @@
-"""The model that a run trains: a preset, a configuration file or a checkpoint, and changes of single fields."""
+"""Model configuration of a training run: a preset, file or checkpoint, with changes of single fields."""
 
 import dataclasses
 import json
@@ -16,32 +16,32 @@ from moe.errors import CheckpointError, ConfigError, did_you_mean
 from moe.presets import preset
 from moe.train.settings import DEFAULT_PRESET, Settings
 
-# Keys that only Hugging Face's files have.
+# Keys that occur only in Hugging Face's files.
 _HUGGING_FACE = ("architectures", "transformers_version")
 
 
 def read_architecture(settings: Settings) -> ModelConfig:
-    """The configuration that --preset, --config or --init names, with the fields that --set changes.
+    """Return the configuration given by --preset, --config or --init, with the changes of --set.
 
     Raises:
-        ConfigError: an unknown preset or field, or a configuration that makes no sense.
+        ConfigError: an unknown preset or field, or an invalid configuration.
         CheckpointError: a file or folder that cannot be read.
     """
     if settings.init is not None:
         return read_config(find(settings.init, files=(CONFIG,)))
     config = preset(settings.preset or DEFAULT_PRESET) if settings.config is None else _read(settings.config)
-    return changed(config, settings.set)
+    return apply_changes(config, settings.set)
 
 
 def check_experts(config: ModelConfig) -> None:
-    """Raise ConfigError for a model without a layer that has experts."""
+    """Raise ConfigError if no layer has experts."""
     if not config.num_moe_layers + config.num_nextn_predict_layers:
         layers = config.num_hidden_layers
-        raise ConfigError("num_hidden_layers", layers, "a layer with experts; all are dense in this configuration")
+        raise ConfigError("num_hidden_layers", layers, "a layer with experts; found dense layers only")
 
 
 def _read(path: Path) -> ModelConfig:
-    """A config.json, that of a folder, or a JSON object of the fields of `ModelConfig`."""
+    """Read a config.json, the one in a folder, or a JSON object with fields of `ModelConfig`."""
     if path.is_dir():
         path = path / CONFIG
     values = parse_json(read_bounded(path, MAX_CONFIG_BYTES), path)
@@ -49,7 +49,7 @@ def _read(path: Path) -> ModelConfig:
         raise CheckpointError(path, "not a configuration", expected="a JSON object", found=type(values).__name__)
     if path.name == CONFIG or any(key in values for key in _HUGGING_FACE):
         config = parse_config(values, path)
-        # A new model has neither the tokenizer nor the code beside that file.
+        # A new model uses neither the tokenizer nor the code of that checkpoint.
         extra = {k: v for k, v in config.extra.items() if k != "auto_map" and not k.endswith("_token_id")}
         return dataclasses.replace(config, extra=extra)
     try:
@@ -58,10 +58,10 @@ def _read(path: Path) -> ModelConfig:
         raise CheckpointError(path, str(error)) from error
 
 
-def changed(config: ModelConfig, changes: Sequence[str]) -> ModelConfig:
-    """`config` with each FIELD=VALUE of `changes`; a value is JSON, or else a string. All are checked together.
+def apply_changes(config: ModelConfig, changes: Sequence[str]) -> ModelConfig:
+    """Apply each FIELD=VALUE of `changes` to `config` and validate the result. VALUE is JSON, otherwise a string.
 
-    FIELD may be that of an object in a field, such as rope_parameters.rope_theta.
+    FIELD may be nested, such as rope_parameters.rope_theta.
     """
     values: dict[str, Any] = {}
     rope: dict[str, Any] = {}
@@ -76,7 +76,7 @@ def changed(config: ModelConfig, changes: Sequence[str]) -> ModelConfig:
             raise ConfigError("--set", change, f"FIELD=VALUE with a field of ModelConfig{hint}")
         target, key = (rope, inner) if dot else (values, name)
         if key in target:
-            raise ConfigError("--set", change, f"{name} once; found {target[key]!r} before")
+            raise ConfigError("--set", change, f"{name} only once; found another value, {target[key]!r}")
         try:
             target[key] = json.loads(text)
         except ValueError:
@@ -87,4 +87,4 @@ def changed(config: ModelConfig, changes: Sequence[str]) -> ModelConfig:
     try:
         return ModelConfig.from_dict(before | values)
     except ConfigError as error:
-        raise ConfigError("--set", " ".join(changes), f"a configuration that makes sense; {error}") from None
+        raise ConfigError("--set", " ".join(changes), f"a valid configuration; {error}") from None

@@ -1,15 +1,15 @@
-"""Count models that a trained model must beat, scored on the same tokens.
+"""Unigram and bigram baselines, scored on the same tokens as a trained model.
 
-The first token of `validation` is context only; every other one is scored, or those where `scored` [len - 1] is True.
-Bits per byte divide the summed nats by ln 2 and by the bytes of text that the scored tokens spell, so that they compare
-across vocabularies: of `moesmith train --document-mask` without the first token of each document, which is not scored.
+The first token of `validation` is context only. All others are scored, or those where `scored` [len - 1] is True. Bits
+per byte divide the summed nats by ln 2 and by the bytes of text of the scored tokens, so they are comparable across
+vocabularies. With `moesmith train --document-mask` the first token of each document is not scored.
 """
 
 import math
 
 import numpy as np
 
-CHUNK = 2**24  # tokens that are counted at once
+CHUNK = 2**24  # tokens counted at a time
 
 
 def bits_per_byte(total_nats: float, text_bytes: int) -> float:
@@ -19,9 +19,9 @@ def bits_per_byte(total_nats: float, text_bytes: int) -> float:
 def unigram_nats(
     train: np.ndarray, validation: np.ndarray, vocab_size: int, scored: np.ndarray | slice = slice(None)
 ) -> float:
-    """Summed -ln p over validation[1:], p(b) = (c(b) + U / V) / (N + U).
+    """Sum -ln p over validation[1:], with p(b) = (c(b) + U / V) / (N + U).
 
-    c counts train[1:], N is their number and U how many different ones there are: Witten-Bell over the uniform model.
+    c counts the N tokens train[1:], and U is the number of distinct ones (Witten-Bell over the uniform model).
     """
     return float(-np.log(_unigram(train, vocab_size)[validation[1:][scored]]).sum())
 
@@ -29,9 +29,9 @@ def unigram_nats(
 def bigram_nats(
     train: np.ndarray, validation: np.ndarray, vocab_size: int, scored: np.ndarray | slice = slice(None)
 ) -> float:
-    """Summed -ln p over validation[1:], p(b | a) = (c(a, b) + U(a) p(b)) / (c(a) + U(a)), p(b) as in `unigram_nats`.
+    """Sum -ln p over validation[1:], with p(b | a) = (c(a, b) + U(a) p(b)) / (c(a) + U(a)), p(b) as in `unigram_nats`.
 
-    Interpolated Witten-Bell: U(a) is how many different tokens follow a in training; where none does, p(b | a) = p(b).
+    U(a) is the number of distinct tokens after a in training (interpolated Witten-Bell); if it is 0, p(b | a) = p(b).
     """
     unigram = _unigram(train, vocab_size)
     pairs, counts = _count_pairs(train, vocab_size)
@@ -58,7 +58,7 @@ def _unigram(train: np.ndarray, vocab_size: int) -> np.ndarray:
 
 
 def _count_pairs(tokens: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The different pairs of neighbours, sorted, and how often each occurs. Memory holds one chunk of the tokens."""
+    """Return the sorted distinct pairs of adjacent tokens and their counts. One chunk of tokens is in memory."""
     pairs = counts = np.zeros(0, dtype=np.int64)
     for start in range(0, len(tokens) - 1, CHUNK):
         found, times = np.unique(_pair_keys(tokens[start : start + CHUNK + 1], vocab_size), return_counts=True)

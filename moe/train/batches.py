@@ -1,4 +1,4 @@
-"""Training on your own batches: the step of `moe.train.loop.Trainer`, without its data, settings and files."""
+"""Training on custom batches: the step of `moe.train.loop.Trainer` without its data, settings and files."""
 
 import itertools
 import math
@@ -15,12 +15,12 @@ from moe.model import Transformer
 from moe.train.loop import NonFiniteError
 
 Batch = Any
-"""A tensor of token ids, a dict of arguments of the model, or what `loss` understands."""
+"""Tensor of token ids, dict of model arguments, or any argument of a custom `loss`."""
 
 
 @dataclass(frozen=True)
 class BatchReport:
-    """What one optimizer step did: its number, its mean loss, and the norm of the gradient before clipping."""
+    """Report of one optimizer step: its number, the mean loss, and the gradient norm before clipping."""
 
     step: int
     loss: float
@@ -28,29 +28,29 @@ class BatchReport:
 
 
 class BatchTrainer:
-    """Steps a model along your batches. Iterate over it, or call `step`; the number of steps is that of the batches.
+    """Trainer for custom batches. Iterate over it, or call `step`, until the batches are exhausted.
 
         for report in BatchTrainer(model, batches, torch.optim.AdamW(model.parameters(), lr=1e-3), accumulation=4):
             print(report.step, report.loss)
 
-    Without `loss`, a batch is a dict of arguments of the model (for example input_ids, labels and document_ids of
-    `moe.Transformer`), or int64 token ids [B, S], which are also the labels; the loss is `model(**batch).loss`. That of
-    a `moe.Transformer` is the mean over the tokens of all micro-batches of a step, whatever each of them counts.
+    Without `loss`, a batch is a dict of model arguments (for `moe.Transformer` input_ids, labels and document_ids, for
+    example), or int64 token ids [B, S], which are also the labels; the loss is `model(**batch).loss`. For a
+    `moe.Transformer` it is the mean over the predicted tokens of all micro-batches of a step.
 
     Args:
         model: any module, on the device of the batches. If it has routers with a correction bias, the bias is updated
-            at each step, unless `moe.balance.attach` has been called before.
-        batches: micro-batches; an endless iterable trains for as long as steps are taken.
-        optimizers: one, or several that are stepped together.
-        loss: called with model and batch; returns a scalar tensor. The loss of a step is the mean over its batches.
-        accumulation: micro-batches in one step. The last step has those that are left.
-        clip: largest norm of the gradient of all parameters; None for no clipping.
-        schedule: called with the number of a step, from 1; what the learning rates that the optimizers have now are
-            multiplied by.
+            at each step, and `moe.balance.attach` is called unless it was before.
+        batches: micro-batches, possibly endless.
+        optimizers: one optimizer, or several that are stepped together.
+        loss: function of model and batch that returns a scalar tensor. The loss of a step is the mean over its batches.
+        accumulation: number of micro-batches per step. The last step may have fewer.
+        clip: maximum global gradient norm; None for no clipping.
+        schedule: function of the step number, from 1, that returns the factor of the optimizers' initial learning
+            rates.
         bias_update_speed: change of an expert's correction bias per step.
 
     Raises:
-        ValueError: accumulation below 1, or no optimizer.
+        ValueError: accumulation is below 1, or there is no optimizer.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class BatchTrainer:
             yield report
 
     def step(self) -> BatchReport | None:
-        """One optimizer step; None if there are no batches left. Raises NonFiniteError before any parameter changes."""
+        """Run one optimizer step; None if no batches are left. Raises NonFiniteError before any parameter changes."""
         batches = list(itertools.islice(self._batches, self.accumulation))
         if not batches:
             return None
@@ -105,28 +105,28 @@ class BatchTrainer:
         return BatchReport(number, loss, norm)
 
     def _backward(self, batches: list[Batch]) -> float:
-        """Add the gradients of a step's micro-batches; returns the loss of all."""
+        """Accumulate the gradients of a step's micro-batches; return the loss of the step."""
         total, model = 0.0, self.model
-        weighed = self.loss is None and isinstance(model, Transformer)
+        weighted = self.loss is None and isinstance(model, Transformer)
         arguments = [_arguments(batch) for batch in batches] if self.loss is None else batches
-        if isinstance(model, Transformer) and weighed:
+        if isinstance(model, Transformer) and weighted:
             context = model.global_batch.step([model.loss_counts(**each) for each in arguments])
         else:
-            balance.set_loss_scale(model, 1 / len(batches))  # of the losses that enter through autograd
+            balance.set_loss_scale(model, 1 / len(batches))  # for losses that enter through autograd
             context = nullcontext()
         with context:
             for each in arguments:
                 loss: Tensor = model(**each).loss if self.loss is None else self.loss(model, each)
-                loss = loss if weighed else loss / len(batches)
+                loss = loss if weighted else loss / len(batches)
                 loss.backward()
                 total += loss.item()
         return total
 
 
 def _arguments(batch: Batch) -> dict[str, Any]:
-    """The arguments of the model for a batch."""
+    """Return the model arguments for a batch."""
     if isinstance(batch, Tensor):
         return {"input_ids": batch, "labels": batch}
     if isinstance(batch, Mapping):
         return dict(batch)
-    raise ValueError(f"batch: expected a dict of the model's arguments or token ids; found {type(batch).__name__}")
+    raise ValueError(f"batch: expected a dict of model arguments or token ids; found {type(batch).__name__}")

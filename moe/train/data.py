@@ -1,7 +1,7 @@
-"""From documents to batches: tokenizer, packed tokens on disk, seeded windows.
+"""Data pipeline from documents to batches: tokenizer, packed tokens on disk, seeded windows.
 
-Tokens of all documents of a part are in one file, each document after an end-of-text token; training reads it in
-windows whose order is a function of (seed, epoch).
+The tokens of all documents of a split are in one file, each document after an end-of-text token. Training reads it in
+windows, in an order that depends only on (seed, epoch).
 """
 
 import hashlib
@@ -34,15 +34,15 @@ LEFT_OUT_NAMES = 5
 
 @dataclass(frozen=True)
 class Dataset:
-    """Packed tokens of both parts and what scoring them needs.
+    """Packed tokens of the training and validation splits, with their tokenizer.
 
-    A model is scored on every validation token but the first, the closing <end> of each document among them. With a
-    document mask the first token of each document is not scored: nothing in its document precedes it.
+    A model is scored on every validation token but the first, including the <end> after each document. With a document
+    mask the first token of each document is not scored, because nothing in its document precedes it.
 
     Attributes:
         end_of_text: id of <end>.
-        train, validation: memory-mapped, <end> document <end> document ... <end>.
-        facts: what data.json says: tokens, documents and hash of each part, names of the held-out documents, and
+        train, validation: memory-mapped tokens: <end> document <end> document ... <end>.
+        facts: content of data.json: tokens, documents and hash of each split, names of the held-out documents, and
             `read_tokenizer_settings`.
     """
 
@@ -58,38 +58,38 @@ class Dataset:
         return self.facts["validation_bytes"]
 
     def scored(self, *, document_mask: bool) -> np.ndarray:
-        """bool [len(validation) - 1]: which of validation[1:] are scored."""
+        """Return the mask of scored tokens in validation[1:], bool [len(validation) - 1]."""
         if document_mask:
             return self.validation[:-1] != self.end_of_text
         return np.ones(len(self.validation) - 1, dtype=bool)
 
     def scored_bytes(self, *, document_mask: bool) -> int:
-        """UTF-8 bytes of the held-out documents that the scored tokens spell; an <end> spells none."""
+        """Count the UTF-8 bytes of the scored tokens of held-out documents; <end> has none."""
         left_out, times = np.unique(self.validation[1:][~self.scored(document_mask=document_mask)], return_counts=True)
         return self.validation_bytes - sum(
             int(count) * self._bytes_of(int(token)) for token, count in zip(left_out, times, strict=True)
         )
 
     def _bytes_of(self, token: int) -> int:
-        """Number of bytes of text spelled by a token that begins a document; they may be part of a character."""
+        """Count the bytes of a token at the start of a document; they may be part of a character."""
         text = self.tokenizer.id_to_token(token)
         if text is None or token == self.end_of_text:
             return 0
         if isinstance(self.tokenizer.decoder, decoders.ByteLevel):
-            return len(text)  # it has a character for each byte
+            return len(text)  # one character per byte
         if re.fullmatch("<0x[0-9A-F]{2}>", text):
             return 1
         return len(self.tokenizer.decode([token], skip_special_tokens=False).encode())
 
     @property
     def token_ids(self) -> dict[str, int]:
-        """Special tokens as config.json and generation_config.json name them. A text begins and ends with <end>."""
+        """Special token ids with the names of config.json. A text begins and ends with <end>."""
         ids = {"bos_token_id": self.end_of_text, "eos_token_id": self.end_of_text}
         pad = self.tokenizer.token_to_id(self._settings.get("pad_token") or "")
         return ids if pad is None else {**ids, "pad_token_id": pad}
 
     def carried_files(self) -> dict[str, bytes]:
-        """Files of a checkpoint with which transformers' AutoTokenizer reads the tokenizer and generate() stops."""
+        """Return the checkpoint files that transformers needs to load the tokenizer and to stop generation."""
         names = {key.removesuffix("_id"): self.tokenizer.id_to_token(number) for key, number in self.token_ids.items()}
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names, "clean_up_tokenization_spaces": False}
         files: dict[str, Any] = {"tokenizer_config.json": settings, "generation_config.json": self.token_ids}
@@ -115,16 +115,16 @@ def prepare(
     field: str = "text",
     validation_data: Sequence[Path] | None = None,
 ) -> Dataset:
-    """Read, split, tokenize and pack into `folder`. data.json is written last: with it the folder is complete.
+    """Read, split, tokenize and pack documents into `folder`. data.json is written last and marks it as complete.
 
     Args:
-        data: files and folders, see `read_files`; None or none for the language reference that ships with Python.
+        data: files and folders, see `read_files`; None or empty for the language reference that ships with Python.
         tokenizer_path: see `find_tokenizer`; None trains a tokenizer of at most `vocab_size` tokens.
-        field: name of the text in files of records.
-        validation_data: files and folders to validate on; None holds documents of `data` out.
+        field: name of the text field in files of records.
+        validation_data: validation files and folders; None holds out documents of `data`.
 
     Raises:
-        ConfigError: what `read_files`, `split` and `load_tokenizer` raise.
+        ConfigError: as raised by `read_files`, `split` and `load_tokenizer`.
     """
     documents = read_files(data, field) if data else python_topics()
     others = None if validation_data is None else read_files(validation_data, field, option="--validation-data")
@@ -137,7 +137,7 @@ def prepare(
         tokenizer, end_name = load_tokenizer(tokenizer_path)
         settings = read_tokenizer_settings(tokenizer_path)
     end = tokenizer.token_to_id(end_name)
-    assert end is not None  # both ways of getting a tokenizer see to it
+    assert end is not None  # ensured by both branches
     folder.mkdir(parents=True, exist_ok=True)
     size = vocabulary_size(tokenizer)
     left_out = [name for each in (documents, others) if isinstance(each, FileDocuments) for name in each.left_out]
@@ -158,14 +158,14 @@ def prepare(
 
 
 def write_json(file: Path, values: Any) -> None:
-    """Write `values` to `file` in one step: a killed process leaves the old file or the new one."""
+    """Write `values` to `file` atomically, so that a killed process leaves the old file or the new one."""
     partial = file.with_name(file.name + ".partial")
     partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, file)
 
 
 def _pack(file: Path, tokenizer: Tokenizer, end: int, documents: Iterable[Document], dtype: str) -> dict[str, Any]:
-    """Write <end> document <end> document ... <end>; returns documents, tokens, bytes of text, and the file's hash."""
+    """Write <end> document <end> document ... <end>; return documents, tokens, bytes of text, and the file's hash."""
     digest = hashlib.sha256()
     sizes = {"documents": 0, "tokens": 0, "bytes": 0}
     with file.open("wb") as out:
@@ -182,8 +182,8 @@ def _pack(file: Path, tokenizer: Tokenizer, end: int, documents: Iterable[Docume
 
 
 def encode(tokenizer: Tokenizer, end: int, documents: Iterable[Document]) -> Iterator[tuple[list[int], int]]:
-    """(token ids, UTF-8 bytes of their text) of a first <end>, and of each document with the <end> after it."""
-    tokenizer.encode_special_tokens = True  # text that spells a special token is text
+    """Yield (token ids, UTF-8 bytes of text): first of <end>, then of each document with the <end> after it."""
+    tokenizer.encode_special_tokens = True  # encodes special tokens in documents as plain text
     yield [end], 0
     for document in documents:
         ids = tokenizer.encode(document.text, add_special_tokens=False).ids
@@ -191,7 +191,7 @@ def encode(tokenizer: Tokenizer, end: int, documents: Iterable[Document]) -> Ite
 
 
 def open_dataset(folder: Path) -> Dataset:
-    """The dataset that `prepare` wrote to `folder`; a file that changed since is refused."""
+    """Open the dataset that `prepare` wrote to `folder`. Raises ConfigError if a file has changed."""
     facts = json.loads((folder / "data.json").read_text(encoding="utf-8"))
     parts = {}
     for part in ("train", "validation"):
@@ -200,17 +200,16 @@ def open_dataset(folder: Path) -> Dataset:
         with file.open("rb") as content:
             found = hashlib.file_digest(content, "sha256").hexdigest()
         if found != facts[part]["sha256"]:
-            raise ConfigError("--data", str(file), "the tokens that the run began with; the file has changed")
+            raise ConfigError("--data", str(file), "the tokens with which the run started; found a changed file")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     return Dataset(tokenizer, facts["end_of_text"], parts["train"], parts["validation"], facts)
 
 
 class Sampler:
-    """Batches of windows [batch_size, length] of `tokens`, in an order that is a function of (seed, epoch).
+    """Sampler of batches [batch_size, length] of windows of `tokens`, in an order that depends on (seed, epoch).
 
-    An epoch visits consecutive windows that overlap by one token, so that each token is predicted once, in a seeded
-    permutation; each epoch cuts the tokens at other places, by a seeded shift. A batch may span two epochs. The state
-    is two integers.
+    The windows of an epoch overlap by one token, so that each token is predicted once, and are permuted by the seed. A
+    seeded shift moves the window boundaries in each epoch. A batch may span two epochs. The state is two integers.
     """
 
     def __init__(self, tokens: np.ndarray, length: int, batch_size: int, seed: int) -> None:
@@ -225,7 +224,7 @@ class Sampler:
         return rng.permutation(np.arange(shift, len(self.tokens) - self.length + 1, self.length - 1))
 
     def next_batch(self) -> Tensor:
-        """int64 [batch_size, length]."""
+        """Return the next batch, int64 [batch_size, length]."""
         rows = []
         while len(rows) < self.batch_size:
             if self.position == len(self._starts):
@@ -245,7 +244,7 @@ class Sampler:
 
 
 def evaluation_batches(tokens: np.ndarray, length: int, batch_size: int) -> Iterator[Tensor]:
-    """All of `tokens` in order, int64 [<= batch_size, <= length], each but the first predicted exactly once."""
+    """Yield `tokens` in order as int64 [<= batch_size, <= length]; each but the first is predicted exactly once."""
     stride = length - 1
     full = (len(tokens) - 1) // stride
     windows = np.lib.stride_tricks.sliding_window_view(tokens, length)[::stride] if full else tokens[:0]
@@ -256,6 +255,6 @@ def evaluation_batches(tokens: np.ndarray, length: int, batch_size: int) -> Iter
 
 
 def document_ids(input_ids: Tensor, end_of_text: int) -> Tensor:
-    """int64 [B, S]: which document of its window a token belongs to; an end-of-text token closes its document."""
+    """Number the documents of each window, int64 [B, S]; an end-of-text token belongs to the document that it ends."""
     ends = (input_ids == end_of_text).long()
     return ends.cumsum(dim=1) - ends

@@ -1,8 +1,8 @@
-"""Documents: reading them from files, and which of them are held out for validation.
+"""Documents: reading from files, and the validation split.
 
-A document is a name and a text. Files are read anew whenever documents are iterated over, a record or a text file at a
-time, so that data need not fit into memory. Formats are told by a file's name and checked by its content: markup, JSON
-and binary data are never read as text.
+A document is a name and a text. Each iteration reads the files again, one record or text file at a time, so data need
+not fit into memory. The file name determines the format, and the content is checked: markup, JSON and binary data are
+never read as text.
 """
 
 import contextlib
@@ -24,16 +24,16 @@ TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".tex")
 LINES_SUFFIXES = (".jsonl", ".ndjson")
 RECORD_SUFFIXES = (*LINES_SUFFIXES, ".json", ".parquet")
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "pyarrow"}
-"""Suffix -> module that opens such files."""
+"""Suffix -> module that decompresses such files."""
 FORMATS = f"{', '.join(TEXT_SUFFIXES)}, {', '.join(RECORD_SUFFIXES)} (all but Parquet also {', '.join(COMPRESSIONS)})"
-# Files whose names say that most of their characters are no text.
+# Suffixes of files that consist mostly of markup.
 MARKUP_SUFFIXES = (".csv", ".tsv", ".html", ".htm", ".xhtml", ".xml", ".svg", ".rtf", ".ipynb")
-# Of data for fine-tuning: a record with one of these and without the field is none of plain text.
+# Fields of fine-tuning data. A record with one of these and without the text field is not plain text.
 CHAT_FIELDS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "instruction")
 DOCUMENT_BYTES = 8192
 MAX_RECORD_BYTES = 2**28
 HELD_OUT_FRACTION = 0.1
-# Shorter paragraphs ("Example:", a signature) are language, not a copy.
+# Shorter paragraphs ("Example:", a signature) are not considered copies.
 COPY_MIN_CHARACTERS = 40
 
 _BEGINNING_BYTES = 4096
@@ -59,23 +59,23 @@ class Document:
 
 
 class Documents(Protocol):
-    """What can be iterated over several times, and gives the same documents each time."""
+    """Iterable that yields the same documents each time."""
 
     def __iter__(self) -> Iterator[Document]: ...
 
 
 def python_topics() -> list[Document]:
-    """The language reference that ships with Python as `pydoc_data.topics`; its content differs between versions."""
+    """Return the language reference that ships with Python, `pydoc_data.topics`; it differs between versions."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        raise ConfigError("--data", None, "text files: this Python comes without pydoc_data.topics") from None
+        raise ConfigError("--data", None, "text files; this Python has no pydoc_data.topics as default") from None
     return [Document(name, text) for name, text in sorted(topics.items())]
 
 
 @dataclass(frozen=True)
 class _File:
-    """One file to read. `explicit`: it was named itself, and not found in a folder."""
+    """File to read. `explicit`: given by its own path, not found in a folder."""
 
     path: Path
     name: str
@@ -85,23 +85,23 @@ class _File:
     option: str
 
     def error(self, expected: str, found: Any = None, *, record: int | None = None) -> ConfigError:
-        """A ConfigError that names the file, and with `record` the number of a line or record, the first being 1."""
+        """Return a ConfigError with the file and, if given, the line or record number (from 1)."""
         unit = {"lines": "line", "parquet": "row"}.get(self.kind, "record")
         where = str(self.path) if record is None else f"{self.path}, {unit} {record}"
         return ConfigError(self.option, where, expected if found is None else f"{expected}; found {one_line(found)}")
 
     @contextlib.contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        """The content, decompressed. Raises ConfigError for what cannot be read in the block, or is damaged."""
+        """Open the decompressed content. Raises ConfigError, also while reading, if it is unreadable or damaged."""
         try:
             with _open(self.path, self.compression) as file:
                 yield file
         except ImportError as error:
-            allowed = f'the module {error.name}, to read {self.path.suffix} files; pip install -e ".[data]"'
+            allowed = f'the module {error.name} to read {self.path.suffix} files; pip install -e ".[data]"'
             raise self.error(allowed) from None
         except ConfigError:
             raise
-        except Exception as error:  # zlib, lzma and pyarrow have their own
+        except Exception as error:  # zlib, lzma and pyarrow raise their own exceptions
             found = getattr(error, "strerror", None) or error
             expected = "a readable file" if self.compression is None else f"a readable {self.path.suffix} file"
             raise self.error(expected, found) from None
@@ -111,7 +111,7 @@ class _File:
             return file.read(_BEGINNING_BYTES)
 
     def documents(self, field: str) -> Iterator[Document]:
-        """Raises ConfigError, with the number of the line or record, for the first that has no text."""
+        """Yield the documents. Raises ConfigError for the first line or record without text, with its number."""
         if self.kind == "text":
             with self.open() as file:
                 content = file.read()
@@ -137,16 +137,16 @@ class _File:
             return text
         names = ", ".join(map(str, record)) or "no field"
         if chat := [name for name in CHAT_FIELDS if name in record]:
-            expected = f'plain text in "{field}", on which this command trains, and not data for fine-tuning'
+            expected = f'plain text in "{field}", not fine-tuning data'
             raise self.error(expected, ", ".join(chat), record=number)
         if field not in record:
-            expected = f'the field "{field}", or --field with the name of another{did_you_mean(field, record)}'
+            expected = f'the field "{field}", or --field with the name of the text field{did_you_mean(field, record)}'
             raise self.error(expected, names, record=number)
         raise self.error(f'a string in "{field}"', _kind_of(record[field]), record=number)
 
 
 def _kind_of(value: Any) -> str:
-    """The name that JSON has for the value, with its beginning."""
+    """Describe a value: its JSON type and its beginning."""
     kinds = {
         dict: "an object",
         list: "an array",
@@ -160,11 +160,11 @@ def _kind_of(value: Any) -> str:
 
 @dataclass(frozen=True)
 class FileDocuments:
-    """The documents of files.
+    """Documents of files.
 
     Attributes:
-        left_out: names of files in folders that are not read: their format is another, or their name begins with ".",
-            or they are empty.
+        left_out: names of files in folders that are not read, because their format is not supported, their name begins
+            with ".", or they are empty.
     """
 
     files: tuple[_File, ...]
@@ -173,7 +173,7 @@ class FileDocuments:
 
     @property
     def where(self) -> str:
-        """The paths, for messages."""
+        """Paths, for messages."""
         return ", ".join(str(file.path) for file in self.files[:3]) + (", ..." if len(self.files) > 3 else "")
 
     def __iter__(self) -> Iterator[Document]:
@@ -182,19 +182,19 @@ class FileDocuments:
 
 
 def read_files(paths: Iterable[Path], field: str | None = None, *, option: str = "--data") -> FileDocuments:
-    """The documents of files and of the files below folders, which are read when they are iterated over.
+    """Return the documents of files and of all files below folders. The files are read during iteration.
 
-    Text files are UTF-8; long ones are cut, see `_cut`. Every line of a JSON Lines file, every object in the array of a
-    JSON file and every row of a Parquet file is a document. A file that is named itself is read as text whatever its
-    suffix, if its content is no markup, JSON or binary data. Of folders, files of other formats are left out.
+    Text files are UTF-8; long ones are split, see `_cut`. Every line of a JSON Lines file, every object in the array of
+    a JSON file and every row of a Parquet file is a document. A file given by its own path may have any other suffix
+    if it contains plain text. Files of other formats in folders are left out.
 
     Args:
-        field: name of the field with the text. None refuses files of records.
-        option: for messages.
+        field: name of the field with the text. None rejects files of records.
+        option: command-line option, for messages.
 
     Raises:
-        ConfigError: a path that does not exist, a folder without files of these formats, or a file whose content is not
-            what its name says; when iterated over, the first line or record without text.
+        ConfigError: a path that does not exist, a folder without supported files, or a file whose content does not
+            match its name; during iteration, the first line or record without text.
     """
     files: list[_File] = []
     left_out: list[str] = []
@@ -207,8 +207,8 @@ def read_files(paths: Iterable[Path], field: str | None = None, *, option: str =
             left_out += others + [file.name for file in chosen if file.kind == "json" and not _is_array(file)]
             files += (chosen := [file for file in chosen if file.kind != "json" or _is_array(file)])
             if not chosen:
-                listed = f"found {_listed(left_out)}" if left_out else "it is empty"
-                raise ConfigError(option, str(path), f"a folder with files of {FORMATS}; {listed}")
+                found = _listed(left_out) if left_out else "an empty folder"
+                raise ConfigError(option, str(path), f"a folder with files of {FORMATS}; found {found}")
         else:
             raise ConfigError(option, str(path), "an existing file or folder")
     return FileDocuments(tuple(files), field or "", tuple(left_out))
@@ -220,17 +220,15 @@ def _listed(names: Sequence[str], limit: int = 5) -> str:
 
 
 def _walk(folder: Path, option: str) -> tuple[list[Path], list[str]]:
-    """Files of known formats below a folder, sorted, and the names of all others."""
+    """Return the sorted files of supported formats below a folder, and the names of all other files."""
 
     def refuse(error: OSError) -> None:
         raise ConfigError(option, str(error.filename), f"a readable folder; {error.strerror}") from None
 
     found, others = [], []
     for root, folders, names in os.walk(folder, onerror=refuse):
-        others += [
-            f"{Path(root, name).relative_to(folder).as_posix()}/" for name in folders if _is_passed_over(root, name)
-        ]
-        folders[:] = [name for name in folders if not _is_passed_over(root, name)]
+        others += [f"{Path(root, name).relative_to(folder).as_posix()}/" for name in folders if _is_skipped(root, name)]
+        folders[:] = [name for name in folders if not _is_skipped(root, name)]
         for name in names:
             file = Path(root, name)
             known = _suffixes(file)[0] in (*TEXT_SUFFIXES, *RECORD_SUFFIXES) and not name.startswith(".")
@@ -241,13 +239,13 @@ def _walk(folder: Path, option: str) -> tuple[list[Path], list[str]]:
     return sorted(found), sorted(others)
 
 
-def _is_passed_over(root: str, name: str) -> bool:
-    """Hidden folders hold what programs keep for themselves; links may lead round in circles."""
+def _is_skipped(root: str, name: str) -> bool:
+    """Return whether a folder is hidden or a symbolic link, which may form a cycle."""
     return name.startswith(".") or os.path.islink(os.path.join(root, name))
 
 
 def _suffixes(path: Path) -> tuple[str, str | None]:
-    """(suffix, module that decompresses)."""
+    """Return (suffix, module that decompresses, or None)."""
     last = path.suffix.lower()
     return (Path(path.stem).suffix.lower(), COMPRESSIONS[last]) if last in COMPRESSIONS else (last, None)
 
@@ -257,7 +255,7 @@ def _examine(path: Path, name: str, field: str | None, option: str, *, explicit:
     kind = "lines" if suffix in LINES_SUFFIXES else suffix[1:] if suffix in RECORD_SUFFIXES else "text"
     file = _File(path, name, kind, compression, explicit, option)  # pyright: ignore[reportArgumentType]
     if suffix in MARKUP_SUFFIXES:
-        raise file.error(f"one of the formats {FORMATS}", f"{suffix}, which is no plain text")
+        raise file.error(f"one of the formats {FORMATS}", f"{suffix}, which is not plain text")
     beginning = file.beginning()
     if not beginning:
         raise file.error("documents", "an empty file")
@@ -266,16 +264,16 @@ def _examine(path: Path, name: str, field: str | None, option: str, *, explicit:
     if kind in ("lines", "json") and (found := _recognise(beginning)) not in (None, "JSON"):
         raise file.error("JSON", found)
     if kind == "text" and (found := _recognise(beginning)) is not None:
-        raise file.error(f"plain text, or a name that ends in the format of the file, of {FORMATS}", found)
+        raise file.error(f"plain text, or a file name with the suffix of its format, one of {FORMATS}", found)
     if kind != "text" and field is None:
-        raise file.error("the name of the field with the text (--field), or plain text files", f"a file of {suffix}")
-    if kind == "json" and beginning.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"[" and _has_a_whole_line(beginning):
-        return _File(path, name, "lines", compression, explicit, option)  # as many data sets have it
+        raise file.error("the name of the text field (--field), or plain text files", f"a {suffix} file")
+    if kind == "json" and beginning.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"[" and _is_json_lines(beginning):
+        return _File(path, name, "lines", compression, explicit, option)  # common among data sets
     return file
 
 
-def _has_a_whole_line(beginning: bytes) -> bool:
-    """Whether the first line is one JSON object, as far as can be seen."""
+def _is_json_lines(beginning: bytes) -> bool:
+    """Return whether the first line looks like one JSON object."""
     line, newline, _ = beginning.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")
     return line.startswith(b"{") and line.rstrip() != b"{" and (not newline or line.rstrip().endswith(b"}"))
 
@@ -285,11 +283,11 @@ def _is_array(file: _File) -> bool:
 
 
 def _recognise(beginning: bytes) -> str | None:
-    """What a file is that begins so and is no plain text."""
+    """Return the format of a file that is not plain text, given its beginning; None for plain text."""
     if magic := next((found for head, found in _MAGIC if beginning.startswith(head)), None):
         return magic
     if beginning.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return "UTF-16 text, which must be UTF-8"
+        return "UTF-16 text instead of UTF-8"
     if (at := beginning.find(b"\0")) >= 0:
         return f"binary data: a zero byte at offset {at}"
     text = beginning.removeprefix(b"\xef\xbb\xbf")
@@ -335,7 +333,7 @@ def _read_json(file: _File, field: str) -> Iterator[tuple[int, Any]]:
     with file.open() as whole:
         content = whole.read(MAX_RECORD_BYTES + 1)
     if len(content) > MAX_RECORD_BYTES:
-        expected = f"at most {MAX_RECORD_BYTES >> 20} MiB, because JSON is read whole, or JSON Lines (.jsonl)"
+        expected = f"at most {MAX_RECORD_BYTES >> 20} MiB of JSON, or JSON Lines (.jsonl), which is not read at once"
         raise file.error(expected, "a larger file")
     values = _parse(content.removeprefix(b"\xef\xbb\xbf"), file, None)
     if not isinstance(values, list):
@@ -348,10 +346,10 @@ def _read_parquet(file: _File, field: str) -> Iterator[tuple[int, Any]]:
         from datasets import Dataset
         from pyarrow import parquet
     except ImportError:
-        raise file.error('the package datasets, to read Parquet files; pip install -e ".[data]"') from None
+        raise file.error('the package datasets to read Parquet files; pip install -e ".[data]"') from None
     try:
         names = parquet.read_schema(file.path).names
-        if field in names:  # the path is a pattern to datasets; its load_dataset would ask the network
+        if field in names:  # datasets treats the path as a pattern; its load_dataset would access the network
             rows: Any = Dataset.from_parquet(glob.escape(str(file.path)), streaming=True, columns=[field])
         else:
             rows = [dict.fromkeys(names)]
@@ -361,7 +359,7 @@ def _read_parquet(file: _File, field: str) -> Iterator[tuple[int, Any]]:
 
 
 def _cut(text: str) -> Iterator[str]:
-    """Pieces of at least DOCUMENT_BYTES characters that end at a blank line, or, at twice that, at any line's end."""
+    """Split into pieces of at least DOCUMENT_BYTES characters, at a blank line or, past twice that, at any line end."""
     piece: list[str] = []
     size = 0
     for line in text.splitlines(keepends=True):
@@ -375,10 +373,10 @@ def _cut(text: str) -> Iterator[str]:
 
 
 class Part:
-    """Those of `documents` whose position `chosen` accepts, without paragraphs whose digest is in `copies`.
+    """Documents whose position `chosen` accepts, without paragraphs whose digest is in `copies`.
 
     Attributes:
-        dropped: number of paragraphs that were dropped when it was last iterated over.
+        dropped: number of paragraphs dropped in the last iteration.
     """
 
     def __init__(
@@ -399,18 +397,18 @@ class Part:
 
 
 def split(documents: Documents, validation: Documents | None = None) -> tuple[Part, Part]:
-    """(training, validation): whole documents, held out where a hash of the name says so; neither part is empty.
+    """Return (training, validation), both not empty. A hash of the name decides which documents are held out.
 
-    With `validation` nothing is held out. Documents repeat each other ("with" is a section of "compound" in Python's
-    own): paragraphs of a validation document, whatever their white space, are dropped from the training documents,
-    because a loss on text that was trained on is none of validation.
+    With `validation` nothing is held out. Paragraphs of validation documents, compared without white space differences,
+    are dropped from training documents, because documents may repeat each other ("with" is a section of "compound" in
+    Python's reference).
     """
     if validation is None:
         held_out, number = _hold_out(documents)
         count = f"{number} documents"
         training, scored = (lambda number: number not in held_out), Part(documents, held_out.__contains__)
     else:
-        training, scored, count = (lambda number: True), Part(validation, lambda number: True), "them"
+        training, scored, count = (lambda number: True), Part(validation, lambda number: True), "the training documents"
     digests = (_digest(text) for document in scored for text in paragraphs(document.text))
     part = Part(documents, training, {digest for digest in digests if digest is not None})
     if next(iter(scored), None) is None:
@@ -422,7 +420,7 @@ def split(documents: Documents, validation: Documents | None = None) -> tuple[Pa
 
 
 def _hold_out(documents: Documents) -> tuple[set[int], int]:
-    """Positions of the documents to hold out, at least one and not all, and the number of all documents."""
+    """Return the positions of documents to hold out, at least one and not all, and the number of all documents."""
     held_out: set[int] = set()
     first = last = (0.0, "", 0)
     number = -1
@@ -446,13 +444,13 @@ def _fraction(name: str) -> float:
 
 
 def _digest(paragraph: str) -> bytes | None:
-    """Digest of the words of a paragraph; None if they are too few to be a copy."""
+    """Return a digest of the words of a paragraph; None if it is too short to be considered a copy."""
     words = " ".join(paragraph.split())
     return hashlib.blake2b(words.encode(), digest_size=16).digest() if len(words) >= COPY_MIN_CHARACTERS else None
 
 
 def paragraphs(text: str) -> list[str]:
-    """The text in pieces that end with their blank lines; joined they are the text."""
+    """Split a text into paragraphs, each with its trailing blank lines."""
     pieces: list[str] = []
     blank = True
     for line in text.splitlines(keepends=True):

@@ -1,4 +1,4 @@
-"""The records of a run, sent to TensorBoard or Weights & Biases while it runs."""
+"""Live logging of a run to TensorBoard or Weights & Biases."""
 
 import contextlib
 import importlib.util
@@ -24,10 +24,9 @@ def check_log(name: str | None) -> None:
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:
-    """Every number of a record of `Metrics`, as both programs get it: "train/ce", "validation/nats_per_token", ...
+    """Flatten a record of `Metrics` to logged scalars: "train/ce", "validation/nats_per_token", ...
 
-    Numbers per layer with experts, such as MaxVio, are "train/max_vio/0", "train/max_vio/1", ...; loads of single
-    experts are left out.
+    MaxVio of each layer with experts is "train/max_vio/0", "train/max_vio/1", ... Loads of single experts are omitted.
     """
     found: dict[str, float] = {}
     for name, value in record.items():
@@ -40,11 +39,11 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def open_log(settings: Settings, folder: Path, step: int) -> Iterator[Log | None]:
-    """What sends records to the program of --log; None without one. `step`: the one that the run resumes after."""
+    """Yield a function that sends records to the --log program; None without --log. The run resumes after `step`."""
     if settings.log == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        # Of what a run that was killed had logged after its last state, nothing is shown.
+        # Hides what a killed run logged after its last saved state.
         with SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else None) as writer:
 
             def write(record: dict[str, Any]) -> None:
@@ -60,7 +59,7 @@ def open_log(settings: Settings, folder: Path, step: int) -> Iterator[Log | None
 
 
 def _wandb_run(settings: Settings, folder: Path) -> Any:
-    """A run of Weights & Biases, which a resumed run goes on with; offline with WANDB_MODE=offline."""
+    """Start or continue a run of Weights & Biases; offline if WANDB_MODE=offline."""
     import wandb  # pyright: ignore[reportMissingImports]
 
     file = folder / "wandb_id.txt"

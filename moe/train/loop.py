@@ -1,7 +1,7 @@
-"""One model, its optimizers and its data: a training step, an evaluation, and the state between them.
+"""Training step, evaluation and state of one model with its optimizers and data.
 
-On a mesh every rank has a `Trainer`, and calls its methods when the others do. Each takes its part of the same global
-batch, so that steps, losses and position in the data are those of one process.
+On a mesh every rank has a `Trainer`, and all ranks call its methods together. Each rank takes its share of the same
+global batch, so steps, losses and the position in the data equal those of a single process.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # importing it takes half a second
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or a gradient that is not a number.
+    """NaN or infinity in a loss or a gradient.
 
     Attributes: step, what ("loss" or "gradient"), where (name of the module or parameter that shows it first).
     """
@@ -42,7 +42,7 @@ class NonFiniteError(FloatingPointError):
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step did: means over its tokens, the gradient's norm before clipping, load [layers, E]."""
+    """Report of one optimizer step: mean losses, gradient norm before clipping, learning rate, load [layers, E]."""
 
     losses: dict[str, float]
     grad_norm: float
@@ -53,8 +53,7 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The whole validation part: tokens scored, their summed nats, the bytes of text that they spell, and the load
-    [layers, E] int64 of all tokens."""
+    """Score of the validation split: scored tokens, their nats and bytes of text, load [layers, E] of all tokens."""
 
     tokens: int
     nats: float
@@ -72,13 +71,13 @@ class Evaluation:
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """torch's deterministic algorithms while the block runs; CUBLAS_WORKSPACE_CONFIG stays set afterwards."""
-    # cuBLAS reads it at the first matrix product on a GPU. Some releases of torch raise if it is not set.
+    """Enable torch's deterministic algorithms within the block. CUBLAS_WORKSPACE_CONFIG stays set afterwards."""
+    # cuBLAS reads it before the first matrix product on a GPU. Some releases of torch raise if it is not set.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     memory: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    # Filling every new tensor with NaN costs a tenth of the step; the tests of the operators do it instead.
+    # Filling every new tensor with NaN takes a tenth of the step; the operator tests do it instead.
     memory.fill_uninitialized_memory = False
     try:
         yield
@@ -88,18 +87,18 @@ def deterministic() -> Iterator[None]:
 
 
 def uncompiled(settings: Settings) -> contextlib.AbstractContextManager[Any]:
-    """Run models as they are in the block, whatever has been compiled."""
+    """Run compiled models eagerly within the block."""
     return torch.compiler.set_stance("force_eager") if settings.compile else contextlib.nullcontext()
 
 
 def check_savable(config: ModelConfig) -> None:
-    """Raise ConfigError, before any training, if a checkpoint of the model could not be saved."""
+    """Raise ConfigError if a checkpoint of the model cannot be saved."""
     if problems := config.family_problems():
         raise ConfigError("model_type", config.model_type, f"a model that its files can express; {'; '.join(problems)}")
 
 
 class Trainer:
-    """Steps a model along a schedule. `state` after step n, loaded into a new Trainer, gives the same step n + 1."""
+    """Trainer of one model. Loading the `state` of step n into a new Trainer reproduces step n + 1."""
 
     def __init__(
         self,
@@ -112,7 +111,7 @@ class Trainer:
     ) -> None:
         self.model, self.dataset, self.settings, self.world = model, dataset, settings, world or world_of(mesh)
         if dataset.facts["vocab_size"] > model.config.vocab_size:
-            allowed = f"at least {dataset.facts['vocab_size']}, the tokens of the data"
+            allowed = f"at least {dataset.facts['vocab_size']}, the vocabulary size of the data"
             raise ConfigError("vocab_size", model.config.vocab_size, allowed)
         if not dataset.scored_bytes(document_mask=settings.document_mask):
             raise ConfigError("--document-mask", True, "a held-out document of more than one token")
@@ -130,7 +129,7 @@ class Trainer:
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
 
     def step(self) -> StepReport:
-        """One optimizer step. Raises `NonFiniteError` before any parameter changes."""
+        """Run one optimizer step. Raises `NonFiniteError` before any parameter changes."""
         started = time.perf_counter()
         settings, number = self.settings, self.step_number + 1
         factor = learning_rate_factor(number, steps=settings.steps, warmup=settings.warmup, schedule=settings.schedule)
@@ -142,12 +141,12 @@ class Trainer:
         self.world.begin_step(number)
         losses: dict[str, float] = {}
         load = torch.zeros((), dtype=torch.int64, device=self.device)
-        batches = [self._share(self.sampler.next_batch()) for _ in range(settings.accumulation)]
+        batches = [self._local_rows(self.sampler.next_batch()) for _ in range(settings.accumulation)]
         with self.model.global_batch.step([self.model.loss_counts(**self._arguments(ids)) for ids in batches]):
             for input_ids in batches:
                 output = self._forward(input_ids)
                 assert output.loss is not None and output.load is not None
-                # Of all ranks: each of them has to know that there is no step.
+                # Averaged over ranks, so that all ranks detect a non-finite loss.
                 parts = self._mean({**output.losses, "sum": output.loss.detach()})
                 if not parts.pop("sum") < float("inf"):
                     raise NonFiniteError(number, "loss", self._first_non_finite(input_ids))
@@ -168,20 +167,20 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
-        """Score every validation token but the first, each given what precedes it in its window of packed text.
+        """Score every validation token but the first, given the preceding tokens of its window of packed text.
 
         With `document_mask` the first token of each document, which training does not predict either, is left out, and
         the others are given what precedes them in their document.
         """
-        # Training mode, because that is when MTP modules run: their experts' load counts too. No layer has dropout.
+        # Training mode runs the MTP modules too, whose load is reported. No layer has dropout.
         self.model.train()
         nats, tokens, load = 0.0, 0, torch.zeros((), dtype=torch.int64)
         for batch in evaluation_batches(self.dataset.validation, self.settings.seq_length, self.settings.batch_size):
             count = int(self.model.loss_counts(**self._arguments(batch))["ce.0"])
-            # Rows of padding for ranks that there are no rows left for: all have to call the model.
+            # Padded to a multiple of the ranks, because every rank must call the model.
             rows = nn.functional.pad(batch, (0, 0, 0, -len(batch) % self.world.size))
-            input_ids, real = self._share(rows), torch.arange(len(rows))[:, None].expand_as(rows) < len(batch)
-            output = self._forward(input_ids, self._share(real) if self.world.size > 1 else None)
+            input_ids, real = self._local_rows(rows), torch.arange(len(rows))[:, None].expand_as(rows) < len(batch)
+            output = self._forward(input_ids, self._local_rows(real) if self.world.size > 1 else None)
             assert output.load is not None
             nats += self._mean({"ce": output.losses["ce"]})["ce"] * count
             tokens += count
@@ -190,7 +189,7 @@ class Trainer:
         return Evaluation(tokens, nats, scored_bytes, self.world.sum(load))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(tensors, JSON values) from which `load_state` continues bit for bit."""
+        """Return (tensors, JSON values) from which `load_state` continues bit-exactly."""
         tensors = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
         for i, optimizer in enumerate(self.optimizers):
             for parameter, state in optimizer.state.items():
@@ -199,7 +198,7 @@ class Trainer:
         return tensors, self.position()
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """On a mesh too: `tensors` are whole, and each rank takes its part."""
+        """Load what `state` returned. On a mesh each rank takes its part of the full `tensors`."""
         parameters = {name: parameter for parameter, name in self._names.items()}
         owners = {p: o for o in self.optimizers for group in o.param_groups for p in group["params"]}
         weights: dict[str, Tensor] = {}
@@ -216,13 +215,13 @@ class Trainer:
         self.load_position(values)
 
     def _place(self, tensor: Tensor, parameter: Tensor | None) -> Tensor:
-        tensor = tensor.to(self.device) if tensor.ndim else tensor  # step counts, which stay on the CPU
+        tensor = tensor.to(self.device) if tensor.ndim else tensor  # step counts stay on the CPU
         if parameter is None or tensor.shape != parameter.shape:
             return tensor
         return self.world.part_like(tensor, parameter)
 
     def position(self) -> dict[str, Any]:
-        """JSON values: the step, and where in the data it is, for all ranks together."""
+        """Return the step and the position in the data, equal on all ranks, as JSON values."""
         return {"step": self.step_number, "sampler": self.sampler.state_dict()}
 
     def load_position(self, values: dict[str, Any]) -> None:
@@ -233,7 +232,7 @@ class Trainer:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.dtype == "bf16")
 
     def _arguments(self, input_ids: Tensor) -> dict[str, Any]:
-        """What the model is called with, in training and in evaluation: both predict the same tokens of a window."""
+        """Return the model arguments; training and evaluation predict the same tokens of a window."""
         documents = document_ids(input_ids, self.dataset.end_of_text) if self.settings.document_mask else None
         return {"input_ids": input_ids, "labels": input_ids, "document_ids": documents}
 
@@ -241,29 +240,28 @@ class Trainer:
         with self._autocast():
             return self.model(**self._arguments(input_ids), attention_mask=attention_mask)
 
-    def _share(self, rows: Tensor) -> Tensor:
-        """This rank's part of the rows of a global batch, on its device."""
+    def _local_rows(self, rows: Tensor) -> Tensor:
+        """Return this rank's rows of a global batch, on its device."""
         each = len(rows) // self.world.size
         return rows[self.world.rank * each : (self.world.rank + 1) * each].to(self.device)
 
     def _mean(self, values: dict[str, Tensor]) -> dict[str, float]:
-        """Means over the ranks, which weigh their own already."""
+        """Average values over the ranks, which are weighted already."""
         flat = torch.stack([value.double() for value in values.values()])
         return dict(zip(values, (self.world.sum(flat) / self.world.size).tolist(), strict=True))
 
-    def _first_of_all(self, found: str) -> str:
-        """The first text that is not empty, with its rank if there are several; else ""."""
+    def _first_reported(self, found: str) -> str:
+        """Return the first non-empty text of all ranks, with its rank if there are several; otherwise ""."""
         texts = enumerate(self.world.gather(found))
         return next((f"{text} (rank {rank})" if self.world.launched else text for rank, text in texts if text), "")
 
     @torch.no_grad()
     def _first_non_finite(self, input_ids: Tensor) -> str:
-        """Where a forward pass goes wrong: the first parameter, else the first module to return, that is not finite."""
+        """Describe the first non-finite parameter or, if there is none, the first non-finite module output."""
         tensors = (*self.model.named_parameters(), *self.model.named_buffers())
         bad = next((name for name, tensor in tensors if not torch.isfinite(_part(tensor)).all()), "")
-        told = self._first_of_all(bad and f"first in the parameter {bad}")
-        if told:
-            return told
+        if where := self._first_reported(bad and f"first in the parameter {bad}"):
+            return where
         found: list[str] = []
 
         def look(module: nn.Module, _: Any, output: Any) -> None:
@@ -278,24 +276,24 @@ class Trainer:
         finally:
             for hook in hooks:
                 hook.remove()
-        told = self._first_of_all(f"first in the output of {found[0]}" if found else "")
-        return told or "every module's output is finite"
+        where = self._first_reported(f"first in the output of {found[0]}" if found else "")
+        return where or "all module outputs are finite"
 
     def _first_non_finite_gradient(self) -> str:
         # The backward pass runs from the last parameter to the first.
         gradients = ((name, parameter.grad) for parameter, name in reversed(self._names.items()))
         bad = (name for name, grad in gradients if grad is not None and not torch.isfinite(_part(grad)).all())
-        told = self._first_of_all(next((f"first in the gradient of {name}" for name in bad), ""))
-        return told or "every parameter's gradient is finite, their norm is not"
+        where = self._first_reported(next((f"first in the gradient of {name}" for name in bad), ""))
+        return where or "all parameters have finite gradients, but their norm is not finite"
 
 
 def _part(tensor: Any) -> Tensor:
-    """What this rank holds of a parameter or a gradient."""
+    """Return this rank's part of a parameter or a gradient."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
-    """The floating-point tensors in what a module returned."""
+    """Yield the floating-point tensors in a module's output."""
     if isinstance(output, Tensor):
         if output.is_floating_point():
             yield output

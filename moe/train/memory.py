@@ -1,4 +1,4 @@
-"""Whether a run fits into memory: a lower bound from its settings, before anything is written or allocated."""
+"""Lower bound of a run's memory, computed from its settings before anything is written or allocated."""
 
 import dataclasses
 import math
@@ -13,19 +13,19 @@ from moe.errors import ConfigError
 from moe.roles import role_of
 from moe.train.settings import Settings
 
-BYTES = 256  # what a tokenizer that is trained on the text has at least
+MIN_VOCABULARY = 256  # the byte tokens of a trained tokenizer
 
 
 def check_memory(
     config: ModelConfig, settings: Settings, *, ranks: int = 1, device: torch.device, vocab_size: int | None = None
 ) -> None:
-    """Raise `ConfigError` if a run certainly needs more than the free memory of `device`.
+    """Raise `ConfigError` if a run needs more than the free memory of `device`, even by a lower bound.
 
     Args:
-        ranks: processes that train together; those of one machine share its memory.
-        vocab_size: that of the tokenizer; None if there is no tokenizer yet.
+        ranks: number of processes that train together; those of one machine share its memory.
+        vocab_size: vocabulary size of the tokenizer; None if there is no tokenizer yet.
     """
-    known = vocab_size or (1 if settings.tokenizer else min(BYTES, config.vocab_size))
+    known = vocab_size or (1 if settings.tokenizer else min(MIN_VOCABULARY, config.vocab_size))
     config = dataclasses.replace(config, vocab_size=known)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if ranks > 1 and device.type == "cpu" else 1
     free, what = free_bytes(device)
@@ -33,28 +33,28 @@ def check_memory(
     rows = settings.batch_size / ranks
 
     def needed(rows: float) -> int:
-        # Optimizers have a state after the first step. Then there are no gradients during a forward pass.
+        # Optimizer state exists after the first step. Gradients do not exist during the forward pass.
         activations = here * activation_bytes(config, settings, rows)
         kept = states // 2 + activations + (optimizer if settings.steps > 1 else 0)
         return round(max(states + optimizer, kept))
 
     if needed(rows) <= free:
         return
-    option, advice = f"--{settings.source}", "a smaller model, or, under torchrun, more ranks that share it"
+    option, advice = f"--{settings.source}", "use a smaller model or, under torchrun, more ranks"
     if states + optimizer <= free:
-        option, advice = "--seq-length", "shorter sequences"
+        option, advice = "--seq-length", "use shorter sequences"
         if needed(min(rows, 1)) <= free:
-            option, advice = "--batch-size", "fewer sequences, and --accumulation"
+            option, advice = "--batch-size", "use fewer sequences with --accumulation"
     name = option[2:].replace("-", "_")
     value = settings.name if name == settings.source else getattr(settings, name)
-    found = f"{_gib(needed(rows))} are needed at least and {_gib(free)} are free"
-    raise ConfigError(option, value, f"a run that fits into {what}, where {found}: {advice}")
+    found = f"{_gib(needed(rows))} needed at least, {_gib(free)} free"
+    raise ConfigError(option, value, f"a run that fits into {what}; found {found}; {advice}")
 
 
 def state_bytes(config: ModelConfig, settings: Settings, ranks: int) -> tuple[int, int]:
-    """Bytes of a rank for parameters and gradients, and for the optimizer's states, all in fp32.
+    """Return the bytes per rank of (parameters and gradients, optimizer state), all in fp32.
 
-    Experts are divided among `ep` ranks, and cut further where more ranks share the other parameters.
+    Experts are divided among `ep` ranks, and sharded further if more ranks shard the other parameters.
     """
     shards = (settings.dp_shard or ranks // settings.dp_replicate) if ranks > 1 else 1
     cut = max(settings.ep, shards) if ranks > 1 else 1
@@ -69,11 +69,11 @@ def state_bytes(config: ModelConfig, settings: Settings, ranks: int) -> tuple[in
 
 
 def activation_bytes(config: ModelConfig, settings: Settings, rows: float) -> int:
-    """Bytes that a forward pass on `rows` sequences keeps for the backward pass, or fewer.
+    """Return a lower bound of the bytes that a forward pass on `rows` sequences saves for the backward pass.
 
-    Counted are a block's two sums and what its products read: inputs in the compute dtype, the attention's q, k, v and
-    output, the experts' pre-activations; with activation checkpointing, a block's input alone. Then the logits and
-    log-probabilities, and masks of [S, S]. MTP modules are left out.
+    Counts per block the two residual sums and the inputs of its products: inputs in the compute dtype, attention's q,
+    k, v and output, pre-activations of experts; with activation checkpointing only the block's input. Also counts
+    logits, log-probabilities and masks [S, S], but not MTP modules.
     """
     size = 2 if settings.dtype == "bf16" else 4
     width, heads, length = config.hidden_size, config.num_attention_heads, settings.seq_length

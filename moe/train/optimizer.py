@@ -1,4 +1,4 @@
-"""Which parameter is stepped by what: AdamW, or Muon for matrices with AdamW for the rest."""
+"""Optimizers: AdamW, or Muon for matrices with AdamW for all other parameters."""
 
 import math
 from typing import Any, Literal
@@ -14,24 +14,24 @@ OptimizerName = Literal["adamw", "muon"]
 
 ADAM_BETAS = (0.9, 0.95)
 MUON_MOMENTUM = 0.95
-# An embedding as fast as the matrices learns short texts before the experts do, and these stay interchangeable: routing
-# at random then costs 0.02 nats a token where it costs ten times that with this share (the tiny preset).
+# Fraction of the learning rate for AdamW beside Muon. At the full rate, the embedding learns short texts before the
+# experts specialise: for the tiny preset, random routing then costs 0.02 nats per token, and ten times that at 0.3.
 ADAM_SHARE = 0.3
-# Keller Jordan's quintic; the same numbers as torch.optim.Muon's defaults.
+# Keller Jordan's quintic, the defaults of torch.optim.Muon.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _NEWTON_SCHULZ_STEPS = 5
 _NORM_EPS = 1e-7
 
 
 class BatchedMuon(torch.optim.Optimizer):
-    """Muon for stacks of matrices [..., N, K]: every matrix on its own, as torch.optim.Muon would step it.
+    """Muon for stacks of matrices [..., N, K], each updated separately.
 
-    torch's takes 2-D parameters only. This equals it slice by slice, with `adjust_lr_fn="match_rms_adamw"` and Nesterov
-    momentum, up to the order in which products are summed (see `_multiply_add`).
-    Of a DTensor, ranks that hold whole matrices step those; matrices that are cut are gathered, one parameter at a
-    time, and every rank that holds a part computes all of it.
+    torch.optim.Muon supports only 2-D parameters. This equals it for each matrix, with
+    `adjust_lr_fn="match_rms_adamw"` and Nesterov momentum, up to the order of sums in products (see `_multiply_add`).
+    A rank updates the whole matrices of a DTensor that it holds. Sharded matrices are gathered, one parameter at a
+    time, and every rank with a shard computes the full update.
 
-    Source: https://kellerjordan.github.io/posts/muon/; the learning rate's scale is that of arXiv 2502.16982.
+    Source: https://kellerjordan.github.io/posts/muon/; learning-rate scale: arXiv 2502.16982.
     """
 
     def __init__(self, params: Any, lr: float, weight_decay: float = 0.0, momentum: float = MUON_MOMENTUM) -> None:
@@ -39,7 +39,7 @@ class BatchedMuon(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.ndim < 2:
-                    raise ValueError(f"BatchedMuon: expected matrices, got {tuple(parameter.shape)}")
+                    raise ValueError(f"BatchedMuon: expected matrices; found {tuple(parameter.shape)}")
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -61,13 +61,13 @@ class BatchedMuon(torch.optim.Optimizer):
 
 
 def _orthogonalize_parts(matrices: Any) -> Tensor:
-    """`orthogonalize`, in the placement that the matrices have."""
+    """Apply `orthogonalize`, keeping the placement of the matrices."""
     if not hasattr(matrices, "to_local"):
         return orthogonalize(matrices)
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh, placements = matrices.device_mesh, matrices.placements
-    # What cuts a stack is left alone, and only matrices are put together.
+    # Gathers only shards of matrices, not shards of the stack.
     whole = [Replicate() if p.is_shard(matrices.ndim - 2) or p.is_shard(matrices.ndim - 1) else p for p in placements]
     gathered = matrices.redistribute(placements=whole)
     local = orthogonalize(gathered.to_local())
@@ -76,7 +76,7 @@ def _orthogonalize_parts(matrices: Any) -> Tensor:
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrix of each of [..., N, K], roughly (singular values in 0.7 to 1.2), in bf16.
+    """Approximate the nearest semi-orthogonal matrix of each matrix [..., N, K], in bf16; singular values 0.7 to 1.2.
 
     Five Newton-Schulz iterations X <- aX + (bA + cA^2) X with A = X X^T, on the smaller side. Zero stays zero.
     """
@@ -92,16 +92,16 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 def _multiply_add(c: Tensor | None, a: Tensor, b: Tensor, *, beta: float = 0.0, alpha: float = 1.0) -> Tensor:
-    """beta c + alpha a b of bf16 stacks, accumulated in fp32 and rounded to bf16 once."""
+    """Compute beta c + alpha a b of bf16 stacks, accumulated in fp32 and rounded to bf16 once."""
     if a.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512":
-        # These processors multiply bf16 ten times slower than fp32, which holds the same products exactly.
+        # Without AVX512, bf16 products are ten times slower than fp32 ones, which are exact for the same inputs.
         a, b, c = a.float(), b.float(), c if c is None else c.float()
     c = a.new_zeros(()) if c is None else c
     return torch.baddbmm(c, a, b, beta=beta, alpha=alpha).bfloat16()
 
 
 def _is_parallel() -> bool:
-    """Whether parameters may be DTensors. The module that has them takes half a second to import."""
+    """Return whether parameters may be DTensors, without importing their module, which takes half a second."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -116,12 +116,12 @@ def _by_mesh(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
 def build_optimizers(
     model: nn.Module, name: OptimizerName, lr: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
-    """One optimizer ("adamw") or up to three ("muon"), to be stepped together.
+    """Build one optimizer ("adamw") or up to three ("muon"), to be stepped together.
 
-    Every parameter that requires a gradient belongs to exactly one, as its role in `moe.roles` says: norms, biases
-    (those of experts too) and sinks are not decayed, and Muon takes projections and stacks of them. Muon's update has
-    the size of an AdamW update, so one learning rate decides both: AdamW takes ADAM_SHARE of it where it works beside
-    Muon. The last optimizer is AdamW. Raises ConfigError for a parameter without a role.
+    Every parameter that requires a gradient belongs to exactly one, according to its role in `moe.roles`. Norms, biases
+    (those of experts included) and sinks are not decayed. Muon updates projections and stacks of them. Its updates have
+    the size of AdamW updates, so both share one learning rate, of which AdamW beside Muon uses the fraction ADAM_SHARE.
+    The last optimizer is AdamW. Raises ConfigError for a parameter without a role.
     """
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
@@ -140,7 +140,7 @@ def build_optimizers(
             (decayed if role.decays else undecayed).append(parameter)
     optimizers: list[torch.optim.Optimizer] = []
     if _is_parallel():
-        stacks, matrices = matrices + stacks, []  # torch's would multiply parts of matrices, in other orders
+        stacks, matrices = matrices + stacks, []  # torch's Muon would sum products of shards in another order
     if matrices:
         optimizers.append(
             torch.optim.Muon(

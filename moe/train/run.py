@@ -1,4 +1,4 @@
-"""A whole run in one folder: data, steps, saved states, final report, checkpoint. See `train` for the folder."""
+"""Training run in one folder: data, steps, saved states, summary, checkpoint. `train` documents the folder."""
 
 import contextlib
 import importlib.util
@@ -47,7 +47,7 @@ SAMPLING: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9}
 
 
 class Interrupted(Exception):
-    """The run was told to stop, and its state is saved. Attributes: signum, step, state (folder)."""
+    """Interruption of a run by a signal, after its state was saved. Attributes: signum, step, state (folder)."""
 
     def __init__(self, signum: int, step: int, state: Path) -> None:
         self.signum, self.step, self.state = signum, step, state
@@ -63,31 +63,31 @@ def train(
     console: Console,
     mesh: "Mesh | None" = None,
 ) -> dict[str, Any] | None:
-    """Train, and return the summary that is also written as summary.json.
+    """Train a model, and return the summary that is also written to summary.json.
 
-    The folder gets settings.json, model.json (its `ModelConfig`), data/ (tokens, tokenizer), states/ (see
+    Writes to the folder: settings.json, model.json (the `ModelConfig`), data/ (tokens, tokenizer), states/ (see
     `moe.train.state`), metrics.jsonl, loss.png and load.png (with matplotlib), checkpoint/ (Hugging Face layout, with
     the tokenizer), summary.json.
 
-    A run that was ended at any moment, by a signal or a crash, goes on with `resume` from its last saved state, and
-    ends with the bits of a run that was never ended (on one machine, with one number of threads). With other `steps`
-    than it began with, the learning rate follows the schedule of the new length from there.
+    A run that was ended by a signal or a crash continues with `resume` from its last saved state. Its result is
+    bit-identical to that of an uninterrupted run on the same machine with the same number of threads. If `steps` has
+    changed, the learning rate follows the schedule of the new length from there.
 
-    The validation scores in metrics.jsonl and summary.json, and those of the baselines, are over the tokens that
-    training predicts: with `document_mask` without the first token of each document. `tokens` and `bytes` of the
-    summary say how many they are and how many bytes of text they spell; bits per byte divide by these.
+    Validation scores in metrics.jsonl and summary.json, and those of the baselines, are over the tokens that training
+    predicts: with `document_mask`, without the first token of each document. `tokens` and `bytes` in the summary count
+    these tokens and their bytes of text, the denominator of bits per byte.
 
-    On a mesh every rank calls this, with one folder that all of them see. Rank 0 writes it; its states are those of
-    `moe.parallel.StateWriter`, of which each rank writes its part, and which any other mesh, or one process, resumes
-    from. Equal settings give the losses and the counts of one process, up to the order of sums. Other ranks return
-    None.
+    On a mesh every rank calls this function with the same shared folder. Rank 0 writes to it, except that each rank
+    writes its part of the states (see `moe.parallel.StateWriter`), from which any other mesh or a single process can
+    resume. Losses and counts equal those of a single process with the same settings, up to the order of sums. Other
+    ranks return None.
 
     Raises:
-        ConfigError: settings, data or a folder that do not fit.
-        CheckpointError: another run is at work in the folder, or what the system answers to a save.
-        Interrupted: SIGINT or SIGTERM, after the step in progress was finished and saved; a second one kills.
+        ConfigError: invalid settings, data or folder.
+        CheckpointError: another run uses the folder, or a save failed.
+        Interrupted: SIGINT or SIGTERM, after the current step was finished and saved; a second signal kills.
         NonFiniteError: see `moe.train.loop`.
-        SystemExit: on a mesh, instead of a mistake found before the first step, except in the first process of a node.
+        SystemExit: on a mesh, for an error found before the first step, except in the first process of a node.
     """
     started = time.perf_counter()
     world, device = world_of(mesh), torch.device(settings.device) if mesh is None else mesh.device
@@ -138,7 +138,7 @@ def train(
         ):
             _run_steps(trainer, metrics, folder / "states", display, stopped)
         trainer.model.eval()
-        with uncompiled(settings):  # a sample has as many lengths as tokens
+        with uncompiled(settings):  # generation would compile for every length
             model = world.export(trainer.model, folder / "checkpoint")
             if model is None:
                 return None
@@ -157,22 +157,22 @@ def _describe(trainer: Trainer, folder: Path) -> str:
 def _describe_data(facts: dict[str, Any]) -> Iterator[str]:
     held_out = f"{facts['validation']['tokens']:,} validation tokens of {facts['validation']['documents']:,} documents"
     yield f"data: {facts['train']['tokens']:,} training tokens of {facts['train']['documents']:,} documents, {held_out}"
-    left_out = facts.get("left_out", {"count": 0})  # of a run that was begun before this was recorded
+    left_out = facts.get("left_out", {"count": 0})  # not recorded by earlier releases
     if left_out["count"]:
         names = ", ".join(left_out["first"]) + (", ..." if left_out["count"] > len(left_out["first"]) else "")
         yield f"data: {left_out['count']:,} files or folders left out: {names}"
     if dropped := facts.get("dropped_paragraphs"):
-        yield f"data: {dropped:,} paragraphs of training text dropped, because validation text has them too"
+        yield f"data: {dropped:,} paragraphs of training text dropped, because they also occur in the validation text"
 
 
 def _architecture(folder: Path, settings: Settings) -> ModelConfig:
-    """What the run began with, or, before it begins, what its settings say."""
+    """Return the config with which the run started; before the start, that of the settings."""
     file = folder / "model.json"
     return ModelConfig.from_dict(json.loads(file.read_text())) if file.exists() else read_architecture(settings)
 
 
 def _check(settings: Settings, config: ModelConfig, world: World, device: torch.device) -> None:
-    """Refuse what cannot be trained, before anything is written."""
+    """Raise ConfigError if the run cannot work, before anything is written."""
     check_experts(config)
     check_savable(config)
     if settings.seq_length > config.max_position_embeddings:
@@ -217,8 +217,8 @@ def _trainer(folder: Path, settings: Settings, world: World, device: torch.devic
         model.carried_files = dataset.carried_files()
     trainer = Trainer(model, dataset, settings, world=world)
     if settings.compile:
-        # Blocks, because those of one kind share their code. Static shapes: the bits of a step do not depend on what
-        # was compiled before it.
+        # Per block, because blocks of one kind share compiled code. Static shapes, so that the bits of a step do not
+        # depend on what was compiled before.
         for block in model.modules():
             if isinstance(block, Block):
                 block.compile(dynamic=False)
@@ -226,13 +226,13 @@ def _trainer(folder: Path, settings: Settings, world: World, device: torch.devic
 
 
 def _extend(folder: Path, settings: Settings, trainer: Trainer) -> str | None:
-    """Record another number of steps than the run had; returns what that changes, None without a change."""
+    """Record a changed number of steps; return a message about it, or None if it is unchanged."""
     file = folder / "settings.json"
     before, done = json.loads(file.read_text()), trainer.step_number
     if before["steps"] == settings.steps:
         return None
     if settings.steps < done:
-        raise ConfigError("--steps", settings.steps, f"at least {done}, the steps that the run has taken")
+        raise ConfigError("--steps", settings.steps, f"at least {done}, the steps already taken")
     write_json(file, before | {"steps": settings.steps})
     return (
         f"resuming after step {done}, with {settings.steps} steps instead of {before['steps']}: "
@@ -241,7 +241,7 @@ def _extend(folder: Path, settings: Settings, trainer: Trainer) -> str | None:
 
 
 def _load_state(trainer: Trainer, states: Path, console: Console) -> None:
-    """The newest state, of one process or of many, whichever this run is."""
+    """Load the newest state, saved by one process or by a mesh."""
     if is_safetensors_state(states):
         saved = load_latest_state(states)
         if saved is not None:
@@ -269,7 +269,7 @@ def _run_steps(trainer: Trainer, metrics: Metrics, states: Path, display: Progre
         at_end = step == settings.steps
         due = step == 0 or at_end or (settings.eval_every and step % settings.eval_every == 0)
         if due and step not in validated:
-            with uncompiled(settings):  # whose last windows have lengths of their own
+            with uncompiled(settings):  # the last windows have other lengths
                 evaluation = trainer.evaluate()
             metrics.write(
                 "validation",
@@ -351,7 +351,7 @@ def _plot(folder: Path, metrics: Metrics, load: LoadReport, baselines: dict[str,
 
 
 def _sample(trainer: Trainer, model: Transformer) -> dict[str, str]:
-    """The opening of the first held-out document, continued."""
+    """Generate a continuation of the first held-out document."""
     dataset = trainer.dataset
     opening = dataset.validation[: 1 + SAMPLE_PROMPT_TOKENS].astype(np.int64)
     ends = np.flatnonzero(opening[1:] == dataset.end_of_text)
@@ -369,7 +369,7 @@ def _sample(trainer: Trainer, model: Transformer) -> dict[str, str]:
 
 
 def _open_folder(folder: Path, settings: Settings, *, resume: bool, overwrite: bool) -> None:
-    """Make the folder this run's own, or refuse; what is deleted is a run's folder only."""
+    """Create or check the folder of the run. Only the folder of an earlier run is ever overwritten."""
     file = folder / "settings.json"
     deciding = settings.deciding()
     if resume:
@@ -381,18 +381,20 @@ def _open_folder(folder: Path, settings: Settings, *, resume: bool, overwrite: b
             raise CheckpointError(file, "not JSON") from None
         if not _is_settings(file):
             raise ConfigError("--resume", str(folder), "the folder of a run")
-        defaults = Settings().deciding()  # of settings that a run begun by an earlier release has not recorded
+        defaults = Settings().deciding()  # for settings that earlier releases did not record
         before = defaults | before
         differing = [name for name in deciding if name != "steps" and before[name] != deciding[name]]
         if differing:
             words = (f"{name} {before[name]!r} (now {deciding[name]!r})" for name in differing)
-            raise ConfigError("--resume", str(folder), f"the settings that the run began with: {', '.join(words)}")
+            raise ConfigError("--resume", str(folder), f"the settings with which the run started: {', '.join(words)}")
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not _is_settings(file):  # other programs have files of that name, too
             raise ConfigError("--out", str(folder), "a new or empty folder, or that of an earlier run")
         if not overwrite:
-            raise ConfigError("--out", str(folder), "a new folder, or --resume to go on, or --overwrite to begin again")
+            raise ConfigError(
+                "--out", str(folder), "a new folder, or --resume to continue, or --overwrite to start over"
+            )
         if _overwritten(folder).exists():
             shutil.rmtree(_overwritten(folder))
         os.replace(folder, _overwritten(folder))
@@ -406,7 +408,7 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def _overwritten(folder: Path) -> Path:
-    """Where a run that --overwrite replaces is kept until the new one is ready to begin."""
+    """Return the path where --overwrite keeps the old run until the new one starts."""
     return folder.with_name(f".{folder.name}.overwritten")
 
 
@@ -421,16 +423,15 @@ def _is_settings(file: Path) -> bool:
 def _warn_of_other_bits(console: Console, values: dict[str, Any]) -> None:
     for name, now in (("torch", torch.__version__), ("threads", torch.get_num_threads())):
         if values[name] != now:
-            say(
-                console, f"note: {name} was {values[name]} and is {now}: the last bits will differ from an unbroken run"
-            )
+            found = f"{name} was {values[name]} and is {now}"
+            say(console, f"note: {found}, so the result will not be bit-identical to that of an uninterrupted run")
 
 
 @contextlib.contextmanager
 def _stop_signals(console: Console, *, once_more_kills: bool) -> Iterator[list[int]]:
-    """A list that SIGINT or SIGTERM is put into; a second one does what it would do without us.
+    """Yield a list to which SIGINT or SIGTERM is appended. With `once_more_kills` a second signal kills the process.
 
-    Unless torchrun is there: it passes Ctrl-C on as a second signal at once, and kills what does not end in time.
+    torchrun needs False, because it forwards Ctrl-C as an immediate second signal, and has its own timeout.
     """
     stopped: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -440,7 +441,7 @@ def _stop_signals(console: Console, *, once_more_kills: bool) -> Iterator[list[i
         if once_more_kills:
             for each in before:
                 signal.signal(each, signal.SIG_DFL)
-        once_more = "; once more to stop at once" if once_more_kills else ""
+        once_more = "; press Ctrl-C again to quit immediately" if once_more_kills else ""
         if len(stopped) == 1:
             say(console, f"{signal.Signals(number).name}: finishing this step and saving{once_more}")
 

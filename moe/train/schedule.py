@@ -1,20 +1,20 @@
-"""The learning rate as a function of the step: nothing to save, nothing to resume."""
+"""Learning rate as a function of the step, without state."""
 
 import math
 from typing import Literal
 
 ScheduleName = Literal["cosine", "wsd"]
 
-FINAL_FRACTION = 0.1  # of the peak, where cosine ends
-DECAY_FRACTION = 0.3  # of all steps, in which warm-up-stable-decay goes to zero
+FINAL_FRACTION = 0.1  # final learning rate of "cosine", as a fraction of the peak
+DECAY_FRACTION = 0.3  # decay phase of "wsd", as a fraction of all steps
 
 
 def learning_rate_factor(step: int, *, steps: int, warmup: int, schedule: ScheduleName) -> float:
-    """What the peak learning rate is multiplied by at `step`, the first being 1 and the last `steps`.
+    """Return the factor of the peak learning rate at `step`, from 1 to `steps`.
 
     Linear warm-up over `warmup` steps. Then "cosine" falls to FINAL_FRACTION at the last step; "wsd"
-    (warm-up-stable-decay) stays at the peak and falls linearly over the last DECAY_FRACTION of all steps, to reach zero
-    one step past the last.
+    (warm-up-stable-decay) stays at the peak and falls linearly over the last DECAY_FRACTION of all steps, reaching zero
+    one step after the last.
     """
     if step <= warmup:
         return step / warmup

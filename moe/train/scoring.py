@@ -1,4 +1,4 @@
-"""Scoring a model on text: the validation of a training run, for any documents and checkpoint."""
+"""Scoring of a checkpoint on any text, as in the validation of a training run."""
 
 import math
 from pathlib import Path
@@ -21,16 +21,14 @@ MIN_TOKENS = 4
 
 
 def validation_of(run: Path) -> Dataset:
-    """The held-out text of a run of `moesmith train`."""
+    """Open the held-out text of a run of `moesmith train`."""
     if not (run / "data" / "data.json").is_file():
-        raise ConfigError(
-            "--data", None, f"files or folders; {run} is no run of `moesmith train` that has held text out"
-        )
+        raise ConfigError("--data", None, f"files or folders; {run} is not the folder of a training run")
     return open_dataset(run / "data")
 
 
 def pack(documents: Documents, tokenizer: Tokenizer, end: int) -> Dataset:
-    """All of `documents` as the validation part of a dataset, packed in memory as `prepare` packs them on disk."""
+    """Pack all `documents` in memory, as the validation split of a dataset."""
     tokens: list[np.ndarray] = []
     facts = {"vocab_size": vocabulary_size(tokenizer), "validation_bytes": 0}
     count = -1  # the first piece is <end> alone
@@ -45,11 +43,11 @@ def pack(documents: Documents, tokenizer: Tokenizer, end: int) -> Dataset:
 
 
 def score(model: Transformer, dataset: Dataset, settings: Settings) -> dict[str, Any]:
-    """Score the validation part of `dataset` by `Trainer.evaluate`, in windows of `settings.seq_length`.
+    """Score the validation split of `dataset` by `Trainer.evaluate`, in windows of `settings.seq_length`.
 
     Returns:
-        JSON values: tokens scored, documents, bytes that they spell, nats_per_token, perplexity, bits_per_byte, and
-        for each layer with experts max_vio, dead_experts and tokens (per expert).
+        JSON values: scored tokens, documents, bytes of text, nats_per_token, perplexity, bits_per_byte, and for each
+        layer with experts max_vio, dead_experts and tokens (per expert).
     """
     check_experts(model.config)
     with deterministic():
@@ -62,13 +60,13 @@ def score(model: Transformer, dataset: Dataset, settings: Settings) -> dict[str,
         "bytes": found.text_bytes,
         "seq_length": settings.seq_length,
         "nats_per_token": found.nats_per_token,
-        "perplexity": math.exp(min(found.nats_per_token, 700.0)),  # exp(710) is beyond all floats
+        "perplexity": math.exp(min(found.nats_per_token, 700.0)),  # exp(710) overflows
         "bits_per_byte": found.bits_per_byte,
         "load": load_rows(load),
     }
 
 
 def load_rows(load: LoadReport) -> list[dict[str, Any]]:
-    """JSON values of a load report, one object for each layer."""
+    """Convert a load report to JSON values, one object per layer."""
     rows = zip(load.layers, load.max_vio, load.dead_experts, load.load.tolist(), strict=True)
     return [{"layer": name, "max_vio": vio, "dead_experts": dead, "tokens": counts} for name, vio, dead, counts in rows]

@@ -1,7 +1,7 @@
-"""Saved training states: folders that are whole or not there. safetensors and JSON, no pickle.
+"""Saved training states: folders of safetensors and JSON, written atomically.
 
-`states/step-000040/` holds tensors.safetensors and state.json. A state is written beside its final place, synced and
-renamed, so that whatever ends the process leaves the states before it untouched.
+`states/step-000040/` contains tensors.safetensors and state.json. A state is written to a temporary folder, synced and
+renamed, so a crash leaves earlier states unchanged.
 """
 
 import json
@@ -23,10 +23,10 @@ _PARTIAL = ".partial"
 
 
 def save_state(folder: Path, tensors: dict[str, Tensor], values: dict[str, Any], *, keep: int) -> Path:
-    """Write the state of step `values["step"]` below `folder`; then delete all but the `keep` newest."""
+    """Write the state of step `values["step"]` to `folder`, then delete all but the `keep` newest states."""
     check_dense(tensors, folder)
     final = folder / f"step-{values['step']:06d}"
-    if not final.exists():  # a resumed run may be interrupted before its first step: that state is here already
+    if not final.exists():  # a resumed run interrupted before its first step has saved this state already
         partial = folder / (final.name + _PARTIAL)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -43,9 +43,9 @@ def save_state(folder: Path, tensors: dict[str, Tensor], values: dict[str, Any],
 
 
 def load_latest_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """What `save_state` wrote last below `folder`; None if there is nothing. Leftovers of a killed save are removed."""
+    """Load the newest state that `save_state` wrote to `folder`; None if there is none. Removes incomplete states."""
     for leftover in folder.glob("step-*" + _PARTIAL):
-        shutil.rmtree(leftover, ignore_errors=True)  # another rank may be at it
+        shutil.rmtree(leftover, ignore_errors=True)  # another rank may be removing it
     states = saved_steps(folder)
     if not states:
         return None
@@ -54,11 +54,11 @@ def load_latest_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] 
         return load_file(states[-1] / "tensors.safetensors"), values
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
-            states[-1], f"not a training state: {error}; delete it to go on from an earlier one"
+            states[-1], f"not a training state: {error}; delete it to resume from an earlier one"
         ) from None
 
 
 def is_safetensors_state(folder: Path) -> bool:
-    """Whether the newest state, if there is any, is one of `save_state`, and not of many ranks."""
+    """Return whether the newest state, if any, was written by `save_state` and not by a mesh."""
     states = saved_steps(folder)
     return not states or (states[-1] / "tensors.safetensors").exists()

@@ -1,4 +1,4 @@
-"""Tokenizers: training one, finding one, and what a checkpoint keeps of the files beside it."""
+"""Tokenizers: training, loading, and settings to keep in an exported checkpoint."""
 
 import json
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from moe.checkpoint.reading.hub import find, is_name
 from moe.errors import CheckpointError, ConfigError
 
 END_OF_TEXT = "<|endoftext|>"
-# What released tokenizers call the token between documents, for a tokenizer.json without a tokenizer_config.json.
+# End-of-text tokens of released tokenizers, for a tokenizer.json without a tokenizer_config.json.
 END_OF_TEXT_NAMES = (
     END_OF_TEXT,
     "<｜end▁of▁sentence｜>",  # noqa: RUF001 (DeepSeek's)
@@ -25,7 +25,7 @@ END_OF_TEXT_NAMES = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE with at most `vocab_size` tokens, END_OF_TEXT among them; the same texts give the same one."""
+    """Train a byte-level BPE tokenizer of at most `vocab_size` tokens, END_OF_TEXT included; deterministic."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
@@ -51,9 +51,10 @@ def find_tokenizer(path: Path) -> Path:
 
 
 def load_tokenizer(path: Path) -> tuple[Tokenizer, str]:
-    """(tokenizer, end-of-text token) of a tokenizer.json.
+    """Return (tokenizer, end-of-text token) of a tokenizer.json.
 
-    The token is the `eos_token` of the tokenizer_config.json beside it, else the first of END_OF_TEXT_NAMES there is.
+    The token is the `eos_token` of the tokenizer_config.json in the same folder, otherwise the first of
+    END_OF_TEXT_NAMES that exists.
     """
     try:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
@@ -72,19 +73,19 @@ def load_tokenizer(path: Path) -> tuple[Tokenizer, str]:
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """One more than the largest id, which is more than the number of tokens if there are gaps between the ids."""
+    """Return the largest id plus one, which exceeds the number of tokens if ids have gaps."""
     return 1 + max(tokenizer.get_vocab().values())
 
 
 def check_vocabulary(path: Path, vocab_size: int, option: str) -> None:
-    """Raise ConfigError if the tokenizer that `path` names has an id that a model of `vocab_size` tokens has not."""
+    """Raise ConfigError if the tokenizer given by `path` has an id that is not below `vocab_size`."""
     found = vocabulary_size(load_tokenizer(find_tokenizer(path))[0])
     if found > vocab_size:
-        raise ConfigError(option, str(path), f"a tokenizer of at most {vocab_size} tokens, as the model; found {found}")
+        raise ConfigError(option, str(path), f"a tokenizer of at most {vocab_size} tokens; found {found}")
 
 
 def _read_beside(path: Path) -> dict[str, Any]:
-    """The object in the tokenizer_config.json beside a tokenizer.json; empty if there is none."""
+    """Read the tokenizer_config.json in the folder of a tokenizer.json; empty if there is none."""
     beside = path.with_name("tokenizer_config.json")
     try:
         return {**json.loads(beside.read_text(encoding="utf-8"))} if beside.is_file() else {}
@@ -93,10 +94,9 @@ def _read_beside(path: Path) -> dict[str, Any]:
 
 
 def read_tokenizer_settings(tokenizer_path: Path) -> dict[str, Any]:
-    """What an exported checkpoint keeps of the files beside a tokenizer.json: "chat_template" and "pad_token".
+    """Read "chat_template" and "pad_token", for an exported checkpoint, from the folder of a tokenizer.json.
 
-    chat_template.jinja goes before the chat_template of tokenizer_config.json, as in transformers. Keys that the files
-    do not give are absent.
+    As in transformers, chat_template.jinja takes precedence over tokenizer_config.json. Missing keys are omitted.
     """
     values = _read_beside(tokenizer_path)
     found = {"chat_template": values.get("chat_template"), "pad_token": special_token(values, "pad_token")}

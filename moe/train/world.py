@@ -1,4 +1,4 @@
-"""The processes that train one model together: what a `Trainer` needs from all of them."""
+"""Communication of a `Trainer` with the other processes that train the same model."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # importing it takes half a second
 
 
 class World:
-    """A process that trains alone, and the base class of `MeshWorld`. All ranks call the same methods in one order.
+    """World of a single process, and base class of `MeshWorld`. All ranks call the same methods in the same order.
 
     Attributes: rank, size, launched (by torchrun, which sends its processes the signals that it receives).
     """
@@ -40,11 +40,11 @@ class World:
         """Set the optimizer step that errors of collectives name."""
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over the ranks of a tensor of any shape."""
+        """Sum a tensor of any shape over the ranks."""
         return values
 
     def gather(self, value: Any) -> list[Any]:
-        """Values of all ranks, by rank."""
+        """Return the values of all ranks, by rank."""
         return [value]
 
     def together(self) -> contextlib.AbstractContextManager[None]:
@@ -59,11 +59,11 @@ class World:
         return nn.utils.clip_grad_norm_(parameters, limit)
 
     def part_like(self, tensor: Tensor, parameter: Tensor) -> Tensor:
-        """This rank's part of a whole tensor, distributed as `parameter` is."""
+        """Return this rank's part of a full tensor, sharded as `parameter` is."""
         return tensor
 
     def save_state(self, trainer: Any, states: Path, *, wait: bool) -> Path:
-        """Save the state of a `Trainer` below `states`; returns its folder, with `wait` once it is on disk."""
+        """Save the state of a `Trainer` to `states` and return its folder; with `wait`, after it is on disk."""
         return save_state(states, *trainer.state(), keep=trainer.settings.keep)
 
     def export(self, model: Transformer, folder: Path) -> Transformer | None:
@@ -73,10 +73,10 @@ class World:
 
 
 class MeshWorld(World):
-    """A rank of a mesh. All methods but `begin_step` and `part_like` are collective calls."""
+    """World of the ranks of a mesh. All methods except `begin_step` and `part_like` are collective."""
 
     def __init__(self, mesh: "moe.parallel.Mesh") -> None:
-        # Whoever has a mesh has imported moe.parallel already.
+        # A caller with a mesh has already imported moe.parallel.
         self.mesh, self.rank, self.size, self.launched = mesh, dist.get_rank(), mesh.size, True
         self.writer: moe.parallel.StateWriter | None = None
 
@@ -124,10 +124,10 @@ class MeshWorld(World):
 
     def export(self, model: Transformer, folder: Path) -> Transformer | None:
         moe.parallel.export(model, folder)
-        # To generate with `model`, every rank would have to take part and draw the same tokens.
+        # Generating with `model` would require every rank to take part and to draw the same tokens.
         return None if self.rank else load(folder, dtype=torch.float32)
 
 
 def world_of(mesh: "moe.parallel.Mesh | None") -> World:
-    """The world of all ranks of `mesh`, or, without one, of this process alone."""
+    """Return the world of all ranks of `mesh`, or of this process alone if `mesh` is None."""
     return World() if mesh is None else MeshWorld(mesh)

@@ -149,7 +149,7 @@ def test_e():
     torch.cuda.is_initialized, torch.cuda.synchronize = (lambda: True), lost
     assert 3 == 4
 def test_f(): pass
-def test_g(): warnings.warn("torch's operators run on cuda in the place of moesmith's Triton kernels", RuntimeWarning)
+def test_g(): warnings.warn("torch's operators run on cuda instead of moesmith's Triton kernels", RuntimeWarning)
 def test_h(): os._exit(0)
 """)
     assert call(out, stage("kernels", pytest_task("part", file))) == 1
@@ -525,7 +525,7 @@ def test_a_check_of_nan_fails(tmp_path: Path) -> None:
 
 
 def test_the_kernels_absence_fails_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    message = "torch's operators run on cuda in the place of moesmith's Triton kernels: cannot import moe_triton"
+    message = "torch's operators run on cuda instead of moesmith's Triton kernels: cannot import moe_triton"
     monkeypatch.setitem(steps.STEPS, "probe", lambda step: warnings.warn(message, RuntimeWarning, stacklevel=1))
     with warnings.catch_warnings(action="ignore"):  # as outside pytest, where no warning is an error
         status, lines = run_step("probe", tmp_path)

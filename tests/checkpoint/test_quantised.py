@@ -186,7 +186,7 @@ def test_a_refused_cast_leaves_the_model_as_it_was(made: Folders) -> None:
     with torch.no_grad():
         before = kept(IDS).logits
         for cast in (kept.float, kept.half, kept.bfloat16):
-            with pytest.raises(TypeError, match="would lose the quantised weights"):
+            with pytest.raises(TypeError, match="would destroy the quantised weights"):
                 cast()
             assert torch.equal(kept(IDS).logits, before)
 

@@ -173,7 +173,7 @@ def test_logits_that_are_not_numbers(capsys, folder, tmp_path):
     model.norm.weight.data[3] = float("nan")
     model.save(tmp_path / "nan")
     line = fails_in_one_line(capsys, "generate", str(tmp_path / "nan"), "--prompt", "a", "--json")
-    assert f"{tmp_path / 'nan'}: step 1: the logits of sequence 0 hold NaN; expected finite numbers" in line
+    assert f"{tmp_path / 'nan'}: step 1: the logits of sequence 0 contain NaN; expected finite numbers" in line
 
 
 def test_a_tokenizer_that_truncates_and_pads(capsys, folder, tmp_path):

@@ -472,7 +472,7 @@ def test_transformers_missing_or_too_old(version: str | None) -> None:
     )
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("ImportError: moe.integrations.transformers needs transformers 5.17 or later")
+    assert last.startswith("ImportError: moe.integrations.transformers requires transformers 5.17 or later")
     assert (version or "transformers") in last
 
 

@@ -93,7 +93,7 @@ def test_tier_triton_on_the_cpu() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     i = BY_NAME["ragged"].inputs(torch.float32)
-    with pytest.raises(ValueError, match="tier = 'triton': tensors are on the CPU, where kernels run only by Triton's"):
+    with pytest.raises(ValueError, match="tier = 'triton': tensors are on the CPU, where kernels run only in Triton's"):
         ops.moe_mlp(i.x, i.gate_up, i.down, i.weights, i.expert_ids, tier="triton")
 
 

@@ -247,7 +247,7 @@ def test_attach_refuses_what_cannot_work() -> None:
         balance.attach(model, optimizer)
     model = Other()
     balance.attach(model, optimizer)
-    with pytest.raises(ValueError, match="attached already"):
+    with pytest.raises(ValueError, match="already attached"):
         balance.attach(model, optimizer)
 
 

@@ -413,7 +413,7 @@ GOOD = moe.Routing(torch.ones(6, 3), IDS, torch.ones(6, 8))
         (
             {"x": torch.ones(6, 24, dtype=torch.float64)},
             TypeError,
-            "x is torch.float64: expected torch.float32, as the",
+            "x is torch.float64: expected torch.float32, the dtype",
         ),
         ({"x": torch.ones(6, 24, dtype=torch.bfloat16)}, TypeError, "x is torch.bfloat16: expected torch.float32"),
         ({"x": torch.ones(24)}, ValueError, "x has shape (24,): expected [..., S, 24]"),

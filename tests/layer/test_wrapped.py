@@ -255,7 +255,7 @@ def test_a_reentrant_checkpoint_loses_the_balance_loss_and_is_refused(around: st
         model.layers[1] = wrap(model.layers[1])
     else:
         model.mtp[0] = wrap(model.mtp[0])
-    with pytest.raises(ValueError, match="checkpoint it with use_reentrant=False"):
+    with pytest.raises(ValueError, match="detached them; expected use_reentrant=False"):
         model(ids, labels=ids if with_labels else None)
 
 
@@ -336,7 +336,7 @@ def test_padding_stays_zero_when_something_adds_to_it() -> None:
 def test_a_gate_must_return_a_routing() -> None:
     layer = moe.MoELayer(32, 16, 8, 2, seed=0)
     layer.gate = nn.Linear(32, 8)  # pyright: ignore[reportAttributeAccessIssue]
-    with pytest.raises(TypeError, match="gate: expected it to return a Routing, found Tensor"):
+    with pytest.raises(TypeError, match="gate: expected a Routing as its result; found Tensor"):
         layer(torch.randn(2, 5, 32))
 
 

@@ -44,7 +44,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"topk_method": None}, "topk_method", "noaux_tc"),
     ({"norm_topk_prob": 1}, "norm_topk_prob", "true or false"),
     ({"first_k_dense_replace": 62}, "first_k_dense_replace", "num_hidden_layers (61)"),
-    ({"qk_nope_head_dim": None}, "qk_nope_head_dim", "kv_lora_rank asks for MLA"),
+    ({"qk_nope_head_dim": None}, "qk_nope_head_dim", "kv_lora_rank selects MLA"),
     ({"head_dim": 64}, "head_dim", "None with MLA"),
     ({"num_key_value_heads": 8}, "num_key_value_heads", "num_attention_heads (128)"),
     ({"qk_norm": "head"}, "qk_norm", "'none' with MLA"),

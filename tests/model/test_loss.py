@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from moe.loss import next_token_loss, taking_part, targets
+from moe.loss import next_token_loss, targets, valid_positions
 
 
 def definition(logits: Tensor, labels: Tensor, ahead: int, documents: Tensor | None, real: Tensor | None) -> Tensor:
@@ -85,7 +85,7 @@ def test_a_second_derivative_is_refused(outer, checkpointed):
         assert all(torch.equal(a, b) and not b.requires_grad for a, b in zip(grads, plain, strict=True))
         for grad in grads:
             for wanted in leaves:
-                with pytest.raises(RuntimeError, match="next_token_loss: differentiable once, and this is a second"):
+                with pytest.raises(RuntimeError, match="next_token_loss: differentiable once; this is a second"):
                     torch.autograd.grad(grad.square().sum(), wanted, retain_graph=True)
 
 
@@ -138,7 +138,7 @@ def test_targets_are_those_of_the_loss():
     documents = torch.tensor([[0, 0, 0, 0, 1, 1], [0, 1, 0, 1, 1, 1]])
     target, count = targets(labels, 1, 6, documents, None)
     assert target.tolist() == [[6, -100, 8, -100, 1, -100], [-100, -100, -100, 5, 9, -100]] and count == 5
-    part = taking_part(2, labels.new_ones(2, 6).bool(), documents)
+    part = valid_positions(2, labels.new_ones(2, 6).bool(), documents)
     assert part is not None
     assert part.tolist() == [[True, True, False, False], [False] * 3 + [True]], "the second row's begin in turns"
     target, count = targets(labels, 3, 4, documents, part)

@@ -244,10 +244,10 @@ def test_casts_are_refused_and_change_nothing(cast: str) -> None:
             assert {k: after[k] for k in module.quantized} == {k: before[k] for k in module.quantized}
             continue
         message = (
-            rf"^{type(module).__name__}\.\w+: a cast from torch\.\w+ to torch\.\w+ would lose the quantised weights"
+            rf"^{type(module).__name__}\.\w+: a cast from torch\.\w+ to torch\.\w+ would destroy the quantised weights"
         )
         for whole in (module, inside):
-            with pytest.raises(TypeError, match=message + "; give it x in the dtype to compute in, or load"):
+            with pytest.raises(TypeError, match=message + "; pass x in the compute dtype, or load"):
                 CASTS[cast](whole)
         assert {k: v.dtype for k, v in module.state_dict().items()} == before
         assert torch.equal(module(*args), expected)
@@ -316,7 +316,7 @@ def test_inference_mode_and_second_derivatives() -> None:
                     assert not grad.requires_grad
                     continue
                 for inputs in ([a], None):
-                    with pytest.raises(RuntimeError, match="differentiable once, and this is a second differentiation"):
+                    with pytest.raises(RuntimeError, match="differentiable once; this is a second differentiation"):
                         grad.sum().backward(retain_graph=True, inputs=inputs)
         assert a.grad is None
 
@@ -455,20 +455,20 @@ def test_refusals() -> None:
         module(x, weights, ids.fill_(6))
     with pytest.raises(IndexError, match=r"expert_ids: -2 is neither -1 nor in \[0, 6\)"):
         module(x, weights, ids.fill_(-2))
-    with pytest.raises(ValueError, match=r"x: expected \[T, 64\], got \(3, 63\)"):
+    with pytest.raises(ValueError, match=r"x: expected \[T, 64\]; found \(3, 63\)"):
         module(x[:, 1:], weights, ids)
-    with pytest.raises(TypeError, match=r"weights: expected float32 or float64, got torch\.bfloat16"):
+    with pytest.raises(TypeError, match=r"weights: expected float32 or float64; found torch\.bfloat16"):
         module(x, weights.bfloat16(), ids)
     parts = module.gate_up_proj, module.gate_up_proj_scale_inv, module.down_proj, module.down_proj_scale_inv
     with pytest.raises(ValueError, match=r"scale_inv: expected \[6, 2, 1\] .* blocks of 128 x 128 in 2 parts"):
         FP8Experts.from_parts(*parts, block_size=(128, 128))
-    with pytest.raises(ValueError, match=r"down: expected \[6, 64, 32\], got \(5, 64, 32\)"):
+    with pytest.raises(ValueError, match=r"down: expected \[6, 64, 32\]; found \(5, 64, 32\)"):
         FP8Experts.from_parts(*parts[:2], parts[2][:5], parts[3][:5], block_size=BLOCK)
-    with pytest.raises(ValueError, match=r"gate_up_bias: expected \[6, 64\], got \(64, 6\)"):
+    with pytest.raises(ValueError, match=r"gate_up_bias: expected \[6, 64\]; found \(64, 6\)"):
         FP8Experts.from_parts(*parts, block_size=BLOCK, gate_up_bias=torch.ones(64, 6))
-    with pytest.raises(ValueError, match=r"scale_inv: expected \[3, 3\] .* got \[3, 2\]"):
+    with pytest.raises(ValueError, match=r"scale_inv: expected \[3, 3\] .* found \[3, 2\]"):
         FP8Linear.from_parts(linear(False).weight, torch.ones(3, 2), block_size=(4, 8))
-    with pytest.raises(ValueError, match=r"bias: expected \[9\], got \(20,\)"):
+    with pytest.raises(ValueError, match=r"bias: expected \[9\]; found \(20,\)"):
         FP8Linear.from_parts(linear(False).weight, torch.ones(3, 3), torch.ones(20), block_size=(4, 8))
     with pytest.raises(ValueError, match="hidden = 40: expected a multiple of 32"):
         MXFP4Experts(2, 64, 40)

@@ -220,7 +220,7 @@ def test_second_derivatives_are_refused(name: str, squared: bool, checkpointed: 
         assert not grads[0].requires_grad
         return
     for grad in grads:
-        with pytest.raises(RuntimeError, match="differentiable once, and this is a second differentiation"):
+        with pytest.raises(RuntimeError, match="differentiable once; this is a second differentiation"):
             torch.autograd.grad(grad.sum(), leaves, retain_graph=True)
         with pytest.raises(RuntimeError, match="differentiable once"):
             grad.sum().backward(retain_graph=True)
@@ -230,7 +230,7 @@ def test_second_derivatives_are_refused(name: str, squared: bool, checkpointed: 
 def test_forward_mode_is_refused() -> None:
     x = torch.randn(2, 4)
     with forward_ad.dual_level():
-        with pytest.raises(NotImplementedError, match="no forward-mode gradient"):
+        with pytest.raises(NotImplementedError, match="forward-mode gradients are not supported"):
             ops.swiglu(forward_ad.make_dual(x, x))
         assert torch.equal(ops.swiglu(x), ops.swiglu(x.clone()))  # what has no tangent
 
@@ -330,7 +330,7 @@ ROWS, OFFS = torch.zeros(6, 4), torch.tensor([2, 6], dtype=torch.int32)
 STACK = torch.zeros(2, 4, 3)
 FAST: Any = "fast"
 NO_TIER = "tier = 'fast': expected 'auto', 'triton' or 'reference'"
-NO_KERNELS = "tier = 'triton': tensors are on the CPU, where kernels run only by Triton's interpreter"
+NO_KERNELS = "tier = 'triton': tensors are on the CPU, where kernels run only in Triton's interpreter"
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "id above": (changed(expert_ids=with_id(8)), IndexError, r"8 is neither -1 nor in \[0, 8\)"),
     "id below": (changed(expert_ids=with_id(-2)), IndexError, "-2 is neither"),
@@ -346,14 +346,18 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "negative experts": (lambda: ops.permute(GOOD.x, GOOD.expert_ids, -1), ValueError, "num_experts = -1: expected 0"),
     "id in permute": (lambda: ops.permute(GOOD.x, with_id(77), 8), IndexError, "77 is neither"),
-    "int32 ids": (changed(expert_ids=GOOD.expert_ids.int()), TypeError, "expert_ids: expected int64, got torch.int32"),
+    "int32 ids": (
+        changed(expert_ids=GOOD.expert_ids.int()),
+        TypeError,
+        "expert_ids: expected int64; found torch.int32",
+    ),
     "ids of other tokens": (changed(expert_ids=GOOD.expert_ids[1:]), ValueError, r"expert_ids: expected \[61, K\]"),
-    "half weights": (changed(weights=GOOD.weights.half()), TypeError, "routing weights are never cast"),
+    "half weights": (changed(weights=GOOD.weights.half()), TypeError, "do not cast routing weights"),
     "weights of other shape": (changed(weights=GOOD.weights[:, :1]), ValueError, r"weights: expected \(61, 3\)"),
     "three dimensions": (changed(x=GOOD.x[None]), ValueError, r"x: expected \[T, D\]"),
     "gate_up transposed": (changed(gate_up=GOOD.gate_up.mT), ValueError, r"gate_up: expected \[E, 2F, 24\]"),
     "down transposed": (changed(down=GOOD.down.mT), ValueError, r"down: expected \[8, 24, 40\]"),
-    "mixed dtypes": (changed(down=GOOD.down.double()), TypeError, "down: expected torch.float32 as x has"),
+    "mixed dtypes": (changed(down=GOOD.down.double()), TypeError, "down: expected torch.float32, the dtype of x"),
     "integers": (changed(x=GOOD.x.long()), TypeError, "x: expected float32, float64, bfloat16 or float16"),
     "bias of other shape": (changed(down_bias=GOOD.gate_up_bias), ValueError, r"down_bias: expected \[8, 24\]"),
     "unknown tier": (lambda: fused(GOOD, tier="fast"), ValueError, NO_TIER),
@@ -368,20 +372,24 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "kernels of a routing on the CPU": (lambda: ops.route(ROWS, top_k=1, tier="triton"), ValueError, NO_KERNELS),
     "negative limit": (lambda: ops.SwiGLU(-1.0), ValueError, "limit = -1.0: expected a positive number"),
     "NaN limit": (lambda: ops.SwiGLU(float("nan")), ValueError, "limit = nan"),
-    "odd halves": (lambda: ops.swiglu(torch.zeros(2, 3)), ValueError, "last dimension must be even"),
+    "odd halves": (lambda: ops.swiglu(torch.zeros(2, 3)), ValueError, "gate_up: expected an even last dimension"),
     "weights of unpermute": (
         lambda: ops.unpermute(ROWS, torch.zeros(3, 2).long(), torch.zeros(3, 2).bfloat16()),
         TypeError,
         "weights: expected float32 or float64",
     ),
-    "no offs": (lambda: ops.grouped_mm(ROWS, STACK), ValueError, "offs: needed"),
+    "no offs": (lambda: ops.grouped_mm(ROWS, STACK), ValueError, r"offs: expected \[G\] int32"),
     "offs for a batch": (lambda: ops.grouped_mm(STACK.mT, STACK, OFFS), ValueError, "offs: expected None"),
     "long offs": (lambda: ops.grouped_mm(ROWS, STACK, OFFS.long()), TypeError, "offs: expected int32"),
     "offs of other groups": (lambda: ops.grouped_mm(ROWS, STACK, OFFS[:1]), ValueError, r"offs: expected \[2\]"),
-    "falling offs": (lambda: ops.grouped_mm(ROWS, STACK, OFFS.flip(0)), ValueError, r"got \[6, 2\]"),
-    "offs past the end": (lambda: ops.grouped_mm(ROWS, STACK, OFFS + 1), ValueError, r"up to 6, got \[3, 7\]"),
-    "inner sizes": (lambda: ops.grouped_mm(ROWS, STACK.mT, OFFS), ValueError, "inner sizes differ"),
-    "groups of a batch": (lambda: ops.grouped_mm(STACK.mT, STACK[:1]), ValueError, "2 groups and 1 groups"),
+    "falling offs": (lambda: ops.grouped_mm(ROWS, STACK, OFFS.flip(0)), ValueError, r"found \[6, 2\]"),
+    "offs past the end": (lambda: ops.grouped_mm(ROWS, STACK, OFFS + 1), ValueError, r"up to 6; found \[3, 7\]"),
+    "inner sizes": (lambda: ops.grouped_mm(ROWS, STACK.mT, OFFS), ValueError, "expected equal inner sizes"),
+    "groups of a batch": (
+        lambda: ops.grouped_mm(STACK.mT, STACK[:1]),
+        ValueError,
+        "equal numbers of groups; found 2 and 1",
+    ),
     "a vector": (lambda: ops.grouped_mm(ROWS[0], STACK, OFFS), ValueError, "two or three dimensions"),
     "two dtypes": (lambda: ops.grouped_mm(ROWS, STACK.double(), OFFS), TypeError, "one floating dtype for both"),
     "bias": (lambda: ops.grouped_mm(ROWS, STACK, OFFS, bias=ROWS), ValueError, "bias: not supported"),
@@ -420,9 +428,7 @@ def kernels_of(*dtypes: torch.dtype, tier: str = "auto", device: str = "cuda:0")
 
 
 def test_cuda_without_kernels_warns_once(no_kernels: None) -> None:
-    message = (
-        r"on cuda in the place of moesmith's Triton kernels: cannot import moe_triton \(.*\); install moesmith, or"
-    )
+    message = r"on cuda instead of moesmith's Triton kernels: cannot import moe_triton \(.*\); install moesmith, or"
     with pytest.warns(RuntimeWarning, match=message) as warned:
         for device in ("cuda:0", "cuda:0", "cuda:1"):
             assert kernels_of(torch.bfloat16, torch.float32, device=device) is None
@@ -450,7 +456,7 @@ def test_float64_on_cuda_is_torchs_without_a_warning(no_kernels: None) -> None:
 def test_the_warning_does_not_break_a_compiled_graph(no_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Operators of tensors on the CPU, chosen as if they were on a GPU."""
     chosen, tensors = library.kernels_for, [cast(Tensor, OnGpu())]
-    monkeypatch.setattr(library, "kernels_for", lambda page, _, tier: chosen(page, tensors, tier))
+    monkeypatch.setattr(library, "kernels_for", lambda name, _, tier: chosen(name, tensors, tier))
     torch._dynamo.reset()
     compiled = torch.compile(whole_layer, fullgraph=True, backend="aot_eager")
     arguments = (torch.randn(37, 8), None, Case("compiled", 37, 24, 40, 8, 3).inputs(torch.float32))

@@ -158,34 +158,36 @@ def test_powers_of_two_as_float8_and_as_float32() -> None:
 def test_refusals_name_what_was_expected_and_found() -> None:
     weight, scale = random_codes(9, 20), torch.ones(3, 3)
     with pytest.raises(
-        ValueError, match=r"expected \[3, 2\] for a weight of \[9, 20\] in blocks of 4 x 16, got \[3, 3"
+        ValueError, match=r"expected \[3, 2\] for a weight of \[9, 20\] in blocks of 4 x 16; found \[3, 3"
     ):
         ops.dequantize_blocks(weight, scale, (4, 16))
-    with pytest.raises(ValueError, match=r"scale_inv: expected \[3, 2\] .* got \[2, 3\]"):  # transposed
+    with pytest.raises(ValueError, match=r"scale_inv: expected \[3, 2\] .* found \[2, 3\]"):  # transposed
         ops.dequantize_blocks(weight, torch.ones(2, 3), (4, 16))
-    with pytest.raises(ValueError, match=r"scale_inv: expected \[1, 1\] .* blocks of 128 x 128, got \[3, 3\]"):
+    with pytest.raises(ValueError, match=r"scale_inv: expected \[1, 1\] .* blocks of 128 x 128; found \[3, 3\]"):
         ops.dequantize_blocks(weight, scale)
-    with pytest.raises(ValueError, match=r"expected \[6, 3\] .* in blocks of 4 x 8 in 2 parts, got \[5, 3\]"):
+    with pytest.raises(ValueError, match=r"expected \[6, 3\] .* in blocks of 4 x 8 in 2 parts; found \[5, 3\]"):
         ops.dequantize_blocks(random_codes(18, 20), torch.ones(5, 3), (4, 8), halves=2)
-    with pytest.raises(ValueError, match=r"weight: expected \[..., N, K\], N a multiple of halves = 2, got \(9, 20\)"):
+    with pytest.raises(
+        ValueError, match=r"weight: expected \[..., N, K\], N a multiple of halves = 2; found \(9, 20\)"
+    ):
         ops.dequantize_blocks(weight, scale, (4, 8), halves=2)
     with pytest.raises(ValueError, match="halves = 0: expected a positive number"):
         ops.dequantize_blocks(weight, scale, (4, 8), halves=0)
     with pytest.raises(ValueError, match=r"block_size = \(0, 8\): expected two positive numbers"):
         ops.dequantize_blocks(weight, scale, (0, 8))
-    with pytest.raises(ValueError, match=r"weight: expected \[..., N, K\], N, got \(9,\)"):
+    with pytest.raises(ValueError, match=r"weight: expected \[..., N, K\], N; found \(9,\)"):
         ops.dequantize_blocks(weight[:, 0], scale, (4, 8))
-    with pytest.raises(TypeError, match=r"weight: expected float8_e4m3fn, got torch\.float8_e5m2"):
+    with pytest.raises(TypeError, match=r"weight: expected float8_e4m3fn; found torch\.float8_e5m2"):
         ops.dequantize_blocks(weight.view(torch.float8_e5m2), scale, (4, 8))
-    with pytest.raises(TypeError, match=r"scale_inv: expected float32 or float8_e8m0fnu, got torch\.bfloat16"):
+    with pytest.raises(TypeError, match=r"scale_inv: expected float32 or float8_e8m0fnu; found torch\.bfloat16"):
         ops.dequantize_blocks(weight, scale.bfloat16(), (4, 8))
-    with pytest.raises(TypeError, match=r"dtype: expected float32, .* got torch\.int8"):
+    with pytest.raises(TypeError, match=r"dtype: expected float32, .* found torch\.int8"):
         ops.dequantize_blocks(weight, scale, (4, 8), torch.int8)
-    with pytest.raises(TypeError, match=r"dtype: expected float32, .* got torch\.float8_e4m3fn"):
+    with pytest.raises(TypeError, match=r"dtype: expected float32, .* found torch\.float8_e4m3fn"):
         ops.dequantize_blocks(weight, scale, (4, 8), out=weight)
-    with pytest.raises(ValueError, match=r"out: expected \[9, 20\] on cpu, got \[20, 9\] on cpu"):
+    with pytest.raises(ValueError, match=r"out: expected \[9, 20\] on cpu; found \[20, 9\] on cpu"):
         ops.dequantize_blocks(weight, scale, (4, 8), out=torch.empty(20, 9))
-    with pytest.raises(TypeError, match=r"weight: expected float32, bfloat16 or float16, got torch\.float64"):
+    with pytest.raises(TypeError, match=r"weight: expected float32, bfloat16 or float16; found torch\.float64"):
         ops.quantize_blocks(torch.ones(2, 2, dtype=torch.float64))
     with pytest.raises(ValueError, match="scale_fmt = 'e8m0': expected None or 'ue8m0'"):
         ops.quantize_blocks(torch.ones(2, 2), scale_fmt="e8m0")  # pyright: ignore[reportArgumentType]
@@ -381,19 +383,19 @@ def test_mxfp4_keeps_its_own_numbers() -> None:
 
 def test_mxfp4_refusals() -> None:
     blocks, scales = torch.zeros(3, 2, 16, dtype=torch.uint8), torch.zeros(3, 2, dtype=torch.uint8)
-    with pytest.raises(ValueError, match=r"scales: expected \[3, 2\], got \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"scales: expected \[3, 2\]; found \(2, 3\)"):
         ops.dequantize_mxfp4(blocks, scales.t())
-    with pytest.raises(ValueError, match=r"blocks: expected \[..., N, K/32, 16\], got \(3, 32\)"):
+    with pytest.raises(ValueError, match=r"blocks: expected \[..., N, K/32, 16\]; found \(3, 32\)"):
         ops.dequantize_mxfp4(blocks.flatten(1), scales)
-    with pytest.raises(TypeError, match=r"blocks: expected uint8, got torch\.int8"):
+    with pytest.raises(TypeError, match=r"blocks: expected uint8; found torch\.int8"):
         ops.dequantize_mxfp4(blocks.view(torch.int8), scales)
-    with pytest.raises(TypeError, match=r"scales: expected uint8, got torch\.float32"):
+    with pytest.raises(TypeError, match=r"scales: expected uint8; found torch\.float32"):
         ops.dequantize_mxfp4(blocks, scales.float())
-    with pytest.raises(ValueError, match=r"out: expected \[3, 64\] on cpu, got \[64, 3\] on cpu"):
+    with pytest.raises(ValueError, match=r"out: expected \[3, 64\] on cpu; found \[64, 3\] on cpu"):
         ops.dequantize_mxfp4(blocks, scales, out=torch.empty(64, 3))
-    with pytest.raises(ValueError, match=r"weight: expected \[..., N, K\] with K a multiple of 32, got \(3, 33\)"):
+    with pytest.raises(ValueError, match=r"weight: expected \[..., N, K\] with K a multiple of 32; found \(3, 33\)"):
         ops.quantize_mxfp4(torch.ones(3, 33))
-    with pytest.raises(TypeError, match=r"weight: expected float32, bfloat16 or float16, got torch\.float64"):
+    with pytest.raises(TypeError, match=r"weight: expected float32, bfloat16 or float16; found torch\.float64"):
         ops.quantize_mxfp4(torch.ones(3, 32, dtype=torch.float64))
 
 

@@ -137,10 +137,10 @@ def test_autocast_changes_nothing(half: torch.dtype) -> None:
 
 E32 = torch.zeros(3, 8)
 REFUSED = {
-    "half logits": ((E32.bfloat16(),), {"top_k": 2}, TypeError, "never half precision"),
+    "half logits": ((E32.bfloat16(),), {"top_k": 2}, TypeError, "do not route in half precision"),
     "three dimensions": ((E32[None],), {"top_k": 2}, ValueError, r"expected \[T, E\]"),
-    "half bias": ((E32, torch.zeros(8).half()), {"top_k": 2}, TypeError, "expected float32, got torch.float16"),
-    "short bias": ((E32, torch.zeros(7)), {"top_k": 2}, ValueError, r"expected \[8\], got \(7,\)"),
+    "half bias": ((E32, torch.zeros(8).half()), {"top_k": 2}, TypeError, "expected float32; found torch.float16"),
+    "short bias": ((E32, torch.zeros(7)), {"top_k": 2}, ValueError, r"expected \[8\]; found \(7,\)"),
     "no experts": ((E32,), {"top_k": 0}, ValueError, "top_k = 0: expected 1 to 8"),
     "too many experts": ((E32,), {"top_k": 5, "n_group": 4, "topk_group": 2}, ValueError, "top_k = 5: expected 1 to 4"),
     "uneven groups": ((E32,), {"top_k": 1, "n_group": 3}, ValueError, "n_group = 3"),

@@ -18,7 +18,7 @@ import torch
 import moe
 from moe.cli import main
 from moe.presets import PRESETS
-from moe.train.architecture import changed
+from moe.train.architecture import apply_changes
 from moe.train.documents import read_files
 from moe.train.loop import NonFiniteError, Trainer
 from moe.train.run import train
@@ -80,10 +80,11 @@ def test_fields_are_set_on_top_of_a_preset(text: Path, tmp_path: Path, capsys: p
 
 
 def test_changes_are_json_or_strings_and_checked_together() -> None:
-    both = changed(MICRO, ["num_attention_heads=4", "mlp_only_layers=[1]", "scoring_func=softmax", "q_lora_rank=null"])
+    changes = ["num_attention_heads=4", "mlp_only_layers=[1]", "scoring_func=softmax", "q_lora_rank=null"]
+    both = apply_changes(MICRO, changes)
     assert (both.mlp_only_layers, both.scoring_func, both.q_lora_rank) == ((1,), "softmax", None)
-    together = changed(MICRO, ["n_group=4", "topk_group=2", "n_routed_experts=12"])  # each alone makes no sense
-    assert together.n_routed_experts == 12 and changed(MICRO, []) == MICRO
+    together = apply_changes(MICRO, ["n_group=4", "topk_group=2", "n_routed_experts=12"])  # each alone is invalid
+    assert together.n_routed_experts == 12 and apply_changes(MICRO, []) == MICRO
     for changes, expected in (
         (["num_hidden_layer=2"], r"did you mean num_hidden_layers\?"),
         (["num_hidden_layers"], "FIELD=VALUE"),
@@ -91,12 +92,12 @@ def test_changes_are_json_or_strings_and_checked_together() -> None:
         (["tie_word_embeddings=True"], "tie_word_embeddings = 'True': expected true or false"),
         (["rms_norm_eps=NaN"], "rms_norm_eps = nan: expected a finite number"),
         (["n_group=3"], r"n_routed_experts = 8: expected a multiple of n_group \(3\)"),
-        (["hidden_size=8", "hidden_size=16"], "hidden_size once; found 8"),
+        (["hidden_size=8", "hidden_size=16"], "hidden_size only once; found another value, 8"),
         (["rope_parameters.theta=3"], r"did you mean rope_parameters.rope_theta\?"),
         (["rope_parameters.factor=a"], "factor = 'a'"),
     ):
         with pytest.raises(moe.ConfigError, match=rf"^--set = .*{expected}"):
-            changed(MICRO, changes)
+            apply_changes(MICRO, changes)
 
 
 def test_a_configuration_file_is_hugging_faces_or_ours(text: Path, tmp_path: Path, run: Path) -> None:

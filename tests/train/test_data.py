@@ -371,7 +371,7 @@ def test_json_lines_are_one_document_a_line(tmp_path: Path) -> None:
     assert [d.text for d in read_files([write_lines(tmp_path / "lines.json")], "text")] == TEXTS
     (tmp_path / "array.json").write_text(json.dumps(RECORDS, indent=1))
     assert [d.text for d in read_files([tmp_path / "array.json"], "text")] == TEXTS
-    with pytest.raises(ConfigError, match=r"x\.jsonl.*name of the field.*--field"):
+    with pytest.raises(ConfigError, match=r"x\.jsonl.*name of the text field.*--field"):
         read_files([tmp_path / "x.jsonl"])
 
 
@@ -438,8 +438,8 @@ WRONG_LINES = {
     "a key twice": ('{"text": "a", "text": "b"}', "expected JSON; found key 'text' twice"),
     "NaN": ('{"text": "a", "score": NaN}', "expected JSON; found the literal NaN"),
     "half a character": (r'{"text": "\ud83d"}', 'Unicode text in "text"; found half of a surrogate pair'),
-    "a chat": ('{"messages": [{"role": "user"}]}', "plain text.*, and not data for fine-tuning; found messages"),
-    "a prompt": ('{"prompt": "a", "completion": "b"}', "fine-tuning; found prompt, completion"),
+    "a chat": ('{"messages": [{"role": "user"}]}', "plain text.*, not fine-tuning data; found messages"),
+    "a prompt": ('{"prompt": "a", "completion": "b"}', "fine-tuning data; found prompt, completion"),
 }
 
 
@@ -475,10 +475,10 @@ def test_lines_and_files_that_are_wrong_as_a_whole(tmp_path: Path, monkeypatch: 
 
 
 NO_TEXT = {
-    "x.csv": (b"a,b\n1,2\n", r"\.csv, which is no plain text"),
-    "x.html": (b"<p>text</p>", r"\.html, which is no plain text"),
+    "x.csv": (b"a,b\n1,2\n", r"\.csv, which is not plain text"),
+    "x.html": (b"<p>text</p>", r"\.html, which is not plain text"),
     "page.txt": (b"\n<!doctype html><p>text</p>", "found HTML or XML"),
-    "x.ipynb": (b'{"cells": []}', "no plain text"),
+    "x.ipynb": (b'{"cells": []}', "not plain text"),
     "lines.txt": (b'{"text": "a"}\n{"text": "b"}\n', "found JSON"),
     "lines": (b'\xef\xbb\xbf [\n {"text": "a"}]', "found JSON"),
     "x.pdf": (b"%PDF-1.7\n", "found a PDF file"),
@@ -486,7 +486,7 @@ NO_TEXT = {
     "x.bin": (b"text\0text", "found binary data: a zero byte at offset 4"),
     "x.arrow": (b"ARROW1\0\0", "found binary data"),
     "gzip.txt": (b"\x1f\x8b\x08", "found a gzip file"),
-    "wide.txt": ("text".encode("utf-16"), "found UTF-16 text, which must be UTF-8"),
+    "wide.txt": ("text".encode("utf-16"), "found UTF-16 text instead of UTF-8"),
     "pointer.txt": (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
     "x.parquet.gz": (b"PAR1", r"readable \.gz file"),
 }

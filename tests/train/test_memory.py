@@ -123,7 +123,7 @@ def test_the_bound_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     free(monkeypatch, states // 4 + activations)  # before its only step an optimizer has no state
     check_memory(config, dataclasses.replace(large, steps=1), **how)
     free(monkeypatch, states + 1)
-    with pytest.raises(ConfigError, match=r"^--seq-length = 2000: expected .*: shorter sequences"):
+    with pytest.raises(ConfigError, match=r"^--seq-length = 2000: expected .*; use shorter sequences"):
         check_memory(config, dataclasses.replace(settings, seq_length=2000), **how)
 
 
@@ -151,10 +151,10 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPat
     [
         (
             ["--preset", "deepseek_v3"],
-            "moesmith: --preset = 'deepseek_v3': expected a run that fits into this machine's memory, where 7,6",
+            "moesmith: --preset = 'deepseek_v3': expected a run that fits into this machine's memory; found 7,6",
         ),
         (["--preset", "deepseek_v3", "--optimizer", "adamw"], "10,1"),
-        (["--preset", "mixtral_8x7b", "--activation-checkpointing"], "a smaller model, or, under torchrun, more ranks"),
+        (["--preset", "mixtral_8x7b", "--activation-checkpointing"], "smaller model or, under torchrun, more ranks"),
         (["--batch-size", "1000000"], "moesmith: --batch-size = 1000000: expected a run that fits"),
         (["--batch-size", "1000000", "--activation-checkpointing", "--dtype", "bf16"], "fewer sequences"),
         (["--seq-length", "10000000"], "moesmith: --seq-length = 10000000: expected at most"),
@@ -183,7 +183,7 @@ def test_an_earlier_run_stays_where_another_does_not_fit(tmp_path: Path, monkeyp
     folder.mkdir()
     (folder / "settings.json").write_text('{"preset": "tiny", "steps": 1, "seq_length": 4}')
     free(monkeypatch, 2**20)
-    with pytest.raises(ConfigError, match=r"are needed at least and 0\.0 GiB are free"):
+    with pytest.raises(ConfigError, match=r"found [\d.]+ GiB needed at least, 0\.0 GiB free"):
         train(Settings(), folder, overwrite=True, console=Console(file=io.StringIO()))
     assert [path.name for path in tmp_path.rglob("*")] == ["run", "settings.json"]
 

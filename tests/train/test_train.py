@@ -292,7 +292,7 @@ def test_folders_are_not_overwritten_or_resumed_by_accident(
     assert main(argv) == 0
     capsys.readouterr()
     for more, expected in (
-        ([], "--resume to go on, or --overwrite"),
+        ([], "--resume to continue, or --overwrite"),
         (["--resume", "--seed", "1", "--lr", "0.5"], "lr 0.02 (now 0.5), seed 0 (now 1)"),
     ):
         assert main([*argv, *more]) == 2
