@@ -1,7 +1,7 @@
-"""Checkpoints into other checkpoints, tensor by tensor: another dtype, another layout, fewer layers and experts.
+"""`convert`: a checkpoint in another dtype or layout, tensor by tensor, without building a model.
 
-Neither builds a model. Memory holds one tensor of the result (and of the source, if they differ): of a layout that
-stacks all experts of a layer, that is all of them.
+Memory holds one tensor of the result, and one of the source if they differ. A stacked layout has all experts of a layer
+in one tensor.
 """
 
 import contextlib
@@ -62,40 +62,45 @@ def convert(
     max_shard_bytes: int = 5 * 2**30,
     progress: bool | None = None,
 ) -> None:
-    """Write the checkpoint `source` again as `target`, atomically.
+    """Rewrite the checkpoint `source` as `target`, atomically.
 
     Args:
-        dtype: "bf16", "fp16", "fp32" or "fp64" (or torch's dtype) dequantises and converts all but the correction bias;
-            "fp8" quantises the projections of attention, MLPs and experts, each expert alone, in blocks of
-            `block_size`, with scales that are powers of two for scale_fmt "ue8m0", and reads the source twice, because
-            scales precede codes; "mxfp4" is the layout of that name. None leaves every tensor as it is. What is equal
-            in both is copied byte for byte.
-        table: the layout of the result, one of the family's: "experts" each alone, "stacked" as transformers has them
-            in memory, "deepseek" with the names and in the one file of DeepSeek's inference code, "mxfp4" for gpt-oss.
-        mtp: False leaves multi-token prediction modules out and does not look at their tensors; True keeps what there
-            is, or refuses a layout without names for them; None keeps what the layout has names for.
-        overwrite: replace a checkpoint that is in `target` already. Without it only a new or empty folder is written
-            to. A folder that holds anything but a checkpoint's files is never replaced.
-        revision: that of `moe.load`, for a source on the Hub.
-        max_shard_bytes: of data in a file, or one tensor.
+        dtype: None keeps every tensor's dtype. "bf16", "fp16", "fp32" or "fp64" (or torch's dtype) dequantises and
+            converts everything but the correction bias. "fp8" quantises the projections of attention, MLPs and experts
+            in blocks of `block_size`, and reads the source twice, because scales precede codes. "mxfp4" selects the
+            layout of that name. Tensors that do not change are copied byte for byte.
+        block_size: rows and columns of an FP8 block.
+        scale_fmt: "ue8m0" for FP8 scales that are powers of two.
+        table: layout of the result, one of the family's: "experts" has a tensor per expert, "stacked" one per layer, as
+            transformers has them in memory, "deepseek" the names and the single file of DeepSeek's inference code,
+            "mxfp4" is for gpt-oss. Default: the layout of the source.
+        mtp: False leaves out multi-token prediction modules and ignores their tensors. True raises if the layout has no
+            names for them. None keeps them if the layout has names for them.
+        overwrite: replace the checkpoint in `target`. Otherwise `target` must be new or empty. A folder that holds
+            other files is never replaced.
+        revision: branch, tag or commit of a source on the Hub, as in `moe.load`.
+        max_shard_bytes: maximum bytes of tensor data in one file; a larger tensor has a file of its own.
+        progress: whether to show a progress bar on stderr; None: if it is a terminal.
 
-    Tokenizer files and the code that `auto_map` names are copied. For another layout, code that reads the old one is
-    left out, and a warning says so.
+    Tokenizer files and the code that `auto_map` names are copied. If the layout changes, modelling code is left out
+    with a warning, because it reads the old layout.
 
-    Raises CheckpointError for a source that `moe.load` would refuse, and for what the result cannot express.
+    Raises CheckpointError if `moe.load` would refuse the source or the result cannot express it, and ConfigError for
+    an invalid argument.
     """
     if not is_block_size(block_size):
-        raise ConfigError("block_size", block_size, f"two numbers from 1 to {MAX_BLOCK}")
+        raise ConfigError("block_size", block_size, f"two integers from 1 to {MAX_BLOCK}")
     if scale_fmt not in (None, "ue8m0"):
         raise ConfigError("scale_fmt", scale_fmt, "ue8m0 or None")
     kind = None if dtype is None else parse_dtype(dtype, "dtype", tuple(SAFETENSORS))
     if scale_fmt is not None and kind != "fp8":
-        raise ConfigError("scale_fmt", scale_fmt, "none without dtype fp8")
+        raise ConfigError("scale_fmt", scale_fmt, "None without dtype fp8")
     todo = plan_source(source, target, overwrite, revision, mtp=mtp is not False)
     family = family_of(as_written(todo.config, todo.folder).model_type, todo.folder)
     if kind == "mxfp4":
         if "mxfp4" not in family.tables or table not in (None, "mxfp4"):
-            allowed = "another for this layout" if table else f"another: {family.model_type} has no layout for it"
+            reason = f"the layout {table}" if table else family.model_type
+            allowed = f"a dtype other than mxfp4, which {reason} does not have"
             raise ConfigError("dtype", dtype, allowed)
         table, kind = "mxfp4", None
     table = table or ("stacked" if todo.table == "mxfp4" and kind is not None else table_for(todo, family))
@@ -130,7 +135,7 @@ def convert(
 
 @dataclass
 class _Result:
-    """What `convert` writes, and how each tensor comes about."""
+    """Tensors that `convert` writes, and how each is made."""
 
     todo: Plan
     config: ModelConfig
@@ -144,8 +149,8 @@ class _Result:
         todo = self.todo
         self.names = self.family.tables[self.table]
         self.source = names_by_key(todo)
-        self.made: tuple[str, Tensor] | None = None  # scales, made with the tensor that they belong to
-        self.read: tuple[tuple[str, range], Tensor] | None = None  # the parameter that was read last
+        self.made: tuple[str, Tensor] | None = None  # scales of the last quantised tensor
+        self.read: tuple[tuple[str, range], Tensor] | None = None  # the last parameter read
         self.pieces: dict[str, list[Piece]] = {}
         slots = layout(self.config, self.table)
         repeats = any(slot.repeat and name in todo.tensors for name, slot in todo.slots.items())
@@ -174,7 +179,7 @@ class _Result:
         return [Entry(name, self._dtype_of(slot), slot.shape) for name, slot in self.slots.items()]
 
     def storage(self, entries: list[Entry]) -> dict[str, Any]:
-        """The keys of config.json that describe the files."""
+        """Return the keys of config.json that describe the files."""
         keys: dict[str, Any] = dtype_keys(entries, self.slots)
         if any(entry.dtype == "F8_E4M3" for entry in entries):
             raw: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
@@ -189,7 +194,7 @@ class _Result:
         return keys
 
     def _same(self, slot: Slot) -> TensorInfo | None:
-        """The tensor of the source that fills exactly the same."""
+        """Return the source tensor that holds the same part of the parameter, or None."""
         name = self.source.get((slot.parameter, hashable(slot.index), slot.repeat))
         if name is None or self.todo.slots[name].axes != slot.axes:
             return None
@@ -216,7 +221,7 @@ class _Result:
         for info in others:
             if info.dtype != first.dtype:
                 problem = (
-                    f"its dtype differs within {slot.name}, a single tensor in the layout {self.table}; choose a dtype"
+                    f"its dtype differs within {slot.name}, a single tensor in the layout {self.table}; specify a dtype"
                 )
                 expected = f"{first.dtype}, as {first.name} has"
                 raise self.todo.error(info.name, problem, expected=expected, found=info.dtype)
@@ -231,7 +236,7 @@ class _Result:
                 check_scales(same, tensor)
             return tensor
         if slot.scale_of is not None:
-            if self.made is None or self.made[0] != entry.name:  # wide dtypes come first in a file, scales before codes
+            if self.made is None or self.made[0] != entry.name:  # a file holds scales before codes
                 self._quantise(files, self.slots[slot.scale_of])
             assert self.made is not None
             return self.made[1]
@@ -240,7 +245,7 @@ class _Result:
         return self._values(files, slot, STORED[entry.dtype])
 
     def _quantise(self, files: Files, slot: Slot) -> Tensor:
-        """The codes; their scales are kept for the next call."""
+        """Return the codes, and keep their scales in `made`."""
         if slot.parameter.endswith("_blocks"):
             parameter = slot.parameter.removesuffix("_blocks")
             whole = self._whole(files, parameter, torch.float32)
@@ -269,7 +274,7 @@ class _Result:
         return slot.stored(self._whole(files, slot.parameter, dtype))
 
     def _whole(self, files: Files, parameter: str, dtype: torch.dtype, experts: range | None = None) -> Tensor:
-        """A parameter, or of some experts, dequantised; the last one is remembered, for gate and up come in turn."""
+        """Return a parameter, or its part for `experts`, dequantised; gate and up projections share one read."""
         experts = range(self.todo.config.n_routed_experts) if experts is None else experts
         if self.read is not None and self.read[0] == (f"{parameter} {dtype}", experts):
             return self.read[1]

@@ -1,4 +1,4 @@
-"""`cut`: some layers and experts of a checkpoint as a checkpoint of its own."""
+"""`cut`: a checkpoint with some layers and experts of another one."""
 
 import dataclasses
 import math
@@ -48,16 +48,23 @@ def cut(
     max_shard_bytes: int = 5 * 2**30,
     progress: bool | None = None,
 ) -> dict[str, Any]:
-    """Write a smaller checkpoint of some layers and some experts of each of them, reading only their bytes.
+    """Write a smaller checkpoint of some layers and some of their experts, reading only their bytes.
 
-    Layers and experts keep their order and are counted anew; the router keeps the rows of those experts. Every byte is
-    one of the source, quantised or not. MTP modules are left out, whatever the source has of them. Returns the receipt,
-    which is also in the folder as cut.json: what was kept, and with `compare` how far the result's logits are from the
-    source's on a fixed input, for which the whole source is loaded, if it fits into memory. `overwrite` and `revision`
-    are those of `convert`.
+    Layers and experts keep their order and are renumbered; the router keeps the rows of those experts. All bytes of
+    tensors are the source's, quantised or not. MTP modules are left out. The other arguments are those of `convert`.
 
-    Raises ConfigError for layers and experts that are not there or twice; CheckpointError where the family cannot
-    express the result: experts in groups must be as many in each group that has any.
+    Args:
+        layers: ascending numbers of the layers to keep.
+        experts: ascending numbers of the experts to keep in each layer.
+        compare: load the source and the result, if both fit into memory, and compare their logits on a fixed input.
+
+    Returns:
+        A record of what was kept, and of the comparison; it is also written as cut.json.
+
+    Raises:
+        ConfigError: a layer or an expert does not exist, or is given twice.
+        CheckpointError: `convert` would refuse the source or the target; or routing is limited to groups, and the
+            groups that are used do not have equally many of the experts.
     """
     layers, experts = _numbers("layers", layers), _numbers("experts", experts)
     todo = plan_source(source, target, overwrite, revision, mtp=False)
@@ -131,7 +138,7 @@ def cut(
 
 
 def _difference(source: Plan, part: Path) -> dict[str, Any]:
-    """The logits of the part against the source's, on token ids 0, 7919, 15838 ... modulo the vocabulary."""
+    """Compare the logits of `part` and `source` on the token ids 0, 7919, 15838, ... modulo the vocabulary size."""
     ids = (torch.arange(COMPARED) * 7919 % source.config.vocab_size)[None]
     facts: dict[str, Any] = {"token_ids": ids[0].tolist()}
     with torch.no_grad():
@@ -142,30 +149,30 @@ def _difference(source: Plan, part: Path) -> dict[str, Any]:
         except CheckpointError as error:  # one of them does not fit into memory
             return facts | {"not_compared": str(error)}
     difference = float((found - exact).norm() / exact.norm())
-    facts["relative_difference"] = difference if math.isfinite(difference) else None  # which JSON cannot hold
+    facts["relative_difference"] = difference if math.isfinite(difference) else None  # JSON has no NaN
     facts["same_first_choice"] = float((found.argmax(-1) == exact.argmax(-1)).double().mean())
     return facts
 
 
-# Lists with an entry for each layer that no field holds, and that other readers compare with the number of layers.
+# Keys without a field whose lists have an entry per layer. Other readers compare their length with the number of layers.
 _PER_LAYER = ("layer_types", "mlp_layer_types", "attn_type_list")
 
 
 def cut_config(config: ModelConfig, layers: Sequence[int], experts: Sequence[int], folder: Path) -> ModelConfig:
-    """The configuration of some layers and experts of `config`. `folder` is for messages."""
+    """Return the configuration of some layers and experts of `config`; `folder` is for messages."""
     for name, chosen, count in (
         ("layers", layers, config.num_hidden_layers),
         ("experts", experts, config.n_routed_experts),
     ):
         if not chosen or list(chosen) != sorted(set(chosen)) or not 0 <= chosen[0] <= chosen[-1] < count:
-            raise ConfigError(name, list(chosen), f"ascending numbers from 0 to {count - 1}, none twice")
+            raise ConfigError(name, list(chosen), f"ascending numbers from 0 to {count - 1}, without repeats")
     size = config.n_routed_experts // config.n_group
     groups = [sum(expert // size == group for expert in experts) for group in range(config.n_group)]
     kept = [count for count in groups if count]
     if len(set(kept)) > 1:
-        problem = "experts: routing is limited to groups, which must stay equal"
+        problem = "experts: routing is limited to groups, which must keep equal sizes"
         found = " ".join(map(str, groups))
-        raise CheckpointError(folder, problem, expected="as many experts of each group that has any", found=found)
+        raise CheckpointError(folder, problem, expected="the same number of experts from every group used", found=found)
     topk_group = min(config.topk_group, len(kept))
     dense = [not config.is_moe_layer(layer) for layer in layers]
     leading = next((i for i, d in enumerate(dense) if not d), len(dense))
@@ -201,5 +208,5 @@ def _numbers(name: str, chosen: Any) -> list[int]:
 
 
 def _has_rows_of_experts(slot: Slot) -> bool:
-    """Whether the first axis of the file's tensor counts experts: the router's, and stacked ones."""
+    """Whether the first axis of the file's tensor is that of experts."""
     return ".mlp.gate." in slot.parameter or (".mlp.experts." in slot.parameter and not slot.index)

@@ -1,4 +1,4 @@
-"""What `convert` and `cut` share: checks of the source, and writing the result tensor by tensor."""
+"""Steps common to `convert` and `cut`: checking the source, and writing the result tensor by tensor."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -23,20 +23,20 @@ from moe.checkpoint.writing.atomic import check_target, replacing
 from moe.checkpoint.writing.shards import Entry, config_bytes, divide, write_shards
 from moe.errors import CheckpointError
 
-DEEPSEEK_FILE = "model0-mp1.safetensors"  # what DeepSeek's inference code opens
+DEEPSEEK_FILE = "model0-mp1.safetensors"  # the name that DeepSeek's inference code requires
 
 Key = tuple[str, tuple[Any, ...], bool]
 
 
 def table_for(todo: Plan, family: Family) -> str:
-    """The layout of the source, or if the result's family does not have it, the first."""
+    """Return the layout of the source, or the family's first one if it does not have that layout."""
     return todo.table if todo.table in family.tables else next(iter(family.tables))
 
 
 def plan_source(
     source: str | PathLike[str], target: str | PathLike[str], overwrite: bool, revision: str | None, *, mtp: bool
 ) -> Plan:
-    """The plan of the source. Before anything is read, raises if the target cannot be written or replaced."""
+    """Read headers and config.json of the source, after checking that the target can be written or replaced."""
     same = "the source itself, which would be replaced"
     if os.path.realpath(source) == os.path.realpath(target):
         raise CheckpointError(target, same, expected="another folder")
@@ -46,13 +46,13 @@ def plan_source(
     if real == Path(os.path.realpath(target)):  # a name of a folder elsewhere
         raise CheckpointError(target, same, expected="another folder")
     if Path(os.path.realpath(target)).is_relative_to(real):
-        raise CheckpointError(target, "inside the source, which is only read", expected="a folder outside it")
+        raise CheckpointError(target, "inside the source, which must not change", expected="a folder outside it")
     with from_cache(source, revision):
         return plan(folder, mtp=mtp)
 
 
 def check_source(todo: Plan) -> None:
-    """Be as strict as `load`."""
+    """Raise `CheckpointError` if `load` would refuse the tensors."""
     todo.check()
     check_dtypes(todo)
     check_repeats(todo)
@@ -72,6 +72,7 @@ def write_result(
     overwrite: bool,
     finish: Callable[[Path], object] = lambda folder: None,
 ) -> None:
+    """Write the folder `target` from `entries`, whose values `value` reads from the source."""
     config, carried = resolved(config, read_carried(todo.folder), same_layout=table == todo.table)
     check_carried(carried, Path(target))
     content, manifest = config_bytes(config, Path(target) / CONFIG), Manifest()
@@ -88,7 +89,7 @@ def write_result(
 
 
 def names_by_key(todo: Plan) -> dict[Key, str]:
-    """What a file tensor fills -> its name."""
+    """Map each part of a parameter to the name of the file tensor that holds it."""
     return {
         (slot.parameter, hashable(slot.index), slot.repeat): name
         for name, slot in todo.slots.items()

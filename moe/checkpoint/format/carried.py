@@ -1,7 +1,6 @@
-"""Files that are not read here but travel with a checkpoint: tokenizers, templates, licences, and code that its JSON
-files name. A README.md does not: it describes the checkpoint that it came with.
+"""Auxiliary files that are copied with a checkpoint: tokenizers, templates, licences, and code that its JSON files name.
 
-Code is copied as bytes. It is never imported.
+README.md is not copied, because it describes the original checkpoint. Code is never imported.
 """
 
 import contextlib
@@ -32,11 +31,11 @@ from moe.errors import CheckpointError, one_line
 logger = logging.getLogger("moe")
 
 MAX_CARRIED_BYTES = 64 * 2**20  # of one file
-MAX_CODE_BYTES = 4 * 2**20  # of one Python file; released ones have less than 200 KiB
+MAX_CODE_BYTES = 4 * 2**20  # of one Python file; released ones are smaller than 200 KiB
 MAX_LICENSE_BYTES = 2**20
 MAX_CARRIED_FILES = 128
 
-# These travel whether or not anything names them. The vocabularies are those of transformers' tokenizers.
+# Copied whether or not another file names them. The vocabularies are those of transformers' tokenizers.
 CARRIED = (
     "generation_config.json",
     "tokenizer.json",
@@ -59,7 +58,7 @@ CARRIED = (
     "chat_template.json",
 )
 TEMPLATES = "additional_chat_templates"  # a folder of NAME.jinja
-# What to download of a repository to have all that may travel.
+# Patterns of all files that may be copied, for downloads.
 PATTERNS = (*CARRIED, "LICENSE*", f"{TEMPLATES}/*.jinja", "*.py", "*.model", "*.tiktoken", "tokenizer*.json")
 
 _NAMING = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json", "generation_config.json")
@@ -69,18 +68,18 @@ _DATA = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 _TEMPLATE = re.compile(rf"{TEMPLATES}/[A-Za-z0-9_-][A-Za-z0-9_.-]{{0,200}}\.jinja")
 _LICENSE = re.compile(r"LICENSE[A-Za-z0-9_.-]{0,100}")
 _RESERVED = {CONFIG, INDEX, MANIFEST, RECEIPT, "adapter_config.json", *QUANTIZATION_FILES}
-# As transformers finds them, so that a module has every file that transformers will look for.
+# The regular expressions with which transformers finds the files that a module imports.
 _IMPORT = re.compile(rb"import\s+\.(\S+)\s*$|from\s+\.(\S+)\s+import")
 _QUOTED = re.compile(rb"""["'](?:\./)?([A-Za-z0-9_][A-Za-z0-9_.-]{0,200})["']""")
 
 
 def read_carried(folder: Path) -> dict[str, bytes]:
-    """Name -> content of all files that travel from `folder`.
+    """Return the content of all auxiliary files in `folder`, by name.
 
-    These are `CARRIED`, licences, additional chat templates, the Python files that `auto_map` names in config.json and
-    beside it, the modules that these import relatively, and vocabularies that are named in the code or in
-    tokenizer_config.json. Nothing outside the folder is read. Raises `CheckpointError` for a link that leads out of it,
-    for too large a file and for too many files; a licence that is either is left behind.
+    These are `CARRIED`, licences, additional chat templates, the Python files that an `auto_map` names, the modules
+    that these import relatively, and vocabularies named in the code or in tokenizer_config.json. Raises
+    `CheckpointError` for a link that leads out of the folder, a file that is too large, and too many files; a licence
+    that is too large or a link out of the folder is skipped.
     """
 
     def read(name: str) -> bytes | None:
@@ -90,22 +89,22 @@ def read_carried(folder: Path) -> dict[str, bytes]:
 
     try:
         config = read_config_values(folder)
-    except CheckpointError:  # a folder of tokenizer files, or a broken checkpoint that a save replaces
+    except CheckpointError:  # a folder of tokenizer files, or a damaged checkpoint that a save replaces
         config = {}
     files = _reach(config, [*CARRIED, *_licenses(folder), *templates(folder)], read)
     if len(files) > MAX_CARRIED_FILES:
         expected = f"at most {MAX_CARRIED_FILES}"
-        raise CheckpointError(folder, "files that travel with the model", expected=expected, found=len(files))
+        raise CheckpointError(folder, "too many auxiliary files", expected=expected, found=len(files))
     for name in _NAMING:
         try:
             _parse(files.get(name, b"{}"), folder / name)
         except CheckpointError as error:
-            logger.warning("files that it may name do not travel: %s", error)
+            logger.warning("files that it may name are not copied: %s", error)
     return files
 
 
 def templates(folder: Path) -> list[str]:
-    """Names of the additional chat templates in `folder`."""
+    """Return the names of the additional chat templates in `folder`."""
     path = member(folder, TEMPLATES)
     if not os.path.isdir(path):
         return []
@@ -114,14 +113,14 @@ def templates(folder: Path) -> list[str]:
 
 
 def special_token(values: Mapping[str, Any], name: str) -> str | None:
-    """The text of a special token in tokenizer_config.json, which is a string or an object with a "content"."""
+    """Return a special token of tokenizer_config.json, where it is a string or an object with "content"; or None."""
     token = values.get(name)
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
 
 
 def _licenses(folder: Path) -> list[str]:
-    """Names of the licences in `folder`; not of what is too large to be one, or leads out of the folder."""
+    """Return the names of the licences in `folder`, except files too large to be one and links out of the folder."""
     names: list[str] = []
     for entry in os.scandir(folder):
         with contextlib.suppress(CheckpointError, OSError):
@@ -131,38 +130,39 @@ def _licenses(folder: Path) -> list[str]:
 
 
 def check_carried(files: Mapping[str, bytes], path: Path) -> None:
-    """Raise `CheckpointError` for a file that a reader of a folder would not carry. `path` is for messages."""
+    """Raise `CheckpointError` for files that `read_carried` would not return; `path` is for messages."""
     for name, content in files.items():
         if not isinstance(content, bytes):
-            raise CheckpointError(path, f"carried file {name!r}", expected="bytes", found=type(content).__name__)
+            problem = f"carried_files[{name!r}] is not bytes"
+            raise CheckpointError(path, problem, expected="bytes", found=type(content).__name__)
         if not (_is_fixed(name) or _CODE.fullmatch(name) or _is_data(name)):
             expected = f"one of {', '.join(CARRIED)}, LICENSE, {TEMPLATES}/NAME.jinja, or NAME.py that auto_map names"
-            raise CheckpointError(path, f"carried file {name!r}", expected=expected)
+            raise CheckpointError(path, f"carried_files[{name!r}] is not an auxiliary file", expected=expected)
         if len(content) > _limit(name):
-            problem = f"carried file {name!r} is too large"
+            problem = f"carried_files[{name!r}] is too large"
             raise CheckpointError(path, problem, expected=f"at most {_limit(name)} bytes", found=len(content))
     if len(files) > MAX_CARRIED_FILES:
-        raise CheckpointError(path, "carried files", expected=f"at most {MAX_CARRIED_FILES}", found=len(files))
+        raise CheckpointError(path, "too many carried_files", expected=f"at most {MAX_CARRIED_FILES}", found=len(files))
 
 
 def resolved(
     config: Mapping[str, Any], files: Mapping[str, bytes], *, same_layout: bool = True
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The object for config.json and the files to write: no name of a file that is not there, no code without a name.
+    """Return the object for config.json and the files to write, without dangling references and unreferenced code.
 
-    One warning says what is left out. Without `same_layout`, the code for configurations and models is left out too,
-    because it reads another layout than that of the new files. A model_type that only such code explains becomes
+    One warning lists what is left out. Unless `same_layout`, code for configurations and models is left out too,
+    because it cannot read the layout of the new files. A model_type that requires such code is replaced by
     `Family.without_code`.
     """
     values = dict(config)
     named = _reach(values, filter(_is_fixed, files), files.get)
-    lost = [f"{name}, which no other file names" for name in files if name not in named]
+    lost = [f"{name}, because no other file names it" for name in files if name not in named]
     if not same_layout and isinstance(auto_map := values.get("auto_map"), dict):
         theirs = [key for key in auto_map if key == "AutoConfig" or key.startswith("AutoModel")]
         values["auto_map"] = {key: value for key, value in auto_map.items() if key not in theirs}
         if theirs and not values["auto_map"]:
             del values["auto_map"]
-        lost += [f"auto_map.{key} of {CONFIG}, whose code reads another layout" for key in theirs]
+        lost += [f"auto_map.{key} of {CONFIG}, because its code reads another layout" for key in theirs]
     _remove_dangling(values, CONFIG, files, lost)
     without_code = FAMILIES[values["model_type"]].without_code
     if without_code is not None and "AutoConfig" not in values.get("auto_map", {}):
@@ -179,7 +179,7 @@ def resolved(
 
 
 def is_template(name: str) -> bool:
-    """Whether this is the name of an additional chat template, the only files in a folder of their own."""
+    """Whether `name` is that of an additional chat template, the only auxiliary files in a subfolder."""
     return _TEMPLATE.fullmatch(name) is not None
 
 
@@ -201,7 +201,7 @@ def _is_fixed(name: str) -> bool:
 
 
 def _reach(config: Mapping[str, Any], names: Iterable[str], read: Callable[[str], bytes | None]) -> dict[str, bytes]:
-    """Name -> content of `names` and of whatever they and `config` name, as far as it is there."""
+    """Return the content of `names`, and of all files that they and `config` name, by name; missing ones are skipped."""
     files: dict[str, bytes] = {}
     pending = [*names, *filter(None, map(_file_of, _references(config.get("auto_map"))))]
     asked: set[str] = set()
@@ -229,7 +229,7 @@ def _named_in(name: str, content: bytes) -> Iterator[str]:
         yield from filter(None, map(_file_of, _references(values.get("auto_map"))))
         for key, value in values.items():
             for other in value if isinstance(value, list) else [value]:
-                # transformers' vocab_file, tokenizer_file, fast_tokenizer_files
+                # vocab_file, tokenizer_file, fast_tokenizer_files in transformers
                 if key.endswith(("_file", "_files")) and isinstance(other, str) and _is_data(other):
                     yield other
 
@@ -246,13 +246,13 @@ def _imports(content: bytes) -> list[str]:
 
 
 def _references(auto_map: Any) -> list[Any]:
-    """The references in an auto_map, whose values are "module.Class" or lists of these and nulls."""
+    """Return the references in an auto_map, whose values are "module.Class" or lists of these and nulls."""
     values = auto_map.values() if isinstance(auto_map, dict) else [auto_map] if isinstance(auto_map, list) else []
     return [item for value in values for item in (value if isinstance(value, list) else [value])]
 
 
 def _file_of(reference: Any) -> str | None:
-    """The Python file of "module.Class". None for "repository--module.Class", which is elsewhere, and for no text."""
+    """Return the Python file of "module.Class"; None for "repository--module.Class" and for anything else."""
     if not isinstance(reference, str) or "--" in reference:
         return None
     name = reference.rpartition(".")[0] + ".py"
@@ -260,7 +260,7 @@ def _file_of(reference: Any) -> str | None:
 
 
 def _object(content: bytes | None) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is none."""
+    """Return the object in a JSON file; empty if there is no file or no object in it."""
     try:
         return _parse(content or b"{}", Path())
     except CheckpointError:
@@ -268,18 +268,18 @@ def _object(content: bytes | None) -> dict[str, Any]:
 
 
 def _parse(content: bytes, path: Path) -> dict[str, Any]:
-    """The object in a JSON file, as Python reads it, with or without a byte order mark."""
+    """Parse the object in a JSON file with Python's rules, with or without a byte order mark."""
     text = content.removeprefix(b"\xef\xbb\xbf")
     values = settled(parse_as_python(text, path, max_values=MAX_CONFIG_VALUES))
     return values if isinstance(values, dict) else {}
 
 
 def _remove_dangling(values: dict[str, Any], where: str, files: Mapping[str, bytes], lost: list[str]) -> bool:
-    """Take from `auto_map` what leads to a file that is not in `files`, and say so in `lost`; whether there was any."""
+    """Remove references to missing files from `auto_map` and add them to `lost`; return whether there were any."""
     auto_map = values.get("auto_map")
     if not isinstance(auto_map, dict | list):
         return False
-    entries = auto_map if isinstance(auto_map, dict) else {"AutoTokenizer": auto_map}  # an old form
+    entries = auto_map if isinstance(auto_map, dict) else {"AutoTokenizer": auto_map}  # the old format
     kept: dict[str, Any] = {}
     for key, value in entries.items():
         items = [_missing(item, files) for item in (value if isinstance(value, list) else [value])]
@@ -301,7 +301,7 @@ def _remove_dangling(values: dict[str, Any], where: str, files: Mapping[str, byt
 
 
 def _missing(reference: Any, files: Mapping[str, bytes]) -> list[str]:
-    """The files that a reference leads to, directly or by imports, and that are not in `files`."""
+    """Return the files that a reference requires, directly or by imports, and that are not in `files`."""
     if not isinstance(reference, str) or "--" in reference:
         return []
     pending, asked, missing = [reference.rpartition(".")[0] + ".py"], set[str](), list[str]()

@@ -1,4 +1,4 @@
-"""`load`: from a folder of safetensors straight into the parameters of a new model."""
+"""`load`: safetensors files read directly into the parameters of a new model."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -32,14 +32,14 @@ from moe.quantized import FP8Experts, FP8Linear, MXFP4Experts
 
 @dataclass(frozen=True)
 class Origin:
-    """What a model remembers of the folder that it was loaded from, so that a save writes the same tensors.
+    """Facts about the folder that a model was loaded from, so that a save writes the same tensors.
 
     Attributes:
-        table: the layout of its files.
-        omitted: repeats that the files did without, by layer and name within it.
-        narrow: correction bias, or scales that were kept -> the dtype in which they are stored, where that is not fp32.
-        quantization: the object in config.json, if quantised tensors were kept.
-        block_size: of FP8 that was kept.
+        table: layout of the files.
+        omitted: repeats that the files did not have, by layer and name within it.
+        narrow: correction bias or kept scales -> their dtype in the files, if it is not fp32.
+        quantization: object in config.json, if quantised tensors were kept.
+        block_size: block size of kept FP8 tensors.
     """
 
     table: str
@@ -60,36 +60,36 @@ def load(
     max_header_bytes: int = MAX_HEADER_BYTES,
     progress: bool | None = None,
 ) -> Transformer:
-    """The model in a Hugging Face checkpoint folder, in eval mode.
+    """Load the model in a Hugging Face checkpoint folder, in eval mode.
 
-    Everything that headers can tell is checked before anything is allocated, and a model that does not fit into the
-    device's free memory is refused. Bytes go straight into the final parameters; what is converted or sent to another
-    device goes through a buffer of 16 MiB, or of one expert where the files have its axes in another order.
+    Headers are checked, and so is the device's free memory, before anything is allocated. Bytes are read directly into
+    the final parameters; tensors that are converted or copied to another device pass through a buffer of 16 MiB, or of
+    one expert if the files have its axes in another order.
 
     Args:
-        folder: config.json and safetensors; pickles are never read. Of a run of `moesmith train`, its checkpoint is
-            loaded. A name like "org/model" or "org/model@revision", unless a folder has that name, is looked up with
-            huggingface_hub, if that is installed: online, or in its cache where the Hub cannot be reached.
-        device: where the parameters are. On "meta" no weights are read: the parameters have shapes and dtypes only.
+        folder: folder with config.json and safetensors files; pickles are never read. For a run of `moesmith train`,
+            its checkpoint is loaded. A name such as "org/model" or "org/model@revision" that no folder has is looked up
+            with huggingface_hub, if installed: online, or in its cache if the Hub cannot be reached.
+        device: device of the parameters. On "meta" no weights are read: parameters have only shapes and dtypes.
         dtype: "auto" keeps each tensor as stored. Norms, routers and sinks may have any dtype; all other tensors must
-            have one, and quantised ones (FP8 blocks, MXFP4) are dequantised to it. "keep" is the same but leaves
-            quantised tensors as they are, frozen: each use dequantises them, and a save writes the same bytes. A
-            floating dtype (torch's, or "bf16", "fp16", "fp32", "fp64") converts everything but the router's correction
-            bias, which is fp32 always (a bf16 or fp16 one is widened, exactly).
-        revision: branch, tag or commit of a name on the Hub, instead of "@revision"; a folder has none.
-        mtp: False leaves multi-token prediction modules out and does not look at their tensors. Modules that
-            config.json does not count are left out in any case, with a warning.
-        experts: read and hold only these routed experts of each layer, a rank's share; such a model runs only under a
-            dispatcher that knows where the others are.
-        max_header_bytes: of one file; a released checkpoint's are below the default of 16 MiB. At most 100 MiB.
-        progress: a bar on stderr; None: if that is a terminal.
+            have the same, and quantised ones (FP8 blocks, MXFP4) are dequantised to it. "keep" also keeps quantised
+            tensors, frozen: each use dequantises them, and a save writes the same bytes. A floating dtype (torch's, or
+            "bf16", "fp16", "fp32", "fp64") converts everything except the router's correction bias, which is always
+            fp32 (a bf16 or fp16 one is widened exactly).
+        revision: branch, tag or commit of a name on the Hub, instead of "@revision"; invalid for a folder.
+        mtp: False leaves out multi-token prediction modules and ignores their tensors. Modules that config.json does
+            not count are always left out, with a warning.
+        experts: read and hold only these routed experts of each layer, the share of one rank; such a model requires a
+            dispatcher for the other ones.
+        max_header_bytes: maximum header size of a file, at most 100 MiB; released files are below the default, 16 MiB.
+        progress: whether to show a progress bar on stderr; None: if it is a terminal.
 
     Raises:
-        CheckpointError: naming file, tensor, what was expected and what was found. A tensor is missing, unexpected or
-            mis-shaped; or has a dtype that is not for weights, or that "auto" cannot mix with the others'; or a
-            repeated embedding or head differs from the model's own; or the folder is of an unknown family or
-            quantisation, too large, or malformed.
-        ConfigError: naming the argument that has a wrong value.
+        CheckpointError: names file, tensor, and what was expected and found. A tensor is missing, unexpected or
+            mis-shaped; it has an unsupported dtype, or one that "auto" cannot combine with the others; a repeated
+            embedding or head differs from the original; the family or quantisation format is unknown; the model does
+            not fit into memory; or a file is malformed.
+        ConfigError: an argument has an invalid value.
     """
     device = usable_device(device)
     source = examine(folder, dtype, revision=revision, mtp=mtp, experts=experts, max_header_bytes=max_header_bytes)
@@ -112,7 +112,7 @@ def load(
 
 
 def usable_device(device: Any) -> torch.device:
-    """`device` as torch knows it. Raises ConfigError for one that this machine does not have."""
+    """Return `device` as a torch.device; raises ConfigError if this machine does not have it."""
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError) as error:
@@ -121,7 +121,7 @@ def usable_device(device: Any) -> torch.device:
 
 
 def _read(source: "Source", state: Mapping[str, Tensor], progress: bool | None) -> None:
-    """Fill the parameters."""
+    """Fill the parameters from the files."""
     total = sum(piece.row_bytes * len(piece.rows) for piece in source.pieces)
     with Progress("loading", total, progress) as bar, Files(bar) as files:
         for piece in source.pieces:
@@ -133,9 +133,12 @@ def _read(source: "Source", state: Mapping[str, Tensor], progress: bool | None) 
 
 @dataclass(frozen=True)
 class Source:
-    """A folder whose headers are in order, what is read of it, and what it is read into: parameter -> shape and dtype.
+    """A checkpoint whose headers are valid, the pieces to read, and the parameters that they fill.
 
-    `identity` identifies the checkpoint that was examined; `kept` says whether quantised tensors are read as stored.
+    Attributes:
+        dtypes, shapes: dtypes and shapes of the parameters, by name.
+        identity: identifies the checkpoint that was examined.
+        kept: whether quantised tensors are read as stored.
     """
 
     todo: Plan
@@ -146,7 +149,7 @@ class Source:
     kept: bool
 
     def check_unchanged(self) -> None:
-        """To be called when all is read: a save swaps the whole folder."""
+        """Raise `CheckpointError` if a save has replaced the folder since; call it after reading."""
         if _identity(self.todo.folder) != self.identity:
             problem = "replaced by another checkpoint while it was read; load it again"
             raise CheckpointError(self.todo.folder, problem)
@@ -164,7 +167,7 @@ def examine(
     experts: range | None = None,
     max_header_bytes: int = MAX_HEADER_BYTES,
 ) -> Source:
-    """What `load` with these arguments reads; raises what headers can tell."""
+    """Check the headers of a checkpoint, and return what `load` with these arguments reads."""
     kind = parse_dtype(dtype, "dtype", ("auto", "keep", *FLOATING))
     wanted = DTYPES[SAFETENSORS[kind]] if kind in FLOATING else None
     path = find(folder, revision)
@@ -181,7 +184,7 @@ def examine(
 
 
 def _identity(folder: Path) -> tuple[int, ...]:
-    """Of the checkpoint that stands there. The folder's inode number alone comes again with a later save's folder."""
+    """Return an identity of the current checkpoint; the folder's inode number alone may be reused by a later save."""
     found, config = folder.stat(), folder / CONFIG
     return found.st_dev, found.st_ino, config.stat().st_mtime_ns if config.exists() else 0
 
@@ -191,12 +194,12 @@ def _experts(todo: Plan, experts: range | None) -> range:
     if experts is None:
         return range(count)
     if not isinstance(experts, range) or experts.step != 1 or not 0 <= experts.start < experts.stop <= count:
-        raise ConfigError("experts", experts, f"a range within the {count} experts, step 1, not empty")
+        raise ConfigError("experts", experts, f"a non-empty range within the {count} experts, with step 1")
     return experts
 
 
 def pieces(todo: Plan, *, keep: bool) -> Iterator[Piece]:
-    """What is read for all experts, file by file and from front to back; with `keep`, as it is."""
+    """Yield the pieces of all experts in file order; `keep` leaves quantised tensors as stored."""
     scales = {slot.scale_of: todo.tensors[name] for name, slot in todo.slots.items() if slot.scale_of in todo.tensors}
     for name, info in todo.tensors.items():
         slot = todo.slots.get(name)
@@ -212,7 +215,7 @@ def pieces(todo: Plan, *, keep: bool) -> Iterator[Piece]:
 
 
 def _check_kept(todo: Plan) -> None:
-    """Refuse a parameter of which some parts are quantised and others not, or whose scales are in different formats."""
+    """Raise `CheckpointError` for a parameter that is partly quantised or has scales of different formats."""
     first: dict[str, TensorInfo] = {}
     for piece in pieces(todo, keep=True):
         info, before = piece.info, first.setdefault(piece.parameter, piece.info)
@@ -222,7 +225,7 @@ def _check_kept(todo: Plan) -> None:
 
 
 def _dtypes(todo: Plan, pieces: list[Piece], dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-    """Parameter -> the dtype that it gets: `dtype`, or that of the files."""
+    """Return the dtype of each parameter: `dtype`, or that of the files."""
     common = _common_dtype(todo) if dtype is None else dtype
     result: dict[str, torch.dtype] = {}
     for piece in pieces:
@@ -237,9 +240,9 @@ def _dtypes(todo: Plan, pieces: list[Piece], dtype: torch.dtype | None) -> dict[
 
 
 def _common_dtype(todo: Plan) -> torch.dtype:
-    """The one dtype of all tensors that a forward pass multiplies with activations, quantised ones left out.
+    """Return the common dtype of all tensors that are multiplied with activations, except quantised ones.
 
-    Raises `CheckpointError` if there are several. Looks at all experts: ranks that read some of them must agree.
+    Raises `CheckpointError` if there are several. Considers all experts, so that all ranks agree.
     """
     found: dict[str, list[str]] = {}
     for name, slot in todo.slots.items():
@@ -254,14 +257,14 @@ def _common_dtype(todo: Plan) -> torch.dtype:
         advice = f"{stated}, as config.json states" if todo.dtype else widest
         advice += f", or dtype={widest}" * (todo.dtype is not None and stated != widest)
         more = f" and {len(others) - 1} more differ" if len(others) > 1 else " differs"
-        problem = f"its dtype{more} from most tensors, and the model needs one; load with dtype={advice}"
+        problem = f"its dtype{more} from most tensors, but the model needs a common one; load with dtype={advice}"
         expected = f"{most}, as {found[most][0]} has"
         raise todo.error(others[0], problem, expected=expected, found=todo.tensors[others[0]].dtype)
     return DTYPES[most]
 
 
 def check_dtypes(todo: Plan) -> None:
-    """Raise for what a tensor's role does not allow."""
+    """Raise `CheckpointError` for a dtype that the tensor's role does not allow."""
     scaled = {slot.scale_of for slot in todo.slots.values()}
     for name, slot in todo.slots.items():
         info = todo.tensors.get(name)
@@ -274,11 +277,11 @@ def check_dtypes(todo: Plan) -> None:
         else:
             allowed = allowed_dtypes(slot.parameter, quantised=("F8_E4M3",) if name in scaled else ())
         if info.dtype not in allowed:
-            raise todo.error(name, "dtype", expected=" or ".join(allowed), found=info.dtype)
+            raise todo.error(name, "unsupported dtype", expected=" or ".join(allowed), found=info.dtype)
 
 
 def _shapes(todo: Plan, pieces: list[Piece], experts: range | None) -> dict[str, Shape]:
-    """Parameter -> shape, of all that the pieces fill."""
+    """Return the shape of each parameter that the pieces fill."""
     known = parameter_shapes(todo.config)
     shapes: dict[str, Shape] = {}
     for piece in pieces:
@@ -287,14 +290,14 @@ def _shapes(todo: Plan, pieces: list[Piece], experts: range | None) -> dict[str,
             shapes[name] = known[name]
             if experts is not None and ".mlp.experts." in name:
                 shapes[name] = (len(experts), *known[name][1:])
-        else:  # scales and blocks that are kept: as far as their pieces reach
+        else:  # kept scales and blocks: the extent of their pieces
             inner = (len(piece.rows), *piece.info.shape[1:])
             shapes[name] = _reach(shapes.get(name, ()), piece.index, inner)
     return shapes
 
 
 def _reach(so_far: Shape, index: tuple[int | slice, ...], inner: Shape) -> Shape:
-    """The smallest shape that holds `so_far` and `inner` at `index`."""
+    """Return the smallest shape that contains `so_far` and `inner` at `index`."""
     ends = [i.stop if isinstance(i, slice) else i + 1 for i in index]
     slices = sum(isinstance(i, slice) for i in index)
     reach = (*ends, *inner[slices:])
@@ -302,7 +305,7 @@ def _reach(so_far: Shape, index: tuple[int | slice, ...], inner: Shape) -> Shape
 
 
 def _adopt(model: Transformer, state: dict[str, Tensor], todo: Plan) -> None:
-    """Gives the model, which is on the meta device, its parameters, and modules for those that are quantised."""
+    """Assign parameters to a model on the meta device, and replace the modules of quantised ones."""
     for name in state:
         parent, _, leaf = name.rpartition(".")
         module: Any = model.get_submodule(parent)
@@ -342,7 +345,7 @@ def _experts_of(
 
 
 def _is_widened(slot: Slot) -> bool:
-    """fp32 in every model, whatever the files have."""
+    """Whether the parameter is fp32 in every model, whatever the files have."""
     return slot.parameter.endswith((BIAS, "_scale_inv"))
 
 

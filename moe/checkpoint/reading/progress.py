@@ -1,11 +1,11 @@
-"""A bar on stderr for what takes long: bytes done, bytes a second, time left."""
+"""Progress bar on stderr: bytes done, bytes per second, time left."""
 
 import sys
 from typing import Any, Self
 
 
 class Progress:
-    """`shown` None: if stderr is a terminal. rich is imported only for a bar that is shown."""
+    """Progress bar; `shown` None shows it if stderr is a terminal. rich is imported only then."""
 
     def __init__(self, what: str, total: int, shown: bool | None) -> None:
         self.what, self.total = what, total

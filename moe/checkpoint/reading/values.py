@@ -1,4 +1,4 @@
-"""Values from the files into tensors of a model: dtypes, rows, scales and the order of axes."""
+"""Reading of values into parameters: dtypes, rows, scales and the order of axes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from moe.checkpoint.reading.progress import Progress
 from moe.errors import CheckpointError
 from moe.ops import dequantize_blocks, dequantize_mxfp4
 
-# safetensors names of the dtypes that weights may have
+# safetensors name -> torch dtype, of weights
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SCALES = {**{d: DTYPES[d] for d in ("F32", "BF16", "F16")}, "F8_E8M0": torch.float8_e8m0fnu}
 STORED = DTYPES | SCALES | {"F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8}
@@ -31,8 +31,9 @@ _CHUNK = 16 * 2**20
 class Piece:
     """A tensor of the files and the part of a parameter that it fills.
 
-    `rows` are those of the tensor's first dimension that are read. `scale` is the tensor of scales with which a
-    quantised one is dequantised; None if its bytes are copied.
+    Attributes:
+        rows: range of the tensor's first dimension that is read.
+        scale: scales with which a quantised tensor is dequantised; None if its bytes are copied.
     """
 
     info: TensorInfo
@@ -43,7 +44,7 @@ class Piece:
     scale: TensorInfo | None
 
     def of(self, experts: range) -> "Piece | None":
-        """The part of it that is of these experts, where the parameter has no others; None if there is none."""
+        """Return the part that fills a parameter of only these experts, or None."""
         if ".mlp.experts." not in self.parameter:
             return self
         if not self.index:
@@ -60,7 +61,7 @@ class Piece:
 
 
 def check_repeats(todo: Plan) -> None:
-    """Raise for a repeat that has other values than the tensor that the model has: they would be lost silently."""
+    """Raise `CheckpointError` for a repeat that differs from its original, whose values would be lost silently."""
     originals = {slot.parameter: name for name, slot in todo.slots.items() if not slot.repeat and not slot.index}
     for name, slot in todo.slots.items():
         if not slot.repeat or name not in todo.tensors or slot.parameter not in originals:
@@ -75,7 +76,7 @@ def check_repeats(todo: Plan) -> None:
 
 
 def _both(one: TensorInfo, other: TensorInfo) -> Iterator[tuple[bytes, bytes]]:
-    """The bytes of as many values of two tensors of one shape at a time."""
+    """Yield chunks of two tensors of the same shape, with equally many values."""
     return zip(_chunks(one), _chunks(other), strict=True)
 
 
@@ -93,7 +94,7 @@ def _wide(info: TensorInfo, values: bytes) -> Tensor:
 
 
 class Files:
-    """Reads parts of tensors; keeps one file of weights and one of scales open, and one buffer."""
+    """Reader of parts of tensors, which keeps two files open, for weights and scales, and one buffer."""
 
     def __init__(self, bar: Progress) -> None:
         self.bar = bar
@@ -108,7 +109,7 @@ class Files:
             file.close()
 
     def read_into(self, info: TensorInfo, begin: int, buffer: Tensor) -> None:
-        """Fill the contiguous CPU tensor `buffer` with the tensor's bytes from `begin` on."""
+        """Fill the contiguous CPU tensor `buffer` with the tensor's bytes, starting at `begin`."""
         file = self._file(info.path)
         file.seek(info.offset + begin)
         view = buffer.view(-1).view(torch.uint8).numpy().data
@@ -120,7 +121,7 @@ class Files:
             self.bar.advance(count)
 
     def read(self, info: TensorInfo, rows: range) -> Tensor:
-        """Some of the tensor's rows, in the buffer: good until the next call."""
+        """Read some of the tensor's rows into the buffer; the result is valid until the next call."""
         row = info.nbytes // max(info.shape[0], 1)
         if self.staging.numel() < row * len(rows):
             self.staging = torch.empty(row * len(rows), dtype=torch.uint8)
@@ -137,7 +138,7 @@ class Files:
 
 
 def fill(files: Files, piece: Piece, destination: Tensor, todo: Plan) -> None:
-    """Fill `destination`, a contiguous part of a parameter. Raises if float16 cannot hold a value."""
+    """Fill `destination`, a contiguous part of a parameter; raises `CheckpointError` if float16 cannot hold a value."""
     _fill(files, piece, destination, todo)
     if destination.dtype == torch.float16 and piece.info.dtype != "F16" and not destination.isfinite().all():
         raise todo.error(
@@ -167,7 +168,7 @@ def _as_matrix(info: TensorInfo) -> TensorInfo:
 
 
 def _steps(piece: Piece, multiple: int) -> Iterator[tuple[int, range]]:
-    """(first row of the destination, rows of the tensor) in chunks; all but the last a multiple of so many rows."""
+    """Yield chunks as (first row of the destination, rows of the tensor), multiples of `multiple` except the last."""
     count = max(_CHUNK // max(piece.row_bytes * multiple, 1), 1) * multiple
     for begin in range(0, len(piece.rows), count):
         yield begin, piece.rows[begin : begin + count]
@@ -186,7 +187,7 @@ def _fill_from_blocks(files: Files, piece: Piece, destination: Tensor, block_siz
 
 
 def _fill_reordered(files: Files, piece: Piece, destination: Tensor) -> None:
-    """Expert by expert, whose axis comes first in file and model."""
+    """Fill expert by expert, which is the first axis in file and model."""
     slot = piece.slot
     assert slot.axes is not None
     split, axes = slot.split[1:], [axis - 1 for axis in slot.axes[1:]]
@@ -205,4 +206,4 @@ def _fill_reordered(files: Files, piece: Piece, destination: Tensor) -> None:
 
 
 def _shortened(info: TensorInfo) -> CheckpointError:
-    return CheckpointError(info.path, "the file was shortened while it was read", tensor=info.name)
+    return CheckpointError(info.path, "the file was truncated while it was read", tensor=info.name)

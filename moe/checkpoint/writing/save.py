@@ -1,4 +1,4 @@
-"""`save`: a model as a Hugging Face checkpoint folder, whole or not at all."""
+"""`save`: a model written atomically as a Hugging Face checkpoint folder."""
 
 import math
 import os
@@ -29,20 +29,19 @@ MAX_SHARD_BYTES = 5 * 2**30
 
 
 def save(model: Transformer, folder: str | PathLike[str], *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write `model` in Hugging Face layout, so that transformers and the engines load it.
+    """Write `model` in Hugging Face layout, which transformers and the engines load.
 
-    Tensors keep their dtypes; the correction bias is fp32. Shards hold at most `max_shard_bytes` of data each, or one
-    tensor; the model is not copied.
+    Tensors keep their dtypes; the correction bias is fp32. Shards hold at most `max_shard_bytes` of data each; a larger
+    tensor has a shard of its own. The model is not copied.
 
-    The folder is written beside its final place, synced, and renamed in one step. An existing checkpoint stays whole
-    until the new one replaces it, whatever fails; of two processes that save to one folder at once, the second is
-    refused. Tokenizer files and the like that are in the folder already stay, unless the model carries its own.
-    Entries of `auto_map` whose files are not there are left out, and a warning names them. A folder that holds anything
-    but a checkpoint's files is refused, and so is a mount point, which nothing can be renamed over. `moesmith inspect
-    --verify` compares a saved folder with its manifest.
+    The folder is written beside its final place, synced, and renamed atomically, so an existing checkpoint is intact
+    until the new one replaces it. If another process is saving to the folder, the call is refused. Auxiliary files in
+    the folder, such as a tokenizer, are kept unless `model.carried_files` replaces them. Entries of `auto_map` whose
+    files are missing are left out with a warning. `moesmith inspect --verify` compares a saved folder with its manifest.
 
-    Raises `CheckpointError` before writing anything for the first of `config.family_problems()` and for a tensor that
-    is not dense, such as torchao's quantised ones, and for what the system answers: a full disk and the like.
+    Raises `CheckpointError`, before writing anything, for the first of `config.family_problems()`, a tensor that is not
+    dense (such as torchao's quantised ones), a folder that holds anything but a checkpoint's files, and a mount point;
+    and for errors of the system, such as a full disk.
     """
     if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
         raise CheckpointError(folder, "the model is on a mesh", expected="moe.parallel.export, called on every rank")
@@ -56,9 +55,9 @@ def save_through(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """`save`, where the values of a parameter are those of `view(name, parameter)[index]`, asked for in file order.
+    """Save a model whose parameters' values are `view(name, parameter)`, which is called in file order.
 
-    Of the parameter itself only shape and dtype are used; of correction biases the values, too.
+    Only shape and dtype of the parameter itself are used, except for correction biases.
     """
     target = Path(os.path.realpath(folder))
     values = render_config(model.config, target / CONFIG)
@@ -81,7 +80,7 @@ def save_through(
 
 
 def _checked_state(model: Transformer, target: Path) -> tuple[dict[str, Tensor], dict[str, Slot]]:
-    """The model's tensors, and where they go in the files; refuses what a reader of the files would refuse."""
+    """Return the model's tensors and those of the files; raises `CheckpointError` if a reader would refuse them."""
     state: dict[str, Tensor] = dict(model.state_dict())
     check_dense(state, target)
     origin: Origin | None = model.origin
@@ -106,12 +105,12 @@ def _checked_state(model: Transformer, target: Path) -> tuple[dict[str, Tensor],
         expected = shapes.get(name, "no such tensor")
         if found != expected:
             raise CheckpointError(
-                target, "the model is not the one of its config", tensor=name, expected=expected, found=found
+                target, "the model does not match its config", tensor=name, expected=expected, found=found
             )
         tensor = state[name]
         if tensor.is_meta or tensor.dtype not in STORED.values():
             found = "the meta device" if tensor.is_meta else tensor.dtype
-            raise CheckpointError(target, "no floating-point values", tensor=name, found=found)
+            raise CheckpointError(target, "has no floating-point values", tensor=name, found=found)
         if name.endswith(BIAS):
             state[name] = tensor.float()
         if origin is not None and name in origin.narrow:
@@ -120,7 +119,7 @@ def _checked_state(model: Transformer, target: Path) -> tuple[dict[str, Tensor],
 
 
 def _as_stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In the dtype of the files that it came from, as long as that holds every value: bf16 holds no update of 0.001."""
+    """Convert to the original file's dtype if that is exact; bf16 cannot hold an update of 0.001."""
     return tensor.to(dtype) if torch.equal(tensor.to(dtype).float(), tensor) else tensor
 
 
@@ -132,7 +131,7 @@ def _config_values(
     target: Path,
 ) -> dict[str, Any]:
     quantization = model.origin.quantization if model.origin else None
-    if model.origin is None:  # transformers would have the ids of the released tokenizer
+    if model.origin is None:  # otherwise transformers assumes the ids of the released tokenizer
         values = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **values}
     architecture = family_of(values["model_type"], target).architecture
     values = {**values, "architectures": [architecture], **dtype_keys(entries, slots)}
@@ -144,8 +143,10 @@ def _config_values(
 
 
 def dtype_keys(entries: Iterable[Entry], slots: Mapping[str, Slot]) -> dict[str, str]:
-    """The keys of config.json that name a dtype. Readers take it for all tensors and dequantise to it, so it is that of
-    most values which all need one dtype."""
+    """Return the keys of config.json that state a dtype: that of most values that need a common dtype.
+
+    Readers convert all tensors to it.
+    """
     sizes: dict[str, int] = {}
     for entry in entries:
         if entry.dtype in DTYPES and needs_common_dtype(slots[entry.name].parameter):
@@ -154,10 +155,9 @@ def dtype_keys(entries: Iterable[Entry], slots: Mapping[str, Slot]) -> dict[str,
 
 
 def listed_anew(raw: Mapping[str, Any], entries: Iterable[Entry]) -> dict[str, Any]:
-    """The `quantization_config` of other files: the list of modules that are not quantised, if there is one, as it is
-    for these tensors.
+    """Return the `quantization_config` `raw` with its list of unquantised modules, if any, updated to `entries`.
 
-    vLLM and transformers build a linear layer in FP8 for every matrix that the list does not name.
+    vLLM and transformers create an FP8 layer for every matrix that the list does not name.
     """
     plain = [
         entry.name.removesuffix(".weight")
