@@ -154,7 +154,7 @@ def _difference(source: Plan, part: Path) -> dict[str, Any]:
     return facts
 
 
-# Keys without a field whose lists have an entry per layer. Other readers compare their length with the number of layers.
+# Keys without a field whose lists have an entry per layer; other readers compare their lengths with num_hidden_layers.
 _PER_LAYER = ("layer_types", "mlp_layer_types", "attn_type_list")
 
 

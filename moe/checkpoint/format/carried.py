@@ -1,4 +1,4 @@
-"""Auxiliary files that are copied with a checkpoint: tokenizers, templates, licences, and code that its JSON files name.
+"""Auxiliary files that are copied with a checkpoint: tokenizers, templates, licences, and code that JSON files name.
 
 README.md is not copied, because it describes the original checkpoint. Code is never imported.
 """
@@ -201,7 +201,7 @@ def _is_fixed(name: str) -> bool:
 
 
 def _reach(config: Mapping[str, Any], names: Iterable[str], read: Callable[[str], bytes | None]) -> dict[str, bytes]:
-    """Return the content of `names`, and of all files that they and `config` name, by name; missing ones are skipped."""
+    """Return the content of `names`, and of all files that they and `config` name, by name; skips missing ones."""
     files: dict[str, bytes] = {}
     pending = [*names, *filter(None, map(_file_of, _references(config.get("auto_map"))))]
     asked: set[str] = set()

@@ -58,7 +58,7 @@ def previous_folder(folder: Path) -> Path:
 def locate(folder: str | PathLike[str], revision: str | None = None) -> Path:
     """Return the folder that holds the checkpoint.
 
-    That is `folder`, except: for a save that was killed between two renames, the old checkpoint that it had moved; for a
+    That is `folder`, except: for a save that was killed between two renames, the old checkpoint that it moved; for a
     run of `moesmith train`, its checkpoint; and for a repository in Hugging Face's cache (`models--ORG--NAME`), the
     snapshot of `revision`, a branch, tag or commit. No other folder has revisions.
     """

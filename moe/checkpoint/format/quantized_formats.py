@@ -65,7 +65,7 @@ def read_quantization(folder: Path, values: Mapping[str, Any]) -> Quantization |
 
 
 def check_quantization(values: Mapping[str, Any], path: Path) -> None:
-    """Raise `CheckpointError` if the format in `values`, for a config.json, is not supported; `path` is for messages."""
+    """Raise `CheckpointError` if the format in `values`, for a config.json, is unsupported; `path` is for messages."""
     for place, raw in _stated(values):
         found = _parse(path, place, "", raw, values.get("model_type"))
         if found is not None:

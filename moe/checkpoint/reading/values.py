@@ -67,20 +67,17 @@ def check_repeats(todo: Plan) -> None:
         if not slot.repeat or name not in todo.tensors or slot.parameter not in originals:
             continue
         info, original = todo.tensors[name], todo.tensors[originals[slot.parameter]]
-        alike = info.dtype == original.dtype
+        same_dtype = info.dtype == original.dtype
         if not all(
-            a == b if alike else torch.equal(_wide(info, a), _wide(original, b)) for a, b in _both(info, original)
+            a == b if same_dtype else torch.equal(_as_float64(info, a), _as_float64(original, b))
+            for a, b in zip(_chunks(info), _chunks(original), strict=True)
         ):
             problem, expected = "differs from the tensor that it repeats", f"the values of {original.name}"
             raise todo.error(name, problem, expected=expected)
 
 
-def _both(one: TensorInfo, other: TensorInfo) -> Iterator[tuple[bytes, bytes]]:
-    """Yield chunks of two tensors of the same shape, with equally many values."""
-    return zip(_chunks(one), _chunks(other), strict=True)
-
-
 def _chunks(info: TensorInfo) -> Iterator[bytes]:
+    """Yield the tensor's bytes in chunks of equally many values for every dtype."""
     file, _ = open_regular(info.path)
     with file:
         file.seek(info.offset)
@@ -89,7 +86,7 @@ def _chunks(info: TensorInfo) -> Iterator[bytes]:
             yield read_exactly(file, count * info.nbytes // info.numel, info.path)
 
 
-def _wide(info: TensorInfo, values: bytes) -> Tensor:
+def _as_float64(info: TensorInfo, values: bytes) -> Tensor:
     return torch.frombuffer(bytearray(values), dtype=STORED[info.dtype]).double()
 
 
@@ -116,7 +113,7 @@ class Files:
         while view:
             count = file.readinto(view)  # pyright: ignore[reportAttributeAccessIssue]
             if not count:
-                raise _shortened(info)
+                raise CheckpointError(info.path, "the file was truncated while it was read", tensor=info.name)
             view = view[count:]
             self.bar.advance(count)
 
@@ -203,7 +200,3 @@ def _fill_reordered(files: Files, piece: Piece, destination: Tensor) -> None:
             values, order = values.view(split), axes
         values = values.permute(order)
         destination[place].view(values.shape).copy_(values)
-
-
-def _shortened(info: TensorInfo) -> CheckpointError:
-    return CheckpointError(info.path, "the file was truncated while it was read", tensor=info.name)

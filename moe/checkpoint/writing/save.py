@@ -37,7 +37,7 @@ def save(model: Transformer, folder: str | PathLike[str], *, max_shard_bytes: in
     The folder is written beside its final place, synced, and renamed atomically, so an existing checkpoint is intact
     until the new one replaces it. If another process is saving to the folder, the call is refused. Auxiliary files in
     the folder, such as a tokenizer, are kept unless `model.carried_files` replaces them. Entries of `auto_map` whose
-    files are missing are left out with a warning. `moesmith inspect --verify` compares a saved folder with its manifest.
+    files are missing are left out with a warning. `moesmith inspect --verify` checks a saved folder.
 
     Raises `CheckpointError`, before writing anything, for the first of `config.family_problems()`, a tensor that is not
     dense (such as torchao's quantised ones), a folder that holds anything but a checkpoint's files, and a mount point;
