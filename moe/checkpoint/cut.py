@@ -11,29 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.checkpoint.format.comparison import Plan
 from moe.checkpoint.format.config_json import as_written, render_config
+from moe.checkpoint.format.contents import Contents
 from moe.checkpoint.format.families import family_of
-from moe.checkpoint.format.folder import CONFIG, RECEIPT
+from moe.checkpoint.format.folder import CONFIG, CUT_RECORD
 from moe.checkpoint.format.header import TensorInfo
-from moe.checkpoint.format.layout import Slot, layout, with_scales
+from moe.checkpoint.format.layout import TensorSpec, layout, with_scales
 from moe.checkpoint.reading.load import load
 from moe.checkpoint.reading.values import Files
 from moe.checkpoint.rewrite import (
     check_source,
-    hashable,
+    index_key,
     names_by_key,
-    plan_source,
     read_raw,
+    read_source,
     table_for,
     write_result,
 )
-from moe.checkpoint.writing.save import dtype_keys, listed_anew
+from moe.checkpoint.writing.save import dtype_keys, update_module_list
 from moe.checkpoint.writing.shards import Entry, as_json
 from moe.config import ModelConfig
 from moe.errors import CheckpointError, ConfigError
 
-COMPARED = 32  # tokens
+COMPARED_TOKENS = 32  # tokens
 
 
 def cut(
@@ -67,40 +67,40 @@ def cut(
             groups that are used do not have equally many of the experts.
     """
     layers, experts = _numbers("layers", layers), _numbers("experts", experts)
-    todo = plan_source(source, target, overwrite, revision, mtp=False)
-    check_source(todo)
-    config = cut_config(as_written(todo.config, todo.folder), layers, experts, todo.folder)
-    family = family_of(config.model_type, todo.folder)
-    table = table_for(todo, family)
-    slots = {name: slot for name, slot in layout(config, table).items() if slot.written}
-    by_key = names_by_key(todo)
+    contents = read_source(source, target, overwrite, revision, mtp=False)
+    check_source(contents)
+    config = cut_config(as_written(contents.config, contents.folder), layers, experts, contents.folder)
+    family = family_of(config.model_type, contents.folder)
+    table = table_for(contents, family)
+    specs = {name: spec for name, spec in layout(config, table).items() if spec.written}
+    by_key = names_by_key(contents)
     takes: dict[str, tuple[TensorInfo, Sequence[int] | None]] = {}
 
-    def origin(slot: Slot) -> TensorInfo:
-        parameter, index = slot.parameter, slot.index
+    def origin(spec: TensorSpec) -> TensorInfo:
+        parameter, index = spec.parameter, spec.index
         if parameter.startswith("layers."):
             _, layer, rest = parameter.split(".", 2)
             parameter = f"layers.{layers[int(layer)]}.{rest}"
         if index and isinstance(index[0], int):
             index = (experts[index[0]], *index[1:])
-        return todo.tensors[by_key[parameter, hashable(index), slot.repeat]]
+        return contents.tensors[by_key[parameter, index_key(index), spec.repeat]]
 
-    slots = {n: s for n, s in slots.items() if not s.repeat}
-    fp8 = [name for name, slot in slots.items() if origin(slot).dtype == "F8_E4M3"]
+    specs = {n: s for n, s in specs.items() if not s.repeat}
+    fp8 = [name for name, spec in specs.items() if origin(spec).dtype == "F8_E4M3"]
     if fp8:
-        assert todo.quantization is not None and todo.quantization.block_size is not None
-        slots = with_scales(slots, family.tables[table], todo.quantization.block_size, fp8)
+        assert contents.quantization is not None and contents.quantization.block_size is not None
+        specs = with_scales(specs, family.tables[table], contents.quantization.block_size, fp8)
     entries = []
-    for name, slot in slots.items():
-        info = origin(slot)
-        rows = dataclasses.replace(info, shape=info.shape[1:]) if slot.is_row else info
-        takes[name] = (rows, experts if _has_rows_of_experts(slot) else None)
-        entries.append(Entry(name, info.dtype, slot.shape))
+    for name, spec in specs.items():
+        info = origin(spec)
+        rows = dataclasses.replace(info, shape=info.shape[1:]) if spec.is_row else info
+        takes[name] = (rows, experts if _has_rows_of_experts(spec) else None)
+        entries.append(Entry(name, info.dtype, spec.shape))
 
     values = render_config(config, Path(target) / CONFIG)
-    values |= {"architectures": [family.architecture], **dtype_keys(entries, slots)}
-    if todo.quantization is not None and todo.has_quantised_tensors:
-        values["quantization_config"] = listed_anew(todo.quantization.raw, entries)
+    values |= {"architectures": [family.architecture], **dtype_keys(entries, specs)}
+    if contents.quantization is not None and contents.has_quantised_tensors:
+        values["quantization_config"] = update_module_list(contents.quantization.raw, entries)
 
     def value(files: Files, entry: Entry) -> Tensor:
         info, rows = takes[entry.name]
@@ -108,21 +108,21 @@ def cut(
             return read_raw(files, info)
         return torch.cat([files.read(info, range(row, row + 1)).clone() for row in rows]).view(entry.shape)
 
-    receipt: dict[str, Any] = {
+    record: dict[str, Any] = {
         "layers": list(layers),
         "experts": list(experts),
-        "of_layers": todo.config.num_hidden_layers,
+        "of_layers": contents.config.num_hidden_layers,
     }
-    receipt |= {"of_experts": todo.config.n_routed_experts, "tensors": len(entries)}
-    receipt |= {"bytes": sum(entry.nbytes for entry in entries), "model_type": config.model_type}
+    record |= {"of_experts": contents.config.n_routed_experts, "tensors": len(entries)}
+    record |= {"bytes": sum(entry.nbytes for entry in entries), "model_type": config.model_type}
 
     def finish(folder: Path) -> None:
         if compare:
-            receipt.update(_difference(todo, folder))
-        (folder / RECEIPT).write_bytes(as_json(receipt))
+            record.update(_difference(contents, folder))
+        (folder / CUT_RECORD).write_bytes(as_json(record))
 
     write_result(
-        todo,
+        contents,
         target,
         entries,
         value,
@@ -134,12 +134,12 @@ def cut(
         overwrite=overwrite,
         finish=finish,
     )
-    return receipt
+    return record
 
 
-def _difference(source: Plan, part: Path) -> dict[str, Any]:
+def _difference(source: Contents, part: Path) -> dict[str, Any]:
     """Compare the logits of `part` and `source` on the token ids 0, 7919, 15838, ... modulo the vocabulary size."""
-    ids = (torch.arange(COMPARED) * 7919 % source.config.vocab_size)[None]
+    ids = (torch.arange(COMPARED_TOKENS) * 7919 % source.config.vocab_size)[None]
     facts: dict[str, Any] = {"token_ids": ids[0].tolist()}
     with torch.no_grad():
         try:
@@ -207,6 +207,6 @@ def _numbers(name: str, chosen: Any) -> list[int]:
         raise ConfigError(name, chosen, "a sequence of integers") from None
 
 
-def _has_rows_of_experts(slot: Slot) -> bool:
+def _has_rows_of_experts(spec: TensorSpec) -> bool:
     """Whether the first axis of the file's tensor is that of experts."""
-    return ".mlp.gate." in slot.parameter or (".mlp.experts." in slot.parameter and not slot.index)
+    return ".mlp.gate." in spec.parameter or (".mlp.experts." in spec.parameter and not spec.index)

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.checkpoint.format.carried import check_carried, read_carried, resolved, write_carried
-from moe.checkpoint.format.comparison import Plan, plan
+from moe.checkpoint.format.auxiliary import check_auxiliary, read_auxiliary, resolve_references, write_auxiliary
+from moe.checkpoint.format.contents import Contents, read_contents
 from moe.checkpoint.format.family import Family
 from moe.checkpoint.format.folder import CONFIG, SINGLE
 from moe.checkpoint.format.header import TensorInfo
 from moe.checkpoint.format.manifest import Manifest
-from moe.checkpoint.reading.hub import find, from_cache
+from moe.checkpoint.reading.hub import explain_cache_misses, find
 from moe.checkpoint.reading.load import check_dtypes
 from moe.checkpoint.reading.progress import Progress
-from moe.checkpoint.reading.values import STORED, Files, check_repeats
+from moe.checkpoint.reading.values import TORCH_DTYPES, Files, check_repeats
 from moe.checkpoint.writing.atomic import check_target, replacing
 from moe.checkpoint.writing.shards import Entry, config_bytes, divide, write_shards
 from moe.errors import CheckpointError
@@ -28,14 +28,14 @@ DEEPSEEK_FILE = "model0-mp1.safetensors"  # the name that DeepSeek's inference c
 Key = tuple[str, tuple[Any, ...], bool]
 
 
-def table_for(todo: Plan, family: Family) -> str:
+def table_for(contents: Contents, family: Family) -> str:
     """Return the layout of the source, or the family's first one if it does not have that layout."""
-    return todo.table if todo.table in family.tables else next(iter(family.tables))
+    return contents.table if contents.table in family.tables else next(iter(family.tables))
 
 
-def plan_source(
+def read_source(
     source: str | PathLike[str], target: str | PathLike[str], overwrite: bool, revision: str | None, *, mtp: bool
-) -> Plan:
+) -> Contents:
     """Read headers and config.json of the source, after checking that the target can be written or replaced."""
     same = "the source itself, which would be replaced"
     if os.path.realpath(source) == os.path.realpath(target):
@@ -47,19 +47,19 @@ def plan_source(
         raise CheckpointError(target, same, expected="another folder")
     if Path(os.path.realpath(target)).is_relative_to(real):
         raise CheckpointError(target, "inside the source, which must not change", expected="a folder outside it")
-    with from_cache(source, revision):
-        return plan(folder, mtp=mtp)
+    with explain_cache_misses(source, revision):
+        return read_contents(folder, mtp=mtp)
 
 
-def check_source(todo: Plan) -> None:
+def check_source(contents: Contents) -> None:
     """Raise `CheckpointError` if `load` would refuse the tensors."""
-    todo.check()
-    check_dtypes(todo)
-    check_repeats(todo)
+    contents.check()
+    check_dtypes(contents)
+    check_repeats(contents)
 
 
 def write_result(
-    todo: Plan,
+    contents: Contents,
     target: str | PathLike[str],
     entries: Sequence[Entry],
     value: Callable[[Files, Entry], Tensor],
@@ -73,8 +73,9 @@ def write_result(
     finish: Callable[[Path], object] = lambda folder: None,
 ) -> None:
     """Write the folder `target` from `entries`, whose values `value` reads from the source."""
-    config, carried = resolved(config, read_carried(todo.folder), same_layout=table == todo.table)
-    check_carried(carried, Path(target))
+    copied = read_auxiliary(contents.folder)
+    config, auxiliary = resolve_references(config, copied, same_layout=table == contents.table)
+    check_auxiliary(auxiliary, Path(target))
     content, manifest = config_bytes(config, Path(target) / CONFIG), Manifest()
     single = DEEPSEEK_FILE if table == "deepseek" else SINGLE
     files = divide(entries, None if table == "deepseek" else max_shard_bytes, Path(target), single=single)
@@ -84,25 +85,25 @@ def write_result(
     ):
         with Files(Progress("", 0, False)) as source:
             write_shards(new, files, lambda entry: value(source, entry), manifest, wrote=bar.advance)
-        write_carried(new, {**carried, CONFIG: content})
+        write_auxiliary(new, {**auxiliary, CONFIG: content})
         finish(new)
 
 
-def names_by_key(todo: Plan) -> dict[Key, str]:
+def names_by_key(contents: Contents) -> dict[Key, str]:
     """Map each part of a parameter to the name of the file tensor that holds it."""
     return {
-        (slot.parameter, hashable(slot.index), slot.repeat): name
-        for name, slot in todo.slots.items()
-        if name in todo.tensors
+        (spec.parameter, index_key(spec.index), spec.repeat): name
+        for name, spec in contents.specs.items()
+        if name in contents.tensors
     }
 
 
-def hashable(index: tuple[int | slice, ...]) -> tuple[Any, ...]:
+def index_key(index: tuple[int | slice, ...]) -> tuple[Any, ...]:
     return tuple((i.start, i.stop) if isinstance(i, slice) else i for i in index)
 
 
 def read_raw(files: Files, info: TensorInfo) -> Tensor:
-    tensor = torch.empty(info.shape, dtype=STORED[info.dtype])
+    tensor = torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
     if tensor.numel():
         files.read_into(info, 0, tensor)
     return tensor

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, deserialize
 from moe import CheckpointError
 from moe.checkpoint.format.folder import read_tensors
 from moe.checkpoint.format.header import MAX_HEADER_BYTES, read_header
-from moe.checkpoint.format.strict_json import doubt, parse_as_python, parse_json, settled
+from moe.checkpoint.format.strict_json import ambiguity, last_values, parse_as_python, parse_json
 
 DATA = bytes(range(34))
 HEADER: dict[str, Any] = {
@@ -166,13 +166,13 @@ def test_not_a_regular_file(tmp_path: Path) -> None:
 def test_what_python_reads_and_json_does_not_have(tmp_path: Path) -> None:
     text = b'{"a": [NaN, -Infinity, 1e999], "b": 1, "b": {"c": 2, "c": 3}, "d": 4, "d": 4, "e": [{"f": null}]}'
     values = parse_as_python(text, tmp_path, max_values=100)
-    assert {key: doubt(value) for key, value in values.items()} == {
+    assert {key: ambiguity(value) for key, value in values.items()} == {
         "a": "nan",
         "b": "two values: 1 and later {'c': 2 and later 3}",
         "d": None,
         "e": None,
     }
-    assert settled(values)["b"] == json.loads(text)["b"] == {"c": 3}
+    assert last_values(values)["b"] == json.loads(text)["b"] == {"c": 3}
     for bad in (b"[1", b"[01]", b"{'a': 1}", b"[" * 65 + b"]" * 65, b"\xff", b"[" + b"1" * 5000 + b"]"):
         with pytest.raises(CheckpointError, match="not valid JSON"):
             parse_as_python(bad, tmp_path, max_values=100)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe.checkpoint.format import comparison, header
+from moe.checkpoint.format import contents, header
 from moe.checkpoint.reading import load as reading
 from tests import fuzz
 from tests.fuzz import INDEX, KINDS, Lab, Verdict, Worker, campaign, damage
@@ -96,8 +96,8 @@ def test_what_only_we_read_so_is_a_disagreement(lab: Lab, monkeypatch: pytest.Mo
 def test_a_model_that_is_neither_is_silent(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     original = reading.fill
 
-    def wrong(files: Any, piece: Any, destination: torch.Tensor, todo: Any) -> None:
-        original(files, piece, destination, todo)
+    def wrong(files: Any, piece: Any, destination: torch.Tensor, contents: Any) -> None:
+        original(files, piece, destination, contents)
         if "experts.3." in piece.info.name:
             destination.view(-1)[-1] = 0
 
@@ -111,7 +111,7 @@ def test_any_other_exception_is_a_crash(lab: Lab, monkeypatch: pytest.MonkeyPatc
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(comparison, "read_tensors", fail)
+    monkeypatch.setattr(contents, "read_tensors", fail)
     assert lab.judge({}).kind == "crash"
 
 

@@ -116,13 +116,13 @@ MEASURE = """
 import resource, sys, time
 from pathlib import Path
 from moe import CheckpointError
-from moe.checkpoint.format.comparison import plan
+from moe.checkpoint.format.contents import read_contents
 
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 64 * 2**20, resource.RLIM_INFINITY))
 started = time.process_time()
 try:
-    plan(sys.argv[1])
+    read_contents(sys.argv[1])
 except CheckpointError as error:
     ended = time.process_time()
     for _ in range(5_000_000):

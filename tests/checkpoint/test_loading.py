@@ -98,7 +98,7 @@ def test_peak_memory(tmp_path: Path, make: Any, config: moe.ModelConfig, dtype: 
     small = dict(hidden_size=128, moe_intermediate_size=64, vocab_size=100, intermediate_size=64)
     folder = make(config, tmp_path / "large")
     tiny = make(dataclasses.replace(config, **small), tmp_path / "tiny")
-    largest = max(info.nbytes for info in reading.plan(folder).tensors.values())
+    largest = max(info.nbytes for info in reading.read_contents(folder).tensors.values())
     command = [sys.executable, "-c", MEASURED, str(tiny), str(folder), dtype]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # each thread has a stack and an arena
     done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)

@@ -312,15 +312,15 @@ def test_truncated_files(saved: Path) -> None:
 
 def test_a_file_that_shrinks_between_header_and_data(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = saved / "model.safetensors"
-    plan = reading.plan
+    read_contents = reading.read_contents
 
-    def plan_and_truncate(folder: Path, **settings: Any) -> Any:
-        todo = plan(folder, **settings)
+    def read_and_truncate(folder: Path, **settings: Any) -> Any:
+        contents = read_contents(folder, **settings)
         os.truncate(file, file.stat().st_size - 1)
-        return todo
+        return contents
 
-    monkeypatch.setattr(reading, "plan", plan_and_truncate)
-    with pytest.raises(CheckpointError, match="shortened while it was read"):
+    monkeypatch.setattr(reading, "read_contents", read_and_truncate)
+    with pytest.raises(CheckpointError, match="truncated while it was read"):
         moe.load(saved)
 
 

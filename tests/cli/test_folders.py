@@ -17,7 +17,7 @@ import moe
 from moe import CheckpointError
 from moe.checkpoint import read_summary
 from moe.checkpoint.convert import convert, cut
-from moe.checkpoint.format.carried import write_carried
+from moe.checkpoint.format.auxiliary import write_auxiliary
 from moe.cli import COMMANDS
 from moe.cli.options import parse
 from moe.cli.train import Args as TrainArgs
@@ -109,10 +109,10 @@ def test_what_appears_while_a_conversion_runs_is_not_replaced(saved, tmp_path, m
 
     def late(folder: Path, files: Any) -> None:
         moe.Transformer(moe.preset("tiny")).save(out)
-        write_carried(folder, files)
+        write_auxiliary(folder, files)
 
     monkeypatch.setattr("moe.checkpoint.writing.atomic.locked", lambda target: contextlib.nullcontext(False))
-    monkeypatch.setattr("moe.checkpoint.rewrite.write_carried", late)
+    monkeypatch.setattr("moe.checkpoint.rewrite.write_auxiliary", late)
     with pytest.raises(CheckpointError, match="exists and is not empty"):
         convert(saved, out)
     assert moe.load(out).config.hidden_size == moe.preset("tiny").hidden_size

@@ -235,10 +235,10 @@ def test_inspect_and_plan_read_headers_from_the_hub(cache: Path, capsys: Any, mo
 def test_what_is_here_comes_first(cache: Path, saved: dict[str, Path], capsys: Any) -> None:
     Path("org").mkdir()
     Path("org/model").symlink_to(saved["v1"])
-    assert hub.find("org/model") == Path("org/model") and not hub.is_name("org/model")
+    assert hub.find("org/model") == Path("org/model") and not hub.is_hub_name("org/model")
     assert json.loads(run(capsys, "inspect", "org/model", "--json")[1])["stored"]["folder"] == "org/model"
     Path("org/model").unlink()
-    assert hub.is_name("org/model") and not hub.is_name("./org/model") and not hub.is_name("tiny")
+    assert hub.is_hub_name("org/model") and not hub.is_hub_name("./org/model") and not hub.is_hub_name("tiny")
 
 
 def test_a_misspelt_folder_is_named_beside_the_hubs_answer(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:

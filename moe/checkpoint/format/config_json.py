@@ -11,7 +11,7 @@ from typing import Any
 from moe.checkpoint.format.families import FAMILIES, family_of
 from moe.checkpoint.format.family import Family, setting
 from moe.checkpoint.format.folder import CONFIG, locate, read_config_values
-from moe.checkpoint.format.strict_json import doubt, settled
+from moe.checkpoint.format.strict_json import ambiguity, last_values
 from moe.config import ModelConfig, RopeParameters
 from moe.errors import CheckpointError, ConfigError
 
@@ -49,16 +49,16 @@ def parse_config(values: Mapping[str, Any], path: Path) -> ModelConfig:
     family = family_of(values["model_type"], path)
     read = {*_keys_read(family), "quantization_config", "compression_config"}
     for key, value in values.items():
-        if key in read and (found := doubt(value)) is not None:
+        if key in read and (found := ambiguity(value)) is not None:
             raise CheckpointError(path, f"{key} is ambiguous", expected="one value, and finite numbers", found=found)
-    config = _understand(values, path)
+    config = _parse_fields(values, path)
     plain = _render(config)
     extra: dict[str, Any] = {}
     for key, value in values.items():
         if key in STORAGE_KEYS or key in family.left_out_keys or (key in plain and plain[key] == value):
             continue
-        extra[key] = settled(value)
-        if (found := doubt(extra[key])) is not None:
+        extra[key] = last_values(value)
+        if (found := ambiguity(extra[key])) is not None:
             logger.warning("%s: %s is left out, because it contains %s", path, key, found)
             del extra[key]
     return dataclasses.replace(config, extra=extra)
@@ -82,7 +82,7 @@ def _language_model(values: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
 def _keys_read(family: Family) -> set[str]:
     """Return the keys of config.json that determine what a model of `family` computes."""
     keys = {key for name in family.keys for key in family.keys_of(name)}
-    return keys.union(family.fixed, family.derived, _ROPE_KEYS, *(form.keys for form in family.forms))
+    return keys.union(family.fixed, family.derived, _ROPE_KEYS, *(form.keys for form in family.conversions))
 
 
 def as_written(config: ModelConfig, path: Path) -> ModelConfig:
@@ -104,21 +104,21 @@ def render_config(config: ModelConfig, path: Path) -> dict[str, Any]:
         raise problem
     values, wanted = _render(config), _canonical(config)
     ours = {key for name in family.keys for key in family.keys_of(name)} | {
-        k for form in family.forms for k in form.keys
+        k for form in family.conversions for k in form.keys
     }
     own = {*family.own, *(key for key, harmless in family.fixed.items() if harmless[0] is not None)}
-    understood = {*_keys_read(family), "model_type"}
+    known = {*_keys_read(family), "model_type"}
     for key, value in config.extra.items():
         if key in STORAGE_KEYS or key in own:
             continue
-        if key not in understood:
+        if key not in known:
             values[key] = value
             continue
         candidate = {**values, key: value}
         if key in family.derived:
             candidate[key] = family.derived[key](config)
         try:
-            agrees = _canonical(_understand(candidate, path)) == wanted
+            agrees = _canonical(_parse_fields(candidate, path)) == wanted
         except CheckpointError:
             if key not in values and key not in ours:
                 raise
@@ -148,13 +148,13 @@ def family_problems(config: ModelConfig) -> tuple[str, ...]:
 
 def _problems(config: ModelConfig, family: Family, path: Path) -> Iterator[CheckpointError]:
     """Yield an error for each setting that the family's files cannot express or an engine would misread."""
-    plain = _settled(config, family)
+    plain = _normalized(config, family)
     for rule in family.rules:
         if not rule.holds(plain):
             found = setting(plain, rule.field)
             yield CheckpointError(path, f"{rule.field}: {rule.reason}", expected=rule.expected, found=str(found))
     try:
-        back = _canonical(_understand(_render(config), path))
+        back = _canonical(_parse_fields(_render(config), path))
     except CheckpointError as error:
         yield error
         return
@@ -180,7 +180,7 @@ def _dense_layers(config: ModelConfig) -> tuple[int, ...]:
     return tuple(i for i in range(config.num_hidden_layers) if not config.is_moe_layer(i))
 
 
-def _settled(config: ModelConfig, family: Family) -> ModelConfig:
+def _normalized(config: ModelConfig, family: Family) -> ModelConfig:
     """Return an equivalent config, in the form in which the family's files express it."""
     layers = config.num_hidden_layers
     dense = _dense_layers(config)
@@ -254,7 +254,7 @@ def _usual(name: str, config: ModelConfig, family: Family) -> Any:
 
 def _canonical(config: ModelConfig) -> ModelConfig:
     """Return a form that is equal for two configs that differ only in spelling or in fields without effect."""
-    config = _settled(config, family_of(config.model_type, CONFIG))
+    config = _normalized(config, family_of(config.model_type, CONFIG))
     heads = None if config.is_mla else config.num_key_value_heads or config.num_attention_heads
     types = tuple(config.is_sliding_layer(i) for i in range(config.num_hidden_layers))
     return dataclasses.replace(
@@ -268,7 +268,7 @@ def _canonical(config: ModelConfig) -> ModelConfig:
     )
 
 
-def _understand(values: Mapping[str, Any], path: Path) -> ModelConfig:
+def _parse_fields(values: Mapping[str, Any], path: Path) -> ModelConfig:
     family = family_of(values.get("model_type"), path)
     for key, harmless in family.fixed.items():
         if key in values and not _is_one_of(values[key], harmless):
@@ -284,10 +284,10 @@ def _understand(values: Mapping[str, Any], path: Path) -> ModelConfig:
             raise CheckpointError(path, f"{key}: {family.model_type} requires a value", found=found)
         if given and not (given[key] is None and name in _NULL_IS_ABSENT):
             fields[name] = _NULL.get(name) if given[key] is None else given[key]
-        elif name in family.absent:
-            fields[name] = family.absent[name]
+        elif name in family.defaults:
+            fields[name] = family.defaults[name]
     try:
-        for form in family.forms:
+        for form in family.conversions:
             fields |= form.read(values)
     except ConfigError as error:
         raise CheckpointError(path, str(error)) from error
@@ -306,7 +306,7 @@ def _understand(values: Mapping[str, Any], path: Path) -> ModelConfig:
     if fields["topk_method"] == "greedy":
         fields |= {"n_group": 1, "topk_group": 1}  # readers ignore the groups that files state
     try:
-        config = ModelConfig.from_dict({**fields, "rope_parameters": _understand_rope(family, values, path)})
+        config = ModelConfig.from_dict({**fields, "rope_parameters": _parse_rope(family, values, path)})
     except ConfigError as error:
         raise CheckpointError(path, str(error)) from error
     for key, derive in family.derived.items():
@@ -321,17 +321,17 @@ def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
     return any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed)
 
 
-def _understand_rope(family: Family, values: Mapping[str, Any], path: Path) -> RopeParameters:
+def _parse_rope(family: Family, values: Mapping[str, Any], path: Path) -> RopeParameters:
     """Read `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (older), which must agree."""
     outside = {"rope_theta": values.get("rope_theta")}
     if values.get("original_max_position_embeddings") is not None:  # it has precedence in transformers
         outside["original_max_position_embeddings"] = values["original_max_position_embeddings"]
     if "partial_rotary_factor" not in family.fixed:
         outside["partial_rotary_factor"] = values.get("partial_rotary_factor")
-        rotary, head = values.get("rotary_dim"), values.get("head_dim", family.absent.get("head_dim"))
+        rotary, head = values.get("rotary_dim"), values.get("head_dim", family.defaults.get("head_dim"))
         if type(rotary) is int and type(head) is int and head > 0 and outside["partial_rotary_factor"] is None:
             outside["partial_rotary_factor"] = rotary / head
-    length = values.get("max_position_embeddings", family.absent.get("max_position_embeddings"))
+    length = values.get("max_position_embeddings", family.defaults.get("max_position_embeddings"))
     found: dict[str, RopeParameters] = {}
     for key in ("rope_parameters", "rope_scaling"):
         form = values.get(key) or {}
@@ -373,7 +373,7 @@ def _rope(
 
 def _render(config: ModelConfig) -> dict[str, Any]:
     family = family_of(config.model_type, CONFIG)
-    config = _settled(config, family)
+    config = _normalized(config, family)
     values = {family.keys_of(name)[0]: getattr(config, name) for name in family.keys}
     if config.num_key_value_heads is None:
         values["num_key_value_heads"] = config.num_attention_heads
@@ -381,7 +381,7 @@ def _render(config: ModelConfig) -> dict[str, Any]:
         values["mlp_only_layers"] = list(config.mlp_only_layers)
     if "head_dim" in values:  # transformers' defaults differ from family to family
         values["head_dim"] = config.qk_head_dim
-    for form in family.forms:
+    for form in family.conversions:
         values |= form.write(config)
     values |= {key: harmless[0] for key, harmless in family.fixed.items() if harmless[0] is not None}
     rope = {name: value for name, value in dataclasses.asdict(config.rope_parameters).items() if value is not None}

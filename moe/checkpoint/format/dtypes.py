@@ -18,7 +18,7 @@ SAFETENSORS: dict[str, str] = {
 FLOATING = ("bf16", "fp16", "fp32", "fp64")
 
 # Other accepted spellings: torch's dtypes as text, and safetensors' names.
-OTHERS: dict[str, str] = {
+ALIASES: dict[str, str] = {
     "torch.bfloat16": "bf16",
     "torch.float16": "fp16",
     "torch.float32": "fp32",
@@ -34,7 +34,7 @@ def parse_dtype(value: Any, field: str, allowed: tuple[str, ...]) -> str:
     Raises ConfigError about `field` for anything else.
     """
     text = str(value).lower()
-    name = OTHERS.get(text, text)
+    name = ALIASES.get(text, text)
     if name not in allowed:
         hint = "" if name in SAFETENSORS else did_you_mean(text.removeprefix("torch."), allowed)
         raise ConfigError(field, value, f"one of {', '.join(allowed)}{hint}")

@@ -8,8 +8,8 @@ from typing import Any
 from moe.checkpoint.format.family import (
     BUFFERS,
     MXFP4,
+    Conversion,
     Family,
-    Form,
     Names,
     Reordered,
     Row,
@@ -288,7 +288,7 @@ DEEPSEEK_V3 = Family(
     tables=_tables(_DEEPSEEK_BLOCK, **_MTP) | {"deepseek": _OFFICIAL},
     keys=_DEEPSEEK_KEYS,
     required=_DEEPSEEK_SIZES,
-    absent={
+    defaults={
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
         "n_group": 8,
@@ -341,7 +341,7 @@ DEEPSEEK_V2 = Family(
     tables=_tables(_DEEPSEEK_BLOCK) | {"deepseek": _OFFICIAL},
     keys=_DEEPSEEK_KEYS,
     required=_DEEPSEEK_SIZES,
-    absent={
+    defaults={
         "scoring_func": "softmax",
         "topk_method": "greedy",
         "norm_topk_prob": False,
@@ -370,7 +370,7 @@ MIXTRAL = Family(
     tables=_mixtral_tables(same("mlp.gate.weight")),
     keys=_GQA_KEYS | _ONE_WIDTH | {"n_routed_experts": _EXPERT_COUNT[::-1], "sliding_window": "sliding_window"},
     required=(*_SIZES, "moe_intermediate_size", "n_routed_experts"),
-    absent={"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "seq_aux": False},
+    defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "seq_aux": False},
     implied=_SOFTMAX,
     rules=(
         _UNTIED,
@@ -408,15 +408,15 @@ QWEN2_MOE = Family(
         "n_routed_experts",
         "shared_expert_intermediate_size",
     ),
-    absent={"norm_topk_prob": False, "attention_bias": True, "max_position_embeddings": 32768, "seq_aux": False},
+    defaults={"norm_topk_prob": False, "attention_bias": True, "max_position_embeddings": 32768, "seq_aux": False},
     implied=_SOFTMAX | {"n_shared_experts": 1, "shared_expert_gate": True, "attention_output_bias": False},
     rules=(
         _only("norm_topk_prob", False, "llama.cpp ignores it and does not normalise"),
         *(*_ALL_SPARSE, _UNTIED, _NO_WINDOW, *_PLAIN_YARN, _TRUNCATED_YARN),
     ),
     fixed=_WHOLE_HEADS,
-    forms=(
-        Form(
+    conversions=(
+        Conversion(
             ("use_sliding_window", "sliding_window", "layer_types", "max_window_layers"),
             _alternating_read,
             _alternating_write,
@@ -432,7 +432,7 @@ QWEN3_MOE = Family(
     | same("intermediate_size", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers")
     | {"n_routed_experts": _EXPERT_COUNT, "attention_bias": "attention_bias"},
     required=(*_SIZES, "intermediate_size", "moe_intermediate_size", "n_routed_experts"),
-    absent={"norm_topk_prob": False, "num_key_value_heads": 4, "max_position_embeddings": 32768, "seq_aux": False},
+    defaults={"norm_topk_prob": False, "num_key_value_heads": 4, "max_position_embeddings": 32768, "seq_aux": False},
     implied=_SOFTMAX | {"qk_norm": "head"},
     rules=(
         _only("norm_topk_prob", True, "llama.cpp ignores it and normalises"),
@@ -440,7 +440,7 @@ QWEN3_MOE = Family(
         *(*_ALL_SPARSE, _UNTIED, _NO_WINDOW, *_PLAIN_YARN, _TRUNCATED_YARN),
     ),
     fixed=_WHOLE_HEADS,
-    forms=(Form(("use_sliding_window", "sliding_window"), _window_read, _window_write),),
+    conversions=(Conversion(("use_sliding_window", "sliding_window"), _window_read, _window_write),),
 )
 
 GLM4_MOE = Family(
@@ -452,7 +452,7 @@ GLM4_MOE = Family(
     | same("first_k_dense_replace", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
     | same("attention_bias", "num_nextn_predict_layers"),
     required=(*_SIZES, "intermediate_size", "moe_intermediate_size", "n_routed_experts"),
-    absent={
+    defaults={
         "num_key_value_heads": 8,
         "max_position_embeddings": 131072,
         "rms_norm_eps": 1e-5,
@@ -471,8 +471,8 @@ GLM4_MOE = Family(
         *(_UNTIED, *_PLAIN_YARN, _TRUNCATED_YARN),
     ),
     fixed=_SILU,
-    forms=(
-        Form(
+    conversions=(
+        Conversion(
             ("use_qk_norm",),
             lambda values: {"qk_norm": "head" if values.get("use_qk_norm") else "none"},
             lambda config: {"use_qk_norm": config.qk_norm == "head"},
@@ -493,7 +493,7 @@ GPT_OSS = Family(
     | same("attention_bias", "sliding_window", "swiglu_limit", "swiglu_alpha")
     | {"n_routed_experts": _EXPERT_COUNT[::-1]},
     required=(*_SIZES, "moe_intermediate_size", "n_routed_experts"),
-    absent={"attention_bias": True, "sliding_window": 128, "swiglu_limit": 7.0, "swiglu_alpha": 1.702, "head_dim": 64}
+    defaults={"attention_bias": True, "sliding_window": 128, "swiglu_limit": 7.0, "swiglu_alpha": 1.702, "head_dim": 64}
     | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "seq_aux": False},
     implied=_SOFTMAX | {"attention_sinks": True, "router_bias": True, "expert_bias": True, "swiglu_beta": 1.0},
     rules=(
@@ -509,8 +509,8 @@ GPT_OSS = Family(
     ),
     derived={"experts_per_token": lambda config: config.num_experts_per_tok},  # read by vLLM
     fixed=_WHOLE_HEADS,
-    forms=(
-        Form(
+    conversions=(
+        Conversion(
             ("layer_types",),
             lambda values: {"layer_types": values.get("layer_types") or _every_other(values.get("num_hidden_layers"))},
             lambda config: {"layer_types": _layer_types(config)},
@@ -540,7 +540,7 @@ OLMOE = Family(
     tables=_tables(_NORMS | _GQA | same("mlp.gate.weight")),
     keys=_GQA_KEYS | _ONE_WIDTH | same("norm_topk_prob", "attention_bias") | {"n_routed_experts": _EXPERT_COUNT},
     required=(*_SIZES, "moe_intermediate_size", "n_routed_experts"),
-    absent={"norm_topk_prob": False, "rms_norm_eps": 1e-5, "seq_aux": False},
+    defaults={"norm_topk_prob": False, "rms_norm_eps": 1e-5, "seq_aux": False},
     implied=_SOFTMAX | {"qk_norm": "whole"},
     rules=(
         _only("norm_topk_prob", False, "vLLM, SGLang and llama.cpp ignore it and do not normalise"),
@@ -559,7 +559,7 @@ MINIMAX_M2 = Family(
     ),
     keys=_GQA_KEYS | _ONE_WIDTH | {"n_routed_experts": _EXPERT_COUNT[::-1]},
     required=(*_SIZES, "moe_intermediate_size", "n_routed_experts"),
-    absent={"num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 196608, "seq_aux": False},
+    defaults={"num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 196608, "seq_aux": False},
     implied={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "qk_norm": "whole"},
     rules=(_UNTIED, *_PLAIN_YARN, _TRUNCATED_YARN),
     # transformers ignores these keys. Without them vLLM and SGLang leave out the correction bias, SGLang leaves out the
@@ -569,7 +569,7 @@ MINIMAX_M2 = Family(
     | {"use_routing_bias": (True, None), "shared_intermediate_size": (None, 0)},
     # Other readers take the number of rotary dimensions from this key; it is read with the rest of RoPE.
     own=("n_group", "topk_group", "rotary_dim"),
-    forms=(Form(("rotary_dim",), lambda values: {}, lambda config: {"rotary_dim": config.rope_dim}),),
+    conversions=(Conversion(("rotary_dim",), lambda values: {}, lambda config: {"rotary_dim": config.rope_dim}),),
     rope={"rope_theta": 5e6},
 )
 
@@ -606,7 +606,7 @@ DOTS1 = Family(
     | same("first_k_dense_replace", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
     | same("attention_bias"),
     required=(*_SIZES, "intermediate_size", "moe_intermediate_size", "n_routed_experts"),
-    absent={"num_key_value_heads": 32, "max_position_embeddings": 2048, "norm_topk_prob": False},
+    defaults={"num_key_value_heads": 32, "max_position_embeddings": 2048, "norm_topk_prob": False},
     implied={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "qk_norm": "head"},
     # SGLang does not support the family; vLLM does not from 0.23 on.
     rules=(
@@ -618,8 +618,8 @@ DOTS1 = Family(
     # vLLM reads these keys, transformers does not. The first releases have "noaux_tc" as their scoring_func.
     fixed=_WHOLE_HEADS
     | {"scoring_func": ("sigmoid", "noaux_tc", None), "topk_method": ("noaux_tc", None), "moe_layer_freq": (1, None)},
-    forms=(
-        Form(
+    conversions=(
+        Conversion(
             ("sliding_window", "layer_types", "max_window_layers"),
             _late_windows_read,
             _late_windows_write,
@@ -662,7 +662,7 @@ GLM4_MOE_LITE = Family(
     tables=_tables(_DEEPSEEK_BLOCK, **_MTP),
     keys={name: key for name, key in _DEEPSEEK_KEYS.items() if name not in _GLM_LITE_OTHERS},
     required=_DEEPSEEK_SIZES,
-    absent={
+    defaults={
         "max_position_embeddings": 202752,
         "rms_norm_eps": 1e-5,
         "n_shared_experts": 1,
@@ -683,7 +683,7 @@ GLM4_MOE_LITE = Family(
     ),
     fixed=_DEEPSEEK_FIXED | {"scoring_func": ("sigmoid", None), "topk_method": ("noaux_tc", None)},
     derived=_DEEPSEEK_DERIVED,
-    forms=(Form(("mlp_layer_types", "first_k_dense_replace"), _mlp_types_read, _mlp_types_write),),
+    conversions=(Conversion(("mlp_layer_types", "first_k_dense_replace"), _mlp_types_read, _mlp_types_write),),
     yarn_from_length=False,
 )
 
@@ -725,7 +725,7 @@ ERNIE4_5_MOE = Family(
         "decoder_sparse_step": "moe_layer_interval",
     },
     required=(*_SIZES, "intermediate_size", "moe_intermediate_size", "n_routed_experts"),
-    absent={
+    defaults={
         "num_key_value_heads": 4,
         "max_position_embeddings": 131072,
         "rms_norm_eps": 1e-5,
@@ -744,7 +744,7 @@ ERNIE4_5_MOE = Family(
     fixed=_WHOLE_HEADS
     | {"use_bias": (False, None), "moe_gate_act": ("softmax", None), "moe_use_aux_free": (True, None)}
     | {"use_moe": (None, True)},
-    forms=(Form(("moe_layer_end_index",), _last_layer_read, _last_layer_write),),
+    conversions=(Conversion(("moe_layer_end_index",), _last_layer_read, _last_layer_write),),
     rope={"rope_theta": 500000.0},
     # The MTP module is a dense layer, which is not supported.
     left_out=tuple(f"model.mtp_{part}." for part in ("block", "emb_norm", "hidden_norm", "linear_proj")),

@@ -13,7 +13,7 @@ One table serves loading and saving: every tensor of the model has exactly one e
 family has a table for each layout of its files, which is recognised by their names. `layout.py` expands a table for a
 configuration.
 
-`keys` maps the fields of a configuration one to one; other correspondences are `Form`s.
+`keys` maps the fields of a configuration one to one; other correspondences are `Conversion`s.
 """
 
 from collections.abc import Callable, Mapping
@@ -79,7 +79,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Form:
+class Conversion:
     """Fields and keys of config.json that do not correspond one to one.
 
     Attributes:
@@ -136,7 +136,7 @@ class Family:
         tables: layouts of the files by name; a new checkpoint has the first.
         keys: fields of `ModelConfig` -> their keys in config.json; any of several is read, the first is written.
         required: fields that a file must give, not null.
-        absent: fields -> default if the file does not give them, the same as in transformers.
+        defaults: fields -> default if the file does not give them, the same as in transformers.
         implied: fields without a key -> their value in this family.
         allowed: fields -> values that can be read; with others, the family's own code and transformers compute
             different functions.
@@ -146,7 +146,7 @@ class Family:
         own: keys that are never copied from the original file, because engines read them where transformers does not:
             vLLM takes null for a number of groups, and llama.cpp limits routing to groups in every family.
         derived: keys that are computed from fields -> the function. transformers writes and uses them.
-        forms: see `Form`.
+        conversions: see `Conversion`.
         yarn_from_length: whether every reader replaces a missing original length of YaRN by max_position_embeddings.
         rope: default `rope_parameters`; also the default rope_theta and partial_rotary_factor of incomplete ones.
         buffers: names of tensors in some files that the model computes itself or does not need, with {layer} for the
@@ -165,14 +165,14 @@ class Family:
     tables: Mapping[str, Table]
     keys: Mapping[str, str | tuple[str, ...]]
     required: tuple[str, ...]
-    absent: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     implied: Mapping[str, Any] = field(default_factory=dict)
     allowed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     own: tuple[str, ...] = ("n_group", "topk_group")
     derived: Mapping[str, Callable[[ModelConfig], Any]] = field(default_factory=dict)
-    forms: tuple[Form, ...] = ()
+    conversions: tuple[Conversion, ...] = ()
     yarn_from_length: bool = True
     rope: Mapping[str, Any] = field(default_factory=dict)
     buffers: tuple[str, ...] = BUFFERS

@@ -30,7 +30,7 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "moesmith.manifest.json"  # digests of what a save wrote; loading does not read it
-RECEIPT = "cut.json"  # which part of its source a cut checkpoint is
+CUT_RECORD = "cut.json"  # which part of its source a cut checkpoint is
 RUN, METRICS = "settings.json", "metrics.jsonl"  # files of a run of `moesmith train`; "checkpoint" is added at its end
 
 NO_FOLDER = "no such folder"  # the first words of an error about a path or a name on the Hub
@@ -65,7 +65,7 @@ def locate(folder: str | PathLike[str], revision: str | None = None) -> Path:
     path = Path(folder)
     try:
         mode = os.stat(path).st_mode
-        has_config = stat.S_ISDIR(mode) and _is_there(path / CONFIG)
+        has_config = stat.S_ISDIR(mode) and _exists(path / CONFIG)
     except FileNotFoundError:
         if path.name and os.path.isdir(previous_folder(path)):
             return previous_folder(path)
@@ -83,7 +83,7 @@ def locate(folder: str | PathLike[str], revision: str | None = None) -> Path:
     return path
 
 
-def _is_there(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     """Like `os.path.lexists`, but raises OSError if the path cannot be examined."""
     try:
         os.lstat(path)
@@ -184,7 +184,7 @@ def read_config_values(folder: Path) -> dict[str, Any]:
     path = member(folder, CONFIG)
     if not os.path.lexists(path):
         expected = f"{CONFIG} and {SINGLE}, or its shards"
-        raise CheckpointError(path, "No such file", expected=expected, found=_what_is_there(folder))
+        raise CheckpointError(path, "No such file", expected=expected, found=_describe_files(folder))
     values = parse_as_python(read_bounded(path, MAX_CONFIG_BYTES), path, max_values=MAX_CONFIG_VALUES)
     if not isinstance(values, dict):
         raise CheckpointError(path, "wrong JSON value", expected="an object", found=type(values).__name__)
@@ -216,7 +216,7 @@ def read_tensors(
         listed = None
     names = set(listed.values()) if listed is not None else {SINGLE} if SINGLE in present else present
     if not names:
-        raise CheckpointError(folder, "no tensors", expected=f"{SINGLE}, or {INDEX}", found=_what_is_there(folder))
+        raise CheckpointError(folder, "no tensors", expected=f"{SINGLE}, or {INDEX}", found=_describe_files(folder))
     if listed is None:
         needed = names
         _check_complete(folder, names)
@@ -326,7 +326,7 @@ def _read_weight_map(scan: Scanner) -> dict[str, str]:
     while found := scan.take(_ENTRY):
         name, file = decode_string(found[1]), files.get(found[2])
         if file is None:
-            file = files[found[2]] = _bare(decode_string(found[2]), name, scan.path)
+            file = files[found[2]] = _file_name(decode_string(found[2]), name, scan.path)
         if weight_map.get(name, file) != file:
             raise CheckpointError(scan.path, "twice in the index", tensor=name, expected="one file", found="two")
         if len(weight_map) == MAX_INDEX_TENSORS:
@@ -342,7 +342,7 @@ def _read_weight_map(scan: Scanner) -> dict[str, str]:
     raise CheckpointError(scan.path, "invalid file name", tensor=name, expected=expected, found=scan.rest())
 
 
-def _bare(file: str, name: str, path: Path) -> str:
+def _file_name(file: str, name: str, path: Path) -> str:
     fits = len(file.encode("utf-8")) <= MAX_FILE_NAME_BYTES and file.isprintable()
     if not (fits and file.endswith(".safetensors") and not set(file) & set("/\\")):
         expected = "a .safetensors file in this folder"
@@ -350,7 +350,7 @@ def _bare(file: str, name: str, path: Path) -> str:
     return file
 
 
-def _what_is_there(folder: Path) -> str:
+def _describe_files(folder: Path) -> str:
     pickles = sorted(str(p.relative_to(folder)) for pattern in _PICKLES for p in folder.glob(pattern))
     if pickles:
         return f"{pickles[0]}, a pickle: it can run code and is never read; convert it to safetensors first"

@@ -19,7 +19,7 @@ MXFP4_BLOCK = 32  # values that share a scale; 16 bytes
 
 
 @dataclass(frozen=True)
-class Slot:
+class TensorSpec:
     """A tensor of the files and the part of the model that it fills: `state_dict()[parameter][index]`.
 
     Attributes:
@@ -57,7 +57,7 @@ class Slot:
         return apart.permute([self.axes.index(axis) for axis in range(len(self.axes))]).reshape(self.shape)
 
 
-def layout(config: ModelConfig, table: str | None = None, path: Path = Path(CONFIG)) -> dict[str, Slot]:
+def layout(config: ModelConfig, table: str | None = None, path: Path = Path(CONFIG)) -> dict[str, TensorSpec]:
     """Return every tensor that a checkpoint of `config` can have in the layout `table`, by name.
 
     Without repeats, each value of the model has exactly one place in the files. None is the layout of a new checkpoint;
@@ -68,15 +68,15 @@ def layout(config: ModelConfig, table: str | None = None, path: Path = Path(CONF
     experts = config.n_routed_experts * (config.num_moe_layers + config.num_nextn_predict_layers)
     if experts > MAX_EXPERTS:
         raise CheckpointError(path, "too many experts in all layers", expected=f"at most {MAX_EXPERTS}", found=experts)
-    slots = {}
+    specs = {}
     for parameter, shape in parameter_shapes(config).items():
         prefix, local, part = _part(names, config, parameter)
         if local not in part:
             raise CheckpointError(path, f"{family.model_type} files cannot hold it", tensor=parameter)
-        for slot in _expand(prefix, part[local], parameter, shape):
-            slots[slot.name] = slot
-    slots.update((slot.name, slot) for slot in _repeats(names, config))
-    return slots
+        for spec in _expand(prefix, part[local], parameter, shape):
+            specs[spec.name] = spec
+    specs.update((spec.name, spec) for spec in _repeats(names, config))
+    return specs
 
 
 def _part(table: Table, config: ModelConfig, parameter: str) -> tuple[str, str, Names]:
@@ -98,7 +98,7 @@ def mtp_prefix(table: Table, config: ModelConfig, module: int) -> str:
 
 def _expand(
     prefix: str, names: str | tuple[str, ...] | Reordered | MXFP4 | Row, parameter: str, shape: Shape
-) -> Iterator[Slot]:
+) -> Iterator[TensorSpec]:
     if isinstance(names, MXFP4):
         yield from _expand_mxfp4(prefix, names, parameter, shape)
         return
@@ -106,7 +106,7 @@ def _expand(
         yield _reordered(prefix + names.name, names.file, names.model, parameter, shape)
         return
     if isinstance(names, Row):
-        yield Slot(prefix + names.name, parameter, (), (1, *shape), is_row=True)
+        yield TensorSpec(prefix + names.name, parameter, (), (1, *shape), is_row=True)
         return
     names = (names,) if isinstance(names, str) else names
     stacked = "{expert}" in names[0]
@@ -117,10 +117,10 @@ def _expand(
             index: tuple[int | slice, ...] = () if expert is None else (expert,)
             if len(names) > 1:
                 index += (slice(i * part, (i + 1) * part),)
-            yield Slot(prefix + name.format(expert=expert), parameter, index, (part, *rest))
+            yield TensorSpec(prefix + name.format(expert=expert), parameter, index, (part, *rest))
 
 
-def _reordered(name: str, file: str, model: str, parameter: str, shape: Shape) -> Slot:
+def _reordered(name: str, file: str, model: str, parameter: str, shape: Shape) -> TensorSpec:
     """Describe a `Reordered` tensor; the model's `shape` has "two" and the axis after it as one."""
     mine, theirs = model.split(), file.split()
     sizes = list(shape)
@@ -130,7 +130,7 @@ def _reordered(name: str, file: str, model: str, parameter: str, shape: Shape) -
     size = dict(zip(mine, sizes, strict=True))
     split = tuple(size[axis] for axis in theirs)
     joined = split if "two" not in theirs else _joined(theirs, size)
-    return Slot(name, parameter, (), joined, split=split, axes=tuple(theirs.index(axis) for axis in mine))
+    return TensorSpec(name, parameter, (), joined, split=split, axes=tuple(theirs.index(axis) for axis in mine))
 
 
 def _joined(axes: list[str], size: Mapping[str, int]) -> Shape:
@@ -140,7 +140,7 @@ def _joined(axes: list[str], size: Mapping[str, int]) -> Shape:
     return (*sizes[: at - 1], 2 * sizes[at - 1], *sizes[at + 1 :])
 
 
-def _expand_mxfp4(prefix: str, names: MXFP4, parameter: str, shape: Shape) -> Iterator[Slot]:
+def _expand_mxfp4(prefix: str, names: MXFP4, parameter: str, shape: Shape) -> Iterator[TensorSpec]:
     experts, rows, columns = shape
     if columns % MXFP4_BLOCK:
         problem, expected = "MXFP4 stores whole blocks of columns", f"a multiple of {MXFP4_BLOCK}"
@@ -160,49 +160,49 @@ def _expand_mxfp4(prefix: str, names: MXFP4, parameter: str, shape: Shape) -> It
         yield dataclasses.replace(part, scale_of=name if kind == "_scales" else None)
 
 
-def _repeats(table: Table, config: ModelConfig) -> Iterator[Slot]:
+def _repeats(table: Table, config: ModelConfig) -> Iterator[TensorSpec]:
     shape = (config.vocab_size, config.hidden_size)
     head = "lm_head.weight"
     source = {head: "embed_tokens.weight"} if config.tie_word_embeddings else {}
     for module in range(config.num_nextn_predict_layers):
         prefix = mtp_prefix(table, config, module)
         for parameter, name in table.mtp_repeats.items():
-            yield Slot(prefix + name, source.get(parameter, parameter), (), shape, repeat=True)
+            yield TensorSpec(prefix + name, source.get(parameter, parameter), (), shape, repeat=True)
     if config.tie_word_embeddings:
         name = table.top[head]
         assert isinstance(name, str)
-        yield Slot(name, "embed_tokens.weight", (), shape, repeat=True, written=False)
+        yield TensorSpec(name, "embed_tokens.weight", (), shape, repeat=True, written=False)
 
 
 def with_scales(
-    slots: Mapping[str, Slot], table: Table, block_size: tuple[int, int], quantised: Iterable[str]
-) -> dict[str, Slot]:
-    """Return `slots` and the scales of the tensors `quantised`, which are matrices in FP8 blocks.
+    specs: Mapping[str, TensorSpec], table: Table, block_size: tuple[int, int], quantised: Iterable[str]
+) -> dict[str, TensorSpec]:
+    """Return `specs` and the scales of the tensors `quantised`, which are matrices in FP8 blocks.
 
     Gate and up have blocks of their own, so the scales of [E, 2F, D] are [E, 2 ceil(F / b), ceil(D / b)].
     """
-    result = dict(slots)
+    result = dict(specs)
     ending, scale_ending = table.scale
     for name in quantised:
-        slot = slots[name]
-        shape = tuple(-(-size // block) for size, block in zip(slot.shape, block_size, strict=True))
+        spec = specs[name]
+        shape = tuple(-(-size // block) for size, block in zip(spec.shape, block_size, strict=True))
         index = tuple(
-            slice(i.start // slot.shape[0] * shape[0], i.stop // slot.shape[0] * shape[0])
+            slice(i.start // spec.shape[0] * shape[0], i.stop // spec.shape[0] * shape[0])
             if isinstance(i, slice)
             else i
-            for i in slot.index
+            for i in spec.index
         )
         scale = name.removesuffix(ending) + scale_ending
-        result[scale] = Slot(scale, slot.parameter + "_scale_inv", index, shape, slot.repeat, scale_of=name)
+        result[scale] = TensorSpec(scale, spec.parameter + "_scale_inv", index, shape, spec.repeat, scale_of=name)
     return result
 
 
-def fp8_names(slots: Mapping[str, Slot]) -> list[str]:
+def fp8_names(specs: Mapping[str, TensorSpec]) -> list[str]:
     """Return the tensors that FP8 files quantise: the projections of attention, MLPs and experts."""
     return [
         name
-        for name, slot in slots.items()
-        if len(slot.shape) == 2 and not slot.repeat and is_quantisable(slot.parameter)
+        for name, spec in specs.items()
+        if len(spec.shape) == 2 and not spec.repeat and is_quantisable(spec.parameter)
     ]
 
 

@@ -21,7 +21,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
-from moe.checkpoint.format.carried import CARRIED, is_template, templates
+from moe.checkpoint.format.auxiliary import AUXILIARY_FILES, is_template, templates
 from moe.checkpoint.format.files import read_bounded
 from moe.checkpoint.format.folder import CONFIG, INDEX, MANIFEST, locate
 from moe.checkpoint.format.header import TensorInfo, read_header
@@ -155,7 +155,9 @@ class _Check:
         self.headers = {entry["sha256"]: file for file, entry in files.items() if "tensors" in entry}
         self.unread: set[str] = set()  # files with unreadable headers: reported once, not per tensor
         weights = {name for name, entry in files.items() if "tensors" in entry}
-        for name in sorted({*files, CONFIG, INDEX, *CARRIED, *QUANTIZATION_FILES, *templates(folder)} - weights):
+        for name in sorted(
+            {*files, CONFIG, INDEX, *AUXILIARY_FILES, *QUANTIZATION_FILES, *templates(folder)} - weights
+        ):
             self._file(name)
         seen: dict[str, TensorInfo] = {}
         for name in sorted(weights | {path.name for path in folder.glob(f"model*{_WEIGHTS}")}):

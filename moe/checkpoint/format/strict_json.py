@@ -48,7 +48,7 @@ def parse_json(data: bytes, path: Path) -> Any:
     Raises `CheckpointError` for invalid JSON, also where Python's parser accepts it (duplicate keys, NaN, Infinity,
     numbers too large for a float), for invalid UTF-8, and for deep nesting.
     """
-    return _decode(_DECODER, data, path)
+    return _decode(_STRICT_DECODER, data, path)
 
 
 def _decode(decoder: json.JSONDecoder, data: bytes, path: Path) -> Any:
@@ -61,7 +61,7 @@ def _decode(decoder: json.JSONDecoder, data: bytes, path: Path) -> Any:
 
 
 @dataclass(frozen=True)
-class Twice:
+class Duplicate:
     """Value of a duplicate key with different values; Python's parser returns the last one."""
 
     first: Any
@@ -74,33 +74,33 @@ class Twice:
 def parse_as_python(data: bytes, path: Path, *, max_values: int) -> Any:
     """Parse `data` with Python's rules, which also allow NaN, Infinity and duplicate keys.
 
-    The value of a key with different values is a `Twice`. Raises `CheckpointError` for what Python refuses, for deep
-    nesting, and for more than `max_values` commas and brackets, which bounds the memory of the result.
+    A key with several values has a `Duplicate`. Raises `CheckpointError` for what Python refuses, for deep nesting, and
+    for more than `max_values` commas and brackets, which bounds the memory of the result.
     """
     found = sum(map(data.count, (b",", b"[", b"{")))
     if found > max_values:
         expected = f"at most {max_values} commas and brackets"
         raise CheckpointError(path, "too many values", expected=expected, found=found)
-    return _decode(_PYTHONS, data, path)
+    return _decode(_PYTHON_DECODER, data, path)
 
 
-def doubt(value: Any) -> str | None:
+def ambiguity(value: Any) -> str | None:
     """Describe the first ambiguity in a value from `parse_as_python`: NaN, Infinity or a duplicate key; or None."""
-    if isinstance(value, Twice):
+    if isinstance(value, Duplicate):
         return f"two values: {value}"
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return next(filter(None, map(doubt, inner)), None)
+    return next(filter(None, map(ambiguity, inner)), None)
 
 
-def settled(value: Any) -> Any:
-    """Replace each `Twice` in `value` by its last value."""
-    if isinstance(value, Twice):
-        return settled(value.last)
+def last_values(value: Any) -> Any:
+    """Replace each `Duplicate` in `value` by its last value."""
+    if isinstance(value, Duplicate):
+        return last_values(value.last)
     if isinstance(value, dict):
-        return {key: settled(inner) for key, inner in value.items()}
-    return [settled(inner) for inner in value] if isinstance(value, list) else value
+        return {key: last_values(inner) for key, inner in value.items()}
+    return [last_values(inner) for inner in value] if isinstance(value, list) else value
 
 
 class Scanner:
@@ -157,7 +157,7 @@ class Scanner:
 
     def value(self, *, limit: int = MAX_TOKEN, as_python: bool = False) -> Any:
         """Read a value of at most `limit` bytes, as `parse_json` or `parse_as_python` does."""
-        decoder = _PYTHONS if as_python else _DECODER
+        decoder = _PYTHON_DECODER if as_python else _STRICT_DECODER
         problem: Exception | None = None
         for size in (2**8, 2**10, 2**12, 2**14, MAX_TOKEN, limit):  # small values are fast
             while self._left and len(self._window) - self._at < size:
@@ -248,16 +248,16 @@ def _integer(text: str) -> int | float:
     return -0.0 if text == "-0" else int(text)  # -0 is not an integer in other languages
 
 
-def _last_counts(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _keep_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         for key, value in pairs:
-            if values[key] != value and not isinstance(values[key], Twice):
-                values[key] = Twice(value, values[key])
+            if values[key] != value and not isinstance(values[key], Duplicate):
+                values[key] = Duplicate(value, values[key])
     return values
 
 
-_PYTHONS = json.JSONDecoder(object_pairs_hook=_last_counts)
-_DECODER = json.JSONDecoder(
+_PYTHON_DECODER = json.JSONDecoder(object_pairs_hook=_keep_duplicates)
+_STRICT_DECODER = json.JSONDecoder(
     object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite, parse_int=_integer
 )

@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
-from moe.checkpoint.format.carried import PATTERNS
+from moe.checkpoint.format.auxiliary import PATTERNS
 from moe.checkpoint.format.folder import (
     CONFIG,
     INDEX,
@@ -96,7 +96,7 @@ def headers_on_hub(
 
 
 @contextlib.contextmanager
-def from_cache(folder: str | PathLike[str], revision: str | None = None) -> Iterator[None]:
+def explain_cache_misses(folder: str | PathLike[str], revision: str | None = None) -> Iterator[None]:
     """Explain errors in the block about files that are missing in the Hub's cache.
 
     If the Hub cannot be reached, `find` returns a snapshot that may be incomplete.
@@ -122,7 +122,7 @@ def from_cache(folder: str | PathLike[str], revision: str | None = None) -> Iter
         raise
 
 
-def is_name(folder: str | PathLike[str]) -> bool:
+def is_hub_name(folder: str | PathLike[str]) -> bool:
     """Whether `find` looks for `folder` on the Hub."""
     return _parse(folder, None) is not None
 
@@ -130,10 +130,10 @@ def is_name(folder: str | PathLike[str]) -> bool:
 def _parse(folder: str | PathLike[str], revision: str | None) -> tuple[str, str | None] | None:
     """Return name and revision on the Hub; None for a local folder and for anything that is not a name."""
     found = _NAME.fullmatch(str(folder))
-    if found is None or _is_here(Path(folder)):
+    if found is None or _exists_locally(Path(folder)):
         return None
     name, given = found.groups()
-    if given is not None and _is_here(Path(name)):
+    if given is not None and _exists_locally(Path(name)):
         expected = f"{name}, because a folder has no revisions"
         raise CheckpointError(folder, "no such folder, but one without the revision exists", expected=expected)
     if None not in (given, revision) and given != revision:
@@ -141,7 +141,7 @@ def _parse(folder: str | PathLike[str], revision: str | None) -> tuple[str, str 
     return name, given or revision
 
 
-def _is_here(path: Path) -> bool:
+def _exists_locally(path: Path) -> bool:
     """Whether the path exists, perhaps unreadable, or can be recovered by `locate`."""
     try:
         os.lstat(path)
@@ -166,7 +166,7 @@ def _ask(question: Callable[[Any], _ANSWER], name: str, revision: str | None) ->
         return question(huggingface_hub)
     except utils.GatedRepoError as error:
         problem = "access to this model on the Hub is restricted"
-        expected = f"its terms accepted at {_page(name)}, and hf auth login or HF_TOKEN"
+        expected = f"its terms accepted at {_url(name)}, and hf auth login or HF_TOKEN"
         raise CheckpointError(where, problem, expected=expected) from error
     except utils.RepositoryNotFoundError as error:
         problem = f"no such folder, and no such model on the Hub{hint}"
@@ -196,7 +196,7 @@ def _unreachable() -> tuple[type[Exception], ...]:
     return utils.LocalEntryNotFoundError, utils.OfflineModeIsEnabled
 
 
-def _page(name: str) -> str:
+def _url(name: str) -> str:
     from huggingface_hub import constants
 
     return f"{constants.ENDPOINT}/{name}"

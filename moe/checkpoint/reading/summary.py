@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
-from moe.checkpoint.format.comparison import plan
+from moe.checkpoint.format.contents import read_contents
 from moe.checkpoint.format.families import FAMILIES
 from moe.checkpoint.format.folder import INDEX, read_config_values, read_tensors
 from moe.checkpoint.format.quantized_formats import read_quantization
-from moe.checkpoint.reading.hub import CONFIGS, find, from_cache, headers_on_hub
+from moe.checkpoint.reading.hub import CONFIGS, explain_cache_misses, find, headers_on_hub
 from moe.config import ModelConfig
 from moe.counts import count_parameters
 
@@ -73,12 +73,12 @@ def read_summary(folder: str | PathLike[str], revision: str | None = None) -> Ch
     configuration of a known family; tensors that do not match the configuration are listed in the result.
     """
     path = find(folder, revision, files=(*CONFIGS, INDEX))
-    with from_cache(folder, revision):
+    with explain_cache_misses(folder, revision):
         values = read_config_values(path)
     headers = headers_on_hub(path, folder, revision)
     model_type, quantization = values.get("model_type"), read_quantization(path, values)
     is_known = isinstance(model_type, str) and model_type in FAMILIES
-    known = plan(path, any_quantization=True, headers=headers) if is_known else None
+    known = read_contents(path, any_quantization=True, headers=headers) if is_known else None
     tensors = known.tensors if known else headers or read_tensors(path)
     dtypes: dict[str, DtypeTotals] = {}
     for tensor in tensors.values():
@@ -88,7 +88,7 @@ def read_summary(folder: str | PathLike[str], revision: str | None = None) -> Ch
         )
     fit: dict[str, Any] = {}
     if known:
-        owned = {name: slot for name, slot in known.slots.items() if not slot.repeat and slot.scale_of is None}
+        owned = {name: spec for name, spec in known.specs.items() if not spec.repeat and spec.scale_of is None}
         fit = dict(
             config=known.config,
             parameters=sum(t.numel * owned[name].values_each for name, t in tensors.items() if name in owned),
@@ -97,7 +97,7 @@ def read_summary(folder: str | PathLike[str], revision: str | None = None) -> Ch
             unexpected=known.unexpected,
             misshaped=known.misshaped,
             ignored=known.ignored,
-            unscaled=tuple(owner for name in known.missing if (owner := known.slots[name].scale_of) in tensors),
+            unscaled=tuple(owner for name in known.missing if (owner := known.specs[name].scale_of) in tensors),
         )
     return CheckpointSummary(
         folder=str(path),

@@ -25,8 +25,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from moe.checkpoint.format.carried import TEMPLATES, read_carried
-from moe.checkpoint.format.folder import CONFIG, INDEX, MANIFEST, RECEIPT, previous_folder
+from moe.checkpoint.format.auxiliary import TEMPLATES, read_auxiliary
+from moe.checkpoint.format.folder import CONFIG, CUT_RECORD, INDEX, MANIFEST, previous_folder
 from moe.checkpoint.format.manifest import Manifest
 from moe.errors import CheckpointError
 
@@ -62,7 +62,7 @@ def replacing(folder: str | PathLike[str], manifest: Manifest, *, overwrite: boo
             try:
                 new.mkdir()
                 yield new
-                settle(new)
+                sync_folder(new)
                 manifest.write(new)
                 sync(new / MANIFEST)
                 sync(new)
@@ -90,7 +90,7 @@ def check_target(folder: str | PathLike[str], *, overwrite: bool) -> None:
         raise CheckpointError(target, f"cannot be written: {error}") from error
 
 
-def settle(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Sync every file of `folder` to the disk, with the mode that the umask gives.
 
     The safetensors library creates files that only their owner can read. The folder itself has the intended mode.
@@ -234,7 +234,7 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
             expected="a new or empty folder, or overwrite=True (--overwrite)",
             found=_some([path.name for path in there]),
         )
-    known = {CONFIG, INDEX, MANIFEST, RECEIPT, *read_carried(target)}
+    known = {CONFIG, INDEX, MANIFEST, CUT_RECORD, *read_auxiliary(target)}
     inside = target / TEMPLATES
     paths = [path for path in there if path != inside or not path.is_dir()]
     paths += inside.iterdir() if inside.is_dir() else ()

@@ -26,10 +26,10 @@ from moe.checkpoint.format.header import DTYPE_BITS, MAX_HEADER_BYTES, MAX_TENSO
 from moe.checkpoint.format.manifest import MAX_MANIFEST_BYTES, Manifest, record_bytes
 from moe.checkpoint.format.quantized_formats import check_quantization
 from moe.checkpoint.format.strict_json import parse_as_python, parse_json
-from moe.checkpoint.reading.values import STORED
+from moe.checkpoint.reading.values import TORCH_DTYPES
 from moe.errors import CheckpointError, ConfigError
 
-_NAMES = {dtype: name for name, dtype in STORED.items()}
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _CHUNK = 64 * 2**20
 _HEADER_FRAME = 64  # bytes around a header's entries: braces, the format, padding
 
@@ -171,7 +171,7 @@ def _shards(entries: Sequence[Entry], max_shard_bytes: int) -> Iterator[list[Ent
     shard: list[Entry] = []
     size, header = 0, _HEADER_FRAME
     for entry in entries:
-        mine = len(json.dumps({entry.name: _described(entry, 10**digits, 10**digits)}))
+        mine = len(json.dumps({entry.name: _header_entry(entry, 10**digits, 10**digits)}))
         full = len(shard) == MAX_TENSORS or header + mine > MAX_HEADER_BYTES
         if shard and (full or size + entry.nbytes > max_shard_bytes):
             yield shard
@@ -182,7 +182,7 @@ def _shards(entries: Sequence[Entry], max_shard_bytes: int) -> Iterator[list[Ent
     yield shard
 
 
-def _described(entry: Entry, begin: int, end: int) -> dict[str, Any]:
+def _header_entry(entry: Entry, begin: int, end: int) -> dict[str, Any]:
     return {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [begin, end]}
 
 
@@ -195,7 +195,7 @@ def _header(shard: Sequence[Entry]) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for entry in shard:
-        header[entry.name] = _described(entry, at, at + entry.nbytes)
+        header[entry.name] = _header_entry(entry, at, at + entry.nbytes)
         at += entry.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

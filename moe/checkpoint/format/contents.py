@@ -14,7 +14,7 @@ from moe.checkpoint.format.families import family_of
 from moe.checkpoint.format.family import MXFP4, Family, Reordered, Row, Table
 from moe.checkpoint.format.folder import CONFIG, locate, read_config_values, read_tensors
 from moe.checkpoint.format.header import MAX_HEADER_BYTES, TensorInfo
-from moe.checkpoint.format.layout import Slot, layer_of, layout, mtp_prefix, with_scales
+from moe.checkpoint.format.layout import TensorSpec, layer_of, layout, mtp_prefix, with_scales
 from moe.checkpoint.format.quantized_formats import Quantization, read_quantization
 from moe.checkpoint.format.tensor_roles import check_experts
 from moe.config import ModelConfig
@@ -26,7 +26,7 @@ WITHOUT_MTP = "; mtp=False (--no-mtp) leaves multi-token prediction out"
 
 
 @dataclass(frozen=True)
-class Plan:
+class Contents:
     """Tensors and configuration of a checkpoint folder, from config.json and headers.
 
     Attributes:
@@ -35,7 +35,7 @@ class Plan:
         quantization: quantisation format of the files, or None.
         dtype: dtype of the weights that config.json states, or None.
         tensors: all tensors in the files, by name.
-        slots: tensors that the configuration requires, by name.
+        specs: tensors that the configuration requires, by name.
         missing, unexpected, misshaped: names of tensors that differ; repeats are never missing.
         ignored: names of tensors that are not read: buffers, parts that the model does not have, and MTP modules that
             `config` does not have.
@@ -47,7 +47,7 @@ class Plan:
     quantization: Quantization | None
     dtype: str | None
     tensors: dict[str, TensorInfo]
-    slots: dict[str, Slot]
+    specs: dict[str, TensorSpec]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     misshaped: tuple[str, ...]
@@ -56,7 +56,7 @@ class Plan:
     @property
     def has_quantised_tensors(self) -> bool:
         """Whether the files hold any; tools that dequantise may leave quantization_config in config.json."""
-        return any(slot.scale_of in self.tensors for name, slot in self.slots.items() if name in self.tensors)
+        return any(spec.scale_of in self.tensors for name, spec in self.specs.items() if name in self.tensors)
 
     def check(self) -> None:
         """Raise `CheckpointError` for the first tensor that is missing, unexpected or mis-shaped, MTP modules last."""
@@ -75,7 +75,7 @@ class Plan:
             raise self.error(
                 name,
                 problem + more,
-                expected=list(self.slots[name].shape) if name in self.slots else "no such tensor",
+                expected=list(self.specs[name].shape) if name in self.specs else "no such tensor",
                 found=list(info.shape) if info else "no such tensor",
             )
 
@@ -93,14 +93,14 @@ class Plan:
         return first <= layer_of(table, name)[0] < first + self.config.num_nextn_predict_layers
 
 
-def plan(
+def read_contents(
     folder: str | PathLike[str],
     *,
     mtp: bool = True,
     max_header_bytes: int = MAX_HEADER_BYTES,
     any_quantization: bool = False,
     headers: dict[str, TensorInfo] | None = None,
-) -> Plan:
+) -> Contents:
     """Read config.json and the headers of `folder`, and compare them.
 
     Args:
@@ -130,11 +130,11 @@ def plan(
     if "{expert}" in str(names.block["mlp.experts.down_proj"]):
         modules = config.num_moe_layers + config.num_nextn_predict_layers
         check_experts(config.n_routed_experts * modules, tensors, path / CONFIG)
-    slots = layout(config, table, path / CONFIG)
+    specs = layout(config, table, path / CONFIG)
     if quantization is not None and quantization.block_size is not None:
-        fp8 = (n for n, info in tensors.items() if info.dtype == "F8_E4M3" and n in slots and len(slots[n].shape) == 2)
-        slots = with_scales(slots, names, quantization.block_size, fp8)
-    buffers, modules = _ignored(family, names, config, stated, [name for name in tensors if name not in slots])
+        fp8 = (n for n, info in tensors.items() if info.dtype == "F8_E4M3" and n in specs and len(specs[n].shape) == 2)
+        specs = with_scales(specs, names, quantization.block_size, fp8)
+    buffers, modules = _ignored(family, names, config, stated, [name for name in tensors if name not in specs])
     ignored = {*buffers, *modules, *left_out}
     scales = [name for name in buffers if name.endswith("_scale")]
     tables = [name for name in buffers if name not in scales]
@@ -148,18 +148,18 @@ def plan(
         count = config.num_nextn_predict_layers
         problem = "%s: num_nextn_predict_layers is %d; %d tensors of other MTP modules are ignored, such as %s"
         logger.warning(problem, path, count, len(modules), modules[0])
-    return Plan(
+    return Contents(
         folder=path,
         config=config,
         table=table,
         quantization=quantization,
         dtype=stated_dtype(values) or stated_dtype(of_model),
         tensors=tensors,
-        slots=slots,
-        missing=tuple(name for name, slot in slots.items() if name not in tensors and _is_needed(slot, tensors)),
+        specs=specs,
+        missing=tuple(name for name, spec in specs.items() if name not in tensors and _is_needed(spec, tensors)),
         # An empty tensor is harmless: transformers writes shared experts of width 0.
-        unexpected=tuple(n for n, info in tensors.items() if n not in slots and n not in ignored and info.numel),
-        misshaped=tuple(name for name in tensors if name in slots and tensors[name].shape != slots[name].shape),
+        unexpected=tuple(n for n, info in tensors.items() if n not in specs and n not in ignored and info.numel),
+        misshaped=tuple(name for name in tensors if name in specs and tensors[name].shape != specs[name].shape),
         ignored=(*buffers, *modules, *left_out),
     )
 
@@ -193,7 +193,7 @@ def _read_tensors(path: Path, family: Family, config: ModelConfig, max_header_by
 def _stated_modules(family: Family, values: Mapping[str, Any]) -> int:
     """Return the number of MTP modules in config.json; 0 if the value is not a valid count."""
     name = "num_nextn_predict_layers"
-    stated = values.get(name, family.absent.get(name)) if name in family.keys else 0
+    stated = values.get(name, family.defaults.get(name)) if name in family.keys else 0
     return stated if type(stated) is int and 0 < stated < 2**16 else 0
 
 
@@ -240,8 +240,8 @@ def _ignored(
     return buffers, modules
 
 
-def _is_needed(slot: Slot, tensors: Mapping[str, TensorInfo]) -> bool:
-    return not slot.repeat or slot.scale_of in tensors
+def _is_needed(spec: TensorSpec, tensors: Mapping[str, TensorInfo]) -> bool:
+    return not spec.repeat or spec.scale_of in tensors
 
 
 def _table_of(family: Family, tensors: Mapping[str, TensorInfo]) -> str:

@@ -16,8 +16,14 @@ import torch
 import moe
 from moe import CheckpointError
 from moe.checkpoint.convert import convert, cut
-from moe.checkpoint.format import carried
-from moe.checkpoint.format.carried import MAX_CARRIED_FILES, MAX_CODE_BYTES, MAX_LICENSE_BYTES, PATTERNS, read_carried
+from moe.checkpoint.format import auxiliary
+from moe.checkpoint.format.auxiliary import (
+    MAX_AUXILIARY_FILES,
+    MAX_CODE_BYTES,
+    MAX_LICENSE_BYTES,
+    PATTERNS,
+    read_auxiliary,
+)
 from moe.checkpoint.format.manifest import verify
 from tests.support.checkpoint_cases import V3, assert_same, build, configure
 
@@ -305,7 +311,7 @@ def test_imports_are_followed_as_transformers_does(tmp_path: Path) -> None:
     (tmp_path / "n.m.py").touch()  # transformers looks for this, which Python cannot import
     theirs = {Path(path).name for path in get_relative_import_files(tmp_path / "a.py")} | {"a.py"}
     (tmp_path / "config.json").write_text(json.dumps({"auto_map": {"AutoConfig": "a.C"}}))
-    assert read_carried(tmp_path).keys() == theirs - {"n.m.py"} == {f"{name}.py" for name in "abcehi"}
+    assert read_auxiliary(tmp_path).keys() == theirs - {"n.m.py"} == {f"{name}.py" for name in "abcehi"}
 
 
 @pytest.mark.parametrize("name", ["modeling_tiny.py", "tiny.tiktoken", "additional_chat_templates/tool.jinja"])
@@ -380,7 +386,7 @@ def test_limits_of_carried_files(released: Path, tmp_path: Path, monkeypatch: py
         ("additional_chat_templates/../x.jinja", b"", "auto_map names"),
     ]
     for name, content, problem in cases:
-        monkeypatch.setattr(carried, "MAX_CARRIED_BYTES", 100 if name == "tokenizer.json" else 2**26)
+        monkeypatch.setattr(auxiliary, "MAX_AUXILIARY_BYTES", 100 if name == "tokenizer.json" else 2**26)
         before = dict(model.carried_files)
         model.carried_files[name] = content
         with pytest.raises(CheckpointError, match=rf"carried file '{name}'.*{problem}"):
@@ -393,7 +399,7 @@ def test_limits_of_carried_files(released: Path, tmp_path: Path, monkeypatch: py
 
 
 def test_as_many_files_as_can_be_read(released: Path, tmp_path: Path) -> None:
-    templates = {f"additional_chat_templates/t{i}.jinja": b"x" for i in range(MAX_CARRIED_FILES - len(FILES))}
+    templates = {f"additional_chat_templates/t{i}.jinja": b"x" for i in range(MAX_AUXILIARY_FILES - len(FILES))}
     put(released, templates)
     model = moe.load(released)
     model.save(tmp_path / "out")

@@ -16,27 +16,27 @@ from moe.checkpoint.format.families import FAMILIES
 from moe.checkpoint.format.files import read_bounded
 from moe.checkpoint.format.folder import (
     CONFIG,
+    CUT_RECORD,
     INDEX,
     MANIFEST,
     MAX_CONFIG_VALUES,
     MAX_FILE_NAME_BYTES,
-    RECEIPT,
     member,
     read_config_values,
 )
 from moe.checkpoint.format.quantized_formats import QUANTIZATION_FILES
-from moe.checkpoint.format.strict_json import parse_as_python, settled
+from moe.checkpoint.format.strict_json import last_values, parse_as_python
 from moe.errors import CheckpointError, one_line
 
 logger = logging.getLogger("moe")
 
-MAX_CARRIED_BYTES = 64 * 2**20  # of one file
+MAX_AUXILIARY_BYTES = 64 * 2**20  # of one file
 MAX_CODE_BYTES = 4 * 2**20  # of one Python file; released ones are smaller than 200 KiB
 MAX_LICENSE_BYTES = 2**20
-MAX_CARRIED_FILES = 128
+MAX_AUXILIARY_FILES = 128
 
 # Copied whether or not another file names them. The vocabularies are those of transformers' tokenizers.
-CARRIED = (
+AUXILIARY_FILES = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -59,7 +59,7 @@ CARRIED = (
 )
 TEMPLATES = "additional_chat_templates"  # a folder of NAME.jinja
 # Patterns of all files that may be copied, for downloads.
-PATTERNS = (*CARRIED, "LICENSE*", f"{TEMPLATES}/*.jinja", "*.py", "*.model", "*.tiktoken", "tokenizer*.json")
+PATTERNS = (*AUXILIARY_FILES, "LICENSE*", f"{TEMPLATES}/*.jinja", "*.py", "*.model", "*.tiktoken", "tokenizer*.json")
 
 _NAMING = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json", "generation_config.json")
 _VOCABULARIES = (".model", ".tiktoken", ".bpe", ".vocab", ".codes", ".txt", ".jinja")
@@ -67,19 +67,18 @@ _CODE = re.compile(r"[A-Za-z0-9_-]{1,200}\.py")
 _DATA = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 _TEMPLATE = re.compile(rf"{TEMPLATES}/[A-Za-z0-9_-][A-Za-z0-9_.-]{{0,200}}\.jinja")
 _LICENSE = re.compile(r"LICENSE[A-Za-z0-9_.-]{0,100}")
-_RESERVED = {CONFIG, INDEX, MANIFEST, RECEIPT, "adapter_config.json", *QUANTIZATION_FILES}
+_RESERVED = {CONFIG, INDEX, MANIFEST, CUT_RECORD, "adapter_config.json", *QUANTIZATION_FILES}
 # The regular expressions with which transformers finds the files that a module imports.
 _IMPORT = re.compile(rb"import\s+\.(\S+)\s*$|from\s+\.(\S+)\s+import")
 _QUOTED = re.compile(rb"""["'](?:\./)?([A-Za-z0-9_][A-Za-z0-9_.-]{0,200})["']""")
 
 
-def read_carried(folder: Path) -> dict[str, bytes]:
+def read_auxiliary(folder: Path) -> dict[str, bytes]:
     """Return the content of all auxiliary files in `folder`, by name.
 
-    These are `CARRIED`, licences, additional chat templates, the Python files that an `auto_map` names, the modules
-    that these import relatively, and vocabularies named in the code or in tokenizer_config.json. Raises
-    `CheckpointError` for a link that leads out of the folder, a file that is too large, and too many files; a licence
-    that is too large or a link out of the folder is skipped.
+    These are `AUXILIARY_FILES`, licences, additional chat templates, the Python files that an `auto_map` names, their
+    relative imports, and vocabularies named in code or tokenizer_config.json. Raises `CheckpointError` for a link that
+    leads out of the folder, a file that is too large, and too many files; licences that are either are skipped.
     """
 
     def read(name: str) -> bytes | None:
@@ -91,9 +90,9 @@ def read_carried(folder: Path) -> dict[str, bytes]:
         config = read_config_values(folder)
     except CheckpointError:  # a folder of tokenizer files, or a damaged checkpoint that a save replaces
         config = {}
-    files = _reach(config, [*CARRIED, *_licenses(folder), *templates(folder)], read)
-    if len(files) > MAX_CARRIED_FILES:
-        expected = f"at most {MAX_CARRIED_FILES}"
+    files = _reach(config, [*AUXILIARY_FILES, *_licenses(folder), *templates(folder)], read)
+    if len(files) > MAX_AUXILIARY_FILES:
+        expected = f"at most {MAX_AUXILIARY_FILES}"
         raise CheckpointError(folder, "too many auxiliary files", expected=expected, found=len(files))
     for name in _NAMING:
         try:
@@ -109,7 +108,7 @@ def templates(folder: Path) -> list[str]:
     if not os.path.isdir(path):
         return []
     names = sorted(f"{TEMPLATES}/{entry.name}" for entry in os.scandir(path))
-    return [name for name in names if _TEMPLATE.fullmatch(name)][: MAX_CARRIED_FILES + 1]
+    return [name for name in names if _TEMPLATE.fullmatch(name)][: MAX_AUXILIARY_FILES + 1]
 
 
 def special_token(values: Mapping[str, Any], name: str) -> str | None:
@@ -126,26 +125,30 @@ def _licenses(folder: Path) -> list[str]:
         with contextlib.suppress(CheckpointError, OSError):
             if _LICENSE.fullmatch(entry.name) and member(folder, entry.name).stat().st_size <= MAX_LICENSE_BYTES:
                 names += [entry.name] if entry.is_file() else []
-    return sorted(names)[: MAX_CARRIED_FILES + 1]
+    return sorted(names)[: MAX_AUXILIARY_FILES + 1]
 
 
-def check_carried(files: Mapping[str, bytes], path: Path) -> None:
-    """Raise `CheckpointError` for files that `read_carried` would not return; `path` is for messages."""
+def check_auxiliary(files: Mapping[str, bytes], path: Path) -> None:
+    """Raise `CheckpointError` for files that `read_auxiliary` would not return; `path` is for messages."""
     for name, content in files.items():
         if not isinstance(content, bytes):
             problem = f"carried_files[{name!r}] is not bytes"
             raise CheckpointError(path, problem, expected="bytes", found=type(content).__name__)
         if not (_is_fixed(name) or _CODE.fullmatch(name) or _is_data(name)):
-            expected = f"one of {', '.join(CARRIED)}, LICENSE, {TEMPLATES}/NAME.jinja, or NAME.py that auto_map names"
+            expected = (
+                f"one of {', '.join(AUXILIARY_FILES)}, LICENSE, {TEMPLATES}/NAME.jinja, or NAME.py that auto_map names"
+            )
             raise CheckpointError(path, f"carried_files[{name!r}] is not an auxiliary file", expected=expected)
         if len(content) > _limit(name):
             problem = f"carried_files[{name!r}] is too large"
             raise CheckpointError(path, problem, expected=f"at most {_limit(name)} bytes", found=len(content))
-    if len(files) > MAX_CARRIED_FILES:
-        raise CheckpointError(path, "too many carried_files", expected=f"at most {MAX_CARRIED_FILES}", found=len(files))
+    if len(files) > MAX_AUXILIARY_FILES:
+        raise CheckpointError(
+            path, "too many carried_files", expected=f"at most {MAX_AUXILIARY_FILES}", found=len(files)
+        )
 
 
-def resolved(
+def resolve_references(
     config: Mapping[str, Any], files: Mapping[str, bytes], *, same_layout: bool = True
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Return the object for config.json and the files to write, without dangling references and unreferenced code.
@@ -183,7 +186,7 @@ def is_template(name: str) -> bool:
     return _TEMPLATE.fullmatch(name) is not None
 
 
-def write_carried(folder: Path, files: Mapping[str, bytes]) -> None:
+def write_auxiliary(folder: Path, files: Mapping[str, bytes]) -> None:
     if any(map(is_template, files)):
         (folder / TEMPLATES).mkdir()
     for name, content in files.items():
@@ -193,11 +196,11 @@ def write_carried(folder: Path, files: Mapping[str, bytes]) -> None:
 def _limit(name: str) -> int:
     if name.endswith(".py"):
         return MAX_CODE_BYTES
-    return MAX_LICENSE_BYTES if _LICENSE.fullmatch(name) else MAX_CARRIED_BYTES
+    return MAX_LICENSE_BYTES if _LICENSE.fullmatch(name) else MAX_AUXILIARY_BYTES
 
 
 def _is_fixed(name: str) -> bool:
-    return name in CARRIED or is_template(name) or _LICENSE.fullmatch(name) is not None
+    return name in AUXILIARY_FILES or is_template(name) or _LICENSE.fullmatch(name) is not None
 
 
 def _reach(config: Mapping[str, Any], names: Iterable[str], read: Callable[[str], bytes | None]) -> dict[str, bytes]:
@@ -205,7 +208,7 @@ def _reach(config: Mapping[str, Any], names: Iterable[str], read: Callable[[str]
     files: dict[str, bytes] = {}
     pending = [*names, *filter(None, map(_file_of, _references(config.get("auto_map"))))]
     asked: set[str] = set()
-    while pending and len(files) <= MAX_CARRIED_FILES:
+    while pending and len(files) <= MAX_AUXILIARY_FILES:
         name = pending.pop()
         if name in asked:
             continue
@@ -270,7 +273,7 @@ def _object(content: bytes | None) -> dict[str, Any]:
 def _parse(content: bytes, path: Path) -> dict[str, Any]:
     """Parse the object in a JSON file with Python's rules, with or without a byte order mark."""
     text = content.removeprefix(b"\xef\xbb\xbf")
-    values = settled(parse_as_python(text, path, max_values=MAX_CONFIG_VALUES))
+    values = last_values(parse_as_python(text, path, max_values=MAX_CONFIG_VALUES))
     return values if isinstance(values, dict) else {}
 
 
