@@ -29,15 +29,7 @@ from moe.checkpoint.format.quantized_formats import MAX_BLOCK, is_block_size
 from moe.checkpoint.format.tensor_roles import check_scales
 from moe.checkpoint.reading.load import pieces
 from moe.checkpoint.reading.values import BIAS, TORCH_DTYPES, WEIGHT_DTYPES, Files, Piece, fill
-from moe.checkpoint.rewrite import (
-    check_source,
-    index_key,
-    names_by_key,
-    read_raw,
-    read_source,
-    table_for,
-    write_result,
-)
+from moe.checkpoint.rewrite import check_source, index_key, names_by_key, read_raw, read_source, table_for, write_result
 from moe.checkpoint.writing.save import dtype_keys, update_module_list
 from moe.checkpoint.writing.shards import Entry
 from moe.config import ModelConfig

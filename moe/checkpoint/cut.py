@@ -19,15 +19,7 @@ from moe.checkpoint.format.header import TensorInfo
 from moe.checkpoint.format.layout import TensorSpec, layout, with_scales
 from moe.checkpoint.reading.load import load
 from moe.checkpoint.reading.values import Files
-from moe.checkpoint.rewrite import (
-    check_source,
-    index_key,
-    names_by_key,
-    read_raw,
-    read_source,
-    table_for,
-    write_result,
-)
+from moe.checkpoint.rewrite import check_source, index_key, names_by_key, read_raw, read_source, table_for, write_result
 from moe.checkpoint.writing.save import dtype_keys, update_module_list
 from moe.checkpoint.writing.shards import Entry, as_json
 from moe.config import ModelConfig

@@ -5,18 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moe.checkpoint.format.family import (
-    BUFFERS,
-    MXFP4,
-    Conversion,
-    Family,
-    Names,
-    Reordered,
-    Row,
-    Rule,
-    Table,
-    setting,
-)
+from moe.checkpoint.format.family import BUFFERS, MXFP4, Conversion, Family, Names, Reordered, Row, Rule, Table, setting
 from moe.checkpoint.format.folder import CONFIG
 from moe.config import ModelConfig
 from moe.errors import CheckpointError, ConfigError, did_you_mean
@@ -216,6 +205,8 @@ _MLA_RULES = (
 )
 
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_experts_per_tok")
+_MOE_SIZES = (*_SIZES, "moe_intermediate_size", "n_routed_experts")
+_DENSE_AND_MOE_SIZES = (*_MOE_SIZES, "intermediate_size")
 _COMMON_KEYS = same(
     *_SIZES,
     *("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "initializer_range", "tie_word_embeddings"),
@@ -263,10 +254,7 @@ def _alternating_write(config: ModelConfig) -> dict[str, Any]:
     return {**_window_write(config), "layer_types": _layer_types(config)}
 
 
-_DEEPSEEK_SIZES = (
-    *(*_SIZES, "intermediate_size", "moe_intermediate_size", "n_routed_experts", "kv_lora_rank", "qk_nope_head_dim"),
-    *("qk_rope_head_dim", "v_head_dim"),
-)
+_DEEPSEEK_SIZES = (*_DENSE_AND_MOE_SIZES, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _DEEPSEEK_KEYS = _COMMON_KEYS | same(
     *_DEEPSEEK_SIZES,
     *("q_lora_rank", "n_shared_experts", "first_k_dense_replace"),
@@ -369,7 +357,7 @@ MIXTRAL = Family(
     architecture="MixtralForCausalLM",
     tables=_mixtral_tables(same("mlp.gate.weight")),
     keys=_GQA_KEYS | _ONE_WIDTH | {"n_routed_experts": _EXPERT_COUNT[::-1], "sliding_window": "sliding_window"},
-    required=(*_SIZES, "moe_intermediate_size", "n_routed_experts"),
+    required=_MOE_SIZES,
     defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "seq_aux": False},
     implied=_SOFTMAX,
     rules=(
@@ -401,13 +389,7 @@ QWEN2_MOE = Family(
     | same("intermediate_size", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers")
     | same("shared_expert_intermediate_size")
     | {"n_routed_experts": _EXPERT_COUNT, "attention_bias": "qkv_bias"},
-    required=(
-        *_SIZES,
-        "intermediate_size",
-        "moe_intermediate_size",
-        "n_routed_experts",
-        "shared_expert_intermediate_size",
-    ),
+    required=(*_DENSE_AND_MOE_SIZES, "shared_expert_intermediate_size"),
     defaults={"norm_topk_prob": False, "attention_bias": True, "max_position_embeddings": 32768, "seq_aux": False},
     implied=_SOFTMAX | {"n_shared_experts": 1, "shared_expert_gate": True, "attention_output_bias": False},
     rules=(
@@ -431,7 +413,7 @@ QWEN3_MOE = Family(
     keys=_GQA_KEYS
     | same("intermediate_size", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers")
     | {"n_routed_experts": _EXPERT_COUNT, "attention_bias": "attention_bias"},
-    required=(*_SIZES, "intermediate_size", "moe_intermediate_size", "n_routed_experts"),
+    required=_DENSE_AND_MOE_SIZES,
     defaults={"norm_topk_prob": False, "num_key_value_heads": 4, "max_position_embeddings": 32768, "seq_aux": False},
     implied=_SOFTMAX | {"qk_norm": "head"},
     rules=(
@@ -451,7 +433,7 @@ GLM4_MOE = Family(
     | same("intermediate_size", "moe_intermediate_size", "n_routed_experts", "n_shared_experts", "head_dim")
     | same("first_k_dense_replace", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
     | same("attention_bias", "num_nextn_predict_layers"),
-    required=(*_SIZES, "intermediate_size", "moe_intermediate_size", "n_routed_experts"),
+    required=_DENSE_AND_MOE_SIZES,
     defaults={
         "num_key_value_heads": 8,
         "max_position_embeddings": 131072,
@@ -492,7 +474,7 @@ GPT_OSS = Family(
     | _ONE_WIDTH
     | same("attention_bias", "sliding_window", "swiglu_limit", "swiglu_alpha")
     | {"n_routed_experts": _EXPERT_COUNT[::-1]},
-    required=(*_SIZES, "moe_intermediate_size", "n_routed_experts"),
+    required=_MOE_SIZES,
     defaults={"attention_bias": True, "sliding_window": 128, "swiglu_limit": 7.0, "swiglu_alpha": 1.702, "head_dim": 64}
     | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "seq_aux": False},
     implied=_SOFTMAX | {"attention_sinks": True, "router_bias": True, "expert_bias": True, "swiglu_beta": 1.0},
@@ -539,7 +521,7 @@ OLMOE = Family(
     architecture="OlmoeForCausalLM",
     tables=_tables(_NORMS | _GQA | same("mlp.gate.weight")),
     keys=_GQA_KEYS | _ONE_WIDTH | same("norm_topk_prob", "attention_bias") | {"n_routed_experts": _EXPERT_COUNT},
-    required=(*_SIZES, "moe_intermediate_size", "n_routed_experts"),
+    required=_MOE_SIZES,
     defaults={"norm_topk_prob": False, "rms_norm_eps": 1e-5, "seq_aux": False},
     implied=_SOFTMAX | {"qk_norm": "whole"},
     rules=(
@@ -558,7 +540,7 @@ MINIMAX_M2 = Family(
         {"mlp.gate.weight": "mlp.gate.weight", "mlp.gate.e_score_correction_bias": "mlp.e_score_correction_bias"}
     ),
     keys=_GQA_KEYS | _ONE_WIDTH | {"n_routed_experts": _EXPERT_COUNT[::-1]},
-    required=(*_SIZES, "moe_intermediate_size", "n_routed_experts"),
+    required=_MOE_SIZES,
     defaults={"num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 196608, "seq_aux": False},
     implied={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "qk_norm": "whole"},
     rules=(_UNTIED, *_PLAIN_YARN, _TRUNCATED_YARN),
@@ -605,7 +587,7 @@ DOTS1 = Family(
     | same("intermediate_size", "moe_intermediate_size", "n_routed_experts", "n_shared_experts")
     | same("first_k_dense_replace", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
     | same("attention_bias"),
-    required=(*_SIZES, "intermediate_size", "moe_intermediate_size", "n_routed_experts"),
+    required=_DENSE_AND_MOE_SIZES,
     defaults={"num_key_value_heads": 32, "max_position_embeddings": 2048, "norm_topk_prob": False},
     implied={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "qk_norm": "head"},
     # SGLang does not support the family; vLLM does not from 0.23 on.
@@ -619,11 +601,7 @@ DOTS1 = Family(
     fixed=_WHOLE_HEADS
     | {"scoring_func": ("sigmoid", "noaux_tc", None), "topk_method": ("noaux_tc", None), "moe_layer_freq": (1, None)},
     conversions=(
-        Conversion(
-            ("sliding_window", "layer_types", "max_window_layers"),
-            _late_windows_read,
-            _late_windows_write,
-        ),
+        Conversion(("sliding_window", "layer_types", "max_window_layers"), _late_windows_read, _late_windows_write),
     ),
 )
 
@@ -724,7 +702,7 @@ ERNIE4_5_MOE = Family(
         "first_k_dense_replace": "moe_layer_start_index",
         "decoder_sparse_step": "moe_layer_interval",
     },
-    required=(*_SIZES, "intermediate_size", "moe_intermediate_size", "n_routed_experts"),
+    required=_DENSE_AND_MOE_SIZES,
     defaults={
         "num_key_value_heads": 4,
         "max_position_embeddings": 131072,
@@ -736,10 +714,7 @@ ERNIE4_5_MOE = Family(
         "seq_aux": False,
     },
     implied=_SOFTMAX | {"topk_method": "noaux_tc", "rope_interleave": True},
-    rules=(
-        _only("moe_norm_min", 1e-12, "vLLM, SGLang and llama.cpp ignore it"),
-        *(*_PLAIN_YARN, _TRUNCATED_YARN),
-    ),
+    rules=(_only("moe_norm_min", 1e-12, "vLLM, SGLang and llama.cpp ignore it"), *(*_PLAIN_YARN, _TRUNCATED_YARN)),
     # With use_bias, vLLM drops the biases of attention's output projection and of the head.
     fixed=_WHOLE_HEADS
     | {"use_bias": (False, None), "moe_gate_act": ("softmax", None), "moe_use_aux_free": (True, None)}

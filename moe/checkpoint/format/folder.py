@@ -192,10 +192,7 @@ def read_config_values(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(
-    folder: Path,
-    *,
-    max_header_bytes: int = MAX_HEADER_BYTES,
-    optional: Callable[[str], bool] = lambda name: False,
+    folder: Path, *, max_header_bytes: int = MAX_HEADER_BYTES, optional: Callable[[str], bool] = lambda name: False
 ) -> dict[str, TensorInfo]:
     """Read the headers of all tensors in the folder, file by file; shard 2 comes before shard 10.
 

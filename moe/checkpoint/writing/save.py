@@ -10,12 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.checkpoint.format.auxiliary import (
-    check_auxiliary,
-    read_auxiliary,
-    resolve_references,
-    write_auxiliary,
-)
+from moe.checkpoint.format.auxiliary import check_auxiliary, read_auxiliary, resolve_references, write_auxiliary
 from moe.checkpoint.format.config_json import as_written, render_config
 from moe.checkpoint.format.families import family_of
 from moe.checkpoint.format.folder import CONFIG
