@@ -220,7 +220,7 @@ def test_files_named_in_json_that_python_alone_reads(
     text = path.read_text(encoding="utf-8-sig")
     path.write_text(text[:-1])
     assert "tokenization_tiny.py" not in moe.load(released).carried_files
-    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("files that it may name do not travel: ")
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("files that it may name are not copied: ")
     path.write_text(text)
     (released / "alphabet.py").unlink()
     moe.load(released).save(tmp_path / "without")
@@ -238,7 +238,7 @@ def test_a_model_that_was_made_without_files(tmp_path: Path, caplog: pytest.LogC
 def test_code_that_nothing_names_any_more(released: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_without_the_map(released, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").glob("*.py")} == {"tokenization_tiny.py", "alphabet.py"}
-    assert "modeling_tiny.py, which no other file names" in caplog.text and len(caplog.records) == 1
+    assert "modeling_tiny.py, because no other file names it" in caplog.text and len(caplog.records) == 1
 
 
 @pytest.mark.parametrize("table", ["stacked", "deepseek"])
@@ -251,8 +251,8 @@ def test_code_for_another_layout_is_left_out(
     assert config_of(tmp_path / "out")["auto_map"] == {"AutoTokenizer": ["tokenization_tiny.TinyTokenizer", None]}
     assert {path.name for path in (tmp_path / "out").glob("*.py")} == {"tokenization_tiny.py", "alphabet.py"}
     assert [record.getMessage() for record in caplog.records] == [
-        "not written: auto_map.AutoConfig of config.json, whose code reads another layout; "
-        "auto_map.AutoModelForCausalLM of config.json, whose code reads another layout"
+        "not written: auto_map.AutoConfig of config.json, because its code reads another layout; "
+        "auto_map.AutoModelForCausalLM of config.json, because its code reads another layout"
     ]
 
 
@@ -389,7 +389,7 @@ def test_limits_of_carried_files(released: Path, tmp_path: Path, monkeypatch: py
         monkeypatch.setattr(auxiliary, "MAX_AUXILIARY_BYTES", 100 if name == "tokenizer.json" else 2**26)
         before = dict(model.carried_files)
         model.carried_files[name] = content
-        with pytest.raises(CheckpointError, match=rf"carried file '{name}'.*{problem}"):
+        with pytest.raises(CheckpointError, match=rf"carried_files\['{name}'\] .*{problem}"):
             model.save(tmp_path / "out")
         model.carried_files = before
         assert not (tmp_path / "out").exists()
@@ -405,7 +405,7 @@ def test_as_many_files_as_can_be_read(released: Path, tmp_path: Path) -> None:
     model.save(tmp_path / "out")
     assert moe.load(tmp_path / "out").carried_files == FILES | templates
     model.carried_files["additional_chat_templates/more.jinja"] = b"x"
-    with pytest.raises(CheckpointError, match="carried files; expected at most 128; found 129"):
+    with pytest.raises(CheckpointError, match="too many carried_files; expected at most 128; found 129"):
         model.save(tmp_path / "more")
     put(released, {"additional_chat_templates/more.jinja": b"x"})
     with pytest.raises(CheckpointError, match="expected at most 128; found 129"):
@@ -429,7 +429,8 @@ def test_files_that_stay_in_a_folder_are_those_that_something_names(
     kept = {name for name in FILES if (released / name).exists()}
     assert kept == FILES.keys() - {"modeling_tiny.py", "configuration_tiny.py"}
     assert [record.getMessage() for record in caplog.records] == [
-        "not written: configuration_tiny.py, which no other file names; modeling_tiny.py, which no other file names"
+        "not written: configuration_tiny.py, because no other file names it; "
+        "modeling_tiny.py, because no other file names it"
     ]
     build(V3).save(released)
     assert not verify(released).findings

@@ -86,7 +86,7 @@ BAD_HEADERS = {
     "nested without end": (encode(b'{"a":' + b"[" * 200_000), "more than 64 arrays"),
     "name twice": (encode(TWICE), "a: twice in the header"),
     "name twice in another spelling": (encode(TWICE.replace(b', "a"', b', "\\u0061"')), "a: twice in the header"),
-    "key twice within an entry": (encode(b'{"a": {"dtype": "F32", "dtype": "F32"}}'), "'dtype' twice"),
+    "key twice within an entry": (encode(b'{"a": {"dtype": "F32", "dtype": "F32"}}'), "duplicate key 'dtype'"),
     "metadata not an object": (encode({**HEADER, "__metadata__": 3}), "__metadata__"),
     "metadata not strings": (encode({**HEADER, "__metadata__": {"format": 1}}), "__metadata__"),
     "name with NUL": (encode({"a\0": HEADER["a.weight"]}), "printable"),
@@ -94,15 +94,15 @@ BAD_HEADERS = {
     "empty name": (encode({"": HEADER["a.weight"]}), "printable"),
     "long name": (encode({"a" * 1025: HEADER["a.weight"]}), "printable"),
     "lone surrogate": (encode(b'{"\\ud800": 1}'), "not valid JSON"),
-    "entry not an object": (encode({"a": 7}), "entry"),
-    "entry without dtype": (encode({"a": {"shape": [1], "data_offsets": [0, 4]}}), "entry"),
+    "entry not an object": (encode({"a": 7}), "invalid entry"),
+    "entry without dtype": (encode({"a": {"shape": [1], "data_offsets": [0, 4]}}), "invalid entry"),
     "unknown dtype": (encode(changed("b", dtype="BF17")), "dtype"),
     "dtype of another type": (encode(changed("b", dtype=["F32"])), "dtype"),
-    "negative size": (encode(changed("b", shape=[-5])), "shape"),
-    "fractional size": (encode(changed("b", shape=[5.0])), "shape"),
-    "true for a size": (encode(changed("b", shape=[5, True])), "shape"),
-    "shape that overflows": (encode(changed("empty", shape=[0, 2**40, 2**40])), "shape"),
-    "nine dimensions": (encode(changed("b", shape=[5] + [1] * 8)), "shape"),
+    "negative size": (encode(changed("b", shape=[-5])), "invalid shape"),
+    "fractional size": (encode(changed("b", shape=[5.0])), "invalid shape"),
+    "true for a size": (encode(changed("b", shape=[5, True])), "invalid shape"),
+    "shape that overflows": (encode(changed("empty", shape=[0, 2**40, 2**40])), "invalid shape"),
+    "nine dimensions": (encode(changed("b", shape=[5] + [1] * 8)), "invalid shape"),
     "shape too small for its bytes": (encode(changed("b", shape=[4])), "8 bytes for BF16"),
     "dtype too wide for its bytes": (encode(changed("b", dtype="F32")), "20 bytes for F32"),
     "one offset": (encode(changed("b", data_offsets=[24])), "data_offsets"),
@@ -231,23 +231,26 @@ def without(index: dict[str, Any], name: str) -> dict[str, Any]:
 BAD_INDEXES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "not JSON": (lambda index: b"<html>", "not valid JSON"),
     "an array": (lambda index: [], "expected an object"),
-    "two weight_maps": (lambda index: b'{"weight_map": {}, "weight_map": {}}', "weight_map; expected one; found two"),
+    "two weight_maps": (
+        lambda index: b'{"weight_map": {}, "weight_map": {}}',
+        "weight_map occurs twice; expected one; found two",
+    ),
     "metadata of a megabyte": (lambda index: {"metadata": [0] * 2**20, **index}, "a value of more than 1048576 bytes"),
     "metadata cut": (lambda index: b'{"metadata": {"a": [1, 2]', "Expecting ',' delimiter"),
     "brackets that differ": (lambda index: b'{"metadata": {"a": [1}, "weight_map": {}}', "Expecting ',' delimiter"),
     "metadata with a comma too many": (lambda index: b'{"metadata": [1,], "weight_map": {}}', "expected a value"),
     "metadata without a colon": (lambda index: b'{"metadata": {"a" 1}, "weight_map": {}}', "Expecting ':' delimiter"),
     "metadata too deep": (lambda index: b'{"metadata": ' + b"[" * 65 + b"]" * 65 + b"}", "more than 64 arrays"),
-    "many other keys": (lambda index: {**{str(i): i for i in range(65)}, **index}, "keys beside weight_map"),
+    "many other keys": (lambda index: {**{str(i): i for i in range(65)}, **index}, "too many keys beside weight_map"),
     "no weight_map": (lambda index: {"metadata": {}}, "no weight_map"),
-    "weight_map not an object": (lambda index: {"weight_map": ["a"]}, "no weight_map"),
+    "weight_map not an object": (lambda index: {"weight_map": ["a"]}, "invalid weight_map"),
     "key twice": (lambda index: b'{"weight_map": {"a": "one.safetensors", "a": "two.safetensors"}}', "a: twice"),
-    "absolute path": (lambda index: moved(index, b="/etc/two.safetensors"), "b: file name"),
-    "path upwards": (lambda index: moved(index, b="../two.safetensors"), "b: file name"),
-    "path into a folder": (lambda index: moved(index, b="sub/two.safetensors"), "b: file name"),
-    "path with backslash": (lambda index: moved(index, b="..\\two.safetensors"), "b: file name"),
-    "another kind of file": (lambda index: moved(index, b="pytorch_model.bin"), "b: file name"),
-    "file is a number": (lambda index: moved(index, b=2), "b: file name"),
+    "absolute path": (lambda index: moved(index, b="/etc/two.safetensors"), "b: invalid file name"),
+    "path upwards": (lambda index: moved(index, b="../two.safetensors"), "b: invalid file name"),
+    "path into a folder": (lambda index: moved(index, b="sub/two.safetensors"), "b: invalid file name"),
+    "path with backslash": (lambda index: moved(index, b="..\\two.safetensors"), "b: invalid file name"),
+    "another kind of file": (lambda index: moved(index, b="pytorch_model.bin"), "b: invalid file name"),
+    "file is a number": (lambda index: moved(index, b=2), "b: invalid file name"),
     "missing shard": (lambda index: moved(index, b="three.safetensors"), "three.safetensors: No such file"),
     "tensor in another shard": (lambda index: moved(index, b="one.safetensors"), "b: the index disagrees"),
     "tensor that no shard has": (lambda index: moved(index, d="one.safetensors"), "d: missing"),
@@ -315,7 +318,7 @@ def test_an_index_whose_files_are_gone_is_ignored_beside_the_file_of_all(
         "is ignored: none of its files is there, and model.safetensors is"
     ]
     set_index(tmp_path, moved(index, b="../two.safetensors"))
-    with pytest.raises(CheckpointError, match="b: file name"):
+    with pytest.raises(CheckpointError, match="b: invalid file name"):
         read_tensors(tmp_path)
 
 
@@ -359,7 +362,7 @@ def test_numbered_files_without_an_index(tmp_path: Path, names: str, absent: str
     if absent is None:
         assert list(read_tensors(tmp_path)) == ["t0", "t1", "t2"]
         return
-    with pytest.raises(CheckpointError, match=f"{absent}.safetensors: No such file; expected all that"):
+    with pytest.raises(CheckpointError, match=f"{absent}.safetensors: No such file; expected \\d+ files, as model"):
         read_tensors(tmp_path)
 
 

@@ -100,7 +100,7 @@ def test_overwrite_replaces_a_checkpoint_and_nothing_else(capsys, saved, tmp_pat
     assert contents(out) == first
     (out / "thesis.txt").write_text("ten years of work")
     line = fails_in_one_line(capsys, *arguments, "--overwrite")
-    assert "holds other files; expected a checkpoint or nothing; found thesis.txt" in line
+    assert "holds other files; expected only the files of a checkpoint; found thesis.txt" in line
     assert contents(out) == first | {"thesis.txt": b"ten years of work"}
 
 
@@ -254,7 +254,7 @@ def test_spellings_of_a_dtype(saved: Path, tmp_path: Path, spelling: Any) -> Non
         ),
         (
             ("convert", "--out", "never", "--dtype", "mxfp4"),
-            "moesmith: --dtype = 'mxfp4': expected another: deepseek_v3 has no layout for it",
+            "moesmith: --dtype = 'mxfp4': expected a dtype other than mxfp4, which deepseek_v3 does not have",
         ),
         (
             ("convert", "--out", "never", "--layout", "stackd"),
@@ -315,7 +315,7 @@ def test_a_run_folder_stands_for_its_checkpoint(capsys: Any, saved: Path, tmp_pa
     for name in ("settings.json", "metrics.jsonl"):
         (tmp_path / name).write_text("{}")
     before = fails_in_one_line(capsys, "inspect", str(tmp_path))
-    assert "a run of moesmith train that has no checkpoint yet; expected a run that has ended" in before
+    assert "a run of moesmith train without a checkpoint; expected a finished run" in before
     convert(saved, tmp_path / "checkpoint")
     facts = json.loads(run(capsys, "inspect", str(tmp_path), "--json")[1])
     assert facts["stored"]["folder"] == str(tmp_path / "checkpoint")

@@ -77,7 +77,7 @@ def test_a_revision_is_the_one_that_is_loaded(cache: Path, tmp_path: Path) -> No
 def test_revisions_that_cannot_be(cache: Path, saved: dict[str, Path]) -> None:
     for name, revision, message in (
         ("org/model@v1", "main", "revision = 'main': expected v1, as org/model@v1 has it"),
-        (saved["main"], "main", "a folder, which has no revisions; expected no revision; found main"),
+        (saved["main"], "main", "a folder has no revisions; expected no revision; found main"),
         (cache, "v2", "no such revision in the cache; expected main, v1; found v2"),
         (cache, "../../../here", "leads out of the checkpoint"),
     ):
@@ -149,7 +149,7 @@ def answer(kind: type[Exception]) -> Exception:
 OFFLINE = "the Hub is offline (HF_HUB_OFFLINE is set), and its cache does not have all of this model"
 ANSWERS = {
     utils.RepositoryNotFoundError: "no such folder, and no such model on the Hub; expected another name",
-    utils.GatedRepoError: "access to this model on the Hub is restricted; expected its terms accepted on its page",
+    utils.GatedRepoError: "access to this model on the Hub is restricted; expected its terms accepted at ",
     utils.RevisionNotFoundError: "the model on the Hub has no such revision; expected a branch, tag or commit of it; "
     "found v3",
     utils.LocalEntryNotFoundError: OFFLINE,
@@ -191,7 +191,10 @@ def test_without_huggingface_hub(monkeypatch: Any, capsys: Any, tmp_path: Path) 
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     monkeypatch.chdir(tmp_path)
     line = fails_in_one_line(capsys, "convert", "org/model", "--out", "out")
-    assert "huggingface_hub, which would look it up, is not installed; expected pip install huggingface_hub" in line
+    assert (
+        "huggingface_hub is not installed, so it is not looked up on the Hub; expected pip install huggingface_hub"
+        in line
+    )
 
 
 def test_inspect_and_plan_read_headers_from_the_hub(cache: Path, capsys: Any, monkeypatch: Any) -> None:

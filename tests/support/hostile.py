@@ -358,16 +358,18 @@ MUTATIONS: dict[str, Mutation] = {
     # The header's JSON
     "name twice": at_expert(twice(EXPERT), "two", "one"),
     "name twice, escaped": at_expert(twice(EXPERT.replace("e", "\\u0065")), "two", "one"),
-    "key twice in an entry": at_expert(spelled(b'"shape":', b'"dtype":"F32","shape":'), problem="'dtype' twice"),
+    "key twice in an entry": at_expert(
+        spelled(b'"shape":', b'"dtype":"F32","shape":'), problem="duplicate key 'dtype'"
+    ),
     "metadata twice": whole(text(lambda t: t[:-1] + b',"__metadata__":{}}'), "two", "__metadata__ twice"),
     "metadata of a number": whole(header(lambda h: h.update(__metadata__={"format": 1})), "'format': 1"),
     "metadata a list": whole(header(lambda h: h.update(__metadata__=["pt"])), '["pt"]', "__metadata__"),
     "lone surrogate in metadata": whole(text(lambda t: t.replace(b'"pt"', b'"\\ud800"')), "ud800"),
     "not UTF-8": whole(text(lambda t: t.replace(b'"pt"', b'"\xff"')), "0xff", expected="UTF-8"),
     "NaN": at_expert(spelled(b"[20,42]", b"[20,NaN]"), problem="literal NaN"),
-    "minus zero": at_expert(spelled(b"[20,42]", b"[-0,42]"), "-0.0", problem="shape"),
+    "minus zero": at_expert(spelled(b"[20,42]", b"[-0,42]"), "-0.0", problem="invalid shape"),
     "number of 5000 digits": at_expert(spelled(b"[20,42]", b"[20,%b]" % (b"9" * 5000)), problem="digits"),
-    "entry nested deeply": at_expert(spelled(b"[20,42]", b"[" * 5000), problem="in each other"),
+    "entry nested deeply": at_expert(spelled(b"[20,42]", b"[" * 5000), problem="nested"),
     "entry of 16 MiB of lists": at_expert(
         spelled(b"[20,42]", b"[" + b"[]," * ((_BIG - 80_000) // 3) + b"1]"), problem="65536"
     ),
@@ -387,9 +389,9 @@ MUTATIONS: dict[str, Mutation] = {
     "unknown dtype": at_expert(entry(dtype=lambda d: "F33"), "F33", "BF16"),
     "dtype a list": at_expert(entry(dtype=lambda d: ["F32"]), "['F32']"),
     "dtype too wide": at_expert(entry(dtype=lambda d: "F64"), "3360", "6720 bytes for F64"),
-    "negative size": at_expert(entry(shape=lambda s: [-20, -42]), "[-20, -42]", problem="shape"),
-    "fractional size": at_expert(entry(shape=lambda s: [20.0, 42]), "[20.0, 42]", problem="shape"),
-    "true for a size": at_expert(entry(shape=lambda s: [True, 840]), "[True, 840]", problem="shape"),
+    "negative size": at_expert(entry(shape=lambda s: [-20, -42]), "[-20, -42]", problem="invalid shape"),
+    "fractional size": at_expert(entry(shape=lambda s: [20.0, 42]), "[20.0, 42]", problem="invalid shape"),
+    "true for a size": at_expert(entry(shape=lambda s: [True, 840]), "[True, 840]", problem="invalid shape"),
     "shape of 2^64 and nothing": at_expert(entry(shape=lambda s: [2**32, 2**32, 0]), "4294967296", "2^63"),
     "nine dimensions": at_expert(entry(shape=lambda s: [*s, *[1] * 7]), "1, 1, 1", "at most 8"),
     "a hundred thousand dimensions": at_expert(entry(shape=lambda s: [*s, *[1] * 100_000]), problem="entry"),
@@ -404,7 +406,7 @@ MUTATIONS: dict[str, Mutation] = {
     "int8 router": Mutation(as_bytes(GATE, "I8"), "router", GATE, "I8", "F32"),
     "fp8 router": Mutation(as_bytes(GATE, "F8_E4M3"), "router", GATE, "F8_E4M3", "F32"),
     "bool router": Mutation(as_bytes(GATE, "BOOL"), "router", GATE, "BOOL", "F32"),
-    "transposed": at_expert(entry(shape=lambda s: s[::-1]), "[42, 20]", "[20, 42]", "shape"),
+    "transposed": at_expert(entry(shape=lambda s: s[::-1]), "[42, 20]", "[20, 42]", "wrong shape"),
     "integers": at_expert(entry(dtype=lambda d: "I32"), "I32", "BF16", "dtype"),
     # Experts
     "expert beyond the count": Mutation(
@@ -488,7 +490,7 @@ MUTATIONS: dict[str, Mutation] = {
     "config a pickle": in_config(written("config.json", b"\x80\x04\x95"), "a pickle"),
     "config of more than 16 MiB": in_config(config(a="x" * 2**24), "1677", "too large"),
     "config of a million values": in_config(config(a=[0] * 2**20), "1048", "too many values"),
-    "config nested deeply": in_config(config(hidden_act=nested(900)), "in each other"),
+    "config nested deeply": in_config(config(hidden_act=nested(900)), "nested"),
     "config key with two values": in_config(
         again('"vocab_size": 61', '"vocab_size": 62'), "61 and later 62", "vocab_size"
     ),

@@ -163,7 +163,7 @@ def _problems(config: ModelConfig, family: Family, path: Path) -> Iterator[Check
         mine, there = getattr(wanted, f.name), getattr(back, f.name)
         if mine != there:
             name = f.name if f.name != "mlp_only_layers" else _name_of_dense_layers(plain, family)
-            problem = f"{name}: {config.model_type} files cannot express it"
+            problem = f"{name}: {config.model_type} cannot express it"
             yield CheckpointError(path, problem, expected=str(there), found=str(mine))
 
 

@@ -276,7 +276,7 @@ def _check_complete(folder: Path, names: Iterable[str]) -> None:
             if number not in shards:
                 other = f"model-{number:0{len(like[1])}}-of-{like[2]}.safetensors"
                 raise CheckpointError(
-                    folder / other, "No such file", expected=f"all {count} files of which {like[0]} is one"
+                    folder / other, "No such file", expected=f"{count} files, as {like[0]} states"
                 )
 
 
