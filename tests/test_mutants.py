@@ -131,7 +131,7 @@ def test_only_the_tests_of_this_tree_count(tmp_path: Path) -> None:
         assert is_numeric(found) == expected, path
 
 
-def campaign_of(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
+def status_of(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
     monkeypatch.setattr("sys.argv", ["mutants", *arguments])
     with pytest.raises(SystemExit) as stop:
         mutants.main()
@@ -140,12 +140,12 @@ def campaign_of(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
 
 def test_bad_arguments_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["--named"], [], ["--list"]):
-        assert campaign_of(monkeypatch, *arguments, "--file", "nosuch") == 2
+        assert status_of(monkeypatch, *arguments, "--file", "nosuch") == 2
         shown = capsys.readouterr()
         assert "--file nosuch: no mutants; expected a part of moe/ops/" in shown.err and not shown.out
     for option in ("--count", "--jobs"):
         for wrong in ("0", "-1", "x", "9" * 5000):
-            assert campaign_of(monkeypatch, option, wrong) == 2
+            assert status_of(monkeypatch, option, wrong) == 2
             assert "is not a positive integer" in capsys.readouterr().err
 
 
@@ -157,7 +157,7 @@ def test_ctrl_c_is_status_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         with monkeypatch.context() as patch:
             patch.setattr(Lab, "judge", lambda *_: mutants.Outcome("survived", ""))
             patch.setattr(f"tests.mutants.{place}", interrupted)
-            assert campaign_of(monkeypatch, "--count", "2", "--file", "matmul") == 130
+            assert status_of(monkeypatch, "--count", "2", "--file", "matmul") == 130
         assert "interrupted\n" in capsys.readouterr().out
 
 
