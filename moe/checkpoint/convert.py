@@ -276,7 +276,7 @@ class _Result:
         self.read = None
         whole = torch.empty(shape, dtype=dtype)
         for piece in self._pieces(parameter):
-            mine = piece.of(experts)
+            mine = piece.for_experts(experts)
             if mine is not None:
                 fill(files, mine, whole[mine.index], self.contents)
         self.read = (f"{parameter} {dtype}", experts), whole

@@ -66,7 +66,7 @@ def write_result(
     config: Mapping[str, Any],
     max_shard_bytes: int,
     progress: bool | None,
-    doing: str,
+    description: str,
     *,
     table: str,
     overwrite: bool,
@@ -81,7 +81,7 @@ def write_result(
     files = divide(entries, None if table == "deepseek" else max_shard_bytes, Path(target), single=single)
     with (
         replacing(target, manifest, overwrite=overwrite) as new,
-        Progress(doing, sum(e.nbytes for e in entries), progress) as bar,
+        Progress(description, sum(e.nbytes for e in entries), progress) as bar,
     ):
         with Files(Progress("", 0, False)) as source:
             write_shards(new, files, lambda entry: value(source, entry), manifest, wrote=bar.advance)

@@ -154,17 +154,17 @@ def _problems(config: ModelConfig, family: Family, path: Path) -> Iterator[Check
             found = setting(plain, rule.field)
             yield CheckpointError(path, f"{rule.field}: {rule.reason}", expected=rule.expected, found=str(found))
     try:
-        back = _canonical(_parse_fields(_render(config), path))
+        read_back = _canonical(_parse_fields(_render(config), path))
     except CheckpointError as error:
         yield error
         return
     wanted = _canonical(config)
     for f in dataclasses.fields(ModelConfig):
-        mine, there = getattr(wanted, f.name), getattr(back, f.name)
-        if mine != there:
+        ours, theirs = getattr(wanted, f.name), getattr(read_back, f.name)
+        if ours != theirs:
             name = f.name if f.name != "mlp_only_layers" else _name_of_dense_layers(plain, family)
             problem = f"{name}: {config.model_type} cannot express it"
-            yield CheckpointError(path, problem, expected=str(there), found=str(mine))
+            yield CheckpointError(path, problem, expected=str(theirs), found=str(ours))
 
 
 # Fields that determine which layers are dense, with their neutral values.

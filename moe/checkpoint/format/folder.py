@@ -275,9 +275,7 @@ def _check_complete(folder: Path, names: Iterable[str]) -> None:
         for number in range(count) if 0 in shards else range(1, count + 1):
             if number not in shards:
                 other = f"model-{number:0{len(like[1])}}-of-{like[2]}.safetensors"
-                raise CheckpointError(
-                    folder / other, "No such file", expected=f"{count} files, as {like[0]} states"
-                )
+                raise CheckpointError(folder / other, "No such file", expected=f"{count} files, as {like[0]} states")
 
 
 def _read_index(path: Path) -> dict[str, str]:

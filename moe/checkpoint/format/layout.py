@@ -53,8 +53,8 @@ class TensorSpec:
         part = parameter[self.index]
         if self.axes is None:
             return part[None] if self.is_row else part
-        apart = part.reshape([self.split[axis] for axis in self.axes])
-        return apart.permute([self.axes.index(axis) for axis in range(len(self.axes))]).reshape(self.shape)
+        split = part.reshape([self.split[axis] for axis in self.axes])
+        return split.permute([self.axes.index(axis) for axis in range(len(self.axes))]).reshape(self.shape)
 
 
 def layout(config: ModelConfig, table: str | None = None, path: Path = Path(CONFIG)) -> dict[str, TensorSpec]:
@@ -122,15 +122,17 @@ def _expand(
 
 def _reordered(name: str, file: str, model: str, parameter: str, shape: Shape) -> TensorSpec:
     """Describe a `Reordered` tensor; the model's `shape` has "two" and the axis after it as one."""
-    mine, theirs = model.split(), file.split()
+    model_axes, file_axes = model.split(), file.split()
     sizes = list(shape)
-    if "two" in mine:
-        at = mine.index("two")
+    if "two" in model_axes:
+        at = model_axes.index("two")
         sizes[at : at + 1] = [2, shape[at] // 2]
-    size = dict(zip(mine, sizes, strict=True))
-    split = tuple(size[axis] for axis in theirs)
-    joined = split if "two" not in theirs else _joined(theirs, size)
-    return TensorSpec(name, parameter, (), joined, split=split, axes=tuple(theirs.index(axis) for axis in mine))
+    size = dict(zip(model_axes, sizes, strict=True))
+    split = tuple(size[axis] for axis in file_axes)
+    joined = split if "two" not in file_axes else _joined(file_axes, size)
+    return TensorSpec(
+        name, parameter, (), joined, split=split, axes=tuple(file_axes.index(axis) for axis in model_axes)
+    )
 
 
 def _joined(axes: list[str], size: Mapping[str, int]) -> Shape:

@@ -52,12 +52,12 @@ def check_scales(info: TensorInfo, values: "Tensor") -> None:
         )
 
 
-def check_experts(asked: int, tensors: Collection[str], path: Path) -> None:
+def check_experts(experts: int, tensors: Collection[str], path: Path) -> None:
     """Raise `CheckpointError` if config.json has far more experts, in all layers, than the files have tensors.
 
     For layouts with tensors per expert. Limits memory: a small config.json could otherwise request hundreds of
     megabytes of names. A smaller difference becomes an error about the first missing tensor.
     """
-    if asked > len(tensors) + _SURPLUS:
+    if experts > len(tensors) + _SURPLUS:
         expected = f"at most the number of tensors in the files ({len(tensors)})"
-        raise CheckpointError(path, "too many n_routed_experts in all layers", expected=expected, found=asked)
+        raise CheckpointError(path, "too many n_routed_experts in all layers", expected=expected, found=experts)

@@ -188,7 +188,7 @@ def examine(
     if kind == "keep":
         _check_kept(contents)
     mine = _experts(contents, experts)
-    found = [part for piece in pieces(contents, keep=kind == "keep") if (part := piece.of(mine)) is not None]
+    found = [part for piece in pieces(contents, keep=kind == "keep") if (part := piece.for_experts(mine)) is not None]
     return Source(
         contents, found, _dtypes(contents, found, wanted), _shapes(contents, found, experts), identity, kind == "keep"
     )

@@ -43,7 +43,7 @@ class Piece:
     rows: range
     scale: TensorInfo | None
 
-    def of(self, experts: range) -> "Piece | None":
+    def for_experts(self, experts: range) -> "Piece | None":
         """Return the part that fills a parameter of only these experts, or None."""
         if ".mlp.experts." not in self.parameter:
             return self
