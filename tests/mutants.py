@@ -83,7 +83,7 @@ def on_kernels(*first: str, files: tuple[str, ...] = (OPS, OFFSETS)) -> tuple[St
     return Stage(files, first, interpreted=True), WITHOUT_A_GPU
 
 
-PLANS: dict[str, tuple[Stage, ...]] = {
+STAGES: dict[str, tuple[Stage, ...]] = {
     "moe/ops/activation.py": (Stage((OPS, CONTRACT), ("swiglu", "test_moe_mlp", "gradients", ANY)),),
     "moe/ops/grouped_gemm.py": (Stage((OPS, CONTRACT), ("grouped_mm", "gradients", ANY)),),
     "moe/ops/mlp.py": (Stage((OPS, CONTRACT), ("test_moe_mlp", ANY)),),
@@ -263,8 +263,8 @@ class Outcome:
 class Lab:
     """Runs tests in copies of the tree, with and without a defect."""
 
-    def __init__(self, folder: Path, plans: dict[str, tuple[Stage, ...]] = PLANS) -> None:
-        self.plans, self.tree = plans, folder / "tree"
+    def __init__(self, folder: Path, stages: dict[str, tuple[Stage, ...]] = STAGES) -> None:
+        self.stages, self.tree = stages, folder / "tree"
         ignore = shutil.ignore_patterns("__pycache__", "results")
         for name in TREE:  # once, because the tree may be edited meanwhile
             if (ROOT / name).is_dir():
@@ -277,7 +277,7 @@ class Lab:
 
     def judge(self, mutant: Mutant) -> Outcome:
         errors: Counter[str] = Counter()
-        for stage in self.plans[mutant.file]:
+        for stage in self.stages[mutant.file]:
             outcome = self.run(stage, mutant)
             if outcome.verdict == "killed":
                 if not self.passes(stage, outcome.why):
@@ -446,7 +446,7 @@ def _positive(text: str) -> int:
 
 def execute(options: argparse.Namespace, lab: Lab) -> int:
     """Run mutants; return the exit status: 1 if a named defect is not killed, 2 if none is selected, 130 on Ctrl-C."""
-    texts = {file: (lab.tree / file).read_text() for file in PLANS}
+    texts = {file: (lab.tree / file).read_text() for file in STAGES}
     files = [f for f in texts if not options.file or any(part in f for part in options.file)]
     mutants = []
     if files and options.named:

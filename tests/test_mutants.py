@@ -9,8 +9,8 @@ import torch
 
 from tests import mutants
 from tests.mutants import (
-    PLANS,
     ROOT,
+    STAGES,
     Lab,
     Mutant,
     Stage,
@@ -22,7 +22,7 @@ from tests.mutants import (
 )
 from tests.support.defects import EQUIVALENT, NAMED
 
-TEXTS = {file: (ROOT / file).read_text() for file in PLANS}
+TEXTS = {file: (ROOT / file).read_text() for file in STAGES}
 
 
 def test_named_defects_fit_the_code() -> None:
@@ -35,7 +35,7 @@ def test_named_defects_fit_the_code() -> None:
         named_mutants({**TEXTS, file: TEXTS[file] * 2})
 
 
-@pytest.mark.parametrize("file", PLANS)
+@pytest.mark.parametrize("file", STAGES)
 def test_random_mutants_change_one_place(file: str) -> None:
     text, mutants = TEXTS[file], random_mutants(file, TEXTS[file])
     assert mutants == random_mutants(file, text) and len(mutants) == len(set(mutants))

@@ -90,7 +90,7 @@ def read_auxiliary(folder: Path) -> dict[str, bytes]:
         config = read_config_values(folder)
     except CheckpointError:  # a folder of tokenizer files, or a damaged checkpoint that a save replaces
         config = {}
-    files = _reach(config, [*AUXILIARY_FILES, *_licenses(folder), *templates(folder)], read)
+    files = _collect(config, [*AUXILIARY_FILES, *_licenses(folder), *templates(folder)], read)
     if len(files) > MAX_AUXILIARY_FILES:
         expected = f"at most {MAX_AUXILIARY_FILES}"
         raise CheckpointError(folder, "too many auxiliary files", expected=expected, found=len(files))
@@ -158,7 +158,7 @@ def resolve_references(
     `Family.without_code`.
     """
     values = dict(config)
-    named = _reach(values, filter(_is_fixed, files), files.get)
+    named = _collect(values, filter(_is_fixed, files), files.get)
     lost = [f"{name}, because no other file names it" for name in files if name not in named]
     if not same_layout and isinstance(auto_map := values.get("auto_map"), dict):
         theirs = [key for key in auto_map if key == "AutoConfig" or key.startswith("AutoModel")]
@@ -178,7 +178,7 @@ def resolve_references(
     if lost:
         logger.warning("not written: %s", one_line("; ".join(lost), 1000))
     files = {**files, **changed}
-    return values, _reach(values, filter(_is_fixed, files), files.get)
+    return values, _collect(values, filter(_is_fixed, files), files.get)
 
 
 def is_template(name: str) -> bool:
@@ -203,7 +203,7 @@ def _is_fixed(name: str) -> bool:
     return name in AUXILIARY_FILES or is_template(name) or _LICENSE.fullmatch(name) is not None
 
 
-def _reach(config: Mapping[str, Any], names: Iterable[str], read: Callable[[str], bytes | None]) -> dict[str, bytes]:
+def _collect(config: Mapping[str, Any], names: Iterable[str], read: Callable[[str], bytes | None]) -> dict[str, bytes]:
     """Return the content of `names`, and of all files that they and `config` name, by name; skips missing ones."""
     files: dict[str, bytes] = {}
     pending = [*names, *filter(None, map(_file_of, _references(config.get("auto_map"))))]
