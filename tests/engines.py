@@ -3,8 +3,8 @@
 Requires llama-cpp-python and the converter of the llama.cpp that it is built from. Each config without
 `family_problems` is saved, converted to GGUF in fp32 and evaluated, and the logits are compared with ours. The configs
 of a family are its first preset with small sizes, that preset with each value in
-`tests.checkpoint.test_exports.OTHERS`, and random configs of `tests.exports`. A control, with another norm_topk_prob in
-the files, must differ.
+`tests.support.export_cases.OTHERS`, and random configs of `tests.exports`. A first comparison, with another
+norm_topk_prob in the files, must fail.
 
 The converter accepts only tokenizers of released models. Without --tokenizer it is patched to write no vocabulary.
 Errors of the converter and of llama.cpp are printed but are not failures, because such a model is refused and not
@@ -31,8 +31,8 @@ import torch
 from moe import ModelConfig
 from moe.checkpoint.format.config_json import render_config
 from moe.checkpoint.format.families import FAMILIES
-from tests.checkpoint.test_exports import BASE, OTHERS, changed
 from tests.exports import build, examples
+from tests.support.export_cases import BASE, OTHERS, changed
 
 BOUND = 1e-3  # relative to the largest logit; rounding reaches 3e-4, a wrong setting causes at least 2e-2
 LENGTH = 24

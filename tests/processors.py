@@ -39,7 +39,7 @@ FILES = (
     "checkpoint/test_quantised",
     "checkpoint/test_transformers",
 )
-SLOW = ("integrations/test_transformers", "train/test_train", "train/test_tiny")
+SLOW = ("integrations/test_transformers", "train/test_trainer", "train/test_train", "train/test_tiny")
 
 # torch obeys the first, oneDNN the second; without AVX-512 torch computes half-precision products with its own kernels.
 # MKL obeys the third on Intel. On AMD it ignores that one (MKL 2024.2: a product has the same bits with SSE4_2), but
