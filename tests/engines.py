@@ -3,8 +3,8 @@
 Requires llama-cpp-python and the converter of the llama.cpp that it is built from. Each config without
 `family_problems` is saved, converted to GGUF in fp32 and evaluated, and the logits are compared with ours. The configs
 of a family are its first preset with small sizes, that preset with each value in
-`tests.support.export_cases.OTHERS`, and random configs of `tests.exports`. A first comparison, with another
-norm_topk_prob in the files, must fail.
+`tests.support.export_cases.OTHERS`, and random configs of `tests.exports`. A control, with another norm_topk_prob in
+the files, must differ.
 
 The converter accepts only tokenizers of released models. Without --tokenizer it is patched to write no vocabulary.
 Errors of the converter and of llama.cpp are printed but are not failures, because such a model is refused and not

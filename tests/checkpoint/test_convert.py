@@ -320,14 +320,14 @@ def test_a_rank_reads_only_its_experts(tmp_path: Path) -> None:
     ("layers", "experts", "error"),
     [
         ([0, 3], [0], r"layers = \[0, 3\]: expected ascending numbers from 0 to 2"),
-        ([1, 0], [0], r"layers = \[1, 0\]: expected ascending numbers from 0 to 2, none twice"),
+        ([1, 0], [0], r"layers = \[1, 0\]: expected ascending numbers from 0 to 2, without repeats"),
         ([], [0], r"layers = \[\]: expected ascending numbers"),
         ("0-3", [0], "layers = '0-3': expected a sequence of integers"),
         ([0], [], r"experts = \[\]: expected ascending numbers"),
-        ([0], [5, 5], "none twice"),
+        ([0], [5, 5], "without repeats"),
         ([0], [0.5], r"experts = \[0\.5\]: expected a sequence of integers"),
         ([0], 3, "experts = 3: expected a sequence of integers"),
-        ([0, 1], [0, 1, 3], "as many experts of each group that has any; found 2 1 0 0"),
+        ([0, 1], [0, 1, 3], "the same number of experts from every group used; found 2 1 0 0"),
     ],
 )
 def test_cuts_that_make_no_sense(made: Folders, tmp_path: Path, layers: Any, experts: Any, error: str) -> None:

@@ -14,7 +14,7 @@ from safetensors import deserialize
 from moe import CheckpointError
 from moe.checkpoint.format.folder import read_tensors
 from moe.checkpoint.format.header import read_header
-from moe.checkpoint.format.strict_json import doubt, parse_as_python, parse_json, settled
+from moe.checkpoint.format.strict_json import ambiguity, last_values, parse_as_python, parse_json
 
 DATA = bytes(range(34))
 HEADER: dict[str, Any] = {
@@ -181,14 +181,17 @@ def moved(index: dict[str, Any], **files: Any) -> dict[str, Any]:
 
 # Beside the mutations of a whole folder in tests/support/hostile.py.
 BAD_INDEXES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "two weight_maps": (lambda index: b'{"weight_map": {}, "weight_map": {}}', "weight_map; expected one; found two"),
+    "two weight_maps": (
+        lambda index: b'{"weight_map": {}, "weight_map": {}}',
+        "weight_map occurs twice; expected one; found two",
+    ),
     "metadata of a megabyte": (lambda index: {"metadata": [0] * 2**20, **index}, "a value of more than 1048576 bytes"),
     "metadata cut": (lambda index: b'{"metadata": {"a": [1, 2]', "Expecting ',' delimiter"),
     "brackets that differ": (lambda index: b'{"metadata": {"a": [1}, "weight_map": {}}', "Expecting ',' delimiter"),
     "metadata with a comma too many": (lambda index: b'{"metadata": [1,], "weight_map": {}}', "expected a value"),
     "metadata without a colon": (lambda index: b'{"metadata": {"a" 1}, "weight_map": {}}', "Expecting ':' delimiter"),
     "metadata too deep": (lambda index: b'{"metadata": ' + b"[" * 65 + b"]" * 65 + b"}", "more than 64 arrays"),
-    "many other keys": (lambda index: {**{str(i): i for i in range(65)}, **index}, "keys beside weight_map"),
+    "many other keys": (lambda index: {**{str(i): i for i in range(65)}, **index}, "too many keys beside weight_map"),
 }
 
 

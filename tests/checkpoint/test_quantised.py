@@ -15,7 +15,7 @@ import moe.parallel
 from moe import CheckpointError, ConfigError, ModelConfig
 from moe.checkpoint import read_summary
 from moe.checkpoint.convert import convert, cut
-from moe.checkpoint.format.comparison import plan
+from moe.checkpoint.format.contents import read_contents
 from moe.planning.footprint import dtype_of
 from tests.support.checkpoint_cases import V2, V3_MTP, as_kimi_k25, assert_same, configure
 from tests.support.quantised_checkpoints import BLOCK, Folders, bits, dequantised, is_quantised, make_fp8, make_mxfp4

@@ -300,7 +300,7 @@ CONVERT, CUT = ("convert", "{folder}", "--out", "{out}"), ("cut", "{folder}", "-
         (("place", "{loads}", "--slots", "4"), "--gpus", "0", ""),
         (("place", "{loads}", "--slots", "4", "--gpus", "2"), "--nodes", "0", ""),
         (("place", "{loads}", "--slots", "4", "--gpus", "2"), "--groups", "3", ""),
-        ((*CONVERT, "--dtype", "fp8"), "--block-size", "0 128", "two numbers from 1 to"),
+        ((*CONVERT, "--dtype", "fp8"), "--block-size", "0 128", "two integers from 1 to"),
         (CONVERT, "--scale-fmt", "ue8m0", "none without --dtype fp8"),
         (CONVERT, "--max-shard-size", "5XB", "a size"),
         ((*CUT, "--experts", "0"), "--layers", "9", "ascending numbers from 0 to"),

@@ -17,7 +17,7 @@ import moe
 from moe import CheckpointError
 from moe.checkpoint import read_summary
 from moe.checkpoint.convert import convert, cut
-from moe.checkpoint.format.carried import write_carried
+from moe.checkpoint.format.auxiliary import write_auxiliary
 from moe.cli.options import parse
 from moe.cli.train import Args as TrainArgs
 from moe.planning.footprint import Placement, inference, stored

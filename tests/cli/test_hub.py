@@ -196,7 +196,10 @@ def test_without_huggingface_hub(monkeypatch: Any, capsys: Any, tmp_path: Path) 
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     monkeypatch.chdir(tmp_path)
     line = fails_in_one_line(capsys, "convert", "org/model", "--out", "out")
-    assert "huggingface_hub, which would look it up, is not installed; expected pip install huggingface_hub" in line
+    assert (
+        "huggingface_hub is not installed, so it is not looked up on the Hub; expected pip install huggingface_hub"
+        in line
+    )
     with pytest.raises(CheckpointError, match=r"no such folder$"):
         moe.load("./org/some/model")
 
@@ -249,7 +252,7 @@ def test_a_local_folder_takes_precedence_over_the_hub(cache: Path, saved: dict[s
     with pytest.raises(CheckpointError, match=r"config\.json"):
         moe.load("org/model")
     Path("org/model").rmdir()
-    assert hub.is_name("org/model") and not hub.is_name("./org/model") and not hub.is_name("tiny")
+    assert hub.is_hub_name("org/model") and not hub.is_hub_name("./org/model") and not hub.is_hub_name("tiny")
 
 
 def test_a_misspelt_folder_is_named_beside_the_hubs_answer(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
