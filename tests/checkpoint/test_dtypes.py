@@ -155,7 +155,7 @@ def test_the_error_counts_what_differs_and_recommends_what_loads(tmp_path: Path)
     tensors = base("qwen3_moe", tmp_path, torch.bfloat16)
     mixed(tmp_path, tensors, r"o_proj|lm_head|norm|mlp\.gate\.")
     expected = (
-        r"model\.layers\.0\.self_attn\.o_proj\.weight: its dtype and 2 more differ from most tensors, and the model "
+        r"model\.layers\.0\.self_attn\.o_proj\.weight: its dtype and 2 more differ from most tensors, but the model "
         r"needs a common one; load with dtype=torch\.bfloat16, as config\.json states, or dtype=torch\.float32; "
         r"expected BF16, as model\.embed_tokens\.weight has; found F32$"
     )

@@ -244,7 +244,7 @@ def test_an_index_whose_files_are_gone_is_ignored_beside_the_file_of_all(
     caplog.clear()
     assert sorted(read_tensors(tmp_path)) == ["a.weight", "b", "empty"]
     assert [message.partition("index.json ")[2] for message in caplog.messages] == [
-        "is ignored: none of its files is there, and model.safetensors is"
+        "is ignored: none of its files exists, but model.safetensors does"
     ]
     set_index(tmp_path, moved(index, b="../two.safetensors"))
     with pytest.raises(CheckpointError, match="b: invalid file name"):

@@ -74,7 +74,7 @@ def test_the_source_stays_as_it_is(capsys, saved, tmp_path, writer) -> None:
     source = shutil.copytree(saved, tmp_path / "source")
     before = contents(source)
     inside = fails_in_one_line(capsys, command, str(source), "--out", str(source / "new"), *options)
-    assert "new: inside the source, which is only read; expected a folder outside it" in inside
+    assert "new: inside the source, which must not change; expected a folder outside it" in inside
     assert "not a folder; expected the name of a folder" in fails_in_one_line(
         capsys, command, str(source), "--out", "", *options
     )

@@ -89,7 +89,7 @@ def test_revisions_that_cannot_be(cache: Path, saved: dict[str, Path]) -> None:
         with pytest.raises((CheckpointError, ConfigError), match=message):
             moe.load(name, revision=revision)
     Path("org/model").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match="no such folder, but one without the revision; expected org/model"):
+    with pytest.raises(CheckpointError, match="no such folder, but one without the revision exists; expected org/model"):
         moe.load("org/model@v1")
 
 
@@ -122,7 +122,7 @@ def test_a_cache_that_lacks_a_file(cache: Path, capsys: Any, tmp_path: Path) -> 
     (snapshot / "model.safetensors").unlink()
     for command in commands:
         line = fails_in_one_line(capsys, *command)
-        assert line == f"{offline} model.safetensors; expected a model that is in the cache, or a connection\n"
+        assert line == f"{offline} model.safetensors; expected a cached model, or a connection\n"
 
     convert(hub.find("org/model"), tmp_path / "shards", max_shard_bytes=2**16)
     for path in (tmp_path / "shards").iterdir():
