@@ -81,7 +81,7 @@ def test_a_revision_is_the_one_that_is_loaded(cache: Path, saved: dict[str, Path
 
 def test_revisions_that_cannot_be(cache: Path, saved: dict[str, Path]) -> None:
     for name, revision, message in (
-        ("org/model@v1", "main", "revision = 'main': expected v1, as org/model@v1 has it"),
+        ("org/model@v1", "main", "revision = 'main': expected v1, the revision in org/model@v1"),
         (saved["main"], "main", "a folder has no revisions; expected no revision; found main"),
         (cache, "v2", "no such revision in the cache; expected main, v1; found v2"),
         (cache, "../../../here", "leads out of the checkpoint"),
