@@ -83,7 +83,7 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "not valid JSON; expected JSON in UTF-8; found an empty file"),
     "truncated": (b'{"quantization": {', "not valid JSON"),
     "a list": (b"[]", "invalid JSON value; expected an object or null"),
-    "a text inside": (b'{"quantization": "NVFP4"}', "quantization; expected an object or null; found 'NVFP4'"),
+    "a text inside": (b'{"quantization": "NVFP4"}', "invalid quantization; expected an object or null; found 'NVFP4'"),
     "too large": (b" " * MAX_CONFIG_BYTES + b"{}", "file too large"),
     "a page": (b"<html>not found</html>", "not valid JSON; expected JSON in UTF-8; found a web page"),
 }
