@@ -135,7 +135,7 @@ def _parse(folder: str | PathLike[str], revision: str | None) -> tuple[str, str 
     name, given = found.groups()
     if given is not None and _exists_locally(Path(name)):
         expected = f"{name}, because a folder has no revisions"
-        raise CheckpointError(folder, "no such folder, but one without the revision exists", expected=expected)
+        raise CheckpointError(folder, f"no such folder, but {name} exists", expected=expected)
     if None not in (given, revision) and given != revision:
         raise ConfigError("revision", revision, f"{given}, the revision in {folder}")
     return name, given or revision
