@@ -1,16 +1,15 @@
-"""Compiles every kernel for every target, in exactly the configurations that the benchmarked shapes lead to.
+"""Compile every kernel for every target, in the configurations that the benchmarked shapes require.
 
     python -m tests.compiled [--gpu sm_90 ...] [--shape NAME ...] [--dtype bfloat16 ...]
-
-needs no GPU. It fails where a kernel spills, uses local memory, wants more shared memory than the chip has, or does
-without wgmma on sm_90 where its tile allows it; for NVIDIA's GPUs where products of half precision, with rows that can
-be read 16 bytes at a time, are computed while no copy for the next ones is under way; and on sm_90 where a weight
-gradient takes more than 170 instructions for each step of its largest tile, or where a multiprocessor holds only one
-program of the backward kernel. CI does so for bfloat16, under the oldest and newest Triton.
-
     python -m tests.compiled --table --gpu sm_90 --shape deepseek_v3 --dtype bfloat16
 
-prints what the machine code of each product needs instead.
+Requires no GPU. A kernel fails if it spills, uses local memory, or needs more shared memory than the GPU has. On NVIDIA
+GPUs, half-precision products with rows that can be read 16 bytes at a time must overlap with copies for the next ones.
+On sm_90, tiles of at least 64 rows must use wgmma, a weight gradient may take at most 170 instructions per step of its
+largest tile, and a multiprocessor must hold two programs of the backward kernel. CI checks bfloat16 with the oldest and
+newest Triton.
+
+--table prints the resources of each product instead.
 """
 
 import argparse
@@ -31,7 +30,7 @@ from benchmarks.shapes import SHAPES as BENCHMARKED
 from benchmarks.shapes import Shape
 from tests.support.launches import GPUS, Gpu, Launch, Resources, compile, record
 
-# Sizes that cannot be read 16 bytes at a time, too.
+# Includes sizes that cannot be read 16 bytes at a time.
 SHAPES = BENCHMARKED | {"odd": Shape("odd", 1000, 500, 8, 2)}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ROUTINGS = (
@@ -47,7 +46,7 @@ def meta(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def layer(tokens: int, shape: Shape, dtype: torch.dtype, shared: int, *, gpt_oss: bool = False) -> list[Launch]:
-    """One layer: forward for the backward pass, backward, and forward alone; with biases and clamping as in gpt-oss."""
+    """Record one layer's kernels: forward for training, backward, and forward for inference."""
     d, n, experts, top_k = shape.sizes
     x, down = meta(tokens, d, dtype=dtype), meta(experts, d, n, dtype=dtype)
     weights = meta(tokens, top_k, dtype=torch.float32)
@@ -65,7 +64,7 @@ def layer(tokens: int, shape: Shape, dtype: torch.dtype, shared: int, *, gpt_oss
 
 
 def products(shape: Shape, dtype: torch.dtype, shared: int) -> list[Launch]:
-    """grouped_mm in its forms."""
+    """Record grouped_mm in all forms."""
     d, n, experts, top_k = shape.sizes
     rows = meta(4096 * top_k, d, dtype=dtype)
     weight = meta(experts, 2 * n, d, dtype=dtype)
@@ -78,7 +77,7 @@ def products(shape: Shape, dtype: torch.dtype, shared: int) -> list[Launch]:
 
 
 def others(dtype: torch.dtype) -> list[Launch]:
-    """What has no tile to choose."""
+    """Record the kernels without tiles."""
     x, ids = meta(4096, 7168, dtype=dtype), meta(4096, 8, dtype=torch.int64)
     position, weights = meta(4096, 8, dtype=torch.int64), meta(4096, 8, dtype=torch.float32)
     rows = meta(4096 * 8, 7168, dtype=dtype)
@@ -101,7 +100,7 @@ def others(dtype: torch.dtype) -> list[Launch]:
 
 
 def launches(gpu: Gpu, shapes: Iterable[Shape], dtypes: Iterable[torch.dtype]) -> dict[tuple, Launch]:
-    """The distinct launches of the given shapes, one for each binary."""
+    """Return the distinct launches of the given shapes, one per binary."""
     found: list[Launch] = []
     for dtype in dtypes:
         for shape in shapes:
@@ -114,19 +113,19 @@ def launches(gpu: Gpu, shapes: Iterable[Shape], dtypes: Iterable[torch.dtype]) -
 
 
 def multiplies_halves(launch: Launch) -> bool:
-    """A product of half-precision tiles."""
+    """Whether it is a product of half-precision tiles."""
     halves = any(kind in ("*bf16", "*fp16") for _, kind in launch.signature)
     return halves and {"BLOCK_M", "BLOCK_K"} <= dict(launch.constants).keys()
 
 
-def wants_copies(launch: Launch) -> bool:
-    """A product of rows that can be read 16 bytes at a time."""
+def can_copy_ahead(launch: Launch) -> bool:
+    """Whether it is a product of rows that can be read 16 bytes at a time."""
     sizes = {"inner", "width", "height"} & {name for name, _ in launch.signature}
     return multiplies_halves(launch) and sizes <= set(launch.divisible)
 
 
-def wants_wgmma(launch: Launch) -> bool:
-    """A product of tiles of at least 64 rows."""
+def can_use_wgmma(launch: Launch) -> bool:
+    """Whether it is a product of tiles of at least 64 rows."""
     return multiplies_halves(launch) and dict(launch.constants)["BLOCK_M"] >= 64
 
 
@@ -136,7 +135,7 @@ def clamps(launch: Launch) -> bool:
 
 
 def complaint(launch: Launch, gpu: Gpu) -> str | None:
-    """What is wrong with the binary, or None."""
+    """Return what is wrong with the binary, or None."""
     try:
         need = compile(launch, gpu)
     except Exception as error:
@@ -145,15 +144,15 @@ def complaint(launch: Launch, gpu: Gpu) -> str | None:
         return f"{need.local} bytes of local memory, {need.spills} spills, {need.registers} registers"
     if need.shared > gpu.shared_memory:
         return f"{need.shared} bytes of shared memory of {gpu.shared_memory}"
-    if gpu.name == "sm_90" and wants_wgmma(launch) and not need.wgmma:
+    if gpu.name == "sm_90" and can_use_wgmma(launch) and not need.wgmma:
         return "no wgmma"
-    if gpu.target.backend == "cuda" and wants_copies(launch) and not need.ahead:
-        return "products wait for what they multiply"
-    return slow_on_hopper(launch, need) if gpu.name == "sm_90" and wants_copies(launch) else None
+    if gpu.target.backend == "cuda" and can_copy_ahead(launch) and not need.ahead:
+        return "products wait for their operands"
+    return slow_on_hopper(launch, need) if gpu.name == "sm_90" and can_copy_ahead(launch) else None
 
 
 def slow_on_hopper(launch: Launch, need: Resources) -> str | None:
-    """Limits on the machine code of the kernels with most work, for sm_90 and their largest tiles."""
+    """Check the machine code of the kernels with most work, for sm_90 and their largest tiles."""
     constants = dict(launch.constants)
     tile = launch.name, constants["BLOCK_M"], constants["BLOCK_N"]
     # The tensor cores need 1,024 cycles for a step of 128 x 256 x 64.
@@ -165,7 +164,7 @@ def slow_on_hopper(launch: Launch, need: Resources) -> str | None:
 
 
 def described(launch: Launch, gpu: Gpu) -> str | None:
-    """A product's row of the table, None for other kernels."""
+    """Return a product's row of the table, or None for other kernels."""
     need = compile(launch, gpu) if multiplies_halves(launch) else None
     if need is None or need.code is None:
         return None

@@ -1,14 +1,14 @@
-"""Exports of every family, run in llama.cpp: `python -m tests.engines --llama PATH/convert_hf_to_gguf.py`.
+"""Run exports of every family in llama.cpp: `python -m tests.engines --llama PATH/convert_hf_to_gguf.py`.
 
 Requires llama-cpp-python and the converter of the llama.cpp that it is built from. Each config without
 `family_problems` is saved, converted to GGUF in fp32 and evaluated, and the logits are compared with ours. The configs
 of a family are its first preset with small sizes, that preset with each value in
-`tests.support.export_cases.OTHERS`, and random configs of `tests.exports`. A first comparison, with another
-norm_topk_prob in the files, must fail.
+`tests.support.export_cases.OTHERS`, and random configs of `tests.exports`. A control, with another norm_topk_prob in
+the files, must differ.
 
-The converter accepts only tokenizers of released models. Without --tokenizer it is changed in one place: it writes no
-vocabulary. Errors of the converter and of llama.cpp are printed and are no failure, because a model that is refused is
-not computed differently. The exit status is 1 if a difference is above the bound.
+The converter accepts only tokenizers of released models. Without --tokenizer it is patched to write no vocabulary.
+Errors of the converter and of llama.cpp are printed but are not failures, because such a model is refused and not
+computed differently. The exit status is 1 if a difference exceeds the bound.
 """
 
 import argparse
@@ -34,12 +34,12 @@ from moe.checkpoint.format.families import FAMILIES
 from tests.exports import build, examples
 from tests.support.export_cases import BASE, OTHERS, changed
 
-BOUND = 1e-3  # of the largest logit; rounding reaches 3e-4, and the least that a wrong setting has made is 2e-2
+BOUND = 1e-3  # relative to the largest logit; rounding reaches 3e-4, a wrong setting causes at least 2e-2
 LENGTH = 24
 SECONDS = 300
 F32 = 0  # GGML_TYPE_F32
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
-FAILED = "failed here"  # an error of ours, which is not a refusal of llama.cpp
+FAILED = "failed here"  # an error in this program, not in llama.cpp
 TRAINING = ("initializer_range", "aux_loss_alpha", "seq_aux", "router_z_loss_coef", "mtp_loss_weight")
 
 
@@ -48,7 +48,7 @@ class RefusedError(Exception):
 
 
 def computed_otherwise(config: ModelConfig) -> str | None:
-    """A setting of a released model that llama.cpp ignores, or None; see the comment above the rules in families.py."""
+    """Return a setting of a released model that llama.cpp ignores, or None; see the rules in families.py."""
     rope = config.rope_parameters
     if config.model_type == "deepseek_v2" and config.topk_method == "group_limited_greedy" and config.n_group > 1:
         return "group_limited_greedy"
@@ -60,7 +60,7 @@ def computed_otherwise(config: ModelConfig) -> str | None:
 
 
 def tiny(preset: ModelConfig) -> ModelConfig:
-    """The preset with small sizes: several experts in each group, and windows shorter than the text."""
+    """Return the preset with small sizes: several experts per group, and windows shorter than the text."""
     sizes: dict[str, Any] = dict(
         vocab_size=99,
         hidden_size=64,
@@ -85,7 +85,7 @@ def tiny(preset: ModelConfig) -> ModelConfig:
 
 
 def loadable(config: ModelConfig) -> ModelConfig:
-    """The config with sizes that llama.cpp loads.
+    """Return the config with sizes that llama.cpp supports.
 
     It supports queries without a latent only in models of 26 or 27 layers, and no grouped queries in two families. The
     hidden size of ERNIE's shared expert must be intermediate_size / num_key_value_heads.
@@ -101,7 +101,7 @@ def loadable(config: ModelConfig) -> ModelConfig:
 
 
 def cases(model_types: list[str], count: int, seed: int) -> Iterator[tuple[str, ModelConfig]]:
-    """(settings, config); of configs with equal files the first."""
+    """Yield (settings, config), only the first of configs with equal files."""
     written: list[Any] = []
     for model_type in model_types:
         preset = tiny(BASE[model_type])
@@ -129,7 +129,7 @@ def cases(model_types: list[str], count: int, seed: int) -> Iterator[tuple[str, 
 
 
 def _short(value: Any) -> str:
-    """A value; of rope_parameters the fields that differ from the default."""
+    """Format a value; for rope_parameters, the fields that differ from the defaults."""
     if not dataclasses.is_dataclass(value):
         return str(value)
     fields = ((f.name, getattr(value, f.name), f.default) for f in dataclasses.fields(value))
@@ -137,7 +137,7 @@ def _short(value: Any) -> str:
 
 
 def convert(folder: Path, file: Path, converter: Path, vocabulary: bool) -> None:
-    """Runs the converter in this process."""
+    """Run the converter in this process."""
     import conversion  # pyright: ignore[reportMissingImports]
 
     find = conversion.get_model_class
@@ -158,7 +158,7 @@ def convert(folder: Path, file: Path, converter: Path, vocabulary: bool) -> None
 
 
 def evaluate(file: Path, ids: list[int]) -> torch.Tensor:
-    """llama.cpp's logits [T, V]."""
+    """Return llama.cpp's logits [T, V]."""
     from llama_cpp import Llama  # pyright: ignore[reportMissingImports]
 
     # Its cache is in fp16 by default. The package's defaults for YaRN replace the file's values; negative ones do not.
@@ -169,7 +169,7 @@ def evaluate(file: Path, ids: list[int]) -> torch.Tensor:
 
 
 def compare(config: ModelConfig, saved: ModelConfig, seed: int, folder: Path, options: argparse.Namespace) -> float:
-    """The relative difference between a model here and llama.cpp's, whose config is `saved`."""
+    """Return the relative difference of logits between a model here and in llama.cpp, saved with config `saved`."""
     model = build(saved, seed)
     if options.tokenizer is not None:
         model.carried_files = {name: (options.tokenizer / name).read_bytes() for name in TOKENIZER}
@@ -187,7 +187,7 @@ def compare(config: ModelConfig, saved: ModelConfig, seed: int, folder: Path, op
 
 
 def work(result: Connection, log: Path, *args: Any) -> None:
-    """`compare` for a process of its own, because llama.cpp may abort. Its output goes to the log."""
+    """Run `compare` in a child process, because llama.cpp may abort, with its output in `log`."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT)
     for stream in (1, 2):
         os.dup2(output, stream)
@@ -201,7 +201,7 @@ def work(result: Connection, log: Path, *args: Any) -> None:
 
 
 def run(config: ModelConfig, saved: ModelConfig, seed: int, options: argparse.Namespace) -> float | str:
-    """The relative difference, or the error."""
+    """Return the relative difference, or an error message."""
     with tempfile.TemporaryDirectory() as root:
         log = Path(root, "log")
         here, there = multiprocessing.Pipe(duplex=False)
@@ -224,7 +224,7 @@ def run(config: ModelConfig, saved: ModelConfig, seed: int, options: argparse.Na
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Imports what llama.cpp needs before the first fork, or raises SystemExit."""
+    """Import the modules that llama.cpp needs before the first fork; raises SystemExit if one is missing."""
     prog = "python -m tests.engines"
     if options.llama is None or not options.llama.is_file():
         raise SystemExit(f"{prog}: --llama: expected convert_hf_to_gguf.py of llama.cpp; found {options.llama}")
@@ -239,7 +239,7 @@ def prepare(options: argparse.Namespace) -> None:
     logging.getLogger().setLevel(logging.ERROR)
     import conversion  # pyright: ignore[reportMissingImports]
     import llama_cpp  # pyright: ignore[reportMissingImports]
-    import torch._dynamo  # the converter's torch.stack imports it, which takes seconds in each process
+    import torch._dynamo  # imported by the converter; it takes seconds in each process
 
     conversion.load_all_models()
     print(f"llama-cpp-python {llama_cpp.__version__}, {options.llama}")
@@ -249,12 +249,15 @@ def prepare(options: argparse.Namespace) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.engines", description=str(__doc__).partition("\n")[0])
     parser.add_argument(
-        "--llama", type=Path, default=os.environ.get("LLAMA"), help="llama.cpp's convert_hf_to_gguf.py; default: $LLAMA"
+        "--llama",
+        type=Path,
+        default=os.environ.get("LLAMA"),
+        help="convert_hf_to_gguf.py of llama.cpp (default: $LLAMA)",
     )
     parser.add_argument("--tokenizer", type=Path, help="Folder with a tokenizer that the converter accepts")
-    parser.add_argument("--only", choices=FAMILIES, help="This family alone")
-    parser.add_argument("--count", type=int, default=10, help="Random configs per family; default 10")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the random configs; default 0")
+    parser.add_argument("--only", choices=FAMILIES, help="Run only this family")
+    parser.add_argument("--count", type=int, default=10, help="Random configs per family (default: 10)")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the random configs (default: 0)")
     options = parser.parse_args()
     prepare(options)
     sizes: dict[str, int] = {}

@@ -1,7 +1,7 @@
-"""Random models of every family, saved here and read by transformers: `python -m tests.exports [EXAMPLES] [SEED]`.
+"""Save random models of every family and load them in transformers: `python -m tests.exports [EXAMPLES] [SEED]`.
 
-A config without `family_problems` must save, load in transformers without a warning, and give the same logits there; of
-another, the save must raise the first problem.
+A model without `family_problems` must load in transformers without a warning and give the same logits. For any other
+model, the save must raise the first problem.
 """
 
 import contextlib
@@ -21,14 +21,14 @@ from moe import CheckpointError, ConfigError, ModelConfig, RopeParameters, Trans
 from moe.checkpoint.format.families import FAMILIES
 from moe.config import LayerType
 
-TOLERANCE = 2e-5  # of the largest logit
+TOLERANCE = 2e-5  # relative to the largest logit
 LENGTH = 24
 
 
 def draw(rng: random.Random, model_type: str) -> ModelConfig | None:
-    """A small random config of the family, often with a field that has no effect or that a save must refuse.
+    """Return a small random config of the family, often with a field that has no effect or must be refused.
 
-    None if the fields drawn do not go together.
+    Returns None if the config is invalid.
     """
     pick = rng.choice
     mla = model_type in ("deepseek_v3", "kimi_k2", "kimi_k25", "deepseek_v2", "glm4_moe_lite")
@@ -110,7 +110,7 @@ def draw(rng: random.Random, model_type: str) -> ModelConfig | None:
         scaled = dataclasses.replace(yarn, mscale=0.7, mscale_all_dim=0.7) if mla else yarn
         partial = values["rope_parameters"].partial_rotary_factor
         values["rope_parameters"] = dataclasses.replace(scaled, partial_rotary_factor=partial)
-    # One more change in half of the cases: some have no effect, some must be refused.
+    # In half of the cases, one more change; some have no effect, some must be refused.
     odd: list[dict[str, Any]] = [
         *({"norm_topk_prob": norm} for norm in (True, False)),
         *({"rope_interleave": interleave} for interleave in (True, False)),
@@ -134,7 +134,7 @@ def draw(rng: random.Random, model_type: str) -> ModelConfig | None:
 
 
 def build(config: ModelConfig, seed: int) -> Transformer:
-    """A model with values at which every part of it matters."""
+    """Return a model with random values for which every parameter affects the output."""
     model = Transformer(config, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -145,7 +145,7 @@ def build(config: ModelConfig, seed: int) -> Transformer:
 
 
 def check(config: ModelConfig, seed: int, root: Path) -> str | None:
-    """What is wrong with the export of a model of this config, or None."""
+    """Return the first problem with the export of a model of this config, or None."""
     model = build(config, seed)
     problems = config.family_problems()
     folder = root / f"{config.model_type}-{seed}"
@@ -156,7 +156,7 @@ def check(config: ModelConfig, seed: int, root: Path) -> str | None:
             return f"refused without a problem: {error}"
         return None if str(error).endswith(problems[0]) else f"other error than {problems[0]}: {error}"
     if problems:
-        return f"saved in spite of {problems}"
+        return f"saved despite {problems}"
     ids = torch.randint(0, config.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
     with warnings_of_transformers() as warnings:
         there, info = read_in_transformers(folder, config.model_type)
@@ -170,10 +170,10 @@ def check(config: ModelConfig, seed: int, root: Path) -> str | None:
 
 
 def read_in_transformers(folder: Path, model_type: str) -> tuple[Any, dict[str, Any]]:
-    """(model, what did not fit)."""
+    """Return the model and transformers' loading information."""
     import transformers
 
-    if model_type == "kimi_k2":  # transformers has DeepSeek-V3's code for it, under that name
+    if model_type == "kimi_k2":  # transformers loads it as DeepSeek-V3
         file = folder / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "deepseek_v3"}))
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -197,7 +197,7 @@ def warnings_of_transformers() -> Iterator[list[str]]:
 
 
 def examples(count: int, seed: int) -> Iterator[tuple[int, ModelConfig]]:
-    """`count` configs of each family."""
+    """Yield (number, config) for `count` configs of each family."""
     for number, model_type in enumerate(FAMILIES):
         rng, found = random.Random(f"{seed} {model_type}"), 0
         while found < count:

@@ -1,24 +1,22 @@
-"""Random damage to a valid checkpoint folder: whatever it is, the reader refuses it or reads what is there.
+"""Load randomly damaged checkpoints, and check that each is refused or read correctly.
 
-    python -m tests.fuzz --count 2000 --seed 1       figures; exit status 1 if one of the last four is not 0
-    python -m tests.fuzz --seed 1 --only 17          one case, with what was changed and what came of it
+    python -m tests.fuzz --count 2000 --seed 1       counts of results; exit status 1 if one of the last four is not 0
+    python -m tests.fuzz --seed 1 --only 17          one case, with its changes and result
 
-Each case changes headers, their lengths, the data's length, or the index of a small model in several files, in one to
-three places, and calls `moe.load`. The families take turns. A case ends as one of these:
+Each case changes headers, their lengths, the length of the data, or the index of a small model in several files, in one
+to three places, and calls `moe.load`. The families alternate. The results are:
 
-    refused        one `CheckpointError`, in one line, about a file of the folder
-    unchanged      loaded, and every tensor of the model is bit-equal to the original's
-    legal          loaded, and other than the original's, but every tensor of the model has the dtype, the shape and the
-                   bytes that the safetensors library reads under its name from the same files: offsets of two tensors
-                   of one shape have changed places, say, and nobody could tell
-    crash          any other exception, a lack of memory, or the end of the process
+    refused        a `CheckpointError` of one line about a file of the folder
+    unchanged      loaded, and every tensor is bit-equal to the original's
+    legal          loaded with other values, which are those that the safetensors library reads from the same files: for
+                   example, two tensors of the same shape have exchanged their offsets
+    crash          any other exception, lack of memory, or the end of the process
     hang           no answer within --timeout seconds
     silent         loaded, and neither unchanged nor legal
-    disagreement   a file whose header is accepted, loaded or not, that the safetensors library refuses, or in which it
-                   reads other names, dtypes, shapes or bytes
+    disagreement   a header is accepted, but the safetensors library refuses the file or reads other names, dtypes,
+                   shapes or bytes
 
-The cases run in a process that may use 256 MiB more than it has after loading each original once; it goes on from case
-to case and is replaced when it dies.
+The cases run in one process, which is replaced when it dies. It may use 256 MiB more than after loading each original.
 """
 
 import argparse
@@ -55,7 +53,7 @@ class Verdict:
     changes: tuple[str, ...] = ()
 
 
-# Damage. Each takes the content of a file and says what it did.
+# Damage: functions of a file's content that return the new content and a description.
 
 Damage = Callable[[random.Random, bytes], tuple[bytes, str]]
 
@@ -70,7 +68,7 @@ def header_span(content: bytes) -> tuple[int, int]:
 
 
 def _span(content: bytes) -> tuple[int, int]:
-    """Where the text is: of a header within its file, or the whole of an index."""
+    """Return the span of the JSON text: the header of a weight file, or the whole index."""
     return (0, len(content)) if content[:1] == b"{" else header_span(content)
 
 
@@ -82,14 +80,14 @@ def flip(rng: random.Random, content: bytes) -> tuple[bytes, str]:
 def insert(rng: random.Random, content: bytes) -> tuple[bytes, str]:
     start, end = _span(content)
     at, new = rng.randint(start, end), bytes([rng.choice(_ODD_BYTES)])
-    return relengthed(rng, content, content[:at] + new + content[at:], 1), f"{new!r} at byte {at}"
+    return adjust_length(rng, content, content[:at] + new + content[at:], 1), f"{new!r} at byte {at}"
 
 
 def delete(rng: random.Random, content: bytes) -> tuple[bytes, str]:
     start, end = _span(content)
     at, count = rng.randrange(start, end), rng.choice((1, 1, 2, 20))
     count = min(count, end - at)
-    return relengthed(rng, content, content[:at] + content[at + count :], -count), f"{count} bytes gone at {at}"
+    return adjust_length(rng, content, content[:at] + content[at + count :], -count), f"{count} bytes gone at {at}"
 
 
 def replace(rng: random.Random, content: bytes) -> tuple[bytes, str]:
@@ -98,7 +96,7 @@ def replace(rng: random.Random, content: bytes) -> tuple[bytes, str]:
 
 
 def number(rng: random.Random, content: bytes) -> tuple[bytes, str]:
-    """A number of the text becomes another: near it, twice it, or one of those that somebody gets wrong."""
+    """Replace a number by one near it, its double or half, or one that parsers often mishandle."""
     start, end = _span(content)
     found = list(re.finditer(rb"(?<=[\[:, ])\d+", content[start:end]))
     one = rng.choice(found)
@@ -106,12 +104,12 @@ def number(rng: random.Random, content: bytes) -> tuple[bytes, str]:
     near = [str(value + step) for step in (1, -1, 4, -4)] + [str(2 * value), str(value // 2)]
     new = rng.choice((*near, *_ODD_NUMBERS)).encode()
     a, b = start + one.start(), start + one.end()
-    changed = relengthed(rng, content, content[:a] + new + content[b:], len(new) - (b - a), always=True)
+    changed = adjust_length(rng, content, content[:a] + new + content[b:], len(new) - (b - a), always=True)
     return changed, f"{new.decode()[:30]} for {value}"
 
 
-def relengthed(rng: random.Random, old: bytes, new: bytes, by: int, *, always: bool = False) -> bytes:
-    """The header's length, mostly, as it is after `by` bytes more; an index has none."""
+def adjust_length(rng: random.Random, old: bytes, new: bytes, by: int, *, always: bool = False) -> bytes:
+    """Adjust a header's length by `by`, usually; an index has no length."""
     if old[:1] == b"{" or not (always or rng.random() < 0.8):
         return new
     length = int.from_bytes(old[:8], "little") + by
@@ -119,7 +117,7 @@ def relengthed(rng: random.Random, old: bytes, new: bytes, by: int, *, always: b
 
 
 def structure(rng: random.Random, content: bytes) -> tuple[bytes, str]:
-    """Something of the JSON goes, comes twice, has another name, another value, or another's."""
+    """Delete, duplicate, rename, replace or swap a part of the JSON."""
     start, end = _span(content)
     values = json.loads(content[start:end])
     places = list(_places(values))
@@ -154,7 +152,7 @@ def _places(value: Any) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def offsets(rng: random.Random, content: bytes) -> tuple[bytes, str]:
-    """Two tensors have each other's data; of one size, mostly."""
+    """Exchange the data of two tensors, usually of the same shape."""
     start, end = header_span(content)
     values = json.loads(content[start:end])
     entries = [(name, entry) for name, entry in values.items() if name != "__metadata__"]
@@ -167,7 +165,7 @@ def offsets(rng: random.Random, content: bytes) -> tuple[bytes, str]:
 
 
 def spelling(rng: random.Random, content: bytes) -> tuple[bytes, str]:
-    """The same in another spelling, which is legal."""
+    """Write the same JSON in another legal form."""
     start, end = _span(content)
     values = json.loads(content[start:end])
     order = list(values)
@@ -199,7 +197,7 @@ def cut(rng: random.Random, content: bytes) -> tuple[bytes, str]:
 
 
 def place(rng: random.Random, content: bytes) -> tuple[bytes, str]:
-    """The index has another file for a tensor, another tensor, or another size."""
+    """Change a file, a tensor or the metadata in the index."""
     values = json.loads(content)
     names = values["weight_map"]
     name, other = rng.choice(list(names)), rng.choice(list(names.values()))
@@ -218,7 +216,7 @@ INDEXES: tuple[Damage, ...] = (*_TEXTS, spelling, place, place, cut)
 
 
 def damage(rng: random.Random, files: dict[str, bytes]) -> tuple[dict[str, bytes], tuple[str, ...]]:
-    """The files that are other than in `files`, and what was done."""
+    """Damage some files; return the changed ones and descriptions."""
     changed: dict[str, bytes] = {}
     changes = []
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
@@ -227,18 +225,18 @@ def damage(rng: random.Random, files: dict[str, bytes]) -> tuple[dict[str, bytes
         if len(content) < 9 or _span(content)[0] >= min(_span(content)[1], len(content)) - 1:
             continue
         what = rng.choice(INDEXES if name == INDEX else HEADERS)
-        if _span(content)[1] > len(content):  # its length is wrong already
+        if _span(content)[1] > len(content):  # an earlier change has broken its length
             what = size
         try:
             changed[name], done = what(rng, content)
-        except (ValueError, LookupError, TypeError, AttributeError):  # an earlier change has left nothing to work on
+        except (ValueError, LookupError, TypeError, AttributeError):  # an earlier change prevents this one
             changed[name], done = replace(rng, content)
         changes.append(f"{name}: {what.__name__}: {done}")
     return changed, tuple(changes)
 
 
 class Lab:
-    """A valid folder that can be damaged and judged, again and again."""
+    """A valid folder that can be damaged and restored repeatedly."""
 
     def __init__(self, folder: Path, family: str = "deepseek_v3") -> None:
         import torch
@@ -269,7 +267,7 @@ class Lab:
         if family == "kimi_k25":
             as_kimi_k25(folder)
         self.files = {path.name: path.read_bytes() for path in folder.glob("model*")}
-        self.slots = [slot for slot in layout(self.config).values() if not slot.repeat]
+        self.specs = [spec for spec in layout(self.config).values() if not spec.repeat]
         self.state = moe.load(folder).state_dict()
 
     def case(self, seed: int, index: int) -> Verdict:
@@ -277,7 +275,7 @@ class Lab:
         return dataclasses.replace(self.judge(changed), changes=(f"family: {self.config.model_type}", *changes))
 
     def judge(self, changed: dict[str, bytes]) -> Verdict:
-        """What comes of the folder with these files in the place of the valid ones, which it has again afterwards."""
+        """Judge the folder with some files replaced, and restore them afterwards."""
         for name, content in changed.items():
             (self.folder / name).write_bytes(content)
         try:
@@ -292,7 +290,7 @@ class Lab:
                 (self.folder / name).write_bytes(self.files[name])
 
     def _disagreement(self, name: str, content: bytes) -> str:
-        """How the safetensors library reads a file that we accept in another way; empty if it does not."""
+        """Describe how the safetensors library reads an accepted file differently; "" if it does not."""
         from safetensors import SafetensorError, deserialize
 
         from moe import CheckpointError
@@ -324,12 +322,12 @@ class Lab:
         except CheckpointError as error:
             inside = Path(error.path) == self.folder or Path(error.path).parent == self.folder
             if not inside or not str(error).isprintable() or len(str(error)) > 2000:
-                return Verdict("crash", f"an error that is not one line about a file of the folder: {error!r}"[:500])
+                return Verdict("crash", f"the error is not one line about a file of the folder: {error!r}"[:500])
             return Verdict("refused", str(error))
         return self.compare(state)
 
     def compare(self, state: dict[str, Any]) -> Verdict:
-        """Of a model's tensors: are they the original's, or what the library reads from the folder?"""
+        """Compare a model's tensors with the original's, and with those that the library reads."""
         import torch
         from safetensors.torch import load
 
@@ -347,21 +345,21 @@ class Lab:
         theirs: dict[str, torch.Tensor] = {}
         for path in self.folder.glob("model*.safetensors"):
             theirs |= load(path.read_bytes())
-        for slot in self.slots:
-            if slot.name not in theirs or not same(slot.stored(state[slot.parameter]), theirs[slot.name]):
-                return Verdict("silent", f"{slot.name} is neither the original's nor the file's")
+        for spec in self.specs:
+            if spec.name not in theirs or not same(spec.stored(state[spec.parameter]), theirs[spec.name]):
+                return Verdict("silent", f"{spec.name} is neither the original's nor the file's")
         return Verdict("legal", different[0])
 
 
 def work(seed: int, place: Path) -> None:
-    """The process that runs cases, in new folders in `place`: a number comes in, a verdict goes out."""
+    """Run the cases whose numbers arrive on stdin, in new folders in `place`, and print their verdicts."""
     from moe.checkpoint.format.families import FAMILIES
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process ends this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends this one
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     root = Path(tempfile.mkdtemp(dir=place))
-    logging.getLogger("moe").setLevel(logging.ERROR)  # each load of a vision tower says that it is left out
+    logging.getLogger("moe").setLevel(logging.ERROR)  # every load of a vision tower warns
     labs = [Lab(root / family, family) for family in FAMILIES]
     for lab in labs:
         lab.judge({})
@@ -373,7 +371,7 @@ def work(seed: int, place: Path) -> None:
 
 
 class Worker:
-    """The other process, made anew when it has died or hangs."""
+    """Process that runs cases, replaced when it dies or hangs."""
 
     def __init__(self, command: list[str], seconds: float) -> None:
         self.command, self.seconds = command, seconds
@@ -384,7 +382,7 @@ class Worker:
             self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             if self._answer(START_SECONDS) != b"ready\n":
                 self.stop()
-                raise SystemExit("fuzz: the process that runs the cases does not start")
+                raise SystemExit("fuzz: the worker process does not start")
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(f"{index}\n".encode())
@@ -403,7 +401,7 @@ class Worker:
         return Verdict("crash", f"the process ended with status {status}")
 
     def _answer(self, seconds: float) -> bytes | None:
-        """A line; an empty one if there will be none, None if there is none yet."""
+        """Read a line; b"" at the end of the output, None after a timeout."""
         assert self.process is not None and self.process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
@@ -416,8 +414,8 @@ class Worker:
             self.process = None
 
 
-def campaign(worker: Worker, indexes: range, seed: int) -> int:
-    """Run the cases and print the figures; the exit status."""
+def execute(worker: Worker, indexes: range, seed: int) -> int:
+    """Run the cases, print the counts, and return the exit status."""
     counts: Counter[str] = Counter()
     shown = 0
     status = 0
@@ -443,7 +441,7 @@ def campaign(worker: Worker, indexes: range, seed: int) -> int:
 def _number(least: int) -> Callable[[str], int]:
     def number_from(text: str) -> int:
         if not text.isdecimal() or len(text) > 18 or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected an integer from {least} up")
+            raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of at least {least}")
         return int(text)
 
     return number_from
@@ -461,10 +459,12 @@ def _seconds(text: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--count", type=_number(1), default=2000, help="how many cases")
-    parser.add_argument("--seed", type=_number(0), default=0, help="of the cases")
-    parser.add_argument("--only", type=_number(0), metavar="I", help="this case alone")
-    parser.add_argument("--timeout", type=_seconds, default=10.0, help="seconds after which a case hangs")
+    parser.add_argument("--count", type=_number(1), default=2000, help="Number of cases (default: 2000)")
+    parser.add_argument("--seed", type=_number(0), default=0, help="Seed of the cases (default: 0)")
+    parser.add_argument("--only", type=_number(0), metavar="I", help="Run only this case")
+    parser.add_argument(
+        "--timeout", type=_seconds, default=10.0, help="Seconds until a case counts as hung (default: 10)"
+    )
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker is not None:
@@ -472,7 +472,7 @@ def main() -> None:
     indexes = range(options.count) if options.only is None else range(options.only, options.only + 1)
     with tempfile.TemporaryDirectory(prefix="fuzz-") as place:
         command = [sys.executable, "-m", "tests.fuzz", "--worker", place, "--seed", str(options.seed)]
-        raise SystemExit(campaign(Worker(command, options.timeout), indexes, options.seed))
+        raise SystemExit(execute(Worker(command, options.timeout), indexes, options.seed))
 
 
 if __name__ == "__main__":

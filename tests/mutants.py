@@ -1,12 +1,12 @@
-"""Defects put into the operators, the router and the kernels one at a time, to see whether a test's assertion fails.
+"""Put defects into operators, router and kernels one at a time, and check that an assertion of a test fails.
 
     python -m tests.mutants --named                    the defects listed in tests/support/defects.py
     python -m tests.mutants --seed 1 --count 60        random ones, from the syntax tree
     python -m tests.mutants --seed 1 --count 60 --list
 
-Each runs in a copy of the tree. It is killed if an assert of a test fails (or torch.testing's, or a guard band's) and
-the same test passes without the defect; a test that ends in any other exception, a crash or a hang proves nothing, and
-a mutant of which nothing else can be said is broken: it counts neither as killed nor as a survivor.
+Each mutant runs in a copy of the tree. It is killed if an assertion of a test fails (or of torch.testing, or a guard
+band) and the same test passes without the defect. Other exceptions, crashes and hangs prove nothing: a mutant that
+causes only these is broken, and counts neither as killed nor as survived.
 """
 
 import argparse
@@ -29,16 +29,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.defects import EQUIVALENT, NAMED
+from tests.support.defects import EQUIVALENT, NAMED, Defect
 
 ROOT = Path(__file__).parents[1]
 TREE = ("moe", "kernels", "tests", "benchmarks", "pyproject.toml")
 TEST_SECONDS, RUN_SECONDS = 60, 900
-DEATHS, ERRORS = 4, 40  # processes, and other exceptions, after which a mutant is given up
+MAX_CRASHES, MAX_ERRORS = 4, 40  # processes and other exceptions per mutant
 
 
 @dataclass(frozen=True)
 class Mutant:
+    """A replacement of `old` at position `at` of a file by `new`."""
+
     file: str
     at: int
     old: str
@@ -46,11 +48,11 @@ class Mutant:
     name: str = ""
 
     def apply(self, text: str) -> str:
-        assert text.startswith(self.old, self.at), f"{self.file} is not the file that the mutant was made for"
+        assert text.startswith(self.old, self.at), f"{self.file} has changed since the mutant was created"
         return text[: self.at] + self.new + text[self.at + len(self.old) :]
 
     def lines(self, text: str) -> tuple[int, str, str]:
-        """(number of the first changed line, the changed lines as they are, and as they become)"""
+        """Return the number of the first changed line, the changed lines, and their new text."""
         mutated, start = self.apply(text), text.rfind("\n", 0, self.at) + 1
         shift = len(self.new) - len(self.old)
         stop = text.find("\n", self.at + len(self.old))
@@ -62,7 +64,7 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Stage:
-    """Tests whose names contain one of `first`, in that order."""
+    """Test files to run; tests whose names contain one of `first` run, in that order."""
 
     files: tuple[str, ...]
     first: tuple[str, ...] = ("",)
@@ -81,7 +83,7 @@ def on_kernels(*first: str, files: tuple[str, ...] = (OPS, OFFSETS)) -> tuple[St
     return Stage(files, first, interpreted=True), WITHOUT_A_GPU
 
 
-PLANS: dict[str, tuple[Stage, ...]] = {
+STAGES: dict[str, tuple[Stage, ...]] = {
     "moe/ops/activation.py": (Stage((OPS, CONTRACT), ("swiglu", "test_moe_mlp", "gradients", ANY)),),
     "moe/ops/grouped_gemm.py": (Stage((OPS, CONTRACT), ("grouped_mm", "gradients", ANY)),),
     "moe/ops/mlp.py": (Stage((OPS, CONTRACT), ("test_moe_mlp", ANY)),),
@@ -101,9 +103,9 @@ PLANS: dict[str, tuple[Stage, ...]] = {
     "kernels/moe_triton/routing.py": on_kernels(ANY, files=(ROUTING,)),
     "kernels/moe_triton/tiling.py": on_kernels("grouped_mm", "test_moe_mlp["),
 }
-SLOW = ("many_experts", "transformers", "compile", "127x129", "257x65", "256x128")  # last of their stage
+SLOW = ("many_experts", "transformers", "compile", "127x129", "257x65", "256x128")  # run last in their stage
 
-# Where only a part of a file makes numbers.
+# Files of which only some functions compute results.
 PARTS = {"kernels/moe_triton/tiling.py": ("even", "last_stride_one")}
 SPEED = re.compile(r"num_warps|num_stages|BLOCK\w*|COLUMNS|SLOTS|debug|sanitize_overflow|asserted|_by_onednn")
 REFUSALS = ("device_assert", "_assert_async", "msg")
@@ -128,7 +130,7 @@ OPPOSITE = {"min": "max", "max": "min", "minimum": "maximum", "maximum": "minimu
 
 
 class Sites:
-    """Every place of a file where a small change gives other numbers."""
+    """Places in a file where a small change alters results."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -140,7 +142,7 @@ class Sites:
         start = self.starts[line - 1]  # columns are counted in bytes
         return start + len(self.text[start : self.starts[line]].encode()[:column].decode())
 
-    def span(self, node: ast.expr | ast.keyword) -> tuple[int, int]:
+    def span(self, node: ast.expr | ast.keyword | ast.FunctionDef) -> tuple[int, int]:
         assert node.end_lineno is not None and node.end_col_offset is not None
         return self.position(node.lineno, node.col_offset), self.position(node.end_lineno, node.end_col_offset)
 
@@ -150,7 +152,7 @@ class Sites:
         return self.text.index(symbol, end, start)
 
     def walk(self, node: ast.AST) -> Iterator[tuple[int, str, str]]:
-        """(position, the text there, its replacement)"""
+        """Yield (position, text, replacement)."""
         if self.skipped(node):
             return
         yield from self.of(node)
@@ -158,7 +160,7 @@ class Sites:
             if name in ("annotation", "returns", "decorator_list", "format_spec"):
                 continue
             if name == "test" and isinstance(node, ast.If) and isinstance(node.body[0], ast.Raise):
-                continue  # what is refused is no number
+                continue  # checks of arguments
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, ast.AST):
                     yield from self.walk(child)
@@ -166,13 +168,13 @@ class Sites:
     def skipped(self, node: ast.AST) -> bool:
         if isinstance(node, ast.Raise | ast.Assert | ast.JoinedStr):
             return True
-        if isinstance(node, ast.FunctionDef):  # a fake has shapes alone
+        if isinstance(node, ast.FunctionDef):  # fakes compute only shapes
             return node.name.endswith("_fake") or SPEED.fullmatch(node.name) is not None
         if isinstance(node, ast.keyword):
             return SPEED.fullmatch(node.arg or "") is not None
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             return SPEED.fullmatch(node.targets[0].id) is not None
-        if isinstance(node, ast.Compare):  # which path a device takes
+        if isinstance(node, ast.Compare):  # comparisons of devices
             return isinstance(node.left, ast.Attribute) and node.left.attr == "type"
         if isinstance(node, ast.Call):
             return called(node) in (*REFUSALS, *DEFINITIONS)
@@ -225,11 +227,31 @@ def random_mutants(file: str, text: str) -> list[Mutant]:
 def named_mutants(texts: dict[str, str]) -> list[Mutant]:
     found = []
     for defect in NAMED:
-        times = texts[defect.file].count(defect.old)
-        if times != 1:
-            raise SystemExit(f"{defect.name}: its snippet stands {times} times in {defect.file}, expected once")
-        found.append(Mutant(defect.file, texts[defect.file].index(defect.old), defect.old, defect.new, defect.name))
+        mutants = mutants_of(defect, texts[defect.file])
+        if len(mutants) != 1:
+            where = f"{defect.file}: {defect.function}: {defect.name}"
+            raise SystemExit(f"{where}: expected one occurrence of {defect.old!r}; found {len(mutants)}")
+        found += mutants
     return found
+
+
+def mutants_of(defect: Defect, text: str) -> list[Mutant]:
+    """Return a mutant for each occurrence of the defect's text in its function."""
+    sites, places = Sites(text), set[int]()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and node.name == defect.function:
+            start, stop = sites.span(node)
+            places |= {start + found.start() for found in re.finditer(re.escape(defect.old), text[start:stop])}
+    return [Mutant(defect.file, at, defect.old, defect.new, defect.name) for at in sorted(places)]
+
+
+def equivalents(texts: dict[str, str]) -> dict[tuple[str, str], str]:
+    """Map (file, mutated text) of each equivalent mutant to the reason."""
+    return {
+        (defect.file, mutant.apply(texts[defect.file])): defect.name
+        for defect in EQUIVALENT
+        for mutant in mutants_of(defect, texts[defect.file])
+    }
 
 
 @dataclass(frozen=True)
@@ -239,12 +261,12 @@ class Outcome:
 
 
 class Lab:
-    """Copies of the tree, the tests that run in them, and what the tests say without a defect."""
+    """Runs tests in copies of the tree, with and without a defect."""
 
-    def __init__(self, folder: Path, plans: dict[str, tuple[Stage, ...]] = PLANS) -> None:
-        self.plans, self.tree = plans, folder / "tree"
+    def __init__(self, folder: Path, stages: dict[str, tuple[Stage, ...]] = STAGES) -> None:
+        self.stages, self.tree = stages, folder / "tree"
         ignore = shutil.ignore_patterns("__pycache__", "results")
-        for name in TREE:  # once, for somebody may be working on it
+        for name in TREE:  # once, because the tree may be edited meanwhile
             if (ROOT / name).is_dir():
                 shutil.copytree(ROOT / name, self.tree / name, ignore=ignore)
             else:
@@ -255,7 +277,7 @@ class Lab:
 
     def judge(self, mutant: Mutant) -> Outcome:
         errors: Counter[str] = Counter()
-        for stage in self.plans[mutant.file]:
+        for stage in self.stages[mutant.file]:
             outcome = self.run(stage, mutant)
             if outcome.verdict == "killed":
                 if not self.passes(stage, outcome.why):
@@ -288,7 +310,7 @@ class Lab:
         env |= {"PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}", "PYTHONDONTWRITEBYTECODE": "1"}
         env |= {"TRITON_INTERPRET": "1"} if stage.interpreted else {}
         entries: list[dict] = []
-        for _ in range(DEATHS):
+        for _ in range(MAX_CRASHES):
             if self.stopped.is_set():
                 return Outcome("broken", "interrupted")
             before = len(entries)
@@ -308,7 +330,7 @@ class Lab:
             if not entries:
                 return Outcome("broken", output.splitlines()[-1] if output else "no output")
             if "error" in entries[-1] or len(entries) == before:
-                break  # and else a test took its process along: on with those after it
+                break  # otherwise a test ended the process: run the remaining ones
         return verdict(entries)
 
     def stop(self) -> None:
@@ -318,7 +340,7 @@ class Lab:
 
 
 def verdict(entries: list[dict]) -> Outcome:
-    """Of a record: killed by an assertion, broken by nothing but other ends, or survived."""
+    """Judge a record: killed by an assertion, broken if there were only other failures, or survived."""
     for entry in entries:
         if entry.get("numeric"):
             return Outcome("killed", entry["test"])
@@ -330,7 +352,7 @@ def verdict(entries: list[dict]) -> Outcome:
 
 
 class Recorder:
-    """In the copy: orders the tests, writes down how each ends, and stops at the first assertion."""
+    """Pytest plugin in the copy, which orders tests, records results, and stops at the first failed assertion."""
 
     def __init__(self, record: Path, first: list[str]) -> None:
         self.path, self.first = record, first
@@ -362,7 +384,7 @@ class Recorder:
             return
         self.error, self.numeric = call.excinfo.typename, is_numeric(call.excinfo)
         self.errors += 1
-        if self.numeric or self.errors >= ERRORS:
+        if self.numeric or self.errors >= MAX_ERRORS:
             item.session.shouldstop = self.error
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
@@ -371,15 +393,15 @@ class Recorder:
 
 
 def is_numeric(found: pytest.ExceptionInfo) -> bool:
-    """Whether it is an assertion of the tests or of torch.testing, and not one of the code under test."""
+    """Whether an assertion of the tests or of torch.testing failed, and not one of the code under test."""
     path = Path(found.traceback[-1].path).absolute()
     of_tests = path.is_relative_to(ROOT / "tests")
     return found.errisinstance(AssertionError) and (of_tests or path.parts[-3:-1] == ("torch", "testing"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--record", default="", help="file that each test's end goes to")
-    parser.addoption("--first", default='[""]', help="parts of the names of the tests to run, as JSON, in that order")
+    parser.addoption("--record", default="", help="file for the results of tests")
+    parser.addoption("--first", default='[""]', help="JSON list of substrings of the names of tests to run, in order")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -387,7 +409,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if record:
         import moe
 
-        assert Path(str(moe.__file__)).is_relative_to(config.rootpath), f"the tests are of {moe.__file__}"
+        assert Path(str(moe.__file__)).is_relative_to(config.rootpath), f"the tests would import {moe.__file__}"
         config.pluginmanager.register(Recorder(Path(record), json.loads(first)))
 
 
@@ -401,16 +423,16 @@ def show(mutant: Mutant, text: str, why: str = "") -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--seed", type=int, default=0, help="of the choice among the random mutants")
-    parser.add_argument("--count", type=_positive, default=20, help="how many random mutants")
-    parser.add_argument("--named", action="store_true", help="the named defects instead, all of them")
-    parser.add_argument("--list", action="store_true", help="show the mutants and run nothing")
-    parser.add_argument("--file", action="append", help="a part of the files' names, may be repeated; default: all")
-    parser.add_argument("--jobs", type=_positive, default=2, help="how many at a time")
+    parser.add_argument("--seed", type=int, default=0, help="Seed for the choice of random mutants (default: 0)")
+    parser.add_argument("--count", type=_positive, default=20, help="Number of random mutants (default: 20)")
+    parser.add_argument("--named", action="store_true", help="Run all named defects instead")
+    parser.add_argument("--list", action="store_true", help="Print the mutants and exit")
+    parser.add_argument("--file", action="append", help="Substring of file names; may be repeated (default: all files)")
+    parser.add_argument("--jobs", type=_positive, default=2, help="Number of parallel runs (default: 2)")
     options = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-            raise SystemExit(campaign(options, Lab(Path(folder))))
+            raise SystemExit(execute(options, Lab(Path(folder))))
     except KeyboardInterrupt:
         print("interrupted")
         raise SystemExit(130) from None
@@ -422,9 +444,9 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def campaign(options: argparse.Namespace, lab: Lab) -> int:
-    """Its exit status: 1 where a named defect is not killed, 2 where nothing is selected, 130 after Ctrl-C."""
-    texts = {file: (lab.tree / file).read_text() for file in PLANS}
+def execute(options: argparse.Namespace, lab: Lab) -> int:
+    """Run mutants; return the exit status: 1 if a named defect is not killed, 2 if none is selected, 130 on Ctrl-C."""
+    texts = {file: (lab.tree / file).read_text() for file in STAGES}
     files = [f for f in texts if not options.file or any(part in f for part in options.file)]
     mutants = []
     if files and options.named:
@@ -434,13 +456,14 @@ def campaign(options: argparse.Namespace, lab: Lab) -> int:
         mutants = random.Random(options.seed).sample(every, min(options.count, len(every)))
     if not mutants:
         asked = " ".join(options.file or ())
-        print(f"--file {asked}: no mutants, expected a part of {', '.join(texts)}", file=sys.stderr)
+        print(f"--file {asked}: no mutants; expected a part of {', '.join(texts)}", file=sys.stderr)
         return 2
     if options.list:
         print(*(show(m, texts[m.file]) for m in mutants), sep="\n")
         return 0
 
-    explained = [m for m in mutants if (m.file, *m.lines(texts[m.file])[1:]) in EQUIVALENT]
+    reasons = equivalents(texts)
+    explained = {m: reason for m in mutants if (reason := reasons.get((m.file, m.apply(texts[m.file]))))}
     mutants = [m for m in mutants if m not in explained]
     outcomes: dict[Mutant, Outcome] = {}
     pool, interrupted = ThreadPoolExecutor(options.jobs), False
@@ -464,8 +487,7 @@ def campaign(options: argparse.Namespace, lab: Lab) -> int:
     for kind in ("survived", "broken"):
         for mutant in of[kind]:
             print(f"{kind}: {show(mutant, texts[mutant.file], outcomes[mutant].why)}")
-    for mutant in explained:
-        reason = EQUIVALENT[mutant.file, *mutant.lines(texts[mutant.file])[1:]]
+    for mutant, reason in explained.items():
         print(f"not run, equivalent: {show(mutant, texts[mutant.file], reason)}")
     if interrupted:
         return 130

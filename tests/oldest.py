@@ -1,14 +1,14 @@
 """Run the test suite with the oldest dependencies that pyproject.toml allows.
 
-    python -m tests.oldest                               the whole suite
+    python -m tests.oldest                                   the whole suite
     python -m tests.oldest tests/cli/test_cli.py -k verify   some tests
-    python -m tests.oldest --keep DIR                    the same environment again, next time
+    python -m tests.oldest --keep DIR                        keep the environment, or reuse it
 
-A virtual environment gets the minimum version of every dependency of the project and of each extra, and the project
-itself. Their own dependencies are as new as they allow.
+A virtual environment contains the project and the minimum version of every dependency, including those of extras.
+Indirect dependencies are as new as they allow.
 
-Only torch is not at its minimum: it is 2.13.0, of which pip must find the CPU build. A build for CUDA requires one
-version of Triton, which is not the minimum.
+Only torch is not at its minimum: it is the CPU build of 2.13.0, because a CUDA build requires a version of Triton that
+is not the minimum.
 """
 
 import argparse
@@ -35,10 +35,10 @@ class OldestError(Exception):
 
 
 def minimum_versions(pyproject: str) -> dict[str, Version]:
-    """Minimum version of each dependency on this platform, by its normalised name.
+    """Return the minimum version of each dependency on this platform, by its normalised name.
 
-    The highest one if several groups name the dependency. Raises OldestError for a dependency without exactly one `>=`,
-    on whatever platform, or with a `==`.
+    If several groups name a dependency, the highest minimum counts. Raises OldestError for a dependency of any platform
+    without exactly one `>=`, or with a `==`.
     """
     project = tomllib.loads(pyproject)["project"]
     groups = {"dependencies": project["dependencies"], **project["optional-dependencies"]}
@@ -56,25 +56,25 @@ def minimum_versions(pyproject: str) -> dict[str, Version]:
 
 
 def run(*command: str | Path) -> int:
-    """Exit status of a command in the repository, which sees no packages outside its environment."""
+    """Run a command in the repository without PYTHONPATH; return its exit status."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
         try:
             return process.wait()
         except KeyboardInterrupt:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=10)  # a terminal interrupts it, too
+                process.wait(timeout=10)  # a terminal interrupts the child, too
             process.terminate()
             raise
 
 
 def build(folder: Path, wanted: dict[str, Version]) -> Path:
-    """Builds or reuses an environment with exactly these versions in `folder`; returns its Python."""
+    """Build or reuse an environment with exactly these versions in `folder`; return its Python."""
     python = folder / "bin" / "python"
     if folder.exists() and any(folder.iterdir()) and not (folder / "pyvenv.cfg").exists():
         raise OldestError(f"{folder}: expected a virtual environment, an empty folder or none; found other files")
     if not python.exists() and run(sys.executable, "-m", "venv", folder):
-        raise OldestError(f"{folder}: no virtual environment; the reason is above")
+        raise OldestError(f"{folder}: the virtual environment could not be created; the reason is above")
     pip = (python, "-m", "pip", "--disable-pip-version-check")
     pins = [f"{name}=={version}" for name, version in wanted.items()]
     print("+ pip install", *pins, flush=True)
@@ -95,12 +95,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.oldest",
         usage="%(prog)s [-h] [--keep DIR] [-n N] [ARGUMENT OF PYTEST ...]",
-        description=f"{str(__doc__).partition(chr(10))[0]} Other arguments go to pytest. The exit status is pytest's.",
+        description=f"{str(__doc__).partition(chr(10))[0]} Other arguments go to pytest; the exit status is pytest's.",
         epilog=f"torch stays at {TORCH}, the CPU build. Without --keep the environment is temporary, in $TMPDIR.",
         allow_abbrev=False,
     )
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="Environment to keep, and to use if it is there")
-    parser.add_argument("-n", default="2", help="Processes of pytest (default: 2)")
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="Keep the environment in DIR, or reuse it (default: temporary)"
+    )
+    parser.add_argument("-n", default="2", help="Number of pytest processes (default: 2)")
     options, others = parser.parse_known_args(arguments)
     try:
         wanted = minimum_versions((ROOT / "pyproject.toml").read_text()) | {"torch": Version(TORCH)}

@@ -9,15 +9,17 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support import defects
-
 ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
-class Defect(defects.Defect):
-    """`case` is part of the names of the cases that shall see it."""
+class Defect:
+    """A replacement of `old`, which occurs once in `file`; `case` is part of the names of the cases that must fail."""
 
+    name: str
+    file: str
+    old: str
+    new: str
     ranks: int
     case: str
 

@@ -1,13 +1,13 @@
-"""Runs the numeric tests as other x86 processors and numbers of threads would run them.
+"""Run the numeric tests as on other x86 processors and with other numbers of threads.
 
-    python -m tests.processors                          all that this machine can run
-    python -m tests.processors --leg avx2-1 avx512-2    only these
+    python -m tests.processors                          all legs that this machine supports
+    python -m tests.processors --leg avx2-1 avx512-2    only these legs
     python -m tests.processors --leg avx2-1 -- tests/ops/test_ops.py -k grouped -x
 
 A leg limits the instruction sets of torch, oneDNN and MKL and sets the number
 of threads. Its name is the instruction set, or "default" for no limit, and the
-number of threads. Arguments after -- go to pytest; test files among them
-replace the numeric ones.
+number of threads. Arguments after -- are passed to pytest; test files among
+them replace the numeric tests.
 """
 
 import argparse
@@ -41,9 +41,9 @@ FILES = (
 )
 SLOW = ("integrations/test_transformers", "train/test_trainer", "train/test_train", "train/test_tiny")
 
-# torch compares the first with what the processor has, and oneDNN the second; without AVX-512 torch leaves products in
-# half precision to its own kernels. MKL obeys the third on Intel. On AMD it ignores that one (a product has the same
-# bits with SSE4_2, of MKL 2024.2), but MKL_CBWR selects other kernels, which sum in another order.
+# torch obeys the first, oneDNN the second; without AVX-512 torch computes half-precision products with its own kernels.
+# MKL obeys the third on Intel. On AMD it ignores that one (MKL 2024.2: a product has the same bits with SSE4_2), but
+# MKL_CBWR selects other kernels, which sum in another order.
 LIMITS = {
     "default": {},
     "avx2": {
@@ -73,7 +73,10 @@ class Leg:
     @property
     def environment(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if name not in LIMITED}
-        own = {"MOESMITH_LEG": str(self), "OMP_WAIT_POLICY": "passive"}  # threads that spin starve others on busy cores
+        own = {
+            "MOESMITH_LEG": str(self),
+            "OMP_WAIT_POLICY": "passive",
+        }  # spinning threads slow others down on busy cores
         return kept | LIMITS[self.instructions] | dict.fromkeys(THREADS, str(self.threads)) | own
 
 
@@ -86,7 +89,7 @@ def lacks(instructions: str) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """In a leg's process, for which this module is a pytest plugin: makes sure that the limits are in effect."""
+    """Check in a leg's process, where this module is a pytest plugin, that the limits are in effect."""
     leg = LEGS[os.environ["MOESMITH_LEG"]]
     found = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
     expected = leg.instructions.upper() if leg.instructions != "default" else found[0], leg.threads
@@ -98,7 +101,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def selected(few: bool, arguments: list[str]) -> list[str]:
-    """Arguments of pytest: the files first, unless some of the `arguments` are files."""
+    """Return pytest's arguments, with the numeric test files unless `arguments` names files."""
     if any(Path(argument.partition("::")[0]).is_file() for argument in arguments):
         return arguments
     files = [f"tests/{name}.py" for name in (FILES if few else FILES + SLOW)]
@@ -106,7 +109,7 @@ def selected(few: bool, arguments: list[str]) -> list[str]:
 
 
 def run(leg: Leg, arguments: list[str]) -> bool:
-    """Prints the result in one line, after pytest's output if a test failed; returns whether all passed."""
+    """Run one leg and print its result, after pytest's output if a test failed; return whether all passed."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.processors", *arguments]
     started = time.monotonic()
     process = subprocess.Popen(
@@ -122,7 +125,7 @@ def run(leg: Leg, arguments: list[str]) -> bool:
     passed = process.returncode == 0
     if not passed:
         print(output)
-    result = counts[-1] if counts else f"pytest ended with status {process.returncode}"
+    result = counts[-1] if counts else f"pytest exited with status {process.returncode}"
     print(f"{leg}: {'passed' if passed else 'FAILED'}, {time.monotonic() - started:.0f} s: {result}", flush=True)
     return passed
 
@@ -137,12 +140,16 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--leg", nargs="+", metavar="NAME", default=list(LEGS), help=f"Legs to run, from {', '.join(LEGS)}"
+        "--leg",
+        nargs="+",
+        metavar="NAME",
+        default=list(LEGS),
+        help=f"Legs to run, from {', '.join(LEGS)} (default: all)",
     )
     parser.add_argument(
         "--few",
         action="store_true",
-        help="Leave out transformers' experts, training runs and compiled graphs; CI uses it",
+        help="Skip transformers' experts, training runs and compiled graphs, as CI does",
     )
     parser.add_argument("--list", action="store_true", help="Print each leg's environment and exit")
     parser.add_argument("arguments", nargs="*", metavar="ARGUMENT", help="Arguments for pytest, after --")
@@ -159,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     absent = {leg.instructions for leg in legs if lacks(leg.instructions)}
     for instructions in sorted(absent):
-        print(f"{instructions}: not run, because this processor lacks it")
+        print(f"{instructions}: not run, because this processor does not support it")
     arguments = selected(options.few, options.arguments)
     results = [run(leg, arguments) for leg in legs if leg.instructions not in absent]
     return int(not all(results))

@@ -1,16 +1,16 @@
-"""Full-size skeletons of released checkpoints: every header, and holes instead of the data.
+"""Read full-size skeletons of released checkpoints, with complete headers and holes instead of data.
 
-    python -m tests.skeletons                     DeepSeek-V3 and Kimi-K2-Instruct; exit status 1 if a figure is wrong
+    python -m tests.skeletons                     DeepSeek-V3 and Kimi-K2-Instruct; exit status 1 if a value is wrong
     python -m tests.skeletons --only kimi_k2      one of them
     python -m tests.skeletons --folder /data      build them there and keep them
 
-The names, shapes and dtypes are written down here independently of `moe.checkpoint`, and their totals are compared with
-those of the releases before anything else. The files are sparse: 688 GB and 1,029 GB take a few MB of disk. Each of
-these runs in a process of its own, and its result, seconds and peak memory are printed:
+Names, shapes and dtypes are defined here independently of `moe.checkpoint`, and their totals are first compared with
+those of the releases. The files are sparse: 688 GB and 1,029 GB take a few MB of disk. Each task runs in its own
+process; its result, seconds and peak memory are printed:
 
-    plan       `moesmith plan`: the values of each dtype are those of the headers
-    inspect    `moesmith inspect`: the files agree with the configuration, and what is ignored is counted
-    load       `moe.load(folder, device="meta")`: every parameter, and no byte of weights is read
+    plan       `moesmith plan` counts the values of each dtype in the headers
+    inspect    `moesmith inspect` finds that files and configuration agree, and lists ignored tensors
+    load       `moe.load(folder, device="meta")` creates every parameter and reads no weights
 """
 
 import argparse
@@ -34,7 +34,7 @@ BLOCK = 128
 MAX_SECONDS = 120.0
 MAX_MEMORY = 2 * 2**30
 
-# What config.json of the releases says and a model of DeepSeek-V3's kind is made of.
+# Keys of config.json that the releases have in common.
 _SHARED: dict[str, Any] = dict(
     attention_bias=False,
     hidden_act="silu",
@@ -69,12 +69,13 @@ class Release:
     """A released checkpoint.
 
     Attributes:
-        config: config.json.
-        shard: file name of a shard, with its number as {}.
-        shards, tensors, nbytes: of all files.
-        parameters: values of the model, MTP modules' copies of embedding and head included, without scales and buffers.
-        total_size: metadata.total_size of the index.
-        inv_freq: length of the buffer in each layer; 0 for none.
+        config: content of config.json.
+        shard: file name of a shard, with {} for its number.
+        shards, tensors, nbytes: totals of all files.
+        parameters: number of values in the model, with MTP modules' copies of embedding and head, without scales and
+            buffers.
+        total_size: metadata.total_size in the index.
+        inv_freq: length of the buffer in each layer, or 0.
     """
 
     config: dict[str, Any]
@@ -137,7 +138,7 @@ Tensor = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 
 
 def tensors(config: dict[str, Any], inv_freq: int = 0) -> Iterator[Tensor]:
-    """The tensors of a checkpoint in FP8 with these sizes, in the order of the layers."""
+    """Yield the tensors of an FP8 checkpoint with these sizes, in the order of the layers."""
     width, vocabulary = config["hidden_size"], config["vocab_size"]
     layers = config["num_hidden_layers"]
     yield "model.embed_tokens.weight", "BF16", (vocabulary, width)
@@ -194,7 +195,7 @@ def nbytes(tensor: Tensor) -> int:
 
 
 def build(release: Release, folder: Path) -> None:
-    """Write config.json, the index and the shards, whose data are holes."""
+    """Write config.json, the index and shards with holes instead of data."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(release.config))
     found = list(tensors(release.config, release.inv_freq))
@@ -221,7 +222,7 @@ def build(release: Release, folder: Path) -> None:
 
 
 def check(task: str, folder: Path, release: Release) -> dict[str, tuple[Any, Any]]:
-    """Run one task on a skeleton. Returns figure -> (expected, found)."""
+    """Run one task on a skeleton; return (expected, found) for each checked value."""
     every = list(tensors(release.config, release.inv_freq))
     buffers = [tensor for tensor in every if tensor[0].endswith("inv_freq")]
     if task == "plan":
@@ -266,7 +267,7 @@ def _command(*args: str) -> str:
 
 
 def work(task: str, folder: Path, release: Release) -> int:
-    """Run one task in this process and print what came of it."""
+    """Run one task in this process, print the result, and return the exit status."""
     bytes_read = _bytes_read()
     started = time.perf_counter()
     figures = check(task, folder, release)
@@ -287,7 +288,7 @@ def work(task: str, folder: Path, release: Release) -> int:
 
 
 def _bytes_read() -> int:
-    """Bytes that this process has read from files and libraries, holes included."""
+    """Return the bytes that this process has read from files and libraries, including holes."""
     fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(fields["rchar"])
 
@@ -311,8 +312,8 @@ def run(name: str, folder: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.skeletons", description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--only", choices=RELEASES, help="this release alone")
-    parser.add_argument("--folder", type=Path, help="where to build and keep them; default: a temporary folder")
+    parser.add_argument("--only", choices=RELEASES, help="Check only this release")
+    parser.add_argument("--folder", type=Path, help="Folder to build them in and keep (default: temporary)")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.task is not None:

@@ -8,10 +8,21 @@ import pytest
 import torch
 
 from tests import mutants
-from tests.mutants import PLANS, ROOT, Lab, Mutant, Stage, is_numeric, named_mutants, random_mutants, verdict
+from tests.mutants import (
+    ROOT,
+    STAGES,
+    Lab,
+    Mutant,
+    Stage,
+    is_numeric,
+    mutants_of,
+    named_mutants,
+    random_mutants,
+    verdict,
+)
 from tests.support.defects import EQUIVALENT, NAMED
 
-TEXTS = {file: (ROOT / file).read_text() for file in PLANS}
+TEXTS = {file: (ROOT / file).read_text() for file in STAGES}
 
 
 def test_named_defects_fit_the_code() -> None:
@@ -20,11 +31,11 @@ def test_named_defects_fit_the_code() -> None:
     for mutant in mutants:
         ast.parse(mutant.apply(TEXTS[mutant.file]))
     file = NAMED[0].file
-    with pytest.raises(SystemExit, match=f"{NAMED[0].name}: its snippet stands 2 times in {file}, expected once"):
+    with pytest.raises(SystemExit, match=f"^{file}: {NAMED[0].function}: {NAMED[0].name}: expected one .*; found 2$"):
         named_mutants({**TEXTS, file: TEXTS[file] * 2})
 
 
-@pytest.mark.parametrize("file", PLANS)
+@pytest.mark.parametrize("file", STAGES)
 def test_random_mutants_change_one_place(file: str) -> None:
     text, mutants = TEXTS[file], random_mutants(file, TEXTS[file])
     assert mutants == random_mutants(file, text) and len(mutants) == len(set(mutants))
@@ -62,9 +73,10 @@ def test_what_random_mutants_leave_alone() -> None:
 
 
 def test_explained_mutants_exist() -> None:
-    for file, old, new in EQUIVALENT:
-        mutants = (m for m in random_mutants(file, TEXTS[file]) if m.lines(TEXTS[file])[1:] == (old, new))
-        assert any(mutants), f"{file}: no mutant makes {new!r} of {old!r}"
+    texts = {(file, mutant.apply(text)) for file, text in TEXTS.items() for mutant in random_mutants(file, text)}
+    for defect in EQUIVALENT:
+        mutants = mutants_of(defect, TEXTS[defect.file])
+        assert mutants and {(m.file, m.apply(TEXTS[m.file])) for m in mutants} <= texts, defect
 
 
 def test_a_defect_is_killed_and_a_comment_survives(tmp_path: Path) -> None:
@@ -119,7 +131,7 @@ def test_only_the_tests_of_this_tree_count(tmp_path: Path) -> None:
         assert is_numeric(found) == expected, path
 
 
-def campaign_of(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
+def status_of(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
     monkeypatch.setattr("sys.argv", ["mutants", *arguments])
     with pytest.raises(SystemExit) as stop:
         mutants.main()
@@ -128,12 +140,12 @@ def campaign_of(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
 
 def test_bad_arguments_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["--named"], [], ["--list"]):
-        assert campaign_of(monkeypatch, *arguments, "--file", "nosuch") == 2
+        assert status_of(monkeypatch, *arguments, "--file", "nosuch") == 2
         shown = capsys.readouterr()
-        assert "--file nosuch: no mutants, expected a part of moe/ops/" in shown.err and not shown.out
+        assert "--file nosuch: no mutants; expected a part of moe/ops/" in shown.err and not shown.out
     for option in ("--count", "--jobs"):
         for wrong in ("0", "-1", "x", "9" * 5000):
-            assert campaign_of(monkeypatch, option, wrong) == 2
+            assert status_of(monkeypatch, option, wrong) == 2
             assert "is not a positive integer" in capsys.readouterr().err
 
 
@@ -145,7 +157,7 @@ def test_ctrl_c_is_status_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         with monkeypatch.context() as patch:
             patch.setattr(Lab, "judge", lambda *_: mutants.Outcome("survived", ""))
             patch.setattr(f"tests.mutants.{place}", interrupted)
-            assert campaign_of(monkeypatch, "--count", "2", "--file", "matmul") == 130
+            assert status_of(monkeypatch, "--count", "2", "--file", "matmul") == 130
         assert "interrupted\n" in capsys.readouterr().out
 
 

@@ -1,20 +1,18 @@
-"""Hugging Face checkpoint folders in and out: strict, lossless, atomic.
+"""Reading and writing of Hugging Face checkpoint folders: strict, lossless and atomic.
 
     read_config(folder) -> ModelConfig            config.json alone; no torch
     read_summary(folder) -> CheckpointSummary     config.json and headers; no torch, no weights
     load(folder, device=, dtype=, mtp=) -> Transformer
     save(model, folder)
-    interleave(model)                             rotary rows in the order that a save to DeepSeek's families needs
-    convert.convert, convert.cut                  a checkpoint made of a checkpoint
+    interleave(model)                             reorder rotary rows, which DeepSeek's families require
+    convert.convert, convert.cut                  derive a checkpoint from another one
 
 Three packages, each of which imports only those before it:
 
-    format     files, headers, config.json and names of tensors; no torch. `format.families` is the table of what is
-               supported; everything else is the same for all families.
+    format     files, headers, config.json and tensor names; no torch. `format.families` defines the supported
+               families; all other code is common to them.
     reading    from a folder or the Hub into a model
     writing    from a model into a folder, atomically
-
-What a configuration weighs is computed in `moe.planning.footprint`.
 """
 
 from typing import TYPE_CHECKING

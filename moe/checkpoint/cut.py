@@ -1,4 +1,4 @@
-"""`cut`: some layers and experts of a checkpoint as a checkpoint of its own."""
+"""`cut`: a checkpoint with some layers and experts of another one."""
 
 import dataclasses
 import math
@@ -11,29 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.checkpoint.format.comparison import Plan
 from moe.checkpoint.format.config_json import as_written, render_config
+from moe.checkpoint.format.contents import Contents
 from moe.checkpoint.format.families import family_of
-from moe.checkpoint.format.folder import CONFIG, RECEIPT
+from moe.checkpoint.format.folder import CONFIG, CUT_RECORD
 from moe.checkpoint.format.header import TensorInfo
-from moe.checkpoint.format.layout import Slot, layout, with_scales
+from moe.checkpoint.format.layout import TensorSpec, layout, with_scales
 from moe.checkpoint.reading.load import load
 from moe.checkpoint.reading.values import Files
-from moe.checkpoint.rewrite import (
-    check_source,
-    hashable,
-    names_by_key,
-    plan_source,
-    read_raw,
-    table_for,
-    write_result,
-)
-from moe.checkpoint.writing.save import dtype_keys, listed_anew
+from moe.checkpoint.rewrite import check_source, index_key, names_by_key, read_raw, read_source, table_for, write_result
+from moe.checkpoint.writing.save import dtype_keys, update_module_list
 from moe.checkpoint.writing.shards import Entry, as_json
 from moe.config import ModelConfig
 from moe.errors import CheckpointError, ConfigError
 
-COMPARED = 32  # tokens
+COMPARED_TOKENS = 32  # tokens
 
 
 def cut(
@@ -48,52 +40,59 @@ def cut(
     max_shard_bytes: int = 5 * 2**30,
     progress: bool | None = None,
 ) -> dict[str, Any]:
-    """Write a smaller checkpoint of some layers and some experts of each of them, reading only their bytes.
+    """Write a smaller checkpoint of some layers and some of their experts, reading only their bytes.
 
-    Layers and experts keep their order and are counted anew; the router keeps the rows of those experts. Every byte is
-    one of the source, quantised or not. MTP modules are left out, whatever the source has of them. Returns the receipt,
-    which is also in the folder as cut.json: what was kept, and with `compare` how far the result's logits are from the
-    source's on a fixed input, for which the whole source is loaded, if it fits into memory. `overwrite` and `revision`
-    are those of `convert`.
+    Layers and experts keep their order and are renumbered; the router keeps the rows of those experts. All bytes of
+    tensors are the source's, quantised or not. MTP modules are left out. The other arguments are those of `convert`.
 
-    Raises ConfigError for layers and experts that are not there or twice; CheckpointError where the family cannot
-    express the result: experts in groups must be as many in each group that has any.
+    Args:
+        layers: ascending numbers of the layers to keep.
+        experts: ascending numbers of the experts to keep in each layer.
+        compare: load the source and the result, if both fit into memory, and compare their logits on a fixed input.
+
+    Returns:
+        A record of what was kept, and of the comparison; it is also written as cut.json.
+
+    Raises:
+        ConfigError: a layer or an expert does not exist, or is given twice.
+        CheckpointError: `convert` would refuse the source or the target; or routing is limited to groups, and the
+            groups that are used do not have equally many of the experts.
     """
     layers, experts = _numbers("layers", layers), _numbers("experts", experts)
-    todo = plan_source(source, target, overwrite, revision, mtp=False)
-    check_source(todo)
-    config = cut_config(as_written(todo.config, todo.folder), layers, experts, todo.folder)
-    family = family_of(config.model_type, todo.folder)
-    table = table_for(todo, family)
-    slots = {name: slot for name, slot in layout(config, table).items() if slot.written}
-    by_key = names_by_key(todo)
+    contents = read_source(source, target, overwrite, revision, mtp=False)
+    check_source(contents)
+    config = cut_config(as_written(contents.config, contents.folder), layers, experts, contents.folder)
+    family = family_of(config.model_type, contents.folder)
+    table = table_for(contents, family)
+    specs = {name: spec for name, spec in layout(config, table).items() if spec.written}
+    by_key = names_by_key(contents)
     takes: dict[str, tuple[TensorInfo, Sequence[int] | None]] = {}
 
-    def origin(slot: Slot) -> TensorInfo:
-        parameter, index = slot.parameter, slot.index
+    def origin(spec: TensorSpec) -> TensorInfo:
+        parameter, index = spec.parameter, spec.index
         if parameter.startswith("layers."):
             _, layer, rest = parameter.split(".", 2)
             parameter = f"layers.{layers[int(layer)]}.{rest}"
         if index and isinstance(index[0], int):
             index = (experts[index[0]], *index[1:])
-        return todo.tensors[by_key[parameter, hashable(index), slot.repeat]]
+        return contents.tensors[by_key[parameter, index_key(index), spec.repeat]]
 
-    slots = {n: s for n, s in slots.items() if not s.repeat}
-    fp8 = [name for name, slot in slots.items() if origin(slot).dtype == "F8_E4M3"]
+    specs = {n: s for n, s in specs.items() if not s.repeat}
+    fp8 = [name for name, spec in specs.items() if origin(spec).dtype == "F8_E4M3"]
     if fp8:
-        assert todo.quantization is not None and todo.quantization.block_size is not None
-        slots = with_scales(slots, family.tables[table], todo.quantization.block_size, fp8)
+        assert contents.quantization is not None and contents.quantization.block_size is not None
+        specs = with_scales(specs, family.tables[table], contents.quantization.block_size, fp8)
     entries = []
-    for name, slot in slots.items():
-        info = origin(slot)
-        rows = dataclasses.replace(info, shape=info.shape[1:]) if slot.is_row else info
-        takes[name] = (rows, experts if _has_rows_of_experts(slot) else None)
-        entries.append(Entry(name, info.dtype, slot.shape))
+    for name, spec in specs.items():
+        info = origin(spec)
+        rows = dataclasses.replace(info, shape=info.shape[1:]) if spec.is_row else info
+        takes[name] = (rows, experts if _has_rows_of_experts(spec) else None)
+        entries.append(Entry(name, info.dtype, spec.shape))
 
     values = render_config(config, Path(target) / CONFIG)
-    values |= {"architectures": [family.architecture], **dtype_keys(entries, slots)}
-    if todo.quantization is not None and todo.has_quantised_tensors:
-        values["quantization_config"] = listed_anew(todo.quantization.raw, entries)
+    values |= {"architectures": [family.architecture], **dtype_keys(entries, specs)}
+    if contents.quantization is not None and contents.has_quantised_tensors:
+        values["quantization_config"] = update_module_list(contents.quantization.raw, entries)
 
     def value(files: Files, entry: Entry) -> Tensor:
         info, rows = takes[entry.name]
@@ -101,21 +100,21 @@ def cut(
             return read_raw(files, info)
         return torch.cat([files.read(info, range(row, row + 1)).clone() for row in rows]).view(entry.shape)
 
-    receipt: dict[str, Any] = {
+    record: dict[str, Any] = {
         "layers": list(layers),
         "experts": list(experts),
-        "of_layers": todo.config.num_hidden_layers,
+        "of_layers": contents.config.num_hidden_layers,
     }
-    receipt |= {"of_experts": todo.config.n_routed_experts, "tensors": len(entries)}
-    receipt |= {"bytes": sum(entry.nbytes for entry in entries), "model_type": config.model_type}
+    record |= {"of_experts": contents.config.n_routed_experts, "tensors": len(entries)}
+    record |= {"bytes": sum(entry.nbytes for entry in entries), "model_type": config.model_type}
 
     def finish(folder: Path) -> None:
         if compare:
-            receipt.update(_difference(todo, folder))
-        (folder / RECEIPT).write_bytes(as_json(receipt))
+            record.update(_difference(contents, folder))
+        (folder / CUT_RECORD).write_bytes(as_json(record))
 
     write_result(
-        todo,
+        contents,
         target,
         entries,
         value,
@@ -127,12 +126,12 @@ def cut(
         overwrite=overwrite,
         finish=finish,
     )
-    return receipt
+    return record
 
 
-def _difference(source: Plan, part: Path) -> dict[str, Any]:
-    """The logits of the part against the source's, on token ids 0, 7919, 15838 ... modulo the vocabulary."""
-    ids = (torch.arange(COMPARED) * 7919 % source.config.vocab_size)[None]
+def _difference(source: Contents, part: Path) -> dict[str, Any]:
+    """Compare the logits of `part` and `source` on the token ids 0, 7919, 15838, ... modulo the vocabulary size."""
+    ids = (torch.arange(COMPARED_TOKENS) * 7919 % source.config.vocab_size)[None]
     facts: dict[str, Any] = {"token_ids": ids[0].tolist()}
     with torch.no_grad():
         try:
@@ -142,30 +141,30 @@ def _difference(source: Plan, part: Path) -> dict[str, Any]:
         except CheckpointError as error:  # one of them does not fit into memory
             return facts | {"not_compared": str(error)}
     difference = float((found - exact).norm() / exact.norm())
-    facts["relative_difference"] = difference if math.isfinite(difference) else None  # which JSON cannot hold
+    facts["relative_difference"] = difference if math.isfinite(difference) else None  # JSON has no NaN
     facts["same_first_choice"] = float((found.argmax(-1) == exact.argmax(-1)).double().mean())
     return facts
 
 
-# Lists with an entry for each layer that no field holds, and that other readers compare with the number of layers.
+# Keys without a field whose lists have an entry per layer; other readers compare their lengths with num_hidden_layers.
 _PER_LAYER = ("layer_types", "mlp_layer_types", "attn_type_list")
 
 
 def cut_config(config: ModelConfig, layers: Sequence[int], experts: Sequence[int], folder: Path) -> ModelConfig:
-    """The configuration of some layers and experts of `config`. `folder` is for messages."""
+    """Return the configuration of some layers and experts of `config`; `folder` is for messages."""
     for name, chosen, count in (
         ("layers", layers, config.num_hidden_layers),
         ("experts", experts, config.n_routed_experts),
     ):
         if not chosen or list(chosen) != sorted(set(chosen)) or not 0 <= chosen[0] <= chosen[-1] < count:
-            raise ConfigError(name, list(chosen), f"ascending numbers from 0 to {count - 1}, none twice")
+            raise ConfigError(name, list(chosen), f"ascending numbers from 0 to {count - 1}, without repeats")
     size = config.n_routed_experts // config.n_group
     groups = [sum(expert // size == group for expert in experts) for group in range(config.n_group)]
     kept = [count for count in groups if count]
     if len(set(kept)) > 1:
-        problem = "experts: routing is limited to groups, which must stay equal"
+        problem = "experts: routing is limited to groups, which must keep equal sizes"
         found = " ".join(map(str, groups))
-        raise CheckpointError(folder, problem, expected="as many experts of each group that has any", found=found)
+        raise CheckpointError(folder, problem, expected="the same number of experts from every group used", found=found)
     topk_group = min(config.topk_group, len(kept))
     dense = [not config.is_moe_layer(layer) for layer in layers]
     leading = next((i for i, d in enumerate(dense) if not d), len(dense))
@@ -200,6 +199,6 @@ def _numbers(name: str, chosen: Any) -> list[int]:
         raise ConfigError(name, chosen, "a sequence of integers") from None
 
 
-def _has_rows_of_experts(slot: Slot) -> bool:
-    """Whether the first axis of the file's tensor counts experts: the router's, and stacked ones."""
-    return ".mlp.gate." in slot.parameter or (".mlp.experts." in slot.parameter and not slot.index)
+def _has_rows_of_experts(spec: TensorSpec) -> bool:
+    """Whether the first axis of the file's tensor is that of experts."""
+    return ".mlp.gate." in spec.parameter or (".mlp.experts." in spec.parameter and not spec.index)

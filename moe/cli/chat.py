@@ -9,10 +9,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
-from moe.checkpoint.format.carried import special_token, templates
+from moe.checkpoint.format.auxiliary import special_token, templates
 from moe.checkpoint.format.files import read_bounded
 from moe.checkpoint.format.folder import MAX_CONFIG_BYTES, MAX_CONFIG_VALUES, member
-from moe.checkpoint.format.strict_json import parse_as_python, settled
+from moe.checkpoint.format.strict_json import last_values, parse_as_python
 from moe.errors import CheckpointError
 
 _SETTINGS, _TOKENS, _TEMPLATE = "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
@@ -147,7 +147,7 @@ def _object(folder: Path, name: str) -> dict[str, Any]:
     if not (folder / name).is_file():
         return {}
     content = read_bounded(member(folder, name), MAX_CONFIG_BYTES)
-    values = settled(parse_as_python(content, folder / name, max_values=MAX_CONFIG_VALUES))
+    values = last_values(parse_as_python(content, folder / name, max_values=MAX_CONFIG_VALUES))
     if not isinstance(values, dict):
         raise CheckpointError(folder / name, "not a JSON object", found=repr(values)[:80])
     return values

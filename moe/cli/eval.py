@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from moe.checkpoint.reading.hub import find, from_cache
+from moe.checkpoint.reading.hub import explain_cache_misses, find
 from moe.cli.generate import read_tokenizer
 from moe.cli.options import COMPUTE_DTYPES, UNSET, dtype_option, option, read_dtype
 from moe.cli.source import FOLDER
@@ -77,9 +77,9 @@ def run(args: Args) -> int:
         dataset = validation_of(Path(args.folder))
     else:
         documents = read_files(args.data, args.field)
-        with from_cache(args.folder):
+        with explain_cache_misses(args.folder):
             dataset = pack(documents, *_tokenizer(folder))
-    with from_cache(args.folder):
+    with explain_cache_misses(args.folder):
         model = moe.load(folder, device=device, dtype=read_dtype(args.dtype, COMPUTE_DTYPES))
     limit = model.config.max_position_embeddings
     if (args.seq_length or 0) > limit:

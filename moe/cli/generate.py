@@ -15,7 +15,7 @@ from moe.checkpoint import read_config
 from moe.checkpoint.format.files import read_bounded
 from moe.checkpoint.format.folder import CONFIG, MAX_CONFIG_BYTES, MAX_CONFIG_VALUES, member
 from moe.checkpoint.format.strict_json import parse_as_python
-from moe.checkpoint.reading.hub import find, from_cache
+from moe.checkpoint.reading.hub import explain_cache_misses, find
 from moe.cli.chat import ChatTemplate
 from moe.cli.options import COMPUTE_DTYPES, UNSET, dtype_option, option, read_dtype
 from moe.cli.source import FOLDER
@@ -97,7 +97,7 @@ class Args:
 
 def run(args: Args) -> int:
     folder = find(args.folder)
-    with from_cache(args.folder):
+    with explain_cache_misses(args.folder):
         tokenizer = read_tokenizer(folder)
     template = ChatTemplate.read(folder) if args.chat else None
     system = [] if args.system is None else [_message("system", _utf8("--system", args.system))]
@@ -197,7 +197,7 @@ class _Model:
         self.args, self.folder, self.tokenizer, self.ends = args, folder, tokenizer, ends
         chosen = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
         self.device = usable_device(chosen)
-        with from_cache(args.folder):
+        with explain_cache_misses(args.folder):
             self.model = moe.load(
                 folder, device=self.device, dtype=read_dtype(args.dtype, COMPUTE_DTYPES), mtp=args.mtp
             )

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from moe.checkpoint import CheckpointSummary, read_summary
 from moe.checkpoint.format.families import FAMILIES
-from moe.checkpoint.format.folder import MANIFEST, RECEIPT
+from moe.checkpoint.format.folder import CUT_RECORD, MANIFEST
 from moe.checkpoint.format.manifest import verify
 from moe.checkpoint.reading.hub import CONFIGS, FILES, find
 from moe.cli.source import MODEL, unknown
@@ -71,7 +71,7 @@ def _verify(args: Args) -> int:
         raise ConfigError("MODEL", args.model, "a folder to verify, not a preset")
     folder = find(args.model, files=(*CONFIGS, MANIFEST))
     if (folder / MANIFEST).exists():
-        folder = find(args.model, files=(*FILES, MANIFEST, RECEIPT))
+        folder = find(args.model, files=(*FILES, MANIFEST, CUT_RECORD))
     columns = (TextColumn("verifying"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     terminal = Console(stderr=True)
     terminal.quiet = not terminal.is_terminal  # before rich 14.3 a disabled bar ends with an empty line

@@ -11,8 +11,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from moe.checkpoint.format.comparison import WITHOUT_MTP
-from moe.checkpoint.format.dtypes import FLOATING, OTHERS, SAFETENSORS, parse_dtype
+from moe.checkpoint.format.contents import WITHOUT_MTP
+from moe.checkpoint.format.dtypes import ALIASES, FLOATING, SAFETENSORS, parse_dtype
 from moe.errors import CheckpointError, ConfigError, ParallelError, did_you_mean
 
 UNSET = tyro.conf.arg(help_behavior_hint="")
@@ -91,7 +91,7 @@ def read_dtype(value: str, allowed: tuple[str, ...]) -> str:
 
 def _spelling(word: str) -> str:
     """Our name of the dtype that is torch's `word`, or safetensors'; `word` itself if it is neither."""
-    return OTHERS.get(f"torch.{word}", OTHERS.get(word.lower(), word))
+    return ALIASES.get(f"torch.{word}", ALIASES.get(word.lower(), word))
 
 
 def _wrapped(text: str) -> str:

@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from moe.checkpoint import read_config
-from moe.checkpoint.format.comparison import Plan, plan, stated_dtype
-from moe.checkpoint.format.dtypes import OTHERS, Dtype
+from moe.checkpoint.format.contents import Contents, read_contents, stated_dtype
+from moe.checkpoint.format.dtypes import ALIASES, Dtype
 from moe.checkpoint.format.folder import INDEX, has_weights, read_config_values
 from moe.checkpoint.format.quantized_formats import Quantization, read_quantization
 from moe.checkpoint.format.sizes import parse_size
-from moe.checkpoint.reading.hub import CONFIGS, find, from_cache, headers_on_hub
+from moe.checkpoint.reading.hub import CONFIGS, explain_cache_misses, find, headers_on_hub
 from moe.cli.options import DTYPES, UNSET, dtype_option, read_dtype
 from moe.cli.plan_cluster import ClusterArgs, find_gpu, plan_facts, print_plan, print_published, published_facts
 from moe.cli.source import MODEL, unknown
@@ -69,7 +69,7 @@ class _Model:
     config: ModelConfig
     stated: Dtype = "bf16"
     quantization: Quantization | None = None
-    files: Plan | None = None
+    files: Contents | None = None
 
 
 def run(args: Args) -> int:
@@ -163,7 +163,7 @@ def _find(name: str) -> _Model:
         folder = find(name, files=(*CONFIGS, INDEX))
     except CheckpointError as error:
         raise unknown(error, name, "MODEL") from error
-    with from_cache(name):
+    with explain_cache_misses(name):
         values = read_config_values(folder)
     found = read_quantization(folder, values)
     if found is not None and found.error is not None:
@@ -171,12 +171,12 @@ def _find(name: str) -> _Model:
     headers = headers_on_hub(folder, name, optional=True)
     if not (has_weights(folder) if headers is None else headers):
         return _Model(read_config(folder), _stated(values), found)
-    files = plan(folder, headers=headers)
+    files = read_contents(folder, headers=headers)
     return _Model(files.config, _stated(values), found, files)
 
 
 def _stated(values: Mapping[str, Any]) -> Dtype:
-    return cast(Dtype, OTHERS.get(f"torch.{stated_dtype(values)}", "bf16"))
+    return cast(Dtype, ALIASES.get(f"torch.{stated_dtype(values)}", "bf16"))
 
 
 def _print(

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from moe.checkpoint.format.carried import read_carried
+from moe.checkpoint.format.auxiliary import read_auxiliary
 from moe.checkpoint.format.dtypes import FLOATING, parse_dtype
 from moe.checkpoint.format.header import MAX_HEADER_BYTES
 from moe.checkpoint.reading.load import Source, examine
@@ -190,18 +190,18 @@ def load(
         raise ConfigError("dtype", dtype, "auto or a floating dtype: quantised tensors cannot be divided among ranks")
     with together(folder):
         source = examine(folder, dtype, revision=revision, mtp=mtp, max_header_bytes=max_header_bytes)
-    todo = source.todo
+    contents = source.contents
     with torch.device("meta"):
-        model = Transformer(todo.config)
+        model = Transformer(contents.config)
         state = {name: torch.empty(shape, dtype=source.dtypes[name]) for name, shape in source.shapes.items()}
     model.load_state_dict(state, assign=True)
     parallelize(model, mesh, config)
     with together(folder):
         parts: dict[str, Any] = {name: (tensor, _held(tensor)) for name, tensor in model.state_dict().items()}
         needed = sum(_size(held) * tensor.dtype.itemsize for tensor, held in parts.values())
-        check_fits(todo.folder, needed, mesh.device)
-        check_repeats(todo)
-        model.carried_files = read_carried(todo.folder)
+        check_fits(contents.folder, needed, mesh.device)
+        check_repeats(contents)
+        model.carried_files = read_auxiliary(contents.folder)
         model.to_empty(device=mesh.device)
         _fill(model, source, False if dist.get_rank() else progress)
         source.check_unchanged()
@@ -234,7 +234,7 @@ def _fill(model: Transformer, source: Source, progress: bool | None) -> None:
             place = local[_within(common, held)]
             direct = common == there and place.is_contiguous()
             buffer = place if direct else local.new_empty([s.stop - s.start for s in there])
-            fill(files, read, buffer.view(buffer.shape[_stacked(read) :]), source.todo)
+            fill(files, read, buffer.view(buffer.shape[_stacked(read) :]), source.contents)
             if not direct:
                 place.copy_(buffer[_within(common, there)])
 

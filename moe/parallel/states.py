@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from moe.checkpoint.writing.atomic import saved_steps, settle, sync
+from moe.checkpoint.writing.atomic import saved_steps, sync, sync_folder
 from moe.errors import CheckpointError
 from moe.parallel.agreement import on_first, together
 from moe.parallel.mesh import Mesh, group_timeout
@@ -182,7 +182,7 @@ class _Writer(FileSystemWriter):
         files[METADATA] = _fingerprint(partial / METADATA)
         _check_sizes(partial, files)
         (partial / _VALUES).write_text(json.dumps(self.values | {"files": files}, indent=2))
-        settle(partial)
+        sync_folder(partial)
         sync(partial)
         os.rename(partial, self.final)
         sync(self.final.parent)

@@ -4,11 +4,11 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from moe.checkpoint.format.comparison import Plan
+from moe.checkpoint.format.contents import Contents
 from moe.checkpoint.format.dtypes import FLOATING, SAFETENSORS, Dtype
 from moe.checkpoint.format.families import family_of
 from moe.checkpoint.format.folder import CONFIG
-from moe.checkpoint.format.layout import Slot, fp8_names, layout, with_scales
+from moe.checkpoint.format.layout import TensorSpec, fp8_names, layout, with_scales
 from moe.config import ModelConfig
 from moe.counts import count_parameters, parameter_shapes
 from moe.errors import ConfigError
@@ -28,7 +28,7 @@ class Stored:
 
 
 def stored(
-    config: ModelConfig, dtype: Dtype, block_size: tuple[int, int] = FP8_BLOCK, like: Plan | None = None
+    config: ModelConfig, dtype: Dtype, block_size: tuple[int, int] = FP8_BLOCK, like: Contents | None = None
 ) -> Stored:
     """The checkpoint of a configuration in its family's own layout, MTP modules' repeated embeddings included.
 
@@ -37,12 +37,12 @@ def stored(
     """
     kinds = _kinds(config, dtype, block_size, like)
     values: dict[str, int] = {}
-    for slot, kind in kinds:
-        values[kind] = values.get(kind, 0) + math.prod(slot.shape)
+    for spec, kind in kinds:
+        values[kind] = values.get(kind, 0) + math.prod(spec.shape)
     return Stored(len(kinds), values, sum(SIZES[kind] * number for kind, number in values.items()))
 
 
-def stored_in(files: Plan) -> Stored:
+def stored_in(files: Contents) -> Stored:
     """The tensors that a folder has, all of them."""
     values: dict[str, int] = {}
     for info in files.tensors.values():
@@ -50,7 +50,7 @@ def stored_in(files: Plan) -> Stored:
     return Stored(len(files.tensors), values, sum(info.nbytes for info in files.tensors.values()))
 
 
-def dtype_of(files: Plan) -> Dtype:
+def dtype_of(files: Contents) -> Dtype:
     """The name of what a folder's weights are stored in: the quantised ones', otherwise that of most values."""
     if files.quantization is not None and files.has_quantised_tensors:
         return "fp8" if files.quantization.method == "fp8" else "mxfp4"
@@ -58,43 +58,45 @@ def dtype_of(files: Plan) -> Dtype:
     return max(FLOATING, key=lambda name: values.get(SAFETENSORS[name], 0))
 
 
-def _kinds(config: ModelConfig, dtype: Dtype, block_size: tuple[int, int], like: Plan | None) -> list[tuple[Slot, str]]:
+def _kinds(
+    config: ModelConfig, dtype: Dtype, block_size: tuple[int, int], like: Contents | None
+) -> list[tuple[TensorSpec, str]]:
     """The tensors of a checkpoint, and the safetensors dtype of each."""
     tables = family_of(config.model_type, CONFIG).tables
     first = next(iter(tables))
     name = "mxfp4" if dtype == "mxfp4" else like.table if like is not None and like.table != "mxfp4" else first
     if name not in tables:
         raise ConfigError("dtype", dtype, f"fp8, bf16, fp16, fp32 or fp64 for {config.model_type}")
-    slots = _written(config, name)
-    if dtype == "fp8" and _stacks_experts(slots):
-        name, slots = first, _written(config, first)
-    if like is not None and not any(slot.repeat and n in like.tensors for n, slot in like.slots.items()):
-        slots = {n: slot for n, slot in slots.items() if not slot.repeat}
+    specs = _written(config, name)
+    if dtype == "fp8" and _stacks_experts(specs):
+        name, specs = first, _written(config, first)
+    if like is not None and not any(spec.repeat and n in like.tensors for n, spec in like.specs.items()):
+        specs = {n: spec for n, spec in specs.items() if not spec.repeat}
     codes: set[str] = set()
     if dtype == "fp8":
-        if _stacks_experts(slots):
+        if _stacks_experts(specs):
             raise ConfigError(
                 "dtype", dtype, f"bf16, fp16, fp32, fp64 or mxfp4 for {config.model_type}, whose files stack experts"
             )
-        codes = set(fp8_names(slots))
-        slots = with_scales(slots, tables[name], block_size, codes)
-    return [(slot, _kind(n, slot, codes, dtype)) for n, slot in slots.items()]
+        codes = set(fp8_names(specs))
+        specs = with_scales(specs, tables[name], block_size, codes)
+    return [(spec, _kind(n, spec, codes, dtype)) for n, spec in specs.items()]
 
 
-def _written(config: ModelConfig, table: str) -> dict[str, Slot]:
-    return {name: slot for name, slot in layout(config, table).items() if slot.written}
+def _written(config: ModelConfig, table: str) -> dict[str, TensorSpec]:
+    return {name: spec for name, spec in layout(config, table).items() if spec.written}
 
 
-def _stacks_experts(slots: Mapping[str, Slot]) -> bool:
-    return any(".mlp.experts." in slot.parameter and not slot.index for slot in slots.values())
+def _stacks_experts(specs: Mapping[str, TensorSpec]) -> bool:
+    return any(".mlp.experts." in spec.parameter and not spec.index for spec in specs.values())
 
 
-def _kind(name: str, slot: Slot, codes: set[str], dtype: Dtype) -> str:
+def _kind(name: str, spec: TensorSpec, codes: set[str], dtype: Dtype) -> str:
     if name in codes:
         return "F8_E4M3"
-    if slot.parameter.endswith(("_blocks", "_scales")):
+    if spec.parameter.endswith(("_blocks", "_scales")):
         return "U8"
-    if slot.scale_of is not None or slot.parameter.endswith(BIAS):
+    if spec.scale_of is not None or spec.parameter.endswith(BIAS):
         return "F32"
     return SAFETENSORS[dtype] if dtype in FLOATING else "BF16"
 
@@ -140,7 +142,7 @@ def check(config: ModelConfig, placement: Placement) -> None:
         raise ConfigError("ep", placement.ep, f"at most the {config.n_routed_experts} experts of a layer")
 
 
-def inference(config: ModelConfig, placement: Placement, files: Plan | None = None) -> Estimate:
+def inference(config: ModelConfig, placement: Placement, files: Contents | None = None) -> Estimate:
     """Weights, cache and the largest activations of a forward pass, on the GPU that holds most.
 
     Weights are those of `files`, as they are stored, if given; for another dtype than theirs, in their layout.
@@ -213,25 +215,25 @@ def _experts(config: ModelConfig) -> int:
     return each * config.n_routed_experts * (config.num_moe_layers + config.num_nextn_predict_layers)
 
 
-def _weights(config: ModelConfig, placement: Placement, like: Plan | None) -> tuple[int, int]:
+def _weights(config: ModelConfig, placement: Placement, like: Contents | None) -> tuple[int, int]:
     """Bytes of a GPU's experts, and of everything else."""
     kinds = _kinds(config, placement.dtype, placement.block_size, like)
-    sizes = ((slot, math.prod(slot.shape) * SIZES[kind]) for slot, kind in kinds)
+    sizes = ((spec, math.prod(spec.shape) * SIZES[kind]) for spec, kind in kinds)
     return _on_a_gpu(config, placement.ep, sizes)
 
 
-def _weights_in(files: Plan, placement: Placement) -> tuple[int, int]:
+def _weights_in(files: Contents, placement: Placement) -> tuple[int, int]:
     """The same, of the tensors that a folder has for its model."""
-    sizes = ((slot, files.tensors[name].nbytes) for name, slot in files.slots.items() if name in files.tensors)
+    sizes = ((spec, files.tensors[name].nbytes) for name, spec in files.specs.items() if name in files.tensors)
     return _on_a_gpu(files.config, placement.ep, sizes)
 
 
-def _on_a_gpu(config: ModelConfig, ep: int, sizes: Iterable[tuple[Slot, int]]) -> tuple[int, int]:
+def _on_a_gpu(config: ModelConfig, ep: int, sizes: Iterable[tuple[TensorSpec, int]]) -> tuple[int, int]:
     """Bytes of experts and of everything else; embeddings that files repeat count once."""
     total = experts = 0
-    for slot, nbytes in sizes:
-        total += 0 if slot.repeat else nbytes
-        experts += nbytes if ".mlp.experts." in slot.parameter else 0
+    for spec, nbytes in sizes:
+        total += 0 if spec.repeat else nbytes
+        experts += nbytes if ".mlp.experts." in spec.parameter else 0
     return math.ceil(experts * _share(config, ep) / config.n_routed_experts), total - experts
 
 

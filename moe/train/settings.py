@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moe.checkpoint.format.folder import CONFIG
-from moe.checkpoint.reading.hub import is_name
+from moe.checkpoint.reading.hub import is_hub_name
 from moe.errors import ConfigError
 
 # These change what is written and shown, and where it is computed, not what is trained; a resumed run may have others.
@@ -182,5 +182,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(each) for each in value]
     if isinstance(value, Path):
-        return str(value if is_name(value) else value.resolve())
+        return str(value if is_hub_name(value) else value.resolve())
     return value

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moe.checkpoint.writing.atomic import saved_steps, settle, sync
+from moe.checkpoint.writing.atomic import saved_steps, sync, sync_folder
 from moe.checkpoint.writing.shards import check_dense
 from moe.errors import CheckpointError
 
@@ -33,7 +33,7 @@ def save_state(folder: Path, tensors: dict[str, Tensor], values: dict[str, Any],
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "tensors.safetensors")
         values = values | {"torch": torch.__version__, "threads": torch.get_num_threads()}
         (partial / "state.json").write_text(json.dumps(values, indent=2))
-        settle(partial)
+        sync_folder(partial)
         sync(partial)
         os.rename(partial, final)
         sync(folder)

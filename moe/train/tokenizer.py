@@ -7,8 +7,8 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from moe.checkpoint.format.carried import special_token
-from moe.checkpoint.reading.hub import find, is_name
+from moe.checkpoint.format.auxiliary import special_token
+from moe.checkpoint.reading.hub import find, is_hub_name
 from moe.errors import CheckpointError, ConfigError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -41,7 +41,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def find_tokenizer(path: Path) -> Path:
     """The tokenizer.json that `path` names: itself, or that of a checkpoint folder, a run or a name on the Hub."""
-    if path.suffix == ".json" or not (path.is_dir() or is_name(path)):
+    if path.suffix == ".json" or not (path.is_dir() or is_hub_name(path)):
         return path
     try:
         folder = find(path, files=("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"))

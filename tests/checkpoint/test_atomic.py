@@ -146,7 +146,7 @@ def spoiled_save(target: Path, root: Path, at: int, how: str, fallback: bool) ->
         try:
             save(NEW, target, max_shard_bytes=SHARD)
         except CheckpointError as error:
-            clear = f"{target}: not saved, and what was there is as it was: [Errno" in str(error)
+            clear = f"{target}: not saved; the folder is unchanged: [Errno" in str(error)
             return REFUSED if clear and faults.harmed else BUG
         if not faults.harmed:
             write_log()
@@ -303,7 +303,9 @@ def test_a_second_save_is_refused_while_the_first_runs_and_cleans_up_after_it_di
     try:
         wait_for(lambda: bool(list(tmp_path.glob(".model.partial-*/model.safetensors"))))
         before = names(tmp_path)
-        with pytest.raises(CheckpointError, match=f"another save to this folder is going on; found process {child} on"):
+        with pytest.raises(
+            CheckpointError, match=f"another save to this folder is in progress; found process {child} on"
+        ):
             NEW.save(target)
         assert names(tmp_path) == before and len(before) == 3
         assert found_in(target) == "old"

@@ -279,18 +279,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "rope type": ({**NO_ROPE, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type = 'linear'"),
     "rope of unknown kind": ({**NO_ROPE, "rope_parameters": {"mrope_section": [1, 2]}}, "mrope_section"),
-    "rope types disagree": ({**NO_ROPE, "rope_scaling": {**OLD_YARN, "rope_type": "default"}}, "given twice"),
+    "rope types disagree": ({**NO_ROPE, "rope_scaling": {**OLD_YARN, "rope_type": "default"}}, "has two values"),
     "rope forms disagree": (
         {**NO_ROPE, "rope_scaling": OLD_YARN, "rope_parameters": {**OLD_YARN, "factor": 9.0}},
         "disagree",
     ),
     "theta twice": (
         {**NO_ROPE, "rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e4}},
-        "rope_theta is given twice",
+        "rope_theta has two values",
     ),
     "original length twice": (
         {**NO_ROPE, "rope_parameters": OLD_YARN, "original_max_position_embeddings": 32},
-        "original_max_position_embeddings is given twice",
+        "original_max_position_embeddings has two values",
     ),
     "factor without a type": ({**NO_ROPE, "rope_scaling": without(OLD_YARN, "type")}, "factor without a rope_type"),
     "yarn without its length": (
@@ -305,13 +305,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "V2 with MTP": ({**V2_FILE, "num_nextn_predict_layers": 1}, "num_nextn_predict_layers"),
     "V3 with softmax": ({**V3_FILE, "scoring_func": "softmax"}, "scoring_func"),
     "V3 without bias": ({**V3_FILE, "topk_method": "greedy"}, "topk_method"),
-    "size missing": (without(V3_FILE, "hidden_size"), "hidden_size: deepseek_v3 needs a value"),
-    "size null": ({**V3_FILE, "kv_lora_rank": None}, "kv_lora_rank: deepseek_v3 needs a value"),
+    "size missing": (without(V3_FILE, "hidden_size"), "hidden_size: deepseek_v3 requires a value"),
+    "size null": ({**V3_FILE, "kv_lora_rank": None}, "kv_lora_rank: deepseek_v3 requires a value"),
     "size is text": ({**V3_FILE, "hidden_size": "42"}, "hidden_size"),
     "size is a fraction": ({**V3_FILE, "hidden_size": 42.0}, "hidden_size"),
     "size absurd": ({**V3_FILE, "vocab_size": 2**60}, "vocab_size"),
     "dense layers null": ({**V3_FILE, "first_k_dense_replace": None}, "first_k_dense_replace"),
-    "rope width twice": ({**V3_FILE, "head_dim": 2}, "head_dim disagrees with the sizes that it repeats"),
+    "rope width twice": ({**V3_FILE, "head_dim": 2}, "head_dim disagrees with the sizes from which it is derived"),
     "head width twice": ({**V3_FILE, "qk_head_dim": 2}, "qk_head_dim disagrees"),
     "size beyond floats": ({**V3_FILE, "rms_norm_eps": 10**400}, "rms_norm_eps"),
     "grouped-query": ({**V3_FILE, "num_key_value_heads": 1}, "num_key_value_heads"),
@@ -423,8 +423,8 @@ def test_keys_that_are_not_read_may_hold_what_python_alone_reads(
     config = read_config(tmp_path)
     assert config.extra == {"d": {"e": 3}, "f": [None]}
     assert [m.partition("config.json: ")[2] for m in caplog.messages] == [
-        "a contains nan: left out",
-        "b contains -inf: left out",
+        "a is left out, because it contains nan",
+        "b is left out, because it contains -inf",
     ]
     moe.Transformer(config).save(tmp_path / "saved")
 
@@ -440,7 +440,9 @@ def test_nan_in_a_key_that_is_read_is_refused(key: str) -> None:
     """Python takes NaN for true, and a key that only decides how others are read has no field that refuses it."""
     family = {"use_sliding_window": "qwen3_moe", "layer_types": "gpt_oss", "rotary_dim": "minimax_m2"}
     values = {"model_type": family.get(key, "deepseek_v3")}
-    with pytest.raises(CheckpointError, match=f"p: {key}; expected one value, and finite numbers; found nan"):
+    with pytest.raises(
+        CheckpointError, match=f"p: {key} is ambiguous; expected one value, and finite numbers; found nan"
+    ):
         parse_config({**values, key: float("nan")}, Path("p"))
 
 
@@ -470,7 +472,7 @@ def test_dense_layers_of_glm4_moe_lite() -> None:
     types = ["dense", "sparse", "dense", "sparse"]
     config = parse_config({**without(file, "first_k_dense_replace"), "mlp_layer_types": types}, PATH)
     assert (config.first_k_dense_replace, config.mlp_only_layers) == (1, (2,))
-    with pytest.raises(CheckpointError, match="mlp_only_layers: SGLang builds experts there"):
+    with pytest.raises(CheckpointError, match="mlp_only_layers: SGLang builds experts in them"):
         render_config(config, PATH)
     for leading in (
         dataclasses.replace(config, first_k_dense_replace=2, mlp_only_layers=()),

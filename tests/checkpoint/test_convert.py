@@ -175,12 +175,12 @@ def test_mxfp4(tmp_path: Path) -> None:
     [
         ({"table": "mxfp4"}, "layout = 'mxfp4': expected one of experts, stacked, deepseek"),
         ({"max_shard_bytes": 0}, "max_shard_bytes = 0: expected a positive number"),
-        ({"block_size": (0, 16), "dtype": "fp8"}, "block_size = .0, 16.: expected two numbers from 1 to 65536"),
-        ({"scale_fmt": "ue8m0"}, "scale_fmt = 'ue8m0': expected none without dtype fp8"),
+        ({"block_size": (0, 16), "dtype": "fp8"}, "block_size = .0, 16.: expected two integers from 1 to 65536"),
+        ({"scale_fmt": "ue8m0"}, "scale_fmt = 'ue8m0': expected None without dtype fp8"),
         ({"scale_fmt": "ue4", "dtype": "fp8"}, "scale_fmt = 'ue4': expected ue8m0 or None"),
-        ({"block_size": 8, "dtype": "fp8"}, "block_size = 8: expected two numbers from 1 to 65536"),
-        ({"block_size": (8,), "dtype": "fp8"}, "block_size = .8,.: expected two numbers"),
-        ({"block_size": (8, 1.5)}, "block_size = .8, 1.5.: expected two numbers"),
+        ({"block_size": 8, "dtype": "fp8"}, "block_size = 8: expected two integers from 1 to 65536"),
+        ({"block_size": (8,), "dtype": "fp8"}, "block_size = .8,.: expected two integers"),
+        ({"block_size": (8, 1.5)}, "block_size = .8, 1.5.: expected two integers"),
         ({"max_shard_bytes": "5GB"}, "max_shard_bytes = '5GB': expected a positive number"),
         ({"max_shard_bytes": math.nan}, "max_shard_bytes = nan: expected a positive number"),
         ({"dtype": 8}, "dtype = 8: expected one of bf16, fp16"),
@@ -284,7 +284,7 @@ def test_cutting_nothing_off_is_the_same_model(made: Folders, tmp_path: Path) ->
     kept = tensors_of(tmp_path / "some4")["model.layers.0.mlp.experts.gate_up_proj_blocks"]
     whole = tensors_of(folder)["model.layers.0.mlp.experts.gate_up_proj_blocks"]
     assert torch.equal(kept, whole[[1, 4]])
-    with pytest.raises(CheckpointError, match=r"layer_types: vLLM and llama\.cpp slide in every other layer"):
+    with pytest.raises(CheckpointError, match=r"layer_types: vLLM and llama\.cpp use a window in every other layer"):
         cut(folder, tmp_path / "full4", layers=[1], experts=[1, 4])
 
 
@@ -320,14 +320,14 @@ def test_a_rank_reads_only_its_experts(tmp_path: Path) -> None:
     ("layers", "experts", "error"),
     [
         ([0, 3], [0], r"layers = \[0, 3\]: expected ascending numbers from 0 to 2"),
-        ([1, 0], [0], r"layers = \[1, 0\]: expected ascending numbers from 0 to 2, none twice"),
+        ([1, 0], [0], r"layers = \[1, 0\]: expected ascending numbers from 0 to 2, without repeats"),
         ([], [0], r"layers = \[\]: expected ascending numbers"),
         ("0-3", [0], "layers = '0-3': expected a sequence of integers"),
         ([0], [], r"experts = \[\]: expected ascending numbers"),
-        ([0], [5, 5], "none twice"),
+        ([0], [5, 5], "without repeats"),
         ([0], [0.5], r"experts = \[0\.5\]: expected a sequence of integers"),
         ([0], 3, "experts = 3: expected a sequence of integers"),
-        ([0, 1], [0, 1, 3], "as many experts of each group that has any; found 2 1 0 0"),
+        ([0, 1], [0, 1, 3], "the same number of experts from every group used; found 2 1 0 0"),
     ],
 )
 def test_cuts_that_make_no_sense(made: Folders, tmp_path: Path, layers: Any, experts: Any, error: str) -> None:

@@ -155,8 +155,8 @@ def test_the_error_counts_what_differs_and_recommends_what_loads(tmp_path: Path)
     tensors = base("qwen3_moe", tmp_path, torch.bfloat16)
     mixed(tmp_path, tensors, r"o_proj|lm_head|norm|mlp\.gate\.")
     expected = (
-        r"model\.layers\.0\.self_attn\.o_proj\.weight: its dtype and 2 more differ from most tensors, and the model "
-        r"needs one; load with dtype=torch\.bfloat16, as config\.json states, or dtype=torch\.float32; "
+        r"model\.layers\.0\.self_attn\.o_proj\.weight: its dtype and 2 more differ from most tensors, but the model "
+        r"needs a common one; load with dtype=torch\.bfloat16, as config\.json states, or dtype=torch\.float32; "
         r"expected BF16, as model\.embed_tokens\.weight has; found F32$"
     )
     for dtype in ("auto", "keep"):
@@ -168,7 +168,7 @@ def test_the_error_counts_what_differs_and_recommends_what_loads(tmp_path: Path)
     for stated in ({}, {"torch_dtype": "auto"}, {"dtype": None}):
         text = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")} | stated
         (tmp_path / "config.json").write_text(json.dumps(text))
-        with pytest.raises(CheckpointError, match=r"needs one; load with dtype=torch\.float32; expected BF16"):
+        with pytest.raises(CheckpointError, match=r"needs a common one; load with dtype=torch\.float32; expected BF16"):
             moe.load(tmp_path)
 
 
@@ -299,7 +299,7 @@ def test_experts_of_two_dtypes_are_not_stacked_in_one(tmp_path: Path) -> None:
     tensors = base("minimax_m2", tmp_path / "m", torch.float32)
     name = f"{EXPERT}.0.w2.weight"
     save_file(tensors | {name: tensors[name].bfloat16()}, tmp_path / "m" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"its dtype differs within .*down_proj.* stacked; choose a dtype"):
+    with pytest.raises(CheckpointError, match=r"its dtype differs within .*down_proj.* stacked; specify a dtype"):
         convert(tmp_path / "m", tmp_path / "stacked", table="stacked", progress=False)
     assert not (tmp_path / "stacked").exists()
     convert(tmp_path / "m", tmp_path / "stacked", table="stacked", dtype="fp32", progress=False)

@@ -82,8 +82,8 @@ IN_FILES: dict[str, tuple[str, Any, str]] = {
 MALFORMED: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "not valid JSON; expected JSON in UTF-8; found an empty file"),
     "truncated": (b'{"quantization": {', "not valid JSON"),
-    "a list": (b"[]", "wrong JSON value; expected an object or null"),
-    "a text inside": (b'{"quantization": "NVFP4"}', "quantization; expected an object or null; found 'NVFP4'"),
+    "a list": (b"[]", "invalid JSON value; expected an object or null"),
+    "a text inside": (b'{"quantization": "NVFP4"}', "invalid quantization; expected an object or null; found 'NVFP4'"),
     "too large": (b" " * MAX_CONFIG_BYTES + b"{}", "file too large"),
     "a page": (b"<html>not found</html>", "not valid JSON; expected JSON in UTF-8; found a web page"),
 }

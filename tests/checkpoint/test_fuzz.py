@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from moe.checkpoint.format import comparison, header
+from moe.checkpoint.format import contents, header
 from moe.checkpoint.reading import load as reading
 from tests import fuzz
-from tests.fuzz import INDEX, KINDS, Lab, Verdict, Worker, campaign, damage
+from tests.fuzz import INDEX, KINDS, Lab, Verdict, Worker, damage, execute
 from tests.support import hostile
 
 
@@ -96,8 +96,8 @@ def test_what_only_we_read_so_is_a_disagreement(lab: Lab, monkeypatch: pytest.Mo
 def test_a_model_that_is_neither_is_silent(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     original = reading.fill
 
-    def wrong(files: Any, piece: Any, destination: torch.Tensor, todo: Any) -> None:
-        original(files, piece, destination, todo)
+    def wrong(files: Any, piece: Any, destination: torch.Tensor, contents: Any) -> None:
+        original(files, piece, destination, contents)
         if "experts.3." in piece.info.name:
             destination.view(-1)[-1] = 0
 
@@ -111,7 +111,7 @@ def test_any_other_exception_is_a_crash(lab: Lab, monkeypatch: pytest.MonkeyPatc
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(comparison, "read_tensors", fail)
+    monkeypatch.setattr(contents, "read_tensors", fail)
     assert lab.judge({}).kind == "crash"
 
 
@@ -136,7 +136,7 @@ def test_ends_and_hangs_are_counted_and_the_next_case_runs(capsys: pytest.Captur
             return super().ask(index)
 
     worker = Patient([sys.executable, "-c", FAKE], 1.0)
-    assert campaign(worker, range(5), 3) == 1
+    assert execute(worker, range(5), 3) == 1
     assert worker.process is None
     output = capsys.readouterr().out
     assert "5 cases, seed 3: 3 refused, 0 unchanged, 0 legal, 1 crash, 1 hang, 0 silent, 0 disagreement" in output
@@ -152,6 +152,6 @@ def test_an_interrupt_ends_it_with_the_figures(capsys: pytest.CaptureFixture[str
             return super().ask(index)
 
     worker = Interrupted([sys.executable, "-c", FAKE.replace("== 1", "== -1").replace("== 2", "== -2")], 60.0)
-    assert campaign(worker, range(100), 0) == 130
+    assert execute(worker, range(100), 0) == 130
     assert worker.process is None
     assert capsys.readouterr().out.startswith("interrupted\n3 cases, seed 0: 3 refused")

@@ -63,7 +63,7 @@ def test_rotary_tables_are_ignored_and_reported_once(
     loaded = moe.load(tmp_path / "m")
     assert_same(loaded, model)
     (warning,) = caplog.messages
-    assert f"{len(buffers)} buffers, which the model computes itself, are ignored: model." in warning
+    assert f"{len(buffers)} buffers, which the model computes itself, are ignored, such as model." in warning
 
     found = read_summary(tmp_path / "m")
     assert found.agrees and set(found.ignored) == set(buffers)
@@ -98,7 +98,7 @@ def test_scales_of_a_quantised_cache_are_ignored_and_reported_once(
     caplog.clear()
     model = moe.load(folder)
     assert_same(model, expected)
-    message = f"28 scales of a quantised KV cache, which the model does not have, are ignored: {prefix}."
+    message = f"28 scales of a quantised KV cache, which the model does not have, are ignored, such as {prefix}."
     assert [message in text for text in caplog.messages] == [False] * kimi + [True]
     assert set(read_summary(folder).ignored) >= scales.keys()
     model.save(tmp_path / "saved")
@@ -239,7 +239,7 @@ def test_modules_that_config_json_does_not_count_are_left_out(
     assert len(model.mtp) == (values["num_nextn_predict_layers"] or 0)
     (warning,) = caplog.messages
     count = sum(name.startswith(MTP) for name in tensors)
-    assert f"is {len(model.mtp)}: {count} tensors of other MTP modules are ignored: model.layers." in warning
+    assert f"is {len(model.mtp)}; {count} tensors of other MTP modules are ignored, such as model.layers." in warning
     summary = read_summary(folder)
     assert summary.agrees and len(summary.ignored) == count
 

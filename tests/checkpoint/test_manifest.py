@@ -206,7 +206,7 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "one tensor less": (lambda f: rewrite(where(f, NORM), lambda t: t.pop(NORM)), rf": {NORM}: missing"),
     "another dtype": (
         lambda f: rewrite(where(f, NORM), lambda t: t.update({NORM: t[NORM].half()})),
-        rf": {NORM}: dtype or shape; expected BF16 \[42\]; found F16 \[42\]",
+        rf": {NORM}: wrong dtype or shape; expected BF16 \[42\]; found F16 \[42\]",
     ),
     "a tensor twice": (
         lambda f: save_file({NORM: torch.zeros(42)}, f / "model-x.safetensors"),
@@ -236,7 +236,7 @@ def test_saved_again_by_another_program(saved: Path) -> None:
     findings = verify(saved).findings
     assert [f.file for f in findings if f.problem == "missing"] == sorted([*SHARDS, "model.safetensors.index.json"])
     assert [f.tensor for f in findings if f.problem.startswith("bytes changed")] == [changed]
-    moved = {f.tensor for f in findings if f.problem == "in another file than it was saved to"}
+    moved = {f.tensor for f in findings if f.problem == "moved to another file"}
     assert moved == tensors.keys()
     moe.load(saved)
 
@@ -283,24 +283,27 @@ def forged(values: Any) -> bytes:
 TENSOR = {"dtype": "F32", "shape": [1], "sha256": "0"}
 FORGED = {
     "not JSON": (b"{", "not valid JSON"),
-    "an array": (b"[1]", "not a manifest of this version"),
-    "a later format": (manifest._sealed({"format": 2, "files": {}}), "format; expected 1; found 2"),
-    "no seal": (b'{"format": 1, "files": {}}', "the manifest itself has changed"),
-    "a seal of something else": (forged({}).replace(b'"files"', b'"Files"'), "the manifest itself has changed"),
-    "files not an object": (forged([]), "not a manifest; expected an object of files"),
-    "path upwards": (forged({"../../etc/passwd": {"bytes": 1, "sha256": "0"}}), "not a manifest"),
-    "entry not an object": (forged({"a": 1}), "not a manifest"),
-    "entry without digest": (forged({"a": {"bytes": 1}}), "not a manifest"),
-    "digest not a text": (forged({"a": {"bytes": 1, "sha256": []}}), "not a manifest"),
-    "size not a number": (forged({"a": {"bytes": "1", "sha256": ""}}), "not a manifest"),
-    "tensors not an object": (forged({"a": {"bytes": 1, "sha256": "", "tensors": [1]}}), "not a manifest"),
+    "an array": (b"[1]", "unknown format of the manifest"),
+    "a later format": (
+        manifest._sealed({"format": 2, "files": {}}),
+        "unknown format of the manifest; expected 1; found 2",
+    ),
+    "no seal": (b'{"format": 1, "files": {}}', "the manifest has been changed"),
+    "a seal of something else": (forged({}).replace(b'"files"', b'"Files"'), "the manifest has been changed"),
+    "files not an object": (forged([]), "invalid manifest; expected an object of files"),
+    "path upwards": (forged({"../../etc/passwd": {"bytes": 1, "sha256": "0"}}), "invalid manifest"),
+    "entry not an object": (forged({"a": 1}), "invalid manifest"),
+    "entry without digest": (forged({"a": {"bytes": 1}}), "invalid manifest"),
+    "digest not a text": (forged({"a": {"bytes": 1, "sha256": []}}), "invalid manifest"),
+    "size not a number": (forged({"a": {"bytes": "1", "sha256": ""}}), "invalid manifest"),
+    "tensors not an object": (forged({"a": {"bytes": 1, "sha256": "", "tensors": [1]}}), "invalid manifest"),
     "tensor without shape": (
         forged({"a": {"bytes": 1, "sha256": "", "tensors": {"x": {"dtype": "F32"}}}}),
-        "not a man",
+        "invalid manifest",
     ),
     "tensor's digest": (
         forged({"a": {"bytes": 1, "sha256": "", "tensors": {"x": {**TENSOR, "sha256": 1}}}}),
-        "not a m",
+        "invalid manifest",
     ),
 }
 

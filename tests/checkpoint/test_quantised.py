@@ -15,7 +15,7 @@ import moe.parallel
 from moe import CheckpointError, ConfigError, ModelConfig
 from moe.checkpoint import read_summary
 from moe.checkpoint.convert import convert, cut
-from moe.checkpoint.format.comparison import plan
+from moe.checkpoint.format.contents import read_contents
 from moe.planning.footprint import dtype_of
 from tests.support.checkpoint_cases import V2, V3_MTP, as_kimi_k25, assert_same, configure
 from tests.support.quantised_checkpoints import BLOCK, Folders, bits, dequantised, is_quantised, make_fp8, make_mxfp4
@@ -292,7 +292,7 @@ def test_a_quantization_config_above_plain_weights_is_not_written_again(made: Fo
     for name in ("saved", "converted", "cut"):
         assert "quantization_config" not in json.loads((tmp_path / name / "config.json").read_text()), name
         assert read_summary(tmp_path / name).quantization is None
-    assert dtype_of(plan(tmp_path / "plain")) == "bf16" and dtype_of(plan(made.fp8)) == "fp8"
+    assert dtype_of(read_contents(tmp_path / "plain")) == "bf16" and dtype_of(read_contents(made.fp8)) == "fp8"
 
 
 @pytest.mark.parametrize("repeats", [True, False])

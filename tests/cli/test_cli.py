@@ -204,7 +204,7 @@ def test_verify(capsys, folder, tmp_path):
 def test_what_cannot_be_verified(capsys, folder, tmp_path):
     theirs = variant(folder, tmp_path / "theirs", moesmith__manifest__json=None)
     error = fails_in_one_line(capsys, "inspect", str(theirs), "--verify")
-    assert f"{theirs}: cannot be verified: it has no moesmith.manifest.json" in error
+    assert f"{theirs}: cannot be verified without moesmith.manifest.json" in error
     assert run(capsys, "inspect", str(theirs))[0] == 0
     assert "a folder to verify, not a preset" in fails_in_one_line(capsys, "inspect", "tiny", "--verify")
     assert "no such folder" in fails_in_one_line(capsys, "inspect", "no/such", "--verify")
@@ -300,7 +300,7 @@ CONVERT, CUT = ("convert", "{folder}", "--out", "{out}"), ("cut", "{folder}", "-
         (("place", "{loads}", "--slots", "4"), "--gpus", "0", ""),
         (("place", "{loads}", "--slots", "4", "--gpus", "2"), "--nodes", "0", ""),
         (("place", "{loads}", "--slots", "4", "--gpus", "2"), "--groups", "3", ""),
-        ((*CONVERT, "--dtype", "fp8"), "--block-size", "0 128", "two numbers from 1 to"),
+        ((*CONVERT, "--dtype", "fp8"), "--block-size", "0 128", "two integers from 1 to"),
         (CONVERT, "--scale-fmt", "ue8m0", "none without --dtype fp8"),
         (CONVERT, "--max-shard-size", "5XB", "a size"),
         ((*CUT, "--experts", "0"), "--layers", "9", "ascending numbers from 0 to"),

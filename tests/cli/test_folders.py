@@ -17,7 +17,7 @@ import moe
 from moe import CheckpointError
 from moe.checkpoint import read_summary
 from moe.checkpoint.convert import convert, cut
-from moe.checkpoint.format.carried import write_carried
+from moe.checkpoint.format.auxiliary import write_auxiliary
 from moe.cli.options import parse
 from moe.cli.train import Args as TrainArgs
 from moe.planning.footprint import Placement, inference, stored
@@ -74,7 +74,7 @@ def test_the_source_stays_as_it_is(capsys, saved, tmp_path, writer) -> None:
     source = shutil.copytree(saved, tmp_path / "source")
     before = contents(source)
     inside = fails_in_one_line(capsys, command, str(source), "--out", str(source / "new"), *options)
-    assert "new: inside the source, which is only read; expected a folder outside it" in inside
+    assert "new: inside the source, which must not change; expected a folder outside it" in inside
     assert "not a folder; expected the name of a folder" in fails_in_one_line(
         capsys, command, str(source), "--out", "", *options
     )
@@ -99,7 +99,7 @@ def test_overwrite_replaces_a_checkpoint_and_nothing_else(capsys, saved, tmp_pat
     assert contents(out) == first
     (out / "thesis.txt").write_text("ten years of work")
     line = fails_in_one_line(capsys, *arguments, "--overwrite")
-    assert "holds other files; expected a checkpoint or nothing; found thesis.txt" in line
+    assert "holds other files; expected only the files of a checkpoint; found thesis.txt" in line
     assert contents(out) == first | {"thesis.txt": b"ten years of work"}
 
 
@@ -118,10 +118,10 @@ def test_what_appears_while_a_conversion_runs_is_not_replaced(saved, tmp_path, m
 
     def late(folder: Path, files: Any) -> None:
         moe.Transformer(moe.preset("tiny")).save(out)
-        write_carried(folder, files)
+        write_auxiliary(folder, files)
 
     monkeypatch.setattr("moe.checkpoint.writing.atomic.locked", lambda target: contextlib.nullcontext(False))
-    monkeypatch.setattr("moe.checkpoint.rewrite.write_carried", late)
+    monkeypatch.setattr("moe.checkpoint.rewrite.write_auxiliary", late)
     with pytest.raises(CheckpointError, match="exists and is not empty"):
         convert(saved, out)
     assert moe.load(out).config.hidden_size == moe.preset("tiny").hidden_size
@@ -263,7 +263,7 @@ def test_spellings_of_a_dtype(saved: Path, tmp_path: Path, spelling: Any) -> Non
         ),
         (
             ("convert", "--out", "never", "--dtype", "mxfp4"),
-            "moesmith: --dtype = 'mxfp4': expected another: deepseek_v3 has no layout for it",
+            "moesmith: --dtype = 'mxfp4': expected a dtype other than mxfp4, which deepseek_v3 does not have",
         ),
         (
             ("convert", "--out", "never", "--layout", "stackd"),
@@ -324,7 +324,7 @@ def test_a_run_folder_stands_for_its_checkpoint(capsys: Any, saved: Path, tmp_pa
     for name in ("settings.json", "metrics.jsonl"):
         (tmp_path / name).write_text("{}")
     before = fails_in_one_line(capsys, "inspect", str(tmp_path))
-    assert "a run of moesmith train that has no checkpoint yet; expected a run that has ended" in before
+    assert "a run of moesmith train without a checkpoint; expected a finished run" in before
     convert(saved, tmp_path / "checkpoint")
     facts = json.loads(run(capsys, "inspect", str(tmp_path), "--json")[1])
     assert facts["stored"]["folder"] == str(tmp_path / "checkpoint")

@@ -81,15 +81,15 @@ def test_a_revision_is_the_one_that_is_loaded(cache: Path, saved: dict[str, Path
 
 def test_revisions_that_cannot_be(cache: Path, saved: dict[str, Path]) -> None:
     for name, revision, message in (
-        ("org/model@v1", "main", "revision = 'main': expected v1, as org/model@v1 has it"),
-        (saved["main"], "main", "a folder, which has no revisions; expected no revision; found main"),
+        ("org/model@v1", "main", "revision = 'main': expected v1, the revision in org/model@v1"),
+        (saved["main"], "main", "a folder has no revisions; expected no revision; found main"),
         (cache, "v2", "no such revision in the cache; expected main, v1; found v2"),
         (cache, "../../../here", "leads out of the checkpoint"),
     ):
         with pytest.raises((CheckpointError, ConfigError), match=message):
             moe.load(name, revision=revision)
     Path("org/model").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match="no such folder, but one without the revision; expected org/model"):
+    with pytest.raises(CheckpointError, match="no such folder, but org/model exists; expected org/model"):
         moe.load("org/model@v1")
 
 
@@ -122,7 +122,7 @@ def test_a_cache_that_lacks_a_file(cache: Path, capsys: Any, tmp_path: Path) -> 
     (snapshot / "model.safetensors").unlink()
     for command in commands:
         line = fails_in_one_line(capsys, *command)
-        assert line == f"{offline} model.safetensors; expected a model that is in the cache, or a connection\n"
+        assert line == f"{offline} model.safetensors; expected a cached model, or a connection\n"
 
     convert(hub.find("org/model"), tmp_path / "shards", max_shard_bytes=2**16)
     for path in (tmp_path / "shards").iterdir():
@@ -154,7 +154,7 @@ def answer(kind: type[Exception]) -> Exception:
 OFFLINE = "the Hub is offline (HF_HUB_OFFLINE is set), and its cache does not have all of this model"
 ANSWERS = {
     utils.RepositoryNotFoundError: "no such folder, and no such model on the Hub; expected another name",
-    utils.GatedRepoError: "access to this model on the Hub is restricted; expected its terms accepted on its page",
+    utils.GatedRepoError: "access to this model on the Hub is restricted; expected its terms accepted at ",
     utils.RevisionNotFoundError: "the model on the Hub has no such revision; expected a branch, tag or commit of it; "
     "found v3",
     utils.LocalEntryNotFoundError: OFFLINE,
@@ -196,7 +196,10 @@ def test_without_huggingface_hub(monkeypatch: Any, capsys: Any, tmp_path: Path) 
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     monkeypatch.chdir(tmp_path)
     line = fails_in_one_line(capsys, "convert", "org/model", "--out", "out")
-    assert "huggingface_hub, which would look it up, is not installed; expected pip install huggingface_hub" in line
+    assert (
+        "huggingface_hub is not installed, so it is not looked up on the Hub; expected pip install huggingface_hub"
+        in line
+    )
     with pytest.raises(CheckpointError, match=r"no such folder$"):
         moe.load("./org/some/model")
 
@@ -242,14 +245,14 @@ def test_inspect_and_plan_read_headers_from_the_hub(cache: Path, capsys: Any, mo
 def test_a_local_folder_takes_precedence_over_the_hub(cache: Path, saved: dict[str, Path], capsys: Any) -> None:
     Path("org").mkdir()
     Path("org/model").symlink_to(saved["v1"])
-    assert hub.find("org/model") == Path("org/model") and not hub.is_name("org/model")
+    assert hub.find("org/model") == Path("org/model") and not hub.is_hub_name("org/model")
     assert json.loads(run(capsys, "inspect", "org/model", "--json")[1])["stored"]["folder"] == "org/model"
     Path("org/model").unlink()
     Path("org/model").mkdir()
     with pytest.raises(CheckpointError, match=r"config\.json"):
         moe.load("org/model")
     Path("org/model").rmdir()
-    assert hub.is_name("org/model") and not hub.is_name("./org/model") and not hub.is_name("tiny")
+    assert hub.is_hub_name("org/model") and not hub.is_hub_name("./org/model") and not hub.is_hub_name("tiny")
 
 
 def test_a_misspelt_folder_is_named_beside_the_hubs_answer(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:

@@ -214,7 +214,7 @@ def test_gathering_takes_more_stages(monkeypatch: pytest.MonkeyPatch, gpu: str) 
 
     assert weight_gradient() is None
     monkeypatch.setattr(tiling, "gathering", lambda tile: tile)
-    assert weight_gradient() == "products wait for what they multiply"
+    assert weight_gradient() == "products wait for their operands"
 
 
 def forward(tokens: int, *, shape: Shape = BENCHMARKED["olmoe"], save: bool = True) -> list[Launch]:

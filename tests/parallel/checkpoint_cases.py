@@ -467,7 +467,7 @@ def _on_the_hub(ranks: Ranks, whole: Path) -> None:
             for key, tensor in load(name, there, revision=revision).state_dict().items():
                 assert torch.equal(common.whole(tensor), expected[key]), (name, key)
         _raises(lambda: load("org/model", there, revision="v2"), "org/model@v2: no such folder; the Hub is offline")
-        _raises(lambda: load(whole, there, revision="v1"), "a folder, which has no revisions")
+        _raises(lambda: load(whole, there, revision="v1"), "a folder has no revisions")
 
 
 def _errors(ranks: Ranks, whole: Path, model: Transformer) -> None:

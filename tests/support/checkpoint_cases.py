@@ -1,4 +1,4 @@
-"""Configurations and models that the tests of counts and checkpoints share."""
+"""Configurations and models for tests of counts and checkpoints."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from moe import ModelConfig, RopeParameters, Transformer
 
-# No two sizes are equal and none divides another, so that a transposed or swapped tensor cannot fit by accident.
+# No two sizes are equal and none divides another, so that a transposed or swapped tensor cannot match by accident.
 SMALL: dict[str, Any] = dict(
     vocab_size=61,
     hidden_size=42,
@@ -54,7 +54,7 @@ _PLAIN: dict[str, Any] = dict(n_shared_experts=0, first_k_dense_replace=0)
 _SOFTMAX: dict[str, Any] = dict(scoring_func="softmax", topk_method="greedy", seq_aux=False)
 _ONE_WIDTH: dict[str, Any] = dict(_GROUPED, **_PLAIN, intermediate_size=20)
 
-# One small model of each family; a save of kimi_k25 is a deepseek_v3.
+# One small configuration per family; a save of kimi_k25 writes a deepseek_v3.
 BY_FAMILY = {
     config.model_type: config
     for config in (
@@ -117,7 +117,7 @@ _size = st.integers(1, 9)
 
 @st.composite
 def configs(draw: st.DrawFn, model_type: str | None = None) -> ModelConfig:
-    """Small random configs: of everything the model can be, or of what a family's files can express."""
+    """Draw a small config: any valid one, or one that a family's files can express."""
     layers = draw(st.integers(1, 4))
     heads = draw(st.integers(1, 4))
     groups = draw(st.integers(1, 3))
@@ -179,7 +179,7 @@ def configs(draw: st.DrawFn, model_type: str | None = None) -> ModelConfig:
 
 
 def build(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> Transformer:
-    """A model in which every value of every tensor was drawn: norms are not ones, biases have both signs."""
+    """Return a model with random values in every tensor, including norms and biases."""
     model = Transformer(config).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -189,7 +189,7 @@ def build(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32
 
 
 def as_kimi_k25(folder: Path) -> None:
-    """Make a saved deepseek_v3 a kimi_k25 as released: other names, its config in text_config, and a vision tower."""
+    """Convert a saved deepseek_v3 to a kimi_k25 as released: with prefixed names, text_config, and a vision tower."""
     config = json.loads((folder / "config.json").read_text())
     whole = {"model_type": "kimi_k25", "architectures": ["KimiK25ForConditionalGeneration"], "text_config": config}
     whole |= {"media_placeholder_token_id": 60, "tie_word_embeddings": False, "vision_config": {"patch_size": 14}}
@@ -207,7 +207,7 @@ def as_kimi_k25(folder: Path) -> None:
 
 
 def configure(folder: Path, **changes: Any) -> None:
-    """Write keys into a folder's config.json."""
+    """Change keys in a folder's config.json."""
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 

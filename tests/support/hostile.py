@@ -1,7 +1,7 @@
-"""Mutations of a complete, valid checkpoint folder: one thing is wrong in each, or odd but legal.
+"""Mutations of a valid checkpoint folder, each with one fault or one unusual but legal feature.
 
-`MUTATIONS` are refused, each with the file, the tensor and what was found; `LEGAL` load as the original. The folder is
-`build`'s: three shards or more, an index, a configuration and a tokenizer.
+`MUTATIONS` must be refused with an error that names the file, the tensor and what was found; `LEGAL` must load as the
+original. `build` writes the folder: at least three shards, an index, a configuration and a tokenizer.
 """
 
 import json
@@ -44,7 +44,7 @@ def weight_map(folder: Path) -> dict[str, str]:
 
 
 def shard(folder: Path, tensor: str = EXPERT) -> Path:
-    """The file that holds `tensor`."""
+    """Return the file that holds `tensor`."""
     return folder / weight_map(folder)[tensor]
 
 
@@ -63,7 +63,7 @@ Change = Callable[[Path], Any]
 
 
 def entry(tensor: str = EXPERT, **values: Any) -> Change:
-    """The header entry of `tensor` with other values; they are functions of the old ones."""
+    """Change values in the header entry of `tensor` by functions of the old ones."""
 
     def change(folder: Path) -> None:
         file = shard(folder, tensor)
@@ -75,7 +75,7 @@ def entry(tensor: str = EXPERT, **values: Any) -> Change:
 
 
 def rewritten(change: Callable[[dict[str, Any]], Any], tensor: str = EXPERT) -> Change:
-    """What `change` makes of the header in the place of it."""
+    """Replace the header by `change(header)`."""
 
     def apply(folder: Path) -> None:
         file = shard(folder, tensor)
@@ -127,7 +127,7 @@ def config(**values: Any) -> Change:
 
 
 def again(old: str, new: str) -> Change:
-    """config.json in which `new` stands after the member `old`."""
+    """Insert `new` after the member `old` in config.json."""
 
     def apply(folder: Path) -> None:
         path = folder / "config.json"
@@ -143,7 +143,7 @@ def written(name: str, data: bytes) -> Change:
 
 
 def instead(make: Callable[[Path], Any]) -> Change:
-    """Something else at the place of a shard."""
+    """Replace a shard by what `make` creates."""
 
     def apply(folder: Path) -> None:
         file = shard(folder)
@@ -169,7 +169,7 @@ def moved_and_linked(place: Callable[[Path], Path]) -> Change:
 
 
 def only(name: str, data: bytes = b"\x80\x02}q\0.") -> Change:
-    """Nothing but one file, and its folder."""
+    """Remove all files but one."""
 
     def apply(folder: Path) -> None:
         for path in folder.iterdir():
@@ -181,7 +181,7 @@ def only(name: str, data: bytes = b"\x80\x02}q\0.") -> Change:
 
 
 def bind(file: Path) -> None:
-    """A socket; its path may be longer than a socket's address can be."""
+    """Create a socket, whose path may be longer than an address allows."""
     place = os.open(file.parent, os.O_RDONLY)
     try:
         with socket.socket(socket.AF_UNIX) as bound:
@@ -203,7 +203,7 @@ def twice(name: str) -> Change:
 
 
 def spelled(old: bytes, new: bytes) -> Change:
-    """The text of EXPERT's entry changed, where it first has `old`."""
+    """Replace the first `old` in the text of EXPERT's entry."""
 
     def change(data: bytes) -> bytes:
         start = data.index(b'"%b":{' % EXPERT.encode())
@@ -214,7 +214,7 @@ def spelled(old: bytes, new: bytes) -> Change:
 
 
 def as_bytes(tensor: str, dtype: str) -> Change:
-    """`tensor` as one byte for each value: of `dtype`, and all 2."""
+    """Convert `tensor` to one byte per value, of `dtype`, all 2."""
 
     def change(folder: Path) -> None:
         file = shard(folder, tensor)
@@ -232,7 +232,7 @@ def as_bytes(tensor: str, dtype: str) -> Change:
 
 
 def both(old: str, new: str) -> Change:
-    """A tensor renamed, in its file and in the index."""
+    """Rename a tensor in its file and in the index."""
 
     def change(folder: Path) -> None:
         renamed(new)(folder)
@@ -267,7 +267,7 @@ def dropped(name: str) -> Change:
 
 
 def duplicated(folder: Path) -> None:
-    """EXPERT in the last shard too."""
+    """Copy EXPERT to the last shard."""
     values, data = split(shard(folder))
     begin, end = values[EXPERT]["data_offsets"]
     file = sorted(folder.glob("model-*.safetensors"))[-1]
@@ -278,7 +278,7 @@ def duplicated(folder: Path) -> None:
 
 
 def twice_in_index(file: str | None) -> Change:
-    """EXPERT first with `file`, or with its own, and then with its own."""
+    """List EXPERT twice: with `file`, or its own file, and with its own file."""
 
     def apply(folder: Path) -> None:
         path = folder / INDEX
@@ -310,7 +310,7 @@ def nested(depth: int) -> Any:
 
 @dataclass(frozen=True)
 class Mutation:
-    """What is wrong, and what the error must say of it: `found` and `expected` are parts of these attributes.
+    """A change, and parts of the attributes of the error that it must cause.
 
     `file` "shard" is the one that holds EXPERT, "" the folder.
     """
@@ -358,16 +358,18 @@ MUTATIONS: dict[str, Mutation] = {
     # The header's JSON
     "name twice": at_expert(twice(EXPERT), "two", "one"),
     "name twice, escaped": at_expert(twice(EXPERT.replace("e", "\\u0065")), "two", "one"),
-    "key twice in an entry": at_expert(spelled(b'"shape":', b'"dtype":"F32","shape":'), problem="'dtype' twice"),
+    "key twice in an entry": at_expert(
+        spelled(b'"shape":', b'"dtype":"F32","shape":'), problem="duplicate key 'dtype'"
+    ),
     "metadata twice": whole(text(lambda t: t[:-1] + b',"__metadata__":{}}'), "two", "__metadata__ twice"),
     "metadata of a number": whole(header(lambda h: h.update(__metadata__={"format": 1})), "'format': 1"),
     "metadata a list": whole(header(lambda h: h.update(__metadata__=["pt"])), '["pt"]', "__metadata__"),
     "lone surrogate in metadata": whole(text(lambda t: t.replace(b'"pt"', b'"\\ud800"')), "ud800"),
     "not UTF-8": whole(text(lambda t: t.replace(b'"pt"', b'"\xff"')), "0xff", expected="UTF-8"),
     "NaN": at_expert(spelled(b"[20,42]", b"[20,NaN]"), problem="literal NaN"),
-    "minus zero": at_expert(spelled(b"[20,42]", b"[-0,42]"), "-0.0", problem="shape"),
+    "minus zero": at_expert(spelled(b"[20,42]", b"[-0,42]"), "-0.0", problem="invalid shape"),
     "number of 5000 digits": at_expert(spelled(b"[20,42]", b"[20,%b]" % (b"9" * 5000)), problem="digits"),
-    "entry nested deeply": at_expert(spelled(b"[20,42]", b"[" * 5000), problem="in each other"),
+    "entry nested deeply": at_expert(spelled(b"[20,42]", b"[" * 5000), problem="nested"),
     "entry of 16 MiB of lists": at_expert(
         spelled(b"[20,42]", b"[" + b"[]," * ((_BIG - 80_000) // 3) + b"1]"), problem="65536"
     ),
@@ -387,9 +389,9 @@ MUTATIONS: dict[str, Mutation] = {
     "unknown dtype": at_expert(entry(dtype=lambda d: "F33"), "F33", "BF16"),
     "dtype a list": at_expert(entry(dtype=lambda d: ["F32"]), "['F32']"),
     "dtype too wide": at_expert(entry(dtype=lambda d: "F64"), "3360", "6720 bytes for F64"),
-    "negative size": at_expert(entry(shape=lambda s: [-20, -42]), "[-20, -42]", problem="shape"),
-    "fractional size": at_expert(entry(shape=lambda s: [20.0, 42]), "[20.0, 42]", problem="shape"),
-    "true for a size": at_expert(entry(shape=lambda s: [True, 840]), "[True, 840]", problem="shape"),
+    "negative size": at_expert(entry(shape=lambda s: [-20, -42]), "[-20, -42]", problem="invalid shape"),
+    "fractional size": at_expert(entry(shape=lambda s: [20.0, 42]), "[20.0, 42]", problem="invalid shape"),
+    "true for a size": at_expert(entry(shape=lambda s: [True, 840]), "[True, 840]", problem="invalid shape"),
     "shape of 2^64 and nothing": at_expert(entry(shape=lambda s: [2**32, 2**32, 0]), "4294967296", "2^63"),
     "nine dimensions": at_expert(entry(shape=lambda s: [*s, *[1] * 7]), "1, 1, 1", "at most 8"),
     "a hundred thousand dimensions": at_expert(entry(shape=lambda s: [*s, *[1] * 100_000]), problem="entry"),
@@ -400,11 +402,11 @@ MUTATIONS: dict[str, Mutation] = {
     "offsets beyond the file": at_expert(entry(data_offsets=shift(2**40)), "10995", problem="beyond"),
     "overlap": at_expert(entry(data_offsets=shift(-4)), problem="overlaps", expected="offset"),
     "hole": at_expert(entry(data_offsets=shift(4)), problem="unused bytes", expected="offset"),
-    # Dtypes and shapes that are no weights
+    # Dtypes and shapes that weights cannot have
     "int8 router": Mutation(as_bytes(GATE, "I8"), "router", GATE, "I8", "F32"),
     "fp8 router": Mutation(as_bytes(GATE, "F8_E4M3"), "router", GATE, "F8_E4M3", "F32"),
     "bool router": Mutation(as_bytes(GATE, "BOOL"), "router", GATE, "BOOL", "F32"),
-    "transposed": at_expert(entry(shape=lambda s: s[::-1]), "[42, 20]", "[20, 42]", "shape"),
+    "transposed": at_expert(entry(shape=lambda s: s[::-1]), "[42, 20]", "[20, 42]", "wrong shape"),
     "integers": at_expert(entry(dtype=lambda d: "I32"), "I32", "BF16", "dtype"),
     # Experts
     "expert beyond the count": Mutation(
@@ -414,7 +416,7 @@ MUTATIONS: dict[str, Mutation] = {
     "expert too many": Mutation(
         added(EXPERT.replace(".7.", ".12.")), "shard", EXPERT.replace(".7.", ".12."), "[1]", "no such", "unexpected"
     ),
-    # What is no safetensors file
+    # Other kinds of files
     "Git LFS pointer": whole(
         content(lambda c: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n"), "Git LFS pointer"
     ),
@@ -488,7 +490,7 @@ MUTATIONS: dict[str, Mutation] = {
     "config a pickle": in_config(written("config.json", b"\x80\x04\x95"), "a pickle"),
     "config of more than 16 MiB": in_config(config(a="x" * 2**24), "1677", "too large"),
     "config of a million values": in_config(config(a=[0] * 2**20), "1048", "too many values"),
-    "config nested deeply": in_config(config(hidden_act=nested(900)), "in each other"),
+    "config nested deeply": in_config(config(hidden_act=nested(900)), "nested"),
     "config key with two values": in_config(
         again('"vocab_size": 61', '"vocab_size": 62'), "61 and later 62", "vocab_size"
     ),
@@ -511,7 +513,7 @@ MUTATIONS: dict[str, Mutation] = {
     "experts without end": in_config(config(n_routed_experts=2**25), problem="n_routed_experts"),
     "layers without end": in_config(config(num_hidden_layers=10**6), problem="num_hidden_layers"),
     "true for a number": in_config(config(moe_layer_freq=True), "True", "moe_layer_freq"),
-    # What travels with the model
+    # Auxiliary files
     "tokenizer a pipe": Mutation(piped("tokenizer.json"), "tokenizer.json", None, "a pipe"),
     "tokenizer a link outside": Mutation(
         lambda f: [(f / "tokenizer.json").unlink(), (f / "tokenizer.json").symlink_to("/etc/passwd")],
@@ -520,7 +522,7 @@ MUTATIONS: dict[str, Mutation] = {
         "/etc/passwd",
         problem="leads out",
     ),
-    # No tensors that are read
+    # No tensors
     "only an adapter's pickle": in_config(only("adapter_model.bin"), "adapter_model.bin, a pickle"),
     "only a consolidated pickle": in_config(only("consolidated.00.pth"), "consolidated.00.pth, a pickle"),
     "only a pickle below": in_config(only("original/consolidated.00.pth"), "consolidated.00.pth, a pickle"),
@@ -530,7 +532,7 @@ MUTATIONS: dict[str, Mutation] = {
 }
 
 
-# What is odd and legal
+# Unusual but legal
 
 
 def resorted(values: dict[str, Any]) -> dict[str, Any]:
@@ -553,7 +555,7 @@ def in_one_file(folder: Path) -> None:
 
 
 def in_hundreds(folder: Path) -> None:
-    """One tensor in each file, named as everybody names them."""
+    """Divide into one tensor per file, with the usual names."""
     parts = []
     for file in sorted(folder.glob("model-*.safetensors")):
         values, data = split(file)
@@ -570,7 +572,7 @@ def in_hundreds(folder: Path) -> None:
 
 
 def other_order(folder: Path) -> None:
-    """The data of a shard from the last tensor to the first."""
+    """Reverse the order of the data in a shard."""
     file = shard(folder)
     values, data = split(file)
     values.pop("__metadata__", None)
@@ -593,7 +595,7 @@ def empty_in_index(folder: Path) -> None:
 
 
 def numbered(first: int, width: int, count: int = 4) -> Change:
-    """The four shards numbered from `first` in at least `width` digits, of `count`, and no index."""
+    """Number the four shards from `first`, of `count`, in at least `width` digits, and remove the index."""
 
     def apply(folder: Path) -> None:
         for i, file in enumerate(sorted(folder.glob("model-*.safetensors")), first):

@@ -435,7 +435,7 @@ WRONG_LINES = {
     "null": ('{"text": null}', 'a string in "text"; found null'),
     "a list": ('{"text": ["a"]}', 'a string in "text"; found an array'),
     "no object": ('["a"]', 'an object with the field "text"; found an array'),
-    "a key twice": ('{"text": "a", "text": "b"}', "expected JSON; found key 'text' twice"),
+    "a key twice": ('{"text": "a", "text": "b"}', "expected JSON; found duplicate key 'text'"),
     "NaN": ('{"text": "a", "score": NaN}', "expected JSON; found the literal NaN"),
     "half a character": (r'{"text": "\ud83d"}', 'Unicode text in "text"; found half of a surrogate pair'),
     "a chat": ('{"messages": [{"role": "user"}]}', "plain text.*, not fine-tuning data; found messages"),

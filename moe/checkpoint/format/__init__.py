@@ -1,1 +1,1 @@
-"""The files of a checkpoint folder and what they mean: headers, config.json, families, names of tensors. No torch."""
+"""Files of a checkpoint folder: headers, config.json, families and tensor names. Needs no torch."""

@@ -1,4 +1,4 @@
-"""Names of the dtypes in which weights are stored, the same on the command line and in the library. No torch here."""
+"""Names of the dtypes of weights, for the command line and the library. Needs no torch."""
 
 from typing import Any, Literal
 
@@ -6,7 +6,7 @@ from moe.errors import ConfigError, did_you_mean
 
 Dtype = Literal["bf16", "fp16", "fp32", "fp64", "fp8", "mxfp4"]
 
-# Name -> safetensors' name; of fp8 and mxfp4, the name of the quantised tensors.
+# Name -> safetensors' name; for fp8 and mxfp4, that of the quantised tensors.
 SAFETENSORS: dict[str, str] = {
     "bf16": "BF16",
     "fp16": "F16",
@@ -17,8 +17,8 @@ SAFETENSORS: dict[str, str] = {
 }
 FLOATING = ("bf16", "fp16", "fp32", "fp64")
 
-# Other spellings: torch's dtypes as text, and safetensors' names.
-OTHERS: dict[str, str] = {
+# Other accepted spellings: torch's dtypes as text, and safetensors' names.
+ALIASES: dict[str, str] = {
     "torch.bfloat16": "bf16",
     "torch.float16": "fp16",
     "torch.float32": "fp32",
@@ -29,12 +29,12 @@ OTHERS: dict[str, str] = {
 
 
 def parse_dtype(value: Any, field: str, allowed: tuple[str, ...]) -> str:
-    """The one of `allowed` that `value` is: such a name, a torch dtype, or safetensors' name for it, in any case.
+    """Return the name in `allowed` for `value`: that name, a torch dtype, or safetensors' name, in any case.
 
     Raises ConfigError about `field` for anything else.
     """
     text = str(value).lower()
-    name = OTHERS.get(text, text)
+    name = ALIASES.get(text, text)
     if name not in allowed:
         hint = "" if name in SAFETENSORS else did_you_mean(text.removeprefix("torch."), allowed)
         raise ConfigError(field, value, f"one of {', '.join(allowed)}{hint}")

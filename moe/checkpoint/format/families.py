@@ -1,22 +1,11 @@
-"""The families of checkpoints, as data; `family.py` says what a description means."""
+"""Definitions of the checkpoint families, as data; `family.py` documents the fields."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moe.checkpoint.format.family import (
-    BUFFERS,
-    MXFP4,
-    Family,
-    Form,
-    Names,
-    Reordered,
-    Row,
-    Rule,
-    Table,
-    setting,
-)
+from moe.checkpoint.format.family import BUFFERS, MXFP4, Conversion, Family, Names, Reordered, Row, Rule, Table, setting
 from moe.checkpoint.format.folder import CONFIG
 from moe.config import ModelConfig
 from moe.errors import CheckpointError, ConfigError, did_you_mean
@@ -27,7 +16,7 @@ def same(*names: str) -> dict[str, str]:
 
 
 def under(prefix: str, names: Names) -> dict[str, Any]:
-    """The same names in the model, others in the files: `prefix` replaces "mlp."."""
+    """Return `names` with "mlp." replaced by `prefix` in the files' names."""
 
     def moved(name: str) -> str:
         return prefix + name.removeprefix("mlp.") if name.startswith("mlp.") else name
@@ -61,7 +50,7 @@ _DENSE = same(*(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")))
 _ROUTER = same("mlp.gate.weight", "mlp.gate.e_score_correction_bias")
 _SHARED = same(*(f"mlp.shared_experts.{name}_proj.weight" for name in ("gate", "up", "down")))
 
-# Experts one by one, as most files have them, and stacked, as transformers has them in memory.
+# A tensor per expert, as in most files, and all experts stacked, as transformers has them in memory.
 _EACH: dict[str, Any] = {
     "mlp.experts.gate_up_proj": ("mlp.experts.{expert}.gate_proj.weight", "mlp.experts.{expert}.up_proj.weight"),
     "mlp.experts.down_proj": "mlp.experts.{expert}.down_proj.weight",
@@ -70,7 +59,7 @@ _STACKED = same("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 
 def _tables(block: Names, each: Names = _EACH, **rest: Any) -> dict[str, Table]:
-    """A layout with each expert alone, and one with all of them stacked."""
+    """Return a layout with a tensor per expert, and one with stacked experts."""
     rest = {"top": _TOP, "layer_prefix": "model.layers.{layer}.", **rest}
     return {"experts": Table(block={**block, **each}, **rest), "stacked": Table(block={**block, **_STACKED}, **rest)}
 
@@ -82,7 +71,7 @@ _MTP: dict[str, Any] = {
 
 _DEEPSEEK_BLOCK = _NORMS | _MLA | _DENSE | _ROUTER | _SHARED
 
-# The names of DeepSeek's own inference code.
+# Names in DeepSeek's inference code.
 _OFFICIAL_BLOCK: dict[str, Any] = {
     "input_layernorm.weight": "attn_norm.weight",
     "post_attention_layernorm.weight": "ffn_norm.weight",
@@ -126,7 +115,7 @@ def _mixtral_tables(router: dict[str, str]) -> dict[str, Table]:
     }
 
 
-# gpt-oss has its experts' inputs first, and gate and up rows in turn.
+# gpt-oss has its experts' input axis first, and alternating gate and up rows.
 _GPT_OSS_BLOCK: dict[str, Any] = {
     **_NORMS,
     **_GQA,
@@ -146,7 +135,7 @@ _GPT_OSS_MXFP4: dict[str, Any] = {
 
 
 def _only(field: str, value: Any, reason: str) -> Rule:
-    """The rule that `field` has this value."""
+    """Return the rule that `field` has this value."""
 
     def holds(config: ModelConfig) -> bool:
         return setting(config, field) == value
@@ -154,22 +143,22 @@ def _only(field: str, value: Any, reason: str) -> Rule:
     return Rule(field, holds, str(value).lower() if value is None or isinstance(value, bool) else str(value), reason)
 
 
-# What engines do with a key of config.json was read in vLLM 0.33.0 (model_executor/models, layers/rotary_embedding),
-# SGLang 0.5.23 (srt/models, srt/layers/rotary_embedding) and llama.cpp as of llama-cpp-python 0.3.36 (conversion,
-# src/models, llama-graph.cpp, llama-context.cpp). A setting that makes one of them fail with an error needs no rule.
-# Released models are never refused, although llama.cpp computes three of them otherwise: it scores groups of
-# DeepSeek-V2 by the sum of two experts instead of the best one, truncates gpt-oss's YaRN range, and has 32 for
-# Kimi-K2's beta_fast of 1. `python -m tests.engines` runs llama.cpp.
-_BETA_SLOW = _only("rope_parameters.beta_slow", 1.0, "llama.cpp has this constant")
+# The rules are from the code of vLLM 0.33.0 (model_executor/models, layers/rotary_embedding), SGLang 0.5.23
+# (srt/models, srt/layers/rotary_embedding) and llama.cpp as of llama-cpp-python 0.3.36 (conversion, src/models,
+# llama-graph.cpp, llama-context.cpp). A setting with which an engine fails needs no rule. Released models are never
+# refused, although llama.cpp differs for three of them: it scores groups of DeepSeek-V2 by the sum of two experts
+# instead of the best one, truncates gpt-oss's YaRN range, and uses 32 instead of Kimi-K2's beta_fast of 1.
+# `python -m tests.engines` runs llama.cpp.
+_BETA_SLOW = _only("rope_parameters.beta_slow", 1.0, "llama.cpp always uses 1")
 _PLAIN_YARN = (
-    _only("rope_parameters.beta_fast", 32.0, "llama.cpp has this constant"),
+    _only("rope_parameters.beta_fast", 32.0, "llama.cpp always uses 32"),
     _BETA_SLOW,
     _only("rope_parameters.attention_factor", None, "SGLang and llama.cpp compute it from the factor instead"),
     _only("rope_parameters.mscale", None, "llama.cpp ignores it"),
     _only("rope_parameters.mscale_all_dim", None, "llama.cpp ignores it"),
 )
 _TRUNCATED_YARN = _only("rope_parameters.truncate", True, "llama.cpp always truncates YaRN's range")
-_UNTIED = _only("tie_word_embeddings", False, "SGLang does not tie and leaves the missing head uninitialised")
+_UNTIED = _only("tie_word_embeddings", False, "SGLang does not tie weights and leaves the head uninitialised")
 _NO_WINDOW = _only("sliding_window", None, "SGLang and llama.cpp attend to all tokens")
 _ALL_SPARSE = (
     _only("decoder_sparse_step", 1, "SGLang builds experts in every layer"),
@@ -190,7 +179,7 @@ _MLA_RULES = (
         "vLLM and llama.cpp always rotate interleaved pairs; moe.checkpoint.interleave(model) reorders the weights",
     ),
     _only("attention_bias", False, "vLLM leaves out biases of MLA's projections"),
-    # The latents' norms have 1e-6 in transformers and DeepSeek's code, rms_norm_eps in the engines. Kimi-K2.5 and
+    # The latents' norms use 1e-6 in transformers and DeepSeek's code, but rms_norm_eps in the engines. Kimi-K2.5 and
     # Moonlight have 1e-5.
     Rule(
         "rms_norm_eps",
@@ -201,39 +190,41 @@ _MLA_RULES = (
     Rule(
         "rope_parameters.mscale",
         _yarn_agrees,
-        "mscale_all_dim's value, above 0",
-        "llama.cpp reads mscale_all_dim for both",
+        "a value above 0, equal to mscale_all_dim",
+        "llama.cpp uses mscale_all_dim for both",
     ),
     _BETA_SLOW,
     Rule(
         "rope_parameters.beta_fast",
         lambda config: config.rope_parameters.beta_fast in (32.0, 1.0),
         "32.0, or Kimi-K2's 1.0",
-        "llama.cpp has the constant 32",
+        "llama.cpp always uses 32",
     ),
     _only("rope_parameters.attention_factor", None, "vLLM and SGLang compute it from mscale and mscale_all_dim"),
     _only("rope_parameters.truncate", True, "the engines always truncate YaRN's range"),
 )
 
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_experts_per_tok")
+_MOE_SIZES = (*_SIZES, "moe_intermediate_size", "n_routed_experts")
+_DENSE_AND_MOE_SIZES = (*_MOE_SIZES, "intermediate_size")
 _COMMON_KEYS = same(
     *_SIZES,
     *("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "initializer_range", "tie_word_embeddings"),
-    # Training's, under names that no other reader has for something else. Not router_aux_loss_coef: transformers' loss
-    # pools all layers, does not divide by K, and is off unless asked for.
+    # For training. Not router_aux_loss_coef, which has another meaning: transformers' loss pools all layers, does not
+    # divide by K, and is off by default.
     *("aux_loss_alpha", "seq_aux", "router_z_loss_coef", "mtp_loss_weight"),
 )
 _GQA_KEYS = {**_COMMON_KEYS, "head_dim": "head_dim"}
 _EXPERT_COUNT = ("num_experts", "num_local_experts")
 _ONE_WIDTH = {"intermediate_size": "intermediate_size", "moe_intermediate_size": "intermediate_size"}
 _SILU = {"hidden_act": ("silu",), "attention_dropout": (0.0, None)}
-# transformers rotates whole heads, whatever this key says, and vLLM reads it.
+# transformers ignores this key and rotates whole heads; vLLM reads it.
 _WHOLE_HEADS = _SILU | {"partial_rotary_factor": (None, 1.0)}
 _SOFTMAX = {"scoring_func": "softmax", "topk_method": "greedy"}
 
 
 def _window_read(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Qwen's way: a window only where use_sliding_window says so; transformers writes 0 or null without."""
+    """Read a window, which Qwen has only with use_sliding_window."""
     if not values.get("use_sliding_window"):
         return {}
     return {"sliding_window": values.get("sliding_window", 4096)}
@@ -244,7 +235,7 @@ def _window_write(config: ModelConfig) -> dict[str, Any]:
 
 
 def _alternating_read(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Qwen2's: of the first max_window_layers every other one slides, unless layer_types says which."""
+    """Read Qwen2's windows: every other layer of the first max_window_layers, if there are no layer_types."""
     if not values.get("use_sliding_window"):
         return {}
     types = values.get("layer_types")
@@ -263,10 +254,7 @@ def _alternating_write(config: ModelConfig) -> dict[str, Any]:
     return {**_window_write(config), "layer_types": _layer_types(config)}
 
 
-_DEEPSEEK_SIZES = (
-    *(*_SIZES, "intermediate_size", "moe_intermediate_size", "n_routed_experts", "kv_lora_rank", "qk_nope_head_dim"),
-    *("qk_rope_head_dim", "v_head_dim"),
-)
+_DEEPSEEK_SIZES = (*_DENSE_AND_MOE_SIZES, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _DEEPSEEK_KEYS = _COMMON_KEYS | same(
     *_DEEPSEEK_SIZES,
     *("q_lora_rank", "n_shared_experts", "first_k_dense_replace"),
@@ -275,7 +263,7 @@ _DEEPSEEK_KEYS = _COMMON_KEYS | same(
 )
 _GLM_LITE_OTHERS = ("scoring_func", "topk_method", "first_k_dense_replace")
 _DEEPSEEK_FIXED = _WHOLE_HEADS | {"mlp_bias": (False, None), "moe_layer_freq": (1, None)}
-# For a topk_method of null, vLLM leaves out the correction bias.
+# vLLM leaves out the correction bias if topk_method is null.
 _DEEPSEEK_OWN = ("n_group", "topk_group", "scoring_func", "topk_method")
 _DEEPSEEK_DERIVED: dict[str, Callable[[ModelConfig], Any]] = {
     "head_dim": lambda config: config.qk_rope_head_dim,
@@ -288,7 +276,7 @@ DEEPSEEK_V3 = Family(
     tables=_tables(_DEEPSEEK_BLOCK, **_MTP) | {"deepseek": _OFFICIAL},
     keys=_DEEPSEEK_KEYS,
     required=_DEEPSEEK_SIZES,
-    absent={
+    defaults={
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
         "n_group": 8,
@@ -308,19 +296,19 @@ DEEPSEEK_V3 = Family(
     yarn_from_length=False,
 )
 
-# Kimi-K2: DeepSeek-V3's code and names, other sizes.
+# Kimi-K2: DeepSeek-V3's code and names with other sizes.
 KIMI_K2 = replace(DEEPSEEK_V3, model_type="kimi_k2", without_code="deepseek_v3")
 
 
 def _within(prefix: str, table: Table, layers: str = "layers") -> Table:
-    """The same names in the model, in the files behind a prefix."""
+    """Return `table` with `prefix` before all names in the files."""
     top = {name: f"{prefix}{file}" for name, file in table.top.items()}
     return replace(table, top=top, layer_prefix=prefix + table.layer_prefix.replace("layers", layers))
 
 
-# Kimi-K2.5 and K2.6: a DeepSeek-V3 with a vision tower. What is left without the tower is a DeepSeek-V3, which every
-# engine loads; as kimi_k25 transformers and vLLM would give it a tower of random weights. transformers 5.24 writes
-# "blocks" for "layers", which it reads as well.
+# Kimi-K2.5 and K2.6: DeepSeek-V3 with a vision tower. A save writes a deepseek_v3, which every engine loads; for
+# kimi_k25, transformers and vLLM would add a tower of random weights. transformers 5.24 writes "blocks" instead of
+# "layers", and reads both.
 KIMI_K25 = replace(
     DEEPSEEK_V3,
     model_type="kimi_k25",
@@ -341,7 +329,7 @@ DEEPSEEK_V2 = Family(
     tables=_tables(_DEEPSEEK_BLOCK) | {"deepseek": _OFFICIAL},
     keys=_DEEPSEEK_KEYS,
     required=_DEEPSEEK_SIZES,
-    absent={
+    defaults={
         "scoring_func": "softmax",
         "topk_method": "greedy",
         "norm_topk_prob": False,
@@ -352,7 +340,7 @@ DEEPSEEK_V2 = Family(
     allowed={
         "scoring_func": ("softmax",),
         "topk_method": ("greedy", "group_limited_greedy"),
-        # DeepSeek's own code normalises, transformers ignores the key: one file, two functions.
+        # DeepSeek's code normalises, transformers ignores the key.
         "norm_topk_prob": (False,),
         "rope_interleave": (True,),
         "num_nextn_predict_layers": (0,),
@@ -369,17 +357,17 @@ MIXTRAL = Family(
     architecture="MixtralForCausalLM",
     tables=_mixtral_tables(same("mlp.gate.weight")),
     keys=_GQA_KEYS | _ONE_WIDTH | {"n_routed_experts": _EXPERT_COUNT[::-1], "sliding_window": "sliding_window"},
-    required=(*_SIZES, "moe_intermediate_size", "n_routed_experts"),
-    absent={"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "seq_aux": False},
+    required=_MOE_SIZES,
+    defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "seq_aux": False},
     implied=_SOFTMAX,
     rules=(
         _UNTIED,
         _NO_WINDOW,
-        _only("rope_parameters.rope_type", "default", "SGLang reads no more than rope_theta"),
+        _only("rope_parameters.rope_type", "default", "SGLang reads only rope_theta"),
         Rule(
             "rope_parameters.rope_theta",
             lambda config: float(config.rope_parameters.rope_theta).is_integer(),
-            "a whole number",
+            "an integer",
             "SGLang rounds it down",
         ),
     ),
@@ -401,22 +389,16 @@ QWEN2_MOE = Family(
     | same("intermediate_size", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers")
     | same("shared_expert_intermediate_size")
     | {"n_routed_experts": _EXPERT_COUNT, "attention_bias": "qkv_bias"},
-    required=(
-        *_SIZES,
-        "intermediate_size",
-        "moe_intermediate_size",
-        "n_routed_experts",
-        "shared_expert_intermediate_size",
-    ),
-    absent={"norm_topk_prob": False, "attention_bias": True, "max_position_embeddings": 32768, "seq_aux": False},
+    required=(*_DENSE_AND_MOE_SIZES, "shared_expert_intermediate_size"),
+    defaults={"norm_topk_prob": False, "attention_bias": True, "max_position_embeddings": 32768, "seq_aux": False},
     implied=_SOFTMAX | {"n_shared_experts": 1, "shared_expert_gate": True, "attention_output_bias": False},
     rules=(
-        _only("norm_topk_prob", False, "llama.cpp does not normalise, whatever the key says"),
+        _only("norm_topk_prob", False, "llama.cpp ignores it and does not normalise"),
         *(*_ALL_SPARSE, _UNTIED, _NO_WINDOW, *_PLAIN_YARN, _TRUNCATED_YARN),
     ),
     fixed=_WHOLE_HEADS,
-    forms=(
-        Form(
+    conversions=(
+        Conversion(
             ("use_sliding_window", "sliding_window", "layer_types", "max_window_layers"),
             _alternating_read,
             _alternating_write,
@@ -431,16 +413,16 @@ QWEN3_MOE = Family(
     keys=_GQA_KEYS
     | same("intermediate_size", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers")
     | {"n_routed_experts": _EXPERT_COUNT, "attention_bias": "attention_bias"},
-    required=(*_SIZES, "intermediate_size", "moe_intermediate_size", "n_routed_experts"),
-    absent={"norm_topk_prob": False, "num_key_value_heads": 4, "max_position_embeddings": 32768, "seq_aux": False},
+    required=_DENSE_AND_MOE_SIZES,
+    defaults={"norm_topk_prob": False, "num_key_value_heads": 4, "max_position_embeddings": 32768, "seq_aux": False},
     implied=_SOFTMAX | {"qk_norm": "head"},
     rules=(
-        _only("norm_topk_prob", True, "llama.cpp normalises, whatever the key says"),
+        _only("norm_topk_prob", True, "llama.cpp ignores it and normalises"),
         _only("attention_bias", False, "vLLM leaves out the output projection's bias"),
         *(*_ALL_SPARSE, _UNTIED, _NO_WINDOW, *_PLAIN_YARN, _TRUNCATED_YARN),
     ),
     fixed=_WHOLE_HEADS,
-    forms=(Form(("use_sliding_window", "sliding_window"), _window_read, _window_write),),
+    conversions=(Conversion(("use_sliding_window", "sliding_window"), _window_read, _window_write),),
 )
 
 GLM4_MOE = Family(
@@ -451,8 +433,8 @@ GLM4_MOE = Family(
     | same("intermediate_size", "moe_intermediate_size", "n_routed_experts", "n_shared_experts", "head_dim")
     | same("first_k_dense_replace", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
     | same("attention_bias", "num_nextn_predict_layers"),
-    required=(*_SIZES, "intermediate_size", "moe_intermediate_size", "n_routed_experts"),
-    absent={
+    required=_DENSE_AND_MOE_SIZES,
+    defaults={
         "num_key_value_heads": 8,
         "max_position_embeddings": 131072,
         "rms_norm_eps": 1e-5,
@@ -466,13 +448,13 @@ GLM4_MOE = Family(
             "n_shared_experts",
             lambda config: config.shared_width > 0 or config.num_moe_layers + config.num_nextn_predict_layers == 0,
             "at least 1",
-            "llama.cpp adds silu of the experts' input where there is no shared expert",
+            "llama.cpp adds the silu of the experts' input if there is no shared expert",
         ),
         *(_UNTIED, *_PLAIN_YARN, _TRUNCATED_YARN),
     ),
     fixed=_SILU,
-    forms=(
-        Form(
+    conversions=(
+        Conversion(
             ("use_qk_norm",),
             lambda values: {"qk_norm": "head" if values.get("use_qk_norm") else "none"},
             lambda config: {"use_qk_norm": config.qk_norm == "head"},
@@ -492,25 +474,25 @@ GPT_OSS = Family(
     | _ONE_WIDTH
     | same("attention_bias", "sliding_window", "swiglu_limit", "swiglu_alpha")
     | {"n_routed_experts": _EXPERT_COUNT[::-1]},
-    required=(*_SIZES, "moe_intermediate_size", "n_routed_experts"),
-    absent={"attention_bias": True, "sliding_window": 128, "swiglu_limit": 7.0, "swiglu_alpha": 1.702, "head_dim": 64}
+    required=_MOE_SIZES,
+    defaults={"attention_bias": True, "sliding_window": 128, "swiglu_limit": 7.0, "swiglu_alpha": 1.702, "head_dim": 64}
     | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "seq_aux": False},
     implied=_SOFTMAX | {"attention_sinks": True, "router_bias": True, "expert_bias": True, "swiglu_beta": 1.0},
     rules=(
-        _only("swiglu_limit", 7.0, "llama.cpp has this constant"),
-        _only("swiglu_alpha", 1.702, "SGLang and llama.cpp have this constant"),
+        _only("swiglu_limit", 7.0, "llama.cpp always uses 7"),
+        _only("swiglu_alpha", 1.702, "SGLang and llama.cpp always use 1.702"),
         Rule(
             "layer_types",
             lambda config: all(config.is_sliding_layer(i) == (i % 2 == 0) for i in range(config.num_hidden_layers)),
-            "sliding_attention and full_attention in turn",
-            "vLLM and llama.cpp slide in every other layer",
+            "alternating sliding_attention and full_attention",
+            "vLLM and llama.cpp use a window in every other layer",
         ),
         *(_UNTIED, *_PLAIN_YARN),
     ),
-    derived={"experts_per_token": lambda config: config.num_experts_per_tok},  # which vLLM reads
+    derived={"experts_per_token": lambda config: config.num_experts_per_tok},  # read by vLLM
     fixed=_WHOLE_HEADS,
-    forms=(
-        Form(
+    conversions=(
+        Conversion(
             ("layer_types",),
             lambda values: {"layer_types": values.get("layer_types") or _every_other(values.get("num_hidden_layers"))},
             lambda config: {"layer_types": _layer_types(config)},
@@ -539,12 +521,12 @@ OLMOE = Family(
     architecture="OlmoeForCausalLM",
     tables=_tables(_NORMS | _GQA | same("mlp.gate.weight")),
     keys=_GQA_KEYS | _ONE_WIDTH | same("norm_topk_prob", "attention_bias") | {"n_routed_experts": _EXPERT_COUNT},
-    required=(*_SIZES, "moe_intermediate_size", "n_routed_experts"),
-    absent={"norm_topk_prob": False, "rms_norm_eps": 1e-5, "seq_aux": False},
+    required=_MOE_SIZES,
+    defaults={"norm_topk_prob": False, "rms_norm_eps": 1e-5, "seq_aux": False},
     implied=_SOFTMAX | {"qk_norm": "whole"},
     rules=(
-        _only("norm_topk_prob", False, "vLLM, SGLang and llama.cpp do not normalise, whatever the key says"),
-        _only("rms_norm_eps", 1e-5, "vLLM, SGLang and llama.cpp have this constant"),
+        _only("norm_topk_prob", False, "vLLM, SGLang and llama.cpp ignore it and do not normalise"),
+        _only("rms_norm_eps", 1e-5, "vLLM, SGLang and llama.cpp always use 1e-5"),
         _only("attention_bias", False, "vLLM and SGLang leave out biases"),
         *(_UNTIED, *_PLAIN_YARN, _TRUNCATED_YARN),
     ),
@@ -558,24 +540,24 @@ MINIMAX_M2 = Family(
         {"mlp.gate.weight": "mlp.gate.weight", "mlp.gate.e_score_correction_bias": "mlp.e_score_correction_bias"}
     ),
     keys=_GQA_KEYS | _ONE_WIDTH | {"n_routed_experts": _EXPERT_COUNT[::-1]},
-    required=(*_SIZES, "moe_intermediate_size", "n_routed_experts"),
-    absent={"num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 196608, "seq_aux": False},
+    required=_MOE_SIZES,
+    defaults={"num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 196608, "seq_aux": False},
     implied={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "qk_norm": "whole"},
     rules=(_UNTIED, *_PLAIN_YARN, _TRUNCATED_YARN),
-    # transformers knows none of these keys. Without them vLLM and SGLang leave out the correction bias, SGLang the
+    # transformers ignores these keys. Without them vLLM and SGLang leave out the correction bias, SGLang leaves out the
     # norms, and llama.cpp has no scoring function.
     fixed=_SILU
     | {"use_qk_norm": (True, None), "qk_norm_type": ("per_layer", None), "scoring_func": ("sigmoid", None)}
     | {"use_routing_bias": (True, None), "shared_intermediate_size": (None, 0)},
-    # Other readers have the rotating dimensions from this key; it is read with the rest of RoPE.
+    # Other readers take the number of rotary dimensions from this key; it is read with the rest of RoPE.
     own=("n_group", "topk_group", "rotary_dim"),
-    forms=(Form(("rotary_dim",), lambda values: {}, lambda config: {"rotary_dim": config.rope_dim}),),
+    conversions=(Conversion(("rotary_dim",), lambda values: {}, lambda config: {"rotary_dim": config.rope_dim}),),
     rope={"rope_theta": 5e6},
 )
 
 
 def _late_windows_read(values: Mapping[str, Any]) -> dict[str, Any]:
-    """dots1's: the layers from max_window_layers on slide, unless layer_types says which."""
+    """Read dots1's windows: the layers from max_window_layers on, if there are no layer_types."""
     window = values.get("sliding_window", 4096)
     layers, first = values.get("num_hidden_layers"), values.get("max_window_layers", 62)
     types = values.get("layer_types")
@@ -605,31 +587,27 @@ DOTS1 = Family(
     | same("intermediate_size", "moe_intermediate_size", "n_routed_experts", "n_shared_experts")
     | same("first_k_dense_replace", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
     | same("attention_bias"),
-    required=(*_SIZES, "intermediate_size", "moe_intermediate_size", "n_routed_experts"),
-    absent={"num_key_value_heads": 32, "max_position_embeddings": 2048, "norm_topk_prob": False},
+    required=_DENSE_AND_MOE_SIZES,
+    defaults={"num_key_value_heads": 32, "max_position_embeddings": 2048, "norm_topk_prob": False},
     implied={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "qk_norm": "head"},
-    # SGLang does not know the family, nor does vLLM from 0.23 on.
+    # SGLang does not support the family; vLLM does not from 0.23 on.
     rules=(
         _only("attention_bias", False, "vLLM leaves out the output projection's bias"),
         _only("sliding_window", None, "vLLM and llama.cpp attend to all tokens"),
-        _only("tie_word_embeddings", False, "vLLM does not tie and leaves the missing head uninitialised"),
+        _only("tie_word_embeddings", False, "vLLM does not tie weights and leaves the head uninitialised"),
         *(*_PLAIN_YARN, _TRUNCATED_YARN),
     ),
-    # transformers has no key for the scores; vLLM looks for all three. The first releases called them "noaux_tc".
+    # vLLM reads these keys, transformers does not. The first releases have "noaux_tc" as their scoring_func.
     fixed=_WHOLE_HEADS
     | {"scoring_func": ("sigmoid", "noaux_tc", None), "topk_method": ("noaux_tc", None), "moe_layer_freq": (1, None)},
-    forms=(
-        Form(
-            ("sliding_window", "layer_types", "max_window_layers"),
-            _late_windows_read,
-            _late_windows_write,
-        ),
+    conversions=(
+        Conversion(("sliding_window", "layer_types", "max_window_layers"), _late_windows_read, _late_windows_write),
     ),
 )
 
 
 def _mlp_types_read(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Dense layers by a list, as transformers has them, or by the number of leading ones, as the engines have them."""
+    """Read the dense layers from a list, as transformers does, or from the number of leading ones, as engines do."""
     types, leading, layers = (
         values.get(key) for key in ("mlp_layer_types", "first_k_dense_replace", "num_hidden_layers")
     )
@@ -650,7 +628,7 @@ def _mlp_types_write(config: ModelConfig) -> dict[str, Any]:
 
 
 def _leading(config: ModelConfig) -> int:
-    """The number of dense layers before the first with experts."""
+    """Return the number of dense layers before the first layer with experts."""
     layers = range(config.num_hidden_layers)
     return next((i for i in layers if config.is_moe_layer(i)), len(layers))
 
@@ -662,7 +640,7 @@ GLM4_MOE_LITE = Family(
     tables=_tables(_DEEPSEEK_BLOCK, **_MTP),
     keys={name: key for name, key in _DEEPSEEK_KEYS.items() if name not in _GLM_LITE_OTHERS},
     required=_DEEPSEEK_SIZES,
-    absent={
+    defaults={
         "max_position_embeddings": 202752,
         "rms_norm_eps": 1e-5,
         "n_shared_experts": 1,
@@ -673,23 +651,23 @@ GLM4_MOE_LITE = Family(
     implied={"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     rules=(
         *_MLA_RULES,
-        _only("tie_word_embeddings", False, "vLLM and SGLang do not tie and leave the missing head uninitialised"),
+        _only("tie_word_embeddings", False, "vLLM and SGLang do not tie weights and leave the head uninitialised"),
         Rule(
             "mlp_only_layers",
             lambda config: config.num_hidden_layers - config.num_moe_layers == _leading(config),
-            "no dense layers behind the leading ones",
-            "SGLang builds experts there",
+            "no dense layers after the leading ones",
+            "SGLang builds experts in them",
         ),
     ),
     fixed=_DEEPSEEK_FIXED | {"scoring_func": ("sigmoid", None), "topk_method": ("noaux_tc", None)},
     derived=_DEEPSEEK_DERIVED,
-    forms=(Form(("mlp_layer_types", "first_k_dense_replace"), _mlp_types_read, _mlp_types_write),),
+    conversions=(Conversion(("mlp_layer_types", "first_k_dense_replace"), _mlp_types_read, _mlp_types_write),),
     yarn_from_length=False,
 )
 
 
 def _last_layer_read(values: Mapping[str, Any]) -> dict[str, Any]:
-    """ERNIE's: layers past moe_layer_end_index are dense; -1 is the last layer, and less is none."""
+    """Read ERNIE's dense layers after moe_layer_end_index, where -1 is the last layer and -2 none."""
     end, layers = values.get("moe_layer_end_index"), values.get("num_hidden_layers")
     if end is None or end == -1 or type(layers) is not int or not 0 <= layers <= 10_000:
         return {}
@@ -724,8 +702,8 @@ ERNIE4_5_MOE = Family(
         "first_k_dense_replace": "moe_layer_start_index",
         "decoder_sparse_step": "moe_layer_interval",
     },
-    required=(*_SIZES, "intermediate_size", "moe_intermediate_size", "n_routed_experts"),
-    absent={
+    required=_DENSE_AND_MOE_SIZES,
+    defaults={
         "num_key_value_heads": 4,
         "max_position_embeddings": 131072,
         "rms_norm_eps": 1e-5,
@@ -736,17 +714,14 @@ ERNIE4_5_MOE = Family(
         "seq_aux": False,
     },
     implied=_SOFTMAX | {"topk_method": "noaux_tc", "rope_interleave": True},
-    rules=(
-        _only("moe_norm_min", 1e-12, "vLLM, SGLang and llama.cpp ignore it"),
-        *(*_PLAIN_YARN, _TRUNCATED_YARN),
-    ),
-    # With use_bias vLLM drops the biases of attention's output and of the head.
+    rules=(_only("moe_norm_min", 1e-12, "vLLM, SGLang and llama.cpp ignore it"), *(*_PLAIN_YARN, _TRUNCATED_YARN)),
+    # With use_bias, vLLM drops the biases of attention's output projection and of the head.
     fixed=_WHOLE_HEADS
     | {"use_bias": (False, None), "moe_gate_act": ("softmax", None), "moe_use_aux_free": (True, None)}
     | {"use_moe": (None, True)},
-    forms=(Form(("moe_layer_end_index",), _last_layer_read, _last_layer_write),),
+    conversions=(Conversion(("moe_layer_end_index",), _last_layer_read, _last_layer_write),),
     rope={"rope_theta": 500000.0},
-    # Its MTP module is a dense layer.
+    # The MTP module is a dense layer, which is not supported.
     left_out=tuple(f"model.mtp_{part}." for part in ("block", "emb_norm", "hidden_norm", "linear_proj")),
     left_out_keys=("num_nextn_predict_layers",),
 )
@@ -761,11 +736,11 @@ FAMILIES = {
 
 
 def family_of(model_type: Any, path: Any) -> Family:
-    """The family, or a `CheckpointError` about `path`, a folder or a JSON file, with the list of families."""
+    """Return the family of `model_type`; raises `CheckpointError` about `path`, a folder or a JSON file, if unknown."""
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         hint = did_you_mean(model_type, FAMILIES) if isinstance(model_type, str) else ""
         expected = f"one of {', '.join(FAMILIES)}{hint}"
         where = path if Path(path).suffix == ".json" else Path(path) / CONFIG
-        raise CheckpointError(where, "model_type", expected=expected, found=model_type)
+        raise CheckpointError(where, "unknown model_type", expected=expected, found=model_type)
     return family

@@ -1,4 +1,4 @@
-"""Bounded, non-blocking reads of untrusted files, which are recognised by their content."""
+"""Bounded, non-blocking reads of untrusted files, and detection of their format."""
 
 import os
 import stat
@@ -19,10 +19,10 @@ _PICKLE = "a pickle: it can run code and is never read"
 
 
 def open_regular(path: Path) -> tuple[BinaryIO, int]:
-    """A regular file, open for unbuffered reading, and its size.
+    """Open a regular file for unbuffered reading; return it with its size.
 
-    A pipe or a device would wait for its other end, or do something on being opened: it is refused before, and what
-    takes the file's place in between is opened without waiting and refused then.
+    Opening a pipe or a device may block or have effects, so the type is checked before. In case the file is replaced
+    in between, it is opened without blocking and checked again.
     """
     try:
         status = os.stat(path)
@@ -44,7 +44,7 @@ def open_regular(path: Path) -> tuple[BinaryIO, int]:
 
 
 def _unreadable(path: Path, error: OSError | ValueError) -> CheckpointError:
-    reason = error.strerror if isinstance(error, OSError) else str(error)  # the second for a NUL in the name
+    reason = error.strerror if isinstance(error, OSError) else str(error)  # ValueError: a NUL in the name
     if isinstance(error, FileNotFoundError) and os.path.islink(path):
         reason = f"{reason} (a symbolic link to nothing)"
     return CheckpointError(path, reason or "cannot be read")
@@ -59,19 +59,19 @@ def _check_regular(path: Path, status: os.stat_result) -> None:
 
 
 def read_exactly(file: BinaryIO, count: int, path: Path) -> bytes:
-    """The next `count` bytes. A file that ends before, though its size promised them, is being changed."""
+    """Read `count` bytes; raises `CheckpointError` if the file ends before."""
     parts = []
     while count:
         part = file.read(count)
         if not part:
-            raise CheckpointError(path, "the file was shortened while it was read")
+            raise CheckpointError(path, "the file was truncated while it was read")
         parts.append(part)
         count -= len(part)
     return b"".join(parts)
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
-    """The content of a regular file of at most `limit` bytes."""
+    """Read a regular file of at most `limit` bytes."""
     file, size = open_regular(path)
     with file:
         if size > limit:
@@ -80,14 +80,14 @@ def read_bounded(path: Path, limit: int) -> bytes:
 
 
 def recognise(head: bytes) -> str | None:
-    """What a file is that begins with `head` and is not what it should be, where its beginning says so."""
+    """Return a description of a file that begins with `head`, if it has a known wrong format; or None."""
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
         return "a Git LFS pointer: the file itself was not downloaded (git lfs pull)"
     if head.startswith(b"\xef\xbb\xbf{"):
         return "a byte order mark before the text"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
-        return "a web page: an error of the download, or a login"
+        return "a web page, such as a login or a download error"
     if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05" and len(head) > 1:
         return _PICKLE
     return next((kind for magic, kind in _MAGIC if head.startswith(magic)), None)

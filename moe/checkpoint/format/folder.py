@@ -1,4 +1,4 @@
-"""A checkpoint folder: which files hold its tensors, and where each tensor is."""
+"""Files of a checkpoint folder, and the location of each tensor in them."""
 
 import contextlib
 import itertools
@@ -29,19 +29,19 @@ logger = logging.getLogger("moe")
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-MANIFEST = "moesmith.manifest.json"  # of what a save wrote; loading does not read it, nor do other programs
-RECEIPT = "cut.json"  # what a cut checkpoint is a part of
-RUN, METRICS = "settings.json", "metrics.jsonl"  # a run of `moesmith train` has them, and at its end a "checkpoint"
+MANIFEST = "moesmith.manifest.json"  # digests of what a save wrote; loading does not read it
+CUT_RECORD = "cut.json"  # which part of its source a cut checkpoint is
+RUN, METRICS = "settings.json", "metrics.jsonl"  # files of a run of `moesmith train`; "checkpoint" is added at its end
 
-NO_FOLDER = "no such folder"  # begins the problem of a path, or a name on the Hub, that leads nowhere
+NO_FOLDER = "no such folder"  # the first words of an error about a path or a name on the Hub
 
-MAX_CONFIG_BYTES = 16 * 2**20  # room for maps of a whole vocabulary, which some tools write
+MAX_CONFIG_BYTES = 16 * 2**20  # some tools write maps of the vocabulary
 MAX_CONFIG_VALUES = 2**19
 MAX_INDEX_BYTES = 64 * 2**20
 MAX_INDEX_TENSORS = 2**18  # nearly three times as many as DeepSeek-V3 has in FP8
-MAX_INDEX_KEYS = 64  # beside weight_map; released files have one
+MAX_INDEX_KEYS = 64  # other than weight_map; released files have one
 MAX_FILE_NAME_BYTES = 255
-MAX_NEIGHBOURS = 1000  # names that are looked at for a hint
+MAX_NEIGHBOURS = 1000  # folders to search for a similar name
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*/*.pth")
 _OTHERS = ("*.safetensors", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.npz")
@@ -51,21 +51,21 @@ _DIGITS = re.compile(r"(\d+)", re.ASCII)
 
 
 def previous_folder(folder: Path) -> Path:
-    """Where `save` moves an old checkpoint for the moment in which it cannot swap two folders in one step."""
+    """Return the path to which `save` moves the old checkpoint if it cannot swap two folders atomically."""
     return folder.with_name(f".{folder.name}.previous")
 
 
 def locate(folder: str | PathLike[str], revision: str | None = None) -> Path:
-    """`folder` as a path.
+    """Return the folder that holds the checkpoint.
 
-    Where a save died between its two renames, the checkpoint that it had put aside; of a run of `moesmith train`, its
-    checkpoint; and of a repository in Hugging Face's cache (`models--ORG--NAME`), the snapshot of `revision`, a branch,
-    tag or commit. No other folder has revisions.
+    That is `folder`, except: for a save that was killed between two renames, the old checkpoint that it moved; for a
+    run of `moesmith train`, its checkpoint; and for a repository in Hugging Face's cache (`models--ORG--NAME`), the
+    snapshot of `revision`, a branch, tag or commit. No other folder has revisions.
     """
     path = Path(folder)
     try:
         mode = os.stat(path).st_mode
-        has_config = stat.S_ISDIR(mode) and _is_there(path / CONFIG)
+        has_config = stat.S_ISDIR(mode) and _exists(path / CONFIG)
     except FileNotFoundError:
         if path.name and os.path.isdir(previous_folder(path)):
             return previous_folder(path)
@@ -77,13 +77,13 @@ def locate(folder: str | PathLike[str], revision: str | None = None) -> Path:
     if not has_config and os.path.isdir(path / "refs") and os.path.isdir(path / "snapshots"):
         return _snapshot(path, revision or "main")
     if revision is not None:
-        raise CheckpointError(path, "a folder, which has no revisions", expected="no revision", found=revision)
+        raise CheckpointError(path, "a folder has no revisions", expected="no revision", found=revision)
     if not has_config and os.path.isfile(path / RUN):
         return _checkpoint_of_run(path)
     return path
 
 
-def _is_there(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     """Like `os.path.lexists`, but raises OSError if the path cannot be examined."""
     try:
         os.lstat(path)
@@ -98,13 +98,13 @@ def _checkpoint_of_run(run: Path) -> Path:
         if os.path.isdir(path):
             return path
     if os.path.isfile(run / METRICS):
-        problem = "a run of moesmith train that has no checkpoint yet"
-        raise CheckpointError(run, problem, expected="a run that has ended; moesmith train --resume continues it")
+        problem = "a run of moesmith train without a checkpoint"
+        raise CheckpointError(run, problem, expected="a finished run; resume it with moesmith train --resume")
     return run
 
 
 def neighbour(path: Path) -> str:
-    """ "; did you mean FOLDER?" for a path that is not there, or "" if nothing there has such a name."""
+    """Return "; did you mean FOLDER?" for a path that does not exist, or "" if no folder has a similar name."""
     missing = path
     while not os.path.isdir(missing.parent):
         missing = missing.parent
@@ -117,12 +117,12 @@ def neighbour(path: Path) -> str:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether any file of safetensors is there, complete or not."""
+    """Whether any safetensors file of the model exists."""
     return any(folder.glob("*.safetensors" if os.path.lexists(folder / INDEX) else "model*.safetensors"))
 
 
 def has_all_weights(folder: Path) -> bool:
-    """Whether the files of safetensors are there, complete or not: all that the index lists, if there is one."""
+    """Whether the safetensors files exist: all that the index lists, if there is one."""
     if not os.path.lexists(folder / INDEX):
         return has_weights(folder)
     return all(os.path.lexists(folder / name) for name in set(_read_index(member(folder, INDEX)).values()))
@@ -137,7 +137,7 @@ def _snapshot(repository: Path, revision: str) -> Path:
             raise CheckpointError(repository, "no such revision in the cache", expected=there, found=revision)
         commit = read_bounded(ref, 1024).decode("utf-8", "replace").strip()
     if not re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z._-]{0,254}", commit):
-        raise CheckpointError(ref, "no revision", expected="a commit", found=repr(commit[:80]))
+        raise CheckpointError(ref, "invalid revision", expected="a commit", found=repr(commit[:80]))
     path = repository / "snapshots" / commit
     if not os.path.isdir(path):
         there = _some(repository / "snapshots")
@@ -151,11 +151,10 @@ def _some(folder: Path) -> str:
 
 
 def member(folder: Path, name: str) -> Path:
-    """`folder / name`, unless that is a symbolic link that leads out of the checkpoint.
+    """Return `folder / name`; raises `CheckpointError` if that is a symbolic link out of the checkpoint.
 
-    In Hugging Face's cache the files of a snapshot are links to the blobs of the same repository, and these may be
-    links to the store that all repositories of the cache share. The folder itself may be given by a link: what counts
-    is where it is.
+    In Hugging Face's cache, files are links to the blobs of their repository, which may be links to blobs that all
+    repositories share. Both are allowed. `folder` may be a link itself.
     """
     path = folder / name
     if os.path.islink(path):
@@ -167,11 +166,11 @@ def _check_inside(path: Path, roots: list[Path]) -> None:
     real = Path(os.path.realpath(path))
     if not any(real.is_relative_to(root) for root in roots):
         problem = "a symbolic link that leads out of the checkpoint"
-        raise CheckpointError(path, problem, expected=f"a place in {roots[0]}", found=str(real))
+        raise CheckpointError(path, problem, expected=f"a target in {roots[0]}", found=str(real))
 
 
 def _roots(folder: Path) -> list[Path]:
-    """The folders that the files of `folder` may lie in."""
+    """Return the folders that links in `folder` may lead to."""
     real = Path(os.path.realpath(folder))
     for repository in real.parents:
         if repository.name.startswith("models--") and real.is_relative_to(repository / "snapshots"):
@@ -181,11 +180,11 @@ def _roots(folder: Path) -> list[Path]:
 
 
 def read_config_values(folder: Path) -> dict[str, Any]:
-    """The object in config.json, as Python reads it: see `parse_as_python`."""
+    """Read the object in config.json with `parse_as_python`."""
     path = member(folder, CONFIG)
     if not os.path.lexists(path):
         expected = f"{CONFIG} and {SINGLE}, or its shards"
-        raise CheckpointError(path, "No such file", expected=expected, found=_what_is_there(folder))
+        raise CheckpointError(path, "No such file", expected=expected, found=_describe_files(folder))
     values = parse_as_python(read_bounded(path, MAX_CONFIG_BYTES), path, max_values=MAX_CONFIG_VALUES)
     if not isinstance(values, dict):
         raise CheckpointError(path, "wrong JSON value", expected="an object", found=type(values).__name__)
@@ -193,30 +192,28 @@ def read_config_values(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(
-    folder: Path,
-    *,
-    max_header_bytes: int = MAX_HEADER_BYTES,
-    optional: Callable[[str], bool] = lambda name: False,
+    folder: Path, *, max_header_bytes: int = MAX_HEADER_BYTES, optional: Callable[[str], bool] = lambda name: False
 ) -> dict[str, TensorInfo]:
-    """Every tensor of the folder, from headers alone, file by file; shard 2 comes before shard 10.
+    """Read the headers of all tensors in the folder, file by file; shard 2 comes before shard 10.
 
-    With an index, the files that it lists hold exactly the tensors that it lists for them; other files are ignored, and
-    so are its metadata. Without one, model.safetensors counts alone, as in transformers, or if it is missing, all
-    `model*.safetensors` do, and files that number themselves are all there. A tensor in two files is refused.
-    `max_header_bytes` is for each file's header.
+    With an index, its files must hold exactly the tensors that it lists for them; other files and the index's metadata
+    are ignored. Without one, model.safetensors is read alone, as in transformers; if it is missing, all
+    `model*.safetensors` are read, and numbered files must be complete. A tensor must not be in two files.
 
-    `optional` says of a tensor's name that nothing is lost without the tensor: the index and the files may disagree
-    about it, and a file that cannot be read is ignored if the index lists no others for it.
+    Args:
+        max_header_bytes: maximum size of each file's header.
+        optional: returns whether a tensor is dispensable, by its name. The index and the files may disagree about such
+            a tensor, and a file that cannot be read is ignored if the index lists no other tensors for it.
     """
     index = folder / INDEX
     listed = _read_index(member(folder, INDEX)) if os.path.lexists(index) else None
     present = {path.name for path in folder.glob("model*.safetensors")}
     if listed and SINGLE in present and not any(os.path.lexists(folder / file) for file in set(listed.values())):
-        logger.warning("%s is ignored: none of its files is there, and %s is", index, SINGLE)
+        logger.warning("%s is ignored: none of its files exists, but %s does", index, SINGLE)
         listed = None
     names = set(listed.values()) if listed is not None else {SINGLE} if SINGLE in present else present
     if not names:
-        raise CheckpointError(folder, "no tensors", expected=f"{SINGLE}, or {INDEX}", found=_what_is_there(folder))
+        raise CheckpointError(folder, "no tensors", expected=f"{SINGLE}, or {INDEX}", found=_describe_files(folder))
     if listed is None:
         needed = names
         _check_complete(folder, names)
@@ -254,7 +251,7 @@ def read_tensors(
 
 
 def _warn_about_others(chosen: Path, others: set[str]) -> None:
-    """`others` are files of weights beside an index that does not list them, or beside model.safetensors."""
+    """Warn about weight files that are not read: not in the index, or beside model.safetensors."""
     if others:
         first = SINGLE if SINGLE in others else min(others, key=by_number)
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
@@ -264,12 +261,12 @@ def _warn_about_others(chosen: Path, others: set[str]) -> None:
 
 
 def by_number(name: str) -> tuple[tuple[int, int | str], ...]:
-    """A sort key with which "model-10" comes after "model-2"."""
+    """Return a sort key that puts "model-10" after "model-2"."""
     return tuple((0, int(part)) if part.isdecimal() else (1, part) for part in _DIGITS.split(name))
 
 
 def _check_complete(folder: Path, names: Iterable[str]) -> None:
-    """Raise unless the files that number themselves, from 1 or (like gpt-oss's) from 0, are all there."""
+    """Raise if a numbered file is missing; numbers start from 1, or from 0 as in gpt-oss."""
     sets: dict[int, dict[int, re.Match[str]]] = {}
     for found in filter(None, map(_SHARD.fullmatch, names)):
         sets.setdefault(int(found[2]), {})[int(found[1])] = found
@@ -278,11 +275,11 @@ def _check_complete(folder: Path, names: Iterable[str]) -> None:
         for number in range(count) if 0 in shards else range(1, count + 1):
             if number not in shards:
                 other = f"model-{number:0{len(like[1])}}-of-{like[2]}.safetensors"
-                raise CheckpointError(folder / other, "No such file", expected=f"all that {like[0]} counts")
+                raise CheckpointError(folder / other, "No such file", expected=f"{count} files, as {like[0]} states")
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> file name. A file name is bare: it names nothing outside. All else in the index is skipped."""
+    """Read the weight_map of an index: tensor name -> file name, without folders. Everything else is skipped."""
     file, size = open_regular(path)
     with file:
         if size > MAX_INDEX_BYTES:
@@ -301,56 +298,58 @@ def _read_index(path: Path) -> dict[str, str]:
                 others += 1
                 if others > MAX_INDEX_KEYS:
                     expected = f"at most {MAX_INDEX_KEYS}"
-                    raise CheckpointError(path, "keys beside weight_map", expected=expected, found="more")
+                    raise CheckpointError(path, "too many keys beside weight_map", expected=expected, found="more")
             elif weight_map is None:
                 weight_map = _read_weight_map(scan)
             else:
-                raise CheckpointError(path, "weight_map", expected="one", found="two")
+                raise CheckpointError(path, "weight_map occurs twice", expected="one", found="two")
             going = scan.more()
         scan.end()
     if weight_map is None:
-        raise CheckpointError(path, "no weight_map", expected="an object with tensor names and file names")
+        raise CheckpointError(path, "no weight_map", expected="an object of tensor names and file names")
     return weight_map
 
 
 def _read_weight_map(scan: Scanner) -> dict[str, str]:
     if not scan.rest().startswith("{"):
-        expected = "an object with tensor names and file names"
-        raise CheckpointError(scan.path, "no weight_map", expected=expected, found=scan.rest())
+        expected = "an object of tensor names and file names"
+        raise CheckpointError(scan.path, "invalid weight_map", expected=expected, found=scan.rest())
     weight_map: dict[str, str] = {}
-    files: dict[bytes, str] = {}  # each name once in memory
+    files: dict[bytes, str] = {}  # keeps one copy of each name
     if not scan.object():
         return weight_map
     while found := scan.take(_ENTRY):
         name, file = decode_string(found[1]), files.get(found[2])
         if file is None:
-            file = files[found[2]] = _bare(decode_string(found[2]), name, scan.path)
+            file = files[found[2]] = _file_name(decode_string(found[2]), name, scan.path)
         if weight_map.get(name, file) != file:
             raise CheckpointError(scan.path, "twice in the index", tensor=name, expected="one file", found="two")
         if len(weight_map) == MAX_INDEX_TENSORS:
             expected = f"at most {MAX_INDEX_TENSORS}"
-            raise CheckpointError(scan.path, "tensors in the index", tensor=name, expected=expected, found="more")
+            raise CheckpointError(
+                scan.path, "too many tensors in the index", tensor=name, expected=expected, found="more"
+            )
         weight_map[name] = file
         if found[3] == b"}":
             return weight_map
     name = scan.key()
     expected = "the name of a .safetensors file"
-    raise CheckpointError(scan.path, "file name", tensor=name, expected=expected, found=scan.rest())
+    raise CheckpointError(scan.path, "invalid file name", tensor=name, expected=expected, found=scan.rest())
 
 
-def _bare(file: str, name: str, path: Path) -> str:
+def _file_name(file: str, name: str, path: Path) -> str:
     fits = len(file.encode("utf-8")) <= MAX_FILE_NAME_BYTES and file.isprintable()
     if not (fits and file.endswith(".safetensors") and not set(file) & set("/\\")):
         expected = "a .safetensors file in this folder"
-        raise CheckpointError(path, "file name", tensor=name, expected=expected, found=repr(file[:300]))
+        raise CheckpointError(path, "invalid file name", tensor=name, expected=expected, found=repr(file[:300]))
     return file
 
 
-def _what_is_there(folder: Path) -> str:
+def _describe_files(folder: Path) -> str:
     pickles = sorted(str(p.relative_to(folder)) for pattern in _PICKLES for p in folder.glob(pattern))
     if pickles:
         return f"{pickles[0]}, a pickle: it can run code and is never read; convert it to safetensors first"
     if os.path.lexists(folder / "adapter_model.safetensors"):
-        return "adapter_model.safetensors: an adapter, which needs its model"
+        return "adapter_model.safetensors, an adapter: it requires its base model"
     others = sorted(p.name for pattern in _OTHERS for p in folder.glob(pattern))
-    return f"{others[0]}" if others else "none of these"
+    return others[0] if others else "none of these"

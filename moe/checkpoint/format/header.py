@@ -1,10 +1,10 @@
-"""The header of one safetensors file, read strictly: nothing else in the file is touched, nothing is guessed.
+"""Strict reading of the header of a safetensors file; the data are not read.
 
 A file is an 8-byte little-endian length, that many bytes of JSON, and the data:
 
     {"__metadata__": {"format": "pt"}, NAME: {"dtype": "BF16", "shape": [2, 3], "data_offsets": [begin, end]}, …}
 
-with offsets from the start of the data. The safetensors library accepts everything that is accepted here.
+with offsets from the start of the data. The safetensors library accepts every header that is accepted here.
 """
 
 import math
@@ -24,8 +24,8 @@ MAX_DIMENSIONS = 8
 
 LARGEST_MAX_HEADER_BYTES = 100 * 2**20
 _LIBRARY_MAX_HEADER_BYTES = 100_000_000
-# Of the bound on headers. Entries of released files have more (Kimi-K2 in FP8, as one file: 139,583 entries of 112
-# bytes); made-up ones have half, and cost the same memory.
+# Header bytes required per tensor, which bounds memory. Entries of released files have more (Kimi-K2 in FP8 as one
+# file: 139,583 entries of 112 bytes).
 _BYTES_PER_TENSOR = 100
 MAX_TENSORS = MAX_HEADER_BYTES // _BYTES_PER_TENSOR  # in one file
 
@@ -43,7 +43,7 @@ DTYPE_BITS = {
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor's bytes are: `nbytes` bytes at `offset` of the file `path`."""
+    """Dtype, shape and location of a tensor: `nbytes` bytes at `offset` in the file `path`."""
 
     name: str
     path: Path
@@ -58,10 +58,10 @@ class TensorInfo:
 
 
 def read_header(path: Path, *, max_header_bytes: int = MAX_HEADER_BYTES) -> dict[str, TensorInfo]:
-    """Name -> `TensorInfo` for every tensor of the file, in the order of their bytes.
+    """Return the `TensorInfo` of every tensor in the file, by name, in the order of their bytes.
 
-    A header of more than `max_header_bytes`, at most 100 MiB, is refused, and so is one of more tensors than one for
-    each 100 of these bytes.
+    Raises CheckpointError for a malformed header, one larger than `max_header_bytes`, and one with more than a tensor
+    per 100 bytes of that limit. Raises ConfigError if `max_header_bytes` exceeds 100 MiB.
     """
     if not (isinstance(max_header_bytes, int) and 2 <= max_header_bytes <= LARGEST_MAX_HEADER_BYTES):
         allowed = f"2 to {LARGEST_MAX_HEADER_BYTES}"
@@ -71,7 +71,7 @@ def read_header(path: Path, *, max_header_bytes: int = MAX_HEADER_BYTES) -> dict
         head = read_exactly(file, min(size, 512), path)
         if size < 8:
             found = recognise(head) or f"{size} bytes"
-            raise CheckpointError(path, "truncated before the header", expected="8 bytes of length", found=found)
+            raise CheckpointError(path, "truncated before the header", expected="a length of 8 bytes", found=found)
         length = int.from_bytes(head[:8], "little")
         limit = min(max_header_bytes, _LIBRARY_MAX_HEADER_BYTES)
         if length > min(limit, size - 8):
@@ -104,7 +104,9 @@ def _read(scan: Scanner, start: int, limit: int) -> dict[str, TensorInfo]:
                 raise CheckpointError(scan.path, "twice in the header", tensor=name, expected="one", found="two")
             if len(tensors) == limit:
                 expected = f"at most {limit}"
-                raise CheckpointError(scan.path, "tensors in one file", tensor=name, expected=expected, found="more")
+                raise CheckpointError(
+                    scan.path, "too many tensors in one file", tensor=name, expected=expected, found="more"
+                )
             tensors[name] = tensor
         going = scan.more()
     scan.end()
@@ -126,7 +128,7 @@ def _in_order(tensors: dict[str, TensorInfo], path: Path, start: int, size: int)
             )
         end += tensor.nbytes
     if end != size:
-        raise CheckpointError(path, "trailing bytes", expected=f"{end} bytes by its header", found=size)
+        raise CheckpointError(path, "trailing bytes", expected=f"{end} bytes according to the header", found=size)
     return {tensor.name: tensor for tensor in ordered}
 
 
@@ -135,10 +137,10 @@ def _extent(tensor: TensorInfo) -> tuple[int, int]:
 
 
 def _skip_metadata(scan: Scanner) -> None:
-    """Skip `__metadata__`: null or an object of strings, which is what the safetensors library accepts."""
+    """Skip `__metadata__`: null or an object of strings, as the safetensors library accepts."""
 
     def fail(found: str) -> CheckpointError:
-        return CheckpointError(scan.path, METADATA, expected="null, or an object of strings", found=found)
+        return CheckpointError(scan.path, f"invalid {METADATA}", expected="null, or an object of strings", found=found)
 
     if scan.take(_NULL):
         return
@@ -146,7 +148,7 @@ def _skip_metadata(scan: Scanner) -> None:
         raise fail(scan.rest())
     going = scan.object()
     while going:
-        while found := scan.take(_TEXT):  # several times as fast as what follows, which is for long strings
+        while found := scan.take(_TEXT):  # fast path; the code below is for long strings
             if found[3] == b"}":
                 return
         key = scan.key()
@@ -161,7 +163,7 @@ def check_name(name: str, path: Path) -> None:
     if not name or length > MAX_NAME_BYTES or not name.isprintable():
         found = "an empty name" if not name else f"{length} bytes" if name.isprintable() else repr(name[:80])
         expected = f"1 to {MAX_NAME_BYTES} bytes of printable characters"
-        raise CheckpointError(path, "tensor name", tensor=name, expected=expected, found=found)
+        raise CheckpointError(path, "invalid tensor name", tensor=name, expected=expected, found=found)
 
 
 _TEXT = re.compile(KEY + rb'"(' + CHARACTERS + rb')"' + NEXT)
@@ -172,31 +174,31 @@ def _tensor(name: str, scan: Scanner, start: int) -> TensorInfo:
     try:
         entry = scan.value()
     except CheckpointError as error:
-        problem, found = f"entry: {error.__cause__}", repr(scan.rest())[:200]
+        problem, found = f"invalid entry: {error.__cause__}", repr(scan.rest())[:200]
         expected = "dtype, shape and data_offsets"
         raise CheckpointError(scan.path, problem, tensor=name, expected=expected, found=found) from error
     return parse_entry(name, entry, scan.path, start)
 
 
 def parse_entry(name: str, entry: Any, path: Path, start: int) -> TensorInfo:
-    """The entry of a tensor in the header of `path`, whose data begin at byte `start`; raises for what it cannot be."""
+    """Convert a tensor's entry in the header of `path`, whose data begin at byte `start`."""
 
     def fail(problem: str, expected: Any, found: Any) -> CheckpointError:
         return CheckpointError(path, problem, tensor=name, expected=expected, found=repr(found)[:200])
 
     if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
-        raise fail("entry", "dtype, shape and data_offsets", entry)
+        raise fail("invalid entry", "dtype, shape and data_offsets", entry)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise fail("dtype", f"one of {', '.join(DTYPE_BITS)}", dtype)
+        raise fail("unknown dtype", f"one of {', '.join(DTYPE_BITS)}", dtype)
     if not _is_sizes(shape) or len(shape) > MAX_DIMENSIONS or math.prod(filter(None, shape)) >= 2**63:
-        raise fail("shape", f"at most {MAX_DIMENSIONS} sizes with a product below 2^63", shape)
+        raise fail("invalid shape", f"at most {MAX_DIMENSIONS} sizes with a product below 2^63", shape)
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise fail("data_offsets", "[begin, end]", offsets)
+        raise fail("invalid data_offsets", "[begin, end]", offsets)
     begin, end = offsets
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if 8 * (end - begin) != bits:
-        raise fail("data_offsets", f"{-(-bits // 8)} bytes for {dtype} {shape}", end - begin)
+        raise fail("wrong number of bytes", f"{-(-bits // 8)} bytes for {dtype} {shape}", end - begin)
     return TensorInfo(name, path, sys.intern(dtype), tuple(shape), start + begin, end - begin)
 
 

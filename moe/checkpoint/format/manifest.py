@@ -1,4 +1,4 @@
-"""The manifest of a saved folder: what every byte of it was. Nothing but `verify` reads it; no torch.
+"""Manifest of a saved folder: sizes and digests of its files and tensors, which `verify` checks. Needs no torch.
 
     {"format": 1,
      "files": {
@@ -7,8 +7,8 @@
          NAME: {"dtype": "BF16", "shape": [2, 3], "sha256": (of its bytes in the file)}, ...}}, ...},
      "sha256": (of this text without this entry)}
 
-Digests of tensors are taken from memory before they are written, so that they also tell of what went wrong in writing.
-A program that saves into the folder later does not know of the manifest: then it tells what has changed since.
+Digests of tensors are computed in memory before writing, so that they also reveal write errors. Other programs do not
+update the manifest, so it also reveals later changes.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
-from moe.checkpoint.format.carried import CARRIED, is_template, templates
+from moe.checkpoint.format.auxiliary import AUXILIARY_FILES, is_template, templates
 from moe.checkpoint.format.files import read_bounded
 from moe.checkpoint.format.folder import CONFIG, INDEX, MANIFEST, locate
 from moe.checkpoint.format.header import TensorInfo, read_header
@@ -39,17 +39,17 @@ _Result = TypeVar("_Result")
 
 
 class Manifest:
-    """Collects the digests of a folder that is being written; `replacing` writes it."""
+    """Digests of a folder that is being written; `replacing` writes them."""
 
     def __init__(self) -> None:
         self._digests: dict[str, str] = {}
 
     def add(self, tensors: Mapping[str, Any]) -> None:
-        """Take the digests of tensors: name in the files -> its bytes as they will stand there, as a buffer."""
+        """Compute digests of tensors: name in the files -> buffer of the bytes to be written."""
         self._digests.update(zip(tensors, _parallel(_sha256, tensors.values()), strict=True))
 
     def write(self, folder: Path) -> None:
-        """Write the manifest of what `folder` holds. Its tensors must be those that were added."""
+        """Write the manifest of `folder`, whose tensors must be those that were added."""
         files: dict[str, Any] = {}
         recorded = 0
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -67,13 +67,13 @@ class Manifest:
 
 
 def record_bytes(name: str, shape: Sequence[int]) -> int:
-    """At most so many bytes of the manifest are about this tensor."""
+    """Return an upper bound of a tensor's bytes in the manifest."""
     return 192 + len(json.dumps(name)) + sum(12 + len(str(size)) for size in shape)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One difference between a folder and its manifest. `expected` and `found` are texts or None."""
+    """A difference between a folder and its manifest; `expected` and `found` are texts or None."""
 
     file: str
     problem: str
@@ -89,7 +89,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verification:
-    """See `verify`. The numbers are of what the manifest lists."""
+    """Result of `verify`; the numbers are those of the manifest."""
 
     folder: str
     files: int
@@ -103,13 +103,13 @@ def verify(
 ) -> Verification:
     """Read every byte of a saved folder and compare it with the manifest.
 
-    Files that a checkpoint does not have are not looked at.
+    Files that do not belong to a checkpoint are ignored.
 
     Args:
-        report: is called from several threads with the number of bytes just read and the number of all.
+        report: called from several threads with the number of bytes just read and the total.
 
     Raises:
-        CheckpointError: there is no manifest, or it is not as it was written.
+        CheckpointError: there is no manifest, or it has been changed.
     """
     path = locate(folder)
     files = _read_manifest(path)
@@ -129,7 +129,7 @@ def verify(
 
 @dataclass(frozen=True)
 class _Part:
-    """Bytes to read: of a tensor, or of a file whole."""
+    """Bytes to read: a tensor or a whole file."""
 
     path: Path
     offset: int
@@ -139,10 +139,9 @@ class _Part:
 
 
 class _Check:
-    """What headers tell against the manifest, and in `parts` what is left to read.
+    """Comparison of headers with the manifest; `parts` lists the bytes that remain to be read.
 
-    Tensors are compared by name and not file by file: one that another program has put into another shard is one
-    finding and not two.
+    Tensors are compared by name and not by file, so that a tensor moved to another shard is one finding and not two.
     """
 
     def __init__(self, folder: Path, files: Mapping[str, Any]) -> None:
@@ -154,9 +153,11 @@ class _Check:
             tensor["sha256"]: name for entry in files.values() for name, tensor in entry.get("tensors", {}).items()
         }
         self.headers = {entry["sha256"]: file for file, entry in files.items() if "tensors" in entry}
-        self.unread: set[str] = set()  # files without a header that could be read: reported once, not per tensor
+        self.unread: set[str] = set()  # files with unreadable headers: reported once, not per tensor
         weights = {name for name, entry in files.items() if "tensors" in entry}
-        for name in sorted({*files, CONFIG, INDEX, *CARRIED, *QUANTIZATION_FILES, *templates(folder)} - weights):
+        for name in sorted(
+            {*files, CONFIG, INDEX, *AUXILIARY_FILES, *QUANTIZATION_FILES, *templates(folder)} - weights
+        ):
             self._file(name)
         seen: dict[str, TensorInfo] = {}
         for name in sorted(weights | {path.name for path in folder.glob(f"model*{_WEIGHTS}")}):
@@ -190,7 +191,7 @@ class _Check:
             self.parts.append(_Part(path, 0, path.stat().st_size, None, self.files[name]["sha256"]))
 
     def _weights(self, name: str, seen: dict[str, TensorInfo]) -> None:
-        """The tensors of one file; adds them to `seen`."""
+        """Check the header of one file, and add its tensors to `seen`."""
         path = self.folder / name
         try:
             header, digest = read_header(path), _digest_of_file(path)
@@ -198,12 +199,12 @@ class _Check:
             self.unread.add(name)
             self._find(name, "missing" if not path.exists() else str(error).removeprefix(f"{path}: "))
             return
-        stands_for = name
+        original = name
         if name not in self.files:
             self._find(name, "not in the manifest: it was added since")
         elif digest != self.files[name]["sha256"]:
             other = self.headers.get(digest)
-            stands_for = other or name
+            original = other or name
             self._find(name, f"has the header of {other}" if other else "header changed since it was saved")
         for tensor, info in header.items():
             if tensor in seen:
@@ -214,38 +215,38 @@ class _Check:
             if home is None:
                 self._find(name, "not in the manifest", tensor)
                 continue
-            if home != stands_for:
-                self._find(name, "in another file than it was saved to", tensor, home, name)
+            if home != original:
+                self._find(name, "moved to another file", tensor, home, name)
             expected = self.files[home]["tensors"][tensor]
             if [info.dtype, list(info.shape)] != [expected["dtype"], expected["shape"]]:
                 was, is_ = f"{expected['dtype']} {expected['shape']}", f"{info.dtype} {list(info.shape)}"
-                self._find(name, "dtype or shape", tensor, was, is_)
+                self._find(name, "wrong dtype or shape", tensor, was, is_)
             else:
                 self.parts.append(_Part(path, info.offset, info.nbytes, tensor, expected["sha256"]))
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    """The entry "files"; names in it are bare, so that nothing outside the folder is read."""
+    """Read the entry "files", whose names must not lead out of the folder."""
     path = folder / MANIFEST
     if not path.exists():
-        problem = f"cannot be verified: it has no {MANIFEST}, which moesmith writes when it saves"
+        problem = f"cannot be verified without {MANIFEST}, which a save by moesmith writes"
         raise CheckpointError(folder, problem)
     content = read_bounded(path, MAX_MANIFEST_BYTES)
     values = parse_json(content, path)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         found = repr(values.get("format") if isinstance(values, dict) else values)[:80]
-        raise CheckpointError(path, "not a manifest of this version: format", expected=FORMAT, found=found)
+        raise CheckpointError(path, "unknown format of the manifest", expected=FORMAT, found=found)
     values.pop("sha256", None)
     if content != _sealed(values):
-        raise CheckpointError(path, "the manifest itself has changed since it was written")
+        raise CheckpointError(path, "the manifest has been changed since it was written")
     files = values.get("files")
     if not isinstance(files, dict) or not all(map(_is_entry, files, files.values())):
-        raise CheckpointError(path, "not a manifest", expected="an object of files with their digests")
+        raise CheckpointError(path, "invalid manifest", expected="an object of files with their digests")
     return files
 
 
 def _is_entry(name: str, entry: Any) -> bool:
-    """A manifest may be forged, so every entry is validated."""
+    """Whether an entry of "files" is valid; a manifest may be forged."""
     tensors = entry.get("tensors", {}) if isinstance(entry, dict) else None
     return (
         (not set(name) & set("/\\\0") or is_template(name))
@@ -267,7 +268,7 @@ def _sha256(content: Any) -> str:
 
 
 def _digest_of_file(path: Path) -> str:
-    """Of its header where it has one, which with the digests of the tensors covers every byte."""
+    """Return the digest of a file, or of a safetensors header, whose data the tensors' digests cover."""
     if path.suffix != _WEIGHTS:
         return _sha256(path.read_bytes())
     with path.open("rb") as file:
@@ -285,12 +286,12 @@ def _digest(part: _Part, report: Callable[[int], object]) -> str | OSError:
                 digest.update(chunk)
                 left -= len(chunk)
                 report(len(chunk))
-    except OSError as error:  # a disk that has lost a sector says so here
+    except OSError as error:  # for example a defective sector
         return error
     return digest.hexdigest()
 
 
 def _parallel(function: Callable[[Any], _Result], items: Iterable[Any]) -> list[_Result]:
-    """hashlib works on one core, and lets others work."""
+    """Map `function` in threads; hashlib releases the GIL."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(function, items))

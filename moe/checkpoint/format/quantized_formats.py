@@ -1,4 +1,4 @@
-"""How the weights of a checkpoint are quantised: what config.json says, or a file beside it."""
+"""Quantisation format of a checkpoint, from config.json or a file beside it."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ from moe.errors import CheckpointError
 
 MAX_BLOCK = 2**16
 
-# Read only if config.json says nothing; file -> the method of one that does not name it.
+# Read only if config.json states no format; file -> its method if it does not name one.
 QUANTIZATION_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
 _MARKS = {"bits", "w_bit", "quant_method"}
 _KEYS = ("quantization_config", "compression_config")
@@ -26,12 +26,12 @@ class Quantization:
     """The quantisation format of a folder.
 
     Attributes:
-        method: "fp8" for matrices of F8_E4M3 with a scale for each block of `block_size`, "mxfp4" for
-            `families.MXFP4`, or the method of a format that cannot be loaded.
+        method: "fp8" for matrices of F8_E4M3 with a scale per block of `block_size`, "mxfp4" for `family.MXFP4`, or the
+            method of a format that cannot be loaded.
         block_size: rows and columns of an FP8 block, or None.
-        raw: the object in the file, which a save of the same bytes writes again.
-        name: the format for people, for example "modelopt NVFP4".
-        error: the reason why it cannot be loaded, or None.
+        raw: the object in the file; a save of the same bytes writes it back.
+        name: display name of the format, for example "modelopt NVFP4".
+        error: why the format cannot be loaded, or None.
     """
 
     method: str
@@ -47,10 +47,10 @@ class Quantization:
 
 
 def read_quantization(folder: Path, values: Mapping[str, Any]) -> Quantization | None:
-    """The format of the weights in `folder`, whose config.json holds the object `values`; None if not quantised.
+    """Return the format of the weights in `folder`, with the object `values` in config.json; None if not quantised.
 
-    config.json decides if it has quantization_config or compression_config, at the top or in text_config. Otherwise
-    hf_quant_config.json (modelopt), quantize_config.json (GPTQ) or quant_config.json (AWQ) does. Never raises: a
+    It is read from quantization_config or compression_config in config.json, at the top or in text_config, otherwise
+    from hf_quant_config.json (modelopt), quantize_config.json (GPTQ) or quant_config.json (AWQ). Never raises: a
     format that is malformed or not supported is returned with its `error`.
     """
     for place, raw in _stated(values):
@@ -65,7 +65,7 @@ def read_quantization(folder: Path, values: Mapping[str, Any]) -> Quantization |
 
 
 def check_quantization(values: Mapping[str, Any], path: Path) -> None:
-    """Raise what a reader of `values`, in a config.json, would. `path` is for messages."""
+    """Raise `CheckpointError` if the format in `values`, for a config.json, is unsupported; `path` is for messages."""
     for place, raw in _stated(values):
         found = _parse(path, place, "", raw, values.get("model_type"))
         if found is not None:
@@ -74,7 +74,7 @@ def check_quantization(values: Mapping[str, Any], path: Path) -> None:
 
 
 def _stated(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The keys of a config.json that state a format, and what they hold."""
+    """Yield the keys of a config.json that state a format, with their values."""
     for prefix, place in (("", values), ("text_config.", values.get("text_config"))):
         for key in _KEYS:
             if isinstance(place, dict) and place.get(key) is not None:
@@ -82,7 +82,7 @@ def _stated(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, str, Any]]:
-    """The files beside config.json that state a format, with the method of one that names none, and what they hold."""
+    """Yield the files beside config.json that state a format: path, default method, and content or error."""
     for name, method in QUANTIZATION_FILES.items():
         if not os.path.lexists(folder / name):
             continue
@@ -90,7 +90,7 @@ def _files(folder: Path) -> Iterator[tuple[Path, str, Any]]:
             raw = parse_json(read_bounded(member(folder, name), MAX_CONFIG_BYTES), folder / name)
         except CheckpointError as error:
             raw = error
-        # The other two names are not reserved: only what such a file always has makes it one.
+        # The other two names are not reserved, so such a file must also have a typical key.
         if raw is not None and (method == "modelopt" or (isinstance(raw, dict) and raw.keys() & _MARKS)):
             yield folder / name, method, raw
 
@@ -107,12 +107,12 @@ def _parse(path: Path, key: str, method: str, raw: Any, model_type: Any) -> Quan
         raw = values = raw["quantization"]
         prefix, key = "quantization.", "quantization"
     if not isinstance(values, dict):
-        return refused(key or "wrong JSON value", "an object or null", found=values)
+        return refused(f"invalid {key or 'JSON value'}", "an object or null", found=values)
     stated = values.get("quant_method")
     if stated is not None or not method:
         method = stated if isinstance(stated, str) else _unstated(values) if stated is None else ""
     if not method:
-        return refused(f"{prefix}quant_method", "fp8, mxfp4 or the name of another method", found=stated)
+        return refused(f"invalid {prefix}quant_method", "fp8, mxfp4 or the name of another method", found=stated)
     if _holds_plain_weights(method, values):
         return None
     name = _name(method, values)
@@ -126,19 +126,19 @@ def _parse(path: Path, key: str, method: str, raw: Any, model_type: Any) -> Quan
     if method != "fp8" or size is None:
         return refused(what)
     if not is_block_size(size):
-        return refused(f"{prefix}weight_block_size", f"two sizes from 1 to {MAX_BLOCK}", found=size)
+        return refused(f"invalid {prefix}weight_block_size", f"two integers from 1 to {MAX_BLOCK}", found=size)
     for field, allowed, expected in (
         ("fmt", (None, "e4m3", "float8_e4m3fn"), "e4m3"),
         ("activation_scheme", (None, "dynamic"), "dynamic"),
         ("scale_fmt", (None, "float32", "ue8m0"), "ue8m0 or none"),
     ):
         if values.get(field) not in allowed:
-            return refused(prefix + field, expected, found=values[field])
+            return refused(f"{prefix}{field} is not supported", expected, found=values[field])
     return Quantization("fp8", (size[0], size[1]), raw, name)
 
 
 def _unstated(values: Mapping[str, Any]) -> str:
-    """The method of an object that does not name it, as other readers recognise it; "" if they do not."""
+    """Return the method that other readers infer for an object without quant_method; "" if none."""
     if "quant_algo" in values:
         return "modelopt"
     bits = ("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit")
@@ -146,7 +146,7 @@ def _unstated(values: Mapping[str, Any]) -> str:
 
 
 def _holds_plain_weights(method: str, raw: Mapping[str, Any]) -> bool:
-    """Whether nothing but the KV cache, or nothing at all, is quantised."""
+    """Whether the weights are not quantised; the KV cache may be."""
     if method.startswith("modelopt"):
         return raw.get("quant_algo") in (None, "NO_QUANT") and not raw.get("quantized_layers")
     if method == "compressed-tensors":
@@ -155,7 +155,7 @@ def _holds_plain_weights(method: str, raw: Mapping[str, Any]) -> bool:
 
 
 def _name(method: str, raw: Mapping[str, Any]) -> str:
-    """The format for people. Whatever is no word or number in the object is left out."""
+    """Return the display name of a format. Values that are not words or numbers are left out."""
     match method:
         case "fp8":
             size = raw.get("weight_block_size")
@@ -183,7 +183,7 @@ def _name(method: str, raw: Mapping[str, Any]) -> str:
 
 
 def _weights(raw: Mapping[str, Any]) -> list[str]:
-    """The distinct kinds of weights in compressed-tensors' config_groups."""
+    """Return the distinct kinds of weights in compressed-tensors' config_groups."""
     groups = raw.get("config_groups")
     kinds: list[str] = []
     for group in list(groups.values())[:8] if isinstance(groups, dict) else ():
@@ -210,7 +210,7 @@ def _groups(size: Any) -> str | None:
 
 
 def is_block_size(size: Any) -> bool:
-    """Whether it is two sizes of a block that can be read."""
+    """Whether `size` is a pair of valid block sizes."""
     pair = isinstance(size, list | tuple) and len(size) == 2
     return pair and all(type(n) is int and 1 <= n <= MAX_BLOCK for n in size)
 

@@ -1,4 +1,4 @@
-"""Sizes as people write them."""
+"""Parser for sizes such as 5GB."""
 
 import re
 
@@ -9,7 +9,7 @@ _BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def parse_size(text: str, field: str, *, least: int = 1) -> int:
-    """ "5GB" is 5 * 10^9 bytes, "5GiB" 5 * 2^30; `field` is for the error, also if it is less than `least` bytes."""
+    """Convert "5GB" to 5 * 10^9 and "5GiB" to 5 * 2^30; raises ConfigError about `field` below `least` bytes."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
     if found is None or (found[3] and not found[2]):
         raise ConfigError(field, text, "a size such as 5GB or 4GiB")

@@ -1,8 +1,8 @@
-"""Strict JSON for untrusted files: small ones are parsed whole, large ones are scanned through a window.
+"""Strict JSON for untrusted files: small files are parsed whole, large ones scanned in bounded memory.
 
-`json.loads` with hooks would be shorter, but it holds the whole text and builds every value. Measured: 135 MiB for a
-valid index of `folder.MAX_INDEX_TENSORS` tensors, 114 MiB for a header of 16 MiB with 139,583 tensors, 391 MiB for one
-of "[],". The scanner uses 36, 57 and 1 MiB.
+`json.loads` with hooks holds the whole text and builds every value. Measured: 135 MiB for a valid index of
+`folder.MAX_INDEX_TENSORS` tensors, 114 MiB for a header of 16 MiB with 139,583 tensors, 391 MiB for one of "[],". The
+scanner uses 36, 57 and 1 MiB.
 """
 
 import codecs
@@ -17,13 +17,13 @@ from typing import Any, BinaryIO
 from moe.checkpoint.format.files import read_exactly, recognise
 from moe.errors import CheckpointError, one_line
 
-MAX_DEPTH = 64  # of arrays and objects in each other; Python's own functions fail at some depth, and differ in which
+MAX_DEPTH = 64  # of nested arrays and objects; Python's parsers have limits that differ
 WINDOW = 2**18
-MAX_TOKEN = 2**16  # bytes of what is matched, or decoded, at once
-MAX_SKIPPED = 2**20  # bytes of a value that nothing reads: tens of bytes in real files
+MAX_TOKEN = 2**16  # bytes that are matched or decoded at once
+MAX_SKIPPED = 2**20  # bytes of an unused value; tens of bytes in released files
 
 WS = rb"[ \t\n\r]*+"
-# A surrogate stands in a pair or not at all: Python takes a lone one, others do not.
+# Surrogates must be paired: Python accepts a lone one, other parsers do not.
 _ESCAPE = (
     rb'\\(?:["\\/bfnrt]|u(?:(?![dD][89a-fA-F])[0-9a-fA-F]{4}'
     rb"|[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}))"
@@ -43,12 +43,12 @@ _BRACKETS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|([\[{])|[\]}]', re.DOTALL)
 
 
 def parse_json(data: bytes, path: Path) -> Any:
-    """The value in `data`, which came from `path`.
+    """Parse the JSON text `data`, the content of `path`.
 
-    Raises `CheckpointError` for what Python's parser would let pass: a key twice in one object, NaN and Infinity,
-    numbers too large for a float; and for what it would answer with another exception: bad UTF-8, deep nesting.
+    Raises `CheckpointError` for invalid JSON, also where Python's parser accepts it (duplicate keys, NaN, Infinity,
+    numbers too large for a float), for invalid UTF-8, and for deep nesting.
     """
-    return _decode(_DECODER, data, path)
+    return _decode(_STRICT_DECODER, data, path)
 
 
 def _decode(decoder: json.JSONDecoder, data: bytes, path: Path) -> Any:
@@ -61,8 +61,8 @@ def _decode(decoder: json.JSONDecoder, data: bytes, path: Path) -> Any:
 
 
 @dataclass(frozen=True)
-class Twice:
-    """The value of a key that one object has twice with different values. Python's parser takes the last one."""
+class Duplicate:
+    """Value of a duplicate key with different values; Python's parser returns the last one."""
 
     first: Any
     last: Any
@@ -72,43 +72,42 @@ class Twice:
 
 
 def parse_as_python(data: bytes, path: Path, *, max_values: int) -> Any:
-    """The value in `data` as Python's parser reads it, which is more than JSON has: NaN, Infinity, a key twice.
+    """Parse `data` with Python's rules, which also allow NaN, Infinity and duplicate keys.
 
-    A key that has different values becomes a `Twice`. Raises `CheckpointError` for what Python refuses, for deep
-    nesting, and for more than `max_values` commas and brackets, which bounds the memory of the result.
+    A key with several values has a `Duplicate`. Raises `CheckpointError` for what Python refuses, for deep nesting, and
+    for more than `max_values` commas and brackets, which bounds the memory of the result.
     """
     found = sum(map(data.count, (b",", b"[", b"{")))
     if found > max_values:
         expected = f"at most {max_values} commas and brackets"
         raise CheckpointError(path, "too many values", expected=expected, found=found)
-    return _decode(_PYTHONS, data, path)
+    return _decode(_PYTHON_DECODER, data, path)
 
 
-def doubt(value: Any) -> str | None:
-    """What JSON readers would not agree on in a value of `parse_as_python`: NaN, Infinity, a key twice; or None."""
-    if isinstance(value, Twice):
+def ambiguity(value: Any) -> str | None:
+    """Describe the first ambiguity in a value from `parse_as_python`: NaN, Infinity or a duplicate key; or None."""
+    if isinstance(value, Duplicate):
         return f"two values: {value}"
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return next(filter(None, map(doubt, inner)), None)
+    return next(filter(None, map(ambiguity, inner)), None)
 
 
-def settled(value: Any) -> Any:
-    """`value` with the last of two values for each `Twice`."""
-    if isinstance(value, Twice):
-        return settled(value.last)
+def last_values(value: Any) -> Any:
+    """Replace each `Duplicate` in `value` by its last value."""
+    if isinstance(value, Duplicate):
+        return last_values(value.last)
     if isinstance(value, dict):
-        return {key: settled(inner) for key, inner in value.items()}
-    return [settled(inner) for inner in value] if isinstance(value, list) else value
+        return {key: last_values(inner) for key, inner in value.items()}
+    return [last_values(inner) for inner in value] if isinstance(value, list) else value
 
 
 class Scanner:
-    """Reads one JSON text of `length` bytes from a file, a token at a time.
+    """Incremental parser of a JSON text of `length` bytes in a file.
 
-    Only what is asked for becomes Python objects, and of the text only a window is in memory: a text of a hundred
-    megabytes that is refused has cost as much as one of a hundred bytes. Tokens are those of `parse_json`; one may
-    have `MAX_TOKEN` bytes with the space before it, a string that is only skipped any number.
+    Only requested values become Python objects, and only a window of the text is in memory. The syntax is that of
+    `parse_json`. A token, with the white space before it, has at most `MAX_TOKEN` bytes; skipped strings are unlimited.
     """
 
     def __init__(self, file: BinaryIO, length: int, path: Path) -> None:
@@ -119,7 +118,7 @@ class Scanner:
         self._more()
 
     def take(self, pattern: re.Pattern[bytes]) -> re.Match[bytes] | None:
-        """Go past the match of `pattern` at the next byte, if there is one, and return it."""
+        """Match `pattern` at the current position and move past it; None if it does not match."""
         if self._left and len(self._window) - self._at < MAX_TOKEN:
             self._more()
         found = pattern.match(self._window, self._at)
@@ -128,27 +127,27 @@ class Scanner:
         return found
 
     def object(self) -> bool:
-        """Go into an object that must stand here; False, and past it, if it is empty."""
+        """Enter an object; return False and skip it if it is empty."""
         if not self.take(_OPEN):
             raise self.error("an object")
         return not self.take(_CLOSE)
 
     def key(self) -> str:
-        """The key that must stand here, and past its colon."""
+        """Read a key and its colon."""
         found = self.take(_KEY)
         if found is None:
             raise self.error(f"a key of at most {MAX_TOKEN} bytes and a value")
         return decode_string(found[1])
 
     def more(self) -> bool:
-        """Past the comma, or the end of the object: whether it goes on."""
+        """Skip a comma, or the end of the object; return whether another key follows."""
         found = self.take(_NEXT)
         if found is None:
             raise self.error("',' or '}'")
         return found[1] == b","
 
     def skip_string(self) -> bool:
-        """Past a string of any length; False if something else stands here."""
+        """Skip a string of any length; return False if there is none."""
         if not self.take(_QUOTE):
             return False
         while not self.take(_QUOTE):
@@ -157,35 +156,35 @@ class Scanner:
         return True
 
     def value(self, *, limit: int = MAX_TOKEN, as_python: bool = False) -> Any:
-        """The value at the next byte, of at most `limit` bytes, as `parse_json` or `parse_as_python` reads it."""
-        decoder = _PYTHONS if as_python else _DECODER
+        """Read a value of at most `limit` bytes, as `parse_json` or `parse_as_python` does."""
+        decoder = _PYTHON_DECODER if as_python else _STRICT_DECODER
         problem: Exception | None = None
-        for size in (2**8, 2**10, 2**12, 2**14, MAX_TOKEN, limit):  # a small value takes little time
+        for size in (2**8, 2**10, 2**12, 2**14, MAX_TOKEN, limit):  # small values are fast
             while self._left and len(self._window) - self._at < size:
                 self._more()
             data = self._window[self._at : self._at + size]
-            text = data.decode("utf-8", "ignore")  # the cut may go through a character
+            text = data.decode("utf-8", "ignore")  # the end may split a character
             try:
                 _check_depth(data)
                 value, end = decoder.raw_decode(text)
             except (ValueError, RecursionError) as error:
                 problem = error
                 continue
-            if end < len(text) or size == limit:  # otherwise the cut may go through a number
+            if end < len(text) or size == limit:  # otherwise the end may split a number
                 self._at += len(text[:end].encode("utf-8"))
                 return value
         message = f"not valid JSON, or a value of more than {limit} bytes: {problem}"
         raise CheckpointError(self.path, message, expected="a value", found=self.rest()) from problem
 
     def end(self) -> None:
-        """Nothing but space may follow."""
+        """Raise unless only white space follows."""
         while self.take(_SPACE):
             pass
         if self._left or self._at < len(self._window):
             raise self.error("nothing more")
 
     def rest(self) -> str:
-        """How the text goes on, for a message."""
+        """Return the next characters, for a message."""
         part = self._window[self._at : self._at + 60]
         return one_line(part.decode("utf-8", "backslashreplace")) if part else "the end"
 
@@ -206,7 +205,7 @@ class Scanner:
 
 
 def decode_string(characters: bytes) -> str:
-    """The text of what `CHARACTERS` has matched, in valid UTF-8."""
+    """Decode a match of `CHARACTERS`, which must be valid UTF-8."""
     return json.loads(b'"%b"' % characters) if b"\\" in characters else characters.decode("utf-8")
 
 
@@ -219,7 +218,7 @@ def _check_depth(data: bytes) -> None:
         if found[1]:
             depth += 1
             if depth > MAX_DEPTH:
-                raise ValueError(f"more than {MAX_DEPTH} arrays and objects in each other")
+                raise ValueError(f"more than {MAX_DEPTH} nested arrays and objects")
         elif found[0][0] in b"]}":
             depth -= 1
             if depth <= 0:
@@ -230,7 +229,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"key {twice[:80]!r} twice in one object")
+        raise ValueError(f"duplicate key {twice[:80]!r}")
     return values
 
 
@@ -246,19 +245,19 @@ def _finite(text: str) -> float:
 
 
 def _integer(text: str) -> int | float:
-    return -0.0 if text == "-0" else int(text)  # no size: no integer but Python's has this sign
+    return -0.0 if text == "-0" else int(text)  # -0 is not an integer in other languages
 
 
-def _last_counts(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _keep_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         for key, value in pairs:
-            if values[key] != value and not isinstance(values[key], Twice):
-                values[key] = Twice(value, values[key])
+            if values[key] != value and not isinstance(values[key], Duplicate):
+                values[key] = Duplicate(value, values[key])
     return values
 
 
-_PYTHONS = json.JSONDecoder(object_pairs_hook=_last_counts)
-_DECODER = json.JSONDecoder(
+_PYTHON_DECODER = json.JSONDecoder(object_pairs_hook=_keep_duplicates)
+_STRICT_DECODER = json.JSONDecoder(
     object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite, parse_int=_integer
 )

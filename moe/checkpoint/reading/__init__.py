@@ -1,1 +1,1 @@
-"""Reading checkpoints: finding a folder or a model on the Hub, its summary, and loading it into a model."""
+"""Reading of checkpoints: finding a folder or a model on the Hub, summarising it, and loading it."""

@@ -1,4 +1,4 @@
-"""Models by their name on the Hugging Face Hub, through huggingface_hub if that is installed."""
+"""Access to models on the Hugging Face Hub by name, if huggingface_hub is installed."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
-from moe.checkpoint.format.carried import PATTERNS
+from moe.checkpoint.format.auxiliary import PATTERNS
 from moe.checkpoint.format.folder import (
     CONFIG,
     INDEX,
@@ -33,13 +33,15 @@ _INCOMPLETE = "its cache does not have all of this model"
 
 
 def find(folder: str | PathLike[str], revision: str | None = None, *, files: Sequence[str] = FILES) -> Path:
-    """The checkpoint folder; or, for a name like "org/model" that is no folder here, the snapshot in the Hub's cache.
+    """Return the checkpoint folder, or for a name on the Hub such as "org/model" its snapshot in the local cache.
 
-    A name can have a revision (branch, tag or commit), as "org/model@revision" or in `revision`. `files` are the names
-    and patterns that are downloaded, by default those that a load reads or that travel with the model. Where the Hub
-    cannot be reached, the local cache is used.
+    Args:
+        folder: a path, or a name that no local folder has. A name may include a revision: "org/model@revision".
+        revision: branch, tag or commit on the Hub.
+        files: names and patterns of files to download; default: weights, configuration and auxiliary files.
 
-    Raises `CheckpointError` if there is neither; it says whether the Hub was asked, and what it answered.
+    If the Hub cannot be reached, the local cache is used. Raises `CheckpointError`, with the Hub's answer if there is
+    one, if the checkpoint is not found.
     """
     if not isinstance(folder, str | PathLike):
         raise ConfigError("folder", folder, "a path, or a name on the Hub")
@@ -55,7 +57,7 @@ def find(folder: str | PathLike[str], revision: str | None = None, *, files: Seq
         try:
             return download()
         except _unreachable():
-            with contextlib.suppress(*_unreachable()):  # huggingface_hub 1 asks for the list of a commit's files
+            with contextlib.suppress(*_unreachable()):  # huggingface_hub 1 requires the list of a commit's files
                 return download(local_files_only=True)
             raise
 
@@ -65,16 +67,16 @@ def find(folder: str | PathLike[str], revision: str | None = None, *, files: Seq
 def headers_on_hub(
     path: Path, folder: str | PathLike[str], revision: str | None = None, *, optional: bool = False
 ) -> dict[str, TensorInfo] | None:
-    """The headers of weights that are on the Hub and not all in its cache; None if the files of `path` are to be read.
+    """Read headers of weights on the Hub; return None if all files are in `path`, and can be read there.
 
-    `path` is what `find` has returned for `folder` and `revision`. The paths of the tensors are those that the files
-    would have. Raises CheckpointError if the Hub does not answer, or with `optional` returns an empty dictionary.
+    `path` is the result of `find` for `folder` and `revision`. The tensors' paths are those that the files would have.
+    If the Hub does not answer, raises CheckpointError, or returns an empty dictionary if `optional`.
     """
     named = _parse(folder, revision)
     if named is None or has_all_weights(path):
         return None
     name, revision = named
-    commit = path.name  # of the same snapshot, whatever has been pushed since
+    commit = path.name  # even if a newer one has been pushed
     try:
         found = _ask(lambda hub: hub.get_safetensors_metadata(name, revision=commit), name, revision)
     except CheckpointError as error:
@@ -94,10 +96,10 @@ def headers_on_hub(
 
 
 @contextlib.contextmanager
-def from_cache(folder: str | PathLike[str], revision: str | None = None) -> Iterator[None]:
-    """Raises for a file that the block misses in the Hub's cache an error that names the model and says why.
+def explain_cache_misses(folder: str | PathLike[str], revision: str | None = None) -> Iterator[None]:
+    """Explain errors in the block about files that are missing in the Hub's cache.
 
-    `find` takes what the cache has if the Hub cannot be reached, which may be a part of the files.
+    If the Hub cannot be reached, `find` returns a snapshot that may be incomplete.
     """
     try:
         yield
@@ -120,27 +122,27 @@ def from_cache(folder: str | PathLike[str], revision: str | None = None) -> Iter
         raise
 
 
-def is_name(folder: str | PathLike[str]) -> bool:
-    """Whether `find` looks for it on the Hub."""
+def is_hub_name(folder: str | PathLike[str]) -> bool:
+    """Whether `find` looks for `folder` on the Hub."""
     return _parse(folder, None) is not None
 
 
 def _parse(folder: str | PathLike[str], revision: str | None) -> tuple[str, str | None] | None:
-    """Name and revision on the Hub; None for what is a folder here, or can only be one."""
+    """Return name and revision on the Hub; None for a local folder and for anything that is not a name."""
     found = _NAME.fullmatch(str(folder))
-    if found is None or _is_here(Path(folder)):
+    if found is None or _exists_locally(Path(folder)):
         return None
     name, given = found.groups()
-    if given is not None and _is_here(Path(name)):
-        expected = f"{name} for the folder, which has no revisions"
-        raise CheckpointError(folder, "no such folder, but one without the revision", expected=expected)
+    if given is not None and _exists_locally(Path(name)):
+        expected = f"{name}, because a folder has no revisions"
+        raise CheckpointError(folder, f"no such folder, but {name} exists", expected=expected)
     if None not in (given, revision) and given != revision:
-        raise ConfigError("revision", revision, f"{given}, as {folder} has it")
+        raise ConfigError("revision", revision, f"{given}, the revision in {folder}")
     return name, given or revision
 
 
-def _is_here(path: Path) -> bool:
-    """Whether `locate` has something to say about the path, be it that it cannot be read."""
+def _exists_locally(path: Path) -> bool:
+    """Whether the path exists, perhaps unreadable, or can be recovered by `locate`."""
     try:
         os.lstat(path)
     except FileNotFoundError:
@@ -151,20 +153,20 @@ def _is_here(path: Path) -> bool:
 
 
 def _ask(question: Callable[[Any], _ANSWER], name: str, revision: str | None) -> _ANSWER:
-    """What huggingface_hub answers. Raises `CheckpointError` with the reason if it has no answer."""
+    """Call `question` with huggingface_hub; convert its errors to `CheckpointError`."""
     where = name if revision is None else f"{name}@{revision}"
     hint = neighbour(Path(name))
     try:
         import huggingface_hub
         from huggingface_hub import utils
     except ImportError:
-        problem = f"no such folder; huggingface_hub, which would look it up, is not installed{hint}"
+        problem = f"no such folder; huggingface_hub is not installed, so it is not looked up on the Hub{hint}"
         raise CheckpointError(where, problem, expected="pip install huggingface_hub, or a folder") from None
     try:
         return question(huggingface_hub)
     except utils.GatedRepoError as error:
         problem = "access to this model on the Hub is restricted"
-        expected = f"its terms accepted on its page at {_page(name)}, and hf auth login or HF_TOKEN"
+        expected = f"its terms accepted at {_url(name)}, and hf auth login or HF_TOKEN"
         raise CheckpointError(where, problem, expected=expected) from error
     except utils.RepositoryNotFoundError as error:
         problem = f"no such folder, and no such model on the Hub{hint}"
@@ -173,7 +175,7 @@ def _ask(question: Callable[[Any], _ANSWER], name: str, revision: str | None) ->
         problem = "the model on the Hub has no such revision"
         raise CheckpointError(where, problem, expected="a branch, tag or commit of it", found=revision) from error
     except utils.NotASafetensorsRepoError as error:
-        problem = "the model on the Hub has no safetensors"
+        problem = "the model on the Hub has no safetensors files"
         raise CheckpointError(where, problem, expected=f"{SINGLE} or {INDEX}") from error
     except utils.HFValidationError as error:
         raise CheckpointError(where, f"no such folder, and not a valid name on the Hub{hint}", found=name) from error
@@ -181,27 +183,27 @@ def _ask(question: Callable[[Any], _ANSWER], name: str, revision: str | None) ->
         answered = isinstance(error.__cause__, utils.HfHubHTTPError)
         state = "answers with an error" if answered else "is offline"
         problem = f"no such folder; the Hub {state} ({_cause(error)}), and {_INCOMPLETE}{hint}"
-        expected = "a model that is in the cache, or a connection"
+        expected = "a cached model, or a connection"
         raise CheckpointError(where, problem, expected=expected) from error
-    except Exception as error:  # the network's errors, other answers of the Hub, and the system's
+    except Exception as error:  # errors of the network, the Hub and the system
         raise CheckpointError(where, f"no such folder; huggingface_hub failed: {error!r}") from error
 
 
 def _unreachable() -> tuple[type[Exception], ...]:
-    """What huggingface_hub raises where it cannot ask the Hub, and its cache has no answer."""
+    """Return the errors of huggingface_hub if the Hub cannot be reached and its cache is incomplete."""
     from huggingface_hub import utils
 
     return utils.LocalEntryNotFoundError, utils.OfflineModeIsEnabled
 
 
-def _page(name: str) -> str:
+def _url(name: str) -> str:
     from huggingface_hub import constants
 
     return f"{constants.ENDPOINT}/{name}"
 
 
 def _cause(error: BaseException) -> str:
-    """Why the Hub could not be asked."""
+    """Return why the Hub could not be reached."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:

@@ -1,4 +1,4 @@
-"""`load`: from a folder of safetensors straight into the parameters of a new model."""
+"""`load`: safetensors files read directly into the parameters of a new model."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -11,18 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.checkpoint.format.carried import read_carried
-from moe.checkpoint.format.comparison import Plan, plan
+from moe.checkpoint.format.auxiliary import read_auxiliary
+from moe.checkpoint.format.contents import Contents, read_contents
 from moe.checkpoint.format.dtypes import FLOATING, SAFETENSORS, parse_dtype
 from moe.checkpoint.format.families import family_of
 from moe.checkpoint.format.folder import CONFIG
 from moe.checkpoint.format.header import MAX_HEADER_BYTES, TensorInfo
-from moe.checkpoint.format.layout import Slot, layer_of
+from moe.checkpoint.format.layout import TensorSpec, layer_of
 from moe.checkpoint.format.tensor_roles import allowed_dtypes, check_scales, needs_common_dtype
-from moe.checkpoint.reading.hub import find, from_cache
+from moe.checkpoint.reading.hub import explain_cache_misses, find
 from moe.checkpoint.reading.memory import check_fits
 from moe.checkpoint.reading.progress import Progress
-from moe.checkpoint.reading.values import BIAS, DTYPES, SCALES, STORED, Files, Piece, check_repeats, fill
+from moe.checkpoint.reading.values import (
+    BIAS,
+    SCALE_DTYPES,
+    TORCH_DTYPES,
+    WEIGHT_DTYPES,
+    Files,
+    Piece,
+    check_repeats,
+    fill,
+)
 from moe.counts import Shape, parameter_shapes
 from moe.errors import CheckpointError, ConfigError
 from moe.layer import Experts
@@ -32,14 +41,14 @@ from moe.quantized import FP8Experts, FP8Linear, MXFP4Experts
 
 @dataclass(frozen=True)
 class Origin:
-    """What a model remembers of the folder that it was loaded from, so that a save writes the same tensors.
+    """Facts about the folder that a model was loaded from, so that a save writes the same tensors.
 
     Attributes:
-        table: the layout of its files.
-        omitted: repeats that the files did without, by layer and name within it.
-        narrow: correction bias, or scales that were kept -> the dtype in which they are stored, where that is not fp32.
-        quantization: the object in config.json, if quantised tensors were kept.
-        block_size: of FP8 that was kept.
+        table: layout of the files.
+        omitted: repeats that the files did not have, by layer and name within it.
+        narrow: correction bias or kept scales -> their dtype in the files, if it is not fp32.
+        quantization: object in config.json, if quantised tensors were kept.
+        block_size: block size of kept FP8 tensors.
     """
 
     table: str
@@ -60,59 +69,59 @@ def load(
     max_header_bytes: int = MAX_HEADER_BYTES,
     progress: bool | None = None,
 ) -> Transformer:
-    """The model in a Hugging Face checkpoint folder, in eval mode.
+    """Load the model in a Hugging Face checkpoint folder, in eval mode.
 
-    Everything that headers can tell is checked before anything is allocated, and a model that does not fit into the
-    device's free memory is refused. Bytes go straight into the final parameters; what is converted or sent to another
-    device goes through a buffer of 16 MiB, or of one expert where the files have its axes in another order.
+    Headers are checked, and so is the device's free memory, before anything is allocated. Bytes are read directly into
+    the final parameters; tensors that are converted or copied to another device pass through a buffer of 16 MiB, or of
+    one expert if the files have its axes in another order.
 
     Args:
-        folder: config.json and safetensors; pickles are never read. Of a run of `moesmith train`, its checkpoint is
-            loaded. A name like "org/model" or "org/model@revision", unless a folder has that name, is looked up with
-            huggingface_hub, if that is installed: online, or in its cache where the Hub cannot be reached.
-        device: where the parameters are. On "meta" no weights are read: the parameters have shapes and dtypes only.
+        folder: folder with config.json and safetensors files; pickles are never read. For a run of `moesmith train`,
+            its checkpoint is loaded. A name such as "org/model" or "org/model@revision" that no folder has is looked up
+            with huggingface_hub, if installed: online, or in its cache if the Hub cannot be reached.
+        device: device of the parameters. On "meta" no weights are read: parameters have only shapes and dtypes.
         dtype: "auto" keeps each tensor as stored. Norms, routers and sinks may have any dtype; all other tensors must
-            have one, and quantised ones (FP8 blocks, MXFP4) are dequantised to it. "keep" is the same but leaves
-            quantised tensors as they are, frozen: each use dequantises them, and a save writes the same bytes. A
-            floating dtype (torch's, or "bf16", "fp16", "fp32", "fp64") converts everything but the router's correction
-            bias, which is fp32 always (a bf16 or fp16 one is widened, exactly).
-        revision: branch, tag or commit of a name on the Hub, instead of "@revision"; a folder has none.
-        mtp: False leaves multi-token prediction modules out and does not look at their tensors. Modules that
-            config.json does not count are left out in any case, with a warning.
-        experts: read and hold only these routed experts of each layer, a rank's share; such a model runs only under a
-            dispatcher that knows where the others are.
-        max_header_bytes: of one file; a released checkpoint's are below the default of 16 MiB. At most 100 MiB.
-        progress: a bar on stderr; None: if that is a terminal.
+            have the same, and quantised ones (FP8 blocks, MXFP4) are dequantised to it. "keep" also keeps quantised
+            tensors, frozen: each use dequantises them, and a save writes the same bytes. A floating dtype (torch's, or
+            "bf16", "fp16", "fp32", "fp64") converts everything except the router's correction bias, which is always
+            fp32 (a bf16 or fp16 one is widened exactly).
+        revision: branch, tag or commit of a name on the Hub, instead of "@revision"; invalid for a folder.
+        mtp: False leaves out multi-token prediction modules and ignores their tensors. Modules that config.json does
+            not count are always left out, with a warning.
+        experts: read and hold only these routed experts of each layer, the share of one rank; such a model requires a
+            dispatcher for the other ones.
+        max_header_bytes: maximum header size of a file, at most 100 MiB; released files are below the default, 16 MiB.
+        progress: whether to show a progress bar on stderr; None: if it is a terminal.
 
     Raises:
-        CheckpointError: naming file, tensor, what was expected and what was found. A tensor is missing, unexpected or
-            mis-shaped; or has a dtype that is not for weights, or that "auto" cannot mix with the others'; or a
-            repeated embedding or head differs from the model's own; or the folder is of an unknown family or
-            quantisation, too large, or malformed.
-        ConfigError: naming the argument that has a wrong value.
+        CheckpointError: names file, tensor, and what was expected and found. A tensor is missing, unexpected or
+            mis-shaped; it has an unsupported dtype, or one that "auto" cannot combine with the others; a repeated
+            embedding or head differs from the original; the family or quantisation format is unknown; the model does
+            not fit into memory; or a file is malformed.
+        ConfigError: an argument has an invalid value.
     """
     device = usable_device(device)
     source = examine(folder, dtype, revision=revision, mtp=mtp, experts=experts, max_header_bytes=max_header_bytes)
-    todo, shapes, dtypes = source.todo, source.shapes, source.dtypes
+    contents, shapes, dtypes = source.contents, source.shapes, source.dtypes
     needed = sum(math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items())
-    check_fits(todo.folder, needed, device)
-    carried = read_carried(todo.folder)
+    check_fits(contents.folder, needed, device)
+    auxiliary = read_auxiliary(contents.folder)
 
     with torch.device("meta"):
-        model = Transformer(todo.config)
+        model = Transformer(contents.config)
     state = {name: torch.empty(shape, dtype=dtypes[name], device=device) for name, shape in shapes.items()}
     if device.type != "meta":
-        check_repeats(todo)
+        check_repeats(contents)
         _read(source, state, progress)
     source.check_unchanged()
-    _adopt(model, state, todo)
-    model.carried_files = carried
+    _assign(model, state, contents)
+    model.carried_files = auxiliary
     model.origin = source.origin()
     return model.eval()
 
 
 def usable_device(device: Any) -> torch.device:
-    """`device` as torch knows it. Raises ConfigError for one that this machine does not have."""
+    """Return `device` as a torch.device; raises ConfigError if this machine does not have it."""
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError) as error:
@@ -121,24 +130,27 @@ def usable_device(device: Any) -> torch.device:
 
 
 def _read(source: "Source", state: Mapping[str, Tensor], progress: bool | None) -> None:
-    """Fill the parameters."""
+    """Fill the parameters from the files."""
     total = sum(piece.row_bytes * len(piece.rows) for piece in source.pieces)
     with Progress("loading", total, progress) as bar, Files(bar) as files:
         for piece in source.pieces:
             destination = state[piece.parameter][piece.index]
-            fill(files, piece, destination, source.todo)
-            if piece.slot.scale_of is not None:
+            fill(files, piece, destination, source.contents)
+            if piece.spec.scale_of is not None:
                 check_scales(piece.info, destination)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A folder whose headers are in order, what is read of it, and what it is read into: parameter -> shape and dtype.
+    """A checkpoint whose headers are valid, the pieces to read, and the parameters that they fill.
 
-    `identity` identifies the checkpoint that was examined; `kept` says whether quantised tensors are read as stored.
+    Attributes:
+        dtypes, shapes: dtypes and shapes of the parameters, by name.
+        identity: identifies the checkpoint that was examined.
+        kept: whether quantised tensors are read as stored.
     """
 
-    todo: Plan
+    contents: Contents
     pieces: list[Piece]
     dtypes: dict[str, torch.dtype]
     shapes: dict[str, Shape]
@@ -146,13 +158,13 @@ class Source:
     kept: bool
 
     def check_unchanged(self) -> None:
-        """To be called when all is read: a save swaps the whole folder."""
-        if _identity(self.todo.folder) != self.identity:
+        """Raise `CheckpointError` if a save has replaced the folder since; call it after reading."""
+        if _identity(self.contents.folder) != self.identity:
             problem = "replaced by another checkpoint while it was read; load it again"
-            raise CheckpointError(self.todo.folder, problem)
+            raise CheckpointError(self.contents.folder, problem)
 
     def origin(self) -> Origin:
-        return _origin(self.todo, kept=self.kept)
+        return _origin(self.contents, kept=self.kept)
 
 
 def examine(
@@ -164,122 +176,125 @@ def examine(
     experts: range | None = None,
     max_header_bytes: int = MAX_HEADER_BYTES,
 ) -> Source:
-    """What `load` with these arguments reads; raises what headers can tell."""
+    """Check the headers of a checkpoint, and return what `load` with these arguments reads."""
     kind = parse_dtype(dtype, "dtype", ("auto", "keep", *FLOATING))
-    wanted = DTYPES[SAFETENSORS[kind]] if kind in FLOATING else None
+    wanted = WEIGHT_DTYPES[SAFETENSORS[kind]] if kind in FLOATING else None
     path = find(folder, revision)
     identity = _identity(path)
-    with from_cache(folder, revision):
-        todo = plan(path, mtp=mtp, max_header_bytes=max_header_bytes)
-    todo.check()
-    check_dtypes(todo)
+    with explain_cache_misses(folder, revision):
+        contents = read_contents(path, mtp=mtp, max_header_bytes=max_header_bytes)
+    contents.check()
+    check_dtypes(contents)
     if kind == "keep":
-        _check_kept(todo)
-    mine = _experts(todo, experts)
-    found = [part for piece in pieces(todo, keep=kind == "keep") if (part := piece.of(mine)) is not None]
-    return Source(todo, found, _dtypes(todo, found, wanted), _shapes(todo, found, experts), identity, kind == "keep")
+        _check_kept(contents)
+    mine = _experts(contents, experts)
+    found = [part for piece in pieces(contents, keep=kind == "keep") if (part := piece.for_experts(mine)) is not None]
+    return Source(
+        contents, found, _dtypes(contents, found, wanted), _shapes(contents, found, experts), identity, kind == "keep"
+    )
 
 
 def _identity(folder: Path) -> tuple[int, ...]:
-    """Of the checkpoint that stands there. The folder's inode number alone comes again with a later save's folder."""
+    """Return an identity of the current checkpoint; the folder's inode number alone may be reused by a later save."""
     found, config = folder.stat(), folder / CONFIG
     return found.st_dev, found.st_ino, config.stat().st_mtime_ns if config.exists() else 0
 
 
-def _experts(todo: Plan, experts: range | None) -> range:
-    count = todo.config.n_routed_experts
+def _experts(contents: Contents, experts: range | None) -> range:
+    count = contents.config.n_routed_experts
     if experts is None:
         return range(count)
     if not isinstance(experts, range) or experts.step != 1 or not 0 <= experts.start < experts.stop <= count:
-        raise ConfigError("experts", experts, f"a range within the {count} experts, step 1, not empty")
+        raise ConfigError("experts", experts, f"a non-empty range within the {count} experts, with step 1")
     return experts
 
 
-def pieces(todo: Plan, *, keep: bool) -> Iterator[Piece]:
-    """What is read for all experts, file by file and from front to back; with `keep`, as it is."""
-    scales = {slot.scale_of: todo.tensors[name] for name, slot in todo.slots.items() if slot.scale_of in todo.tensors}
-    for name, info in todo.tensors.items():
-        slot = todo.slots.get(name)
-        if slot is None or slot.repeat or (slot.scale_of is not None and not keep):
+def pieces(contents: Contents, *, keep: bool) -> Iterator[Piece]:
+    """Yield the pieces of all experts in file order; `keep` leaves quantised tensors as stored."""
+    tensors = contents.tensors
+    scales = {spec.scale_of: tensors[name] for name, spec in contents.specs.items() if spec.scale_of in tensors}
+    for name, info in tensors.items():
+        spec = contents.specs.get(name)
+        if spec is None or spec.repeat or (spec.scale_of is not None and not keep):
             continue
-        if slot.is_row:
+        if spec.is_row:
             info = replace(info, shape=info.shape[1:])
         scale = None if keep else scales.get(name)
-        parameter = slot.parameter
-        if scale is not None and slot.axes is not None:
+        parameter = spec.parameter
+        if scale is not None and spec.axes is not None:
             parameter = parameter.removesuffix("_blocks")
-        yield Piece(info, slot, parameter, slot.index, range(info.shape[0] if info.shape else 1), scale)
+        yield Piece(info, spec, parameter, spec.index, range(info.shape[0] if info.shape else 1), scale)
 
 
-def _check_kept(todo: Plan) -> None:
-    """Refuse a parameter of which some parts are quantised and others not, or whose scales are in different formats."""
+def _check_kept(contents: Contents) -> None:
+    """Raise `CheckpointError` for a parameter that is partly quantised or has scales of different formats."""
     first: dict[str, TensorInfo] = {}
-    for piece in pieces(todo, keep=True):
+    for piece in pieces(contents, keep=True):
         info, before = piece.info, first.setdefault(piece.parameter, piece.info)
         if info.dtype != before.dtype and {info.dtype, before.dtype} & {"F8_E4M3", "F8_E8M0"}:
             problem = f"its dtype differs within {piece.parameter}, which cannot be kept; load with dtype='auto'"
-            raise todo.error(info.name, problem, expected=f"{before.dtype}, as {before.name} has", found=info.dtype)
+            raise contents.error(info.name, problem, expected=f"{before.dtype}, as {before.name} has", found=info.dtype)
 
 
-def _dtypes(todo: Plan, pieces: list[Piece], dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-    """Parameter -> the dtype that it gets: `dtype`, or that of the files."""
-    common = _common_dtype(todo) if dtype is None else dtype
+def _dtypes(contents: Contents, pieces: list[Piece], dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """Return the dtype of each parameter: `dtype`, or that of the files."""
+    common = _common_dtype(contents) if dtype is None else dtype
     result: dict[str, torch.dtype] = {}
     for piece in pieces:
         stored = piece.info.dtype
-        if _is_widened(piece.slot) and stored != "F8_E8M0":
+        if _is_widened(piece.spec) and stored != "F8_E8M0":
             result[piece.parameter] = torch.float32
         elif dtype is not None or piece.scale is not None:
             result[piece.parameter] = common
         else:
-            result[piece.parameter] = STORED[stored]
+            result[piece.parameter] = TORCH_DTYPES[stored]
     return result
 
 
-def _common_dtype(todo: Plan) -> torch.dtype:
-    """The one dtype of all tensors that a forward pass multiplies with activations, quantised ones left out.
+def _common_dtype(contents: Contents) -> torch.dtype:
+    """Return the common dtype of all tensors that are multiplied with activations, except quantised ones.
 
-    Raises `CheckpointError` if there are several. Looks at all experts: ranks that read some of them must agree.
+    Raises `CheckpointError` if there are several. Considers all experts, so that all ranks agree.
     """
     found: dict[str, list[str]] = {}
-    for name, slot in todo.slots.items():
-        info = todo.tensors.get(name)
-        if info is not None and info.dtype in DTYPES and not slot.repeat and needs_common_dtype(slot.parameter):
+    for name, spec in contents.specs.items():
+        info = contents.tensors.get(name)
+        if info is not None and info.dtype in WEIGHT_DTYPES and not spec.repeat and needs_common_dtype(spec.parameter):
             found.setdefault(info.dtype, []).append(name)
-    most = max(found, key=lambda kind: sum(todo.tensors[name].numel for name in found[kind]))
-    others = sorted((name for kind in found if kind != most for name in found[kind]), key=todo.is_mtp)
+    most = max(found, key=lambda kind: sum(contents.tensors[name].numel for name in found[kind]))
+    others = sorted((name for kind in found if kind != most for name in found[kind]), key=contents.is_mtp)
     if others:
-        widest = str(reduce(torch.promote_types, (DTYPES[kind] for kind in found)))
-        stated = f"torch.{todo.dtype}"
-        advice = f"{stated}, as config.json states" if todo.dtype else widest
-        advice += f", or dtype={widest}" * (todo.dtype is not None and stated != widest)
+        widest = str(reduce(torch.promote_types, (WEIGHT_DTYPES[kind] for kind in found)))
+        stated = f"torch.{contents.dtype}"
+        advice = f"{stated}, as config.json states" if contents.dtype else widest
+        advice += f", or dtype={widest}" * (contents.dtype is not None and stated != widest)
         more = f" and {len(others) - 1} more differ" if len(others) > 1 else " differs"
-        problem = f"its dtype{more} from most tensors, and the model needs one; load with dtype={advice}"
+        problem = f"its dtype{more} from most tensors, but the model needs a common one; load with dtype={advice}"
         expected = f"{most}, as {found[most][0]} has"
-        raise todo.error(others[0], problem, expected=expected, found=todo.tensors[others[0]].dtype)
-    return DTYPES[most]
+        raise contents.error(others[0], problem, expected=expected, found=contents.tensors[others[0]].dtype)
+    return WEIGHT_DTYPES[most]
 
 
-def check_dtypes(todo: Plan) -> None:
-    """Raise for what a tensor's role does not allow."""
-    scaled = {slot.scale_of for slot in todo.slots.values()}
-    for name, slot in todo.slots.items():
-        info = todo.tensors.get(name)
+def check_dtypes(contents: Contents) -> None:
+    """Raise `CheckpointError` for a dtype that the tensor's role does not allow."""
+    scaled = {spec.scale_of for spec in contents.specs.values()}
+    for name, spec in contents.specs.items():
+        info = contents.tensors.get(name)
         if info is None:
             continue
-        if slot.parameter.endswith(("_blocks", "_scales")):
+        if spec.parameter.endswith(("_blocks", "_scales")):
             allowed = ("U8",)
-        elif slot.scale_of is not None:
-            allowed = tuple(SCALES)
+        elif spec.scale_of is not None:
+            allowed = tuple(SCALE_DTYPES)
         else:
-            allowed = allowed_dtypes(slot.parameter, quantised=("F8_E4M3",) if name in scaled else ())
+            allowed = allowed_dtypes(spec.parameter, quantised=("F8_E4M3",) if name in scaled else ())
         if info.dtype not in allowed:
-            raise todo.error(name, "dtype", expected=" or ".join(allowed), found=info.dtype)
+            raise contents.error(name, "unsupported dtype", expected=" or ".join(allowed), found=info.dtype)
 
 
-def _shapes(todo: Plan, pieces: list[Piece], experts: range | None) -> dict[str, Shape]:
-    """Parameter -> shape, of all that the pieces fill."""
-    known = parameter_shapes(todo.config)
+def _shapes(contents: Contents, pieces: list[Piece], experts: range | None) -> dict[str, Shape]:
+    """Return the shape of each parameter that the pieces fill."""
+    known = parameter_shapes(contents.config)
     shapes: dict[str, Shape] = {}
     for piece in pieces:
         name = piece.parameter
@@ -287,37 +302,37 @@ def _shapes(todo: Plan, pieces: list[Piece], experts: range | None) -> dict[str,
             shapes[name] = known[name]
             if experts is not None and ".mlp.experts." in name:
                 shapes[name] = (len(experts), *known[name][1:])
-        else:  # scales and blocks that are kept: as far as their pieces reach
+        else:  # kept scales and blocks: the extent of their pieces
             inner = (len(piece.rows), *piece.info.shape[1:])
             shapes[name] = _reach(shapes.get(name, ()), piece.index, inner)
     return shapes
 
 
 def _reach(so_far: Shape, index: tuple[int | slice, ...], inner: Shape) -> Shape:
-    """The smallest shape that holds `so_far` and `inner` at `index`."""
+    """Return the smallest shape that contains `so_far` and `inner` at `index`."""
     ends = [i.stop if isinstance(i, slice) else i + 1 for i in index]
     slices = sum(isinstance(i, slice) for i in index)
     reach = (*ends, *inner[slices:])
     return tuple(map(max, so_far, reach)) if so_far else reach
 
 
-def _adopt(model: Transformer, state: dict[str, Tensor], todo: Plan) -> None:
-    """Gives the model, which is on the meta device, its parameters, and modules for those that are quantised."""
+def _assign(model: Transformer, state: dict[str, Tensor], contents: Contents) -> None:
+    """Assign parameters to a model on the meta device, and replace the modules of quantised ones."""
     for name in state:
         parent, _, leaf = name.rpartition(".")
         module: Any = model.get_submodule(parent)
         biases = {f"{kind}_bias": state.get(f"{parent}.{kind}_proj_bias") for kind in ("gate_up", "down")}
         if leaf == "weight_scale_inv":
-            assert todo.quantization is not None and todo.quantization.block_size is not None
+            assert contents.quantization is not None and contents.quantization.block_size is not None
             made = FP8Linear.from_parts(
                 state[f"{parent}.weight"],
                 state[name],
                 state.get(f"{parent}.bias"),
-                block_size=todo.quantization.block_size,
+                block_size=contents.quantization.block_size,
             )
         elif leaf in ("gate_up_proj_scale_inv", "gate_up_proj_scales"):
-            made = _experts_of(module, parent, state, biases, todo)
-        elif type(module) is Experts and leaf == "gate_up_proj" and len(state[name]) < todo.config.n_routed_experts:
+            made = _quantized_experts(module, parent, state, biases, contents)
+        elif type(module) is Experts and leaf == "gate_up_proj" and len(state[name]) < contents.config.n_routed_experts:
             (count, twice, width), bias = state[name].shape, module.gate_up_proj_bias is not None
             with torch.device("meta"):
                 made = Experts(count, width, twice // 2, bias=bias, activation=module.activation)
@@ -327,35 +342,35 @@ def _adopt(model: Transformer, state: dict[str, Tensor], todo: Plan) -> None:
     model.load_state_dict(state, strict=True, assign=True)
 
 
-def _experts_of(
-    module: Experts, parent: str, state: Mapping[str, Tensor], biases: Mapping[str, Tensor | None], todo: Plan
+def _quantized_experts(
+    module: Experts, parent: str, state: Mapping[str, Tensor], biases: Mapping[str, Tensor | None], contents: Contents
 ) -> FP8Experts | MXFP4Experts:
-    block_size = todo.quantization.block_size if todo.quantization else None
+    block_size = contents.quantization.block_size if contents.quantization else None
     kind = FP8Experts if block_size is not None else MXFP4Experts
     parts = [state.get(f"{parent}.{name}") for name in kind.quantized]
     lacking = [f"{parent}.{name}" for name, part in zip(kind.quantized, parts, strict=True) if part is None]
     if lacking:
         problem = "only some tensors of these experts are quantised, which cannot be kept; load with dtype='auto'"
-        raise CheckpointError(todo.folder, problem, tensor=parent, expected=" and ".join(lacking), found="none")
+        raise CheckpointError(contents.folder, problem, tensor=parent, expected=" and ".join(lacking), found="none")
     settings = {"activation": module.activation} | ({} if block_size is None else {"block_size": block_size})
     return kind.from_parts(*parts, **biases, **settings)  # pyright: ignore[reportArgumentType]
 
 
-def _is_widened(slot: Slot) -> bool:
-    """fp32 in every model, whatever the files have."""
-    return slot.parameter.endswith((BIAS, "_scale_inv"))
+def _is_widened(spec: TensorSpec) -> bool:
+    """Whether the parameter is fp32 in every model, whatever the files have."""
+    return spec.parameter.endswith((BIAS, "_scale_inv"))
 
 
-def _origin(todo: Plan, *, kept: bool) -> Origin:
+def _origin(contents: Contents, *, kept: bool) -> Origin:
     narrow = {
-        slot.parameter: STORED[todo.tensors[name].dtype]
-        for name, slot in todo.slots.items()
-        if name in todo.tensors and todo.tensors[name].dtype in ("BF16", "F16") and _is_widened(slot)
+        spec.parameter: TORCH_DTYPES[contents.tensors[name].dtype]
+        for name, spec in contents.specs.items()
+        if name in contents.tensors and contents.tensors[name].dtype in ("BF16", "F16") and _is_widened(spec)
     }
-    quantization = todo.quantization if kept and todo.has_quantised_tensors else None
-    table = todo.table
-    names = family_of(todo.config.model_type, todo.folder).tables[table]
-    omitted = (layer_of(names, name) for name, slot in todo.slots.items() if slot.repeat and name not in todo.tensors)
+    quantization = contents.quantization if kept and contents.has_quantised_tensors else None
+    table = contents.table
+    names = family_of(contents.config.model_type, contents.folder).tables[table]
+    omitted = (layer_of(names, n) for n, spec in contents.specs.items() if spec.repeat and n not in contents.tensors)
     if table == "mxfp4" and not kept:
         table = "stacked"
     return Origin(

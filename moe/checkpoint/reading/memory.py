@@ -1,4 +1,4 @@
-"""Whether a model fits, before the first byte of it is allocated."""
+"""Free memory of a device, so that a model that does not fit is refused before it is allocated."""
 
 import resource
 from collections.abc import Iterator
@@ -11,17 +11,17 @@ from moe.errors import CheckpointError
 
 
 def check_fits(folder: Path, nbytes: int, device: torch.device) -> None:
-    """Raise `CheckpointError` if `nbytes` are more than the device has free."""
+    """Raise `CheckpointError` if the device has less than `nbytes` of free memory."""
     free, what = free_bytes(device)
     if nbytes > free:
         problem = f"the model does not fit into {what}"
         raise CheckpointError(
-            folder, problem, expected=f"at most {free:,} bytes, which are free", found=f"{nbytes:,} bytes"
+            folder, problem, expected=f"at most {free:,} bytes, the free memory", found=f"{nbytes:,} bytes"
         )
 
 
 def free_bytes(device: torch.device) -> tuple[int, str]:
-    """Free bytes, and of what: of the tightest limit there is. Devices that do not say have any number."""
+    """Return the free bytes under the tightest limit, and its name; 2^63 bytes if the device does not report any."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0], f"the memory of {torch.cuda.get_device_name(device)}"
     if device.type != "cpu":
@@ -45,11 +45,11 @@ def _host_limits() -> Iterator[tuple[int, str]]:
 
 
 def _cgroups() -> Iterator[tuple[str, str, str]]:
-    """Folders of this process's control group and of those around it, with the files of their limit and their use.
+    """Yield the folders of this process's control group and its parents, with their files of limit and usage.
 
     Within a container the group is often called "/", and its folder is the root.
     """
-    groups = {"": "/", "memory": "/"}  # of version 2, which has one hierarchy, and of version 1
+    groups = {"": "/", "memory": "/"}  # of version 2, which has a single hierarchy, and of version 1
     for line in _lines("/proc/self/cgroup"):
         _, kinds, path = line.split(":", 2)
         groups |= {kind: path for kind in kinds.split(",") if kind in groups}
@@ -60,7 +60,7 @@ def _cgroups() -> Iterator[tuple[str, str, str]]:
 
 
 def _cached(folder: str) -> int:
-    """Bytes of the container's files in memory, which make room when they are wanted."""
+    """Return the bytes of the container's page cache that can be reclaimed."""
     for line in _lines(f"{folder}/memory.stat"):
         if line.startswith(("inactive_file ", "total_inactive_file ")):
             return int(line.split()[1])

@@ -1,14 +1,14 @@
-"""A bar on stderr for what takes long: bytes done, bytes a second, time left."""
+"""Progress bar on stderr: bytes done, bytes per second, time left."""
 
 import sys
 from typing import Any, Self
 
 
 class Progress:
-    """`shown` None: if stderr is a terminal. rich is imported only for a bar that is shown."""
+    """Progress bar; `shown` None shows it if stderr is a terminal. rich is imported only then."""
 
-    def __init__(self, what: str, total: int, shown: bool | None) -> None:
-        self.what, self.total = what, total
+    def __init__(self, description: str, total: int, shown: bool | None) -> None:
+        self.description, self.total = description, total
         self.shown = sys.stderr.isatty() if shown is None else shown
         self.bar: Any = None
 
@@ -20,7 +20,7 @@ class Progress:
 
             columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
             self.bar = Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=sys.stderr.isatty())
-            self.task = self.bar.add_task(self.what, total=self.total)
+            self.task = self.bar.add_task(self.description, total=self.total)
             self.bar.start()
         return self
 

@@ -1,15 +1,15 @@
-"""What a checkpoint folder holds, from config.json and headers: no weights are read."""
+"""Summary of a checkpoint folder from config.json and headers, without reading weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
-from moe.checkpoint.format.comparison import plan
+from moe.checkpoint.format.contents import read_contents
 from moe.checkpoint.format.families import FAMILIES
 from moe.checkpoint.format.folder import INDEX, read_config_values, read_tensors
 from moe.checkpoint.format.quantized_formats import read_quantization
-from moe.checkpoint.reading.hub import CONFIGS, find, from_cache, headers_on_hub
+from moe.checkpoint.reading.hub import CONFIGS, explain_cache_misses, find, headers_on_hub
 from moe.config import ModelConfig
 from moe.counts import count_parameters
 
@@ -23,21 +23,22 @@ class DtypeTotals:
 
 @dataclass(frozen=True)
 class CheckpointSummary:
-    """See `read_summary`. The fields after `dtypes` are None and empty for a family that we have no table for.
+    """Summary of a checkpoint folder; for an unknown family, the fields from `config` to `ignored` are None or empty.
 
     Attributes:
-        model_type: as config.json has it.
-        files: how many hold the tensors.
-        tensors, values, bytes: of everything in the files.
-        dtypes: safetensors name -> its share of these.
-        config: without MTP modules where the files have none of their tensors, whatever config.json says.
-        parameters: values in the files that fill the model, repeated embeddings and heads left out.
-        expected_parameters: the same by arithmetic.
+        model_type: value in config.json.
+        files: number of files that hold tensors.
+        tensors, values, bytes: totals of the files.
+        dtypes: safetensors name of a dtype -> its share of these totals.
+        config: configuration, without MTP modules if the files hold none of their tensors.
+        parameters: number of values in the files that fill the model, without repeated embeddings and heads.
+        expected_parameters: the same, computed from `config`.
         missing, unexpected, misshaped: names of tensors in the files.
-        ignored: names of tensors that a load skips: rotary tables, and MTP modules that config.json does not count.
-        unscaled: quantised tensors whose scales are missing.
-        quantization: the format for people, for example "modelopt NVFP4"; None if not quantised.
-        loadable: whether `moe.load` reads that format.
+        unscaled: names of quantised tensors whose scales are missing.
+        ignored: names of tensors that `moe.load` skips, such as rotary tables and MTP modules that config.json does not
+            count.
+        quantization: display name of the format, for example "modelopt NVFP4"; None if not quantised.
+        loadable: whether `moe.load` supports that format.
     """
 
     folder: str
@@ -60,27 +61,24 @@ class CheckpointSummary:
 
     @property
     def agrees(self) -> bool:
-        """Apart from what is ignored, the files hold the tensors that config.json asks for and the values that
-        arithmetic gives."""
+        """Whether the files hold exactly the tensors that config.json requires, apart from ignored ones."""
         complete = self.config is not None and not (self.missing or self.unexpected or self.misshaped)
         return complete and self.parameters == self.expected_parameters
 
 
 def read_summary(folder: str | PathLike[str], revision: str | None = None) -> CheckpointSummary:
-    """Summarise any folder of safetensors with a config.json, or a model on the Hub, whose weights are not downloaded.
+    """Summarise a folder of safetensors files with a config.json, or a model on the Hub without downloading weights.
 
-    `folder` and `revision` are those of `moe.load`.
-
-    A malformed file raises `CheckpointError`, as does a configuration of a known family that cannot be understood;
-    tensors that do not fit it are listed.
+    `folder` and `revision` are those of `moe.load`. Raises `CheckpointError` for a malformed file, and for an invalid
+    configuration of a known family; tensors that do not match the configuration are listed in the result.
     """
     path = find(folder, revision, files=(*CONFIGS, INDEX))
-    with from_cache(folder, revision):
+    with explain_cache_misses(folder, revision):
         values = read_config_values(path)
     headers = headers_on_hub(path, folder, revision)
     model_type, quantization = values.get("model_type"), read_quantization(path, values)
     is_known = isinstance(model_type, str) and model_type in FAMILIES
-    known = plan(path, any_quantization=True, headers=headers) if is_known else None
+    known = read_contents(path, any_quantization=True, headers=headers) if is_known else None
     tensors = known.tensors if known else headers or read_tensors(path)
     dtypes: dict[str, DtypeTotals] = {}
     for tensor in tensors.values():
@@ -90,7 +88,7 @@ def read_summary(folder: str | PathLike[str], revision: str | None = None) -> Ch
         )
     fit: dict[str, Any] = {}
     if known:
-        owned = {name: slot for name, slot in known.slots.items() if not slot.repeat and slot.scale_of is None}
+        owned = {name: spec for name, spec in known.specs.items() if not spec.repeat and spec.scale_of is None}
         fit = dict(
             config=known.config,
             parameters=sum(t.numel * owned[name].values_each for name, t in tensors.items() if name in owned),
@@ -99,7 +97,7 @@ def read_summary(folder: str | PathLike[str], revision: str | None = None) -> Ch
             unexpected=known.unexpected,
             misshaped=known.misshaped,
             ignored=known.ignored,
-            unscaled=tuple(owner for name in known.missing if (owner := known.slots[name].scale_of) in tensors),
+            unscaled=tuple(owner for name in known.missing if (owner := known.specs[name].scale_of) in tensors),
         )
     return CheckpointSummary(
         folder=str(path),

@@ -1,4 +1,4 @@
-"""Values from the files into tensors of a model: dtypes, rows, scales and the order of axes."""
+"""Reading of values into parameters: dtypes, rows, scales and the order of axes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -8,19 +8,19 @@ from typing import BinaryIO, Self
 import torch
 from torch import Tensor
 
-from moe.checkpoint.format.comparison import Plan
+from moe.checkpoint.format.contents import Contents
 from moe.checkpoint.format.files import open_regular, read_exactly
 from moe.checkpoint.format.header import TensorInfo
-from moe.checkpoint.format.layout import Slot
+from moe.checkpoint.format.layout import TensorSpec
 from moe.checkpoint.format.tensor_roles import check_scales
 from moe.checkpoint.reading.progress import Progress
 from moe.errors import CheckpointError
 from moe.ops import dequantize_blocks, dequantize_mxfp4
 
-# safetensors names of the dtypes that weights may have
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-SCALES = {**{d: DTYPES[d] for d in ("F32", "BF16", "F16")}, "F8_E8M0": torch.float8_e8m0fnu}
-STORED = DTYPES | SCALES | {"F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8}
+# safetensors name -> torch dtype, of weights
+WEIGHT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SCALE_DTYPES = {**{d: WEIGHT_DTYPES[d] for d in ("F32", "BF16", "F16")}, "F8_E8M0": torch.float8_e8m0fnu}
+TORCH_DTYPES = WEIGHT_DTYPES | SCALE_DTYPES | {"F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8}
 
 BIAS = "e_score_correction_bias"  # fp32 in every model
 
@@ -31,19 +31,20 @@ _CHUNK = 16 * 2**20
 class Piece:
     """A tensor of the files and the part of a parameter that it fills.
 
-    `rows` are those of the tensor's first dimension that are read. `scale` is the tensor of scales with which a
-    quantised one is dequantised; None if its bytes are copied.
+    Attributes:
+        rows: range of the tensor's first dimension that is read.
+        scale: scales with which a quantised tensor is dequantised; None if its bytes are copied.
     """
 
     info: TensorInfo
-    slot: Slot
+    spec: TensorSpec
     parameter: str
     index: tuple[int | slice, ...]
     rows: range
     scale: TensorInfo | None
 
-    def of(self, experts: range) -> "Piece | None":
-        """The part of it that is of these experts, where the parameter has no others; None if there is none."""
+    def for_experts(self, experts: range) -> "Piece | None":
+        """Return the part that fills a parameter of only these experts, or None."""
         if ".mlp.experts." not in self.parameter:
             return self
         if not self.index:
@@ -59,27 +60,24 @@ class Piece:
         return self.info.nbytes // max(self.info.shape[0] if self.info.shape else 1, 1)
 
 
-def check_repeats(todo: Plan) -> None:
-    """Raise for a repeat that has other values than the tensor that the model has: they would be lost silently."""
-    originals = {slot.parameter: name for name, slot in todo.slots.items() if not slot.repeat and not slot.index}
-    for name, slot in todo.slots.items():
-        if not slot.repeat or name not in todo.tensors or slot.parameter not in originals:
+def check_repeats(contents: Contents) -> None:
+    """Raise `CheckpointError` for a repeat that differs from its original, whose values would be lost silently."""
+    originals = {spec.parameter: name for name, spec in contents.specs.items() if not spec.repeat and not spec.index}
+    for name, spec in contents.specs.items():
+        if not spec.repeat or name not in contents.tensors or spec.parameter not in originals:
             continue
-        info, original = todo.tensors[name], todo.tensors[originals[slot.parameter]]
-        alike = info.dtype == original.dtype
+        info, original = contents.tensors[name], contents.tensors[originals[spec.parameter]]
+        same_dtype = info.dtype == original.dtype
         if not all(
-            a == b if alike else torch.equal(_wide(info, a), _wide(original, b)) for a, b in _both(info, original)
+            a == b if same_dtype else torch.equal(_as_float64(info, a), _as_float64(original, b))
+            for a, b in zip(_chunks(info), _chunks(original), strict=True)
         ):
             problem, expected = "differs from the tensor that it repeats", f"the values of {original.name}"
-            raise todo.error(name, problem, expected=expected)
-
-
-def _both(one: TensorInfo, other: TensorInfo) -> Iterator[tuple[bytes, bytes]]:
-    """The bytes of as many values of two tensors of one shape at a time."""
-    return zip(_chunks(one), _chunks(other), strict=True)
+            raise contents.error(name, problem, expected=expected)
 
 
 def _chunks(info: TensorInfo) -> Iterator[bytes]:
+    """Yield the tensor's bytes in chunks of equally many values for every dtype."""
     file, _ = open_regular(info.path)
     with file:
         file.seek(info.offset)
@@ -88,12 +86,12 @@ def _chunks(info: TensorInfo) -> Iterator[bytes]:
             yield read_exactly(file, count * info.nbytes // info.numel, info.path)
 
 
-def _wide(info: TensorInfo, values: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(values), dtype=STORED[info.dtype]).double()
+def _as_float64(info: TensorInfo, values: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(values), dtype=TORCH_DTYPES[info.dtype]).double()
 
 
 class Files:
-    """Reads parts of tensors; keeps one file of weights and one of scales open, and one buffer."""
+    """Reader of parts of tensors, which keeps two files open, for weights and scales, and one buffer."""
 
     def __init__(self, bar: Progress) -> None:
         self.bar = bar
@@ -108,23 +106,23 @@ class Files:
             file.close()
 
     def read_into(self, info: TensorInfo, begin: int, buffer: Tensor) -> None:
-        """Fill the contiguous CPU tensor `buffer` with the tensor's bytes from `begin` on."""
+        """Fill the contiguous CPU tensor `buffer` with the tensor's bytes, starting at `begin`."""
         file = self._file(info.path)
         file.seek(info.offset + begin)
         view = buffer.view(-1).view(torch.uint8).numpy().data
         while view:
             count = file.readinto(view)  # pyright: ignore[reportAttributeAccessIssue]
             if not count:
-                raise _shortened(info)
+                raise CheckpointError(info.path, "the file was truncated while it was read", tensor=info.name)
             view = view[count:]
             self.bar.advance(count)
 
     def read(self, info: TensorInfo, rows: range) -> Tensor:
-        """Some of the tensor's rows, in the buffer: good until the next call."""
+        """Read some of the tensor's rows into the buffer; the result is valid until the next call."""
         row = info.nbytes // max(info.shape[0], 1)
         if self.staging.numel() < row * len(rows):
             self.staging = torch.empty(row * len(rows), dtype=torch.uint8)
-        part = self.staging[: row * len(rows)].view(STORED[info.dtype]).view(len(rows), *info.shape[1:])
+        part = self.staging[: row * len(rows)].view(TORCH_DTYPES[info.dtype]).view(len(rows), *info.shape[1:])
         self.read_into(info, rows.start * row, part)
         return part
 
@@ -136,30 +134,30 @@ class Files:
         return self.open[path]
 
 
-def fill(files: Files, piece: Piece, destination: Tensor, todo: Plan) -> None:
-    """Fill `destination`, a contiguous part of a parameter. Raises if float16 cannot hold a value."""
-    _fill(files, piece, destination, todo)
+def fill(files: Files, piece: Piece, destination: Tensor, contents: Contents) -> None:
+    """Fill `destination`, a contiguous part of a parameter; raises `CheckpointError` if float16 cannot hold a value."""
+    _fill(files, piece, destination, contents)
     if destination.dtype == torch.float16 and piece.info.dtype != "F16" and not destination.isfinite().all():
-        raise todo.error(
+        raise contents.error(
             piece.info.name, "a value that float16 cannot hold", expected="at most 65504", found="inf or NaN"
         )
 
 
-def _fill(files: Files, piece: Piece, destination: Tensor, todo: Plan) -> None:
-    info, slot = piece.info, piece.slot
-    if piece.scale is None and slot.axes is None:
-        if destination.is_cpu and destination.dtype == STORED[info.dtype]:
+def _fill(files: Files, piece: Piece, destination: Tensor, contents: Contents) -> None:
+    info, spec = piece.info, piece.spec
+    if piece.scale is None and spec.axes is None:
+        if destination.is_cpu and destination.dtype == TORCH_DTYPES[info.dtype]:
             if destination.numel():
                 files.read_into(info, piece.rows.start * piece.row_bytes, destination)
             return
         flat = destination.view(len(piece.rows), -1) if info.shape else destination.view(1, 1)
         for begin, rows in _steps(piece, 1):
             flat[begin : begin + len(rows)].copy_(files.read(_as_matrix(info), rows).view(len(rows), -1))
-    elif slot.axes is not None:
+    elif spec.axes is not None:
         _fill_reordered(files, piece, destination)
     else:
-        assert todo.quantization is not None and todo.quantization.block_size is not None
-        _fill_from_blocks(files, piece, destination, todo.quantization.block_size)
+        assert contents.quantization is not None and contents.quantization.block_size is not None
+        _fill_from_blocks(files, piece, destination, contents.quantization.block_size)
 
 
 def _as_matrix(info: TensorInfo) -> TensorInfo:
@@ -167,7 +165,7 @@ def _as_matrix(info: TensorInfo) -> TensorInfo:
 
 
 def _steps(piece: Piece, multiple: int) -> Iterator[tuple[int, range]]:
-    """(first row of the destination, rows of the tensor) in chunks; all but the last a multiple of so many rows."""
+    """Yield chunks as (first row of the destination, rows of the tensor), multiples of `multiple` except the last."""
     count = max(_CHUNK // max(piece.row_bytes * multiple, 1), 1) * multiple
     for begin in range(0, len(piece.rows), count):
         yield begin, piece.rows[begin : begin + count]
@@ -175,7 +173,7 @@ def _steps(piece: Piece, multiple: int) -> Iterator[tuple[int, range]]:
 
 def _fill_from_blocks(files: Files, piece: Piece, destination: Tensor, block_size: tuple[int, int]) -> None:
     assert piece.scale is not None
-    scale = torch.empty(piece.scale.shape, dtype=STORED[piece.scale.dtype])
+    scale = torch.empty(piece.scale.shape, dtype=TORCH_DTYPES[piece.scale.dtype])
     files.read_into(piece.scale, 0, scale)
     check_scales(piece.scale, scale)
     for begin, rows in _steps(piece, block_size[0]):
@@ -186,10 +184,10 @@ def _fill_from_blocks(files: Files, piece: Piece, destination: Tensor, block_siz
 
 
 def _fill_reordered(files: Files, piece: Piece, destination: Tensor) -> None:
-    """Expert by expert, whose axis comes first in file and model."""
-    slot = piece.slot
-    assert slot.axes is not None
-    split, axes = slot.split[1:], [axis - 1 for axis in slot.axes[1:]]
+    """Fill expert by expert, which is the first axis in file and model."""
+    spec = piece.spec
+    assert spec.axes is not None
+    split, axes = spec.split[1:], [axis - 1 for axis in spec.axes[1:]]
     for place, expert in enumerate(piece.rows):
         values = files.read(piece.info, range(expert, expert + 1))[0].to(destination.device)
         if piece.scale is not None:
@@ -202,7 +200,3 @@ def _fill_reordered(files: Files, piece: Piece, destination: Tensor) -> None:
             values, order = values.view(split), axes
         values = values.permute(order)
         destination[place].view(values.shape).copy_(values)
-
-
-def _shortened(info: TensorInfo) -> CheckpointError:
-    return CheckpointError(info.path, "the file was shortened while it was read", tensor=info.name)

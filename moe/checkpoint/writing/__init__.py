@@ -1,1 +1,1 @@
-"""Writing checkpoints: tensors into safetensors files, and a whole folder atomically."""
+"""Writing of checkpoints: tensors into safetensors files, and folders atomically."""

@@ -1,13 +1,13 @@
-"""A checkpoint folder that appears whole or not at all, whatever ends the process that writes it.
+"""Atomic replacement of a checkpoint folder, even if the writing process is killed.
 
     with replacing(folder, manifest) as new:
         ...  # write files into the empty folder `new`
 
-Beside a folder NAME there can be, for as long as it takes or after a kill:
+During a save, or after it was killed, these may exist beside the folder NAME:
 
-    .NAME.lock              held by the living writer
-    .NAME.partial-01234567  being written, or removed; a dead writer's is swept by the next
-    .NAME.previous          the old checkpoint between two renames, where folders cannot be exchanged in one step
+    .NAME.lock              locked by the current writer
+    .NAME.partial-01234567  being written or removed; the next writer removes leftovers
+    .NAME.previous          the old checkpoint between two renames, if folders cannot be exchanged atomically
 """
 
 import ctypes
@@ -25,31 +25,30 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from moe.checkpoint.format.carried import TEMPLATES, read_carried
-from moe.checkpoint.format.folder import CONFIG, INDEX, MANIFEST, RECEIPT, previous_folder
+from moe.checkpoint.format.auxiliary import TEMPLATES, read_auxiliary
+from moe.checkpoint.format.folder import CONFIG, CUT_RECORD, INDEX, MANIFEST, previous_folder
 from moe.checkpoint.format.manifest import Manifest
 from moe.errors import CheckpointError
 
-# The names of weights: adapters and the like, which also end in .safetensors, are somebody's own.
+# Names of weight files; other .safetensors files, such as adapters, are not part of a checkpoint.
 _TENSORS = re.compile(r"model(-\d{1,6}-of-\d{1,6}|0-mp1)?\.safetensors")
 _STEP = re.compile(r"step-(\d+)", re.ASCII)
 
 
 @contextmanager
 def replacing(folder: str | PathLike[str], manifest: Manifest, *, overwrite: bool = True) -> Iterator[Path]:
-    """An empty folder to write files into. When the block ends, it takes the place of `folder` in one step.
+    """Yield an empty folder to write files into, which atomically replaces `folder` at the end of the block.
 
-    Before that every file gets its mode from the umask and is synced, and the manifest is written, last. After an
-    exception nothing remains of the new folder, and `folder` is what it was. A kill at any moment leaves the old
-    checkpoint or the new one, and what else it leaves is removed by the next save. The old checkpoint is removed only
-    when the disk has the new one.
+    Before that, every file is synced with the mode that the umask gives, and the manifest is written, last. After an
+    exception the new folder is removed, and `folder` is unchanged. A kill at any moment leaves the old checkpoint or
+    the new one; the next save removes leftovers. The old checkpoint is removed once the new one is on the disk.
 
-    One process at a time: a second is refused, not queued. Where the file system has no locks, several may write and
-    the last wins, and nothing is swept, because nobody knows which writers live.
+    Only one process may save at a time; a second one is refused. If the file system has no locks, the last writer wins,
+    and leftovers are kept, because they may belong to a running writer.
 
-    Raises `CheckpointError` where `folder` holds anything but a checkpoint's files (without `overwrite`, anything at
-    all), or is a mount point, which nothing can be renamed over; and for what the system or the safetensors library
-    answers, a full disk and the like.
+    Raises `CheckpointError` if `folder` holds anything but a checkpoint's files (without `overwrite`: anything at all)
+    or is a mount point, which cannot be replaced by renaming, and for errors of the system or the safetensors library,
+    such as a full disk.
     """
     target = Path(os.path.realpath(folder))
     check_target(target, overwrite=overwrite)
@@ -63,38 +62,38 @@ def replacing(folder: str | PathLike[str], manifest: Manifest, *, overwrite: boo
             try:
                 new.mkdir()
                 yield new
-                settle(new)
+                sync_folder(new)
                 manifest.write(new)
                 sync(new / MANIFEST)
                 sync(new)
-                _check_replaceable(target, overwrite)  # again: a long save gives time to put something there
+                _check_replaceable(target, overwrite)  # again, because a save may take long
                 _replace(target, new)
             finally:
-                # What is left there is the old checkpoint, or what has been written until an error.
+                # By now `new` is the old checkpoint, or an incomplete new one after an error.
                 shutil.rmtree(new, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(target, f"not saved, and what was there is as it was: {error}") from error
+        raise CheckpointError(target, f"not saved; the folder is unchanged: {error}") from error
 
 
 def check_target(folder: str | PathLike[str], *, overwrite: bool) -> None:
-    """Raise the `CheckpointError` with which `replacing` would refuse `folder` as it is now."""
+    """Raise `CheckpointError` if `replacing` would refuse `folder` in its current state."""
     if not str(folder):
         raise CheckpointError("''", "not a folder", expected="the name of a folder to write")
     target = Path(os.path.realpath(folder))
     try:
         if target.is_mount():
-            raise CheckpointError(target, "a mount point, which cannot be replaced in one step; save to a folder in it")
+            raise CheckpointError(target, "a mount point, which cannot be replaced atomically; save to a folder in it")
         _check_replaceable(target, overwrite)
-        if not overwrite:  # what a save that died between two renames has left is a checkpoint, too
+        if not overwrite:  # a save that was killed between two renames has left a checkpoint
             _check_replaceable(previous_folder(target), overwrite)
     except OSError as error:
         raise CheckpointError(target, f"cannot be written: {error}") from error
 
 
-def settle(folder: Path) -> None:
-    """Bring every file of `folder` to the disk, with the mode that the umask gives.
+def sync_folder(folder: Path) -> None:
+    """Sync every file of `folder` to the disk, with the mode that the umask gives.
 
-    The safetensors library makes files that only their owner can read; the folder has the mode that the user wants.
+    The safetensors library creates files that only their owner can read. The folder itself has the intended mode.
     """
     mode = folder.stat().st_mode & 0o666
     for path in sorted(folder.rglob("*")):
@@ -104,12 +103,12 @@ def settle(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or a folder's entries, to the disk."""
+    """Sync a file, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some file systems (FUSE, CIFS) have no such thing for folders, and no other way.
+        # Some file systems (FUSE, CIFS) cannot sync folders.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS) or not path.is_dir():
             raise
     finally:
@@ -117,14 +116,14 @@ def sync(path: Path) -> None:
 
 
 def saved_steps(folder: Path) -> list[Path]:
-    """The training states `step-NUMBER` in `folder`, oldest first: step 1,000,000 comes after step 999,999."""
+    """Return the training states `step-NUMBER` in `folder`, in numerical order."""
     found = ((_STEP.fullmatch(path.name), path) for path in folder.glob("step-*"))
     return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
 
 @contextmanager
 def _parents(target: Path) -> Iterator[None]:
-    """Make the folders above `target`; those that were not there go again after an exception."""
+    """Create the folders above `target`; after an exception, remove them again."""
     missing = [parent for parent in target.parents if not parent.exists()]
     try:
         for parent in reversed(missing):
@@ -139,8 +138,8 @@ def _parents(target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(target: Path, problem: str = "another save to this folder is going on") -> Iterator[bool]:
-    """Keep other writers away; False where the file system has no locks. The system frees a dead writer's."""
+def locked(target: Path, problem: str = "another save to this folder is in progress") -> Iterator[bool]:
+    """Hold an exclusive lock for `target`, which ends with the process; yield False if the file system has no locks."""
     path = target.with_name(f".{target.name}.lock")
     descriptor = _lock(target, path, problem)
     try:
@@ -150,7 +149,7 @@ def locked(target: Path, problem: str = "another save to this folder is going on
             path.unlink(missing_ok=True)
         if descriptor is not None:
             with suppress(OSError):
-                # Closing would not do: a process that was forked meanwhile has the descriptor, too.
+                # Closing is not enough: a process that was forked meanwhile has the descriptor, too.
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
 
@@ -161,7 +160,7 @@ def _lock(target: Path, path: Path, problem: str) -> int | None:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(path, descriptor):
-                with suppress(OSError):  # a full disk; who it is only helps the one who is refused
+                with suppress(OSError):  # a full disk; the text is only for the error of another writer
                     os.truncate(descriptor, 0)
                     os.write(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode())
                 return descriptor
@@ -172,7 +171,7 @@ def _lock(target: Path, path: Path, problem: str) -> int | None:
         except OSError:
             os.close(descriptor)
             return None
-        os.close(descriptor)  # its holder removed it between our two calls: nobody else would see this one
+        os.close(descriptor)  # its holder removed the file between the two calls, so this lock is void
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
@@ -187,7 +186,7 @@ def _partial(target: Path) -> Path:
 
 
 def _sweep(target: Path) -> None:
-    """Remove what dead writers have left; the caller holds the lock, so no living one has a folder here."""
+    """Remove leftovers of killed writers; the caller holds the lock, so no other writer is running."""
     leftover = re.compile(rf"\.{re.escape(target.name)}\.partial-[0-9a-f]{{8}}")
     for path in target.parent.iterdir():
         if leftover.fullmatch(path.name):
@@ -195,24 +194,28 @@ def _sweep(target: Path) -> None:
 
 
 def _recover(target: Path) -> None:
-    """Finish what a save that died between two renames, or before removing the old checkpoint, has left."""
+    """Complete a save that was killed between two renames, or before it removed the old checkpoint."""
     previous = previous_folder(target)
     if not previous.exists():
         return
     if (target / CONFIG).exists():
-        sync(target.parent)  # the dead save may not have come to this
+        sync(target.parent)  # the killed save may not have reached this
         _discard(previous, target)
         return
     if target.is_dir() and not any(target.iterdir()):
-        target.rmdir()  # somebody made the folder anew; the checkpoint is still the one put aside
+        target.rmdir()  # an empty folder was created since
     if target.exists():
-        raise CheckpointError(target, "in the way of the checkpoint that a broken save has left", found=str(previous))
+        raise CheckpointError(
+            target,
+            "exists, and so does the checkpoint that an interrupted save moved; remove one of them",
+            found=str(previous),
+        )
     os.rename(previous, target)
     sync(target.parent)
 
 
 def _discard(previous: Path, target: Path) -> None:
-    """Remove the old checkpoint that was put aside; in one step, or a kill would leave a half to be recovered."""
+    """Remove the moved old checkpoint; renaming it first ensures that a partly removed one is not recovered."""
     doomed = _partial(target)
     os.rename(previous, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
@@ -231,7 +234,7 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
             expected="a new or empty folder, or overwrite=True (--overwrite)",
             found=_some([path.name for path in there]),
         )
-    known = {CONFIG, INDEX, MANIFEST, RECEIPT, *read_carried(target)}
+    known = {CONFIG, INDEX, MANIFEST, CUT_RECORD, *read_auxiliary(target)}
     inside = target / TEMPLATES
     paths = [path for path in there if path != inside or not path.is_dir()]
     paths += inside.iterdir() if inside.is_dir() else ()
@@ -244,8 +247,8 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
     if foreign:
         raise CheckpointError(
             target,
-            "the folder would be replaced but holds other files",
-            expected="a checkpoint or nothing",
+            "the folder would be replaced, but holds other files",
+            expected="only the files of a checkpoint",
             found=_some(foreign),
         )
 
@@ -255,7 +258,7 @@ def _some(names: list[str]) -> str:
 
 
 def _replace(target: Path, new: Path) -> None:
-    """Put the folder `new` in the place of `target`, and this on the disk. Then `new` is the old one, or nothing."""
+    """Replace `target` by the folder `new` and sync; afterwards `new` is the old folder or does not exist."""
     previous = previous_folder(target)
     with ExitStack() as undo:
         if not target.exists():
@@ -271,12 +274,12 @@ def _replace(target: Path, new: Path) -> None:
         sync(target.parent)
         undo.pop_all()
     if previous.exists():
-        with suppress(OSError):  # the save is done; the next one tries again
+        with suppress(OSError):  # the save has succeeded; the next one retries
             _discard(previous, target)
 
 
 def _swap(a: Path, b: Path) -> bool:
-    """Exchange two folders in one step; False where the system or the file system cannot."""
+    """Exchange two folders atomically; return False if the system or the file system cannot."""
     if sys.platform != "linux":
         return False
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)

@@ -1,4 +1,4 @@
-"""`save`: a model as a Hugging Face checkpoint folder, whole or not at all."""
+"""`save`: a model written atomically as a Hugging Face checkpoint folder."""
 
 import math
 import os
@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.checkpoint.format.carried import check_carried, read_carried, resolved, write_carried
+from moe.checkpoint.format.auxiliary import check_auxiliary, read_auxiliary, resolve_references, write_auxiliary
 from moe.checkpoint.format.config_json import as_written, render_config
 from moe.checkpoint.format.families import family_of
 from moe.checkpoint.format.folder import CONFIG
-from moe.checkpoint.format.layout import Slot, layer_of, layout, with_scales
+from moe.checkpoint.format.layout import TensorSpec, layer_of, layout, with_scales
 from moe.checkpoint.format.manifest import Manifest
 from moe.checkpoint.format.tensor_roles import needs_common_dtype
 from moe.checkpoint.reading.load import Origin
-from moe.checkpoint.reading.values import BIAS, DTYPES, STORED
+from moe.checkpoint.reading.values import BIAS, TORCH_DTYPES, WEIGHT_DTYPES
 from moe.checkpoint.writing.atomic import replacing
 from moe.checkpoint.writing.shards import Entry, check_dense, config_bytes, divide, entry_of, write_shards
 from moe.counts import parameter_shapes
@@ -29,20 +29,19 @@ MAX_SHARD_BYTES = 5 * 2**30
 
 
 def save(model: Transformer, folder: str | PathLike[str], *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write `model` in Hugging Face layout, so that transformers and the engines load it.
+    """Write `model` in Hugging Face layout, which transformers and the engines load.
 
-    Tensors keep their dtypes; the correction bias is fp32. Shards hold at most `max_shard_bytes` of data each, or one
-    tensor; the model is not copied.
+    Tensors keep their dtypes; the correction bias is fp32. Shards hold at most `max_shard_bytes` of data each; a larger
+    tensor has a shard of its own. The model is not copied.
 
-    The folder is written beside its final place, synced, and renamed in one step. An existing checkpoint stays whole
-    until the new one replaces it, whatever fails; of two processes that save to one folder at once, the second is
-    refused. Tokenizer files and the like that are in the folder already stay, unless the model carries its own.
-    Entries of `auto_map` whose files are not there are left out, and a warning names them. A folder that holds anything
-    but a checkpoint's files is refused, and so is a mount point, which nothing can be renamed over. `moesmith inspect
-    --verify` compares a saved folder with its manifest.
+    The folder is written beside its final place, synced, and renamed atomically, so an existing checkpoint is intact
+    until the new one replaces it. If another process is saving to the folder, the call is refused. Auxiliary files in
+    the folder, such as a tokenizer, are kept unless `model.carried_files` replaces them. Entries of `auto_map` whose
+    files are missing are left out with a warning. `moesmith inspect --verify` checks a saved folder.
 
-    Raises `CheckpointError` before writing anything for the first of `config.family_problems()` and for a tensor that
-    is not dense, such as torchao's quantised ones, and for what the system answers: a full disk and the like.
+    Raises `CheckpointError`, before writing anything, for the first of `config.family_problems()`, a tensor that is not
+    dense (such as torchao's quantised ones), a folder that holds anything but a checkpoint's files, and a mount point;
+    and for errors of the system, such as a full disk.
     """
     if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
         raise CheckpointError(folder, "the model is on a mesh", expected="moe.parallel.export, called on every rank")
@@ -56,71 +55,71 @@ def save_through(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """`save`, where the values of a parameter are those of `view(name, parameter)[index]`, asked for in file order.
+    """Save a model whose parameters' values are `view(name, parameter)`, which is called in file order.
 
-    Of the parameter itself only shape and dtype are used; of correction biases the values, too.
+    Only shape and dtype of the parameter itself are used, except for correction biases.
     """
     target = Path(os.path.realpath(folder))
     values = render_config(model.config, target / CONFIG)
-    state, slots = _checked_state(model, target)
-    check_carried(model.carried_files, target)
-    entries = [entry_of(name, state[slot.parameter], slot.shape) for name, slot in slots.items()]
-    config = _config_values(values, model, entries, slots, target)
+    state, specs = _checked_state(model, target)
+    check_auxiliary(model.carried_files, target)
+    entries = [entry_of(name, state[spec.parameter], spec.shape) for name, spec in specs.items()]
+    config = _config_values(values, model, entries, specs, target)
     files, manifest = divide(entries, max_shard_bytes, target), Manifest()
 
     def value(entry: Entry) -> Tensor:
-        slot = slots[entry.name]
-        return slot.stored(view(slot.parameter, state[slot.parameter]))
+        spec = specs[entry.name]
+        return spec.stored(view(spec.parameter, state[spec.parameter]))
 
     with replacing(target, manifest) as new:
-        carried = {**(read_carried(target) if target.exists() else {}), **model.carried_files}
-        config, carried = resolved(config, carried)
-        check_carried(carried, target)
+        auxiliary = {**(read_auxiliary(target) if target.exists() else {}), **model.carried_files}
+        config, auxiliary = resolve_references(config, auxiliary)
+        check_auxiliary(auxiliary, target)
         write_shards(new, files, value, manifest)
-        write_carried(new, {**carried, CONFIG: config_bytes(config, target / CONFIG)})
+        write_auxiliary(new, {**auxiliary, CONFIG: config_bytes(config, target / CONFIG)})
 
 
-def _checked_state(model: Transformer, target: Path) -> tuple[dict[str, Tensor], dict[str, Slot]]:
-    """The model's tensors, and where they go in the files; refuses what a reader of the files would refuse."""
+def _checked_state(model: Transformer, target: Path) -> tuple[dict[str, Tensor], dict[str, TensorSpec]]:
+    """Return the model's tensors and those of the files; raises `CheckpointError` if a reader would refuse them."""
     state: dict[str, Tensor] = dict(model.state_dict())
     check_dense(state, target)
     origin: Origin | None = model.origin
     config = as_written(model.config, target)
     family = family_of(config.model_type, target)
     table = origin.table if origin is not None and origin.table in family.tables else next(iter(family.tables))
-    slots = {n: slot for n, slot in layout(config, table).items() if slot.written}
+    specs = {n: spec for n, spec in layout(config, table).items() if spec.written}
     if origin is not None:
         names = family.tables[table]
-        slots = {n: slot for n, slot in slots.items() if not slot.repeat or layer_of(names, n) not in origin.omitted}
+        specs = {n: spec for n, spec in specs.items() if not spec.repeat or layer_of(names, n) not in origin.omitted}
         if origin.block_size is not None:
-            kept = [n for n, slot in slots.items() if state[slot.parameter].dtype == torch.float8_e4m3fn]
-            slots = with_scales(slots, family.tables[table], origin.block_size, kept)
+            kept = [n for n, spec in specs.items() if state[spec.parameter].dtype == torch.float8_e4m3fn]
+            specs = with_scales(specs, family.tables[table], origin.block_size, kept)
     shapes = parameter_shapes(model.config) | {
-        slot.parameter: tuple(state[slot.parameter].shape)
-        for slot in slots.values()
-        if slot.parameter.endswith(("_scale_inv", "_blocks", "_scales")) and slot.parameter in state
+        spec.parameter: tuple(state[spec.parameter].shape)
+        for spec in specs.values()
+        if spec.parameter.endswith(("_scale_inv", "_blocks", "_scales")) and spec.parameter in state
     }
-    shapes = {name: shape for name, shape in shapes.items() if name in {slot.parameter for slot in slots.values()}}
+    shapes = {name: shape for name, shape in shapes.items() if name in {spec.parameter for spec in specs.values()}}
     for name in sorted(state.keys() | shapes.keys()):
         found = tuple(state[name].shape) if name in state else "no such tensor"
         expected = shapes.get(name, "no such tensor")
         if found != expected:
             raise CheckpointError(
-                target, "the model is not the one of its config", tensor=name, expected=expected, found=found
+                target, "the model does not match its config", tensor=name, expected=expected, found=found
             )
         tensor = state[name]
-        if tensor.is_meta or tensor.dtype not in STORED.values():
+        if tensor.is_meta or tensor.dtype not in TORCH_DTYPES.values():
             found = "the meta device" if tensor.is_meta else tensor.dtype
-            raise CheckpointError(target, "no floating-point values", tensor=name, found=found)
+            raise CheckpointError(target, "has no floating-point values", tensor=name, found=found)
         if name.endswith(BIAS):
             state[name] = tensor.float()
         if origin is not None and name in origin.narrow:
             state[name] = _as_stored(state[name], origin.narrow[name])
-    return state, slots
+    return state, specs
 
 
 def _as_stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In the dtype of the files that it came from, as long as that holds every value: bf16 holds no update of 0.001."""
+    """Convert to the original file's dtype if that is exact; bf16 cannot hold an update of 0.001."""
     return tensor.to(dtype) if torch.equal(tensor.to(dtype).float(), tensor) else tensor
 
 
@@ -128,41 +127,44 @@ def _config_values(
     values: Mapping[str, Any],
     model: Transformer,
     entries: Sequence[Entry],
-    slots: Mapping[str, Slot],
+    specs: Mapping[str, TensorSpec],
     target: Path,
 ) -> dict[str, Any]:
     quantization = model.origin.quantization if model.origin else None
-    if model.origin is None:  # transformers would have the ids of the released tokenizer
+    if model.origin is None:  # otherwise transformers assumes the ids of the released tokenizer
         values = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **values}
     architecture = family_of(values["model_type"], target).architecture
-    values = {**values, "architectures": [architecture], **dtype_keys(entries, slots)}
+    values = {**values, "architectures": [architecture], **dtype_keys(entries, specs)}
     if quantization:
         renamed = values["model_type"] != model.config.model_type
-        values["quantization_config"] = listed_anew(quantization, entries) if renamed else dict(quantization)
+        values["quantization_config"] = update_module_list(quantization, entries) if renamed else dict(quantization)
     config_bytes(values, target / CONFIG)
     return values
 
 
-def dtype_keys(entries: Iterable[Entry], slots: Mapping[str, Slot]) -> dict[str, str]:
-    """The keys of config.json that name a dtype. Readers take it for all tensors and dequantise to it, so it is that of
-    most values which all need one dtype."""
+def dtype_keys(entries: Iterable[Entry], specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """Return the keys of config.json that state a dtype: that of most values that need a common dtype.
+
+    Readers convert all tensors to it.
+    """
     sizes: dict[str, int] = {}
     for entry in entries:
-        if entry.dtype in DTYPES and needs_common_dtype(slots[entry.name].parameter):
+        if entry.dtype in WEIGHT_DTYPES and needs_common_dtype(specs[entry.name].parameter):
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + math.prod(entry.shape)
-    return dict.fromkeys(("dtype", "torch_dtype"), str(DTYPES[max(sizes, key=sizes.__getitem__)])[len("torch.") :])
+    return dict.fromkeys(
+        ("dtype", "torch_dtype"), str(WEIGHT_DTYPES[max(sizes, key=sizes.__getitem__)])[len("torch.") :]
+    )
 
 
-def listed_anew(raw: Mapping[str, Any], entries: Iterable[Entry]) -> dict[str, Any]:
-    """The `quantization_config` of other files: the list of modules that are not quantised, if there is one, as it is
-    for these tensors.
+def update_module_list(raw: Mapping[str, Any], entries: Iterable[Entry]) -> dict[str, Any]:
+    """Return the `quantization_config` `raw` with its list of unquantised modules, if any, updated to `entries`.
 
-    vLLM and transformers build a linear layer in FP8 for every matrix that the list does not name.
+    vLLM and transformers create an FP8 layer for every matrix that the list does not name.
     """
     plain = [
         entry.name.removesuffix(".weight")
         for entry in entries
-        if entry.name.endswith(".weight") and len(entry.shape) == 2 and entry.dtype in DTYPES
+        if entry.name.endswith(".weight") and len(entry.shape) == 2 and entry.dtype in WEIGHT_DTYPES
     ]
     plain = [name for name in plain if not name.endswith("embed_tokens")]
     return {key: plain if key in ("modules_to_not_convert", "ignored_layers") else raw[key] for key in raw}

@@ -1,6 +1,6 @@
-"""Writing tensors to safetensors files one after the other, so that no file has to fit into memory.
+"""Writing of safetensors files tensor by tensor, so that a file need not fit into memory.
 
-The safetensors library wants all tensors of a file at once. The files are the same: its readers are what the tests use.
+The safetensors library requires all tensors of a file at once.
 """
 
 import json
@@ -26,10 +26,10 @@ from moe.checkpoint.format.header import DTYPE_BITS, MAX_HEADER_BYTES, MAX_TENSO
 from moe.checkpoint.format.manifest import MAX_MANIFEST_BYTES, Manifest, record_bytes
 from moe.checkpoint.format.quantized_formats import check_quantization
 from moe.checkpoint.format.strict_json import parse_as_python, parse_json
-from moe.checkpoint.reading.values import STORED
+from moe.checkpoint.reading.values import TORCH_DTYPES
 from moe.errors import CheckpointError, ConfigError
 
-_NAMES = {dtype: name for name, dtype in STORED.items()}
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _CHUNK = 64 * 2**20
 _HEADER_FRAME = 64  # bytes around a header's entries: braces, the format, padding
 
@@ -52,9 +52,9 @@ def entry_of(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Entry:
 
 
 def check_dense(tensors: Mapping[str, Any], target: Path) -> None:
-    """Refuse tensors whose values are not in a dense array of their dtype: quantised, sparse, packed or fake ones.
+    """Raise `CheckpointError` for tensors that are not dense arrays: quantised, sparse, packed or fake ones.
 
-    DTensors are taken, because their parts are read one by one.
+    DTensors are accepted, because their parts are read one by one.
     """
     for name, tensor in tensors.items():
         dense = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
@@ -67,10 +67,10 @@ def check_dense(tensors: Mapping[str, Any], target: Path) -> None:
 def divide(
     entries: Sequence[Entry], max_shard_bytes: int | None, target: Path, *, single: str = SINGLE
 ) -> dict[str, list[Entry]]:
-    """File name -> its entries in order, in shards of at most `max_shard_bytes` of data (or one tensor).
+    """Divide tensors into files of at most `max_shard_bytes` of data: file name -> its entries in order.
 
-    A shard also ends where a reader would refuse a larger header. `max_shard_bytes` None makes one file, whatever it
-    holds. A single file is called `single`.
+    A larger tensor has a file of its own. A file also ends before its header exceeds a reader's limit. None makes one
+    file. A single file is called `single`.
 
     Raises `CheckpointError` about `target` if a reader would refuse the files, their index or their manifest, and
     `ConfigError` if `max_shard_bytes` is not positive.
@@ -97,9 +97,9 @@ def write_shards(
     *,
     wrote: Callable[[int], object] = lambda nbytes: None,
 ) -> None:
-    """Write the files that `divide` has made, and their index if there are several.
+    """Write the files that `divide` returned, and their index if there are several.
 
-    `value` is asked for each tensor once, in the order in which they stand in the files.
+    `value` is called once for each tensor, in file order.
     """
     for file, shard in files.items():
         with (folder / file).open("wb") as out:
@@ -124,11 +124,11 @@ def _index(files: Mapping[str, Sequence[Entry]]) -> bytes:
 def _check_limits(files: Mapping[str, Sequence[Entry]], target: Path) -> None:
     def check(name: str, what: str, found: int, limit: int, instead: str) -> None:
         if found > limit:
-            problem = f"{what}: more than can be read; choose {instead}"
+            problem = f"{what}: more than a reader accepts; choose {instead}"
             raise CheckpointError(target / name, problem, expected=f"at most {limit}", found=found)
 
     for file, shard in files.items():
-        instead = "a layout that is divided into files"
+        instead = "a layout with several files"
         check(file, "tensors in one file", len(shard), MAX_TENSORS, instead)
         check(file, "bytes of the header", len(_header(shard)) - 8, MAX_HEADER_BYTES, instead)
         for entry in shard:
@@ -150,16 +150,16 @@ def as_json(values: Any, indent: int | None = 2) -> bytes:
 
 
 def config_bytes(values: Mapping[str, Any], path: Path) -> bytes:
-    """config.json of these values. Raises `CheckpointError` about `path` for what its reader would refuse."""
+    """Return the text of config.json; raises `CheckpointError` about `path` if its reader would refuse it."""
     try:
         content = as_json(values)
-        if len(content) > MAX_CONFIG_BYTES:  # it may have been read without line breaks
+        if len(content) > MAX_CONFIG_BYTES:  # the original may have no line breaks
             content = as_json(values, indent=None)
     except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(path, f"extra: not JSON: {error}") from error
     if len(content) > MAX_CONFIG_BYTES:
         expected = f"at most {MAX_CONFIG_BYTES} bytes"
-        raise CheckpointError(path, "extra: more than can be read", expected=expected, found=len(content))
+        raise CheckpointError(path, "extra: more than a reader accepts", expected=expected, found=len(content))
     parse_json(content, path)
     parse_as_python(content, path, max_values=MAX_CONFIG_VALUES)
     check_quantization(values, path)
@@ -171,7 +171,7 @@ def _shards(entries: Sequence[Entry], max_shard_bytes: int) -> Iterator[list[Ent
     shard: list[Entry] = []
     size, header = 0, _HEADER_FRAME
     for entry in entries:
-        mine = len(json.dumps({entry.name: _described(entry, 10**digits, 10**digits)}))
+        mine = len(json.dumps({entry.name: _header_entry(entry, 10**digits, 10**digits)}))
         full = len(shard) == MAX_TENSORS or header + mine > MAX_HEADER_BYTES
         if shard and (full or size + entry.nbytes > max_shard_bytes):
             yield shard
@@ -182,12 +182,12 @@ def _shards(entries: Sequence[Entry], max_shard_bytes: int) -> Iterator[list[Ent
     yield shard
 
 
-def _described(entry: Entry, begin: int, end: int) -> dict[str, Any]:
+def _header_entry(entry: Entry, begin: int, end: int) -> dict[str, Any]:
     return {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [begin, end]}
 
 
 def _aligned(shard: list[Entry]) -> list[Entry]:
-    """Wide dtypes first, as the library has it: every tensor starts at a multiple of its itemsize."""
+    """Sort by dtype, widest first, as the library does, so that every tensor is aligned to its itemsize."""
     return sorted(shard, key=lambda entry: -DTYPE_BITS[entry.dtype])
 
 
@@ -195,7 +195,7 @@ def _header(shard: Sequence[Entry]) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for entry in shard:
-        header[entry.name] = _described(entry, at, at + entry.nbytes)
+        header[entry.name] = _header_entry(entry, at, at + entry.nbytes)
         at += entry.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

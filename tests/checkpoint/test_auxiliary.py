@@ -16,8 +16,14 @@ import torch
 import moe
 from moe import CheckpointError
 from moe.checkpoint.convert import convert, cut
-from moe.checkpoint.format import carried
-from moe.checkpoint.format.carried import MAX_CARRIED_FILES, MAX_CODE_BYTES, MAX_LICENSE_BYTES, PATTERNS, read_carried
+from moe.checkpoint.format import auxiliary
+from moe.checkpoint.format.auxiliary import (
+    MAX_AUXILIARY_FILES,
+    MAX_CODE_BYTES,
+    MAX_LICENSE_BYTES,
+    PATTERNS,
+    read_auxiliary,
+)
 from moe.checkpoint.format.manifest import verify
 from tests.support.checkpoint_cases import V3, assert_same, build, configure
 
@@ -177,7 +183,7 @@ def test_a_model_carries_them_without_its_folder(released: Path, tmp_path: Path)
     assert_same(moe.load(tmp_path / "out"), model)
     assert moe.load(tmp_path / "out").carried_files == files
     model.carried_files["../escape"] = b""
-    with pytest.raises(CheckpointError, match=r"carried file '\.\./escape'"):
+    with pytest.raises(CheckpointError, match=r"carried_files\['\.\./escape'\] is not an auxiliary file"):
         model.save(tmp_path / "out")
 
 
@@ -219,7 +225,7 @@ def test_files_named_in_json_that_python_alone_reads(
     text = path.read_text(encoding="utf-8-sig")
     path.write_text(text[:-1])
     assert "tokenization_tiny.py" not in moe.load(released).carried_files
-    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("files that it may name do not travel: ")
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("files that it may name are not copied: ")
     path.write_text(text)
     (released / "alphabet.py").unlink()
     moe.load(released).save(tmp_path / "without")
@@ -237,7 +243,7 @@ def test_a_model_that_was_made_without_files(tmp_path: Path, caplog: pytest.LogC
 def test_code_that_nothing_names_any_more(released: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_without_the_map(released, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").glob("*.py")} == {"tokenization_tiny.py", "alphabet.py"}
-    assert "modeling_tiny.py, which no other file names" in caplog.text and len(caplog.records) == 1
+    assert "modeling_tiny.py, because no other file names it" in caplog.text and len(caplog.records) == 1
 
 
 @pytest.mark.parametrize("table", ["stacked", "deepseek"])
@@ -250,8 +256,8 @@ def test_code_for_another_layout_is_left_out(
     assert config_of(tmp_path / "out")["auto_map"] == {"AutoTokenizer": ["tokenization_tiny.TinyTokenizer", None]}
     assert {path.name for path in (tmp_path / "out").glob("*.py")} == {"tokenization_tiny.py", "alphabet.py"}
     assert [record.getMessage() for record in caplog.records] == [
-        "not written: auto_map.AutoConfig of config.json, whose code reads another layout; "
-        "auto_map.AutoModelForCausalLM of config.json, whose code reads another layout"
+        "not written: auto_map.AutoConfig of config.json, because its code reads another layout; "
+        "auto_map.AutoModelForCausalLM of config.json, because its code reads another layout"
     ]
 
 
@@ -310,7 +316,7 @@ def test_imports_are_followed_as_transformers_does(tmp_path: Path) -> None:
     (tmp_path / "n.m.py").touch()  # transformers looks for this, which Python cannot import
     theirs = {Path(path).name for path in get_relative_import_files(tmp_path / "a.py")} | {"a.py"}
     (tmp_path / "config.json").write_text(json.dumps({"auto_map": {"AutoConfig": "a.C"}}))
-    assert read_carried(tmp_path).keys() == theirs - {"n.m.py"} == {f"{name}.py" for name in "abcehi"}
+    assert read_auxiliary(tmp_path).keys() == theirs - {"n.m.py"} == {f"{name}.py" for name in "abcehi"}
 
 
 @pytest.mark.parametrize("name", ["modeling_tiny.py", "tiny.tiktoken", "additional_chat_templates/tool.jinja"])
@@ -385,10 +391,10 @@ def test_limits_of_carried_files(released: Path, tmp_path: Path, monkeypatch: py
         ("additional_chat_templates/../x.jinja", b"", "auto_map names"),
     ]
     for name, content, problem in cases:
-        monkeypatch.setattr(carried, "MAX_CARRIED_BYTES", 100 if name == "tokenizer.json" else 2**26)
+        monkeypatch.setattr(auxiliary, "MAX_AUXILIARY_BYTES", 100 if name == "tokenizer.json" else 2**26)
         before = dict(model.carried_files)
         model.carried_files[name] = content
-        with pytest.raises(CheckpointError, match=rf"carried file '{name}'.*{problem}"):
+        with pytest.raises(CheckpointError, match=rf"carried_files\['{name}'\] .*{problem}"):
             model.save(tmp_path / "out")
         model.carried_files = before
         assert not (tmp_path / "out").exists()
@@ -398,13 +404,13 @@ def test_limits_of_carried_files(released: Path, tmp_path: Path, monkeypatch: py
 
 
 def test_as_many_files_as_can_be_read(released: Path, tmp_path: Path) -> None:
-    templates = {f"additional_chat_templates/t{i}.jinja": b"x" for i in range(MAX_CARRIED_FILES - len(FILES))}
+    templates = {f"additional_chat_templates/t{i}.jinja": b"x" for i in range(MAX_AUXILIARY_FILES - len(FILES))}
     put(released, templates)
     model = moe.load(released)
     model.save(tmp_path / "out")
     assert moe.load(tmp_path / "out").carried_files == FILES | templates
     model.carried_files["additional_chat_templates/more.jinja"] = b"x"
-    with pytest.raises(CheckpointError, match="carried files; expected at most 128; found 129"):
+    with pytest.raises(CheckpointError, match="too many carried_files; expected at most 128; found 129"):
         model.save(tmp_path / "more")
     put(released, {"additional_chat_templates/more.jinja": b"x"})
     with pytest.raises(CheckpointError, match="expected at most 128; found 129"):
@@ -428,7 +434,8 @@ def test_files_that_stay_in_a_folder_are_those_that_something_names(
     kept = {name for name in FILES if (released / name).exists()}
     assert kept == FILES.keys() - {"modeling_tiny.py", "configuration_tiny.py"}
     assert [record.getMessage() for record in caplog.records] == [
-        "not written: configuration_tiny.py, which no other file names; modeling_tiny.py, which no other file names"
+        "not written: configuration_tiny.py, because no other file names it; "
+        "modeling_tiny.py, because no other file names it"
     ]
     build(V3).save(released)
     assert not verify(released).findings
