@@ -66,7 +66,7 @@ def diagnose(reports: dict[int, RankReport], size: int) -> ParallelError:
 
     def failure(ranks: Sequence[int], problem: str, where: Entry | None = awaited) -> ParallelError:
         if len(ranks) > 1:
-            problem = f"{problem} (so did {format_ranks(ranks[1:])})"
+            problem = f"{problem} (also {format_ranks(ranks[1:])})"
         return error_at(where or reports[ranks[0]].last, problem, ranks[0])
 
     def ranks_where(condition: Callable[[RankReport], bool]) -> list[int]:
@@ -85,7 +85,7 @@ def diagnose(reports: dict[int, RankReport], size: int) -> ParallelError:
         rank = accused.most_common(1)[0][0]
         return failure([rank], next(r.error for r in reports.values() if r.failed_rank == rank))
     if left := ranks_where(lambda r: r.state == "left"):
-        return failure(left, "has left the run")
+        return failure(left, "has left the job")
     if difference := _first_difference(reports):
         ranks, usual = difference
         instead = next(e for e in reports[ranks[0]].entries if e.sequence_number == usual.sequence_number)

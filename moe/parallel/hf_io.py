@@ -92,7 +92,7 @@ def _serve_parts(model: Transformer, group: Any) -> None:
 
 
 class _Parts:
-    """Sends parts of DTensors to rank 0, which calls `collect` while other ranks call `contribute` with equal arguments."""
+    """Sends parts of DTensors to rank 0, which calls `collect` while the others call `contribute`."""
 
     def __init__(self, group: Any) -> None:
         self.group = group

@@ -170,7 +170,7 @@ def test_a_killed_rank_is_started_again_and_the_curve_goes_on(text: Path, alone:
     [
         (("--batch-size", 3), "--batch-size = 3: expected a multiple of the 2 ranks"),
         (("--ep", 3), "ep = 3: expected a divisor of the 2 ranks"),
-        (("--dp-shard", 4), "dp_replicate 1 x dp_shard 4 = 4 ranks, but there are 2"),
+        (("--dp-shard", 4), "dp_replicate x dp_shard = 1 x 4: expected 2, the number of ranks"),
         (("--resume",), "expected the folder of a run"),
         (("--optimizer", "sgd"), "'sgd': expected"),
         (("--device", "cuda"), "expected a GPU for each of the 2 processes on this node"),
