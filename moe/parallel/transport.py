@@ -96,7 +96,7 @@ class AllToAll:
         moving = self._moving.pop(rows.untyped_storage()._cdata, None)
         if moving is None:  # a copy may have been made before the rows arrived
             raise ParallelError(
-                f"{operation}: expected the tensor that `start` returned; found another, or a copy", layer=self.name
+                f"{operation}: expected the tensor that `start` returned; found another one or a copy", layer=self.name
             )
         if moving[1] is not None:
             self.log.wait(self.name, operation, moving[1])

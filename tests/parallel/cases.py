@@ -78,7 +78,7 @@ def cases(size: int, *, long: bool) -> list[Case]:
     """The cases for `size` ranks, in the order in which they run."""
     found = [Case(f"dispatch {name}", partial(dispatch, how=name)) for name in ROUTINGS]
     found += [Case(f"payload {name}", partial(payload, how=name)) for name in ("bf16", "fp8", "autocast")]
-    found.append(Case("somebody else's model", foreign))
+    found.append(Case("a layer in another model", foreign))
     found.append(Case("groups of the global batch", groups))
     if size == 2 or (size == 4 and long):
         found += [Case(f"unequal micro-batches, {how}", partial(unequal, how=how)) for how in ("mesh", "average")]
