@@ -207,7 +207,7 @@ def miscounted(job: CountBytes, expert_ids: list[Tensor], counted: Traffic, away
 def row_bytes(job: CountBytes) -> tuple[int, int]:
     """Of a row and its routing (a float32 weight and an int32 id for each expert), and of its result."""
     kind = "fp8" if job.payload == "fp8" else "bf16"
-    return traffic.payload(job.shape.d, kind) + 8 * job.shape.top_k, traffic.payload(job.shape.d, "bf16")
+    return traffic.copy_bytes(job.shape.d, kind) + 8 * job.shape.top_k, traffic.copy_bytes(job.shape.d, "bf16")
 
 
 def byte_record(job: CountBytes, found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -226,7 +226,7 @@ def byte_record(job: CountBytes, found: list[dict[str, Any]]) -> dict[str, Any]:
     if fault:
         return record
     out, back = row_bytes(job)
-    copies = traffic.destinations(config(job.shape), ranks) * (1 - 1 / ranks)
+    copies = traffic.expected_destinations(config(job.shape), ranks) * (1 - 1 / ranks)
     moved = sum(part["bytes"] for part in found) / tokens
     naive = sum(part["slots"] for part in found) / tokens * (out - 8 * (job.shape.top_k - 1) + back)
     away = sum(sum(part["sent"]) - part["sent"][rank] for rank, part in enumerate(found)) / tokens

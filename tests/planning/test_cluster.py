@@ -23,7 +23,7 @@ from moe.planning.cluster.memory import in_flight, memory
 from moe.planning.cluster.settings import Mesh, Rates, Run, Training
 from moe.planning.cluster.stages import _divide, blocks, mean_context, model_flops, ranks
 from moe.planning.cluster.step import collective_seconds, step
-from moe.planning.cluster.traffic import Traffic, destinations, payload, reached, traffic
+from moe.planning.cluster.traffic import Traffic, copy_bytes, expected_destinations, reach_probability, traffic
 from moe.planning.published import OTHERS, V3, compare, fit
 from tests.support.checkpoint_cases import V3 as SMALL
 
@@ -54,16 +54,16 @@ def test_what_a_token_reaches_is_counted(groups: int, opened: int, top: int) -> 
     for first in range(8):
         for count in range(1, 9 - first):
             hits = sum(bool(experts & set(range(first, first + count))) for experts in chosen)
-            assert reached(config, first, count) == pytest.approx(hits / len(chosen), abs=1e-12)
+            assert reach_probability(config, first, count) == pytest.approx(hits / len(chosen), abs=1e-12)
 
 
 def test_deepseek_v3_reaches() -> None:
     """EP 64: 4 experts a rank, 32 a node, which is a group. Half the groups are open: 32 ranks, 128 experts."""
     config = moe.preset("deepseek_v3")
     by_hand = 32 * (1 - math.comb(124, 8) / math.comb(128, 8))
-    assert destinations(config, 64) == pytest.approx(by_hand) == pytest.approx(7.36, abs=0.01)
-    assert destinations(config, 8) == pytest.approx(4 * (1 - math.comb(96, 8) / math.comb(128, 8)))
-    assert destinations(config, 1) == 1 and destinations(config, 256) == pytest.approx(8)
+    assert expected_destinations(config, 64) == pytest.approx(by_hand) == pytest.approx(7.36, abs=0.01)
+    assert expected_destinations(config, 8) == pytest.approx(4 * (1 - math.comb(96, 8) / math.comb(128, 8)))
+    assert expected_destinations(config, 1) == 1 and expected_destinations(config, 256) == pytest.approx(8)
 
 
 def test_routing_by_independent_scores_reaches_a_little_more() -> None:
@@ -99,8 +99,8 @@ def test_copies_are_those_of_sampled_tokens(ep: int, node: int) -> None:
 
 
 def test_bytes_of_deepseek_v3() -> None:
-    assert payload(7168, "fp8") == 7168 + 56 * 4 and payload(7168, "bf16") == 14_336
-    assert payload(100, "fp8") == 104  # a scale for a block that is not full
+    assert copy_bytes(7168, "fp8") == 7168 + 56 * 4 and copy_bytes(7168, "bf16") == 14_336
+    assert copy_bytes(100, "fp8") == 104  # a scale for a block that is not full
     found = traffic(V3.run.config, V3.run.mesh, V3.run.training)
     assert (found.dispatch_bytes, found.combine_bytes) == (7392, 14_336)
     ranks_reached = 32 * (1 - math.comb(124, 8) / math.comb(128, 8))
@@ -138,7 +138,7 @@ def test_flops_of_deepseek_v3_by_hand() -> None:
     products = 3 * (MLA + 3 * WIDTH * 18_432) + 58 * sparse + HEAD
     config = moe.preset("deepseek_v3")
     one = dataclasses.replace(config, num_nextn_predict_layers=0)
-    assert sum(block.products for block in blocks(one, 4096)) == products
+    assert sum(block.macs for block in blocks(one, 4096)) == products
     # What is quoted as 37B activated, without norms and correction biases, which multiply nothing.
     small = 61 * (1536 + 512 + 2 * WIDTH) + WIDTH + 58 * 256
     assert products == count_parameters(config).activated_without_embedding - small
@@ -148,8 +148,8 @@ def test_flops_of_deepseek_v3_by_hand() -> None:
 
 def test_windows_shorten_attention() -> None:
     found = blocks(moe.preset("gpt_oss_20b"), 4096)
-    assert found[1].attention == 64 * 128 * 2048.5
-    assert found[0].attention == pytest.approx(64 * 128 * (128 * 129 / 2 + 3968 * 128) / 4096)
+    assert found[1].attention_macs == 64 * 128 * 2048.5
+    assert found[0].attention_macs == pytest.approx(64 * 128 * (128 * 129 / 2 + 3968 * 128) / 4096)
 
 
 @pytest.mark.parametrize("folded", [False, True])
@@ -300,7 +300,7 @@ def test_the_far_end_has_an_embedding_where_it_needs_one() -> None:
         (Mesh(16, ep=16), "ep = 16: expected at most the 12 experts of a layer"),
         (Mesh(8, ep=8), "ep = 8: expected a divisor of the 12 experts of a layer"),
         (Mesh(8, pp=4, ep=4), r"ep = 4: expected a divisor of the 2 data-parallel ranks \(8 GPUs / 4 stages\)"),
-        (Mesh(6, ep=6), "ep = 6: expected a divisor or multiple of 8, a node"),
+        (Mesh(6, ep=6), "ep = 6: expected a divisor or multiple of the 8 GPUs of a node"),
         (Mesh(12, ep=4), "gpus_per_node = 8: expected a divisor or multiple of the 12 data-parallel ranks"),
         (Mesh(0), "gpus = 0: expected a positive integer"),
         (Mesh(8, gpus_per_node=0), "gpus_per_node = 0: expected a positive integer"),

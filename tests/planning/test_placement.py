@@ -121,16 +121,16 @@ def test_a_report_by_hand() -> None:
     assert report.overall(report.before) == 12 / 8
     assert report.extra_slots_per_gpu == 1
     assert str(report) == (
-        "fullest GPU / mean  before   after   bound\n"
+        "busiest GPU / mean  before   after   bound\n"
         "a                    1.667   1.000   1.000\n"
         "b                    1.000   1.000   1.000\n"
         "longer               1.000   1.000   1.000\n"
         "all layers           1.500   1.000   1.000\n"
-        "4 experts, 6 slots, 2 GPUs: 3 slots a GPU, 1 of them for replicas"
+        "4 experts, 6 slots, 2 GPUs: 3 slots per GPU, 1 of them for replicas"
     )
     uneven = place(LOAD, gpus=8, slots=16).report(LOAD)
     assert uneven.before is None
-    assert str(uneven).endswith("\nbefore: unknown, 12 experts in order do not divide among 8 GPUs")
+    assert str(uneven).endswith("\nbefore: unknown, because 12 experts are not a multiple of 8 GPUs")
     # Another load than the one that decided: expert 0 is cold now, and 3 alone on its GPU with half of 1.
     assert placement.gpu_load(torch.tensor([[0, 2, 0, 6]] * 3))[0].tolist() == [1, 7]
 
@@ -352,17 +352,21 @@ NAN, INF = math.nan, math.inf
         (
             torch.full((1, 4), 1e308, dtype=torch.float64),
             {},
-            r"load = 1e\+308: expected numbers whose sum float64 holds",
+            r"load = 1e\+308: expected a finite sum in float64",
         ),
-        (torch.ones(1, 4), {"gpus": 0}, "gpus = 0: expected a whole number from 1 up"),
-        (torch.ones(1, 4), {"gpus": 2.0}, "gpus = 2.0: expected a whole number from 1 up"),
-        (torch.ones(1, 4), {"slots": True}, "slots = True: expected a whole number from 1 up"),
-        (torch.ones(1, 4), {"nodes": -1}, "nodes = -1: expected a whole number from 1 up"),
+        (torch.ones(1, 4), {"gpus": 0}, "gpus = 0: expected a positive integer"),
+        (torch.ones(1, 4), {"gpus": 2.0}, "gpus = 2.0: expected a positive integer"),
+        (torch.ones(1, 4), {"slots": True}, "slots = True: expected a positive integer"),
+        (torch.ones(1, 4), {"nodes": -1}, "nodes = -1: expected a positive integer"),
         (torch.ones(1, 4), {"nodes": 3}, "nodes = 3: expected a divisor of the 2 GPUs"),
         (torch.ones(1, 4), {"groups": 3}, "groups = 3: expected a divisor of the 4 experts"),
         (torch.ones(1, 4), {"slots": 2}, "slots = 2: expected a multiple of the 2 GPUs from the 4 experts up to 8"),
         (torch.ones(1, 4), {"slots": 5}, "slots = 5: expected a multiple of the 2 GPUs from the 4 experts up to 8"),
-        (torch.ones(1, 4), {"slots": 10}, "slots = 10: expected a multiple .* up to 8, beyond which each GPU would"),
+        (
+            torch.ones(1, 4),
+            {"slots": 10},
+            "slots = 10: expected a multiple .* up to 8, where each GPU holds all experts of its node",
+        ),
         (torch.ones(1, 4), {"slots": 6, "nodes": 2, "groups": 2}, "slots = 6: expected a multiple .* up to 4"),
     ],
 )

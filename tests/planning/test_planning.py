@@ -13,7 +13,7 @@ from moe.checkpoint import read_summary
 from moe.checkpoint.format.sizes import parse_size
 from moe.cli import main
 from moe.counts import count_parameters
-from moe.planning.footprint import Placement, inference, stored, training
+from moe.planning.footprint import Deployment, inference, stored, training
 from tests.checkpoint.test_quantised import BLOCK, make_fp8, make_mxfp4
 from tests.support.checkpoint_cases import V3, V3_MTP, configure
 
@@ -52,7 +52,7 @@ def test_a_folder_is_planned_as_it_is_quantised(tmp_path: Path, capsys: Any) -> 
 def test_inference_by_hand() -> None:
     """DeepSeek-V3 in bf16, EP 64: 4 experts of 58 layers and one MTP module, and everything else."""
     config = moe.preset("deepseek_v3")
-    found = inference(config, Placement(64, 64, "bf16", 1000))
+    found = inference(config, Deployment(64, 64, "bf16", 1000))
     assert found.experts == 4
     assert found.parts["experts"] == 59 * 4 * 44_040_192 * 2
     counts = count_parameters(config)
@@ -60,7 +60,7 @@ def test_inference_by_hand() -> None:
     assert found.parts["other weights"] == (counts.with_mtp - 59 * 256 * 44_040_192) * 2 + biases
     assert found.parts["cache"] == 1000 * 70_272
     assert found.total == sum(found.parts.values())
-    one = inference(config, Placement(1, 1, "fp8", 1000))
+    one = inference(config, Deployment(1, 1, "fp8", 1000))
     repeats = 2 * 2 * 129_280 * 7168  # the files hold embedding and head once more
     assert one.parts["experts"] + one.parts["other weights"] == 688_574_839_360 - repeats
 
@@ -68,7 +68,7 @@ def test_inference_by_hand() -> None:
 def test_training_by_hand() -> None:
     config = moe.preset("deepseek_v3")
     counts = count_parameters(config)
-    found = training(config, Placement(128, 16, "bf16", 4096))
+    found = training(config, Deployment(128, 16, "bf16", 4096))
     experts = 59 * 256 * 44_040_192
     mine = 59 * 16 * 44_040_192 // 8 + -(-(counts.with_mtp - experts) // 128)
     assert found.parts["parameters"] == found.parts["gradients"] == 4 * mine == found.parts["optimizer"] // 2
@@ -76,13 +76,13 @@ def test_training_by_hand() -> None:
     assert found.parts["logits"] == 2 * 4 * 4096 * 129_280
     # All GPUs together hold the model once, whatever the expert parallelism.
     for ep in (1, 8, 128):
-        share = training(config, Placement(128, ep, "bf16", 1)).parts["parameters"] * 128
+        share = training(config, Deployment(128, ep, "bf16", 1)).parts["parameters"] * 128
         assert share == pytest.approx(4 * counts.with_mtp, rel=1e-6)
 
 
 def test_an_uneven_share_is_the_largest() -> None:
     config = dataclasses.replace(V3, n_group=1, topk_group=1)  # 12 experts over 8 GPUs: two on some
-    assert inference(config, Placement(8, 8, "bf16", 1)).experts == 2
+    assert inference(config, Deployment(8, 8, "bf16", 1)).experts == 2
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_placements_that_cannot_be(placement: tuple[int, int, int], message: str
     gpus, ep, tokens = placement
     for estimate in (inference, training):
         with pytest.raises(ConfigError, match=message):
-            estimate(V3, Placement(gpus, ep, "bf16", tokens))
+            estimate(V3, Deployment(gpus, ep, "bf16", tokens))
 
 
 @pytest.mark.parametrize(
