@@ -1,4 +1,4 @@
-"""What a model weighs on each GPU, beside published figures and sums made by hand."""
+"""Size of a model on disk and per GPU, compared with published sizes and results by hand."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ def test_the_released_deepseek_v3() -> None:
 
 @pytest.mark.parametrize(("name", "gib"), [("gpt_oss_120b", 60.8), ("gpt_oss_20b", 12.8)])
 def test_the_released_gpt_oss(name: str, gib: float) -> None:
-    """Checkpoint sizes as its model card has them."""
+    """Checkpoint sizes of the model card."""
     assert stored(moe.preset(name), "mxfp4").bytes / 2**30 == pytest.approx(gib, abs=0.05)
     with pytest.raises(ConfigError, match="dtype = 'fp8': expected bf16, fp16, fp32, fp64 or mxfp4 for gpt_oss"):
         stored(moe.preset(name), "fp8")
@@ -50,7 +50,7 @@ def test_a_folder_is_planned_as_it_is_quantised(tmp_path: Path, capsys: Any) -> 
 
 
 def test_inference_by_hand() -> None:
-    """DeepSeek-V3 in bf16, EP 64: 4 experts of 58 layers and one MTP module, and everything else."""
+    """DeepSeek-V3 in bf16, EP 64: 4 experts in each of 58 layers and one MTP module, and all other weights."""
     config = moe.preset("deepseek_v3")
     found = inference(config, Deployment(64, 64, "bf16", 1000))
     assert found.experts == 4
@@ -74,7 +74,7 @@ def test_training_by_hand() -> None:
     assert found.parts["parameters"] == found.parts["gradients"] == 4 * mine == found.parts["optimizer"] // 2
     assert found.parts["saved activations"] == 62 * 4096 * 7168 * 2
     assert found.parts["logits"] == 2 * 4 * 4096 * 129_280
-    # All GPUs together hold the model once, whatever the expert parallelism.
+    # For any expert parallelism, all GPUs together hold the model once.
     for ep in (1, 8, 128):
         share = training(config, Deployment(128, ep, "bf16", 1)).parts["parameters"] * 128
         assert share == pytest.approx(4 * counts.with_mtp, rel=1e-6)
@@ -86,7 +86,7 @@ def test_an_uneven_share_is_the_largest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("placement", "message"),
+    ("deployment", "message"),
     [
         ((6, 4, 1), "ep = 4: expected a divisor of the 6 GPUs"),
         ((16, 16, 1), "ep = 16: expected at most the 12 experts of a layer"),
@@ -94,8 +94,8 @@ def test_an_uneven_share_is_the_largest() -> None:
         ((1, 1, 0), "tokens = 0: expected a positive integer"),
     ],
 )
-def test_placements_that_cannot_be(placement: tuple[int, int, int], message: str) -> None:
-    gpus, ep, tokens = placement
+def test_deployments_that_do_not_fit(deployment: tuple[int, int, int], message: str) -> None:
+    gpus, ep, tokens = deployment
     for estimate in (inference, training):
         with pytest.raises(ConfigError, match=message):
             estimate(V3, Deployment(gpus, ep, "bf16", tokens))
@@ -109,7 +109,7 @@ def test_sizes(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "5XB", "5iB", "1e9", "nan"])
-def test_what_is_no_size(text: str) -> None:
+def test_invalid_sizes(text: str) -> None:
     with pytest.raises(ConfigError, match="--memory"):
         parse_size(text, "--memory")
 
