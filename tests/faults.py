@@ -1,4 +1,4 @@
-"""Inject faults into a distributed run: python -m tests.faults [--kind ...] [--point ...] [--timeout 10] [--json FILE]
+"""Inject faults into a distributed run: python -m tests.faults.
 
 Several processes train the small model of `tests.parallel.cases` over gloo. In the second step, at one collective, one
 of them is killed, exits, stops, fails, hangs, skips the call, or sends a wrong number of rows or values. For every
@@ -269,15 +269,31 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("--ranks", type=int, default=4, help="number of processes, even")
-    parser.add_argument("--rank", type=int, default=1, help="the rank that fails")
-    parser.add_argument("--timeout", type=float, default=10.0, help="timeout of a collective in seconds")
-    parser.add_argument("--kind", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=", ".join(KINDS))
-    parser.add_argument("--point", nargs="+", choices=POINTS, default=list(POINTS), metavar="POINT", help="operations")
-    parser.add_argument("--few", action="store_true", help="only the faults that the default test suite injects")
-    parser.add_argument("--store", choices=("launcher", "rank 0"), default="launcher", help="keeper of the store")
-    parser.add_argument("--json", type=Path, help="also write the outcomes to this file")
-    parser.add_argument("--verbose", action="store_true", help="print all errors, not only those of failed cases")
+    parser.add_argument("--ranks", type=int, default=4, help="Number of processes, even; default: 4")
+    parser.add_argument("--rank", type=int, default=1, help="The rank that fails; default: 1")
+    parser.add_argument("--timeout", type=float, default=10.0, help="Timeout of a collective in seconds; default: 10")
+    parser.add_argument(
+        "--kind",
+        nargs="+",
+        choices=KINDS,
+        default=KINDS,
+        metavar="KIND",
+        help=f"Faults: {', '.join(KINDS)}; default: all",
+    )
+    parser.add_argument(
+        "--point",
+        nargs="+",
+        choices=POINTS,
+        default=list(POINTS),
+        metavar="POINT",
+        help=f"Operations: {', '.join(POINTS)}; default: all",
+    )
+    parser.add_argument("--few", action="store_true", help="Inject only the faults of the default test suite")
+    parser.add_argument(
+        "--store", choices=("launcher", "rank 0"), default="launcher", help="Keeper of the store; default: launcher"
+    )
+    parser.add_argument("--json", type=Path, help="Also write the outcomes to this file")
+    parser.add_argument("--verbose", action="store_true", help="Print all errors, not only those of failed cases")
     args = parser.parse_args()
     outcomes = []
     print(f"{'kind':13} {'point':23} {'seconds':>8}  {'rank':>5}  {'operation':>9}")

@@ -130,6 +130,17 @@ def meshes(size: int, *, long: bool) -> dict[tuple[int, int, int], list[str]]:
     return {(ep, shard, size // shard): [next(hows) for _ in range(each)] for ep, shard in pairs}
 
 
+def refused(call: Callable[[], object], *words: str, kind: type[Exception] = moe.ParallelError) -> None:
+    """Check that a call raises an error of `kind`, in one line that contains `words`."""
+    try:
+        call()
+    except kind as error:
+        text = str(error)
+        assert "\n" not in text and all(word in text for word in words), text
+    else:
+        raise AssertionError(f"not refused: {words}")
+
+
 def close(result: Tensor, expected: Tensor, what: str) -> None:
     """Compare element by element, up to the order of summation in float64; rows of zeros must be equal."""
     result, expected = result.detach(), expected.detach()
@@ -259,12 +270,10 @@ def dispatch(ranks: Ranks, how: str) -> None:
     transport = dispatcher.transport
     leaving, received = [1] * ranks.size, [1] * ranks.size
     moving = transport.start("rows", x.new_ones(ranks.size, 2), leaving, received)
-    try:
-        transport.wait("rows", moving.clone())
-    except moe.ParallelError as error:
-        assert "expected the tensor that `start` returned; found another one or a copy" in str(error)
-    else:
-        raise AssertionError("a copy was accepted")
+    refused(
+        lambda: transport.wait("rows", moving.clone()),
+        "rows: expected the tensor that `start` returned; found another one or a copy",
+    )
     transport.wait("rows", moving)
     assert torch.equal(moving, torch.ones_like(moving))
 
@@ -857,15 +866,6 @@ def without_gradients(ranks: Ranks) -> None:
 
 def out_of_order(ranks: Ranks) -> None:
     """Calls in the wrong order, and repeated division, are rejected in one line."""
-
-    def refused(what: Callable[[], object], words: str) -> None:
-        try:
-            what()
-        except (moe.ParallelError, ValueError) as error:
-            assert words in str(error) and "\n" not in str(error), error
-        else:
-            raise AssertionError(f"not refused: {words}")
-
     mesh = make_mesh(ep=ranks.size)
     model = built()
     balance.attach(model, torch.optim.SGD(model.parameters()))
@@ -873,36 +873,21 @@ def out_of_order(ranks: Ranks) -> None:
     model = built()
     optimizer = torch.optim.SGD(model.parameters())
     parallelize(model, mesh)
-    refused(lambda: balance.attach(model, optimizer), "after parallelize")
+    refused(lambda: balance.attach(model, optimizer), "after parallelize", kind=ValueError)
     ids = torch.zeros(1, 1, dtype=torch.int64)
-    refused(lambda: model.train()(ids, labels=ids), "2 or more, for mtp.0")
-    refused(lambda: moe.generate(model, ids, max_new_tokens=1, eos_token_id=0), "eos_token_id")
+    refused(lambda: model.train()(ids, labels=ids), "2 or more, for mtp.0", kind=ValueError)
+    refused(lambda: moe.generate(model, ids, max_new_tokens=1, eos_token_id=0), "eos_token_id", kind=ValueError)
     layer = divide_experts(_layer(), mesh.experts["ep"])
     refused(lambda: divide_experts(layer, mesh.experts["ep"]), "already")
     model = built()
     first = next(module for module in model.modules() if isinstance(module, MoELayer))
     divide_experts(first, mesh.experts["ep"])
     refused(lambda: parallelize(model, mesh), "already")
-    try:
-        model.save(ranks.folder / f"refused-{ranks.rank}")
-    except moe.CheckpointError as error:
-        assert "moe.parallel.export" in str(error)
-    else:
-        raise AssertionError("not refused: save")
+    refused(lambda: model.save(ranks.folder / f"refused-{ranks.rank}"), "moe.parallel.export", kind=moe.CheckpointError)
 
 
 def refusals(ranks: Ranks) -> None:
     """Meshes and models that do not fit together are rejected in one line with the numbers."""
-
-    def refused(what: Callable[[], object], *words: str) -> None:
-        try:
-            what()
-        except (moe.ParallelError, moe.CheckpointError) as error:
-            text = str(error)
-            assert "\n" not in text and all(word in text for word in words), text
-        else:
-            raise AssertionError(f"not refused: {words}")
-
     size = ranks.size
     refused(lambda: make_mesh(ep=0), "ep = 0")
     refused(lambda: make_mesh(ep=3), "ep = 3", f"{size} ranks")
@@ -912,5 +897,5 @@ def refusals(ranks: Ranks) -> None:
     refused(lambda: parallelize(Transformer(_config(n_routed_experts=12, n_group=4)), mesh), f"{size}", "12 experts")
     model = parallelize(Transformer(_config()), mesh)
     refused(lambda: parallelize(model, mesh), "already")
-    refused(lambda: model.save(ranks.folder / "refused"), "moe.parallel.export")
+    refused(lambda: model.save(ranks.folder / "refused"), "moe.parallel.export", kind=moe.CheckpointError)
     refused(lambda: divide_experts(_layer(), mesh.experts["ep"], payload="int4"), "payload", "int4")  # pyright: ignore[reportArgumentType]
