@@ -174,7 +174,7 @@ def train(rank: int, size: int, port: int, fault: Fault, timeout: float, folder:
                 faulty = Faulty(job.log, fault, folder / "injected")
                 job.log.collective = faulty  # pyright: ignore[reportAttributeAccessIssue]
             for step in range(STEPS):
-                job.log.step = step
+                job.log.set_step(step)
                 loss = model(**token_batch(step, rank)).loss
                 assert loss is not None
                 loss.backward()

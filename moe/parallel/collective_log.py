@@ -70,11 +70,10 @@ class CollectiveLog:
     show which rank diverged.
 
     Attributes:
-        step: optimizer step of the collectives that follow; set by the training loop.
+        step: optimizer step of the collectives that follow; see `set_step`.
         count, digest: number and checksum of all collectives so far; equal on all ranks.
         check_order: compare entries with the other ranks before each collective (gloo).
-        stopped: message of the error that ends the next collective, and on gloo a waiting one. Another thread sets it
-            once another rank has failed.
+        stopped: error message of `stop`.
     """
 
     rank: int
@@ -87,6 +86,14 @@ class CollectiveLog:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CollectiveLog":
         return self  # a copy of a model communicates on the same rank
+
+    def set_step(self, step: int) -> None:
+        """Set the optimizer step of the collectives that follow. The training loop calls it in each step."""
+        self.step = step
+
+    def stop(self, problem: str) -> None:
+        """Raise an error in the next collective, and on gloo in one that waits. Called from another thread."""
+        self.stopped = problem
 
     def record(self, layer: str, operation: str, size: int = 0) -> Entry:
         """Append an entry."""

@@ -45,7 +45,7 @@ class Job:
 
     Attributes:
         rank, size: this process's rank, and the number of ranks.
-        log: this rank's collective log. Pass it to `make_mesh` and `clip_grad_norm`, and set `log.step` in each step.
+        log: this rank's collective log. Pass it to `make_mesh` and `clip_grad_norm`, and call `log.set_step` in each step.
     """
 
     rank: int
@@ -192,7 +192,7 @@ class _Monitor(threading.Thread):
     def _monitor(self, store: Store) -> None:
         while self._write(store).state == "running":
             if self.log.stopped is None and store.check([FAILED]):
-                self.log.stopped = "another rank has failed"
+                self.log.stop("another rank has failed")
             self.wake.wait(HEARTBEAT)
         end = self.report
         if end.state == "failed":

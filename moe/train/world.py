@@ -91,7 +91,7 @@ class MeshWorld(World):
         return model
 
     def begin_step(self, number: int) -> None:
-        self.mesh.log.step = number
+        self.mesh.log.set_step(number)
 
     def sum(self, values: Tensor) -> Tensor:
         values = values.to(self.mesh.device)
