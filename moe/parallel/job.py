@@ -45,7 +45,7 @@ class Job:
 
     Attributes:
         rank, size: this process's rank, and the number of ranks.
-        log: this rank's collective log. Pass it to `make_mesh` and `clip_grad_norm`, and call `log.set_step` in each step.
+        log: collective log of this rank, for `make_mesh` and `clip_grad_norm`. Call `log.set_step` in each step.
     """
 
     rank: int
