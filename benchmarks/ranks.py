@@ -35,8 +35,8 @@ from moe.config import ModelConfig
 from moe.layer import MoELayer
 from moe.ops import Routing
 from moe.parallel import divide_experts, make_mesh
+from moe.parallel.collective_log import CollectiveLog
 from moe.parallel.dispatch import AllToAllDispatcher, Payload, Traffic
-from moe.parallel.journal import Journal
 from moe.parallel.transport import AllToAll
 from moe.planning.cluster import traffic
 
@@ -207,7 +207,7 @@ def miscounted(job: CountBytes, expert_ids: list[Tensor], counted: Traffic, away
 def row_bytes(job: CountBytes) -> tuple[int, int]:
     """Of a row and its routing (a float32 weight and an int32 id for each expert), and of its result."""
     kind = "fp8" if job.payload == "fp8" else "bf16"
-    return traffic.payload(job.shape.d, kind) + 8 * job.shape.top_k, traffic.payload(job.shape.d, "bf16")
+    return traffic.copy_bytes(job.shape.d, kind) + 8 * job.shape.top_k, traffic.copy_bytes(job.shape.d, "bf16")
 
 
 def byte_record(job: CountBytes, found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -226,7 +226,7 @@ def byte_record(job: CountBytes, found: list[dict[str, Any]]) -> dict[str, Any]:
     if fault:
         return record
     out, back = row_bytes(job)
-    copies = traffic.destinations(config(job.shape), ranks) * (1 - 1 / ranks)
+    copies = traffic.expected_destinations(config(job.shape), ranks) * (1 - 1 / ranks)
     moved = sum(part["bytes"] for part in found) / tokens
     naive = sum(part["slots"] for part in found) / tokens * (out - 8 * (job.shape.top_k - 1) + back)
     away = sum(sum(part["sent"]) - part["sent"][rank] for rank, part in enumerate(found)) / tokens
@@ -274,16 +274,16 @@ def _about(shape: Shape, ranks: int) -> dict[str, Any]:
 
 
 @dataclass
-class Clock(Journal):
-    """A journal that knows how long its collectives took, waiting for other ranks included."""
+class Clock(CollectiveLog):
+    """Collective log that measures the seconds spent in collectives, including the wait for other ranks."""
 
     seconds: float = 0.0
 
     @contextmanager
-    def during(self, layer: str, operation: str) -> Iterator[None]:
+    def locate_errors(self, layer: str, operation: str) -> Iterator[None]:
         begun = time.perf_counter()
         try:
-            with Journal.during(self, layer, operation):
+            with CollectiveLog.locate_errors(self, layer, operation):
                 yield
         finally:
             self.seconds += time.perf_counter() - begun
@@ -311,7 +311,7 @@ class Scale:
         parts = shares(self.shape, counts, "uniform", self.seed)
         layer = MoELayer(d, n, experts, top_k, seed=self.seed, initializer_range=d**-0.5)
         clock = Clock(world.rank)
-        divided = divide_experts(copy.deepcopy(layer), world.ep, name="layer", journal=clock)
+        divided = divide_experts(copy.deepcopy(layer), world.ep, name="layer", log=clock)
         mine = _batch(parts[world.rank].expert_ids, d, self.seed + world.rank)
         fault = wrong(divided, layer, *mine, world)
         anywhere = torch.tensor(int(bool(fault)))

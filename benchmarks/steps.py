@@ -369,7 +369,7 @@ def one_rank(step: Step) -> None:
         with _routed_alike(here, experts, record=False):
             found = here(on, labels=on).loss
         found.backward()
-        found_norm = clip_grad_norm(here.parameters(), float("inf"), journal=mesh.journal)
+        found_norm = clip_grad_norm(here.parameters(), float("inf"), log=mesh.log)
         _near(step, "loss", found, expected, _chain(there))
         _near(step, "norm of the gradient", found_norm, norm, 3 * _chain(there))
 

@@ -1,4 +1,4 @@
-"""The global batch: what the ranks of a job train on together in one optimizer step."""
+"""Global batch: the data on which all ranks of a job train in one optimizer step."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,21 +10,21 @@ from torch import Tensor
 
 
 class GlobalBatch:
-    """Sums over the ranks that share the global batch, the scale of the loss, and the counts of the step.
+    """Sums over the ranks that share the global batch, the loss scale, and the token counts of the step.
 
-    This one sums over a process group, or over nothing where torch.distributed does not run. A model on a mesh has
-    `moe.parallel.apply.MeshBatch`, which also weighs each rank's part of the loss and logs every collective.
+    Sums are over a process group, or over this process alone without torch.distributed. A model on a mesh uses
+    `moe.parallel.apply.MeshBatch`, which also weights each rank's part of the loss and logs every collective.
 
-    A deep copy has the same ranks and a loss scale of its own. A process group cannot be pickled, so an unpickled
-    object has the default one.
+    A deep copy has the same ranks and its own loss scale. A process group cannot be pickled, so an unpickled object has
+    the default group.
 
     Attributes:
-        scale: float64 scalar, the gradient of the auxiliary losses that are injected; see `moe.balance.set_loss_scale`.
-            A tensor, because compiled code would have a number built in, and be compiled anew for each.
+        scale: float64 scalar, the gradient of injected auxiliary losses; see `moe.balance.set_loss_scale`. It is a
+            tensor, because compiled code would be recompiled for each new number.
     """
 
     lockstep = False
-    """Whether each forward pass waits for the other ranks, so that all of them must make the same calls."""
+    """Whether each forward pass waits for the other ranks, so that all ranks must make the same calls."""
 
     def __init__(self, group: Any = None, loss_scale: float = 1.0) -> None:
         self.group = group
@@ -33,35 +33,36 @@ class GlobalBatch:
 
     @property
     def loss_scale(self) -> float:
-        """`scale` as a number."""
+        """`scale` as a float."""
         return self.scale.item()
 
     def restrict(self, group: Any) -> None:
-        """Sum over `group` from now on; None is the default group."""
+        """Set the process group of later sums; None is the default group."""
         self.group = group
 
     def scale_loss(self, scale: float | Tensor) -> None:
+        """Set `scale`."""
         self.scale.fill_(scale)
 
     def move(self, device: torch.device) -> None:
-        """Keep the scale where the routers are."""
+        """Move the scale to a device, which is that of the routers; the meta device is ignored."""
         if device.type != "meta":
             self.scale = self.scale.to(device)
 
     def sum(self, values: Tensor, operation: str) -> Tensor:
-        """Sum of all ranks' `values`, in place; `operation` names it in errors. A collective call."""
+        """Sum `values` over the ranks, in place; `operation` is its name in errors. A collective call."""
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(values, group=self.group)
         return values
 
     @contextlib.contextmanager
     def step(self, counts: Iterable[Mapping[str, Tensor]]) -> Iterator[None]:
-        """Treat the forward passes in the block as the micro-batches of one optimizer step, with the loss of one batch.
+        """Treat the forward passes in the block as micro-batches of one optimizer step, with the loss of one batch.
 
-        Each term of a loss is then multiplied by the micro-batch's share of what the step counts for that term, and by
-        the number of ranks: losses and gradients are added over the micro-batches and averaged over the ranks, and are
-        means over the step's tokens however they are spread. Without it each micro-batch is a batch of its own, and the
-        mean of their means is that of the step only if their counts are equal.
+        Each loss term is weighted by the micro-batch's share of the step's count for that term, times the number of
+        ranks. Summed over micro-batches and averaged over ranks, losses and gradients are then means over all tokens of
+        the step. Outside this block each micro-batch is a batch of its own, and the mean of their means is the mean of
+        the step only if their counts are equal.
 
             batches = [next(data) for _ in range(4)]
             with model.global_batch.step([model.loss_counts(**batch) for batch in batches]):
@@ -71,7 +72,7 @@ class GlobalBatch:
 
         Args:
             counts: `Transformer.loss_counts` of each micro-batch of this rank. They are summed over the ranks, which is
-                a collective call where torch.distributed runs.
+                a collective call if torch.distributed is initialized.
         """
         summed: dict[str, Tensor] = {}
         for each in counts:
@@ -83,10 +84,10 @@ class GlobalBatch:
             self._totals = before
 
     def weigh(self, means: Sequence[Tensor], counts: Sequence[Tensor], keys: Sequence[str]) -> list[Tensor]:
-        """This rank's means, each over its count, multiplied so that their mean over ranks is the global one.
+        """Weight this rank's means by their counts, so that the average over ranks is the global mean.
 
-        In a `step` that is the micro-batch's part of the step's. Otherwise they are unchanged here: a trainer such as
-        DDP averages ranks as they are.
+        In a `step`, the result is the micro-batch's part of the mean of the step. Outside a step the means are
+        unchanged, unless `lockstep`, because trainers such as DDP average ranks with equal weights.
         """
         if self._totals is not None:
             if missing := [key for key in keys if key not in self._totals]:
@@ -100,7 +101,7 @@ class GlobalBatch:
         return [mean * weight.to(mean.dtype) for mean, weight in zip(means, weights, strict=True)]
 
     def _per_rank(self, counts: Sequence[Tensor]) -> Tensor:
-        """float64: the mean of each count over the ranks whose gradients are averaged; more than 0."""
+        """Mean of each count over the ranks whose gradients are averaged, float64 and positive."""
         everywhere = self.sum(torch.stack(list(counts)), "sum of counts")
         ranks = dist.get_world_size(self.group) if dist.is_available() and dist.is_initialized() else 1
         return everywhere.clamp_min(1).double() / ranks

@@ -1,9 +1,9 @@
-"""Faults of a distributed run: python -m tests.faults [--kind ...] [--point ...] [--timeout 10] [--json FILE]
+"""Inject faults into a distributed run: python -m tests.faults.
 
-Processes over gloo train the small model of `tests.parallel.cases`. In the second step one of them, at one of its
-collectives, is killed, leaves, stops, fails, hangs, leaves the call out, or sends other numbers of rows or values than
-it should. Measured is, on every other rank, the time until an error leaves `moe.parallel.start`, and whether the error
-names the rank that did it, and the step, layer and operation. A rank without an error within the hard limit hangs.
+Several processes train the small model of `tests.parallel.cases` over gloo. In the second step, at one collective, one
+of them is killed, exits, stops, fails, hangs, skips the call, or sends a wrong number of rows or values. For every
+other rank, the program measures the time until `moe.parallel.start` raises an error, and checks that the error names
+the failed rank, the step, layer and operation. A rank without an error within the limit counts as hanging.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from moe import balance
 from moe.errors import ParallelError
 from moe.parallel import clip_grad_norm, make_mesh, parallelize, start
-from moe.parallel.journal import Entry, Journal
+from moe.parallel.collective_log import CollectiveLog, Entry
 from moe.train.optimizer import build_optimizers
 from tests.parallel.cases import built, token_batch
 
@@ -52,7 +52,7 @@ POINTS = {
     "balance loss": "routers",
 }
 KINDS = ("SIGKILL", "exit(0)", "_exit(0)", "SIGSTOP", "exception", "skipped call", "wrong split", "hang")
-# What the default suite runs.
+# Run by the default test suite.
 FEW = (
     ("SIGKILL", "dispatch of rows"),
     ("SIGSTOP", "gradient of results"),
@@ -62,7 +62,7 @@ FEW = (
 )
 CALLS = ("all_to_all_single", "all_gather_single", "all_gather", "reduce_scatter_single", "all_reduce")
 STEP, STEPS = 1, 3
-SLACK = 15.0  # seconds after the timeout within which everybody must have learned what happened
+SLACK = 15.0  # seconds after the timeout within which every rank must have an error
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,15 @@ class Fault:
 
 
 class Faulty:
-    """Stands before the method `collective` of a journal, and does the deed when the point comes."""
+    """Replacement for the method `collective` of a log that injects the fault at its point."""
 
-    def __init__(self, journal: Journal, fault: Fault, mark: Path) -> None:
-        self.journal, self.fault, self.mark, self.collective = journal, fault, mark, journal.collective
+    def __init__(self, log: CollectiveLog, fault: Fault, mark: Path) -> None:
+        self.log, self.fault, self.mark, self.collective = log, fault, mark, log.collective
         self.done = False
 
     @contextlib.contextmanager
     def __call__(self, layer: str, operation: str, group: Any = None, **what: Any) -> Iterator[Entry]:
-        here = (self.journal.step, operation, layer) == (STEP, self.fault.point, POINTS[self.fault.point])
+        here = (self.log.step, operation, layer) == (STEP, self.fault.point, POINTS[self.fault.point])
         if self.done or not here:
             with self.collective(layer, operation, group, **what) as entry:
                 yield entry
@@ -96,14 +96,14 @@ class Faulty:
         elif kind == "_exit(0)":
             os._exit(0)
         elif kind == "exception":
-            raise ValueError("made to fail")
+            raise ValueError("injected")
         elif kind == "hang":
             time.sleep(1000)
         if kind == "skipped call":
             with contextlib.ExitStack() as stack:
                 for name in CALLS:
-                    stack.enter_context(mock.patch.object(dist, name, _nothing))
-                yield Entry(self.journal.count + 1, STEP, layer, operation)
+                    stack.enter_context(mock.patch.object(dist, name, _no_communication))
+                yield Entry(self.log.count + 1, STEP, layer, operation)
         elif kind == "wrong split":
             if what.get("sent"):
                 what["sent"] = _moved(what["sent"])
@@ -117,7 +117,7 @@ class Faulty:
 
 
 def _moved(splits: Sequence[int]) -> list[int]:
-    """One row less for the rank that gets most, and one more for its neighbour."""
+    """One row fewer for the rank that receives most, and one more for the next rank."""
     moved = list(splits)
     most = moved.index(max(moved))
     moved[most] -= 1
@@ -125,8 +125,8 @@ def _moved(splits: Sequence[int]) -> list[int]:
     return moved
 
 
-def _nothing(output: Tensor | list[Tensor], given: Tensor | None = None, *_: Any, **__: Any) -> Any:
-    """In place of a collective: what is given comes back, as far as it fits."""
+def _no_communication(output: Tensor | list[Tensor], given: Tensor | None = None, *_: Any, **__: Any) -> Any:
+    """Replacement for a collective that copies its input to its output, as far as it fits."""
     for each in output if isinstance(output, list) else [output]:
         if isinstance(given, Tensor):
             each.zero_().flatten()[: given.numel()].copy_(given.flatten()[: each.numel()])
@@ -137,7 +137,7 @@ def _nothing(output: Tensor | list[Tensor], given: Tensor | None = None, *_: Any
 
 @contextlib.contextmanager
 def _other_splits() -> Iterator[None]:
-    """The next exchange announces or moves what nobody expects. (The journal knows; what of it torch is told, too.)"""
+    """Change the counts or splits of the next `all_to_all_single`, as the log's entry was changed."""
     exchange = dist.all_to_all_single
 
     def changed(output: Tensor, given: Tensor, outs: Any = None, ins: Any = None, **more: Any) -> Any:
@@ -152,55 +152,56 @@ def _other_splits() -> Iterator[None]:
 
 
 def keep_store(port: int) -> None:
-    """What torchrun does for its ranks."""
+    """Keep the store of the ranks in a process of its own, as torchrun does."""
     store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     signal.pause()
     del store
 
 
 def train(rank: int, size: int, port: int, fault: Fault, timeout: float, folder: Path, own_store: bool) -> None:
-    """A rank: writes what it has learned to a file of its own."""
+    """Run one rank; writes its error to `RANK.json` in `folder`."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = str(own_store)
     torch.set_num_threads(1)
-    learned: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     try:
-        with start(timeout=timeout, device="cpu") as watch:
-            mesh = make_mesh(ep=2, journal=watch.journal)
+        with start(timeout=timeout, device="cpu") as job:
+            mesh = make_mesh(ep=2, log=job.log)
             model = parallelize(built({"config": {"seq_aux": False}}), mesh)
             optimizers = build_optimizers(model, "adamw", 0.01, 0.1)
             balance.attach(model, optimizers[-1])
             if fault.rank == rank:
-                faulty = Faulty(watch.journal, fault, folder / "injected")
-                watch.journal.collective = faulty  # pyright: ignore[reportAttributeAccessIssue]
+                faulty = Faulty(job.log, fault, folder / "injected")
+                job.log.collective = faulty  # pyright: ignore[reportAttributeAccessIssue]
             for step in range(STEPS):
-                watch.journal.begin(step)
+                job.log.set_step(step)
                 loss = model(**token_batch(step, rank)).loss
                 assert loss is not None
                 loss.backward()
-                clip_grad_norm(model.parameters(), 1.0, journal=watch.journal)
+                clip_grad_norm(model.parameters(), 1.0, log=job.log)
                 for optimizer in optimizers:
                     optimizer.step()
                     optimizer.zero_grad()
                 (folder / f"{rank}.steps").write_text(str(step + 1))
-        learned = {"error": None}
+        result = {"error": None}
     except ParallelError as error:
-        learned = {"error": str(error), "named": [error.rank, error.step, error.layer, error.operation]}
+        result = {"error": str(error), "named": [error.rank, error.step, error.layer, error.operation]}
     except BaseException as error:
-        learned = {"error": f"{type(error).__name__}: {error}", "named": None}
-    learned["time"] = time.time()
-    (folder / f"{rank}.json").write_text(json.dumps(learned))
+        result = {"error": f"{type(error).__name__}: {error}", "named": None}
+    result["time"] = time.time()
+    (folder / f"{rank}.json").write_text(json.dumps(result))
     os._exit(0)  # gloo's threads may wait for others until the timeout
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one fault: what the `survivors` that should get an error got.
+    """Errors of the ranks other than the failed one.
 
     Attributes:
-        seconds: until the last of them had it; infinite where one hung.
-        rank, operation: how many name the culprit, and the step, layer and operation.
-        stepped: ranks whose optimizer stepped on after the fault, though it came before the norm.
+        survivors: number of those ranks.
+        seconds: time until the last of them had an error; infinite if one hung.
+        rank, operation: number of errors that name the failed rank; and its step, layer and operation.
+        stepped: number of ranks whose optimizer stepped after a fault that preceded the norm.
         messages: the errors.
     """
 
@@ -218,7 +219,7 @@ class Outcome:
 
 
 def inject(fault: Fault, *, ranks: int = 4, timeout: float, own_store: bool = True) -> Outcome:
-    """With `own_store` the launcher keeps the ranks' store, as torchrun does; otherwise rank 0 does."""
+    """Run the ranks with one fault. With `own_store`, a separate process keeps their store; otherwise rank 0 does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -241,14 +242,14 @@ def inject(fault: Fault, *, ranks: int = 4, timeout: float, own_store: bool = Tr
             process.kill()
             process.join()
         mark = folder / "injected"
-        assert mark.exists(), f"the run never came to {fault.point}"
+        assert mark.exists(), f"the run never reached {fault.point}"
         begun = float(mark.read_text())
-        learned = [_read(folder / f"{rank}.json") for rank in others]
+        results = [_read(folder / f"{rank}.json") for rank in others]
         steps = [int((folder / f"{rank}.steps").read_text()) for rank in others]
-    # Wrong counts are as good as others, until the rows come.
+    # Wrong counts cannot be told from right ones until rows are sent.
     seen_at = "dispatch of routing" if fault == Fault("wrong split", "exchange of counts", fault.rank) else fault.point
     place = [STEP, POINTS[fault.point], seen_at]
-    errors = [each for each in learned if each is not None and each["error"] is not None]
+    errors = [each for each in results if each is not None and each["error"] is not None]
     named = [each["named"] for each in errors if each["named"]]
     before_norm = fault.point != "bias update"
     return Outcome(
@@ -258,7 +259,7 @@ def inject(fault: Fault, *, ranks: int = 4, timeout: float, own_store: bool = Tr
         sum(each[0] == fault.rank for each in named),
         sum(each[1:] == place for each in named),
         sum(count > STEP for count in steps) if before_norm else 0,
-        [each["error"] if each else "hang, or killed" for each in learned],
+        [each["error"] if each else "hangs or was killed" for each in results],
     )
 
 
@@ -268,15 +269,31 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("--ranks", type=int, default=4, help="processes, an even number")
-    parser.add_argument("--rank", type=int, default=1, help="the one that fails")
-    parser.add_argument("--timeout", type=float, default=10.0, help="seconds, of a collective")
-    parser.add_argument("--kind", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=", ".join(KINDS))
-    parser.add_argument("--point", nargs="+", choices=POINTS, default=list(POINTS), metavar="POINT", help="operations")
-    parser.add_argument("--few", action="store_true", help="what the default suite runs, of all kinds and points")
-    parser.add_argument("--store", choices=("launcher", "rank 0"), default="launcher", help="who keeps the store")
-    parser.add_argument("--json", type=Path, help="write the outcomes here, too")
-    parser.add_argument("--verbose", action="store_true", help="print every error, not only of what failed")
+    parser.add_argument("--ranks", type=int, default=4, help="Number of processes, even; default: 4")
+    parser.add_argument("--rank", type=int, default=1, help="The rank that fails; default: 1")
+    parser.add_argument("--timeout", type=float, default=10.0, help="Timeout of a collective in seconds; default: 10")
+    parser.add_argument(
+        "--kind",
+        nargs="+",
+        choices=KINDS,
+        default=KINDS,
+        metavar="KIND",
+        help=f"Faults: {', '.join(KINDS)}; default: all",
+    )
+    parser.add_argument(
+        "--point",
+        nargs="+",
+        choices=POINTS,
+        default=list(POINTS),
+        metavar="POINT",
+        help=f"Operations: {', '.join(POINTS)}; default: all",
+    )
+    parser.add_argument("--few", action="store_true", help="Inject only the faults of the default test suite")
+    parser.add_argument(
+        "--store", choices=("launcher", "rank 0"), default="launcher", help="Keeper of the store; default: launcher"
+    )
+    parser.add_argument("--json", type=Path, help="Also write the outcomes to this file")
+    parser.add_argument("--verbose", action="store_true", help="Print all errors, not only those of failed cases")
     args = parser.parse_args()
     outcomes = []
     print(f"{'kind':13} {'point':23} {'seconds':>8}  {'rank':>5}  {'operation':>9}")
@@ -286,15 +303,15 @@ def main() -> int:
         outcomes.append(outcome)
         n = outcome.survivors
         row = f"{kind:13} {point:23} {outcome.seconds:8.1f}  {outcome.rank}/{n:<3}  {outcome.operation:>7}/{n}"
-        print(row + (f"  {outcome.stepped} stepped on" if outcome.stepped else ""), flush=True)
+        print(row + (f"  {outcome.stepped} stepped after the fault" if outcome.stepped else ""), flush=True)
         if args.verbose or not outcome.good:
             print("\n".join(f"    {message}" for message in outcome.messages), flush=True)
-    told = sum(outcome.survivors for outcome in outcomes)
+    survivors = sum(outcome.survivors for outcome in outcomes)
     print(
-        f"{len(outcomes)} faults, {told} survivors: worst {max(o.seconds for o in outcomes):.1f} s, "
-        f"rank named by {sum(o.rank for o in outcomes)}/{told}, "
-        f"step, layer and operation by {sum(o.operation for o in outcomes)}/{told}, "
-        f"stepped on by {sum(o.stepped for o in outcomes)}"
+        f"{len(outcomes)} faults, {survivors} survivors: worst {max(o.seconds for o in outcomes):.1f} s, "
+        f"rank named by {sum(o.rank for o in outcomes)}/{survivors}, "
+        f"step, layer and operation by {sum(o.operation for o in outcomes)}/{survivors}, "
+        f"stepped after the fault by {sum(o.stepped for o in outcomes)}"
     )
     if args.json:
         args.json.write_text(json.dumps([asdict(outcome) for outcome in outcomes]))

@@ -1,4 +1,4 @@
-"""Defects put into moe/parallel one at a time: an assertion of the cases must fail. python -m tests.parallel_defects"""
+"""Inject defects into moe/parallel, one at a time; a case must fail for each. python -m tests.parallel_defects"""
 
 import json
 import os
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Defect:
-    """A replacement of `old`, which occurs once in `file`; `case` is part of the names of the cases that must fail."""
+    """A replacement of `old`, which occurs once in `file`, that the cases whose names contain `case` must detect."""
 
     name: str
     file: str
@@ -34,9 +34,9 @@ def apply(name: str, old: str, new: str, case: str, ranks: int = 4) -> Defect:
 
 DEFECTS = (
     dispatch(
-        "a token sent twice to one rank", ".masked_fill(again, -1).sort(", ".masked_fill(again & False, -1).sort("
+        "a token sent twice to one rank", ".masked_fill(repeated, -1).sort(", ".masked_fill(repeated & False, -1).sort("
     ),
-    dispatch("the neighbour's experts", "start = self.transport.rank *", "start = (self.transport.rank ^ 1) *"),
+    dispatch("experts of the next rank", "start = self.transport.rank *", "start = (self.transport.rank ^ 1) *"),
     dispatch(
         "slots of other ranks computed here", "torch.where(here, ids - start, -1)", "torch.where(here, ids - start, 0)"
     ),
@@ -46,12 +46,12 @@ DEFECTS = (
         "*(i * ops.unpermute(grad, position) for i, grad in enumerate(grads[:2]))",
     ),
     dispatch(
-        "gradients of weights for those of another micro-batch",
+        "gradients of weights in the wrong order",
         '"gradient of weights", grad_weights,',
         '"gradient of weights", grad_weights.flip(0),',
     ),
     dispatch(
-        "results not returned in order",
+        "results returned in the wrong order",
         "return ops.unpermute(rows, sent.position)",
         "return ops.unpermute(rows.flip(0), sent.position)",
     ),
@@ -67,7 +67,7 @@ DEFECTS = (
         "torch.cat((_bytes(weights.half().to(weights.dtype)), ",
     ),
     apply(
-        "expert gradients summed and not averaged",
+        "expert gradients summed instead of averaged",
         "return grads[0] / ctx.ranks, None",
         "return grads[0], None",
         "recomputed, ep 4",
@@ -79,16 +79,16 @@ DEFECTS = (
         "recomputed, ep 4",
     ),
     apply(
-        "a rank's mean taken for the mean of all",
+        "losses weighted by the counts of one rank",
         "return everywhere.clamp_min(1).double() / dist.get_world_size()",
         "return torch.stack(list(counts)).clamp_min(1).double()",
         "padded",
     ),
     apply("the norm of one rank", "        dist.all_reduce(total)", "        pass", "plain"),
-    apply("the norm of one rank, with a journal", "total = _sum_in_step(", "_sum_in_step(", "recomputed, ep 4"),
+    apply("the norm of one rank, with a log", "total = _sum_in_step(", "_sum_in_step(", "recomputed, ep 4"),
     apply("replicas counted in the norm", "return world // parts", "return 1", "padded, ep 2 shard 2 replicate 2"),
     Defect(
-        "all ranks make the first experts",
+        "all ranks initialize the first experts",
         "moe/parallel/tensor_parts.py",
         "first_expert=part[0].start",
         "first_expert=0",
@@ -96,20 +96,20 @@ DEFECTS = (
         "initial values",
     ),
     apply(
-        "this rank's experts are its neighbour's",
+        "a rank holds the experts of the next rank",
         "start = ep.get_local_rank() * share",
         "start = (ep.get_local_rank() ^ 1) * share",
         "recomputed, ep 4",
     ),
     apply(
-        "router cast with the rest",
+        "router cast like other parameters",
         "exact = MixedPrecisionPolicy(param_dtype=wide",
         "exact = MixedPrecisionPolicy(param_dtype=config.param_dtype",
         "mixed precision",
         2,
     ),
     Defect(
-        "counts of one rank",
+        "bias update by the counts of one rank",
         "moe/balance.py",
         'flat = first.global_batch.sum(flat, "bias update")',
         "pass",
@@ -128,7 +128,7 @@ DEFECTS = (
 
 
 def verdict(defect: Defect) -> str:
-    """ "killed", "survived", or "broken" where something other than an assertion failed."""
+    """Inject a defect; returns "killed", "survived", or "broken" if something other than an assertion failed."""
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary)
         for folder in ("moe", "kernels", "tests"):

@@ -24,7 +24,7 @@ from moe.config import ModelConfig
 from moe.errors import CheckpointError, ConfigError, one_line
 from moe.planning import footprint
 from moe.planning.cluster.settings import Mesh, Run
-from moe.planning.footprint import Estimate, Placement
+from moe.planning.footprint import Deployment, Estimate
 from moe.presets import PRESETS
 
 
@@ -126,7 +126,7 @@ def _tables(args: Args, name: str, model: _Model, asked: Dtype | None, memory: i
     dtype = asked or _dtype(model)
     files = model.files if model.files is not None and dtype == footprint.dtype_of(model.files) else None
     block_size = footprint.FP8_BLOCK if found is None or found.block_size is None else found.block_size
-    placement = Placement(args.gpus, args.ep, dtype, 8192 if args.tokens is None else args.tokens, block_size)
+    placement = Deployment(args.gpus, args.ep, dtype, 8192 if args.tokens is None else args.tokens, block_size)
     estimates = {
         "inference": footprint.inference(config, placement, model.files),
         "training": footprint.training(config, placement),
@@ -180,7 +180,7 @@ def _stated(values: Mapping[str, Any]) -> Dtype:
 
 
 def _print(
-    console: Console, name: str, estimate: Estimate, placement: Placement, memory: int, config: ModelConfig
+    console: Console, name: str, estimate: Estimate, placement: Deployment, memory: int, config: ModelConfig
 ) -> None:
     where = f"{name} on {placement.gpus} GPU{'s' if placement.gpus > 1 else ''}, EP {placement.ep}"
     title = f"{where}: {estimate.experts} of {config.n_routed_experts} experts per GPU"

@@ -16,7 +16,7 @@ from moe.planning.cluster.gpus import GPUS, Gpu
 from moe.planning.cluster.memory import memory
 from moe.planning.cluster.settings import Rates, Run, Training
 from moe.planning.cluster.stages import ranks
-from moe.planning.cluster.step import ratio, step
+from moe.planning.cluster.step import bf16_per_fp8, step
 from moe.planning.cluster.traffic import traffic
 from moe.planning.published import OTHERS, V3, compare, fit
 
@@ -83,7 +83,7 @@ def plan_facts(name: str, run: Run, gpu_name: str, gpu: Gpu, args: ClusterArgs) 
     wanted = parse_size(args.train_tokens, "--train-tokens")
     mesh = run.mesh
     made = step(run, gpu, args.rates)
-    fullest = max((memory(rank, run) for rank in ranks(run, ratio(gpu))), key=lambda found: found.total)
+    fullest = max((memory(rank, run) for rank in ranks(run, bf16_per_fp8(gpu))), key=lambda found: found.total)
     sent = traffic(run.config, mesh, run.training)
     sizes = (("dispatch", sent.dispatch_bytes), ("combine", sent.combine_bytes))
     hours = made.gpu_hours(wanted)

@@ -179,8 +179,8 @@ def _ranks(args: Args) -> "Iterator[Mesh | None]":
 
     # What torch asks of NCCL in deterministic mode, which begins when its groups are there already.
     os.environ.setdefault("NCCL_ALGO", "^NVLS")
-    with start(timeout=args.timeout, device=args.device) as watch:
+    with start(timeout=args.timeout, device=args.device) as job:
         shape = {"ep": args.ep, "dp_shard": args.dp_shard, "dp_replicate": args.dp_replicate}
         with said_once(ParallelError):
-            mesh = make_mesh(**shape, journal=watch.journal)
+            mesh = make_mesh(**shape, log=job.log)
         yield mesh

@@ -1,4 +1,4 @@
-"""One model on many ranks: expert parallelism and FSDP2, on torch.distributed."""
+"""Expert parallelism and FSDP2 for one model on many ranks."""
 
 from moe.parallel.apply import ParallelConfig as ParallelConfig
 from moe.parallel.apply import by_mesh as by_mesh
@@ -9,6 +9,8 @@ from moe.parallel.apply import parallelize as parallelize
 from moe.parallel.dispatch import AllToAllDispatcher as AllToAllDispatcher
 from moe.parallel.hf_io import export as export
 from moe.parallel.hf_io import load as load
+from moe.parallel.job import Job as Job
+from moe.parallel.job import start as start
 from moe.parallel.mesh import Mesh as Mesh
 from moe.parallel.mesh import make_mesh as make_mesh
 from moe.parallel.states import StateWriter as StateWriter
@@ -17,7 +19,5 @@ from moe.parallel.tensor_parts import part_like as part_like
 from moe.parallel.transport import AllToAll as AllToAll
 from moe.parallel.transport import Loopback as Loopback
 from moe.parallel.transport import Transport as Transport
-from moe.parallel.watch import Watch as Watch
-from moe.parallel.watch import start as start
 from moe.planning.placement import Placement as Placement
 from moe.planning.placement import place as place

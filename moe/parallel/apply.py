@@ -1,4 +1,7 @@
-"""A model onto a mesh: experts divided among ranks, everything cut by FSDP2. The only page that knows both."""
+"""Parallelize a model on a mesh: experts divided among ranks, all parameters sharded by FSDP2.
+
+The only module that depends on both the model and the mesh.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,8 +20,8 @@ from moe.errors import ParallelError
 from moe.global_batch import GlobalBatch
 from moe.layer import Experts, MoELayer
 from moe.model import Block, Transformer
+from moe.parallel.collective_log import CollectiveLog, format_ranks
 from moe.parallel.dispatch import AllToAllDispatcher, Payload
-from moe.parallel.journal import Journal, name_ranks
 from moe.parallel.mesh import Mesh, device_of
 from moe.parallel.tensor_parts import fill_part, mesh_of
 from moe.parallel.transport import AllToAll, eager
@@ -29,16 +32,16 @@ from moe.uncast import Uncast
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How a model runs on a mesh.
+    """Options of `parallelize`.
 
     Attributes:
-        param_dtype: of parameters while they are used, and so of activations; None is their own. Routers and correction
-            biases stay float32.
-        reduce_dtype: in which gradients are summed; None is float32, or the parameters' own where that is wider.
-        reshard_after_forward: free a block's gathered parameters between its forward and its backward pass.
+        param_dtype: dtype of unsharded parameters and of activations; None keeps the parameters' dtype. Routers and
+            correction biases stay float32.
+        reduce_dtype: dtype in which gradients are reduced; None is float32, or the parameters' dtype if it is wider.
+        reshard_after_forward: free a block's unsharded parameters between its forward and its backward pass.
         activation_checkpointing: recompute each block in its backward pass.
-        compile: torch.compile each block, by `compile_backend`; the exchange of tokens stays eager.
-        payload: how rows travel to their experts, see `AllToAllDispatcher`.
+        compile: compile each block with `compile_backend`; dispatch and combine stay eager.
+        payload: format of the rows sent to experts, see `AllToAllDispatcher`.
     """
 
     param_dtype: torch.dtype | None = None
@@ -51,11 +54,10 @@ class ParallelConfig:
 
 
 class DividedExperts(Experts):
-    """The experts of a layer, divided among the ranks of a mesh's one dimension.
+    """Experts of a layer, divided among the ranks of a one-dimensional mesh.
 
-    Parameters are DTensors of all experts, so that optimizers, checkpoints and norms see one layer wherever it is; the
-    forward pass takes this rank's. Their gradients are means over the ranks: each adds to them what its own loss asks
-    for, as ranks do to whole parameters, where the average is taken by whoever sums.
+    Parameters are DTensors of all experts, so that optimizers, checkpoints and norms see the whole layer. The forward
+    pass uses this rank's experts. Gradients are means over the ranks, as in data parallelism.
     """
 
     def __init__(self, whole: Experts, ep: DeviceMesh, num_experts: int) -> None:
@@ -70,12 +72,12 @@ class DividedExperts(Experts):
                 self.register_parameter(name, None)
                 continue
             mine = parameter.detach()
-            if len(mine) != share:  # a copy, so that the others can be freed
+            if len(mine) != share:  # a copy, so that the other experts can be freed
                 mine = mine[start : start + share].clone()
             divided = DTensor.from_local(mine, ep, [Shard(0)], run_check=False)
             self.register_parameter(name, nn.Parameter(divided, requires_grad=parameter.requires_grad))
 
-    @eager  # Dynamo would have to trace the gradient's division over parts that FSDP has gathered
+    @eager  # otherwise Dynamo would trace the gradient's division through unsharded parameters
     def forward(self, x: Tensor, weights: Tensor, expert_ids: Tensor, uncast: Uncast | None = None) -> Tensor:
         return super().forward(x, weights, expert_ids, uncast)
 
@@ -85,7 +87,7 @@ class DividedExperts(Experts):
 
 
 class _MeanGradient(torch.autograd.Function):
-    """x, with a gradient that is divided by `ranks`."""
+    """Identity whose gradient is divided by `ranks`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: int) -> Tensor:
@@ -102,35 +104,44 @@ def _local(tensor: Tensor | None) -> Any:
 
 
 def divide_experts(
-    layer: MoELayer, ep: DeviceMesh, *, payload: Payload = "same", name: str = "", journal: Journal | None = None
+    layer: MoELayer, ep: DeviceMesh, *, payload: Payload = "same", name: str = "", log: CollectiveLog | None = None
 ) -> MoELayer:
-    """Make one `MoELayer`, in anybody's model, expert-parallel: in place; returns the layer.
+    """Make one `MoELayer` of any model expert-parallel, in place; returns the layer.
 
-    Each rank of `ep` (one dimension of a DeviceMesh) keeps E / ranks experts, by its place, of those it holds, and
-    reaches the others through `AllToAllDispatcher`. Give it the layer whole (equal on all ranks), or with this rank's
-    experts only (`moe.load(..., experts=...)`). Every rank must call the layer equally often, with as many tokens as it
-    likes, none too. Expert gradients are means over the ranks of `ep`, as data parallelism has them: leave them out of
-    its own average over these ranks (DDP: `_ddp_params_and_buffers_to_ignore`), and average them over ranks with the
-    same experts, if there are any.
+    Each rank of `ep` (one dimension of a DeviceMesh) keeps E / ranks consecutive experts and reaches the others through
+    `AllToAllDispatcher`. The layer holds either all experts, with equal values on all ranks, or only those of this rank
+    (`moe.load(..., experts=...)`). All ranks must call the layer the same number of times, each with any number of
+    tokens, including 0.
+
+    Expert gradients are means over the ranks of `ep`, as in data parallelism. Exclude these parameters from any other
+    average over the same ranks (DDP: `_ddp_params_and_buffers_to_ignore`). If other ranks hold the same experts,
+    average the gradients over those.
+
+    Args:
+        payload: see `AllToAllDispatcher`.
+        name: name of the layer, for errors.
+        log: collective log of this rank; default: a new one.
 
     Raises:
-        ParallelError: E is not a multiple of the ranks, or the layer holds another number of experts.
+        ParallelError: E is not a multiple of the number of ranks, or the layer does not hold all experts or E / ranks.
     """
     if isinstance(layer.experts, DividedExperts):
-        raise ParallelError("the experts of this layer are divided already", layer=name)
+        raise ParallelError("the experts of this layer are already divided", layer=name)
     if not isinstance(layer.experts, Experts | Quantized):
-        problem = f"its experts are a {type(layer.experts).__name__}: divide them first, and then wrap them"
-        raise ParallelError(problem, layer=name)
+        found = type(layer.experts).__name__
+        raise ParallelError(f"experts must be divided before they are wrapped; found {found}", layer=name)
     total, held = layer.config.n_routed_experts, _held(layer.experts)
-    dispatcher = AllToAllDispatcher(AllToAll(ep.get_group(), name, journal), total, payload=payload)
+    dispatcher = AllToAllDispatcher(AllToAll(ep.get_group(), name, log), total, payload=payload)
     if held not in (total, dispatcher.experts_per_rank):
-        wanted = f"all {total} or this rank's {dispatcher.experts_per_rank}"
-        raise ParallelError(f"the layer holds {held} experts: expected {wanted}", layer=name)
+        wanted = f"all {total} or the {dispatcher.experts_per_rank} of this rank"
+        raise ParallelError(f"number of experts; expected {wanted}; found {held}", layer=name)
     experts: nn.Module = layer.experts
     if isinstance(experts, Experts):
         experts = DividedExperts(experts, ep, total)
     elif held != dispatcher.experts_per_rank:
-        raise ParallelError("quantised experts cannot be divided: load this rank's with experts=range(...)", layer=name)
+        raise ParallelError(
+            "quantised experts cannot be divided; load those of this rank with experts=range(...)", layer=name
+        )
     layer.divide(experts, dispatcher)
     return layer
 
@@ -140,29 +151,31 @@ def _held(experts: nn.Module) -> int:
 
 
 def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig | None = None) -> Transformer:
-    """Put `model` onto `mesh`: in place; returns the model. A collective call.
+    """Parallelize `model` on `mesh`, in place; returns the model. A collective call.
 
-    In this order: experts divided among `mesh.experts["ep"]`; activation checkpointing; compilation of each block;
-    FSDP2 units from the inside out: each layer's experts, each router (float32 throughout), each block, the rest.
+    Applied in this order: division of the experts among `mesh.experts["ep"]`; activation checkpointing; compilation of
+    each block; FSDP2, innermost units first: the experts of each layer, each router (always float32), each block, the
+    rest.
 
-    A model on the meta device needs `materialize` afterwards, and no rank ever has it whole; a materialised one must be
-    equal on all ranks. Call `moe.balance.attach` and build optimizers after this, and not between a forward pass and
-    its backward pass, when FSDP has put gathered copies in the place of some parameters. Every rank runs each step on
-    its own part of the global batch, with equally many forward passes; gradients equal those of one process on the
-    whole batch, and `clip_grad_norm` gives the norm of them all. A rank's `out.loss` and `out.losses` are weighed by
-    how much of the batch it has: their mean over the ranks is that of the batch. `out.load` and `load_report` count the
-    rank's own tokens.
+    A model on the meta device needs `materialize` afterwards, and no rank ever holds all of it. Any other model must
+    have equal values on all ranks. Call `moe.balance.attach` and build optimizers after `parallelize`, but not between
+    a forward and a backward pass, when FSDP has replaced some parameters by unsharded copies.
+
+    In each step, every rank runs the same number of forward passes on its own part of the global batch. Gradients equal
+    those of one process on the whole batch, and `clip_grad_norm` computes their global norm. `out.loss` and
+    `out.losses` are weighted by the rank's share of the batch: their mean over the ranks is the loss of the batch.
+    `out.load` and `load_report` count the rank's own tokens.
 
     Raises:
-        ParallelError: a mesh that does not fit the model, quantised weights, a model that is parallel already.
+        ParallelError: the mesh does not fit the model, weights are quantised, or the model is already parallel.
     """
     config = config or ParallelConfig()
-    journal = mesh.journal
+    log = mesh.log
     _check(model, mesh)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
     if mesh.ep > 1:
         for name, layer in layers.items():
-            divide_experts(layer, mesh.experts["ep"], payload=config.payload, name=name, journal=journal)
+            divide_experts(layer, mesh.experts["ep"], payload=config.payload, name=name, log=log)
     model.set_activation_checkpointing(config.activation_checkpointing)
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     if config.compile:
@@ -173,14 +186,14 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig | None = 
     reduce_dtype = config.reduce_dtype or wide
     policy = MixedPrecisionPolicy(param_dtype=config.param_dtype, reduce_dtype=reduce_dtype)
     exact = MixedPrecisionPolicy(param_dtype=wide, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
-    # FSDP would cast every floating-point argument, and routing weights and tables of rotations stay what they are.
+    # FSDP must not cast all floating-point arguments, because routing weights and rotary tables keep their dtype.
     uncast = MixedPrecisionPolicy(config.param_dtype, reduce_dtype, cast_forward_inputs=False)
-    dense, cut = _data_mesh(mesh.dense), _data_mesh(mesh.experts)
+    dense, experts = _data_mesh(mesh.dense), _data_mesh(mesh.experts)
     reshard: Any = {"reshard_after_forward": config.reshard_after_forward}
     for name, layer in layers.items():
         if mesh.ep > 1:
             place = partial(_placement, mesh=mesh.experts, layer=name)
-            fully_shard(layer.experts, mesh=cut, mp_policy=uncast, shard_placement_fn=place, **reshard)
+            fully_shard(layer.experts, mesh=experts, mp_policy=uncast, shard_placement_fn=place, **reshard)
         fully_shard(layer.gate, mesh=dense, mp_policy=exact, **reshard)
     for block in model.layers:
         fully_shard(block, mesh=dense, mp_policy=uncast, **reshard)
@@ -189,17 +202,20 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig | None = 
     fully_shard(model, mesh=dense, mp_policy=policy, reshard_after_forward=False)
     for name, module in model.named_modules():
         if isinstance(module, FSDPModule):
-            module.set_custom_all_gather(_AllGather(journal, name or "embedding and head"))
-            module.set_custom_reduce_scatter(_ReduceScatter(journal, name or "embedding and head"))
-            module.set_force_sum_reduction_for_comms(True)  # then one division: gloo has no average
-    model.join(MeshBatch(journal))
+            module.set_custom_all_gather(_AllGather(log, name or "embedding and head"))
+            module.set_custom_reduce_scatter(_ReduceScatter(log, name or "embedding and head"))
+            module.set_force_sum_reduction_for_comms(True)  # followed by one division, because gloo has no average
+    model.join(MeshBatch(log))
     model.register_forward_pre_hook(_FirstPass(), prepend=True)
-    model.register_forward_hook(_cut_again)
+    model.register_forward_hook(_reshard)
     return model
 
 
 class _FirstPass:
-    """FSDP allocates what it gathers into at the first pass, and cannot use tensors that inference mode has made."""
+    """Hook that unshards before a first pass in inference mode.
+
+    FSDP allocates its buffers in the first pass, and cannot use buffers allocated in inference mode later.
+    """
 
     def __init__(self) -> None:
         self.over = False
@@ -209,57 +225,60 @@ class _FirstPass:
         if over or not torch.is_inference_mode_enabled():
             return
         with torch.inference_mode(False):
-            for module in model.modules():  # the root first: who is first to be gathered is taken for it
+            for module in model.modules():  # FSDP treats the first unsharded module as the root
                 if isinstance(module, FSDPModule):
                     module.unshard()
                     module.reshard()
 
 
-def _cut_again(model: nn.Module, *_: Any) -> None:
-    """FSDP leaves the outermost unit gathered until a backward pass: without one, `model.parameters()` would give
-    copies that no optimizer may have, and the next pass would not see what optimizers have done."""
+def _reshard(model: nn.Module, *_: Any) -> None:
+    """Reshard the root after a pass without gradients.
+
+    FSDP leaves the root unsharded until a backward pass. Without one, `model.parameters()` would return unsharded
+    copies, and the next pass would miss the updates of optimizers.
+    """
     if isinstance(model, FSDPModule) and not torch.is_grad_enabled():
         model.reshard()
 
 
 class _AllGather(DefaultAllGather):
-    def __init__(self, journal: Journal, layer: str) -> None:
-        self.journal, self.layer = journal, layer
+    def __init__(self, log: CollectiveLog, layer: str) -> None:
+        self.log, self.layer = log, layer
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
-        with self.journal.collective(self.layer, "gather of parameters", group, size=input_tensor.numel()):
+        with self.log.collective(self.layer, "gather of parameters", group, size=input_tensor.numel()):
             return super().__call__(output_tensor, input_tensor, group, async_op)
 
 
 class _ReduceScatter(DefaultReduceScatter):
-    def __init__(self, journal: Journal, layer: str) -> None:
-        self.journal, self.layer = journal, layer
+    def __init__(self, log: CollectiveLog, layer: str) -> None:
+        self.log, self.layer = log, layer
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
-        with self.journal.collective(self.layer, "reduction of gradients", group, size=input_tensor.numel()):
+        with self.log.collective(self.layer, "reduction of gradients", group, size=input_tensor.numel()):
             return super().__call__(output_tensor, input_tensor, group, op, async_op)
 
 
 class MeshBatch(GlobalBatch):
-    """The global batch of a model on a mesh, whose ranks have parts with unequal numbers of tokens."""
+    """Global batch of a model on a mesh; the parts of its ranks may have different numbers of tokens."""
 
     lockstep = True
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, log: CollectiveLog) -> None:
         super().__init__()
-        self.journal = journal
+        self.log = log
 
     @eager
     def sum(self, values: Tensor, operation: str) -> Tensor:
         return self._sum(values, self.group, "routers", operation)
 
     def _per_rank(self, counts: Sequence[Tensor]) -> Tensor:
-        # Over all ranks, whatever group counts experts: the ranks' gradients are averaged over all of them.
+        # Over all ranks even if `self.group` is smaller, because gradients are averaged over all ranks.
         everywhere = self._sum(torch.stack(list(counts)), None, "loss", "sum of counts")
         return everywhere.clamp_min(1).double() / dist.get_world_size()
 
     def _sum(self, values: Tensor, group: Any, layer: str, operation: str) -> Tensor:
-        with self.journal.collective(layer, operation, group, size=values.numel()):
+        with self.log.collective(layer, operation, group, size=values.numel()):
             dist.all_reduce(values, group=group)
         return values
 
@@ -267,11 +286,11 @@ class MeshBatch(GlobalBatch):
 def _check(model: Transformer, mesh: Mesh) -> None:
     for name, module in model.named_modules():
         if isinstance(module, Quantized):
-            raise ParallelError("quantised weights cannot be sharded: load with dtype='auto'", layer=name)
+            raise ParallelError("quantised weights cannot be sharded; load with dtype='auto'", layer=name)
         if isinstance(module, FSDPModule):
-            raise ParallelError("this model is on a mesh already", layer=name or "the model")
+            raise ParallelError("the model is already on a mesh", layer=name or "the model")
         if isinstance(module, DividedExperts):
-            raise ParallelError("its experts are divided already", layer=name)
+            raise ParallelError("its experts are already divided", layer=name)
         if isinstance(module, Router) and module.counter is not None:
             raise ParallelError("call balance.attach, and build optimizers, after parallelize", layer=name)
     if mesh.ep > 1 and model.config.num_moe_layers and model.config.n_routed_experts % mesh.ep:
@@ -279,26 +298,27 @@ def _check(model: Transformer, mesh: Mesh) -> None:
 
 
 def _data_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """What FSDP cuts and copies over: one dimension where nothing is copied."""
+    """Mesh for FSDP; one-dimensional if there is only one replica."""
     return mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"]
 
 
 def _placement(parameter: nn.Parameter, mesh: DeviceMesh, layer: str) -> Shard:
-    """Whole experts where they can be counted out evenly, else rows of each."""
+    """Shard whole experts if they divide evenly among the ranks, otherwise rows of each expert."""
     shards, held = mesh["shard"].size(), parameter.shape[0] // mesh["ep"].size()
     if held % shards == 0:
         return Shard(0)
     if parameter.shape[1] % shards == 0:
         return Shard(1)
     each = f"{held} experts of {parameter.shape[1]} rows"
-    raise ParallelError(f"{each} cannot be cut evenly over {shards} ranks", layer=layer)
+    raise ParallelError(f"{each} cannot be sharded evenly over {shards} ranks", layer=layer)
 
 
 @torch.no_grad()
 def materialize(model: Transformer, *, seed: int = 0) -> Transformer:
-    """Give a parallel model on the meta device its initial values: those of `Transformer(config, seed=seed)`.
+    """Initialize a parallel model on the meta device, in place; returns the model.
 
-    Each rank makes what it holds, one tensor at a time, whatever the mesh. In place; returns the model.
+    On any mesh, values are those of `Transformer(config, seed=seed)`. Each rank initializes its own part, one tensor at
+    a time.
     """
     device = next(model.parameters()).device
     if device.type == "meta":
@@ -309,9 +329,9 @@ def materialize(model: Transformer, *, seed: int = 0) -> Transformer:
 
 
 def by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """In lists of one device mesh each (plain tensors: one list): parameter groups for optimizers.
+    """Group parameters by device mesh, as parameter groups for optimizers; plain tensors form one group.
 
-    On CUDA torch's optimizers update a whole group at once, and refuse one that mixes meshes.
+    On CUDA, torch's optimizers update a whole group at once and reject a group with several meshes.
     """
     lists: dict[Any, list[nn.Parameter]] = {}
     for parameter in parameters:
@@ -319,15 +339,14 @@ def by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
     return list(lists.values())
 
 
-def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, *, journal: Journal | None = None) -> Tensor:
-    """Scale the gradients so that their norm is at most `max_norm`; returns the norm before, a float64 scalar.
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, *, log: CollectiveLog | None = None) -> Tensor:
+    """Clip the global gradient norm to `max_norm`; returns the norm before clipping, a float64 scalar.
 
-    The norm is that of all gradients together, of every rank's part counted once, whatever meshes they lie on; it is
-    equal on all ranks. NaN and infinity come out as they are. As `torch.nn.utils.clip_grad_norm_`, which refuses a list
-    of DTensors of different meshes.
+    Like `torch.nn.utils.clip_grad_norm_`, but accepts parameters on different meshes. The norm is that of all gradients
+    of all ranks. It is equal on all ranks, and may be NaN or infinite.
 
-    With a mesh's `journal`, ranks that have not done the same collectives since the run began raise here, so that no
-    optimizer steps on gradients that were put together from different ones. It costs one host synchronisation.
+    With `log`, raises ParallelError if the ranks have not performed the same collectives since the job began, so that
+    no optimizer steps on wrong gradients. This costs one host synchronisation.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     total = torch.zeros((), dtype=torch.float64, device=_local(gradients[0]).device if gradients else None)
@@ -335,10 +354,10 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, *, journal: Jo
     for gradient in gradients:
         square = torch.linalg.vector_norm(_local(gradient), dtype=torch.float64).square()
         total = total + square / _copies(gradient, world)
-    if journal is None:
+    if log is None:
         dist.all_reduce(total)
     else:
-        total = _sum_in_step(total, journal)
+        total = _sum_in_step(total, log)
     norm = total.sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
@@ -347,23 +366,24 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, *, journal: Jo
     return norm
 
 
-def _sum_in_step(total: Tensor, journal: Journal) -> Tensor:
-    """The sum of all ranks' `total`, if their journals agree."""
+def _sum_in_step(total: Tensor, log: CollectiveLog) -> Tensor:
+    """Sum `total` over the ranks, if their logs agree."""
     layer, operation = "gradients", "clip norm"
-    with journal.collective(layer, operation, size=1):
-        # Filled on the device: a tensor made of a number of the host would wait for it.
-        mine = torch.stack((total, *(torch.full_like(total, n) for n in (journal.count, journal.digest))))
+    with log.collective(layer, operation, size=1):
+        # `full_like` fills on the device; a tensor made on the host would synchronise.
+        mine = torch.stack((total, *(torch.full_like(total, n) for n in (log.count, log.digest))))
         everybody = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(everybody, mine)
     found = torch.stack(everybody)
     done = [(int(count), int(digest)) for count, digest in found[:, 1:].tolist()]
-    others = [rank for rank, each in enumerate(done) if each != (journal.count, journal.digest)]
+    others = [rank for rank, each in enumerate(done) if each != (log.count, log.digest)]
     if others:
-        raise journal.error(f"{name_ranks(others)} did other collectives until here", layer, operation)
+        raise log.error(f"{format_ranks(others)} performed different collectives before this one", layer, operation)
     return found[:, 0].sum()
 
 
 def _copies(tensor: Tensor, world: int) -> int:
+    """Number of ranks that hold each element."""
     if not isinstance(tensor, DTensor):
         return world
     parts = 1

@@ -1,4 +1,4 @@
-"""Hugging Face folders of a model on a mesh: `export` writes one, `load` reads one. No rank ever has it whole."""
+"""Export and load a model on a mesh as a Hugging Face folder. No rank ever holds the whole model."""
 
 import itertools
 import math
@@ -22,37 +22,37 @@ from moe.checkpoint.reading.values import Files, Piece, check_repeats, fill
 from moe.checkpoint.writing.save import MAX_SHARD_BYTES, save_through
 from moe.errors import CheckpointError, ConfigError
 from moe.model import Transformer
-from moe.parallel.agreement import about, together
 from moe.parallel.apply import ParallelConfig, parallelize
 from moe.parallel.mesh import Mesh, group_timeout
+from moe.parallel.shared_errors import as_checkpoint_error, raise_together
 from moe.parallel.tensor_parts import mesh_of, region
 
-_Where = tuple[slice, ...]
+_Region = tuple[slice, ...]
 
 
 def export(model: Transformer, folder: str | PathLike[str], *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write a parallel model as `moe.checkpoint.save` would write it whole: the same files, byte for byte.
+    """Write a parallel model to a folder, with the same bytes as `moe.checkpoint.save` of the whole model.
 
-    A collective call; rank 0 writes. The parts of one tensor of the files at a time travel there, a projection of one
-    expert in most families, and that is all that is in memory beside the model. (Where a family's files have the
-    experts of a layer in one tensor, it is that.) Under HSDP each part comes from the first rank that has it.
+    A collective call; rank 0 writes. It receives one tensor of the files at a time, which is one projection of one
+    expert in most families, and all experts of a layer if the family stacks them. Nothing else is in memory in addition
+    to the model. Under HSDP, each part is sent by the first rank that holds it.
 
     Raises:
-        CheckpointError: on all ranks, what `moe.checkpoint.save` raises on rank 0.
+        CheckpointError: on all ranks, the error of `moe.checkpoint.save` on rank 0.
     """
-    # One of its own, for tensors on the CPU, whatever the mesh computes on.
+    # A separate gloo group, because the tensors sent are on the CPU.
     group: Any = dist.new_group(backend="gloo", timeout=group_timeout(mesh_of(model).device_type))
     try:
         if dist.get_rank() == 0:
-            _lead(model, folder, max_shard_bytes, group)
+            _export_from_rank_0(model, folder, max_shard_bytes, group)
         else:
-            _follow(model, group)
+            _serve_parts(model, group)
     finally:
         dist.destroy_process_group(group)
 
 
-def _lead(model: Transformer, folder: str | PathLike[str], max_shard_bytes: int, group: Any) -> None:
-    """Saves what it asks the others for, part after part; then tells them how it ended."""
+def _export_from_rank_0(model: Transformer, folder: str | PathLike[str], max_shard_bytes: int, group: Any) -> None:
+    """Save the model, requesting parts from the other ranks, and send them the outcome."""
     parts = _Parts(group)
 
     class View:
@@ -65,23 +65,24 @@ def _lead(model: Transformer, folder: str | PathLike[str], max_shard_bytes: int,
             dist.broadcast_object_list([(self.name, index)], src=0, group=group)
             return parts.collect(self.name, self.tensor, index)
 
-    ended: CheckpointError | None = None
+    outcome: CheckpointError | None = None
     try:
-        with about(folder):
+        with as_checkpoint_error(folder):
             save_through(View, model, folder, max_shard_bytes=max_shard_bytes)
     except CheckpointError as error:
-        ended = error
-    dist.broadcast_object_list([ended], src=0, group=group)
-    if ended is not None:
-        raise ended
+        outcome = error
+    dist.broadcast_object_list([outcome], src=0, group=group)
+    if outcome is not None:
+        raise outcome
 
 
-def _follow(model: Transformer, group: Any) -> None:
+def _serve_parts(model: Transformer, group: Any) -> None:
+    """Send rank 0 the parts that it requests."""
     parts, state = _Parts(group), model.state_dict()
     while True:
-        told: list[Any] = [None]
-        dist.broadcast_object_list(told, src=0, group=group)
-        match told[0]:
+        request: list[Any] = [None]
+        dist.broadcast_object_list(request, src=0, group=group)
+        match request[0]:
             case None:
                 return
             case CheckpointError() as error:
@@ -91,14 +92,14 @@ def _follow(model: Transformer, group: Any) -> None:
 
 
 class _Parts:
-    """Moves parts of DTensors to rank 0: `collect` there and `contribute` on every other, with the same arguments."""
+    """Sends parts of DTensors to rank 0, which calls `collect` while the others call `contribute`."""
 
     def __init__(self, group: Any) -> None:
         self.group = group
-        self.known: dict[str, list[tuple[int, _Where]]] = {}
+        self.known: dict[str, list[tuple[int, _Region]]] = {}
 
     def collect(self, name: str, tensor: DTensor, index: tuple[int | slice, ...]) -> Tensor:
-        """`tensor[index]`, on the CPU."""
+        """Assemble `tensor[index]` on the CPU."""
         wanted, local = _bounds(index, tensor.shape), tensor.to_local().detach()
         out = torch.empty([s.stop - s.start for s in wanted], dtype=tensor.dtype)
         for rank, held in self.holders(name, tensor):
@@ -116,6 +117,7 @@ class _Parts:
         return out[tuple(0 if isinstance(i, int) else slice(None) for i in index)]
 
     def contribute(self, name: str, tensor: DTensor, index: tuple[int | slice, ...]) -> None:
+        """Send this rank's part of `tensor[index]`."""
         wanted, me = _bounds(index, tensor.shape), dist.get_rank()
         for rank, held in self.holders(name, tensor):
             common = _common(held, wanted)
@@ -123,12 +125,12 @@ class _Parts:
                 part = tensor.to_local().detach()[_within(common, held)]
                 dist.send(_bytes(part.cpu().contiguous()), dst=0, group=self.group)
 
-    def holders(self, name: str, tensor: DTensor) -> list[tuple[int, _Where]]:
-        """Each part of a tensor once: the first rank that holds it, and where it lies."""
+    def holders(self, name: str, tensor: DTensor) -> list[tuple[int, _Region]]:
+        """Each part of a tensor once: the first rank that holds it, and its slices."""
         if name not in self.known:
-            found: dict[tuple[tuple[int, int], ...], tuple[int, _Where]] = {}
-            for place in itertools.product(*map(range, tensor.device_mesh.shape)):
-                rank, held = int(tensor.device_mesh.mesh[place]), region(tensor, place)
+            found: dict[tuple[tuple[int, int], ...], tuple[int, _Region]] = {}
+            for coordinate in itertools.product(*map(range, tensor.device_mesh.shape)):
+                rank, held = int(tensor.device_mesh.mesh[coordinate]), region(tensor, coordinate)
                 key = tuple((s.start, s.stop) for s in held)
                 if key not in found or rank < found[key][0]:
                     found[key] = rank, held
@@ -140,20 +142,21 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.view(-1).view(torch.uint8)
 
 
-def _bounds(index: Sequence[int | slice], shape: Sequence[int]) -> _Where:
-    """An index as slices with numbers, one for each dimension."""
+def _bounds(index: Sequence[int | slice], shape: Sequence[int]) -> _Region:
+    """Normalize an index to one slice with bounds per dimension."""
     index = (*index, *[slice(None)] * (len(shape) - len(index)))
     pairs = zip(index, shape, strict=True)
     return tuple(slice(i, i + 1) if isinstance(i, int) else slice(*i.indices(size)[:2]) for i, size in pairs)
 
 
-def _common(a: _Where, b: _Where) -> _Where | None:
+def _common(a: _Region, b: _Region) -> _Region | None:
+    """Intersection of two regions; None if it is empty."""
     both = tuple(slice(max(x.start, y.start), min(x.stop, y.stop)) for x, y in zip(a, b, strict=True))
     return both if all(s.start < s.stop for s in both) else None
 
 
-def _within(part: _Where, whole: _Where) -> _Where:
-    """Where `part` stands in a tensor that holds `whole`."""
+def _within(part: _Region, whole: _Region) -> _Region:
+    """Slices of `part` relative to `whole`, which contains it."""
     return tuple(slice(p.start - w.start, p.stop - w.start) for p, w in zip(part, whole, strict=True))
 
 
@@ -168,27 +171,27 @@ def load(
     max_header_bytes: int = MAX_HEADER_BYTES,
     progress: bool | None = None,
 ) -> Transformer:
-    """The model in a Hugging Face folder, parallel on `mesh` as by `parallelize`, in eval mode: the bits of `moe.load`.
+    """Load a model from a Hugging Face folder and parallelize it on `mesh`; returns it in eval mode.
 
-    A collective call; all ranks must see the folder. Each reads the bytes that it holds, of every tensor, straight into
-    its parts. What is quantised is dequantised one tensor (of one expert, where experts lie in one) at a time, and so
-    is what the files have in another order.
+    The values equal those of `moe.load`, bit for bit. A collective call; all ranks must see the folder. Each rank reads
+    only its own bytes of each tensor, directly into its parameters. Tensors that are quantised, or stored in a
+    different order, are converted one tensor, or one expert of a stacked tensor, at a time.
 
     Args:
-        folder, revision, mtp: as for `moe.load`; a name on the Hub is downloaded once into a cache that ranks share.
-        dtype: as for `moe.load`, but not "keep"; to train in lower precision with `config.param_dtype`, load as
+        folder, revision, mtp: as for `moe.load`; a name on the Hub is downloaded once, into a cache that ranks share.
+        dtype: as for `moe.load`, but not "keep". To train in lower precision with `config.param_dtype`, load as
             torch.float32.
-        max_header_bytes: of one file.
-        progress: a bar on rank 0's stderr, of what that rank reads; None: if that is a terminal.
+        max_header_bytes: maximum size of one file's header.
+        progress: show a progress bar of rank 0 on stderr; None: only if it is a terminal.
 
     Raises:
-        CheckpointError: on all ranks, what `moe.load` raises, or what one of them cannot read.
-        ConfigError: dtype is "keep", or no dtype.
+        CheckpointError: on all ranks, if any rank cannot read its part, or as for `moe.load`.
+        ConfigError: dtype is "keep" or not a dtype.
         ParallelError: the mesh does not fit the model.
     """
     if parse_dtype(dtype, "dtype", ("auto", "keep", *FLOATING)) == "keep":
-        raise ConfigError("dtype", dtype, "auto or a floating dtype: quantised tensors cannot be divided among ranks")
-    with together(folder):
+        raise ConfigError("dtype", dtype, "auto or a floating dtype; quantised tensors cannot be divided")
+    with raise_together(folder):
         source = examine(folder, dtype, revision=revision, mtp=mtp, max_header_bytes=max_header_bytes)
     contents = source.contents
     with torch.device("meta"):
@@ -196,7 +199,7 @@ def load(
         state = {name: torch.empty(shape, dtype=source.dtypes[name]) for name, shape in source.shapes.items()}
     model.load_state_dict(state, assign=True)
     parallelize(model, mesh, config)
-    with together(folder):
+    with raise_together(folder):
         parts: dict[str, Any] = {name: (tensor, _held(tensor)) for name, tensor in model.state_dict().items()}
         needed = sum(_size(held) * tensor.dtype.itemsize for tensor, held in parts.values())
         check_fits(contents.folder, needed, mesh.device)
@@ -209,15 +212,17 @@ def load(
     return model.eval()
 
 
-def _held(tensor: Tensor) -> _Where:
+def _held(tensor: Tensor) -> _Region:
+    """Slices of a tensor that this rank holds."""
     return region(tensor) if isinstance(tensor, DTensor) else _bounds((), tensor.shape)
 
 
-def _size(where: _Where) -> int:
+def _size(where: _Region) -> int:
     return math.prod(s.stop - s.start for s in where)
 
 
 def _fill(model: Transformer, source: Source, progress: bool | None) -> None:
+    """Read this rank's parts of all parameters."""
     state: dict[str, Any] = model.state_dict()
     reads = [
         (read, there, _held(state[piece.parameter]))
@@ -239,8 +244,8 @@ def _fill(model: Transformer, source: Source, progress: bool | None) -> None:
                 place.copy_(buffer[_within(common, there)])
 
 
-def _reads(piece: Piece, shape: Sequence[int], held: _Where) -> Iterator[tuple[Piece, _Where]]:
-    """The rows of a piece that a rank reads, and where in the parameter they belong."""
+def _reads(piece: Piece, shape: Sequence[int], held: _Region) -> Iterator[tuple[Piece, _Region]]:
+    """The rows of a piece that a rank reads, and their slices of the parameter."""
     there, at = _bounds(piece.index, shape), _stacked(piece)
     common = _common(there, held)
     if common is None:
@@ -248,7 +253,7 @@ def _reads(piece: Piece, shape: Sequence[int], held: _Where) -> Iterator[tuple[P
     first = there[at].start
     rows = range(common[at].start - first, common[at].stop - first)
     parts = [rows]
-    if len(there) - at == 3:  # what is behind an expert may be cut, or in another order: no more than one at a time
+    if len(there) - at == 3:  # one expert at a time: its matrix may be sharded or stored in a different order
         parts = [range(row, row + 1) for row in rows]
     elif piece.scale is not None:
         parts = [piece.rows]  # blocks of rows share their scales
@@ -257,5 +262,5 @@ def _reads(piece: Piece, shape: Sequence[int], held: _Where) -> Iterator[tuple[P
 
 
 def _stacked(piece: Piece) -> int:
-    """How many dimensions of the parameter the tensor of the files has not: 1 for a single expert's."""
+    """Number of parameter dimensions that the stored tensor lacks: 1 for the tensor of a single expert."""
     return sum(isinstance(i, int) for i in piece.index)

@@ -1,4 +1,4 @@
-"""Parts of tensors in and out of files, through `torch.distributed.checkpoint`: where each lies is `region`'s word."""
+"""Planners and a reader for `torch.distributed.checkpoint`, which save and load each rank's parts of tensors."""
 
 import math
 import pickle
@@ -23,9 +23,14 @@ METADATA = ".metadata"
 
 @dataclass(frozen=True)
 class Part:
-    """What this rank holds of a tensor: the values, and where they stand in the whole, which has this size.
+    """This rank's part of a tensor.
 
-    Not a DTensor, whose copy on the CPU would still be one of its mesh's device.
+    Not a DTensor, because a CPU copy of a DTensor still belongs to its mesh's device.
+
+    Attributes:
+        local: the values.
+        offsets: position of the part within the whole tensor.
+        size: shape of the whole tensor.
     """
 
     local: Tensor
@@ -52,7 +57,7 @@ class Part:
 
 
 class SavePlanner(DefaultSavePlanner):
-    """Writes `Part`s; of equal ones, one rank's."""
+    """Plans the writing of `Part`s; a part that several ranks hold is written once."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -71,7 +76,7 @@ class SavePlanner(DefaultSavePlanner):
 
 
 class LoadPlanner(DefaultLoadPlanner):
-    """Reads into `Part`s, whatever parts were written."""
+    """Plans reading into `Part`s, from parts of any shapes."""
 
     def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
         self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
@@ -85,7 +90,7 @@ class LoadPlanner(DefaultLoadPlanner):
             saved: Any = self.metadata.state_dict_metadata[name]
             found = create_read_items_for_chunk_list(name, saved, [part.chunk])
             if sum(math.prod(item.lengths) for item in found) != part.local.numel():
-                raise ValueError(f"{name}: parts of it are nowhere")
+                raise ValueError(f"{name}: some of its parts are missing")
             items += found
         return LoadPlan(items)
 
@@ -94,7 +99,7 @@ class LoadPlanner(DefaultLoadPlanner):
 
 
 class Reader(FileSystemReader):
-    """Reads no pickle but of the classes that DCP's metadata is made of."""
+    """Reader whose unpickler accepts only the classes of DCP's metadata."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / METADATA).open("rb") as file:
@@ -102,10 +107,10 @@ class Reader(FileSystemReader):
 
 
 def _member(kind: Any, name: str) -> Any:
-    """What some releases of Python pickle the member of an enumeration by; nothing else has an attribute here."""
+    """Replacement for `getattr`, with which some Python versions pickle enum members; rejects anything else."""
     if isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__:
         return kind[name]
-    raise pickle.UnpicklingError(f"{name} of {kind} does not belong into a state")
+    raise pickle.UnpicklingError(f"{name} of {kind} does not belong in a training state")
 
 
 class _Unpickler(pickle.Unpickler):
@@ -126,5 +131,5 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) == ("builtins", "getattr"):
             return _member
         if name not in known.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name} does not belong into a state")
+            raise pickle.UnpicklingError(f"{module}.{name} does not belong in a training state")
         return super().find_class(module, name)

@@ -1,12 +1,12 @@
-"""Training states of a model on a mesh: saved while training goes on, loaded on any other mesh, or on none.
+"""Training states of a model on a mesh: saved while training continues, loaded on any mesh or without one.
 
-`states/step-000040/` holds what `torch.distributed.checkpoint` writes (a file of each rank's parts, and `.metadata`)
-and state.json: the caller's values, torch's version, the mesh, and a digest of every file. All ranks must see the
-folder. A state is written as `step-000040.partial`, synced by every rank, and renamed by the first when the last is
-done, so that whatever ends the processes leaves the states before it untouched.
+`states/step-000040/` contains the files of `torch.distributed.checkpoint` (one with each rank's parts, and `.metadata`)
+and state.json: the caller's values, the torch version, the mesh, and a digest of every file. All ranks must see the
+folder. A state is written to `step-000040.partial`, synced by every rank, and renamed by rank 0 once all have finished,
+so that a crash leaves earlier states intact.
 
-These are for going on with one's own training. `.metadata` is a pickle: never load a state from a stranger, although
-only the few classes that belong there are let in. Models are exchanged as safetensors, see `moe.parallel.export`.
+States are for resuming one's own training. `.metadata` is a pickle, so do not load untrusted states, although only the
+classes that belong there are unpickled. To exchange models, write safetensors with `moe.parallel.export`.
 """
 
 import hashlib
@@ -34,14 +34,14 @@ from torch.optim import Optimizer
 
 from moe.checkpoint.writing.atomic import saved_steps, sync, sync_folder
 from moe.errors import CheckpointError
-from moe.parallel.agreement import on_first, together
 from moe.parallel.mesh import Mesh, group_timeout
+from moe.parallel.shared_errors import on_first_rank, raise_together
 from moe.parallel.state_parts import METADATA, LoadPlanner, Part, Reader, SavePlanner
 
 _VALUES = "state.json"
 _PARTIAL = ".partial"
-# What an optimizer keeps of a parameter once it has stepped it. torch's Muon and ours take each other's.
-_KEPT = {
+# State that an optimizer keeps for each parameter. torch's Muon and `BatchedMuon` can load each other's.
+_OPTIMIZER_STATE = {
     "AdamW": {"step", "exp_avg", "exp_avg_sq"},
     "Muon": {"momentum_buffer"},
     "BatchedMuon": {"momentum_buffer"},
@@ -49,36 +49,35 @@ _KEPT = {
 
 
 class StateWriter:
-    """Saves states below `folder`, one at a time, in a thread of each rank; keeps the `keep` newest.
+    """Saves training states below `folder`, one at a time, in a background thread; keeps the newest `keep`.
 
-    Made, and called, by all ranks of the mesh alike.
+    The constructor and all methods are collective calls.
     """
 
     def __init__(self, folder: str | os.PathLike[str], mesh: Mesh, *, keep: int = 2) -> None:
         if keep < 1:
             raise ValueError(f"keep = {keep}: expected 1 or more")
         self.folder, self.mesh, self.keep = Path(folder), mesh, keep
-        # One of its own: the thread's collectives may not come between those of training.
+        # A separate group, because the thread's collectives must not interleave with those of training.
         self._group: Any = dist.new_group(backend="gloo", timeout=group_timeout(mesh.device.type))
         self._pending: Future[Any] | None = None
         self._name = ""
 
     def save(self, model: nn.Module, optimizers: Sequence[Optimizer], values: Mapping[str, Any]) -> Path:
-        """Begin to save the state of step `values["step"]`; returns the folder that it will be.
+        """Start to save the state of step `values["step"]`; returns its future folder.
 
-        Waits until the save before is done, then copies what this rank holds into the CPU's memory and returns: what
-        changes afterwards is not in the state. Learning rates and the like are the caller's, and belong into `values`
-        (JSON, rank 0's count) if they do not follow from the step. A state of this step that is there stays.
+        Waits for the previous save, copies this rank's parts to CPU memory and returns; later changes are not in the
+        state. Learning rates and the like are not saved: put them into `values` (JSON; those of rank 0 are saved)
+        unless they follow from the step. An existing state of this step is kept.
 
         Raises:
-            CheckpointError: on all ranks, what has ended the save before; this one has not begun then. Or the folder
-                cannot be made.
+            CheckpointError: on all ranks, if the previous save failed or the folder cannot be created.
         """
         self.wait()
         text = dict(values) | {"torch": torch.__version__, "mesh": str(self.mesh)}
         json.dumps(text)
         final = self.folder / f"step-{values['step']:06d}"
-        if on_first(final, lambda: _make_room(final), self._group):
+        if on_first_rank(final, lambda: _prepare_folder(final), self._group):
             parts = {name: Part.of(tensor).copy() for name, tensor in _tensors(model, optimizers).items()}
             writer = _Writer(final, text, self.keep)
             self._name = str(final)
@@ -88,10 +87,10 @@ class StateWriter:
         return final
 
     def wait(self) -> None:
-        """Until the save that was begun is on the disk. Call it before the process group is destroyed.
+        """Wait until the save in progress is on disk. Call it before the process group is destroyed.
 
         Raises:
-            CheckpointError: it has failed. The states before it are as they were.
+            CheckpointError: the save failed. Earlier states are intact.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -99,75 +98,79 @@ class StateWriter:
         try:
             pending.result()
         except (Exception, CheckpointException) as error:
-            raise _plain(error, self._name, "not saved") from error
+            raise _as_checkpoint_error(error, self._name, "not saved") from error
 
 
 def load_latest(
     folder: str | os.PathLike[str], model: nn.Module, optimizers: Sequence[Optimizer]
 ) -> dict[str, Any] | None:
-    """Put the newest state below `folder` into a model and its optimizers; returns its values, None if there is none.
+    """Load the newest state below `folder` into a model and its optimizers; returns its values, or None if none exists.
 
-    A collective call of all ranks, or of one process without a process group. The model has memory already, and lies on
-    any mesh; optimizers need not have stepped. Each rank reads its own parts, the model's beside those that it has.
-    Leftovers of killed saves are removed, so no `StateWriter` may be at work there.
+    A collective call, also usable in one process without a process group. The model may be on any mesh, but not on the
+    meta device; optimizers need not have stepped. Each rank reads its own parts, and holds them in memory in addition
+    to the model. Leftovers of interrupted saves are removed, so no `StateWriter` may be writing there.
 
     Raises:
-        CheckpointError: on all ranks, before anything has changed: the state is incomplete or damaged, or of another
-            model or other optimizers.
+        CheckpointError: on all ranks, if the state is incomplete or damaged, or belongs to a different model or
+            different optimizers. Nothing has been changed then.
     """
     folder = Path(folder)
-    found = on_first(folder, lambda: _latest(folder))
+    found = on_first_rank(folder, lambda: _latest(folder))
     if found is None:
         return None
     path, values, entries = found
-    with together(path):
+    with raise_together(path):
         _check_contents(path, values.pop("files"))
-        wanted = _Wanted(path, model, optimizers, entries)
+        restore = _Restore(path, model, optimizers, entries)
     try:
         with warnings.catch_warnings():
-            # That one process loads alone is what was asked for.
+            # Loading in a single process is intended.
             warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-            load(wanted.parts, storage_reader=Reader(path), planner=LoadPlanner())
+            load(restore.parts, storage_reader=Reader(path), planner=LoadPlanner())
     except (Exception, CheckpointException) as error:
-        raise _plain(error, path, "cannot be loaded") from error
-    wanted.commit()
+        raise _as_checkpoint_error(error, path, "cannot be loaded") from error
+    restore.commit()
     return values
 
 
 def _tensors(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
-    """model/NAME and optimizer/NAME/ENTRY -> tensor. By name alone: which of several optimizers it is may differ."""
+    """Tensors of a state, by the keys model/NAME and optimizer/NAME/ENTRY.
+
+    Keys do not say which optimizer a parameter belongs to, because that may differ when the state is loaded.
+    """
     tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
-    for name, parameter, optimizer in _steppers(model, optimizers):
+    for name, parameter, optimizer in _optimized(model, optimizers):
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer/{name}/{key}"] = value
     return tensors
 
 
-def _steppers(model: nn.Module, optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, nn.Parameter, Optimizer]]:
+def _optimized(model: nn.Module, optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, nn.Parameter, Optimizer]]:
+    """Name, parameter and optimizer of each optimized parameter."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter not in names:
-                    raise ValueError("an optimizer has a parameter that is not the model's")
+                    raise ValueError("an optimizer has a parameter that does not belong to the model")
                 yield names[parameter], parameter, optimizer
 
 
 class _Writer(FileSystemWriter):
-    """Writes beside the final place, and renames when all ranks are done."""
+    """Writer to a folder beside the final one, which it renames once all ranks have finished."""
 
     def __init__(self, final: Path, values: dict[str, Any], keep: int) -> None:
         super().__init__(final.with_name(final.name + _PARTIAL), per_thread_copy_ahead=0)
         self.final, self.values, self.keep = final, values, keep
 
     def stage(self, state_dict: Any) -> Any:
-        return state_dict  # copies already
+        return state_dict  # already copied
 
     def storage_meta(self) -> None:
-        return None  # where it was written is nobody's business later
+        return None  # it would store the path of the folder
 
     def write_data(self, plan: SavePlan, planner: Any) -> Any:
-        """Results for `finish`, with what this rank's files are: torch.load does not notice a flipped bit."""
+        """Write this rank's file, and add its fingerprint to the results, because torch.load misses flipped bits."""
         written = super().write_data(plan, planner).wait()
         names = {result.storage_data.relative_path for result in written}
         future: Any = torch.futures.Future()
@@ -175,7 +178,7 @@ class _Writer(FileSystemWriter):
         return future
 
     def finish(self, metadata: Metadata, results: list[Any]) -> None:
-        """On rank 0, after every rank has synced its file."""
+        """Complete the state, on rank 0, after every rank has synced its file."""
         super().finish(metadata, [written for written, _ in results])
         partial = Path(self.path)
         files = {name: found for _, of_rank in results for name, found in of_rank.items()}
@@ -187,14 +190,14 @@ class _Writer(FileSystemWriter):
         os.rename(partial, self.final)
         sync(self.final.parent)
         for old in saved_steps(self.final.parent)[: -self.keep]:
-            with suppress(OSError):  # the save is done; the next one tries again
+            with suppress(OSError):  # the save has succeeded; the next one tries again
                 doomed = old.with_name(old.name + _PARTIAL)
-                os.rename(old, doomed)  # a kill leaves no half of it under its name
+                os.rename(old, doomed)  # so that an interruption leaves no incomplete state under its name
                 shutil.rmtree(doomed)
 
 
-def _make_room(final: Path) -> bool:
-    """False if the state is there: a resumed run may be stopped before its first step."""
+def _prepare_folder(final: Path) -> bool:
+    """Create an empty partial folder; returns False if the state exists, as in a run resumed without a new step."""
     if final.exists():
         return False
     partial = final.with_name(final.name + _PARTIAL)
@@ -204,7 +207,7 @@ def _make_room(final: Path) -> bool:
 
 
 def _latest(folder: Path) -> tuple[Path, dict[str, Any], dict[str, tuple[torch.Size, torch.dtype]]] | None:
-    """Folder and values of the newest state, and the size and dtype of all that is in it."""
+    """Find the newest state; returns its folder, its values, and the size and dtype of each tensor."""
     for leftover in folder.glob("step-*" + _PARTIAL):
         shutil.rmtree(leftover)
     states = saved_steps(folder)
@@ -219,10 +222,10 @@ def _latest(folder: Path) -> tuple[Path, dict[str, Any], dict[str, tuple[torch.S
         return path, values, {name: (entry.size, entry.properties.dtype) for name, entry in saved.items()}
     except CheckpointError:
         raise
-    except Exception as error:  # whatever pickle makes of damage
+    except Exception as error:  # a damaged pickle may raise any exception
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(
-            path, f"not a training state: {reason}; delete it to go on from an earlier one"
+            path, f"not a training state: {reason}; delete it to resume from an earlier one"
         ) from error
 
 
@@ -241,15 +244,15 @@ def _check_sizes(folder: Path, files: Mapping[str, Any]) -> None:
 
 
 def _check_contents(folder: Path, files: Mapping[str, Any]) -> None:
-    """Of this rank's share of the files."""
+    """Check the digests of this rank's share of the files."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     for name in sorted(files)[rank::size]:
         if _fingerprint(folder / name) != files[name]:
             raise CheckpointError(folder / name, "bytes changed since it was saved")
 
 
-def _plain(error: BaseException, path: Any, problem: str) -> CheckpointError:
-    """One line of what torch says of every rank."""
+def _as_checkpoint_error(error: BaseException, path: Any, problem: str) -> CheckpointError:
+    """Convert an error of `torch.distributed.checkpoint`, which has one for each rank, to a one-line error."""
     rank = ""
     if isinstance(error, CheckpointException):
         first, (error, _) = min(error.failures.items(), key=lambda failure: failure[0])
@@ -260,8 +263,8 @@ def _plain(error: BaseException, path: Any, problem: str) -> CheckpointError:
     return CheckpointError(path, f"{problem}: {rank}{type(error).__name__}: {reason}")
 
 
-class _Wanted:
-    """The parts that this rank reads, in memory of their own, and what they are put into once all have been read."""
+class _Restore:
+    """Buffers for the parts that this rank reads; `commit` copies them to the model and its optimizers."""
 
     def __init__(
         self,
@@ -273,7 +276,9 @@ class _Wanted:
         self.path, self.optimizers = path, optimizers
         self.parts: dict[str, Part] = {}
         self.tensors: dict[str, Tensor] = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
-        self.kept: dict[Optimizer, dict[nn.Parameter, dict[str, str]]] = {optimizer: {} for optimizer in optimizers}
+        self.optimizer_keys: dict[Optimizer, dict[nn.Parameter, dict[str, str]]] = {
+            optimizer: {} for optimizer in optimizers
+        }
         left = set(entries)
         for name, tensor in self.tensors.items():
             if tensor.is_meta:
@@ -281,20 +286,20 @@ class _Wanted:
             self._check(name, entries.get(name), (tensor.shape, tensor.dtype))
             self.parts[name] = Part.of(tensor).empty(tensor.dtype)
             left.discard(name)
-        for name, parameter, optimizer in _steppers(model, optimizers):
+        for name, parameter, optimizer in _optimized(model, optimizers):
             prefix = f"optimizer/{name}/"
             keys = {key.removeprefix(prefix): key for key in left if key.startswith(prefix)}
             left -= set(keys.values())
-            expected = _KEPT.get(type(optimizer).__name__, keys.keys())
+            expected = _OPTIMIZER_STATE.get(type(optimizer).__name__, keys.keys())
             if keys and keys.keys() != expected:
-                problem = f"the state of another optimizer than {type(optimizer).__name__}"
+                problem = f"state of an optimizer other than {type(optimizer).__name__}"
                 raise CheckpointError(path, problem, tensor=name, expected=sorted(expected), found=sorted(keys))
             for key in keys.values():
                 size, dtype = entries[key]
                 like = parameter if size == parameter.shape else torch.empty(size, device="meta")
                 self.parts[key] = Part.of(like).empty(dtype)
             if keys:
-                self.kept[optimizer][parameter] = keys
+                self.optimizer_keys[optimizer][parameter] = keys
         if left:
             raise CheckpointError(path, "unexpected", tensor=min(left), expected="no such tensor")
 
@@ -317,7 +322,7 @@ class _Wanted:
             number = {parameter: i for i, parameter in enumerate(order)}
             state = {
                 number[parameter]: {entry: self._placed(key, parameter) for entry, key in keys.items()}
-                for parameter, keys in self.kept[optimizer].items()
+                for parameter, keys in self.optimizer_keys[optimizer].items()
             }
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

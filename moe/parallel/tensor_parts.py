@@ -1,4 +1,4 @@
-"""Parts of tensors that are distributed over a mesh: which part a rank holds, and how it gets its values."""
+"""Parts of distributed tensors: which part a rank holds, and how it is initialized."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,20 +13,21 @@ from moe.roles import role_of
 
 
 def mesh_of(model: nn.Module) -> DeviceMesh:
+    """Mesh of a parallel model."""
     for parameter in model.parameters():
         if isinstance(parameter, DTensor):
             return parameter.device_mesh
-    raise ParallelError("the model is on no mesh: call parallelize first")
+    raise ParallelError("the model is not on a mesh; call parallelize first")
 
 
 def fill_part(tensor: Tensor, name: str, **how: Any) -> None:
-    """`moe.init.fill` of what this rank holds of a tensor."""
+    """Initialize this rank's part of a tensor, as `moe.init.fill` initializes the whole tensor."""
     if not isinstance(tensor, DTensor):
         fill(tensor, name, **how)
         return
     local = tensor.to_local()
     part = region(tensor)
-    if role_of(name).name == "experts":  # each has a generator of its own
+    if role_of(name).name == "experts":  # each expert has its own generator, so the others need not be filled
         whole = local.new_empty(local.shape[0], *tensor.shape[1:])
         fill(whole, name, first_expert=part[0].start, **how)
         local.copy_(whole[:, part[1], part[2]])
@@ -37,13 +38,13 @@ def fill_part(tensor: Tensor, name: str, **how: Any) -> None:
 
 
 def region(tensor: DTensor, coordinate: Iterable[int] | None = None) -> tuple[slice, ...]:
-    """Where in the whole tensor the part lies that a rank holds: this one, or the one at a place of the tensor's mesh.
+    """Slices of the whole tensor that a rank holds: this rank, or the one at a coordinate of the tensor's mesh.
 
-    Dimensions of the mesh that cut the same dimension of the tensor cut the innermost mesh dimension first where
-    FSDP says `_StridedShard`, which is how it cuts what experts' ranks have divided among themselves before.
+    If several mesh dimensions shard the same tensor dimension, they do so in order, except that `_StridedShard`
+    dimensions come last. FSDP uses `_StridedShard` for experts that are already divided among ranks.
     """
     mesh = tensor.device_mesh
-    place = list(mesh.get_coordinate() or ()) if coordinate is None else list(coordinate)
+    index = list(mesh.get_coordinate() or ()) if coordinate is None else list(coordinate)
     bounds = [(0, size) for size in tensor.shape]
     order = sorted(range(mesh.ndim), key=lambda i: _is_strided(tensor.placements[i]))
     for i in order:
@@ -52,14 +53,14 @@ def region(tensor: DTensor, coordinate: Iterable[int] | None = None) -> tuple[sl
             continue
         dim: int = placement.dim  # pyright: ignore[reportAttributeAccessIssue]
         low, high = bounds[dim]
-        each = -(-(high - low) // mesh.size(i))  # as torch.chunk: the last parts may be short or empty
-        start = min(low + place[i] * each, high)
+        each = -(-(high - low) // mesh.size(i))  # like torch.chunk: the last parts may be shorter or empty
+        start = min(low + index[i] * each, high)
         bounds[dim] = (start, min(start + each, high))
     return tuple(slice(low, high) for low, high in bounds)
 
 
 def part_like(tensor: Tensor, example: Tensor) -> Tensor:
-    """This rank's part of a whole tensor, placed as `example` is; no communication."""
+    """This rank's part of a whole tensor, distributed like `example`, without communication."""
     if not isinstance(example, DTensor):
         return tensor
     part = tensor[region(example)].contiguous()

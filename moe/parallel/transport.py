@@ -1,4 +1,4 @@
-"""What moves rows between the ranks that divide a layer's experts."""
+"""Transports, which move rows between the ranks that divide a layer's experts."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
@@ -8,10 +8,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe.errors import ParallelError
-from moe.parallel.journal import Journal
+from moe.parallel.collective_log import CollectiveLog
 
 Splits = tuple[Sequence[int], Sequence[int]]
-"""Rows for, and rows from, each rank."""
+"""Numbers of rows sent to, and received from, each rank."""
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -19,97 +19,100 @@ MAX_ROWS = 2**31  # from one rank to another; a larger count is corrupt
 
 
 def eager(function: _Function) -> _Function:
-    """Keep a function that communicates out of compiled graphs, which are broken there."""
+    """Exclude a function that communicates from compiled graphs; each call is a graph break."""
     return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]
 
 
 class Transport(Protocol):
-    """The ranks that a dispatcher reaches. Each of them makes the same calls in the same order.
+    """Interface of a transport. All ranks make the same calls in the same order.
 
     Attributes:
-        name: the layer's, for errors.
-        size, rank: number of ranks, and which of them this is.
+        name: name of the layer, for errors.
+        size, rank: number of ranks, and the index of this one.
     """
 
     name: str
     size: int
     rank: int
 
-    def agree(self, counts: Tensor) -> Splits:
-        """int64 [size], rows for each rank -> these, and the rows that each rank has for this one."""
+    def exchange_counts(self, counts: Tensor) -> Splits:
+        """Send each rank the number of rows it will receive: int64 [size] -> numbers sent and received."""
         ...
 
     def start(self, operation: str, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        """Start to move rows [sum(sent), ...]. What is returned, [sum(received), ...], is complete after `wait`."""
+        """Start to move rows [sum(sent), ...]; returns [sum(received), ...], which is complete after `wait`."""
         ...
 
     def wait(self, operation: str, rows: Tensor) -> None:
-        """Wait for what `start` has returned. Raises ParallelError for any other tensor, a copy of it included."""
+        """Wait for the tensor that `start` returned. Raises ParallelError for any other tensor, even a copy of it."""
         ...
 
 
 class AllToAll:
-    """Transport by `all_to_all_single`, in a process group.
+    """Transport by `all_to_all_single` in a process group.
 
     Args:
-        group: the ranks.
-        name: the layer's, for errors.
-        journal: what collectives are noted in; by default a new one.
+        group: process group of the ranks.
+        name: name of the layer, for errors.
+        log: collective log of this rank; default: a new one.
     """
 
-    def __init__(self, group: Any, name: str = "", journal: Journal | None = None) -> None:
+    def __init__(self, group: Any, name: str = "", log: CollectiveLog | None = None) -> None:
         self.group, self.name = group, name
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        self.journal = journal if journal is not None else Journal(dist.get_rank())
-        self._moving: dict[int, tuple[Tensor, Any]] = {}  # by storage, whose address is not used again meanwhile
+        self.log = log if log is not None else CollectiveLog(dist.get_rank())
+        self._moving: dict[int, tuple[Tensor, Any]] = {}  # by storage: its address is not reused meanwhile
 
-    def agree(self, counts: Tensor) -> Splits:
+    def exchange_counts(self, counts: Tensor) -> Splits:
         operation = "exchange of counts"
-        with self.journal.collective(self.name, operation, self.group) as entry:
-            # The ticket says which collective it is: no rows follow counts that were meant for another.
-            leaving = torch.stack((counts, torch.full_like(counts, entry.ticket)), dim=1)
-            arriving = torch.empty_like(leaving)
-            dist.all_to_all_single(arriving, leaving, group=self.group)
-        told = torch.cat((leaving, arriving), dim=1).tolist()
-        for place, (_, ticket, rows, theirs) in enumerate(told):
-            rank = dist.get_global_rank(self.group, place)
-            if theirs != ticket:
-                raise self.journal.error(f"rank {rank} came to another collective", self.name, operation)
+        with self.log.collective(self.name, operation, self.group) as entry:
+            # The fingerprint identifies the collective: counts of a different one are rejected before rows move.
+            sent = torch.stack((counts, torch.full_like(counts, entry.fingerprint)), dim=1)
+            received = torch.empty_like(sent)
+            dist.all_to_all_single(received, sent, group=self.group)
+        exchanged = torch.cat((sent, received), dim=1).tolist()
+        for index, (_, mine, rows, theirs) in enumerate(exchanged):
+            rank = dist.get_global_rank(self.group, index)
+            if theirs != mine:
+                raise self.log.error(f"rank {rank} started a different collective", self.name, operation)
             if not 0 <= rows < MAX_ROWS:
-                raise self.journal.error(f"it wants to send {rows} rows", self.name, operation, culprit=rank)
-        return [row[0] for row in told], [row[2] for row in told]
+                problem = f"row count to send; expected 0 to {MAX_ROWS - 1}; found {rows}"
+                raise self.log.error(problem, self.name, operation, failed_rank=rank)
+        return [row[0] for row in exchanged], [row[2] for row in exchanged]
 
     def start(self, operation: str, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         target = rows.new_empty((sum(received), *rows.shape[1:]))
-        with self.journal.collective(self.name, operation, self.group, sent=sent, expected=received):
+        with self.log.collective(self.name, operation, self.group, sent=sent, expected=received):
             work = dist.all_to_all_single(
                 target, rows.contiguous(), list(received), list(sent), group=self.group, async_op=True
             )
-        if torch.is_anomaly_enabled():  # it reads what one function of a backward pass hands to the next
-            self.journal.wait(self.name, operation, work)
+        if torch.is_anomaly_enabled():  # it reads the tensors that are passed between backward functions
+            self.log.wait(self.name, operation, work)
             work = None
         self._moving[target.untyped_storage()._cdata] = target, work
         return target
 
     def wait(self, operation: str, rows: Tensor) -> None:
         moving = self._moving.pop(rows.untyped_storage()._cdata, None)
-        if moving is None:  # a copy, which may have been made before the rows had arrived
-            raise ParallelError(f"{operation}: the rows are not those that were started", layer=self.name)
+        if moving is None:  # a copy may have been made before the rows arrived
+            raise ParallelError(
+                f"{operation}: expected the tensor that `start` returned; found another one or a copy", layer=self.name
+            )
         if moving[1] is not None:
-            self.journal.wait(self.name, operation, moving[1])
+            self.log.wait(self.name, operation, moving[1])
 
 
 class Loopback:
-    """One of `size` ranks without the others: what it sends comes back to it, unchanged and at once.
+    """Transport of one of `size` ranks that returns the rows it sends to itself, without communication.
 
-    For benchmarks and tests of what a rank does besides communication.
+    For benchmarks of the work of a rank other than communication.
     """
 
     def __init__(self, size: int, rank: int = 0, name: str = "") -> None:
         self.size, self.rank, self.name = size, rank, name
 
-    def agree(self, counts: Tensor) -> Splits:
-        sent = counts.tolist()  # the host waits for it, as it does for other ranks' counts
+    def exchange_counts(self, counts: Tensor) -> Splits:
+        sent = counts.tolist()  # a host synchronisation, as in `AllToAll`
         return sent, sent
 
     def start(self, operation: str, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a model weighs on disk and on each GPU of a group, from a configuration or headers: no torch, no weights."""
+"""Size of a model on disk and per GPU, computed from a configuration or file headers, without torch."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -13,14 +13,14 @@ from moe.config import ModelConfig
 from moe.counts import count_parameters, parameter_shapes
 from moe.errors import ConfigError
 
-SIZES = {"F8_E4M3": 1, "U8": 1, "BF16": 2, "F16": 2, "F32": 4, "F64": 8}  # of safetensors' dtypes
+SIZES = {"F8_E4M3": 1, "U8": 1, "BF16": 2, "F16": 2, "F32": 4, "F64": 8}  # bytes per value of safetensors dtypes
 FP8_BLOCK = (128, 128)
 BIAS = "e_score_correction_bias"
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A checkpoint's tensors: how many, values and bytes by safetensors' dtype."""
+    """Size of a checkpoint: number of tensors, number of values by safetensors dtype, and bytes."""
 
     tensors: int
     values: Mapping[str, int]
@@ -30,20 +30,20 @@ class Stored:
 def stored(
     config: ModelConfig, dtype: Dtype, block_size: tuple[int, int] = FP8_BLOCK, like: Contents | None = None
 ) -> Stored:
-    """The checkpoint of a configuration in its family's own layout, MTP modules' repeated embeddings included.
+    """Size of the checkpoint of a configuration in its family's layout, with the embeddings that MTP modules repeat.
 
-    With `like`, files of the same model, it has their layout if that can hold the dtype, and repeats only if they do.
-    Raises ConfigError where the family has no layout for the dtype.
+    With `like`, files of the same model, the layout is theirs if it supports the dtype, and embeddings are repeated
+    only if they are there. Raises ConfigError if the family has no layout for the dtype.
     """
-    kinds = _kinds(config, dtype, block_size, like)
+    dtypes = _dtypes(config, dtype, block_size, like)
     values: dict[str, int] = {}
-    for spec, kind in kinds:
-        values[kind] = values.get(kind, 0) + math.prod(spec.shape)
-    return Stored(len(kinds), values, sum(SIZES[kind] * number for kind, number in values.items()))
+    for spec, stored_dtype in dtypes:
+        values[stored_dtype] = values.get(stored_dtype, 0) + math.prod(spec.shape)
+    return Stored(len(dtypes), values, sum(SIZES[stored_dtype] * number for stored_dtype, number in values.items()))
 
 
 def stored_in(files: Contents) -> Stored:
-    """The tensors that a folder has, all of them."""
+    """Size of all tensors in a folder."""
     values: dict[str, int] = {}
     for info in files.tensors.values():
         values[info.dtype] = values.get(info.dtype, 0) + info.numel
@@ -51,17 +51,17 @@ def stored_in(files: Contents) -> Stored:
 
 
 def dtype_of(files: Contents) -> Dtype:
-    """The name of what a folder's weights are stored in: the quantised ones', otherwise that of most values."""
+    """Dtype of a folder's weights: that of the quantised ones, otherwise the most common one."""
     if files.quantization is not None and files.has_quantised_tensors:
         return "fp8" if files.quantization.method == "fp8" else "mxfp4"
     values = stored_in(files).values
     return max(FLOATING, key=lambda name: values.get(SAFETENSORS[name], 0))
 
 
-def _kinds(
+def _dtypes(
     config: ModelConfig, dtype: Dtype, block_size: tuple[int, int], like: Contents | None
 ) -> list[tuple[TensorSpec, str]]:
-    """The tensors of a checkpoint, and the safetensors dtype of each."""
+    """Tensors of a checkpoint, each with its safetensors dtype."""
     tables = family_of(config.model_type, CONFIG).tables
     first = next(iter(tables))
     name = "mxfp4" if dtype == "mxfp4" else like.table if like is not None and like.table != "mxfp4" else first
@@ -80,7 +80,7 @@ def _kinds(
             )
         codes = set(fp8_names(specs))
         specs = with_scales(specs, tables[name], block_size, codes)
-    return [(spec, _kind(n, spec, codes, dtype)) for n, spec in specs.items()]
+    return [(spec, _dtype(n, spec, codes, dtype)) for n, spec in specs.items()]
 
 
 def _written(config: ModelConfig, table: str) -> dict[str, TensorSpec]:
@@ -91,7 +91,7 @@ def _stacks_experts(specs: Mapping[str, TensorSpec]) -> bool:
     return any(".mlp.experts." in spec.parameter and not spec.index for spec in specs.values())
 
 
-def _kind(name: str, spec: TensorSpec, codes: set[str], dtype: Dtype) -> str:
+def _dtype(name: str, spec: TensorSpec, codes: set[str], dtype: Dtype) -> str:
     if name in codes:
         return "F8_E4M3"
     if spec.parameter.endswith(("_blocks", "_scales")):
@@ -102,13 +102,16 @@ def _kind(name: str, spec: TensorSpec, codes: set[str], dtype: Dtype) -> str:
 
 
 @dataclass(frozen=True)
-class Placement:
-    """How a model is spread over GPUs.
+class Deployment:
+    """Distribution of a model over GPUs.
 
-    `gpus` hold it together; the experts of each layer are divided among groups of `ep`. Training shards parameters,
-    gradients and optimizer over all GPUs that hold the same (FSDP): `gpus` for what is not an expert's, `gpus / ep`
-    for experts. `tokens` per GPU are in its cache, or go through it in one training step.
-    `block_size` is that of FP8 weights.
+    Attributes:
+        gpus: number of GPUs that share one model.
+        ep: number of GPUs that divide the experts of a layer. Training shards parameters, gradients and optimizer state
+            (FSDP): those of experts over gpus / ep GPUs, all others over `gpus`.
+        dtype: dtype of the weights for inference.
+        tokens: tokens per GPU: in the KV cache, or in a training step.
+        block_size: block size of FP8 weights.
     """
 
     gpus: int
@@ -120,7 +123,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of one GPU by part, and what they are assumed to be. `experts` is its share of each layer's."""
+    """Memory of one GPU: bytes by part, the assumptions, and its number of experts per layer."""
 
     experts: int
     parts: Mapping[str, int]
@@ -131,105 +134,106 @@ class Estimate:
         return sum(self.parts.values())
 
 
-def check(config: ModelConfig, placement: Placement) -> None:
-    """Raise `ConfigError` for a placement that cannot be, naming the numbers."""
+def check(config: ModelConfig, deployment: Deployment) -> None:
+    """Raise `ConfigError` if the numbers of a deployment do not fit together."""
     for name in ("gpus", "ep", "tokens"):
-        if getattr(placement, name) < 1:
-            raise ConfigError(name, getattr(placement, name), "a positive integer")
-    if placement.gpus % placement.ep:
-        raise ConfigError("ep", placement.ep, f"a divisor of the {placement.gpus} GPUs")
-    if placement.ep > config.n_routed_experts:
-        raise ConfigError("ep", placement.ep, f"at most the {config.n_routed_experts} experts of a layer")
+        if getattr(deployment, name) < 1:
+            raise ConfigError(name, getattr(deployment, name), "a positive integer")
+    if deployment.gpus % deployment.ep:
+        raise ConfigError("ep", deployment.ep, f"a divisor of the {deployment.gpus} GPUs")
+    if deployment.ep > config.n_routed_experts:
+        raise ConfigError("ep", deployment.ep, f"at most the {config.n_routed_experts} experts of a layer")
 
 
-def inference(config: ModelConfig, placement: Placement, files: Contents | None = None) -> Estimate:
-    """Weights, cache and the largest activations of a forward pass, on the GPU that holds most.
+def inference(config: ModelConfig, deployment: Deployment, files: Contents | None = None) -> Estimate:
+    """Estimate weights, KV cache and peak activations for inference, on the GPU that needs most memory.
 
-    Weights are those of `files`, as they are stored, if given; for another dtype than theirs, in their layout.
+    With `files`, weights are counted as stored there, or in their layout if their dtype differs.
     """
-    check(config, placement)
-    like, files = files, files if files is not None and dtype_of(files) == placement.dtype else None
-    weights = _weights(config, placement, like) if files is None else _weights_in(files, placement)
-    size = 2  # of activations and cache, whatever the weights are
-    cache = placement.tokens * config.num_hidden_layers * _cache_values(config) * size
+    check(config, deployment)
+    like, files = files, files if files is not None and dtype_of(files) == deployment.dtype else None
+    weights = _weights(config, deployment, like) if files is None else _weights_in(files, deployment)
+    size = 2  # bytes per value of activations and cache, for any dtype of the weights
+    cache = deployment.tokens * config.num_hidden_layers * _cache_values(config) * size
     parts = {"experts": weights[0], "other weights": weights[1], "cache": cache}
-    parts["activations"] = _forward_values(config, placement.ep, min(placement.tokens, 8192)) * size
-    replicated = "what is not an expert's is on every GPU (no tensor parallelism)"
+    parts["activations"] = _forward_values(config, deployment.ep, min(deployment.tokens, 8192)) * size
+    replicated = "all but experts replicated on every GPU (no tensor parallelism)"
     if files is None:
         rest = {
-            "fp8": f"FP8: projections in blocks of {' x '.join(map(str, placement.block_size))} with fp32 scales, "
+            "fp8": f"FP8: projections in blocks of {' x '.join(map(str, deployment.block_size))} with fp32 scales, "
             "the rest bf16",
             "mxfp4": "MXFP4: experts, the rest bf16",
         }
-        held = (f"weights {placement.dtype}; {replicated}", rest.get(placement.dtype, ""))
+        held = (f"weights {deployment.dtype}; {replicated}", rest.get(deployment.dtype, ""))
     else:
-        lacking = f"{len(files.missing):,} tensors are missing in the files and not counted" if files.missing else ""
+        lacking = f"{len(files.missing):,} tensors missing from the files are not counted" if files.missing else ""
         held = (f"weights in the dtypes of the files; {replicated}", lacking)
     assumptions = (
         *held,
-        f"cache and activations bf16; cache for {placement.tokens:,} tokens per GPU, {_cache_values(config):,} values "
+        f"cache and activations bf16; cache for {deployment.tokens:,} tokens per GPU, {_cache_values(config):,} values "
         "per token and layer",
         "prefill in chunks of at most 8,192 tokens, experts balanced",
     )
-    return Estimate(_share(config, placement.ep), parts, tuple(filter(None, assumptions)))
+    return Estimate(_share(config, deployment.ep), parts, tuple(filter(None, assumptions)))
 
 
-def training(config: ModelConfig, placement: Placement) -> Estimate:
-    """Parameters, gradients, AdamW and activations under recomputation, on the GPU that holds most."""
-    check(config, placement)
+def training(config: ModelConfig, deployment: Deployment) -> Estimate:
+    """Estimate parameters, gradients, AdamW state and activations for training, on the GPU that needs most memory."""
+    check(config, deployment)
     counts = count_parameters(config)
-    share = _share(config, placement.ep)
-    experts = math.ceil(_experts(config) * share / config.n_routed_experts / (placement.gpus // placement.ep))
-    others = math.ceil((counts.with_mtp - _experts(config)) / placement.gpus)
+    share = _share(config, deployment.ep)
+    experts = math.ceil(_experts(config) * share / config.n_routed_experts / (deployment.gpus // deployment.ep))
+    others = math.ceil((counts.with_mtp - _experts(config)) / deployment.gpus)
     mine = experts + others
     blocks = config.num_hidden_layers + config.num_nextn_predict_layers
     largest = _block(config, share)
-    logits = placement.tokens * config.vocab_size * 4 * 2
-    saved = placement.tokens * config.hidden_size * blocks * 2
+    logits = deployment.tokens * config.vocab_size * 4 * 2
+    saved = deployment.tokens * config.hidden_size * blocks * 2
     parts = {
         "parameters": mine * 4,
         "gradients": mine * 4,
         "optimizer": mine * 8,
         "a gathered block": largest * 2,
         "saved activations": saved,
-        "a block's activations": 3 * _forward_values(config, placement.ep, placement.tokens) * 2,
+        "a block's activations": 3 * _forward_values(config, deployment.ep, deployment.tokens) * 2,
         "logits": logits,
     }
     assumptions = (
-        "parameters, gradients and both moments of AdamW in fp32, sharded over all GPUs that hold the same",
+        "parameters, gradients and both moments of AdamW in fp32, sharded over all GPUs that replicate them",
         "one block gathered in bf16 while it is computed",
-        f"{placement.tokens:,} tokens per GPU and micro-batch; each block's input is kept in bf16, the rest recomputed",
+        f"{deployment.tokens:,} tokens per GPU and micro-batch; block inputs saved in bf16, the rest recomputed",
         "logits and their gradient in fp32, not in chunks; experts balanced",
     )
     return Estimate(share, parts, assumptions)
 
 
 def _share(config: ModelConfig, ep: int) -> int:
+    """Experts of one layer on the GPU that holds most."""
     return math.ceil(config.n_routed_experts / ep)
 
 
 def _experts(config: ModelConfig) -> int:
-    """Parameters of all routed experts, MTP modules' included."""
+    """Parameters of all routed experts, including those of MTP modules."""
     each = 3 * config.hidden_size * config.moe_intermediate_size
     each += (2 * config.moe_intermediate_size + config.hidden_size) if config.expert_bias else 0
     return each * config.n_routed_experts * (config.num_moe_layers + config.num_nextn_predict_layers)
 
 
-def _weights(config: ModelConfig, placement: Placement, like: Contents | None) -> tuple[int, int]:
-    """Bytes of a GPU's experts, and of everything else."""
-    kinds = _kinds(config, placement.dtype, placement.block_size, like)
-    sizes = ((spec, math.prod(spec.shape) * SIZES[kind]) for spec, kind in kinds)
-    return _on_a_gpu(config, placement.ep, sizes)
+def _weights(config: ModelConfig, deployment: Deployment, like: Contents | None) -> tuple[int, int]:
+    """Bytes per GPU of experts, and of all other tensors, in a dtype."""
+    dtypes = _dtypes(config, deployment.dtype, deployment.block_size, like)
+    sizes = ((spec, math.prod(spec.shape) * SIZES[stored_dtype]) for spec, stored_dtype in dtypes)
+    return _per_gpu(config, deployment.ep, sizes)
 
 
-def _weights_in(files: Contents, placement: Placement) -> tuple[int, int]:
-    """The same, of the tensors that a folder has for its model."""
+def _weights_in(files: Contents, deployment: Deployment) -> tuple[int, int]:
+    """Bytes per GPU of experts, and of all other tensors, as stored in a folder."""
     sizes = ((spec, files.tensors[name].nbytes) for name, spec in files.specs.items() if name in files.tensors)
-    return _on_a_gpu(files.config, placement.ep, sizes)
+    return _per_gpu(files.config, deployment.ep, sizes)
 
 
-def _on_a_gpu(config: ModelConfig, ep: int, sizes: Iterable[tuple[TensorSpec, int]]) -> tuple[int, int]:
-    """Bytes of experts and of everything else; embeddings that files repeat count once."""
+def _per_gpu(config: ModelConfig, ep: int, sizes: Iterable[tuple[TensorSpec, int]]) -> tuple[int, int]:
+    """Bytes per GPU of experts, and of all other tensors; repeated embeddings count once."""
     total = experts = 0
     for spec, nbytes in sizes:
         total += 0 if spec.repeat else nbytes
@@ -238,14 +242,14 @@ def _on_a_gpu(config: ModelConfig, ep: int, sizes: Iterable[tuple[TensorSpec, in
 
 
 def _cache_values(config: ModelConfig) -> int:
-    """Of one token in one layer; windows are not taken off."""
+    """Cached values per token and layer; sliding windows are not deducted."""
     if config.kv_lora_rank is not None:
         return config.kv_lora_rank + config.rope_dim
     return 2 * (config.num_key_value_heads or config.num_attention_heads) * config.qk_head_dim
 
 
 def _block(config: ModelConfig, share: int) -> int:
-    """Parameters of the largest block or MTP module, with a GPU's share of the experts."""
+    """Parameters of the largest block or MTP module, with one GPU's share of the experts."""
     sizes: dict[tuple[str, ...], int] = {}
     for name, shape in parameter_shapes(config).items():
         unit = tuple(name.split(".")[:2])
@@ -256,7 +260,7 @@ def _block(config: ModelConfig, share: int) -> int:
 
 
 def _forward_values(config: ModelConfig, ep: int, tokens: int) -> int:
-    """Activations of the widest place of a block for so many tokens a GPU: a MoE layer's routed rows."""
+    """Peak number of activation values in a block for `tokens` per GPU, usually at the routed rows."""
     rows = tokens * config.num_experts_per_tok
     routed = rows * (2 * config.hidden_size + 3 * config.moe_intermediate_size)
     attention = tokens * config.num_attention_heads * config.qk_head_dim * 4

@@ -1,7 +1,7 @@
-"""Which GPU holds which experts, hot ones several times, from recorded loads: replication and placement as in EPLB.
+"""Replication and placement of experts on GPUs from recorded loads, as in EPLB.
 
-L layers, E experts, G GPUs, S slots: the places for an expert that all GPUs have together in one layer, S / G on each.
-The load of an expert is shared evenly among its replicas.
+L layers, E experts, G GPUs, S expert slots: the number of experts that all GPUs together hold per layer, S / G on each.
+The load of an expert is divided evenly among its replicas.
 """
 
 import heapq
@@ -17,16 +17,16 @@ from moe.errors import ConfigError
 
 @dataclass(frozen=True)
 class PlacementReport:
-    """Load of the fullest GPU in each layer, in the unit of the load.
+    """Load of the busiest GPU in each layer, in the unit of the load.
 
     Attributes:
         layers: L names.
         experts, slots, gpus: E, S, G.
-        mean: of the GPUs.
-        before: with the experts in order, E / G on each GPU and no replica; None when G does not divide E.
-        after: with the placement.
-        bound: no placement in S slots is below it: the larger of the mean and of the least load that the hottest
-            replica can have. It may be out of reach.
+        mean: mean load of the GPUs.
+        before: load with the experts in order, E / G on each GPU without replicas; None if G does not divide E.
+        after: load with the placement.
+        bound: lower bound for any placement with S slots: the maximum of the mean and of the smallest possible load of
+            the hottest replica. It may not be attainable.
     """
 
     layers: list[str]
@@ -40,41 +40,43 @@ class PlacementReport:
 
     @property
     def extra_slots_per_gpu(self) -> float:
-        """Memory that the replicas cost: experts' weights on a GPU, per layer, beyond E / G."""
+        """Additional experts per GPU and layer that the replicas need, beyond E / G."""
         return (self.slots - self.experts) / self.gpus
 
     def ratios(self, load: list[float]) -> list[float]:
-        """`before`, `after` or `bound` over the mean: 1 is balance, G the worst. 1 for a layer without load."""
+        """`before`, `after` or `bound` divided by the mean: from 1 (balanced) to G. 1 for a layer without load."""
         return [most / mean if mean else 1.0 for most, mean in zip(load, self.mean, strict=True)]
 
     def overall(self, load: list[float]) -> float:
-        """The same for all layers together: the sum of the fullest GPUs over the sum of the means, because in every
-        layer the other GPUs wait for the fullest one."""
+        """Ratio for all layers together: sum of the busiest GPUs' loads divided by the sum of the means.
+
+        In every layer the other GPUs wait for the busiest one.
+        """
         return math.fsum(load) / math.fsum(self.mean) if any(self.mean) else 1.0
 
     def __str__(self) -> str:
         columns = [self.before, self.after, self.bound]
-        rows = [["fullest GPU / mean", "before", "after", "bound"]]
+        rows = [["busiest GPU / mean", "before", "after", "bound"]]
         shown = [[f"{r:.3f}" for r in self.ratios(c)] if c is not None else ["-"] * len(self.layers) for c in columns]
         rows += [list(row) for row in zip(self.layers, *shown, strict=True)]
         rows.append(["all layers", *(f"{self.overall(c):.3f}" if c is not None else "-" for c in columns)])
         width = max(len(row[0]) for row in rows)
         lines = [f"{name:<{width}}" + "".join(f"{cell:>8}" for cell in cells) for name, *cells in rows]
-        cost = f"{self.slots / self.gpus:g} slots a GPU, {self.extra_slots_per_gpu:g} of them for replicas"
+        cost = f"{self.slots / self.gpus:g} slots per GPU, {self.extra_slots_per_gpu:g} of them for replicas"
         lines.append(f"{self.experts} experts, {self.slots} slots, {self.gpus} GPUs: {cost}")
         if self.before is None:
-            lines.append(f"before: unknown, {self.experts} experts in order do not divide among {self.gpus} GPUs")
+            lines.append(f"before: unknown, because {self.experts} experts are not a multiple of {self.gpus} GPUs")
         return "\n".join(lines)
 
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Experts in slots; GPU g has the slots g S / G up to (g + 1) S / G.
+    """Assignment of experts to slots; GPU g holds slots g S / G to (g + 1) S / G - 1.
 
     Attributes:
-        physical_to_logical: int64 [L, S], the expert in each slot, ascending within a GPU.
-        replicas: int64 [L, E], how many slots an expert has; at least 1.
-        logical_to_physical: int64 [L, E, most replicas], an expert's slots, ascending, then -1.
+        physical_to_logical: int64 [L, S], expert in each slot, ascending within a GPU.
+        replicas: int64 [L, E], number of slots of each expert, at least 1.
+        logical_to_physical: int64 [L, E, maximum of replicas], slots of each expert, ascending, padded with -1.
         gpus: G.
     """
 
@@ -84,10 +86,10 @@ class Placement:
     gpus: int
 
     def gpu_load(self, load: Tensor) -> Tensor:
-        """float64 [L, G] from load [L, E], which need not be the load that decided the placement.
+        """Load of each GPU: float64 [L, G] from any load [L, E].
 
         Raises:
-            ConfigError: a load of another shape, or as in `place`.
+            ConfigError: the load has a different shape, or is invalid as in `place`.
         """
         load = _checked(load)
         if load.shape != self.replicas.shape:
@@ -96,10 +98,10 @@ class Placement:
         return slots.unflatten(1, (self.gpus, -1)).sum(-1)
 
     def report(self, load: Tensor, layers: Sequence[str] | None = None) -> PlacementReport:
-        """What the placement gains for load [L, E]. Layers are called load[0], load[1] ... unless they have names.
+        """Compare the placement with the experts in order for load [L, E]; layers are named load[0], ... by default.
 
         Raises:
-            ConfigError: as `gpu_load`; a number of names other than L.
+            ConfigError: as in `gpu_load`; or the number of names is not L.
         """
         after = self.gpu_load(load).amax(1)
         load = _checked(load)
@@ -117,30 +119,29 @@ class Placement:
 
 
 def place(load: Tensor, *, gpus: int, slots: int, nodes: int = 1, groups: int = 1) -> Placement:
-    """Replicate and place the experts of every layer so that the fullest GPU has little load.
+    """Replicate and place the experts of every layer to minimise the load of the busiest GPU.
 
-    Where nodes divides groups, groups (E / groups experts that follow each other) go whole to nodes, heaviest first to
-    the least loaded node that has room; then each node replicates its experts and packs them to its GPUs. Elsewhere all
-    GPUs count as one node. A further replica goes to the expert with the highest load per replica, the lowest index
-    among equals; packing is again heaviest first (lowest index) to the least loaded GPU (lowest index) that has room.
+    If nodes divides groups, each group of E / groups consecutive experts is placed on one node: heaviest group first,
+    on the least loaded node with room. Each node then replicates its experts and packs them onto its GPUs. Otherwise
+    all GPUs count as one node. The next replica goes to the expert with the highest load per replica. Packing places
+    the heaviest replica first, on the least loaded GPU with room. Ties go to the lowest index.
 
-    Beyond that policy: a GPU gets a second replica of an expert only if the policy with such replicas is better; slots
-    of the fullest GPU and another are swapped while that lowers it; and experts stay in order where all this would be
-    worse. So the fullest GPU of a layer has at most the load that the policy, or the order, would give it.
+    This policy of EPLB is improved in three ways. A GPU holds two replicas of one expert only if that is better. Slots
+    of the busiest GPU and of others are swapped while its load decreases. Experts stay in order if that is better than
+    the result. The load of the busiest GPU is therefore at most that of the policy, and of the experts in order.
 
     Args:
-        load: [L, E], of any real dtype; counts or an average of counts. A layer without load is placed like the others.
+        load: [L, E], of any real dtype: counts, or an average of counts. A layer may be without load.
         gpus: G, a multiple of nodes.
-        slots: S, a multiple of G from E up to E * G / nodes, where every GPU holds all that its node has.
-        nodes: machines with a fast network inside.
-        groups: of the router, a divisor of E.
+        slots: S, a multiple of G from E to E * G / nodes; at the maximum, every GPU holds all experts of its node.
+        nodes: number of nodes.
+        groups: n_group of the router, a divisor of E.
 
     Returns:
-        On the CPU, the same for equal arguments.
+        Tensors on the CPU; deterministic.
 
     Raises:
-        ConfigError: arguments that do not fit each other; a load that is empty, negative or not finite, or whose sum
-            float64 does not hold.
+        ConfigError: the numbers do not fit together; or the load is empty, negative or not finite, or its sum is not.
 
     Source: DeepSeek-V3 (arXiv 2412.19437), section 3.4, and the README of github.com/deepseek-ai/EPLB.
     """
@@ -148,7 +149,7 @@ def place(load: Tensor, *, gpus: int, slots: int, nodes: int = 1, groups: int = 
     experts = load.shape[1]
     for name, value in (("gpus", gpus), ("slots", slots), ("nodes", nodes), ("groups", groups)):
         if type(value) is not int or value < 1:
-            raise ConfigError(name, value, "a whole number from 1 up")
+            raise ConfigError(name, value, "a positive integer")
     if gpus % nodes:
         raise ConfigError("nodes", nodes, f"a divisor of the {gpus} GPUs")
     if experts % groups:
@@ -156,7 +157,7 @@ def place(load: Tensor, *, gpus: int, slots: int, nodes: int = 1, groups: int = 
     if groups % nodes:
         nodes = groups = 1
     if not experts <= slots <= experts * gpus // nodes or slots % gpus:
-        most = f"{experts * gpus // nodes}, beyond which each GPU would hold an expert twice"
+        most = f"{experts * gpus // nodes}, where each GPU holds all experts of its node"
         raise ConfigError("slots", slots, f"a multiple of the {gpus} GPUs from the {experts} experts up to {most}")
     placed = [_place_layer(row, gpus, slots, nodes, groups) for row in load.tolist()]
     physical = torch.tensor([[e for gpu in layer for e in sorted(gpu)] for layer in placed])
@@ -171,7 +172,7 @@ def place(load: Tensor, *, gpus: int, slots: int, nodes: int = 1, groups: int = 
 
 
 def _checked(load: Tensor) -> Tensor:
-    """The load as float64 on the CPU, if it is one."""
+    """Check the load and convert it to float64 on the CPU."""
     if load.dim() != 2 or not load.numel():
         raise ConfigError("load", list(load.shape), "a shape [layers, experts] without 0")
     if load.dtype == torch.bool or load.is_complex():
@@ -182,12 +183,12 @@ def _checked(load: Tensor) -> Tensor:
         layer, expert = wrong[0]
         raise ConfigError(f"load[{layer}][{expert}]", load[layer, expert].item(), "a finite number from 0 up")
     if not load.sum().isfinite():
-        raise ConfigError("load", load.max().item(), "numbers whose sum float64 holds")
+        raise ConfigError("load", load.max().item(), "a finite sum in float64")
     return load
 
 
 def _place_layer(load: list[float], gpus: int, slots: int, nodes: int, groups: int) -> list[list[int]]:
-    """The experts of each GPU."""
+    """Place the experts of one layer; returns those of each GPU."""
     size = len(load) // groups
     members = [range(group * size, (group + 1) * size) for group in range(groups)]
     placed = []
@@ -197,24 +198,25 @@ def _place_layer(load: list[float], gpus: int, slots: int, nodes: int, groups: i
         placed += [[experts[i] for i in gpu] for gpu in local]
     own = len(load) // gpus
     if own * gpus == len(load):
-        # Replicas on the GPU of their expert change nothing: this is the load without a placement.
+        # A replica on the same GPU does not change its load, so this is the load of the experts in order.
         in_order = [[gpu * own + i % own for i in range(slots // gpus)] for gpu in range(gpus)]
-        return min(placed, in_order, key=lambda experts: _fullest(experts, load))
+        return min(placed, in_order, key=lambda experts: _max_load(experts, load))
     return placed
 
 
 def _place_node(load: list[float], gpus: int, slots: int) -> list[list[int]]:
+    """Replicate and place the experts of one node; returns those of each GPU."""
     replicas = _replicate(load, slots, slots)
     share = _share(load, replicas)
     policy = _pack(share, replicas, gpus, apart=False)
     replicas_apart = _replicate(load, slots, gpus)
     share_apart = _share(load, replicas_apart)
     placed = _swap(_pack(share_apart, replicas_apart, gpus, apart=True), share_apart)
-    return placed if _fullest(placed, load) <= _fullest(policy, load) else _swap(policy, share)
+    return placed if _max_load(placed, load) <= _max_load(policy, load) else _swap(policy, share)
 
 
 def _replicate(load: list[float], slots: int, most: int) -> list[int]:
-    """Replicas of each expert, `most` at the most. No other numbers have a smaller largest load per replica."""
+    """Number of replicas of each expert, at most `most`, that minimizes the largest load per replica."""
     replicas = [1] * len(load)
     hottest = [(-value, expert) for expert, value in enumerate(load) if most > 1]
     heapq.heapify(hottest)
@@ -227,11 +229,12 @@ def _replicate(load: list[float], slots: int, most: int) -> list[int]:
 
 
 def _share(load: list[float], replicas: list[int]) -> list[float]:
+    """Load per replica of each expert."""
     return [value / number for value, number in zip(load, replicas, strict=True)]
 
 
 def _pack(share: list[float], replicas: list[int], packs: int, *, apart: bool) -> list[list[int]]:
-    """Equally many items in each pack. `apart`: a pack that has the item already is the last resort."""
+    """Pack the same number of items into each pack; with `apart`, avoid packs that already contain the item."""
     size = sum(replicas) // packs
     packed: list[list[int]] = [[] for _ in range(packs)]
     weight = [0.0] * packs
@@ -246,31 +249,35 @@ def _pack(share: list[float], replicas: list[int], packs: int, *, apart: bool) -
 
 
 def _swap(packed: list[list[int]], share: list[float]) -> list[list[int]]:
-    """Swap an item of the fullest pack with one of another pack, always the pair that leaves the fuller of the two
-    packs lowest, until no swap lowers it. Never puts an item beside its replica."""
+    """Swap items of the heaviest pack with items of other packs until no swap lowers its weight.
+
+    Each swap is the one after which the heavier of the two packs is lightest. An item is never moved to a pack that
+    contains it.
+    """
     item, weight = torch.tensor(packed), torch.tensor(share, dtype=torch.float64)
     held = torch.zeros(len(packed), len(share), dtype=torch.bool).scatter_(1, item, True)
     while True:
         total = weight[item].sum(1)
-        full = int(total.argmax())
-        moved = weight[item[full]][:, None, None] - weight[item]  # [item of the full pack, pack, item of that pack]
-        fuller = torch.maximum(total[full] - moved, total[:, None] + moved)
-        fuller.masked_fill_(held[:, item[full]].T[:, :, None] | held[full, item], torch.inf)
-        best = int(fuller.argmin())
-        # The margin is above the rounding of a sum, so that no two swaps undo each other.
-        if not fuller.flatten()[best] < total[full] * (1 - 1e-9):
+        heaviest = int(total.argmax())
+        # [item of the heaviest pack, pack, item of that pack]
+        moved = weight[item[heaviest]][:, None, None] - weight[item]
+        heavier = torch.maximum(total[heaviest] - moved, total[:, None] + moved)
+        heavier.masked_fill_(held[:, item[heaviest]].T[:, :, None] | held[heaviest, item], torch.inf)
+        best = int(heavier.argmin())
+        # The margin exceeds the rounding error of a sum, so that no two swaps undo each other.
+        if not heavier.flatten()[best] < total[heaviest] * (1 - 1e-9):
             return item.tolist()
         i, rest = divmod(best, item.numel())
         pack, j = divmod(rest, item.shape[1])
-        out, into = int(item[full, i]), int(item[pack, j])
-        item[full, i], item[pack, j] = into, out
-        for changed in (full, pack):
+        out, into = int(item[heaviest, i]), int(item[pack, j])
+        item[heaviest, i], item[pack, j] = into, out
+        for changed in (heaviest, pack):
             held[changed] = False
             held[changed, item[changed]] = True
 
 
-def _fullest(packed: list[list[int]], load: list[float]) -> float:
-    """Load of the fullest GPU."""
+def _max_load(packed: list[list[int]], load: list[float]) -> float:
+    """Load of the busiest GPU."""
     replicas = [0] * len(load)
     for gpu in packed:
         for expert in gpu:

@@ -1,7 +1,7 @@
-"""Training runs whose GPU hours are published, beside what the model says of them.
+"""Published training runs, compared with the cost model.
 
-`fit` finds the one free number, `Rates.matmul_share`, on DeepSeek-V3; the other runs are compared with it as it is.
-What a publication leaves open is assumed, and said in `assumed`.
+`fit` determines the only free parameter, `Rates.matmul_share`, from DeepSeek-V3. The other runs are predicted with it.
+Values that a publication does not state are assumed, and listed in `assumed`.
 """
 
 from dataclasses import dataclass, replace
@@ -14,8 +14,8 @@ from moe.presets import PRESETS
 
 
 @dataclass(frozen=True)
-class Published:
-    """A run: `gpu_hours` for `tokens` tokens, where it stands, and what it does not say."""
+class PublishedRun:
+    """Training run that took `gpu_hours` for `tokens` tokens, with its source and the assumptions made."""
 
     name: str
     run: Run
@@ -27,15 +27,16 @@ class Published:
     assumed: str
 
     def step(self, rates: Rates) -> Step:
+        """Modelled time of a step."""
         return step(self.run, GPUS[self.gpu], rates)
 
     def implied_mfu(self) -> float:
-        """Of the published hours, by the model's FLOPs alone."""
+        """MFU that the published hours imply, by the model's FLOPs."""
         flops = model_flops(self.run.config, self.run.training.sequence) * self.tokens
         return flops / (self.gpu_hours * 3600 * GPUS[self.gpu].bf16 * 1e12)
 
 
-V3 = Published(
+V3 = PublishedRun(
     "DeepSeek-V3",
     Run(
         PRESETS["deepseek_v3"],
@@ -49,10 +50,10 @@ V3 = Published(
     tokens=14.8e12,
     gpu_hours=2.664e6,
     source="arXiv 2412.19437: tables 1 and 2, sections 3.2, 3.3 and 4.2",
-    assumed="one sequence a micro-batch; all-to-all hidden whole, as the report says; the batch at its end",
+    assumed="one sequence per micro-batch; all-to-all fully hidden, as the report says; final batch size",
 )
 OTHERS = (
-    Published(
+    PublishedRun(
         "DeepSeek-V2",
         Run(
             PRESETS["deepseek_v2"],
@@ -66,9 +67,9 @@ OTHERS = (
         tokens=1e12,
         gpu_hours=172.8e3,
         source="arXiv 2405.04434, sections 3.1.2, 3.1.3 and 3.2.3",
-        assumed="1,024 GPUs; one sequence a micro-batch; half of communication hidden",
+        assumed="1,024 GPUs; one sequence per micro-batch; half of communication hidden",
     ),
-    Published(
+    PublishedRun(
         "dots.llm1",
         Run(
             PRESETS["dots_llm1"],
@@ -82,9 +83,9 @@ OTHERS = (
         tokens=11.2e12,
         gpu_hours=1.456e6,
         source="arXiv 2506.05767: 130K GPU hours per trillion tokens",
-        assumed="H800, the mesh, the schedule, 64M tokens a batch; half of communication hidden",
+        assumed="H800, the mesh, the schedule, 64M tokens per batch; half of communication hidden",
     ),
-    Published(
+    PublishedRun(
         "OLMoE-1B-7B",
         Run(
             PRESETS["olmoe_1b_7b"],
@@ -98,17 +99,18 @@ OTHERS = (
         tokens=5.133e12,
         gpu_hours=256 * 10 * 24,
         source="arXiv 2409.02060: 256 H100 for about 10 days, 5.1T tokens",
-        assumed="four sequences a micro-batch, so that a step has one; half of communication hidden",
+        assumed="four sequences per micro-batch, one micro-batch per step; half of communication hidden",
     ),
 )
 
 
-def rates_of(published: Published, matmul_share: float) -> Rates:
+def rates_of(published: PublishedRun, matmul_share: float) -> Rates:
+    """Rates with the overlap of a run."""
     return replace(Rates(), matmul_share=matmul_share, overlap=published.overlap)
 
 
-def fit(published: Published = V3) -> float:
-    """The share of the matmul peak at which the model gives the published hours, by bisection."""
+def fit(published: PublishedRun = V3) -> float:
+    """Find the `matmul_share` with which the model gives the published hours, by bisection."""
     low, high = 0.01, 1.0
     for _ in range(40):
         middle = (low + high) / 2
@@ -119,9 +121,9 @@ def fit(published: Published = V3) -> float:
 
 @dataclass(frozen=True)
 class Comparison:
-    """GPU hours. `hidden` and `exposed`: modelled with all communication hidden, and with none."""
+    """Modelled GPU hours and MFU of a run; `hidden` and `exposed` are hours with all, and no, communication hidden."""
 
-    published: Published
+    published: PublishedRun
     hours: float
     hidden: float
     exposed: float
@@ -129,11 +131,12 @@ class Comparison:
 
     @property
     def error(self) -> float:
-        """Of the modelled hours, as a share of the published ones."""
+        """Relative error of the modelled hours."""
         return self.hours / self.published.gpu_hours - 1
 
 
-def compare(published: Published, matmul_share: float) -> Comparison:
+def compare(published: PublishedRun, matmul_share: float) -> Comparison:
+    """Compare the modelled hours of a run with the published ones."""
     rates = rates_of(published, matmul_share)
     made = published.step(rates)
     hidden, exposed = (

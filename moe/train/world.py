@@ -18,7 +18,7 @@ from moe.train.settings import Settings
 from moe.train.state import save_state
 
 if TYPE_CHECKING:  # importing it takes half a second
-    import moe.parallel.agreement
+    import moe.parallel.shared_errors
 
 
 class World:
@@ -91,11 +91,11 @@ class MeshWorld(World):
         return model
 
     def begin_step(self, number: int) -> None:
-        self.mesh.journal.begin(number)
+        self.mesh.log.set_step(number)
 
     def sum(self, values: Tensor) -> Tensor:
         values = values.to(self.mesh.device)
-        with self.mesh.journal.collective("trainer", "sum of reports"):
+        with self.mesh.log.collective("trainer", "sum of reports"):
             dist.all_reduce(values)
         return values
 
@@ -106,11 +106,11 @@ class MeshWorld(World):
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        with said_once(*MISTAKES), moe.parallel.agreement.raised_by_all(*MISTAKES):
+        with said_once(*MISTAKES), moe.parallel.shared_errors.raise_on_all_ranks(*MISTAKES):
             yield
 
     def clip(self, parameters: Iterable[Tensor], limit: float) -> Tensor:
-        return moe.parallel.clip_grad_norm(parameters, limit, journal=self.mesh.journal)
+        return moe.parallel.clip_grad_norm(parameters, limit, log=self.mesh.log)
 
     def part_like(self, tensor: Tensor, parameter: Tensor) -> Tensor:
         return moe.parallel.part_like(tensor, parameter)

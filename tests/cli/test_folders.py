@@ -20,7 +20,7 @@ from moe.checkpoint.convert import convert, cut
 from moe.checkpoint.format.auxiliary import write_auxiliary
 from moe.cli.options import parse
 from moe.cli.train import Args as TrainArgs
-from moe.planning.footprint import Placement, inference, stored
+from moe.planning.footprint import Deployment, inference, stored
 from tests.support.checkpoint_cases import V3, V3_MTP
 from tests.support.command_line import fails_in_one_line, run
 
@@ -172,7 +172,7 @@ def test_plan_without_files_or_for_others_is_arithmetic(capsys: Any, mixed: Path
     assert facts["stored"]["values"] == stored(V3_MTP, "fp8", (16, 8)).values
     assert (
         facts["inference"]["parts"]["experts"]
-        == inference(V3_MTP, Placement(1, 1, "fp8", 8192, (16, 8))).parts["experts"]
+        == inference(V3_MTP, Deployment(1, 1, "fp8", 8192, (16, 8))).parts["experts"]
     )
     assert "computed from its configuration" in " ".join(run(capsys, "plan", str(tmp_path))[1].split())
     other = planned(capsys, str(mixed), "--dtype", "fp16")

@@ -12,7 +12,7 @@ from moe.cache import Cache
 from moe.counts import count_parameters, parameter_shapes
 from moe.layer import Experts
 from moe.planning.cluster.stages import blocks
-from moe.planning.footprint import Placement, inference, training
+from moe.planning.footprint import Deployment, inference, training
 from moe.router import Router
 from tests.support.any_config import draw
 from tests.support.checkpoint_cases import BY_FAMILY, V3, V3_MTP
@@ -122,9 +122,9 @@ def test_counts_shapes_and_products_of_random_models_are_those_of_their_modules(
             if isinstance(module, Experts):
                 each = (module.gate_up_proj.numel() + module.down_proj.numel()) // config.n_routed_experts
                 products += config.num_experts_per_tok * each
-        assert sum(block.products for block in blocks(config, 8)) == products, config
+        assert sum(block.macs for block in blocks(config, 8)) == products, config
 
-        parts = training(config, Placement(1, 1, "bf16", 1)).parts
+        parts = training(config, Deployment(1, 1, "bf16", 1)).parts
         assert parts["parameters"] == 4 * counts.with_mtp, config
         units = [*model.layers, *model.mtp]
         largest = max(sum(tensor.numel() for tensor in unit.state_dict().values()) for unit in units)
@@ -137,5 +137,5 @@ def test_the_planned_cache_is_the_one_that_a_model_fills(family: str) -> None:
     cache = Cache(config)
     with torch.no_grad():
         moe.Transformer(config).eval()(torch.zeros(2, 3, dtype=torch.int64), cache=cache)
-    planned = inference(config, Placement(1, 1, "bf16", 6)).parts["cache"]
+    planned = inference(config, Deployment(1, 1, "bf16", 6)).parts["cache"]
     assert cache.nbytes == 2 * planned  # fp32 here

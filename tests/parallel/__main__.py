@@ -1,7 +1,7 @@
-"""Runs the cases of `tests.parallel.cases` over gloo: python -m tests.parallel [--ranks N ...] [--long] [--json FILE].
+"""Run the cases of `tests.parallel.cases` over gloo: python -m tests.parallel.
 
-The processes of one size start once and run all its cases. A case that fails on any rank ends that size, because its
-ranks no longer agree on what comes next; what was left is reported as not run.
+For each number of ranks, the processes start once and run all cases. After a case fails on any rank, the remaining
+cases are reported as not run, because the ranks may be out of step.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from tests.parallel.cases import SIZES, Case, Ranks, cases, warnings_are_errors
 
 
 def worker(rank: int, size: int, folder: Path, shared: Path, selected: list[Case]) -> None:
+    """Run cases as one rank; writes the results to `RANK.json` in `folder`."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     dist.init_process_group(
@@ -46,13 +47,13 @@ def worker(rank: int, size: int, folder: Path, shared: Path, selected: list[Case
         results[case.name] = {"failed": None, "seconds": time.perf_counter() - begun}
         (folder / f"{rank}.json").write_text(json.dumps(results))
     (folder / f"{rank}.json").write_text(json.dumps(results))
-    os._exit(0)  # the groups of a failed case cannot be taken down in order
+    os._exit(0)  # the process groups of a failed case cannot be destroyed in order
 
 
 def run_size(
     size: int, shared: Path, *, long: bool = False, only: list[str] | None = None, limit: float = 1800
 ) -> dict[str, Any]:
-    """case name -> {"failed": None or text, "seconds"} over `size` processes."""
+    """Run cases on `size` processes; returns {"failed": text or None, "seconds"} by case name."""
     selected = [case for case in cases(size, long=long) if not only or any(word in case.name for word in only)]
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as temporary:
@@ -74,7 +75,7 @@ def run_size(
         each = [(rank, result[case.name]) for rank, result in enumerate(found) if case.name in result]
         failed = "\n".join(f"rank {rank}: {result['failed']}" for rank, result in each if result["failed"])
         if not failed and len(each) < size:
-            failed = f"not run on {size - len(each)} of {size} ranks: an earlier case failed, or they hung"
+            failed = f"not run on {size - len(each)} of {size} ranks: an earlier case failed, or the ranks hang"
         seconds = max((result["seconds"] for _, result in each), default=0.0)
         results[case.name] = {"failed": failed or None, "seconds": round(seconds, 2)}
     return results
@@ -82,10 +83,10 @@ def run_size(
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.parallel", description=__doc__)
-    parser.add_argument("--ranks", type=int, nargs="+", default=SIZES, help="numbers of processes")
-    parser.add_argument("--long", action="store_true", help="the whole matrix, not what the default suite runs")
-    parser.add_argument("--only", nargs="+", help="cases whose names have one of these in them")
-    parser.add_argument("--json", type=Path, help="write the results here, too, and print no table")
+    parser.add_argument("--ranks", type=int, nargs="+", default=SIZES, help="Numbers of processes; default: 1 2 4 8")
+    parser.add_argument("--long", action="store_true", help="Run all cases, not only those of the default test suite")
+    parser.add_argument("--only", nargs="+", help="Run only cases whose names contain one of these words")
+    parser.add_argument("--json", type=Path, help="Write the results to this file instead of printing them")
     args = parser.parse_args()
     results, wrong = {}, 0
     with tempfile.TemporaryDirectory() as shared:

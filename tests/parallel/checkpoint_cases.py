@@ -1,6 +1,6 @@
-"""Training states and Hugging Face folders of models on meshes, as cases of `tests.parallel`.
+"""Cases of `tests.parallel` for training states and Hugging Face folders of models on meshes.
 
-What needs another number of ranks than its case has, or dies, runs in a process of its own:
+Code that needs a different number of ranks, or is killed, runs in a separate process:
 python -m tests.parallel.checkpoint_cases digests|killed|transformers FOLDER.
 """
 
@@ -69,8 +69,11 @@ def cases(size: int, *, long: bool) -> list[Case]:
     return found
 
 
+_raises = partial(common.refused, kind=CheckpointError)
+
+
 class Run:
-    """A model on a mesh that trains, each rank on its part of a batch that is the same for every mesh."""
+    """Training of a model on a mesh; the global batch is equal for all meshes."""
 
     def __init__(self, mesh: tuple[int, int, int], *, optimizer: Any = "muon", seed: int = 1) -> None:
         ep, shard, replicate = mesh
@@ -95,17 +98,17 @@ class Run:
                 optimizer.zero_grad()
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of them whole: model/..., optimizer/..."""
+        """Gather all tensors of a state: model/..., optimizer/..."""
         return {name: common.whole(tensor) for name, tensor in states._tensors(self.model, self.optimizers).items()}
 
     def here(self) -> dict[str, str]:
-        """Digests of what this rank holds."""
+        """Digests of this rank's parts."""
         tensors: dict[str, Any] = states._tensors(self.model, self.optimizers)
         return digests({n: t.to_local() if isinstance(t, DTensor) else t for n, t in tensors.items()})
 
 
 def digests(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Of each tensor, and of each expert's part of those that stack experts."""
+    """SHA-256 of each tensor; of each expert if it stacks experts."""
     found = {}
     for name, tensor in tensors.items():
         parts = list(tensor) if ".experts." in name and tensor.ndim == 3 else [tensor]
@@ -116,7 +119,7 @@ def digests(tensors: dict[str, Tensor]) -> dict[str, str]:
 
 
 def elsewhere(what: str, folder: Path, ranks: Ranks) -> Any:
-    """What a process of its own, which rank 0 starts, prints as JSON."""
+    """JSON output of a separate process that rank 0 starts."""
     answer: list[Any] = [None]
     if ranks.rank == 0:
         command = [sys.executable, "-m", "tests.parallel.checkpoint_cases", what, str(folder)]
@@ -131,10 +134,10 @@ def elsewhere(what: str, folder: Path, ranks: Ranks) -> Any:
 
 
 def state_across_meshes(ranks: Ranks, meshes: list[tuple[int, int, int]]) -> None:
-    """Saved while training goes on; then loaded on this mesh, others, other numbers of ranks, and on none.
+    """Save while training continues; load on this mesh, on others, on other numbers of ranks, and without a mesh.
 
-    Every expert and moment has the bits it had when `save` was called, and three more steps give those of the unbroken
-    run: bit for bit on its mesh, up to the order of sums in float64 on others.
+    All tensors have the bits they had when `save` was called. Three more steps give the values of the uninterrupted
+    run: bit for bit on its mesh, and up to the order of summation in float64 on others.
     """
     first, *others = meshes
     continued = first, others[-1]
@@ -146,7 +149,7 @@ def state_across_meshes(ranks: Ranks, meshes: list[tuple[int, int, int]]) -> Non
     write = states._Writer.write_data
 
     def late(*args: Any) -> Any:
-        assert go.wait(60)  # until everything has changed
+        assert go.wait(60)  # until all tensors have changed
         return write(*args)
 
     with mock.patch.object(states._Writer, "write_data", late):
@@ -188,7 +191,7 @@ def _load_elsewhere(folder: Path, rank: int, count: int, out: Path) -> None:
     else:
         model = Transformer(common._config(), seed=2).double()
         optimizers = build_optimizers(model, "muon", 0.01, 0.1)
-        assert len(optimizers) == 3  # torch's Muon among them, which a mesh has not
+        assert len(optimizers) == 3  # including torch's Muon, which is not used on a mesh
         with common.warnings_are_errors():
             assert load_latest(folder, model, optimizers) is not None
         found = states._tensors(model, optimizers)
@@ -197,7 +200,7 @@ def _load_elsewhere(folder: Path, rank: int, count: int, out: Path) -> None:
 
 
 def damaged(ranks: Ranks) -> None:
-    """One error on all ranks that says what is wrong, and nothing has changed."""
+    """A damaged state is the same error on all ranks, and changes nothing."""
     good = ranks.folder / "damage" / "good"
     run = Run((2, 2, 1), optimizer="adamw")
     run.steps(0, 1)
@@ -237,7 +240,7 @@ def damaged(ranks: Ranks) -> None:
         "shape": ({"hidden_size": 24}, "adamw", "embed_tokens.weight: shape or dtype"),
         "missing": ({"num_hidden_layers": 4}, "adamw", "missing; expected"),
         "unexpected": ({"num_hidden_layers": 2}, "adamw", "unexpected"),
-        "optimizer": ({}, "muon", "the state of another optimizer than BatchedMuon"),
+        "optimizer": ({}, "muon", "state of an optimizer other than BatchedMuon"),
     }
     for change, optimizer, expected in others.values():
         with mock.patch.dict(common.SMALL, change):
@@ -249,18 +252,15 @@ def damaged(ranks: Ranks) -> None:
 
 def _refused(folder: Path, run: Run, expected: str) -> None:
     before = run.here()
-    try:
-        load_latest(folder, run.model, run.optimizers)
-    except CheckpointError as error:
-        assert expected in str(error) and "\n" not in str(error), f"{folder.name}: {error}"
-    else:
-        raise AssertionError(f"{folder.name}: loaded")
+    _raises(lambda: load_latest(folder, run.model, run.optimizers), expected)
     assert run.here() == before
 
 
 def failed(ranks: Ranks) -> None:
-    """A disk that is full for one rank is an error on all, at the next call; the state before it stays, and the next
-    save goes well. Old states go, and what a killed save has left."""
+    """A full disk on one rank is an error on all ranks at the next call.
+
+    Earlier states stay, and the next save succeeds. Old states, and leftovers of killed saves, are removed.
+    """
     folder = ranks.folder / "failed"
     run = Run((2, 2, 1))
     writer = StateWriter(folder, run.mesh, keep=2)
@@ -273,15 +273,10 @@ def failed(ranks: Ranks) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(self, *args)
 
-    for told in (writer.wait, lambda: writer.save(run.model, run.optimizers, {"step": 3})):
+    for raising in (writer.wait, lambda: writer.save(run.model, run.optimizers, {"step": 3})):
         with mock.patch.object(states._Writer, "write_data", full):
             writer.save(run.model, run.optimizers, {"step": 2})
-            try:
-                told()
-            except CheckpointError as error:
-                assert "step-000002" in str(error) and "rank 1: OSError: [Errno 28] No space" in str(error), error
-            else:
-                raise AssertionError("a failed save was lost")
+            _raises(raising, "step-000002", "rank 1: OSError: [Errno 28] No space")
         assert [path.name for path in saved_steps(folder)] == ["step-000001"]
     for step in (2, 2, 3, 1_000_000):
         writer.save(run.model, run.optimizers, {"step": step})
@@ -296,7 +291,7 @@ def failed(ranks: Ranks) -> None:
     assert load_latest(ranks.folder / "nowhere", run.model, run.optimizers) is None
 
 
-# The rank that is killed, and the function that it does not come back from, or does not begin.
+# The rank that is killed, the function, and the moment.
 KILLS = {
     "before writing": (1, "write_data", "before"),
     "half a file": (1, "write_data", "half"),
@@ -307,12 +302,12 @@ KILLS = {
 
 
 def killed(ranks: Ranks) -> None:
-    """kill -9 of one rank in the middle of its second save: the first is loaded, or the second if it had its name."""
+    """Kill one rank during its second save; the first state is loaded, or the second if it was already renamed."""
     folder = ranks.folder / "killed"
-    told = elsewhere("killed", folder, ranks)
+    codes = elsewhere("killed", folder, ranks)
     for name, (rank, _, _) in KILLS.items():
-        signalled, other = told[name]
-        assert signalled == -signal.SIGKILL and other == 17, (name, rank, told[name])  # the other rank has an error
+        killed_rank, other = codes[name]
+        assert killed_rank == -signal.SIGKILL and other == 17, (name, rank, codes[name])  # 17: an error was raised
         model = Transformer(common._config(), seed=2)
         values = load_latest(folder / name, model, [])
         assert values is not None
@@ -364,7 +359,7 @@ FOLDERS: dict[str, dict[str, Any]] = {
 
 
 class Largest(TorchDispatchMode):
-    """Bytes of the largest tensor that is made, apart from views of what the model holds."""
+    """Bytes of the largest tensor that is created, except views of the model's tensors."""
 
     def __init__(self, model: Transformer) -> None:
         super().__init__()
@@ -384,7 +379,7 @@ def _memory(tensor: Tensor) -> int:
 
 
 def folder(ranks: Ranks, how: str, meshes: list[tuple[int, int, int]]) -> None:
-    """Exported, the bytes of `save`; loaded, the bits of `moe.load`, on every mesh; errors on all ranks."""
+    """On every mesh, `export` writes the bytes of `save`, and `load` gives the bits of `moe.load`."""
     settings = FOLDERS[how]
     config = common._config(**settings.get("config", {}))
     dtype = settings.get("dtype", torch.float32)
@@ -413,7 +408,7 @@ def folder(ranks: Ranks, how: str, meshes: list[tuple[int, int, int]]) -> None:
         out = ranks.folder / f"exported {how} {mesh}"
         with Largest(model) as largest:
             export(model, out, **shards)
-        # Nothing was put together but tensors of the files, one at a time (and messages of a few hundred bytes).
+        # Only one tensor of the files at a time was assembled (and messages of a few hundred bytes).
         assert largest.bytes <= biggest, (largest.bytes, biggest)
         if ranks.rank == 0:
             names = sorted(path.name for path in whole.iterdir())
@@ -434,7 +429,7 @@ def folder(ranks: Ranks, how: str, meshes: list[tuple[int, int, int]]) -> None:
 
 
 def _other_layouts(ranks: Ranks, whole: Path) -> None:
-    """Quantised tensors, and all experts of a layer in one, where ranks hold some rows of each expert."""
+    """Quantised and stacked tensors, with ranks that hold some rows of each expert."""
     there = make_mesh(ep=2)
     for name, settings in {"fp8": {"dtype": "fp8", "block_size": (4, 4)}, "stacked": {"table": "stacked"}}.items():
         source, again, out = (ranks.folder / f"{what} {name}" for what in ("converted", "saved", "exported"))
@@ -451,7 +446,7 @@ def _other_layouts(ranks: Ranks, whole: Path) -> None:
 
 
 def _on_the_hub(ranks: Ranks, whole: Path) -> None:
-    """A name and a revision mean what they mean to `moe.load`; another revision is there, of another dtype."""
+    """A name and a revision select what `moe.load` selects; other revisions have another dtype."""
     there, repository = make_mesh(), ranks.folder / f"hub of {ranks.size}" / "models--org--model"
     if ranks.rank == 0:
         (repository / "refs").mkdir(parents=True)
@@ -471,7 +466,7 @@ def _on_the_hub(ranks: Ranks, whole: Path) -> None:
 
 
 def _errors(ranks: Ranks, whole: Path, model: Transformer) -> None:
-    """What one rank alone can see."""
+    """Errors of a single rank are raised on all."""
     there = make_mesh()
     parallelize(model, there)
     _raises(lambda: export(model, whole / "config.json"), "not a folder")
@@ -479,17 +474,8 @@ def _errors(ranks: Ranks, whole: Path, model: Transformer) -> None:
         _raises(lambda: load(whole, there), "OSError: bad sector")
 
 
-def _raises(call: Callable[[], object], expected: str) -> None:
-    try:
-        call()
-    except CheckpointError as error:
-        assert expected in str(error), error
-    else:
-        raise AssertionError(f"no error: {expected}")
-
-
 def in_transformers(ranks: Ranks) -> None:
-    """Every expert in transformers' model of an exported folder has the bits it has here."""
+    """transformers loads the experts of an exported folder bit for bit."""
     run = Run((2, 4, 1))
     run.model.float()
     out = ranks.folder / "for transformers"
@@ -526,7 +512,7 @@ def main(what: str, folder: Path) -> None:
 
 
 def _fork(calls: list[tuple[Any, ...]]) -> list[int | None]:
-    """Calls, each in a process, and how they ended."""
+    """Run each call in a process; returns the exit codes."""
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=function, args=args) for function, *args in calls]
     for process in processes:

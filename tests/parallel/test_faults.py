@@ -1,4 +1,4 @@
-"""Ranks that fail: what the others are told. The whole matrix of kinds and points: `python -m tests.faults`."""
+"""Errors of the other ranks when one fails. `python -m tests.faults` runs all kinds of faults at all collectives."""
 
 import json
 import os
@@ -12,8 +12,8 @@ import pytest
 
 from moe.errors import ParallelError
 from moe.parallel import start
-from moe.parallel.inquest import Account, find_culprit
-from moe.parallel.journal import Entry, Journal
+from moe.parallel.collective_log import CollectiveLog, Entry
+from moe.parallel.diagnosis import RankReport, diagnose
 from tests.faults import FEW
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 @cache
 def outcomes(file: Path) -> list[dict[str, Any]]:
-    # A process of its own: threads that a process has started do not survive its forks.
+    # In a separate process, because threads of this one would not survive its forks.
     command = [sys.executable, "-m", "tests.faults", "--few", "--timeout", "4", "--json", str(file)]
     subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, check=False)
     return json.loads(file.read_text())
@@ -30,87 +30,97 @@ def outcomes(file: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("i", range(len(FEW)), ids=[f"{kind} at {point}" for kind, point in FEW])
 def test_every_survivor_names_rank_step_layer_and_operation(i: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     outcome = outcomes(tmp_path_factory.getbasetemp() / "faults.json")[i]
-    told = outcome["messages"]
-    assert (outcome["rank"], outcome["operation"], outcome["survivors"]) == (3, 3, 3), told
-    assert outcome["seconds"] < 30 and not outcome["stepped"], told
-    assert all(message.isprintable() for message in told), told
+    messages = outcome["messages"]
+    assert (outcome["rank"], outcome["operation"], outcome["survivors"]) == (3, 3, 3), messages
+    assert outcome["seconds"] < 30 and not outcome["stepped"], messages
+    assert all(message.isprintable() for message in messages), messages
 
 
-# The collectives of a step; `number` counts from 1 over all steps.
+# The collectives of a step; sequence numbers count from 1 over all steps.
 OPERATIONS = ("gather", "counts", "rows", "results")
 
 
 def did(*operations: str, step: int = 1) -> tuple[Entry, ...]:
-    """A whole step, and then these."""
+    """Entries of a complete step, followed by these operations."""
     names = [(0, name) for name in OPERATIONS] + [(step, name) for name in operations]
     return tuple(Entry(i, at, "mlp", name) for i, (at, name) in enumerate(names, 1))
 
 
-def account(*operations: str, **more: Any) -> Account:
+def report(*operations: str, **more: Any) -> RankReport:
     entries = did(*operations)
     waiting = more.get("state", "failed") == "failed"
-    return Account(**({"state": "failed", "waiting": waiting, "count": len(entries), "entries": entries} | more))
+    return RankReport(**({"state": "failed", "waiting": waiting, "count": len(entries), "entries": entries} | more))
 
 
-WAITS = account("gather", "counts", "rows", error="Connection closed by peer")
-LATER = account("gather", "counts", "rows", "results", error="Connection closed by peer")
-TOLD = account("gather", waiting=False, error="another rank has failed")
-BEFORE = account("gather", "counts", state="running")
+WAITS = report("gather", "counts", "rows", error="Connection closed by peer")
+LATER = report("gather", "counts", "rows", "results", error="Connection closed by peer")
+TOLD = report("gather", waiting=False, error="another rank has failed")
+BEFORE = report("gather", "counts", state="running")
 
 
 @pytest.mark.parametrize(
-    ("accounts", "rank", "operation", "words"),
+    ("reports", "rank", "operation", "words"),
     [
-        # The place is the earliest collective that somebody waits in, whatever the culprit wrote last.
-        ([WAITS, LATER, account("gather", state="running", silent=5.0)], 2, "rows", "no sign of life for 5 s"),
-        ([account("gather", silent=4.0, state="running"), TOLD, WAITS], 0, "rows", "no sign of life"),
+        # The place is the earliest collective in which a rank waits, whatever the failed rank last reported.
+        ([WAITS, LATER, report("gather", state="running", overdue=5.0)], 2, "rows", "sent no heartbeat for 5 s"),
+        ([report("gather", overdue=4.0, state="running"), TOLD, WAITS], 0, "rows", "sent no heartbeat"),
         (
-            [account(silent=4.0, state="running"), account(silent=4.0, state="running"), WAITS],
+            [report(overdue=4.0, state="running"), report(overdue=4.0, state="running"), WAITS],
             0,
             "rows",
-            "so did rank 1",
+            "(also rank 1)",
         ),
-        ([WAITS, account("gather", own=True, waiting=False, error="ValueError: x"), TOLD], 1, "rows", "ValueError: x"),
-        # Of two that failed on their own, the first.
+        ([WAITS, report("gather", own=True, waiting=False, error="ValueError: x"), TOLD], 1, "rows", "ValueError: x"),
+        # If two ranks failed independently, the first.
         (
-            [account(own=True, waiting=False, error="second", time=2.0), account(own=True, error="first", time=1.0)],
+            [report(own=True, waiting=False, error="second", time=2.0), report(own=True, error="first", time=1.0)],
             1,
             "results",
             "first",
         ),
-        ([account("gather", "counts", state="left"), WAITS, LATER], 0, "rows", "left the run"),
-        ([WAITS, WAITS, BEFORE], 2, "rows", "has not come, and is alive: still after step 1, mlp, counts"),
-        # Two against one, and, where there are but two, what came next the last time.
-        ([WAITS, account("gather", "counts", "results"), WAITS], 1, "rows", "came to step 1, mlp, results"),
-        ([account("gather", "counts", "results"), WAITS], 0, "rows", "skipped this"),
-        ([WAITS, account("gather", "counts", "results")], 1, "rows", "skipped this"),
-        ([WAITS, account("gather", "counts", "rows", blamed=0, error="sends 3 rows")], 0, "rows", "sends 3 rows"),
-        ([WAITS, LATER], 0, "rows", "no rank answers for"),
+        ([report("gather", "counts", state="left"), WAITS, LATER], 0, "rows", "has left the job"),
+        (
+            [WAITS, WAITS, BEFORE],
+            2,
+            "rows",
+            "is alive but has not joined this collective; its last collective was step 1, mlp, counts",
+        ),
+        # The majority is right; of two ranks, the one that did the same as in the step before.
+        (
+            [WAITS, report("gather", "counts", "results"), WAITS],
+            1,
+            "rows",
+            "skipped this collective and started step 1, mlp, results",
+        ),
+        ([report("gather", "counts", "results"), WAITS], 0, "rows", "skipped this collective"),
+        ([WAITS, report("gather", "counts", "results")], 1, "rows", "skipped this collective"),
+        ([WAITS, report("gather", "counts", "rows", failed_rank=0, error="sends 3 rows")], 0, "rows", "sends 3 rows"),
+        ([WAITS, LATER], 0, "rows", "that no rank caused"),
     ],
 )
-def test_whose_fault(accounts: list[Account], rank: int, operation: str, words: str) -> None:
-    found = find_culprit(dict(enumerate(accounts)), len(accounts))
+def test_diagnosis(reports: list[RankReport], rank: int, operation: str, words: str) -> None:
+    found = diagnose(dict(enumerate(reports)), len(reports))
     assert (found.rank, found.operation) == (rank, operation), found
     assert words in str(found) and str(found).startswith(f"rank {rank}, step ")
 
 
-def test_a_rank_that_never_came() -> None:
-    found = find_culprit({0: WAITS, 2: WAITS}, 3)
+def test_a_rank_that_never_started() -> None:
+    found = diagnose({0: WAITS, 2: WAITS}, 3)
     assert found.rank == 1 and "has not started" in str(found)
 
 
-def test_accounts_travel_as_text() -> None:
-    assert Account.load(WAITS.dump()) == WAITS
+def test_reports_are_sent_as_text() -> None:
+    assert RankReport.load(WAITS.dump()) == WAITS
 
 
-def test_a_journal_keeps_count_and_digest() -> None:
-    one, other = Journal(0), Journal(1)
-    for journal in (one, other):
-        journal.note("mlp", "rows")
-        journal.note("mlp", "results", 7)
+def test_the_log_counts_and_digests_its_entries() -> None:
+    one, other = CollectiveLog(0), CollectiveLog(1)
+    for log in (one, other):
+        log.record("mlp", "rows")
+        log.record("mlp", "results", 7)
     assert (one.count, one.digest) == (other.count, other.digest)
-    one.note("loss", "sum of counts", 3)
-    other.note("loss", "sum of counts", 4)
+    one.record("loss", "sum of counts", 3)
+    other.record("loss", "sum of counts", 4)
     assert one.count == other.count and one.digest != other.digest
 
 
@@ -120,13 +130,13 @@ def test_start_needs_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
-def test_a_run_without_a_fault_says_nothing_and_leaves_no_thread(tmp_path: Path) -> None:
+def test_a_run_without_a_fault_prints_nothing_and_leaves_no_thread(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(
         "import threading, torch, torch.distributed as dist\n"
         "from moe.parallel import start\n"
-        "with start(timeout=20, device='cpu') as watch:\n"
-        "    with watch.journal.collective('here', 'sum', size=1):\n"
+        "with start(timeout=20, device='cpu') as job:\n"
+        "    with job.log.collective('here', 'sum', size=1):\n"
         "        dist.all_reduce(torch.ones(1))\n"
         "assert not dist.is_initialized()\n"
         "assert [t.name for t in threading.enumerate()] == ['MainThread'], threading.enumerate()\n"

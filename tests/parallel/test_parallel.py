@@ -1,4 +1,4 @@
-"""Several processes over gloo against one, see `tests.parallel.cases`; all of it: `python -m tests.parallel --long`."""
+"""Several processes compared with one, see `tests.parallel.cases`; all cases: `python -m tests.parallel --long`."""
 
 import json
 import os
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @cache
 def results(file: Path) -> dict[str, Any]:
-    # A process of its own: threads that a process has started do not survive its forks.
+    # In a separate process, because threads of this one would not survive its forks.
     command = [sys.executable, "-m", "tests.parallel", "--json", str(file)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-5000:]

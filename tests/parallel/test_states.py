@@ -1,4 +1,4 @@
-"""The pickle in a saved state: only what belongs there, whatever release of Python has written it."""
+"""The unpickler of saved states accepts only their classes, pickled by any Python version."""
 
 import io
 import os
@@ -35,7 +35,7 @@ def read(value: Any) -> Any:
     [By(getattr, _MEM_FORMAT_ENCODING, MEMBER.name), By(_MEM_FORMAT_ENCODING, MEMBER.value), MEMBER],
     ids=["by name", "by value", "as here"],
 )
-def test_the_member_of_an_enumeration(pickled: Any) -> None:
+def test_enum_members_are_accepted(pickled: Any) -> None:
     assert read(pickled) is MEMBER
 
 
@@ -49,6 +49,6 @@ def test_the_member_of_an_enumeration(pickled: Any) -> None:
     ],
     ids=["system", "attribute of the class", "attribute of a string", "chain"],
 )
-def test_nothing_else_is_called(pickled: Any) -> None:
-    with pytest.raises(pickle.UnpicklingError, match="does not belong into a state"):
+def test_other_calls_are_rejected(pickled: Any) -> None:
+    with pytest.raises(pickle.UnpicklingError, match="does not belong in a training state"):
         read(pickled)

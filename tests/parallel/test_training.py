@@ -1,4 +1,4 @@
-"""`torchrun -m moe train`: the recipe of one process, on several; states that any number of them resumes from."""
+"""`torchrun -m moe train` on several processes trains like one, and any number of them can resume it."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from moe.cli import main
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8
-# AdamW: Muon's products are in bf16, which makes of a last bit of the gradient one of the update's eight.
+# AdamW, because the bf16 products of Muon amplify rounding differences of the gradient.
 OPTIONS = ["--steps", STEPS, "--batch-size", 4, "--seq-length", 32, "--eval-every", 4, "--save-every", 2, "--keep", 9]
 OPTIONS += ["--optimizer", "adamw", "--document-mask"]
 MOE, ONE_NODE = ("-m", "moe"), ("--standalone",)
@@ -38,7 +38,7 @@ def arguments(text: Path, out: Path, *more: Any) -> list[str]:
     return ["train", "--preset", "tiny", "--data", str(text), *map(str, OPTIONS), "--out", str(out), *map(str, more)]
 
 
-# `python -m moe`, of which the last rank is killed once, when it has taken its third step.
+# `python -m moe`, whose last rank is killed once, after its third step.
 KILLED = """
 import os, signal, sys
 from moe.cli import main
@@ -58,8 +58,8 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-# Put before a program: the first process of each node prints to stderr after torchrun has seen that the others exited.
-# Its line is lost if torchrun ends it for one of their statuses.
+# Prefix of a program that delays stderr of the first process of each node until torchrun has seen the others exit. Its
+# line is lost if torchrun then ends it because of their status.
 LATE = """
 import os, sys, time
 
@@ -89,7 +89,7 @@ def torchrun(
 ) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", *nodes, "--nproc-per-node", str(ranks), *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error", "CUDA_VISIBLE_DEVICES": ""}
-    # The launcher's own warnings are not ours.
+    # Ignore warnings of the launcher itself.
     command = [command[0], "-W", "ignore", *command[1:]]
     return subprocess.Popen(
         [*command, *program, *argv],
@@ -104,7 +104,7 @@ def torchrun(
 def finish(process: subprocess.Popen[str], status: int = 0) -> str:
     out, err = process.communicate(timeout=240)
     assert (process.returncode == 0) == (status == 0), err[-6000:]
-    if status:  # torchrun's own is 1; the first failure comes last, after those of processes that torchrun has ended
+    if status:  # torchrun exits with 1; it reports the first failure last
         assert re.findall(r"exitcode  : (-?\d+)", err)[-1] == str(status), err[-6000:]
     return out + err
 
@@ -115,7 +115,7 @@ def records(out: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def alone(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of one process, whole."""
+    """Uninterrupted run of one process."""
     out = tmp_path_factory.mktemp("alone") / "run"
     command = [sys.executable, "-m", "moe", *arguments(text, out)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -123,7 +123,7 @@ def alone(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_same_run(found: Path, expected: Path) -> None:
-    """Sums in another order, over some steps, in float32."""
+    """Compare runs, up to the order of summation in float32 over some steps."""
     for one, other in zip(records(found), records(expected), strict=True):
         assert one["kind"] == other["kind"] and one["step"] == other["step"]
         for name in {"ce", "mtp", "balance", "nats_per_token", "lr", "grad_norm"} & (one.keys() | other.keys()):
@@ -133,8 +133,8 @@ def assert_same_run(found: Path, expected: Path) -> None:
     models = [moe.load(folder / "checkpoint") for folder in (found, expected)]
     start = moe.Transformer(models[1].config, seed=0)
     for (name, one), (_, other) in zip(*(model.state_dict().items() for model in models), strict=True):
-        way = (other - start.state_dict()[name]).norm()
-        assert (one - other).norm() <= 0.02 * way, name
+        distance = (other - start.state_dict()[name]).norm()
+        assert (one - other).norm() <= 0.02 * distance, name
 
 
 def test_ranks_train_as_one_process_and_another_number_resumes(text: Path, alone: Path, tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_ranks_train_as_one_process_and_another_number_resumes(text: Path, alone
     assert_same_run(out, alone)
     assert json.loads((out / "summary.json").read_text())["sample"]["text"]
 
-    # From its states one process goes on, from that one's two more, cut another way.
+    # One process resumes from these states, and two processes with other shards from those of the one.
     for folder in sorted((out / "states").iterdir())[1:]:
         subprocess.run(["rm", "-r", str(folder)], check=True)
     assert main(arguments(text, out, "--resume")) == 0
@@ -155,7 +155,7 @@ def test_ranks_train_as_one_process_and_another_number_resumes(text: Path, alone
     assert_same_run(out, alone)
 
 
-def test_a_killed_rank_is_started_again_and_the_curve_goes_on(text: Path, alone: Path, tmp_path: Path) -> None:
+def test_a_killed_rank_is_restarted_and_the_run_resumes(text: Path, alone: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     program = tmp_path / "killed.py"
     program.write_text(KILLED)
@@ -170,13 +170,13 @@ def test_a_killed_rank_is_started_again_and_the_curve_goes_on(text: Path, alone:
     [
         (("--batch-size", 3), "--batch-size = 3: expected a multiple of the 2 ranks"),
         (("--ep", 3), "ep = 3: expected a divisor of the 2 ranks"),
-        (("--dp-shard", 4), "dp_replicate 1 x dp_shard 4 = 4 ranks, but there are 2"),
+        (("--dp-shard", 4), "dp_replicate x dp_shard = 1 x 4: expected 2, the number of ranks"),
         (("--resume",), "expected the folder of a run"),
         (("--optimizer", "sgd"), "'sgd': expected"),
         (("--device", "cuda"), "expected a GPU for each of the 2 processes on this node"),
     ],
 )
-def test_mistakes_are_said_once(more: tuple[Any, ...], expected: str, text: Path, tmp_path: Path) -> None:
+def test_errors_are_printed_once(more: tuple[Any, ...], expected: str, text: Path, tmp_path: Path) -> None:
     out, program = tmp_path / "run", tmp_path / "late.py"
     program.write_text(LATE + "from moe.cli import main\nsys.exit(main(sys.argv[1:]))\n")
     said = finish(torchrun(2, arguments(text, out, *more), program=(str(program),)), status=2)
@@ -189,7 +189,7 @@ def test_mistakes_are_said_once(more: tuple[Any, ...], expected: str, text: Path
     ("more", "expected"),
     [(("--optimizer", "sgd"), "'sgd': expected"), (("--batch-size", 6), "--batch-size = 6: expected a multiple")],
 )
-def test_mistakes_are_said_once_on_each_node(more: tuple[Any, ...], expected: str, text: Path, tmp_path: Path) -> None:
+def test_errors_are_printed_once_on_each_node(more: tuple[Any, ...], expected: str, text: Path, tmp_path: Path) -> None:
     out, program = tmp_path / "run", tmp_path / "late.py"
     program.write_text(LATE + "from moe.cli import main\nsys.exit(main(sys.argv[1:]))\n")
     with socket.socket() as free:
@@ -203,7 +203,7 @@ def test_mistakes_are_said_once_on_each_node(more: tuple[Any, ...], expected: st
         assert said.count(expected) == 1, said
 
 
-def test_an_interrupted_run_says_once_how_to_go_on(text: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_prints_once_how_to_resume(text: Path, tmp_path: Path) -> None:
     out, program = tmp_path / "run", tmp_path / "stopped.py"
     program.write_text(LATE + KILLED.replace("SIGKILL", "SIGTERM"))
     options = arguments(text, out, "--ep", 2, "--json")
@@ -217,5 +217,5 @@ def test_ranks_without_torchrun_are_refused(text: Path, tmp_path: Path, capsys: 
     assert "--ep = 2" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
-def test_torch_has_no_say_in_the_parent() -> None:
+def test_this_process_has_no_process_group() -> None:
     assert not torch.distributed.is_initialized()

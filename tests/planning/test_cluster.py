@@ -1,4 +1,4 @@
-"""A training run on a cluster: each formula beside enumeration, sampling or sums made by hand, and published runs."""
+"""Cost model of a training run: formulae compared with enumeration, sampling, results by hand and published runs."""
 
 import dataclasses
 import itertools
@@ -23,16 +23,16 @@ from moe.planning.cluster.memory import in_flight, memory
 from moe.planning.cluster.settings import Mesh, Rates, Run, Training
 from moe.planning.cluster.stages import _divide, blocks, mean_context, model_flops, ranks
 from moe.planning.cluster.step import collective_seconds, step
-from moe.planning.cluster.traffic import Traffic, destinations, payload, reached, traffic
+from moe.planning.cluster.traffic import Traffic, copy_bytes, expected_destinations, reach_probability, traffic
 from moe.planning.published import OTHERS, V3, compare, fit
 from tests.support.checkpoint_cases import V3 as SMALL
 
-# DeepSeek-V3's tensors, from the shapes in its report.
+# Tensors of DeepSeek-V3, by the shapes in its report.
 WIDTH, EXPERT = 7168, 3 * 7168 * 2048
 MLA = WIDTH * 1536 + 1536 * 128 * 192 + WIDTH * 576 + 512 * 128 * 256 + 128 * 128 * WIDTH
-AGAIN = 1536 * 128 * 192 + 512 * 128 * 256  # its up-projections
+UP_PROJECTIONS = 1536 * 128 * 192 + 512 * 128 * 256
 GATE, HEAD = 256 * WIDTH, 129_280 * WIDTH
-ATTENTION = 128 * (192 + 128) * 2048.5  # multiply-adds of a token; causal, so half of 4,096 and its own
+ATTENTION = 128 * (192 + 128) * 2048.5  # multiply-adds of a token; causal: half of 4,096, and itself
 BF16, FP8 = 989.4e12, 1978.9e12
 SHARE = Rates().matmul_share
 
@@ -43,8 +43,8 @@ def routed(experts: int, groups: int, opened: int, top: int) -> ModelConfig:
 
 
 @pytest.mark.parametrize(("groups", "opened", "top"), [(1, 1, 3), (4, 2, 3), (4, 3, 1), (2, 1, 4), (4, 4, 8)])
-def test_what_a_token_reaches_is_counted(groups: int, opened: int, top: int) -> None:
-    """Every way to open groups and to choose experts in them, one by one, for every range: aligned or not."""
+def test_reach_probability_by_enumeration(groups: int, opened: int, top: int) -> None:
+    """Enumerate all selections of groups and of experts in them, for every range of experts."""
     config, size = routed(8, groups, opened, top), 8 // groups
     chosen = [
         set(experts)
@@ -54,20 +54,20 @@ def test_what_a_token_reaches_is_counted(groups: int, opened: int, top: int) -> 
     for first in range(8):
         for count in range(1, 9 - first):
             hits = sum(bool(experts & set(range(first, first + count))) for experts in chosen)
-            assert reached(config, first, count) == pytest.approx(hits / len(chosen), abs=1e-12)
+            assert reach_probability(config, first, count) == pytest.approx(hits / len(chosen), abs=1e-12)
 
 
 def test_deepseek_v3_reaches() -> None:
-    """EP 64: 4 experts a rank, 32 a node, which is a group. Half the groups are open: 32 ranks, 128 experts."""
+    """EP 64: 4 experts per rank, 32 per node, which is a group. Half of the groups: 32 ranks, 128 experts."""
     config = moe.preset("deepseek_v3")
     by_hand = 32 * (1 - math.comb(124, 8) / math.comb(128, 8))
-    assert destinations(config, 64) == pytest.approx(by_hand) == pytest.approx(7.36, abs=0.01)
-    assert destinations(config, 8) == pytest.approx(4 * (1 - math.comb(96, 8) / math.comb(128, 8)))
-    assert destinations(config, 1) == 1 and destinations(config, 256) == pytest.approx(8)
+    assert expected_destinations(config, 64) == pytest.approx(by_hand) == pytest.approx(7.36, abs=0.01)
+    assert expected_destinations(config, 8) == pytest.approx(4 * (1 - math.comb(96, 8) / math.comb(128, 8)))
+    assert expected_destinations(config, 1) == 1 and expected_destinations(config, 256) == pytest.approx(8)
 
 
 def test_routing_by_independent_scores_reaches_a_little_more() -> None:
-    """The figures in `traffic`, from the router's own operation."""
+    """Values in the docstring of `traffic`, measured with the router's op."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(10_000, 256, generator=generator)
     kinds: dict[str, Any] = {"scoring_func": "sigmoid", "n_group": 8, "topk_group": 4}
@@ -79,7 +79,7 @@ def test_routing_by_independent_scores_reaches_a_little_more() -> None:
 
 @pytest.mark.parametrize(("ep", "node"), [(16, 8), (16, 4), (8, 8), (4, 8), (2, 1), (1, 8)])
 def test_copies_are_those_of_sampled_tokens(ep: int, node: int) -> None:
-    """Tokens of random ranks with random experts, each copy followed to where it goes."""
+    """Sample tokens of random ranks with random experts, and count the copies of each."""
     config = routed(16, 4, 2, 3)
     rng, tokens, width = random.Random(0), 20_000, min(ep, node)
     moved = {"node": [0, 0], "rank": [0, 0]}
@@ -99,14 +99,14 @@ def test_copies_are_those_of_sampled_tokens(ep: int, node: int) -> None:
 
 
 def test_bytes_of_deepseek_v3() -> None:
-    assert payload(7168, "fp8") == 7168 + 56 * 4 and payload(7168, "bf16") == 14_336
-    assert payload(100, "fp8") == 104  # a scale for a block that is not full
+    assert copy_bytes(7168, "fp8") == 7168 + 56 * 4 and copy_bytes(7168, "bf16") == 14_336
+    assert copy_bytes(100, "fp8") == 104  # a partial block has a scale too
     found = traffic(V3.run.config, V3.run.mesh, V3.run.training)
     assert (found.dispatch_bytes, found.combine_bytes) == (7392, 14_336)
     ranks_reached = 32 * (1 - math.comb(124, 8) / math.comb(128, 8))
     nodes_reached = 4 * (1 - math.comb(96, 8) / math.comb(128, 8))
-    assert found.nvlink == pytest.approx(ranks_reached * 7 / 8)  # one in eight is where the copy arrives
-    assert found.network == pytest.approx(nodes_reached * 7 / 8)  # one in eight is home
+    assert found.nvlink == pytest.approx(ranks_reached * 7 / 8)  # one in eight is the rank that receives the copy
+    assert found.network == pytest.approx(nodes_reached * 7 / 8)  # one in eight is the token's own node
 
 
 def test_an_all_to_all_is_alpha_and_bytes_over_beta() -> None:
@@ -122,7 +122,7 @@ def test_a_collective_takes_the_slower_link() -> None:
     rates = Rates(link_share=1)
     h100 = GPUS["h100"]
     assert collective_seconds(450e9, 8, 8, h100, rates) == pytest.approx(7 / 8)  # one node: NVLink alone
-    assert collective_seconds(50e9, 4, 1, h100, rates) == pytest.approx(3 / 4)  # a rank a node: network alone
+    assert collective_seconds(50e9, 4, 1, h100, rates) == pytest.approx(3 / 4)  # one rank per node: network alone
     assert collective_seconds(400e9, 256, 8, h100, rates) == pytest.approx(31 / 32)  # eight adapters share it
     assert collective_seconds(1e9, 1, 1, h100, rates) == 0
 
@@ -138,8 +138,8 @@ def test_flops_of_deepseek_v3_by_hand() -> None:
     products = 3 * (MLA + 3 * WIDTH * 18_432) + 58 * sparse + HEAD
     config = moe.preset("deepseek_v3")
     one = dataclasses.replace(config, num_nextn_predict_layers=0)
-    assert sum(block.products for block in blocks(one, 4096)) == products
-    # What is quoted as 37B activated, without norms and correction biases, which multiply nothing.
+    assert sum(block.macs for block in blocks(one, 4096)) == products
+    # The 37B activated parameters, without norms and correction biases, which have no multiply-adds.
     small = 61 * (1536 + 512 + 2 * WIDTH) + WIDTH + 58 * 256
     assert products == count_parameters(config).activated_without_embedding - small
     products += 2 * WIDTH * WIDTH + sparse + HEAD  # the MTP module
@@ -148,14 +148,14 @@ def test_flops_of_deepseek_v3_by_hand() -> None:
 
 def test_windows_shorten_attention() -> None:
     found = blocks(moe.preset("gpt_oss_20b"), 4096)
-    assert found[1].attention == 64 * 128 * 2048.5
-    assert found[0].attention == pytest.approx(64 * 128 * (128 * 129 / 2 + 3968 * 128) / 4096)
+    assert found[1].attention_macs == 64 * 128 * 2048.5
+    assert found[0].attention_macs == pytest.approx(64 * 128 * (128 * 129 / 2 + 3968 * 128) / 4096)
 
 
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("costs", [(3, 3, 3, 3, 3, 3, 9), (1, 5, 2, 2, 7, 1, 1, 4), (1, 1, 1, 1, 50), (8, 1, 1, 1)])
-def test_blocks_are_divided_as_evenly_as_they_go(costs: tuple[int, ...], folded: bool) -> None:
-    """Beside every division there is."""
+def test_blocks_are_divided_evenly(costs: tuple[int, ...], folded: bool) -> None:
+    """Compare with all possible divisions."""
     n = len(costs)
 
     def squares(cuts: Sequence[int]) -> int:
@@ -178,8 +178,8 @@ def test_a_step_of_deepseek_v3_by_hand() -> None:
     """The slowest rank has nine blocks with experts in its two stages; all communication is hidden."""
     found = step(V3.run, GPUS["h800"], Rates(overlap=1.0))
     assert max(len(rank.blocks) for rank in ranks(V3.run, 0.5)) == 9
-    products = (6 * (MLA + 9 * EXPERT) + 2 * AGAIN) / FP8 + 6 * GATE / BF16
-    token = 9 * (products / SHARE + 2 * 3.5 * ATTENTION / BF16 / 0.5) / 2  # half the tokens pass each stage
+    products = (6 * (MLA + 9 * EXPERT) + 2 * UP_PROJECTIONS) / FP8 + 6 * GATE / BF16
+    token = 9 * (products / SHARE + 2 * 3.5 * ATTENTION / BF16 / 0.5) / 2  # each stage processes half the tokens
     compute = token * 15_360 * 4096 / 128
     assert found.parts["compute"] == pytest.approx(compute, rel=1e-4)
     assert found.parts["bubble"] == pytest.approx(compute / 120 * 7 * 2 / 3, rel=1e-4)
@@ -188,7 +188,7 @@ def test_a_step_of_deepseek_v3_by_hand() -> None:
     sent = traffic(V3.run.config, V3.run.mesh, V3.run.training)
     slower = max(sent.nvlink / 200e9, sent.network / 50e9) / 0.8
     exchanged = 9 * 60 * 2 * (2 * 20e-6 + 4096 * each * slower)
-    # Gradients and weights, 6 bytes: experts between two nodes, the rest among 128 ranks, where NVLink is slower.
+    # Gradients and weights, 6 bytes: experts between two nodes, others among 128 ranks, where NVLink is slower.
     others = 9 * (MLA + 1536 + 512 + EXPERT + GATE + 256 + 2 * WIDTH)
     reduced = 6 * (36 * EXPERT / 2 / 50e9 + others * 7 / 8 / 200e9) / 0.8
     assert found.hidden == pytest.approx(exchanged + reduced, rel=1e-9)
@@ -197,7 +197,7 @@ def test_a_step_of_deepseek_v3_by_hand() -> None:
 
 
 def test_a_step_of_fsdp_by_hand() -> None:
-    """One micro-batch on 32 nodes: weights gathered twice in bf16, gradients scattered in fp32, AdamW on a share."""
+    """One micro-batch on 32 nodes: two bf16 all-gathers of weights, one fp32 reduce-scatter, sharded AdamW."""
     olmoe = next(published for published in OTHERS if published.name == "OLMoE-1B-7B")
     parts = step(olmoe.run, GPUS["h100"], Rates(overlap=0)).parts
     parameters = count_parameters(olmoe.run.config).total
@@ -209,16 +209,15 @@ def test_a_step_of_fsdp_by_hand() -> None:
 
 @pytest.mark.parametrize(("schedule", "times"), [("1f1b", 3), ("zb1p", 3 / 3), ("dualpipe", 1 * 2 / 3)])
 def test_bubbles(schedule: Any, times: float) -> None:
-    """Of 4 stages in micro-batches: (pp - 1) t, (pp - 1) t / 3, (pp / 2 - 1) 2 t / 3."""
+    """4 stages, in times of a micro-batch: (pp - 1) t, (pp - 1) t / 3, (pp / 2 - 1) 2 t / 3."""
     training = Training(schedule=schedule, global_batch=64)
     run = Run(moe.preset("deepseek_v2_lite"), Mesh(32, pp=4, ep=8), training, 4096, "bf16")
     parts = step(run, GPUS["h100"], Rates()).parts
     assert parts["bubble"] == pytest.approx(times * (parts["compute"] + parts["all-to-all"]) / 8)
-    # GPU seconds that are not bubble do not depend on the schedule, but for how evenly blocks go.
     assert parts["compute"] > 0 and parts["all-to-all"] > 0 and parts["reduction"] > 0
 
 
-def test_overlap_hides_what_computation_covers() -> None:
+def test_computation_hides_communication() -> None:
     run = Run(moe.preset("olmoe_1b_7b"), Mesh(16, ep=16), Training(global_batch=16), 4096, "bf16")
     none, half, most = (step(run, GPUS["h100"], Rates(overlap=share)) for share in (0, 0.5, 1))
     assert none.hidden == 0 and half.parts["all-to-all"] == pytest.approx(none.parts["all-to-all"] / 2)
@@ -229,10 +228,10 @@ def test_overlap_hides_what_computation_covers() -> None:
 
 
 def test_recomputing_blocks_costs_a_forward_pass() -> None:
-    """Without attention's extra: products 8 / 6, attention 4.5 / 3.5, all-to-alls 3 / 2."""
+    """Matrix products take 8 / 6 of the time, attention 4.5 / 3.5, all-to-alls 3 / 2."""
     config, mesh = moe.preset("olmoe_1b_7b"), Mesh(8, ep=8)
     plain, full = (Run(config, mesh, Training(global_batch=8, recompute=r), 4096, "bf16") for r in ("none", "full"))
-    rates = Rates(attention_share=1e-9)  # nothing but attention matters
+    rates = Rates(attention_share=1e-9)  # attention dominates
     assert _compute(full, rates) / _compute(plain, rates) == pytest.approx(4.5 / 3.5, rel=1e-3)
     rates = Rates(matmul_share=1e-9)
     assert _compute(full, rates) / _compute(plain, rates) == pytest.approx(8 / 6, rel=1e-3)
@@ -245,13 +244,13 @@ def _compute(run: Run, rates: Rates) -> float:
 
 
 def test_memory_of_deepseek_v3_by_hand() -> None:
-    """A rank with nine blocks that have experts: 36 experts of its own, and everything else of them."""
+    """A rank with nine MoE blocks: 36 experts, and all other parameters of these blocks."""
     rank = next(rank for rank in ranks(V3.run, 0.5) if len(rank.blocks) == 9)
     parts = memory(rank, V3.run).parts
     others = 9 * (MLA + 1536 + 512 + EXPERT + GATE + 256 + 2 * WIDTH)
     mine = others + 36 * EXPERT
     assert parts["parameters"] == 2 * mine and parts["gradients"] == 4 * mine
-    # fp32 master and two bf16 moments, over 128 data-parallel ranks (2 for experts) and both ranks that hold the same
+    # fp32 master and two bf16 moments, over 128 data-parallel ranks (2 for experts) and two ranks with equal blocks
     assert parts["optimizer"] == pytest.approx(8 * (others / 128 + 36 * EXPERT / 2) / 2)
     reach = 32 * (1 - math.comb(124, 8) / math.comb(128, 8))
     block = 2 * (2 * WIDTH + 1536 + 576 + 128 * 128) + reach * WIDTH + 2 * 9 * 2048
@@ -280,10 +279,10 @@ def test_a_pipeline_holds_each_tensor_once(schedule: Any) -> None:
     run = Run(config, Mesh(8, pp=4), Training(global_batch=6, schedule=schedule), 4096, "bf16")
     held = ranks(run, 1.0)
     assert sum(memory(rank, run).parts["parameters"] for rank in held) == 2 * count_parameters(config).total
-    assert [in_flight(rank, run) for rank in held] == [[3], [3], [2], [1]]  # there are but three micro-batches
+    assert [in_flight(rank, run) for rank in held] == [[3], [3], [2], [1]]  # there are only three micro-batches
 
 
-def test_the_far_end_has_an_embedding_where_it_needs_one() -> None:
+def test_the_last_stage_has_a_tied_embedding() -> None:
     config = dataclasses.replace(moe.preset("tiny"), num_nextn_predict_layers=0)  # its head is its embedding
     run = Run(config, Mesh(3, pp=3, gpus_per_node=1), Training(sequence=64, global_batch=3), 64, "bf16")
     held = ranks(run, 1.0)
@@ -300,13 +299,13 @@ def test_the_far_end_has_an_embedding_where_it_needs_one() -> None:
         (Mesh(16, ep=16), "ep = 16: expected at most the 12 experts of a layer"),
         (Mesh(8, ep=8), "ep = 8: expected a divisor of the 12 experts of a layer"),
         (Mesh(8, pp=4, ep=4), r"ep = 4: expected a divisor of the 2 data-parallel ranks \(8 GPUs / 4 stages\)"),
-        (Mesh(6, ep=6), "ep = 6: expected a divisor or multiple of 8, a node"),
+        (Mesh(6, ep=6), "ep = 6: expected a divisor or multiple of the 8 GPUs of a node"),
         (Mesh(12, ep=4), "gpus_per_node = 8: expected a divisor or multiple of the 12 data-parallel ranks"),
         (Mesh(0), "gpus = 0: expected a positive integer"),
         (Mesh(8, gpus_per_node=0), "gpus_per_node = 0: expected a positive integer"),
     ],
 )
-def test_meshes_that_cannot_be(mesh: Mesh, message: str) -> None:
+def test_invalid_meshes(mesh: Mesh, message: str) -> None:
     config = dataclasses.replace(SMALL, num_hidden_layers=4, num_nextn_predict_layers=0)
     with pytest.raises(ConfigError, match=message):
         mesh.check(config)
@@ -328,7 +327,7 @@ def test_meshes_that_cannot_be(mesh: Mesh, message: str) -> None:
         (Mesh(16, pp=2), Training(schedule="dualpipe", global_batch=8), 4096, "dualpipe; it makes 1"),
     ],
 )
-def test_runs_that_cannot_be(mesh: Mesh, training: Training, tokens: int, message: str) -> None:
+def test_invalid_runs(mesh: Mesh, training: Training, tokens: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Run(moe.preset("deepseek_v2_lite"), mesh, training, tokens, "bf16")
 
@@ -341,7 +340,7 @@ def test_runs_that_cannot_be(mesh: Mesh, training: Training, tokens: int, messag
         (Rates(latency_us=-1), "latency_us = -1: expected microseconds from 0 up"),
     ],
 )
-def test_rates_that_cannot_be(rates: Rates, message: str) -> None:
+def test_invalid_rates(rates: Rates, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         step(V3.run, GPUS["h800"], rates)
 
@@ -351,8 +350,8 @@ def test_the_fit_is_the_default() -> None:
     assert compare(V3, fit()).hours == pytest.approx(2.664e6, rel=1e-6)
 
 
-def test_the_published_hours_imply() -> None:
-    """FLOPs of a token by the report's own numbers, over what 2.664M H800 hours could do."""
+def test_implied_mfu_of_deepseek_v3() -> None:
+    """FLOPs per token by the numbers of the report, divided by the peak of 2.664M H800 hours."""
     flops = 6 * (3 * (MLA + 3 * WIDTH * 18_432) + 59 * (MLA + 9 * EXPERT + GATE) + 2 * WIDTH**2 + 2 * HEAD)
     flops += 6 * 62 * ATTENTION
     assert flops == pytest.approx(260.6e9, rel=1e-3)
@@ -362,7 +361,7 @@ def test_the_published_hours_imply() -> None:
 
 
 def test_runs_that_were_not_fitted() -> None:
-    """Modelled GPU hours beside published ones, as the README has them: a change of the model must say so there."""
+    """Errors of the modelled GPU hours. The README quotes them."""
     errors = {published.name: round(100 * compare(published, fit()).error, 1) for published in OTHERS}
     assert errors == {"DeepSeek-V2": 10.5, "dots.llm1": 4.5, "OLMoE-1B-7B": -16.1}
 
@@ -389,7 +388,7 @@ def test_the_command(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert status == 0 and "fits into 80.00 GiB" in out and "2,664," in out
     assert "7,392 B" in out and "a token reaches 7.36 ranks on 3.63 nodes" in out
     facts = json.loads(run(capsys, *COMMAND.split(), "--price", "3", "--json")[1])
-    for kind in (Training, Rates):  # every assumption is printed, with what it is
+    for kind in (Training, Rates):  # every assumption is printed
         names = {kind_field.name for kind_field in dataclasses.fields(kind)}
         said = facts["training"] | facts["rates"]
         assert names <= said.keys() and all(f"{name} {said[name]}" in out for name in names)
@@ -403,7 +402,7 @@ def test_the_command(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts["all_to_all"]["dispatch"]["network"] == pytest.approx(7392 * facts["all_to_all"]["network"])
 
 
-def test_a_gpu_in_other_words(capsys: Any) -> None:
+def test_rates_of_a_gpu_as_options(capsys: Any) -> None:
     rated = ("--memory", "60GiB", "--network", "100", "--bf16", "500", "--nvlink", "300", "--bandwidth", "1000")
     facts = json.loads(run(capsys, *CLUSTER, *rated, "--json")[1])
     expected = {"memory": 60, "network": 100, "bf16": 500, "nvlink": 300, "bandwidth": 1000, "fp8": 1978.9}
@@ -424,7 +423,7 @@ def test_a_gpu_in_other_words(capsys: Any) -> None:
         ((), "MODEL = None: expected a folder, or one of the presets"),
     ],
 )
-def test_what_the_command_refuses(capsys: Any, args: tuple[str, ...], message: str) -> None:
+def test_errors_of_the_command(capsys: Any, args: tuple[str, ...], message: str) -> None:
     status, _, err = run(capsys, "plan", *args)
     assert status == 2 and message in err
 

@@ -1,4 +1,4 @@
-"""Placement of experts: by hand, against the best of all placements, and the command."""
+"""Placement of experts, compared with results by hand and with an exhaustive search; and the command."""
 
 import itertools
 import json
@@ -33,15 +33,15 @@ def by_gpu(placement: Placement, layer: int = 0) -> list[list[int]]:
     return placement.physical_to_logical[layer].view(placement.gpus, -1).tolist()
 
 
-def fullest(placement: Placement, load: list[float]) -> float:
-    """Of one layer, by its own arithmetic."""
+def busiest(placement: Placement, load: list[float]) -> float:
+    """Load of the busiest GPU in one layer."""
     gpus = by_gpu(placement)
     held = list(itertools.chain(*gpus))
     return max(math.fsum(load[e] / held.count(e) for e in gpu) for gpu in gpus)
 
 
 def policy(load: list[float], gpus: int, slots: int) -> tuple[float, bool]:
-    """The fullest GPU under the policy without nodes and improvements; did a full GPU turn nobody away?"""
+    """Load of the busiest GPU under the plain policy, and whether the least loaded GPU always had room."""
     held = list(range(len(load)))
     while len(held) < slots:
         held.append(max(range(len(load)), key=lambda e: (load[e] / held.count(e), -e)))
@@ -55,7 +55,7 @@ def policy(load: list[float], gpus: int, slots: int) -> tuple[float, bool]:
 
 
 def best(load: list[float], gpus: int, slots: int) -> float:
-    """The fullest GPU in the best of all placements, whatever the replicas."""
+    """Load of the busiest GPU in the best placement, by exhaustive search."""
 
     def fill(items: list[float], room: list[int], weight: list[float], limit: float) -> float:
         if not items:
@@ -88,8 +88,10 @@ def cases(draw: st.DrawFn, most_slots: int = 40) -> tuple[list[float], int, int]
 
 
 def test_the_example_of_eplb() -> None:
-    """Layer 0: groups weigh 262, 330, 116, 325, so the second and the third share the first node, with experts 3 to 8.
-    There 5 (165), then 4 (104) get a replica, and 5, 5, 8, 3 go to a GPU each before 4, 4, 6, 7 fill them."""
+    """Layer 0: groups weigh 262, 330, 116, 325, so the second and third share the first node, with experts 3 to 8.
+
+    There 5 (165) and then 4 (104) get a replica. 5, 5, 8, 3 go to one GPU each before 4, 4, 6, 7 fill them.
+    """
     placement = place(LOAD, gpus=8, slots=16, nodes=2, groups=4)
     assert by_gpu(placement, 0) == [[5, 6], [5, 7], [4, 8], [3, 4], [9, 10], [2, 10], [0, 1], [1, 11]]
     assert by_gpu(placement, 1) == [[7, 10], [6, 8], [6, 11], [8, 9], [2, 4], [1, 5], [0, 5], [1, 3]]
@@ -99,7 +101,7 @@ def test_the_example_of_eplb() -> None:
         [121.5, 86.5, 125, 113, 147.5, 131.5, 156, 152],
         [173, 179.5, 120.5, 172, 123, 152, 118.5, 117.5],
     ]
-    # What its README prints: the same experts share each GPU.
+    # Printed in the README of EPLB: the same experts share each GPU.
     theirs = [
         [5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1],
         [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1],
@@ -121,22 +123,22 @@ def test_a_report_by_hand() -> None:
     assert report.overall(report.before) == 12 / 8
     assert report.extra_slots_per_gpu == 1
     assert str(report) == (
-        "fullest GPU / mean  before   after   bound\n"
+        "busiest GPU / mean  before   after   bound\n"
         "a                    1.667   1.000   1.000\n"
         "b                    1.000   1.000   1.000\n"
         "longer               1.000   1.000   1.000\n"
         "all layers           1.500   1.000   1.000\n"
-        "4 experts, 6 slots, 2 GPUs: 3 slots a GPU, 1 of them for replicas"
+        "4 experts, 6 slots, 2 GPUs: 3 slots per GPU, 1 of them for replicas"
     )
     uneven = place(LOAD, gpus=8, slots=16).report(LOAD)
     assert uneven.before is None
-    assert str(uneven).endswith("\nbefore: unknown, 12 experts in order do not divide among 8 GPUs")
-    # Another load than the one that decided: expert 0 is cold now, and 3 alone on its GPU with half of 1.
+    assert str(uneven).endswith("\nbefore: unknown, because 12 experts are not a multiple of 8 GPUs")
+    # A load other than that of the placement: expert 0 has none, and 3 shares its GPU with half of 1.
     assert placement.gpu_load(torch.tensor([[0, 2, 0, 6]] * 3))[0].tolist() == [1, 7]
 
 
 def test_hierarchical_or_global() -> None:
-    """Groups stay on a node where the nodes divide them, and only there."""
+    """Groups stay on one node only if nodes divides groups."""
     load = torch.tensor([[9, 1, 1, 1, 1, 1, 1, 9], [1, 2, 3, 4, 5, 6, 7, 8]])
     by_node = place(load, gpus=4, slots=12, nodes=2, groups=4).physical_to_logical.view(2, 2, -1)
     for layer in by_node:
@@ -150,7 +152,7 @@ def test_hierarchical_or_global() -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(0, 50), min_size=24, max_size=24), st.sampled_from([24, 32, 40]))
-def test_a_group_has_one_node(load: list[int], slots: int) -> None:
+def test_a_group_stays_on_one_node(load: list[int], slots: int) -> None:
     """8 groups of 3 experts, 4 nodes of 2 GPUs: two groups each, and never worse than in order."""
     rows = torch.tensor([load])
     placement = place(rows, gpus=8, slots=slots, nodes=4, groups=8)
@@ -162,9 +164,9 @@ def test_a_group_has_one_node(load: list[int], slots: int) -> None:
 
 @settings(deadline=None, max_examples=150)
 @given(cases(most_slots=8))
-def test_beside_the_best_of_all_placements(case: tuple[list[float], int, int]) -> None:
+def test_against_exhaustive_search(case: tuple[list[float], int, int]) -> None:
     load, gpus, slots = case
-    ours, optimum = fullest(place(rows_of(load), gpus=gpus, slots=slots), load), best(load, gpus, slots)
+    ours, optimum = busiest(place(rows_of(load), gpus=gpus, slots=slots), load), best(load, gpus, slots)
     tiny = 1e-9 * sum(load)
     plain, free = policy(load, gpus, slots)
     assert optimum - tiny <= ours <= plain + tiny
@@ -188,7 +190,7 @@ def test_beside_the_best_of_all_placements(case: tuple[list[float], int, int]) -
 
 @settings(deadline=None, max_examples=200)
 @given(cases(), st.randoms(use_true_random=False))
-def test_what_holds_for_every_load(case: tuple[list[float], int, int], random) -> None:
+def test_invariants(case: tuple[list[float], int, int], random) -> None:
     load, gpus, slots = case
     rows = rows_of(load, random.sample(load, len(load)))
     placement = place(rows, gpus=gpus, slots=slots)
@@ -219,7 +221,7 @@ def test_what_holds_for_every_load(case: tuple[list[float], int, int], random) -
 @settings(deadline=None, max_examples=100)
 @given(st.integers(1, 12), st.integers(1, 6), st.integers(1, 4), st.integers(0, 1000))
 def test_equal_loads_are_balanced(experts: int, gpus: int, replicas: int, value: int) -> None:
-    """Every expert has as many replicas, so every GPU has the mean."""
+    """All experts have the same number of replicas, so every GPU has the mean load."""
     experts, replicas = experts * gpus, min(replicas, gpus)
     load = torch.full((1, experts), value)
     report = place(load, gpus=gpus, slots=experts * replicas).report(load)
@@ -232,7 +234,7 @@ def test_equal_loads_are_balanced(experts: int, gpus: int, replicas: int, value:
     st.permutations([101, 103, 107, 109, 211, 307, 401, 503, 601, 1009]), st.sampled_from([(2, 10), (4, 12), (5, 20)])
 )
 def test_the_order_of_experts_does_not_matter(load: list[int], shape: tuple[int, int]) -> None:
-    """Primes above the number of replicas: no two loads per replica are equal, and nothing is left to the index."""
+    """With primes larger than the number of replicas, no two loads per replica are equal, so there are no ties."""
     gpus, slots = shape
     rows = torch.tensor([load, sorted(load)])
     first, second = place(rows, gpus=gpus, slots=slots).gpu_load(rows).sort().values
@@ -240,29 +242,29 @@ def test_the_order_of_experts_does_not_matter(load: list[int], shape: tuple[int,
 
 
 def test_no_gpu_holds_an_expert_twice() -> None:
-    """The policy gives expert 0 six replicas on four GPUs, 20 each. Four of 30 leave two for others."""
+    """The policy gives expert 0 six replicas of 20 on four GPUs. Four replicas of 30 leave two slots for others."""
     load = [120.0, *[float(n) for n in range(10, 0, -1)]]
     assert policy(load, 4, 16)[0] == 45
-    assert fullest(place(rows_of(load), gpus=4, slots=16), load) == 44
+    assert busiest(place(rows_of(load), gpus=4, slots=16), load) == 44
     for gpu in by_gpu(place(rows_of(load), gpus=4, slots=16)):
         assert len(set(gpu)) == len(gpu)
 
 
-def test_swaps_mend_what_heaviest_first_leaves() -> None:
+def test_swaps_improve_on_heaviest_first() -> None:
     """Heaviest first gives 9 + 6 + 5 and 8 + 7 + 3; 8 + 6 + 5 and 9 + 7 + 3 are equal."""
     load = [9.0, 8.0, 7.0, 6.0, 5.0, 3.0]
     assert policy(load, 2, 6)[0] == 20
-    assert fullest(place(rows_of(load), gpus=2, slots=6), load) == best(load, 2, 6) == 19
+    assert busiest(place(rows_of(load), gpus=2, slots=6), load) == best(load, 2, 6) == 19
 
 
 @pytest.mark.parametrize(
     ("packed", "share", "expected"),
     [
-        # 0 for 2 would put 0 beside its replica, and 1 for 0 likewise: it stays.
+        # Swapping 0 and 2, or 1 and 0, would put two replicas of 0 on one GPU.
         ([[0, 1], [0, 2]], [3, 4, 0], [[0, 1], [0, 2]]),
-        # 2 for 0 of the first, which has 8 then and gives it on for 0 of the second: it may have 0 again.
+        # 2 is swapped for 0 of the first pack, and then for 0 of the second: the first may hold 0 again.
         ([[0, 3], [0, 1], [2, 4]], [0, 0, 4, 4, 8], [[0, 3], [2, 1], [0, 4]]),
-        # 0 for 3; now 3 for 2 would lower it, but there is a 2 already.
+        # 0 is swapped for 3. Swapping 3 and 2 would be better still, but that pack already holds 2.
         ([[1, 3], [1, 2], [0, 2]], [8, 2, 4, 7], [[1, 0], [1, 2], [3, 2]]),
     ],
 )
@@ -273,28 +275,28 @@ def test_swaps_by_hand(packed: list[list[int]], share: list[float], expected: li
 @settings(deadline=None, max_examples=150)
 @given(cases(), st.randoms(use_true_random=False))
 def test_no_swap_is_left(case: tuple[list[float], int, int], random) -> None:
-    """Of a slot of the fullest GPU and another's, unless it would put an expert beside its replica."""
+    """No swap with the busiest GPU lowers its load, except those that put two replicas on one GPU."""
     load, gpus, slots = case
     if len(load) % gpus == 0:
-        return  # they may stay in order
+        return  # experts may stay in order
     load = [round(value * random.random(), 1) for value in load]
     placed = by_gpu(place(rows_of(load), gpus=gpus, slots=slots))
     held = list(itertools.chain(*placed))
     share = [load[e] / held.count(e) for e in range(len(load))]
     total = [math.fsum(share[e] for e in gpu) for gpu in placed]
 
-    def stuck(full: int) -> bool:
+    def stuck(busiest: int) -> bool:
         return not any(
-            max(total[full] - share[a] + share[b], total[gpu] - share[b] + share[a]) < total[full] * (1 - 1e-8)
+            max(total[busiest] - share[a] + share[b], total[gpu] - share[b] + share[a]) < total[busiest] * (1 - 1e-8)
             for gpu in range(gpus)
-            for a, b in itertools.product(placed[full], placed[gpu])
-            if a not in placed[gpu] and b not in placed[full]
+            for a, b in itertools.product(placed[busiest], placed[gpu])
+            if a not in placed[gpu] and b not in placed[busiest]
         )
 
     assert any(stuck(gpu) for gpu in range(gpus) if total[gpu] >= max(total) * (1 - 1e-9))
 
 
-def test_experts_stay_in_order_where_that_is_better() -> None:
+def test_experts_stay_in_order_if_that_is_better() -> None:
     """Heaviest first gives 6 + 3 + 2 + 2 and 4 + 4 + 3 + 0; no swap moves exactly 1."""
     load = [2.0, 4.0, 4.0, 2.0, 3.0, 0.0, 6.0, 3.0]
     assert policy(load, 2, 8)[0] == 13
@@ -319,7 +321,7 @@ def test_degenerate(load: list[list[float]], gpus: int, slots: int, expected: li
 
 
 def test_zipf_at_the_size_of_deepseek_v3() -> None:
-    """58 layers of 256 experts. With 32 more slots even Zipf's law is balanced."""
+    """58 layers of 256 experts with loads by Zipf's law: 32 additional slots balance them."""
     generator = torch.Generator().manual_seed(0)
     zipf = 1e6 / torch.arange(1, 257, dtype=torch.float64)
     load = torch.stack([zipf[torch.randperm(256, generator=generator)] for _ in range(58)])
@@ -352,17 +354,21 @@ NAN, INF = math.nan, math.inf
         (
             torch.full((1, 4), 1e308, dtype=torch.float64),
             {},
-            r"load = 1e\+308: expected numbers whose sum float64 holds",
+            r"load = 1e\+308: expected a finite sum in float64",
         ),
-        (torch.ones(1, 4), {"gpus": 0}, "gpus = 0: expected a whole number from 1 up"),
-        (torch.ones(1, 4), {"gpus": 2.0}, "gpus = 2.0: expected a whole number from 1 up"),
-        (torch.ones(1, 4), {"slots": True}, "slots = True: expected a whole number from 1 up"),
-        (torch.ones(1, 4), {"nodes": -1}, "nodes = -1: expected a whole number from 1 up"),
+        (torch.ones(1, 4), {"gpus": 0}, "gpus = 0: expected a positive integer"),
+        (torch.ones(1, 4), {"gpus": 2.0}, "gpus = 2.0: expected a positive integer"),
+        (torch.ones(1, 4), {"slots": True}, "slots = True: expected a positive integer"),
+        (torch.ones(1, 4), {"nodes": -1}, "nodes = -1: expected a positive integer"),
         (torch.ones(1, 4), {"nodes": 3}, "nodes = 3: expected a divisor of the 2 GPUs"),
         (torch.ones(1, 4), {"groups": 3}, "groups = 3: expected a divisor of the 4 experts"),
         (torch.ones(1, 4), {"slots": 2}, "slots = 2: expected a multiple of the 2 GPUs from the 4 experts up to 8"),
         (torch.ones(1, 4), {"slots": 5}, "slots = 5: expected a multiple of the 2 GPUs from the 4 experts up to 8"),
-        (torch.ones(1, 4), {"slots": 10}, "slots = 10: expected a multiple .* up to 8, beyond which each GPU would"),
+        (
+            torch.ones(1, 4),
+            {"slots": 10},
+            "slots = 10: expected a multiple .* up to 8, where each GPU holds all experts of its node",
+        ),
         (torch.ones(1, 4), {"slots": 6, "nodes": 2, "groups": 2}, "slots = 6: expected a multiple .* up to 4"),
     ],
 )
@@ -371,7 +377,7 @@ def test_arguments_that_do_not_fit(load: torch.Tensor, options: dict, message: s
         place(load, **{"gpus": 2, "slots": 4, **options})
 
 
-def test_a_report_of_another_shape() -> None:
+def test_a_report_for_a_load_of_another_shape() -> None:
     placement = place(torch.ones(2, 4), gpus=2, slots=4)
     with pytest.raises(
         moe.ConfigError, match=r"load = \[1, 4\]: expected the placement's layers and experts, \[2, 4\]"
@@ -384,14 +390,14 @@ def test_a_report_of_another_shape() -> None:
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
     try:
         status = main(("place", *argv))
-    except SystemExit as stop:  # tyro's way out
+    except SystemExit as stop:  # tyro exits
         status = stop.code if isinstance(stop.code, int) else 1
     out, err = capsys.readouterr()
     return status, out, err
 
 
 @pytest.mark.parametrize("name", ["tiny", "deepseek_v3", "mixtral_8x7b"])
-def test_names_are_those_of_the_routers(name: str) -> None:
+def test_layer_names_match_the_routers(name: str) -> None:
     with torch.device("meta"):
         model = moe.Transformer(moe.preset(name))
     assert layer_names(moe.preset(name)) == [router.removesuffix(".gate") for router, _ in routers(model)]
@@ -414,7 +420,7 @@ def test_the_command_reads_a_run(capsys: pytest.CaptureFixture[str], tmp_path: P
 
     (tmp_path / "settings.json").write_text('{"preset": "tiny"}')
     assert "\nlayers.1.mlp " in run(capsys, str(tmp_path), *options)[1]
-    (tmp_path / "settings.json").write_text('{"preset": "mixtral_8x7b"}')  # another number of layers
+    (tmp_path / "settings.json").write_text('{"preset": "mixtral_8x7b"}')  # a different number of layers
     assert "\nload[1] " in run(capsys, str(tmp_path), *options)[1]
 
     file = tmp_path / "load.json"

@@ -1,4 +1,4 @@
-"""What a model weighs on each GPU, beside published figures and sums made by hand."""
+"""Size of a model on disk and per GPU, compared with published sizes and results by hand."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from moe.checkpoint import read_summary
 from moe.checkpoint.format.sizes import parse_size
 from moe.cli import main
 from moe.counts import count_parameters
-from moe.planning.footprint import Placement, inference, stored, training
+from moe.planning.footprint import Deployment, inference, stored, training
 from tests.support.checkpoint_cases import V3, V3_MTP, configure
 from tests.support.quantised_checkpoints import BLOCK, make_fp8, make_mxfp4
 
@@ -26,7 +26,7 @@ def test_the_released_deepseek_v3() -> None:
 
 @pytest.mark.parametrize(("name", "gib"), [("gpt_oss_120b", 60.8), ("gpt_oss_20b", 12.8)])
 def test_the_released_gpt_oss(name: str, gib: float) -> None:
-    """Checkpoint sizes as its model card has them."""
+    """Checkpoint sizes of the model card."""
     assert stored(moe.preset(name), "mxfp4").bytes / 2**30 == pytest.approx(gib, abs=0.05)
     with pytest.raises(ConfigError, match="dtype = 'fp8': expected bf16, fp16, fp32, fp64 or mxfp4 for gpt_oss"):
         stored(moe.preset(name), "fp8")
@@ -50,9 +50,9 @@ def test_a_folder_is_planned_as_it_is_quantised(tmp_path: Path, capsys: Any) -> 
 
 
 def test_inference_by_hand() -> None:
-    """DeepSeek-V3 in bf16, EP 64: 4 experts of 58 layers and one MTP module, and everything else."""
+    """DeepSeek-V3 in bf16, EP 64: 4 experts in each of 58 layers and one MTP module, and all other weights."""
     config = moe.preset("deepseek_v3")
-    found = inference(config, Placement(64, 64, "bf16", 1000))
+    found = inference(config, Deployment(64, 64, "bf16", 1000))
     assert found.experts == 4
     assert found.parts["experts"] == 59 * 4 * 44_040_192 * 2
     counts = count_parameters(config)
@@ -60,7 +60,7 @@ def test_inference_by_hand() -> None:
     assert found.parts["other weights"] == (counts.with_mtp - 59 * 256 * 44_040_192) * 2 + biases
     assert found.parts["cache"] == 1000 * 70_272
     assert found.total == sum(found.parts.values())
-    one = inference(config, Placement(1, 1, "fp8", 1000))
+    one = inference(config, Deployment(1, 1, "fp8", 1000))
     repeats = 2 * 2 * 129_280 * 7168  # the files hold embedding and head once more
     assert one.parts["experts"] + one.parts["other weights"] == 688_574_839_360 - repeats
 
@@ -68,25 +68,25 @@ def test_inference_by_hand() -> None:
 def test_training_by_hand() -> None:
     config = moe.preset("deepseek_v3")
     counts = count_parameters(config)
-    found = training(config, Placement(128, 16, "bf16", 4096))
+    found = training(config, Deployment(128, 16, "bf16", 4096))
     experts = 59 * 256 * 44_040_192
     mine = 59 * 16 * 44_040_192 // 8 + -(-(counts.with_mtp - experts) // 128)
     assert found.parts["parameters"] == found.parts["gradients"] == 4 * mine == found.parts["optimizer"] // 2
     assert found.parts["saved activations"] == 62 * 4096 * 7168 * 2
     assert found.parts["logits"] == 2 * 4 * 4096 * 129_280
-    # All GPUs together hold the model once, whatever the expert parallelism.
+    # For any expert parallelism, all GPUs together hold the model once.
     for ep in (1, 8, 128):
-        share = training(config, Placement(128, ep, "bf16", 1)).parts["parameters"] * 128
+        share = training(config, Deployment(128, ep, "bf16", 1)).parts["parameters"] * 128
         assert share == pytest.approx(4 * counts.with_mtp, rel=1e-6)
 
 
 def test_an_uneven_share_is_the_largest() -> None:
     config = dataclasses.replace(V3, n_group=1, topk_group=1)  # 12 experts over 8 GPUs: two on some
-    assert inference(config, Placement(8, 8, "bf16", 1)).experts == 2
+    assert inference(config, Deployment(8, 8, "bf16", 1)).experts == 2
 
 
 @pytest.mark.parametrize(
-    ("placement", "message"),
+    ("deployment", "message"),
     [
         ((6, 4, 1), "ep = 4: expected a divisor of the 6 GPUs"),
         ((16, 16, 1), "ep = 16: expected at most the 12 experts of a layer"),
@@ -94,11 +94,11 @@ def test_an_uneven_share_is_the_largest() -> None:
         ((1, 1, 0), "tokens = 0: expected a positive integer"),
     ],
 )
-def test_placements_that_cannot_be(placement: tuple[int, int, int], message: str) -> None:
-    gpus, ep, tokens = placement
+def test_deployments_that_do_not_fit(deployment: tuple[int, int, int], message: str) -> None:
+    gpus, ep, tokens = deployment
     for estimate in (inference, training):
         with pytest.raises(ConfigError, match=message):
-            estimate(V3, Placement(gpus, ep, "bf16", tokens))
+            estimate(V3, Deployment(gpus, ep, "bf16", tokens))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_sizes(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "5XB", "5iB", "1e9", "nan"])
-def test_what_is_no_size(text: str) -> None:
+def test_invalid_sizes(text: str) -> None:
     with pytest.raises(ConfigError, match="--memory"):
         parse_size(text, "--memory")
 

@@ -1,8 +1,8 @@
-"""What the kernels' launchers would launch, found without a GPU: the launchers run on tensors without data.
+"""Record and compile the kernel launches of the launchers, without a GPU.
 
-A tensor on the meta device refuses to give a value to the host, so that a launcher that passes here cannot wait for the
-device; and the arguments say what Triton would compile, by the same rules: integers equal to 1 become constants, those
-divisible by 16 are known to be, unless the kernel says `do_not_specialize`.
+Launchers run on tensors on the meta device, which raise an error if a value is read. A launcher that passes therefore
+never synchronises with the device. The arguments determine what Triton would compile, by Triton's rules: integers equal
+to 1 become constants, and divisibility by 16 is known, unless the kernel specifies `do_not_specialize`.
 """
 
 import re
@@ -33,7 +33,7 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Gpu:
-    """A target of the kernels, and the bytes of shared memory that one block may use on it."""
+    """Compilation target, with the maximum shared memory of a block in bytes."""
 
     name: str
     target: GPUTarget
@@ -56,7 +56,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch. Two with an equal `key` run the same binary."""
+    """Launch of a kernel. Launches with equal `key` run the same binary."""
 
     kernel: JITFunction
     grid: tuple[int, ...]
@@ -101,7 +101,7 @@ def _launch(kernel: JITFunction, grid: tuple[int, ...], args: tuple[Any, ...], k
 
 
 def record(function: Callable[..., Any], *args: Any, shared_memory: int = 232448, **kwargs: Any) -> list[Launch]:
-    """The launches of a launcher for tensors on the meta device, on a GPU with that much shared memory."""
+    """Record the launches of a launcher called with meta tensors, on a GPU with `shared_memory` bytes."""
     launches: list[Launch] = []
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -119,7 +119,7 @@ def record(function: Callable[..., Any], *args: Any, shared_memory: int = 232448
 
 @dataclass(frozen=True)
 class Code:
-    """Instructions of a kernel that multiplies in a loop: before it, in one pass through it, and after it."""
+    """Number of instructions before the main loop of a kernel, in one iteration, and after it."""
 
     before: int
     step: int
@@ -128,9 +128,17 @@ class Code:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel needs: bytes of shared and of local memory, registers, wgmma instructions, spills; how
-    many asynchronous copies are under way while products are computed (see `copies_ahead`); and for NVIDIA's GPUs its
-    instructions and how many programs one multiprocessor holds."""
+    """Resources of a compiled kernel.
+
+    Attributes:
+        shared, local: bytes of memory.
+        registers: number of registers per thread.
+        wgmma: number of wgmma instructions.
+        spills: number of register spills.
+        ahead: see `copies_ahead`.
+        code: numbers of instructions (NVIDIA only).
+        programs: number of programs that fit on one multiprocessor (NVIDIA only).
+    """
 
     shared: int
     local: int
@@ -155,8 +163,10 @@ def _binary(launch: Launch, gpu: Gpu) -> Any:
 
 
 def copies_ahead(ttgir: str) -> int | None:
-    """The fewest copies that the wait before a loop's product leaves under way, 0 where a loop with a product loads
-    into registers; None without such a wait or load in a loop. What follows the loop is not looked at."""
+    """Minimum number of asynchronous copies in flight while a loop computes its products.
+
+    It is 0 if a loop with a product loads into registers, and None if no loop with a product loads anything.
+    """
     found: list[int] = []
     regions: list[str] = []
     loop: dict[str, int] = {}  # of the innermost loop so far: its first wait before a product, products, loads
@@ -182,10 +192,9 @@ def copies_ahead(ttgir: str) -> int | None:
 
 
 def instructions(sass: str) -> Code | None:
-    """Counts the instructions before, in and after the loop that multiplies with tensor cores; None without a loop.
+    """Count the instructions before, in and after the loop that uses tensor cores; None without such a loop.
 
-    The loop is what the first backward branch over a product goes back to; what follows the last instruction that ends
-    the program is padding.
+    The loop starts at the target of the first backward branch over a product. Code after the last exit is padding.
     """
     found = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
     ends = [at for at, text in found if "EXIT" in text or "RET" in text]
@@ -200,9 +209,11 @@ def instructions(sass: str) -> Code | None:
 
 
 def programs(launch: Launch, gpu: Gpu, registers: int, shared: int) -> int:
-    """Programs that one multiprocessor of an NVIDIA GPU holds. Each takes 1 KB of shared memory besides its own, so
-    that one of a block's largest size just fits; a thread gets a multiple of 8 registers. (A limit on warps, 48 or 64,
-    binds none that multiplies.)"""
+    """Number of programs that fit on one multiprocessor of an NVIDIA GPU.
+
+    Each uses 1 KB of shared memory in addition to its own, and a multiple of 8 registers per thread. The limit on warps
+    (48 or 64) does not apply to kernels with products.
+    """
     threads = 32 * dict(launch.options).get("num_warps", 4)
     by_registers = 65536 // (-(-registers // 8) * 8 * threads)
     return min(by_registers, (gpu.shared_memory + 1024) // (shared + 1024))

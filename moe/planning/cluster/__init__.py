@@ -1,5 +1,5 @@
-"""Training past this machine, by arithmetic: memory of a rank, all-to-all bytes, time of a step. No torch, no weights.
+"""Cost model of a training run on a cluster: memory per rank, all-to-all bytes and time per step, without torch.
 
-Modules, each with its formulae: `settings` (the mesh and what is assumed), `gpus` (data), `stages` (how blocks are
-divided among a pipeline, and what they multiply), `traffic` (how many ranks a token reaches), `memory` and `step`.
+Modules, each with its formulae: `settings` (mesh and assumptions), `gpus` (data), `stages` (division of blocks among
+pipeline stages, and their multiply-adds), `traffic` (ranks that a token reaches), `memory` and `step`.
 """

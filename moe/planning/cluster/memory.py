@@ -1,8 +1,8 @@
-"""What a rank of a training run holds.
+"""Memory of a rank in a training run.
 
-Where each rank has parameters n_e of experts and n_o of others, ZeRO-1 keeps 2 bytes of weights and 4 of gradient for
-all of them, and a share of the optimizer: 4 of master weight and two moments. That share is n_e / (dp / ep) + n_o / dp,
-and half of it with dualpipe, where two ranks of a pipeline hold the same. FSDP divides weights and gradients too.
+Let a rank have n_e parameters of experts and n_o others. With ZeRO-1, it holds 2 bytes of weight and 4 of gradient for
+each, and the optimizer state (4 bytes of master weight and two moments) of n_e / (dp / ep) + n_o / dp parameters; half
+as many with dualpipe, where two ranks of a pipeline hold the same parameters. FSDP shards weights and gradients too.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from moe.planning.cluster.traffic import traffic
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank by part. `rank` counts along its pipeline."""
+    """Memory of one rank: its index in the pipeline, and bytes by part."""
 
     rank: int
     parts: Mapping[str, int]
@@ -26,24 +26,24 @@ class Memory:
 
 
 def held(rank: Rank, run: Run) -> int:
-    """Parameters of a rank, before sharding."""
+    """Number of parameters of a rank, before sharding."""
     return rank.parameters(experts=True) // run.mesh.ep + rank.parameters(experts=False)
 
 
 def shard(rank: Rank, run: Run) -> float:
-    """Parameters of which a rank keeps the optimizer's state."""
+    """Number of parameters whose optimizer state a rank holds."""
     mesh, copies = run.mesh, 2 if run.folded else 1
     experts = rank.parameters(experts=True) / mesh.ep / (mesh.dp // mesh.ep)
     return (experts + rank.parameters(experts=False) / mesh.dp) / copies
 
 
 def moment_bytes(run: Run) -> int:
-    """Of both moments of one parameter."""
+    """Bytes of both moments of one parameter."""
     return 2 * (2 if run.training.moments == "bf16" else 4)
 
 
 def memory(rank: Rank, run: Run) -> Memory:
-    """What a rank holds at its fullest, experts balanced."""
+    """Peak memory of a rank, with balanced experts."""
     config, training, tokens = run.config, run.training, run.tokens
     whole, mine = held(rank, run), shard(rank, run)
     sharded = mine if training.sharding == "fsdp" else whole
@@ -57,7 +57,7 @@ def memory(rank: Rank, run: Run) -> Memory:
         "gradients": round(4 * sharded),
         "optimizer": round((4 + moment_bytes(run)) * mine),
         "activations in flight": round(tokens * saved),
-        # What recomputation brings back, and as much of gradients.
+        # Recomputed activations, and their gradients.
         "a block's working set": round(
             2 * tokens * max(saved_bytes(b, run, copies.ranks, "none") for b in rank.blocks)
         ),
@@ -67,14 +67,16 @@ def memory(rank: Rank, run: Run) -> Memory:
     if run.mesh.ep > 1:
         received = copies.dispatch_bytes + copies.combine_bytes
         parts["all-to-all buffers"] = round(tokens * copies.ranks * received)
-    if any("norm.weight" in block.shapes for block in rank.blocks):  # the final norm goes with the head
+    if any("norm.weight" in block.shapes for block in rank.blocks):  # the final norm is in the block that has the head
         parts["logits"] = tokens * config.vocab_size * 4 * 2
     return Memory(rank.index, parts)
 
 
 def in_flight(rank: Rank, run: Run) -> list[float]:
-    """Micro-batches whose activations each stage of a rank keeps (DeepSeek-V3's report, table 2: with dualpipe pp + 1
-    for the two together). The first stage of a one-way pipeline starts pp before it sees one again.
+    """Number of micro-batches whose activations each stage of a rank holds.
+
+    With dualpipe it is pp + 1 for both stages together (DeepSeek-V3's report, table 2). In a one-way pipeline, the
+    first stage starts pp micro-batches before the first one returns.
     """
     pp, batches = run.mesh.pp, run.micro_batches
     if run.folded:
@@ -83,12 +85,12 @@ def in_flight(rank: Rank, run: Run) -> list[float]:
 
 
 def saved_bytes(block: Block, run: Run, reached: float, recompute: str) -> float:
-    """Bytes that a token's forward pass through a block leaves for backward.
+    """Bytes of activations saved for backward, per token and block.
 
-    Always its input, bf16. Unless blocks are recomputed whole: the sum after attention, latents (or q, k, v) and
-    attention's output in bf16, and, in FP8 where products are, what experts receive (a copy for each of the
-    `reached` ranks) and gate and up rows. With nothing recomputed also the normed inputs, q, k and v of MLA, and
-    SwiGLU's results.
+    Saved always: the input, in bf16. Unless blocks are recomputed in full: the sum after attention, latents (or q, k,
+    v) and the output of attention in bf16; expert inputs (a copy for each of the `reached` ranks) and gate and up rows
+    in the dtype of the matrix products. With recompute="none": also normed inputs, q, k and v of MLA, and the results
+    of SwiGLU.
     """
     config = run.config
     width, heads = config.hidden_size, config.num_attention_heads
@@ -106,8 +108,8 @@ def saved_bytes(block: Block, run: Run, reached: float, recompute: str) -> float
     if block.has_experts:
         hidden = config.num_experts_per_tok * config.moe_intermediate_size + config.shared_width
         inputs = reached * width
-    small = 1 if run.dtype == "fp8" else 2
-    saved = 2 * (2 * width + kept + heads * values) + small * (inputs + 2 * hidden)
+    size = 1 if run.dtype == "fp8" else 2
+    saved = 2 * (2 * width + kept + heads * values) + size * (inputs + 2 * hidden)
     if recompute == "none":
-        saved += 2 * (qkv if config.is_mla else 0) + small * (2 * width + hidden)
+        saved += 2 * (qkv if config.is_mla else 0) + size * (2 * width + hidden)
     return saved

@@ -1,4 +1,4 @@
-"""The mesh of a training run, and everything that the model assumes about it."""
+"""Settings of a training run on a cluster, and the assumptions of the cost model."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,9 +11,9 @@ Precision = Literal["fp8", "bf16"]
 
 @dataclass(frozen=True)
 class Mesh:
-    """gpus = pp x dp. The experts of a layer are divided among groups of `ep` neighbours of the dp ranks of a stage.
+    """Mesh of gpus = pp x dp ranks, in which `ep` consecutive ranks of a stage divide the experts of a layer.
 
-    Ranks of a stage are neighbours too, so an expert group spans max(1, ep / gpus_per_node) nodes.
+    The ranks of a stage are consecutive, so such an expert group spans max(1, ep / gpus_per_node) nodes.
     """
 
     gpus: int
@@ -23,15 +23,16 @@ class Mesh:
 
     @property
     def dp(self) -> int:
+        """Number of data-parallel ranks of a stage."""
         return self.gpus // self.pp
 
     @property
     def ranks_per_node(self) -> int:
-        """Of one expert group."""
+        """Number of ranks of an expert group on one node."""
         return min(self.ep, self.gpus_per_node)
 
     def check(self, config: ModelConfig) -> None:
-        """Raise `ConfigError` for a mesh that cannot be, naming the numbers."""
+        """Raise `ConfigError` if the numbers of the mesh do not fit together."""
         for name in ("gpus", "pp", "ep", "gpus_per_node"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "a positive integer")
         _require("pp", self.pp, self.gpus % self.pp == 0, f"a divisor of the {self.gpus} GPUs")
@@ -43,25 +44,26 @@ class Mesh:
         ranks = f"a divisor of the {self.dp} data-parallel ranks ({self.gpus} GPUs / {self.pp} stages)"
         _require("ep", self.ep, self.dp % self.ep == 0, ranks)
         node = self.gpus_per_node
-        _require("ep", self.ep, self.ep % node == 0 or node % self.ep == 0, f"a divisor or multiple of {node}, a node")
+        aligned = self.ep % node == 0 or node % self.ep == 0
+        _require("ep", self.ep, aligned, f"a divisor or multiple of the {node} GPUs of a node")
         whole = self.dp % node == 0 or node % self.dp == 0
         _require("gpus_per_node", node, whole, f"a divisor or multiple of the {self.dp} data-parallel ranks")
 
 
 @dataclass(frozen=True)
 class Training:
-    """How the run is laid out."""
+    """Options of a training run."""
 
     sequence: int = 4096
-    """Tokens of a sequence; attention is causal over all of them."""
+    """Sequence length in tokens; attention is causal."""
     global_batch: int = 15360
-    """Sequences in an optimizer step."""
+    """Sequences per optimizer step."""
     schedule: Literal["1f1b", "zb1p", "dualpipe"] = "1f1b"
     """Pipeline schedule; bubbles and copies as in table 2 of DeepSeek-V3's report."""
     sharding: Literal["zero1", "fsdp"] = "zero1"
-    """What data-parallel ranks shard. zero1: optimizer state; fsdp: parameters and gradients, too."""
+    """Data-parallel sharding. zero1: optimizer state; fsdp: also parameters and gradients."""
     recompute: Literal["none", "selective", "full"] = "selective"
-    """Recomputed in backward. selective: norms, SwiGLU and MLA's up-projections; full: whole blocks."""
+    """Recomputation in backward. selective: norms, SwiGLU and MLA's up-projections; full: whole blocks."""
     moments: Literal["bf16", "fp32"] = "fp32"
     """Dtype of AdamW's moments; master weights and gradients are fp32."""
     dispatch: Precision = "bf16"
@@ -72,7 +74,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Rates:
-    """What is achieved, as shares of a GPU's rates."""
+    """Fractions of a GPU's rates that are reached in practice."""
 
     matmul_share: float = 0.2455
     """Fraction of peak reached by matrix products.
@@ -95,7 +97,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Run:
-    """One training step's worth: a model on a mesh. `tokens` a GPU in a micro-batch; `dtype` of the matrix products."""
+    """Training run of a model on a mesh: `tokens` per GPU and micro-batch; `dtype` of the matrix products."""
 
     config: ModelConfig
     mesh: Mesh
@@ -120,16 +122,17 @@ class Run:
 
     @property
     def folded(self) -> bool:
-        """Whether a rank holds two stages, that many from either end."""
+        """Whether each rank holds two stages, one from either end of the pipeline."""
         return self.training.schedule == "dualpipe"
 
     @property
     def micro_batches(self) -> int:
-        """Through each pipeline, in a step."""
+        """Number of micro-batches of each pipeline in a step."""
         return self.training.global_batch * self.training.sequence // (self.mesh.dp * self.tokens)
 
     @property
     def step_tokens(self) -> int:
+        """Number of tokens in an optimizer step."""
         return self.training.global_batch * self.training.sequence
 
 

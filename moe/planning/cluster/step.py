@@ -1,11 +1,11 @@
-"""How long a training step takes, and what a run of them costs.
+"""Time of a training step, and GPU hours of a run.
 
-A micro-batch holds a rank for t = compute + exposed communication, a third of it forward. A step is
+A micro-batch takes a rank t = compute + exposed communication, a third of it in the forward pass. A step takes
 
     micro-batches * t  +  bubble  +  exposed reduction  +  optimizer
 
-of the slowest rank. The bubble is that of table 2 in DeepSeek-V3's report, with F = W = t / 3 (forward, and backward
-for weights) and B = 2 t / 3 (all of backward): 1f1b (pp - 1)(F + B), zb1p (pp - 1)(F + B - 2W), dualpipe
+on the slowest rank. Bubbles are those of table 2 in DeepSeek-V3's report, with F = W = t / 3 (forward, and backward for
+weights) and B = 2 t / 3 (all of backward): 1f1b (pp - 1)(F + B), zb1p (pp - 1)(F + B - 2W), dualpipe
 (pp / 2 - 1)(F&B + B - 3W), where F&B = F + B.
 """
 
@@ -22,8 +22,13 @@ from moe.planning.cluster.traffic import traffic
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step. parts: seconds of the slowest rank, which add up; hidden: seconds of its communication that
-    computation hides; mfu: the model's FLOPs (nothing for recomputation) as a share of the GPUs' dense bf16 peak.
+    """Time of one optimizer step.
+
+    Attributes:
+        parts: seconds of the slowest rank by part.
+        hidden: seconds of its communication that computation hides.
+        tokens, gpus: tokens of the step, and number of GPUs.
+        mfu: the model's FLOPs, without recomputation, as a fraction of the dense bf16 peak.
     """
 
     parts: Mapping[str, float]
@@ -38,37 +43,37 @@ class Step:
 
     @property
     def tokens_per_gpu(self) -> float:
-        """A second."""
+        """Tokens per second and GPU."""
         return self.tokens / self.seconds / self.gpus
 
     def gpu_hours(self, tokens: float) -> float:
-        """For so many tokens, without restarts, evaluation and ramps."""
+        """GPU hours for `tokens`, without restarts, evaluation and batch size warmup."""
         return tokens / self.tokens_per_gpu / 3600
 
 
-def ratio(gpu: Gpu) -> float:
-    """Of the bf16 peak to the FP8 peak."""
+def bf16_per_fp8(gpu: Gpu) -> float:
+    """Ratio of the bf16 peak to the FP8 peak."""
     return gpu.bf16 / (gpu.fp8 or gpu.bf16)
 
 
 def compute_seconds(block: Block, run: Run, gpu: Gpu, rates: Rates) -> float:
-    """Forward and backward of one token.
+    """Seconds for the forward and backward pass of one token.
 
-    Products take 2 FLOPs per multiply-add forward and 4 backward, and again 2 for what is recomputed. Attention's
-    backward has five matrix products where forward has two: 3.5 times forward in all, 4.5 with forward repeated.
+    Products take 2 FLOPs per multiply-add forward, 4 backward and 2 for recomputation. Attention has two matrix
+    products forward and five backward: 3.5 times forward in total, 4.5 with recomputation.
     """
     full = run.training.recompute == "full"
-    sixteen = block.sixteen * (8 if full else 6)
-    eight = (block.products - block.sixteen) * (8 if full else 6)
-    eight += block.again * 2 if run.training.recompute == "selective" else 0
-    attention = 2 * block.attention * (4.5 if full else 3.5)
-    scale = ratio(gpu) if run.dtype == "fp8" else 1.0
-    products = (eight * scale + sixteen) / rates.matmul_share
+    bf16_flops = block.bf16_macs * (8 if full else 6)
+    flops = (block.macs - block.bf16_macs) * (8 if full else 6)
+    flops += block.recomputed_macs * 2 if run.training.recompute == "selective" else 0
+    attention = 2 * block.attention_macs * (4.5 if full else 3.5)
+    scale = bf16_per_fp8(gpu) if run.dtype == "fp8" else 1.0
+    products = (flops * scale + bf16_flops) / rates.matmul_share
     return (products + attention / rates.attention_share) / (gpu.bf16 * 1e12)
 
 
-def exchange_seconds(run: Run, gpu: Gpu, rates: Rates) -> float:
-    """All-to-alls of a MoE layer for one micro-batch: forward and backward, and forward again if all is recomputed."""
+def all_to_all_seconds(run: Run, gpu: Gpu, rates: Rates) -> float:
+    """Seconds of all-to-all in a MoE layer per micro-batch: forward, backward, and forward again if recomputed."""
     if run.mesh.ep == 1:
         return 0.0
     times = 3 if run.training.recompute == "full" else 2
@@ -76,10 +81,10 @@ def exchange_seconds(run: Run, gpu: Gpu, rates: Rates) -> float:
 
 
 def collective_seconds(nbytes: float, replicas: int, neighbours: int, gpu: Gpu, rates: Rates) -> float:
-    """A reduce-scatter or an all-gather of so many bytes among replicas, of which `neighbours` share a node.
+    """Seconds of a reduce-scatter or all-gather of `nbytes` among replicas, of which `neighbours` share a node.
 
-    Over NVLink a rank moves (w - 1) / w of them; over the network the neighbours together move (n - 1) / n, for w in a
-    node and n nodes. The two run at once.
+    With w replicas per node on n nodes, each rank moves (w - 1) / w of the bytes over NVLink, and the ranks of a node
+    together move (n - 1) / n over the network. Both run concurrently.
     """
     nodes = replicas / neighbours
     inside = nbytes * (1 - 1 / neighbours) / gpu.nvlink
@@ -88,9 +93,9 @@ def collective_seconds(nbytes: float, replicas: int, neighbours: int, gpu: Gpu, 
 
 
 def reduction_seconds(rank: Rank, run: Run, gpu: Gpu, rates: Rates) -> float:
-    """Gradients in fp32 scattered and weights in bf16 gathered among the ranks that hold the same.
+    """Seconds to reduce-scatter fp32 gradients and all-gather bf16 weights among ranks with the same parameters.
 
-    Once a step with ZeRO-1; with FSDP in each micro-batch, and weights once more for backward.
+    With ZeRO-1 once per step; with FSDP in each micro-batch, where weights are gathered again for backward.
     """
     mesh, node = run.mesh, run.mesh.gpus_per_node
     experts = rank.parameters(experts=True) / mesh.ep
@@ -105,12 +110,12 @@ def reduction_seconds(rank: Rank, run: Run, gpu: Gpu, rates: Rates) -> float:
 
 
 def step(run: Run, gpu: Gpu, rates: Rates) -> Step:
-    """The step of the slowest rank."""
+    """Time of an optimizer step, which is that of the slowest rank."""
     rates.check()
     if run.dtype == "fp8" and gpu.fp8 is None:
         raise ConfigError("dtype", run.dtype, "bf16 on a GPU without FP8")
-    exchange = exchange_seconds(run, gpu, rates)
-    timed = [_parts(rank, run, gpu, rates, exchange) for rank in ranks(run, ratio(gpu))]
+    exchange = all_to_all_seconds(run, gpu, rates)
+    timed = [_parts(rank, run, gpu, rates, exchange) for rank in ranks(run, bf16_per_fp8(gpu))]
     parts, hidden = max(timed, key=lambda found: sum(found[0].values()))
     flops = model_flops(run.config, run.training.sequence) * run.step_tokens
     mfu = flops / sum(parts.values()) / (run.mesh.gpus * gpu.bf16 * 1e12)
@@ -118,8 +123,8 @@ def step(run: Run, gpu: Gpu, rates: Rates) -> Step:
 
 
 def _parts(rank: Rank, run: Run, gpu: Gpu, rates: Rates, layer: float) -> tuple[dict[str, float], float]:
-    """Seconds of a rank's step, and those hidden; `layer`: of one layer's all-to-alls for a micro-batch."""
-    # With dualpipe half the micro-batches pass each of a rank's stages.
+    """Seconds of a rank's step by part, and hidden seconds; `layer`: all-to-all seconds per layer and micro-batch."""
+    # With dualpipe, each stage of a rank processes half of the micro-batches.
     batches = run.micro_batches / len(rank.stages)
     compute = batches * run.tokens * sum(compute_seconds(b, run, gpu, rates) for b in rank.blocks)
     exchange = batches * layer * sum(block.has_experts for block in rank.blocks)
