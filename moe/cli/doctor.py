@@ -1,4 +1,4 @@
-"""`moesmith doctor`: what this machine has, and which kernels the operators will use on it."""
+"""`moesmith doctor`: hardware and packages of this machine, and the kernels that the operators use on it."""
 
 import importlib.metadata
 import importlib.util
@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-_NEEDED = ("torch", "triton", "numpy", "safetensors", "tokenizers", "einops", "tyro", "rich")
+_NEEDED = ("torch", "triton", "numpy", "safetensors", "tokenizers", "einops", "rich")
 _OPTIONAL = (
     "transformers",
     "matplotlib",
@@ -38,10 +38,10 @@ _OPERATORS = {
 
 @dataclass(frozen=True)
 class Args:
-    """Say what this machine has, and which kernels the operators will use on it."""
+    """Print the hardware and packages of this machine, and the kernels that the operators use on it."""
 
     json: bool = False
-    """One JSON object instead of text."""
+    """Print one JSON object instead of text."""
 
 
 def run(args: Args) -> int:

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import tyro
-
 from moe.checkpoint.reading.hub import find, from_cache
 from moe.cli.generate import read_tokenizer
-from moe.cli.options import COMPUTE_DTYPES, UNSET, dtype_option, option, read_dtype
+from moe.cli.options import COMPUTE_DTYPES, Option, dtype_option, option, read_dtype
 from moe.cli.source import FOLDER
 from moe.errors import CheckpointError, ConfigError
 from moe.train.settings import Settings
@@ -25,26 +23,26 @@ DEFAULT_SEQ_LENGTH = 2048
 class Args:
     """Score a model on text: perplexity, nats per token, bits per byte, and the load of its experts.
 
-    The text is tokenized with the folder's tokenizer.json and scored in windows, as `moesmith train` validates: each
-    token given those before it in its window. Perplexities compare only between models with one tokenizer; bits per
-    byte compare between all.
+    The text is tokenized with the folder's tokenizer.json and scored in windows, as in validation by `moesmith train`:
+    each token is predicted from those before it in its window. Perplexities are comparable only between models with the
+    same tokenizer; bits per byte are comparable between all models.
     """
 
-    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER", help=FOLDER)]
-    data: Annotated[tuple[Path, ...] | None, tyro.conf.arg(metavar="PATH [PATH ...]", help_behavior_hint="")] = None
-    """Text, JSON Lines, JSON or Parquet files, or folders of them; default: the text that a run has held out."""
+    folder: Annotated[str, Option("FOLDER", positional=True, text=FOLDER)]
+    data: tuple[Path, ...] | None = None
+    """Text, JSON Lines, JSON or Parquet files, or folders of them. Default: the text held out by the run."""
     field: str = "text"
-    """Name of the field that holds the text, in JSON Lines, JSON and Parquet files."""
-    seq_length: Annotated[int | None, UNSET] = None
-    """Window length in tokens; default: that of the run, otherwise 2048, at most the model's."""
-    batch_size: Annotated[int | None, UNSET] = None
-    """Windows per forward pass; default: as in the run's training, otherwise 4."""
-    document_mask: Annotated[bool | None, UNSET] = None
-    """Restrict attention to tokens of the same document; default: as the run was trained, otherwise not."""
+    """Name of the text field in JSON Lines, JSON and Parquet files."""
+    seq_length: int | None = None
+    """Window length in tokens. Default: that of the run, otherwise 2048, at most the model's maximum."""
+    batch_size: int | None = None
+    """Windows per forward pass. Default: as in the run's training, otherwise 4."""
+    document_mask: bool | None = None
+    """Restrict attention to tokens of the same document. Default: as the run was trained, otherwise not."""
     dtype: Annotated[str, dtype_option(COMPUTE_DTYPES)] = "auto"
-    """Compute dtype; auto (the default) uses the checkpoint's."""
+    """Compute dtype; auto uses the checkpoint's."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto is the GPU if there is one."""
+    """Device: cpu, cuda, cuda:1, ...; auto is the GPU if there is one."""
     json: bool = False
     """Print one JSON object instead of tables."""
 

@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import tyro
-
 from moe.checkpoint import read_config
 from moe.checkpoint.format.files import read_bounded
 from moe.checkpoint.format.folder import CONFIG, MAX_CONFIG_BYTES, MAX_CONFIG_VALUES, member
 from moe.checkpoint.format.strict_json import parse_as_python
 from moe.checkpoint.reading.hub import find, from_cache
 from moe.cli.chat import ChatTemplate
-from moe.cli.options import COMPUTE_DTYPES, UNSET, dtype_option, option, read_dtype
+from moe.cli.options import COMPUTE_DTYPES, Option, dtype_option, option, read_dtype
 from moe.cli.source import FOLDER
 from moe.errors import CheckpointError, ConfigError
 from moe.sampling import Sampling
@@ -28,48 +26,44 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Args:
-    """Continue prompts with a model, or talk to it.
+    """Continue prompts with a model, or chat with it.
 
     Each prompt is printed with its continuation, as it is generated. Several prompts run as one batch and are printed
-    in their order. Tokens per second go to standard error.
+    in order. Tokens per second go to standard error.
 
-    With --chat a prompt is a message, and the model's answer alone is printed. Without --prompt it is a conversation:
-    each line of standard input is a message, /quit or Ctrl-D ends it.
+    With --chat, a prompt is a message, and only the model's answer is printed. Without --prompt, --chat holds a
+    conversation: each line of standard input is a message; /quit or Ctrl-D ends it.
     """
 
-    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER", help=FOLDER)]
-    prompt: Annotated[
-        tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT", help_behavior_hint="")
-    ] = ()
-    """Text to continue; - reads it from standard input. Give the option once per prompt."""
+    folder: Annotated[str, Option("FOLDER", positional=True, text=FOLDER)]
+    prompt: Annotated[tuple[str, ...], Option(repeated=True)] = ()
+    """Text to continue; - reads it from standard input. Repeatable."""
     chat: bool = False
     """Apply the checkpoint's chat template. Without --prompt, hold a conversation."""
-    system: Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")] = None
-    """With --chat: the system message, which comes before all others."""
+    system: str | None = None
+    """System message, which precedes all others. Requires --chat."""
     max_new_tokens: int = 128
     """Maximum number of new tokens; the model may stop earlier."""
-    stop: Annotated[
-        tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT", help_behavior_hint="")
-    ] = ()
-    """End before this text, which is not printed. Give the option once per text."""
+    stop: Annotated[tuple[str, ...], Option(repeated=True)] = ()
+    """Stop before this text, which is not printed. Repeatable."""
     temperature: float = 0.0
-    """0 takes the most likely token each time; larger values sample more randomly."""
+    """Sampling temperature. 0 always takes the most likely token; larger values sample more randomly."""
     top_k: int = 0
-    """Sample among the k most likely tokens; 0 for all."""
+    """Sample from the K most likely tokens; 0 means all."""
     top_p: float = 1.0
-    """Sample among the most likely tokens that together have this probability."""
+    """Sample from the most likely tokens that together have this probability."""
     min_p: float = 0.0
-    """Sample among tokens at least this many times as likely as the most likely one; 0 for all."""
+    """Sample from the tokens that have at least this fraction of the highest probability; 0 means all."""
     repetition_penalty: float = 1.0
-    """Above 1, makes tokens that are in the prompt or the new text less likely."""
-    seed: Annotated[int | None, UNSET] = None
-    """Sampling seed, for reproducible output."""
+    """Penalty for tokens that are in the prompt or the new text; values above 1 make them less likely."""
+    seed: int | None = None
+    """Sampling seed, for reproducible output. Default: random."""
     dtype: Annotated[str, dtype_option(COMPUTE_DTYPES)] = "auto"
-    """Compute dtype; auto (the default) uses the checkpoint's."""
+    """Compute dtype; auto uses the checkpoint's."""
     mtp: bool = True
     """Load the multi-token prediction modules, which generation does not use; --no-mtp ignores their tensors."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto is the GPU if there is one."""
+    """Device: cpu, cuda, cuda:1, ...; auto is the GPU if there is one."""
     json: bool = False
     """Print one JSON object per prompt, once all are finished, instead of streaming text."""
 

@@ -6,7 +6,6 @@ import json
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -17,6 +16,7 @@ from moe.checkpoint.format.families import FAMILIES
 from moe.checkpoint.format.folder import MANIFEST, RECEIPT
 from moe.checkpoint.format.manifest import verify
 from moe.checkpoint.reading.hub import CONFIGS, FILES, find
+from moe.cli.options import Option
 from moe.cli.source import MODEL, unknown
 from moe.config import ModelConfig
 from moe.counts import ParameterCounts, count_parameters
@@ -32,15 +32,15 @@ _SHOWN = 20  # differences; a folder that was saved again by another program has
 class Args:
     """Print the configuration and the parameter counts of a model.
 
-    Reads config.json and the headers of the weight files only, unless --verify is given; on the Hub, too.
+    Reads only config.json and the headers of the weight files, also on the Hub, unless --verify is given.
     """
 
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL", help=MODEL)]
+    model: Annotated[str, Option("MODEL", positional=True, text=MODEL)]
     json: bool = False
     """Print one JSON object instead of tables."""
     verify: bool = False
-    """Instead, check that every byte of a folder is unchanged, against the manifest that its save has written.
-    Prints one line per difference. Exit status 2 if there is one, or no manifest."""
+    """Check instead that every byte of a folder is unchanged since it was saved, according to its manifest. Prints one
+    line per difference. Exit status 2 if there is a difference or no manifest."""
 
 
 def run(args: Args) -> int:

@@ -1,4 +1,4 @@
-"""`moesmith place`: replicas and places of experts for serving, from recorded loads, and what they gain."""
+"""`moesmith place`: replicas and GPUs of experts for serving, from recorded loads, and the gain."""
 
 import dataclasses
 import json
@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
-
+from moe.cli.options import Option
 from moe.config import ModelConfig
 from moe.errors import ConfigError
 from moe.presets import PRESETS
@@ -17,27 +16,27 @@ METRICS, SETTINGS = "metrics.jsonl", "settings.json"
 
 @dataclass(frozen=True)
 class Args:
-    """Give each GPU its experts, hot ones several times, so that the fullest GPU has little load; print the gain.
+    """Assign experts to GPUs, with replicas of hot experts, to minimise the load of the busiest GPU; print the gain.
 
-    Per layer: the load of the fullest GPU over the mean, before (experts in order), after, and a bound that no
-    placement in so many slots is below.
+    For each layer, prints the load of the busiest GPU divided by the mean, before (experts in order) and after, and a
+    lower bound for any placement with that many slots.
     """
 
-    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER-OR-FILE")]
-    """The folder or the metrics.jsonl of `moesmith train`, for its last validation; or any other file, JSON with
+    file: Annotated[Path, Option("FOLDER-OR-FILE", positional=True)]
+    """Run folder or metrics.jsonl of `moesmith train`, for its last validation; or a JSON file with
     {"load": [[tokens of each expert] of each layer]}."""
     gpus: int
-    """Among which the experts of a layer are divided."""
+    """Number of GPUs that divide the experts of each layer."""
     slots: int
-    """Places for experts on all these GPUs together, per layer: a multiple of the GPUs, at least the experts."""
+    """Number of expert slots on all GPUs together, per layer: a multiple of --gpus, at least the number of experts."""
     nodes: int = 1
-    """Machines that the GPUs stand in. Where they divide the groups, a group's experts stay on one of them."""
+    """Number of nodes. If it divides --groups, each group stays on one node."""
     groups: int = 1
-    """Of the model's group-limited router (n_group)."""
+    """Number of groups of the model's group-limited router (n_group)."""
     json: bool = False
-    """One JSON object, with the placement, instead of a table."""
+    """Print one JSON object, with the placement, instead of a table."""
     out: Path | None = None
-    """A new file for that JSON object."""
+    """New file to write that JSON object to."""
 
 
 def run(args: Args) -> int:

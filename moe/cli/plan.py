@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, cast
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -17,7 +16,7 @@ from moe.checkpoint.format.folder import INDEX, has_weights, read_config_values
 from moe.checkpoint.format.quantized_formats import Quantization, read_quantization
 from moe.checkpoint.format.sizes import parse_size
 from moe.checkpoint.reading.hub import CONFIGS, find, from_cache, headers_on_hub
-from moe.cli.options import DTYPES, UNSET, dtype_option, read_dtype
+from moe.cli.options import DTYPES, Option, dtype_option, read_dtype
 from moe.cli.plan_cluster import ClusterArgs, find_gpu, plan_facts, print_plan, print_published, published_facts
 from moe.cli.source import MODEL, unknown
 from moe.config import ModelConfig
@@ -30,36 +29,35 @@ from moe.presets import PRESETS
 
 @dataclass(frozen=True)
 class Args:
-    """Print what each GPU would hold of a model, for inference and for training, and whether it fits.
+    """Print the memory that a model takes on each GPU, for inference and for training, and whether it fits.
 
-    Weights are those of the files, from their headers, also on the Hub. With --dtype for other files, and without
-    files, they are computed from config.json, in the layout of the files if there are any. Figures are of the GPU that
-    holds most; the assumptions are printed.
+    Weights are counted from the headers of the files, also on the Hub. If --dtype is not that of the files, or if there
+    are none, they are computed from config.json, in the layout of the files if there are any. The numbers are those of
+    the fullest GPU; the assumptions are printed.
 
-    With --gpu: a training run on a cluster. Memory of a rank, all-to-all bytes, time of a step, days and cost.
+    With --gpu, plan a training run on a cluster: memory of a rank, all-to-all bytes, time of a step, days and cost.
     """
 
-    model: Annotated[
-        str | None, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL", help=MODEL, help_behavior_hint="")
-    ] = None
+    model: Annotated[str | None, Option("MODEL", positional=True, text=MODEL)] = None
     gpus: int = 1
-    """GPUs that share one model."""
-    gpu: Annotated[str | None, UNSET, tyro.conf.arg(metavar="NAME")] = None
-    """Plan a training run on a cluster of these: a100, h100, h200, h800, b200 or mi300x."""
-    memory: Annotated[str | None, UNSET, tyro.conf.arg(metavar="SIZE")] = None
-    """Memory per GPU; default: that of --gpu, otherwise 80GiB."""
+    """Number of GPUs that share one copy of the model."""
+    gpu: Annotated[str | None, Option("NAME")] = None
+    """Plan a training run on a cluster of this GPU: a100, h100, h200, h800, b200 or mi300x."""
+    memory: Annotated[str | None, Option("SIZE")] = None
+    """Memory per GPU. Default: that of --gpu, otherwise 80GiB."""
     ep: int = 1
-    """GPUs that divide the experts of a layer."""
+    """Number of GPUs that divide the experts of each layer."""
     dtype: Annotated[str | None, dtype_option(DTYPES)] = None
-    """Dtype of the weights; default: that of the files, otherwise bf16. With --gpu: fp8 or bf16 matrix products."""
-    tokens: Annotated[int | None, UNSET] = None
-    """Tokens per GPU: in the KV cache (inference) or a micro-batch (training).
-    Default: 8,192, with --gpu one sequence."""
+    """Dtype of the weights; with --gpu, of the matrix products (fp8 or bf16). Default: that of the files, otherwise
+    bf16."""
+    tokens: int | None = None
+    """Tokens per GPU: in the KV cache (inference) or in a micro-batch (training). Default: 8,192; with --gpu, one
+    sequence."""
     json: bool = False
     """Print one JSON object instead of tables."""
     published: bool = False
-    """Fit the cost model to DeepSeek-V3's published GPU hours and print it beside those of other runs."""
-    cluster: Annotated[ClusterArgs, tyro.conf.arg(name="")] = field(default_factory=ClusterArgs)
+    """Fit the cost model to DeepSeek-V3's published GPU hours, and compare it with those of other runs."""
+    cluster: ClusterArgs = field(default_factory=ClusterArgs)
 
 
 @dataclass(frozen=True)

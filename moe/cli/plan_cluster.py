@@ -3,14 +3,12 @@
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 from moe.checkpoint.format.sizes import parse_size
-from moe.cli.options import UNSET
 from moe.errors import ConfigError, did_you_mean
 from moe.planning.cluster.gpus import GPUS, Gpu
 from moe.planning.cluster.memory import memory
@@ -32,35 +30,35 @@ MODEL = (
 
 @dataclass(frozen=True)
 class Rated:
-    """Rates of the GPU in place of those that its vendor states."""
+    """Rates of the GPU, in place of those of --gpu."""
 
-    bf16: Annotated[float | None, UNSET] = None
-    """Dense bf16 rate, TFLOP/s; this and the next four default to those of --gpu."""
-    fp8: Annotated[float | None, UNSET] = None
+    bf16: float | None = None
+    """Dense bf16 rate, TFLOP/s."""
+    fp8: float | None = None
     """Dense FP8 rate, TFLOP/s."""
-    bandwidth: Annotated[float | None, UNSET] = None
+    bandwidth: float | None = None
     """Memory bandwidth, GB/s."""
-    nvlink: Annotated[float | None, UNSET] = None
+    nvlink: float | None = None
     """NVLink bandwidth per GPU, GB/s per direction."""
-    network: Annotated[float | None, UNSET] = None
+    network: float | None = None
     """Network bandwidth per GPU, GB/s per direction."""
 
 
 @dataclass(frozen=True)
 class ClusterArgs:
-    """Options of a training run (with --gpu)."""
+    """Training run, with --gpu."""
 
     pp: int = 1
-    """Pipeline stages. GPUS / PP ranks are data-parallel, and experts are divided among these."""
+    """Number of pipeline stages. Each has --gpus / --pp data-parallel ranks, among which experts are divided."""
     gpus_per_node: int = 8
     """GPUs per NVLink domain."""
     train_tokens: str = "1T"
     """Tokens of the whole run, for example 14.8T."""
     price: float = 2.0
     """Price of a GPU hour in dollars."""
-    training: Annotated[Training, tyro.conf.arg(name="")] = field(default_factory=Training)
-    rates: Annotated[Rates, tyro.conf.arg(name="")] = field(default_factory=Rates)
-    rated: Annotated[Rated, tyro.conf.arg(name="")] = field(default_factory=Rated)
+    training: Training = field(default_factory=Training)
+    rates: Rates = field(default_factory=Rates)
+    rated: Rated = field(default_factory=Rated)
 
 
 def find_gpu(name: str, rated: Rated, memory_bytes: int | None) -> Gpu:

@@ -1,7 +1,6 @@
 """`moesmith train`: train a model on text, from a preset, and save it."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import re
@@ -11,11 +10,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import tyro
-
-from moe.cli.options import UNSET, option
+from moe.cli.options import Option, option
 from moe.errors import CheckpointError, ConfigError, ParallelError
 from moe.train.launcher import is_first, said_once
 from moe.train.settings import Settings
@@ -31,19 +28,24 @@ class Args(Settings):
     The defaults train the tiny preset, a complete DeepSeek-V3 in miniature, in two minutes on two CPU cores. Training
     runs on the CPU in fp32 by default; identical settings give bit-identical results.
 
-    Under torchrun (torchrun --nproc-per-node N -m moe train ...) N processes train one model on parts of each batch.
+    Under torchrun (torchrun --nproc-per-node N -m moe train ...), N processes train one model, each on a part of every
+    batch.
     """
 
-    out: Annotated[Path | None, UNSET] = None
-    """Folder of the run: saved states, metrics, plots, checkpoint; default: runs/MODEL."""
-    resume: bool = False
-    """Resume the run in --out; repeat the original options. --resume RUN takes them from RUN; --steps may differ."""
+    preset: Annotated[str | None, Option("NAME")] = None
+    set: Annotated[tuple[str, ...], Option("FIELD=VALUE", repeated=True)] = ()
+    log: Annotated[Literal["tensorboard", "wandb"] | None, Option(alias="--log-to")] = None
+    out: Path | None = None
+    """Folder of the run: saved states, metrics, plots and checkpoint. Default: runs/MODEL."""
+    resume: Annotated[bool, Option("[RUN]")] = False
+    """Resume the run in --out; repeat the original options. With RUN, take them from that folder. --steps may
+    differ."""
     auto_resume: bool = False
     """Resume if --out holds a run, otherwise start one; for jobs that are requeued."""
     overwrite: bool = False
-    """Delete an earlier run in that folder and begin again."""
+    """Delete an earlier run in --out and start again."""
     json: bool = False
-    """One JSON object on standard output instead of tables; everything else goes to standard error."""
+    """Print one JSON object on standard output instead of tables; everything else goes to standard error."""
 
     def __post_init__(self) -> None:
         """Nothing yet: `moe.cli.options.parse` calls `check`."""
@@ -54,9 +56,6 @@ class Args(Settings):
 
         Raises ConfigError if RUN is none, and if --data is repeated, of which the parser would take the last.
         """
-        for name in ("--data", "--validation-data"):
-            if sum(word.partition("=")[0] == name for word in words) > 1:
-                raise ConfigError(name, "...", f"all paths after one option: {name} PATH PATH")
         found = [i for i, word in enumerate(words) if word == "--resume" or word.startswith("--resume=")]
         if not found:
             return list(words)
@@ -76,16 +75,6 @@ class Args(Settings):
         except (OSError, ValueError, TypeError):
             raise ConfigError("--resume", run, "the folder of a run") from None
         return [*settings.options(without=given), *rest, "--resume", "--out", run]
-
-
-# `Settings` knows no tyro. Its texts say what None means, and one value of --set is one change.
-_PATHS = tyro.conf.arg(metavar="PATH [PATH ...]", help_behavior_hint="")
-_SHOWN = {"data": _PATHS, "validation_data": _PATHS, "set": tyro.conf.arg(metavar="FIELD=VALUE")}
-_SHOWN["log"] = tyro.conf.arg(aliases=("--log-to",), help_behavior_hint="")
-for _field in dataclasses.fields(Settings):
-    if _field.default is None or _field.name in _SHOWN:
-        Args.__annotations__[_field.name] = Annotated[_field.type, _SHOWN.get(_field.name, UNSET)]
-Args.__annotations__["set"] = tyro.conf.UseAppendAction[Args.__annotations__["set"]]
 
 
 def run(args: Args) -> int:

@@ -22,23 +22,24 @@ class Settings:
     """What is trained, on what, and how. Equal settings give equal bits on one machine."""
 
     preset: str | None = None
-    """Model to build: a name from `moe.presets` (default: tiny). The tokenizer determines the vocabulary size."""
+    """Preset to train, a name from `moe.presets`. The tokenizer determines the vocabulary size. Default: tiny."""
     config: Path | None = None
-    """Model to build instead: a Hugging Face config.json or its folder, or a JSON object of ModelConfig fields."""
+    """Configuration to train instead: a Hugging Face config.json or its folder, or a JSON object of ModelConfig
+    fields."""
     set: tuple[str, ...] = ()
-    """Change a field of that configuration, for example num_hidden_layers=12."""
+    """Field of the configuration to change, for example num_hidden_layers=12. Repeatable."""
     init: Path | None = None
     """Continue from the weights and the tokenizer of a checkpoint: a folder, a run, or a Hugging Face Hub name."""
     data: tuple[Path, ...] | None = None
-    """Text, JSON Lines, JSON or Parquet files, or folders of them; default: the language reference of Python."""
+    """Text, JSON Lines, JSON or Parquet files, or folders of them. Default: the Python language reference."""
     field: str = "text"
-    """Name of the field that holds the text, in JSON Lines, JSON and Parquet files."""
+    """Name of the text field in JSON Lines, JSON and Parquet files."""
     validation_data: tuple[Path, ...] | None = None
-    """Files or folders to validate on; default: a tenth of the documents of --data is held out."""
+    """Files or folders to validate on. Default: a tenth of the documents of --data, held out of training."""
     tokenizer: Path | None = None
-    """tokenizer.json, or a folder or Hub name that has one; default: one trained on the training text."""
+    """Tokenizer: a tokenizer.json, or a folder or Hub name that has one. Default: one trained on the training text."""
     steps: int = 320
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     batch_size: int = 4
     """Sequences per forward pass, summed over all ranks."""
     accumulation: int = 1
@@ -46,19 +47,20 @@ class Settings:
     seq_length: int = 256
     """Sequence length in tokens."""
     optimizer: Literal["adamw", "muon"] = "muon"
-    """muon: Muon for matrices, AdamW for the embedding, head, gates and vectors."""
+    """Optimizer. muon uses Muon for matrices and AdamW for the embedding, head, gates and vectors."""
     lr: float | None = None
-    """Peak learning rate; default: 0.02 with muon, whose AdamW part takes 0.3 of it, and 0.004 with adamw."""
+    """Peak learning rate. Default: 0.02 with muon (0.3 of it for the AdamW part), 0.004 with adamw."""
     weight_decay: float = 0.3
-    """Applied to matrices only, not to norms or biases."""
+    """Weight decay, applied to matrices only, not to norms or biases."""
     schedule: Literal["cosine", "wsd"] = "wsd"
-    """cosine to a tenth of the peak, or wsd: stable, then a linear decay over the last 30 percent."""
+    """Learning-rate schedule. cosine decays to a tenth of the peak; wsd is constant, then decays linearly over the last
+    30 percent of the steps."""
     warmup: int = 10
     """Steps over which the learning rate rises from zero."""
     clip: float = 1.0
     """Clip the global gradient norm to this value."""
     bias_update_speed: float = 0.01
-    """Change of an expert's correction bias per step; long runs want DeepSeek's 0.001."""
+    """Change of an expert's correction bias per step; use DeepSeek's 0.001 for long runs."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Compute precision. bf16 uses autocast; parameters stay in fp32."""
     activation_checkpointing: bool = False
@@ -66,7 +68,8 @@ class Settings:
     compile: bool = False
     """Train with torch.compile; the first step takes longer. Validation is not compiled."""
     document_mask: bool = False
-    """Restrict attention to tokens of the same document, whose first tokens are not predicted or scored."""
+    """Restrict attention to tokens of the same document. The first token of a document is then not predicted or
+    scored."""
     seed: int = 0
     """Random seed for weights, data order and the final sample."""
     eval_every: int = 80
@@ -74,19 +77,19 @@ class Settings:
     save_every: int = 80
     """Save a state every N steps, and always at the end or when interrupted; 0 disables the rest."""
     keep: int = 2
-    """How many saved states to keep."""
+    """Number of saved states to keep."""
     log: Literal["tensorboard", "wandb"] | None = None
-    """Also log to TensorBoard or Weights & Biases, in the run's folder; under torchrun write --log-to."""
+    """Also log to TensorBoard or Weights & Biases, in the run's folder. Under torchrun, write --log-to."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where to compute; under torchrun each process takes the GPU of its local rank."""
+    """Device to compute on. Under torchrun, each process uses the GPU of its local rank."""
     ep: int = 1
-    """Under torchrun: ranks that share the experts of each layer."""
+    """Under torchrun: number of ranks that divide the experts of each layer."""
     dp_shard: int | None = None
-    """Under torchrun: ranks that shard all other parameters; default: all, divided by --dp-replicate."""
+    """Under torchrun: number of ranks that shard all other parameters. Default: all, divided by --dp-replicate."""
     dp_replicate: int = 1
     """Under torchrun: number of replicas of the sharded parameters."""
     dispatch: Literal["same", "fp8"] = "same"
-    """How tokens travel to experts on other ranks: in their own dtype, or in FP8 with a scale for 128 values."""
+    """Dtype of tokens sent to experts on other ranks. same: their own; fp8: FP8 with one scale per 128 values."""
     timeout: float = 600.0
     """Under torchrun: seconds after which a rank that does not answer is an error on all others."""
 
