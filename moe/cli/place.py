@@ -4,12 +4,15 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from moe.cli.options import Option
 from moe.config import ModelConfig
 from moe.errors import ConfigError
 from moe.presets import PRESETS
+
+if TYPE_CHECKING:
+    from moe.planning.placement import PlacementReport
 
 METRICS, SETTINGS = "metrics.jsonl", "settings.json"
 
@@ -61,8 +64,27 @@ def run(args: Args) -> int:
     if args.out is not None:
         with args.out.open("x", encoding="utf-8") as file:
             file.write(text + "\n")
-    print(text if args.json else report)
+    print(text) if args.json else _print(report)
     return 0
+
+
+def _print(report: "PlacementReport") -> None:
+    from rich.console import Console
+
+    from moe.train.report import print_table, print_text
+
+    columns: list[list[str]] = []
+    for load in (report.before, report.after, report.bound):
+        ratios = [] if load is None else [*report.ratios(load), report.overall(load)]
+        columns.append([f"{ratio:.3f}" for ratio in ratios] or ["-"] * (len(report.layers) + 1))
+    rows = zip([*report.layers, "all layers"], *columns, strict=True)
+    console, experts, gpus = Console(), report.experts, report.gpus
+    title = "load of the busiest GPU / mean load"
+    print_table(console, title, ("layer", "before", "after", "lower bound"), list(rows))
+    each = f"{report.slots / gpus:g} slots per GPU, {report.extra_slots_per_gpu:g} of them for replicas"
+    print_text(console, f"{experts} experts in {report.slots} slots on {gpus} GPUs: {each}.")
+    if report.before is None:
+        print_text(console, f"before: unknown, because {gpus} GPUs do not divide {experts} experts.")
 
 
 def _read(path: Path) -> tuple[list[str] | None, Any]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, cast
 
 from rich.console import Console
-from rich.table import Table
 
 from moe.checkpoint import read_config
 from moe.checkpoint.format.comparison import Plan, plan, stated_dtype
@@ -17,7 +16,16 @@ from moe.checkpoint.format.quantized_formats import Quantization, read_quantizat
 from moe.checkpoint.format.sizes import parse_size
 from moe.checkpoint.reading.hub import CONFIGS, find, from_cache, headers_on_hub
 from moe.cli.options import DTYPES, Option, dtype_option, read_dtype
-from moe.cli.plan_cluster import ClusterArgs, find_gpu, plan_facts, print_plan, print_published, published_facts
+from moe.cli.plan_cluster import (
+    ClusterArgs,
+    find_gpu,
+    plan_facts,
+    print_assumptions,
+    print_fit,
+    print_plan,
+    print_published,
+    published_facts,
+)
 from moe.cli.source import MODEL, unknown
 from moe.config import ModelConfig
 from moe.errors import CheckpointError, ConfigError, one_line
@@ -25,6 +33,7 @@ from moe.planning import footprint
 from moe.planning.cluster.settings import Mesh, Run
 from moe.planning.footprint import Estimate, Placement
 from moe.presets import PRESETS
+from moe.train.report import print_table, print_text
 
 
 @dataclass(frozen=True)
@@ -141,14 +150,16 @@ def _tables(args: Args, name: str, model: _Model, asked: Dtype | None, memory: i
         print(json.dumps(facts, default=dict))
         return 0
     if found is not None and found.error is not None:
-        console.print(
-            f"{one_line(name)} holds {found.name} files, which cannot be loaded; planned for {dtype}", markup=False
+        print_text(
+            console, f"{one_line(name)}: {found.name} files, which cannot be loaded; the plan is for {dtype} files."
         )
-    kinds = ", ".join(f"{kind} {number:,}" for kind, number in stored.values.items())
-    source = "by the headers of its files" if files is not None else f"in {dtype}, computed from its configuration"
-    size = f"{stored.tensors:,} tensors, {stored.bytes:,} bytes"
-    console.print(f"{one_line(name)}: {size} (values: {kinds}), {source}", markup=False)
+    kinds = ", ".join(f"{number:,} {kind}" for kind, number in stored.values.items())
+    source = "from the headers of its files" if files is not None else f"in {dtype}, computed from its configuration"
+    print_text(
+        console, f"{one_line(name)}: {stored.tensors:,} tensors, {stored.bytes:,} bytes ({kinds} values), {source}."
+    )
     for purpose, estimate in estimates.items():
+        console.print()
         _print(console, purpose, estimate, placement, memory, config)
     return 0
 
@@ -180,17 +191,13 @@ def _stated(values: Mapping[str, Any]) -> Dtype:
 def _print(
     console: Console, name: str, estimate: Estimate, placement: Placement, memory: int, config: ModelConfig
 ) -> None:
-    where = f"{name} on {placement.gpus} GPU{'s' if placement.gpus > 1 else ''}, EP {placement.ep}"
-    title = f"{where}: {estimate.experts} of {config.n_routed_experts} experts per GPU"
-    table = Table(title=title, title_justify="left")
-    table.add_column("part")
-    table.add_column("GiB per GPU", justify="right", no_wrap=True)
-    for part, nbytes in estimate.parts.items():
-        table.add_row(part, f"{nbytes / 2**30:,.2f}")
-    table.add_row("total", f"{estimate.total / 2**30:,.2f}", style="bold")
-    console.print(table)
-    left = memory - estimate.total
-    room = f"{abs(left) / 2**30:,.2f} GiB {'to spare' if left >= 0 else 'too much'}"
-    console.print(f"{'fits' if left >= 0 else 'does not fit'} into {memory / 2**30:,.2f} GiB: {room}")
-    for assumption in estimate.assumptions:
-        console.print(f"  assumed: {assumption}")
+    where = f"{name} on {placement.gpus:,} GPU{'s' if placement.gpus > 1 else ''}, EP {placement.ep}"
+    parts = {**estimate.parts, "total": estimate.total}
+    print_table(
+        console,
+        f"{where}: {estimate.experts} of {config.n_routed_experts} experts per GPU",
+        ("part", "GiB per GPU"),
+        [(part, f"{nbytes / 2**30:,.2f}") for part, nbytes in parts.items()],
+    )
+    print_fit(console, estimate.total, memory)
+    print_assumptions(console, estimate.assumptions)

@@ -152,7 +152,7 @@ def inference(config: ModelConfig, placement: Placement, files: Plan | None = No
     cache = placement.tokens * config.num_hidden_layers * _cache_values(config) * size
     parts = {"experts": weights[0], "other weights": weights[1], "cache": cache}
     parts["activations"] = _forward_values(config, placement.ep, min(placement.tokens, 8192)) * size
-    replicated = "what is not an expert's is on every GPU (no tensor parallelism)"
+    replicated = "everything except experts is on every GPU (no tensor parallelism)"
     if files is None:
         rest = {
             "fp8": f"FP8: projections in blocks of {' x '.join(map(str, placement.block_size))} with fp32 scales, "
@@ -194,10 +194,10 @@ def training(config: ModelConfig, placement: Placement) -> Estimate:
         "logits": logits,
     }
     assumptions = (
-        "parameters, gradients and both moments of AdamW in fp32, sharded over all GPUs that hold the same",
+        "parameters, gradients and both moments of AdamW in fp32, sharded over all GPUs that hold the same parameters",
         "one block gathered in bf16 while it is computed",
         f"{placement.tokens:,} tokens per GPU and micro-batch; each block's input is kept in bf16, the rest recomputed",
-        "logits and their gradient in fp32, not in chunks; experts balanced",
+        "logits and their gradient in fp32, not chunked; experts balanced",
     )
     return Estimate(share, parts, assumptions)
 

@@ -49,7 +49,7 @@ V3 = Published(
     tokens=14.8e12,
     gpu_hours=2.664e6,
     source="arXiv 2412.19437: tables 1 and 2, sections 3.2, 3.3 and 4.2",
-    assumed="one sequence a micro-batch; all-to-all hidden whole, as the report says; the batch at its end",
+    assumed="one sequence per micro-batch; all-to-all completely hidden, as in the report; the final batch size",
 )
 OTHERS = (
     Published(
@@ -66,7 +66,7 @@ OTHERS = (
         tokens=1e12,
         gpu_hours=172.8e3,
         source="arXiv 2405.04434, sections 3.1.2, 3.1.3 and 3.2.3",
-        assumed="1,024 GPUs; one sequence a micro-batch; half of communication hidden",
+        assumed="1,024 GPUs; one sequence per micro-batch; half of communication hidden",
     ),
     Published(
         "dots.llm1",
@@ -82,7 +82,7 @@ OTHERS = (
         tokens=11.2e12,
         gpu_hours=1.456e6,
         source="arXiv 2506.05767: 130K GPU hours per trillion tokens",
-        assumed="H800, the mesh, the schedule, 64M tokens a batch; half of communication hidden",
+        assumed="H800, the mesh, the schedule, 64M tokens per batch; half of communication hidden",
     ),
     Published(
         "OLMoE-1B-7B",
@@ -98,7 +98,7 @@ OTHERS = (
         tokens=5.133e12,
         gpu_hours=256 * 10 * 24,
         source="arXiv 2409.02060: 256 H100 for about 10 days, 5.1T tokens",
-        assumed="four sequences a micro-batch, so that a step has one; half of communication hidden",
+        assumed="four sequences per micro-batch, so that a step has one micro-batch; half of communication hidden",
     ),
 )
 
