@@ -65,5 +65,5 @@ def parse_ranges(text: str, field: str) -> list[int]:
             raise ConfigError(field, text, "numbers and ranges such as 0,1,3 or 0-7")
         numbers += range(int(ends[0]), int(ends[1]) + 1)
         if len(numbers) > 2**20:
-            raise ConfigError(field, text, "fewer numbers")
+            raise ConfigError(field, text, f"at most {2**20:,} numbers")
     return numbers

@@ -81,7 +81,7 @@ def run(args: Args) -> int:
         model = moe.load(folder, device=device, dtype=read_dtype(args.dtype, COMPUTE_DTYPES))
     limit = model.config.max_position_embeddings
     if (args.seq_length or 0) > limit:
-        raise ConfigError("--seq-length", args.seq_length, f"at most {limit}")
+        raise ConfigError("--seq-length", args.seq_length, f"at most the model's {limit} positions")
     settings = Settings(
         seq_length=min(args.seq_length or began.seq_length, limit, len(dataset.validation)),
         batch_size=args.batch_size or began.batch_size,

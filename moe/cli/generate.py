@@ -69,9 +69,9 @@ class Args:
 
     def check(self) -> None:
         for name, ok, allowed in (
-            ("prompt", bool(self.prompt) or self.chat, "at least one, or --chat for a conversation"),
-            ("system", self.system is None or self.chat, "--chat with it"),
-            ("json", bool(self.prompt) or not self.json, "a --prompt with it"),
+            ("prompt", bool(self.prompt) or self.chat, "at least one, or --chat for a conversation; found neither"),
+            ("system", self.system is None or self.chat, "--chat as well; found --system alone"),
+            ("json", bool(self.prompt) or not self.json, "a --prompt as well; found --json alone"),
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
             ("stop", all(self.stop), "some text"),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "an integer from 0 to 2^63 - 1"),

@@ -88,14 +88,14 @@ def _print(report: "PlacementReport") -> None:
 
 
 def _read(path: Path) -> tuple[list[str] | None, Any]:
-    """Names of layers where they are known, and the load as a tensor [layers, experts]."""
+    """Names of the layers if they are known, and the load as a tensor [layers, experts]."""
     file = path / METRICS if path.is_dir() else path
     try:
         content = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError("FOLDER-OR-FILE", str(file), "a file") from None
+        raise ConfigError("FOLDER-OR-FILE", str(file), "an existing file") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(str(file), error.reason, "text in UTF-8") from None
+        raise ConfigError(str(file), error.reason, "UTF-8 text") from None
     if file.suffix != ".jsonl":
         values = _object(content, str(file))
         if "load" not in values:
@@ -121,7 +121,7 @@ def _object(text: str, where: str) -> dict[str, Any]:
 
 
 def _layer_names(settings: Path) -> list[str] | None:
-    """The names that the table of `moesmith train` has, from the preset of the run; None without its settings."""
+    """Layer names as in the table of `moesmith train`, from the preset of the run; None without its settings."""
     if not settings.exists():
         return None
     config = PRESETS.get(str(_object(settings.read_text(encoding="utf-8"), str(settings)).get("preset")))
@@ -134,7 +134,7 @@ def layer_names(config: ModelConfig) -> list[str]:
 
 
 def _matrix(rows: Any, where: str) -> Any:
-    """A tensor [layers, experts] from what the file has, if it is that."""
+    """A tensor [layers, experts] of the values in the file. Raises ConfigError for anything but numbers."""
     import torch
 
     if not isinstance(rows, list) or not rows:
@@ -143,7 +143,7 @@ def _matrix(rows: Any, where: str) -> Any:
         if not isinstance(row, list) or not row:
             raise ConfigError(f"{where}[{layer}]", row, "a list of the tokens of each expert")
         if len(row) != len(rows[0]):
-            raise ConfigError(f"{where}[{layer}]", f"{len(row)} experts", f"{len(rows[0])}, as load[0] has")
+            raise ConfigError(f"{where}[{layer}]", f"{len(row)} experts", f"{len(rows[0])}, as in load[0]")
         for expert, value in enumerate(row):
             if type(value) not in (int, float) or not 0 <= value <= 1e300:
                 raise ConfigError(f"{where}[{layer}][{expert}]", value, "a number from 0 to 1e300")

@@ -1,4 +1,4 @@
-"""`moesmith plan`: what each GPU would hold of a model, before a byte is moved."""
+"""`moesmith plan`: memory per GPU of a model, before a byte is moved."""
 
 import dataclasses
 import json
@@ -71,7 +71,7 @@ class Args:
 
 @dataclass(frozen=True)
 class _Model:
-    """A configuration; the dtype and the quantisation that a config.json states; headers, if they can be read."""
+    """A configuration, the dtype and the quantisation that config.json states, and the headers if they can be read."""
 
     config: ModelConfig
     stated: Dtype = "bf16"
@@ -83,7 +83,7 @@ def run(args: Args) -> int:
     console = Console(highlight=False)
     if args.published:
         if args != Args(published=True, json=args.json):
-            raise ConfigError("--published", True, "no other option than --json")
+            raise ConfigError("--published", None, "no other option than --json")
         facts = published_facts()
         print(json.dumps(facts)) if args.json else print_published(console, facts)
         return 0
@@ -92,14 +92,14 @@ def run(args: Args) -> int:
     model = _find(args.model)
     memory = None if args.memory is None else parse_size(args.memory, "--memory")
     if memory is not None and memory < 2**20:
-        raise ConfigError("--memory", args.memory, "at least 1MiB, with a unit: 80GiB")
+        raise ConfigError("--memory", args.memory, "at least 1MiB, with a unit such as GiB")
     dtype: Any = None if args.dtype is None else read_dtype(args.dtype, DTYPES)
     if args.gpu is not None:
         facts = _cluster(args, args.model, args.gpu, model.config, dtype, memory)
         print(json.dumps(facts, default=dict)) if args.json else print_plan(console, facts)
         return 0
     if args.cluster != ClusterArgs():
-        raise ConfigError("--gpu", None, "a GPU, because an option of a training run is given")
+        raise ConfigError("--gpu", None, "a GPU, which the options of a training run require")
     return _tables(args, args.model, model, dtype, memory or 80 * 2**30, console)
 
 
@@ -115,7 +115,7 @@ def _cluster(args: Args, model: str, name: str, config: ModelConfig, dtype: Any,
 
 
 def _dtype(model: _Model) -> Dtype:
-    """The dtype of a folder's files, or of those that the configuration would have."""
+    """Dtype of the files of a folder, or of the files that the configuration describes."""
     found = model.quantization
     if model.files is not None:
         return footprint.dtype_of(model.files)
@@ -165,7 +165,7 @@ def _tables(args: Args, name: str, model: _Model, asked: Dtype | None, memory: i
 
 
 def _find(name: str) -> _Model:
-    """A preset, or what the headers or else config.json say of a folder or a model on the Hub."""
+    """A preset, or the headers, otherwise config.json, of a folder or of a model on the Hub."""
     if name in PRESETS:
         return _Model(PRESETS[name])
     try:

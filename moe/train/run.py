@@ -162,7 +162,7 @@ def _describe_data(facts: dict[str, Any]) -> Iterator[str]:
         names = ", ".join(left_out["first"]) + (", ..." if left_out["count"] > len(left_out["first"]) else "")
         yield f"data: {left_out['count']:,} files or folders left out: {names}"
     if dropped := facts.get("dropped_paragraphs"):
-        yield f"data: {dropped:,} paragraphs of training text dropped, because validation text has them too"
+        yield f"data: {dropped:,} paragraphs of training text dropped, because they also occur in the validation text"
 
 
 def _architecture(folder: Path, settings: Settings) -> ModelConfig:
@@ -392,7 +392,7 @@ def _open_folder(folder: Path, settings: Settings, *, resume: bool, overwrite: b
         if not _is_settings(file):  # other programs have files of that name, too
             raise ConfigError("--out", str(folder), "a new or empty folder, or that of an earlier run")
         if not overwrite:
-            raise ConfigError("--out", str(folder), "a new folder, or --resume to go on, or --overwrite to begin again")
+            raise ConfigError("--out", str(folder), "a new folder, or --resume to continue, or --overwrite to restart")
         if _overwritten(folder).exists():
             shutil.rmtree(_overwritten(folder))
         os.replace(folder, _overwritten(folder))
@@ -440,7 +440,7 @@ def _stop_signals(console: Console, *, once_more_kills: bool) -> Iterator[list[i
         if once_more_kills:
             for each in before:
                 signal.signal(each, signal.SIG_DFL)
-        once_more = "; once more to stop at once" if once_more_kills else ""
+        once_more = "; press Ctrl-C again to quit immediately" if once_more_kills else ""
         if len(stopped) == 1:
             say(console, f"{signal.Signals(number).name}: finishing this step and saving{once_more}")
 

@@ -1,4 +1,4 @@
-"""Everything that decides a training run, as one frozen dataclass. No torch here: the command line reads it first."""
+"""All settings of a training run, as one frozen dataclass. Imports no torch: the command line reads it first."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from moe.checkpoint.format.folder import CONFIG
 from moe.checkpoint.reading.hub import is_name
 from moe.errors import ConfigError
 
-# These change what is written and shown, and where it is computed, not what is trained; a resumed run may have others.
+# These change what is written and where it is computed, but not what is trained; a resumed run may change them.
 _FREE = ("eval_every", "save_every", "keep", "log", "device", "ep", "dp_shard", "dp_replicate", "timeout")
 
 DEFAULT_PRESET = "tiny"
@@ -19,7 +19,7 @@ DEFAULT_PRESET = "tiny"
 
 @dataclass(frozen=True)
 class Settings:
-    """What is trained, on what, and how. Equal settings give equal bits on one machine."""
+    """Settings of a training run. Identical settings give bit-identical results on one machine."""
 
     preset: str | None = None
     """Preset to train, a name from `moe.presets`. The tokenizer determines the vocabulary size. Default: tiny."""
@@ -97,14 +97,14 @@ class Settings:
         self.check()
 
     def check(self) -> None:
-        """Raise ConfigError for a value out of range, and for settings that exclude each other."""
+        """Raise ConfigError for a value that is out of range and for settings that exclude each other."""
         for name in ("data", "validation_data"):
             self._require(name, getattr(self, name) != (), "one or more files or folders")
         self._require("field", bool(self.field), "the name of a field")
         sources = [f"--{name}" for name in ("preset", "config", "init") if getattr(self, name) is not None]
         if len(sources) > 1 or (self.init is not None and self.set):
             given = [*sources, *(["--set"] if self.set else [])]
-            allowed = "one of --preset, --config and --init, and --set with the first two only"
+            allowed = "only one of --preset, --config and --init, and --set only with the first two"
             raise ConfigError(
                 given[-1], _plain(getattr(self, given[-1][2:])), f"{allowed}; found {' and '.join(given)}"
             )
@@ -127,12 +127,12 @@ class Settings:
 
     @property
     def peak_lr(self) -> float:
-        """`lr`, or what the tiny preset did best with of those tried."""
+        """`lr`, or the default of the optimizer: the best of the values tried on the tiny preset."""
         return self.lr if self.lr is not None else {"muon": 0.02, "adamw": 0.004}[self.optimizer]
 
     @property
     def source(self) -> str:
-        """Name of the setting that chooses the model: preset, config or init."""
+        """Name of the setting that selects the model: preset, config or init."""
         return next((name for name in ("config", "init") if getattr(self, name) is not None), "preset")
 
     @property
@@ -144,7 +144,7 @@ class Settings:
         return self.preset or (DEFAULT_PRESET if self.init is None else self.init.name)
 
     def deciding(self) -> dict[str, Any]:
-        """JSON values of the settings that a resumed run must share. Paths are absolute."""
+        """JSON values of the settings that a resumed run must repeat. Paths are absolute."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(Settings) if f.name not in _FREE}
         values = {name: _plain(value) for name, value in values.items()}
         values |= {"data": values["data"] or [], "lr": self.peak_lr}
@@ -154,7 +154,7 @@ class Settings:
 
     @classmethod
     def from_deciding(cls, values: Mapping[str, Any]) -> "Settings":
-        """The settings that `deciding` gave `values` for; those that are missing have their defaults."""
+        """The settings from the `values` that `deciding` returned; missing ones have their defaults."""
         known = {f.name for f in dataclasses.fields(Settings)}
         paths = {"config", "init", "tokenizer"}
         found: dict[str, Any] = {name: Path(v) if name in paths and v else v for name, v in values.items()}
@@ -164,7 +164,7 @@ class Settings:
         return Settings(**{name: value for name, value in found.items() if name in known})
 
     def options(self, without: Collection[str] = ()) -> list[str]:
-        """Command-line options that give these settings, but for those whose names are in `without`."""
+        """Command-line options that give these settings, except those named in `without`."""
         words: list[str] = []
         for f in dataclasses.fields(Settings):
             value = getattr(self, f.name)
@@ -181,7 +181,7 @@ class Settings:
 
 
 def _plain(value: Any) -> Any:
-    """The JSON value of a setting, in which paths are absolute; names on the Hub stay."""
+    """The JSON value of a setting, with absolute paths; names on the Hub are unchanged."""
     if isinstance(value, tuple):
         return [_plain(each) for each in value]
     if isinstance(value, Path):
