@@ -294,7 +294,7 @@ def _built(command: type[_Args], given: dict[str, Any]) -> _Args:
 def _texts(command: Any) -> dict[str, str]:
     """Name of a field -> the string below it, those of base classes included."""
     found: dict[str, str] = {}
-    for each in filter(dataclasses.is_dataclass, reversed(command.__mro__)):
+    for each in command.__mro__[-2::-1]:  # without object
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(each))).body
         assert isinstance(tree, ast.ClassDef)
         for field, below in zip(tree.body, tree.body[1:], strict=False):

@@ -43,7 +43,7 @@ class Args(Settings):
     auto_resume: bool = False
     """Resume if --out holds a run, otherwise start one; for jobs that are requeued."""
     overwrite: bool = False
-    """Delete an earlier run in --out and start again."""
+    """Delete an earlier run in --out and start over."""
     json: bool = False
     """Print one JSON object on standard output instead of tables; everything else goes to standard error."""
 

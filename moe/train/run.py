@@ -392,7 +392,9 @@ def _open_folder(folder: Path, settings: Settings, *, resume: bool, overwrite: b
         if not _is_settings(file):  # other programs have files of that name, too
             raise ConfigError("--out", str(folder), "a new or empty folder, or that of an earlier run")
         if not overwrite:
-            raise ConfigError("--out", str(folder), "a new folder, or --resume to continue, or --overwrite to restart")
+            raise ConfigError(
+                "--out", str(folder), "a new folder, or --resume to continue, or --overwrite to start over"
+            )
         if _overwritten(folder).exists():
             shutil.rmtree(_overwritten(folder))
         os.replace(folder, _overwritten(folder))
