@@ -168,12 +168,17 @@ def test_the_result_works_as_its_source_does(
 
 
 def test_a_model_carries_them_without_its_folder(released: Path, tmp_path: Path) -> None:
+    files = FILES | {"generation_config.json": b'{"a": 1}\r\n', "tokenizer.model": bytes(range(256))}
+    put(released, files)
     model = moe.load(released)
-    assert model.carried_files == FILES
+    assert model.carried_files == files
     shutil.rmtree(released)
     model.save(tmp_path / "out")
     assert_same(moe.load(tmp_path / "out"), model)
-    assert moe.load(tmp_path / "out").carried_files == FILES
+    assert moe.load(tmp_path / "out").carried_files == files
+    model.carried_files["../escape"] = b""
+    with pytest.raises(CheckpointError, match=r"carried file '\.\./escape'"):
+        model.save(tmp_path / "out")
 
 
 @pytest.mark.parametrize("way", ["save", "convert", "cut"])

@@ -386,26 +386,6 @@ def test_what_extra_says_of_a_field_gives_way() -> None:
     assert "dtype" not in written
 
 
-BAD_FILES = {
-    "not JSON": (b"<!DOCTYPE html>", "not valid JSON"),
-    "empty": (b"", "not valid JSON"),
-    "behind a byte order mark": (b"\xef\xbb\xbf{}", "not valid JSON; expected JSON in UTF-8; found a byte order mark"),
-    "an array": (b"[]", "expected an object"),
-    "NaN": (b'{"model_type": "deepseek_v3", "rms_norm_eps": NaN}', "NaN"),
-    "key twice": (b'{"model_type": "deepseek_v3", "model_type": "deepseek_v2"}', "twice"),
-    "too large": (b'{"a": "' + b"x" * 2**24 + b'"}', "too large"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_FILES)
-def test_a_bad_file(tmp_path: Path, case: str) -> None:
-    content, message = BAD_FILES[case]
-    (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(CheckpointError, match=message) as caught:
-        read_config(tmp_path)
-    assert caught.value.path == tmp_path / "config.json"
-
-
 def test_no_folder_and_no_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such folder"):
         read_config(tmp_path / "nothing")

@@ -194,25 +194,6 @@ def test_conversions_that_make_no_sense(made: Folders, tmp_path: Path, settings:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "chosen", "error"),
-    [
-        ("experts", [0.5], "experts = .0.5.: expected a sequence of integers"),
-        ("experts", 3, "experts = 3: expected a sequence of integers"),
-        ("layers", "0-3", "layers = '0-3': expected a sequence of integers"),
-        ("layers", [1, 0], "layers = .1, 0.: expected ascending numbers from 0 to 2, none twice"),
-        ("layers", [], "layers = ..: expected ascending numbers"),
-    ],
-)
-def test_what_cannot_be_cut_out(made: Folders, tmp_path: Path, name: str, chosen: Any, error: str) -> None:
-    arguments: Any = {"layers": [0], "experts": [0, 3, 6, 9], name: chosen}
-    with pytest.raises(ConfigError, match=error):
-        cut(made.plain, tmp_path / "out", **arguments)
-    assert not (tmp_path / "out").exists()
-    whole = cut(made.plain, tmp_path / "out", layers=torch.tensor([0, 1]), experts=range(12), compare=False)  # pyright: ignore[reportArgumentType]
-    assert whole["layers"] == [0, 1]
-
-
 def test_quantised_experts_are_not_stacked_without_a_word(made: Folders, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="dtype = None: expected a dtype such as bf16: the layout stacked"):
         convert(made.fp8, tmp_path / "out", table="stacked")
@@ -339,18 +320,27 @@ def test_a_rank_reads_only_its_experts(tmp_path: Path) -> None:
     ("layers", "experts", "error"),
     [
         ([0, 3], [0], r"layers = \[0, 3\]: expected ascending numbers from 0 to 2"),
-        ([1, 0], [0], "ascending"),
-        ([0], [], "experts = "),
+        ([1, 0], [0], r"layers = \[1, 0\]: expected ascending numbers from 0 to 2, none twice"),
+        ([], [0], r"layers = \[\]: expected ascending numbers"),
+        ("0-3", [0], "layers = '0-3': expected a sequence of integers"),
+        ([0], [], r"experts = \[\]: expected ascending numbers"),
         ([0], [5, 5], "none twice"),
+        ([0], [0.5], r"experts = \[0\.5\]: expected a sequence of integers"),
+        ([0], 3, "experts = 3: expected a sequence of integers"),
         ([0, 1], [0, 1, 3], "as many experts of each group that has any; found 2 1 0 0"),
     ],
 )
-def test_cuts_that_make_no_sense(
-    made: Folders, tmp_path: Path, layers: list[int], experts: list[int], error: str
-) -> None:
-    with pytest.raises((ConfigError, CheckpointError), match=error):
-        cut(made.fp8, tmp_path / "part", layers=layers, experts=experts)
+def test_cuts_that_make_no_sense(made: Folders, tmp_path: Path, layers: Any, experts: Any, error: str) -> None:
+    for source in (made.fp8, made.plain):
+        with pytest.raises((ConfigError, CheckpointError), match=error):
+            cut(source, tmp_path / "part", layers=layers, experts=experts)
     assert not list(tmp_path.iterdir())
+
+
+def test_integers_of_any_kind_choose_what_is_cut_out(made: Folders, tmp_path: Path) -> None:
+    layers: Any = torch.tensor([0, 1])
+    receipt = cut(made.plain, tmp_path / "out", layers=layers, experts=range(12), compare=False)
+    assert receipt["layers"] == [0, 1]
 
 
 @pytest.mark.parametrize("large", ["whole", "part"])

@@ -225,10 +225,20 @@ def test_any_value_of_any_key_is_understood_or_refused(config: Any) -> None:
     assert refused > 300
 
 
-@pytest.mark.parametrize("text", ["[1, 2", "{'a': 1}", "NaN", '"text"', "1", "\ufeff{}", '{"a": "\\ud800"}'])
-def test_a_config_that_is_no_object(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2", "not valid JSON"),
+        ("NaN", "expected an object"),
+        ('"text"', "expected an object"),
+        ("1", "expected an object"),
+        ("\ufeff{}", "not valid JSON; expected JSON in UTF-8; found a byte order mark"),
+        ('{"a": "\\ud800"}', "model_type"),
+    ],
+)
+def test_a_config_that_is_no_object(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(CheckpointError, match=message) as caught:
         read_config(tmp_path)
     assert caught.value.path == tmp_path / "config.json" and str(caught.value).isprintable()
 

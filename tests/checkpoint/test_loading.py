@@ -1,4 +1,4 @@
-"""What a load costs and where it looks: memory, models that do not fit, names on the Hub, the progress bar."""
+"""What a load costs: memory, models that do not fit, the progress bar; and wrong arguments."""
 
 import dataclasses
 import json
@@ -19,7 +19,6 @@ from moe.checkpoint.convert import convert
 from moe.checkpoint.format.layout import layout
 from moe.checkpoint.reading import load as reading
 from moe.checkpoint.reading import memory
-from moe.checkpoint.reading.hub import find
 from tests import skeletons
 from tests.support.checkpoint_cases import V3, configure
 from tests.support.quantised_checkpoints import GPT_OSS, is_quantised
@@ -173,81 +172,12 @@ def test_limits_of_control_groups(
     assert (found, "container" in what) == (free, bool(limits))
 
 
-def test_a_name_on_the_hub_is_found_in_its_cache(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import constants
-
-    repository = tmp_path / "hub" / "models--org--some-model"
-    snapshot = repository / "snapshots" / ("a" * 40)
-    (repository / "blobs").mkdir(parents=True)
-    snapshot.mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("a" * 40)
-    for number, path in enumerate(sorted(saved.iterdir())):
-        blob = repository / "blobs" / f"{number:064x}"
-        blob.write_bytes(path.read_bytes())
-        (snapshot / path.name).symlink_to(os.path.relpath(blob, snapshot))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.chdir(tmp_path)
-    assert find("org/some-model") == snapshot
-    here, there = moe.load(saved).state_dict(), moe.load("org/some-model").state_dict()
-    assert all(torch.equal(tensor, there[name]) for name, tensor in here.items())
-    assert all(torch.equal(t, there[n]) for n, t in moe.load(repository).state_dict().items())
-    with pytest.raises(
-        CheckpointError, match=r"the Hub is offline .HF_HUB_OFFLINE is set., and its cache does not have"
-    ):
-        moe.load("org/other-model")
-    (tmp_path / "org" / "some-model").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match=r"config\.json"):  # a folder of that name comes first
-        moe.load("org/some-model")
-
-
-def test_without_huggingface_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(
-        CheckpointError, match="no such folder; huggingface_hub, which would look it up, is not installed"
-    ):
-        moe.load("org/some-model")
-    with pytest.raises(CheckpointError, match=r"no such folder$"):
-        moe.load("./org/some/model")
-
-
 def test_the_progress_bar(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     moe.load(saved)
     assert capsys.readouterr() == ("", "")  # not on a terminal
     moe.load(saved, progress=True)
     out, err = capsys.readouterr()
     assert out == "" and "loading" in err
-
-
-def test_convert_and_cut_on_the_command_line(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from moe.cli import main
-
-    def run(*args: str) -> tuple[int, str, str]:
-        status = main(args)
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    out = str(tmp_path / "wide")
-    assert run("convert", str(saved), "--out", out, "--dtype", "fp8", "--block-size", "8", "16") == (0, f"{out}\n", "")
-    assert moe.load(out).norm.weight.dtype == torch.float32
-    status, printed, _ = run(
-        "cut", str(saved), "--out", str(tmp_path / "part"), "--layers", "0-1", "--experts", "0,3,6,9"
-    )
-    assert status == 0 and json.loads(printed)["experts"] == [0, 3, 6, 9]
-    out = str(tmp_path / "never")
-    for command, message in (
-        (("convert", str(saved), "--out", out, "--max-shard-size", "5XB"), "--max-shard-size = '5XB': expected a size"),
-        (
-            ("convert", str(saved), "--out", out, "--layout", "rows"),
-            "layout = 'rows': expected one of experts, stacked",
-        ),
-        (("cut", str(saved), "--out", out, "--layers", "x", "--experts", "0"), "--layers = 'x': expected numbers and"),
-        (("cut", str(saved), "--out", out, "--layers", "0", "--experts", "99"), "experts = [99]: expected ascending"),
-        (("convert", "no/such", "--out", out), "no such folder"),
-    ):
-        status, printed, err = run(*command)
-        assert (status, printed, err.count("\n")) == (2, "", 1) and message in err
-    assert not Path(out).exists()
 
 
 def test_a_load_on_meta_reads_no_weights(tmp_path: Path) -> None:

@@ -19,10 +19,13 @@ from tests.support.command_line import fails_in_one_line, run, variant
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help(capsys, command):
+def test_every_command_has_help_that_fits_a_terminal(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
     status, out, err = run(capsys, command, "--help")
     assert (status, err) == (0, "")
     assert f"usage: moesmith {command}" in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "{None" not in out and "True,False" not in out  # one style of options
 
 
 def test_help_needs_no_torch_and_answers_at_once():
@@ -54,9 +57,11 @@ def call(argv):
     assert min(seconds() for _ in range(3)) < 0.5
 
 
-def test_top_level(capsys):
+def test_top_level(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     status, out, _ = run(capsys, "--help")
     assert status == 0 and all(f"  {name} " in out for name in COMMANDS)
+    assert max(map(len, out.splitlines())) <= 80
     assert run(capsys, "--version")[1].startswith("moesmith ")
     status, out, err = run(capsys)
     assert (status, out) == (2, "") and "usage: moesmith" in err
@@ -272,11 +277,11 @@ CONVERT, CUT = ("convert", "{folder}", "--out", "{out}"), ("cut", "{folder}", "-
         (GENERATE, "--top-k", "-1", "0 (all) or more"),
         (GENERATE, "--max-new-tokens", "0", "1 or more"),
         (GENERATE, "--seed", "-1", "an integer from 0"),
-        (GENERATE, "--dtype", "int8", "one of auto, bf16"),
-        (("train",), "--steps", "0", "1 or more"),
+        (GENERATE, "--min-p", "-0.5", "a number from 0 to 1"),
+        (GENERATE, "--min-p", "nan", "a number from 0 to 1"),
+        (GENERATE, "--repetition-penalty", "0", "a finite number above 0"),
+        (GENERATE, "--system", "brief", "--chat with it"),
         (("train",), "--lr", "nan", "a finite number above 0"),
-        (("train",), "--dtype", "fp16", "one of fp32, bf16"),
-        (("train",), "--optimizer", "sgd", "one of adamw, muon"),
         (("train",), "--dispatch", "bf16", "one of same, fp8"),
         (PLAN, "--ep", "3", "a divisor of the "),
         (PLAN, "--sequence", "0", "a positive integer"),
@@ -296,11 +301,10 @@ CONVERT, CUT = ("convert", "{folder}", "--out", "{out}"), ("cut", "{folder}", "-
         (("place", "{loads}", "--slots", "4", "--gpus", "2"), "--nodes", "0", ""),
         (("place", "{loads}", "--slots", "4", "--gpus", "2"), "--groups", "3", ""),
         ((*CONVERT, "--dtype", "fp8"), "--block-size", "0 128", "two numbers from 1 to"),
-        (CONVERT, "--layout", "mxfp4", "one of experts, stacked, deepseek"),
-        (CONVERT, "--dtype", "mxfp4", "another: deepseek_v3 has no layout for it"),
         (CONVERT, "--scale-fmt", "ue8m0", "none without --dtype fp8"),
-        (CONVERT, "--max-shard-size", "5", "at least 1000 bytes"),
+        (CONVERT, "--max-shard-size", "5XB", "a size"),
         ((*CUT, "--experts", "0"), "--layers", "9", "ascending numbers from 0 to"),
+        ((*CUT, "--experts", "0"), "--layers", "x", "numbers and"),
         ((*CUT, "--layers", "0"), "--experts", "1,0", "ascending numbers from 0 to"),
     ],
 )

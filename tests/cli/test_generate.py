@@ -143,20 +143,6 @@ def test_sampling_options_reach_the_model(capsys, folder):
     ]
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "expected"),
-    [
-        ("--min-p", "-0.5", "a number from 0 to 1"),
-        ("--min-p", "nan", "a number from 0 to 1"),
-        ("--repetition-penalty", "0", "a finite number above 0"),
-        ("--system", "be brief", "--chat with it"),
-    ],
-)
-def test_wrong_options(capsys, option, value, expected):
-    line = fails_in_one_line(capsys, "generate", "f", "--prompt", "a", option, value)
-    assert line.startswith(f"moesmith: {option} = ") and f"expected {expected}" in line
-
-
 def test_options_that_need_others(capsys):
     assert "--prompt = (): expected at least one, or --chat for a" in fails_in_one_line(capsys, "generate", "f")
     line = fails_in_one_line(capsys, "generate", "f", "--chat", "--json")

@@ -409,19 +409,6 @@ def test_counts_are_summed_over_ranks(tmp_path: Path) -> None:
     assert sum(part.item() for _, part in results) / 2 == pytest.approx(loss, rel=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_router_is_fp32_inside_autocast(dtype: torch.dtype) -> None:
-    layer = moe.MoELayer(64, 16, n_routed_experts=8, num_experts_per_tok=2)
-    x = torch.randn(1, 50, 64)
-    exact = layer.gate(x.flatten(0, 1))
-    with torch.autocast("cpu", dtype=dtype):
-        routing = layer.gate(x.flatten(0, 1))
-        y = layer(x)
-    assert routing.scores.dtype == routing.weights.dtype == torch.float32
-    assert torch.equal(routing.scores, exact.scores) and torch.equal(routing.expert_ids, exact.expert_ids)
-    assert y.dtype == dtype
-
-
 CLEAR: dict[str, Any] = {
     "optimizer": lambda model, optimizer: optimizer.zero_grad(),
     "model": lambda model, optimizer: model.zero_grad(),

@@ -181,11 +181,11 @@ def test_offloaded_parameters_come_back_where_they_are_used(attention: dict[str,
 
 
 class Adapter(nn.Module):
-    """A low-rank adapter with a bias."""
+    """A low-rank adapter with a bias. As PEFT's, it has the weight of what it is around, which is not all it does."""
 
     def __init__(self, inner: nn.Linear) -> None:
         super().__init__()
-        self.inner = inner
+        self.inner, self.weight = inner, inner.weight
         self.a = nn.Linear(inner.in_features, 2, bias=False, dtype=inner.weight.dtype)
         self.b = nn.Linear(2, inner.out_features, dtype=inner.weight.dtype)
 
