@@ -37,3 +37,19 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def dataset(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return prepare(tmp_path_factory.mktemp("data"), [text], None, MICRO.vocab_size)
+
+
+@pytest.fixture(scope="session")
+def short_documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which documents of one word alternate with long ones: windows predict unequal numbers of tokens."""
+    folder = tmp_path_factory.mktemp("short")
+    rng = np.random.default_rng(1)
+    for i in range(60):
+        text = " ".join(rng.choice(["ein", "zwei", "drei", "vier", "fünf", "日本語"], 1 if i % 3 else 60))
+        (folder / f"{i:03}.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def short(short_documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return prepare(tmp_path_factory.mktemp("data"), [short_documents], None, MICRO.vocab_size)
