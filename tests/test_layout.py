@@ -68,7 +68,7 @@ def sources(folder: str) -> list[Path]:
     return sorted((ROOT / folder).rglob("*.py"))
 
 
-def test_each_layer_imports_only_what_stands_below_it() -> None:
+def test_each_layer_imports_only_layers_below_it() -> None:
     names = {f"moe.{p.stem}" for p in (ROOT / "moe").iterdir() if p.suffix == ".py"}
     names |= {f"moe.{p.name}" for p in (ROOT / "moe").iterdir() if (p / "__init__.py").exists()}
     wrong = []
@@ -243,7 +243,7 @@ def test_public_names_after_import_moe_alone() -> None:
     )
 
 
-def test_what_is_no_attribute_is_answered_with_the_nearest() -> None:
+def test_an_unknown_attribute_is_answered_with_the_nearest_name() -> None:
     import moe.checkpoint
 
     for module, name, hint in (

@@ -289,7 +289,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
-def test_a_second_save_is_refused_while_the_first_lives_and_sweeps_when_it_is_dead(tmp_path: Path) -> None:
+def test_a_second_save_is_refused_while_the_first_runs_and_cleans_up_after_it_died(tmp_path: Path) -> None:
     target = tmp_path / "model"
     OLD.save(target)
 
@@ -318,7 +318,7 @@ def test_a_second_save_is_refused_while_the_first_lives_and_sweeps_when_it_is_de
 
 
 @pytest.mark.usefixtures("quick")
-def test_two_who_save_at_once_and_one_who_loads(tmp_path: Path) -> None:
+def test_two_processes_save_while_a_third_loads(tmp_path: Path) -> None:
     target = tmp_path / "model"
     save(OLD, target, max_shard_bytes=SHARD)
 
@@ -354,7 +354,7 @@ def test_two_who_save_at_once_and_one_who_loads(tmp_path: Path) -> None:
     assert loads and names(tmp_path) == ["model"]
 
 
-def test_a_lock_that_its_holder_removes_in_the_last_moment_is_taken_anew(
+def test_a_lock_that_its_holder_removes_at_the_last_moment_is_taken_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between opening the file and locking it: the lock would be on a file that nobody else can see."""
@@ -412,7 +412,7 @@ def test_a_file_that_appears_during_a_save_is_not_lost(tmp_path: Path) -> None:
     assert names(tmp_path) == ["model"]
 
 
-def test_what_the_block_raises_comes_out_and_nothing_remains(tmp_path: Path) -> None:
+def test_an_exception_of_the_block_is_raised_and_no_files_remain(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="bug"), atomic.replacing(tmp_path / "deep" / "er" / "model", Manifest()) as new:
         (new / "config.json").write_text("{}")
         raise KeyError("bug")
@@ -441,7 +441,7 @@ def test_a_kill_between_the_two_renames(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("made_anew", ["empty", "with files"])
-def test_a_folder_made_anew_after_a_kill_costs_nothing(tmp_path: Path, made_anew: str) -> None:
+def test_a_folder_created_after_a_kill_does_not_cost_the_old_checkpoint(tmp_path: Path, made_anew: str) -> None:
     """`out.mkdir(exist_ok=True)` before a save is common, and must not cost the checkpoint that a kill put aside."""
     target = tmp_path / "model"
     OLD.save(target)
@@ -456,7 +456,7 @@ def test_a_folder_made_anew_after_a_kill_costs_nothing(tmp_path: Path, made_anew
     assert_same(moe.load(kept), OLD)
 
 
-def test_a_folder_that_cannot_be_synced_is_no_obstacle_and_a_file_is(
+def test_a_folder_that_cannot_be_synced_is_accepted_and_a_file_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some network file systems answer EINVAL for folders; for a file it is an error like any other."""

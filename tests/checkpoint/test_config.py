@@ -172,7 +172,7 @@ def test_null_groups_are_one_group_and_written_so() -> None:
     assert render_config(config, PATH)["n_group"] == 1
 
 
-def test_group_numbers_that_greedy_does_not_look_at_are_not_written() -> None:
+def test_group_numbers_that_greedy_ignores_are_not_written() -> None:
     """vLLM and llama.cpp limit routing to groups by their number alone."""
     config = parse_config({**V2_FILE, "n_group": 8, "topk_group": 3}, PATH)
     assert (config.n_group, config.topk_group) == (1, 1)
@@ -379,7 +379,7 @@ def test_a_config_that_the_readers_cannot_express_is_not_written(config: ModelCo
         render_config(config, PATH)
 
 
-def test_what_extra_says_of_a_field_gives_way() -> None:
+def test_a_field_overrides_the_same_key_of_extra() -> None:
     config = dataclasses.replace(V3, extra={"n_group": 3, "hidden_act": "gelu", "dtype": "int8"})
     written = render_config(config, PATH)
     assert (written["n_group"], written["hidden_act"]) == (4, "silu")
@@ -527,7 +527,7 @@ def test_the_text_of_kimi_k25(inner: str | None) -> None:
     assert (written["model_type"], written["eos_token_id"]) == ("deepseek_v3", 2)
 
 
-def test_presets_of_kimi_differ_in_length_alone() -> None:
+def test_presets_of_kimi_differ_only_in_what_a_longer_context_needs() -> None:
     k2, k25 = moe.preset("kimi_k2"), moe.preset("kimi_k2_5")
     same = {"model_type", "rope_parameters", "max_position_embeddings", "rms_norm_eps"}
     different = {f.name for f in dataclasses.fields(k2) if getattr(k2, f.name) != getattr(k25, f.name)}

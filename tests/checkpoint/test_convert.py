@@ -194,7 +194,7 @@ def test_conversions_that_make_no_sense(made: Folders, tmp_path: Path, settings:
     assert not (tmp_path / "out").exists()
 
 
-def test_quantised_experts_are_not_stacked_without_a_word(made: Folders, tmp_path: Path) -> None:
+def test_quantised_experts_are_stacked_only_with_an_explicit_dtype(made: Folders, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="dtype = None: expected a dtype such as bf16: the layout stacked"):
         convert(made.fp8, tmp_path / "out", table="stacked")
     mxfp4, _ = make_mxfp4(tmp_path)

@@ -140,7 +140,7 @@ def add(folder: Path, more: dict[str, torch.Tensor], **config: Any) -> None:
     (folder / "config.json").write_text(json.dumps({**values, **config}))
 
 
-def test_ernies_mtp_is_left_out_and_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_ernies_mtp_is_left_out_and_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = build(BY_FAMILY["ernie4_5_moe"])
     model.save(tmp_path / "m")
     names = tensors(tmp_path / "m").keys()

@@ -191,7 +191,7 @@ UNCOUNTED = (none_stated, null_stated, none_stated_and_tuned, a_second_one)
 
 
 @pytest.mark.parametrize("change", (*BROKEN, *UNCOUNTED))
-def test_without_mtp_its_tensors_are_not_looked_at(change: Any, folder: Path, tmp_path: Path) -> None:
+def test_without_mtp_its_tensors_are_not_read(change: Any, folder: Path, tmp_path: Path) -> None:
     rewrite(folder, change)
     before = load_file(folder / "model.safetensors")
     plain = moe.load(folder, mtp=False)

@@ -146,7 +146,7 @@ def test_the_largest_is_refused_in_64_mib_and_no_time(tmp_path: Path, case: str)
     assert float(loops) < 20
 
 
-def test_a_pipe_that_takes_a_files_place_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipe_that_replaces_a_file_does_not_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, regular = tmp_path / "model.safetensors", os.stat(__file__)
     os.mkfifo(path)
 
@@ -243,7 +243,7 @@ def test_a_config_that_is_no_object(tmp_path: Path, text: str, message: str) -> 
     assert caught.value.path == tmp_path / "config.json" and str(caught.value).isprintable()
 
 
-def test_messages_are_one_line_whatever_they_tell() -> None:
+def test_messages_are_one_line_whatever_they_contain() -> None:
     evil = "a\nb\r\x1b[2J\u202e\u2028\ud800é" + "x" * 10_000
     error = CheckpointError(Path("p\nq"), "prob\nlem", tensor=evil, expected=["\n"], found=evil)
     assert str(error).isprintable() and len(str(error)) < 1000

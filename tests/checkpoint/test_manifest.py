@@ -306,7 +306,7 @@ FORGED = {
 
 
 @pytest.mark.parametrize("case", FORGED)
-def test_a_manifest_that_is_none(saved: Path, case: str) -> None:
+def test_a_file_that_is_no_manifest_is_refused(saved: Path, case: str) -> None:
     content, message = FORGED[case]
     (saved / MANIFEST).write_bytes(content)
     with pytest.raises(CheckpointError, match=message) as caught:

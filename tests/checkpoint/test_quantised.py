@@ -198,7 +198,7 @@ def test_a_summary_names_weights_without_scales(fp8: Folders) -> None:
     assert (summary.missing, summary.unscaled, summary.agrees) == ((SCALE,), (WEIGHT,), False)
 
 
-def test_fp8_without_a_word_in_the_config_is_refused(fp8: Folders) -> None:
+def test_fp8_that_config_json_does_not_declare_is_refused(fp8: Folders) -> None:
     configure(fp8.fp8, quantization_config=None)
     with pytest.raises(CheckpointError, match="unexpected"):
         moe.load(fp8.fp8)
@@ -237,7 +237,7 @@ def test_mxfp4_that_is_kept_is_saved_byte_for_byte(tmp_path: Path) -> None:
     assert_same(moe.load(tmp_path / "wide_again"), moe.load(folder))
 
 
-def test_a_scale_of_mxfp4_that_is_no_number_is_refused(tmp_path: Path) -> None:
+def test_an_mxfp4_scale_of_nan_is_refused(tmp_path: Path) -> None:
     folder, _ = make_mxfp4(tmp_path)
     tensors = load_file(folder / "model.safetensors")
     name = "model.layers.1.mlp.experts.down_proj_scales"
@@ -278,7 +278,7 @@ def test_quantised_tensors_are_not_divided_among_ranks(spelling: str) -> None:
         moe.parallel.load("nowhere", nowhere, dtype="int8")
 
 
-def test_an_object_that_dequantising_left_behind_is_not_written_again(made: Folders, tmp_path: Path) -> None:
+def test_a_quantization_config_above_plain_weights_is_not_written_again(made: Folders, tmp_path: Path) -> None:
     """quantization_config of FP8 above plain weights."""
     moe.load(made.fp8).save(tmp_path / "plain")
     config = tmp_path / "plain" / "config.json"

@@ -89,7 +89,7 @@ SAID = {role: f"{role} {{{{ messages[0].content }}}}" for role in ("a", "b", "c"
     ],
     ids=["text", "list", "file", "files", "additional"],
 )
-def test_which_template_counts(tmp_path: Path, settings: Any, files: Any, expected: str) -> None:
+def test_which_template_is_used(tmp_path: Path, settings: Any, files: Any, expected: str) -> None:
     folder = write_tokenizer(tmp_path, **settings)
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)

@@ -318,7 +318,7 @@ def test_a_wrong_value_is_one_line_that_names_its_option(capsys, folder, tmp_pat
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_of_ranks_the_first_says_what_is_wrong(capsys, monkeypatch, rank):
+def test_only_the_first_rank_reports_a_mistake(capsys, monkeypatch, rank):
     monkeypatch.setenv("LOCAL_RANK", str(rank))
     status, out, err = run(capsys, "train", "--steps", "0")
     expected = (0, "", "") if rank else (2, "", "moesmith: --steps = 0: expected 1 or more\n")
@@ -437,7 +437,7 @@ def test_interrupt(folder):
         process.kill()
 
 
-def test_nobody_reads_the_output():
+def test_a_closed_pipe_is_exit_status_1_without_a_message():
     process = subprocess.Popen(
         [sys.executable, "-m", "moe", "inspect", "deepseek_v3"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

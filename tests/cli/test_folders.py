@@ -355,7 +355,7 @@ def test_on_and_off_options(capsys: Any, mixed: Path, tmp_path: Path) -> None:
     )
 
 
-def test_places_that_are_no_folder(capsys: Any, saved: Path, tmp_path: Path) -> None:
+def test_paths_that_are_not_folders_are_refused(capsys: Any, saved: Path, tmp_path: Path) -> None:
     empty, file = tmp_path / "empty", tmp_path / "file"
     empty.mkdir()
     file.write_text("text")

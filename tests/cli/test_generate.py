@@ -87,7 +87,7 @@ def test_stops_are_found_however_tokens_cut_them() -> None:
     assert 150 < stopped < 350
 
 
-def test_of_two_stops_in_one_token_the_one_that_is_complete_first_counts() -> None:
+def test_the_stop_that_is_complete_first_within_a_token_counts() -> None:
     tokenizer = pieces("abc")
     growing = GrowingText(tokenizer, [0], ["abc", "b"])
     growing.append(tokenizer.encode("abc").ids[0], ended=False)
@@ -127,7 +127,7 @@ def test_stops_of_the_command(capsys, folder):
     assert "UTF-8" in fails_in_one_line(capsys, "generate", str(folder), *options, "--stop", "\udcff")
 
 
-def test_speed_is_said_beside_the_text(capsys, folder):
+def test_speed_is_printed_on_stderr(capsys, folder):
     status, out, err = run(capsys, "generate", str(folder), "--prompt", "ab", "--prompt", "x", "--max-new-tokens", "5")
     assert status == 0 and "tokens/s" not in out
     assert re.fullmatch(r"10 tokens in \d+\.\d s, \d+\.\d tokens/s\n", err)
@@ -234,7 +234,7 @@ def test_without_a_template(capsys, folder, tmp_path):
     assert "chat_template.jinja: the chat template makes no text of a message" in line
 
 
-def test_a_conversation_goes_on(capsys, folder, monkeypatch):
+def test_a_conversation_continues_with_its_history(capsys, folder, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n\n  what?  \n/quit\nnever read\n"))
     options = ["--max-new-tokens", "6", "--stop", "\udcff".encode("utf-8", "replace").decode()]
     status, out, err = run(capsys, "generate", str(folder), "--chat", "--system", "S", *options)

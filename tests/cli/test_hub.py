@@ -239,7 +239,7 @@ def test_inspect_and_plan_read_headers_from_the_hub(cache: Path, capsys: Any, mo
         assert "\x1b" not in fails_in_one_line(capsys, "inspect", "org/model")
 
 
-def test_what_is_here_comes_first(cache: Path, saved: dict[str, Path], capsys: Any) -> None:
+def test_a_local_folder_takes_precedence_over_the_hub(cache: Path, saved: dict[str, Path], capsys: Any) -> None:
     Path("org").mkdir()
     Path("org/model").symlink_to(saved["v1"])
     assert hub.find("org/model") == Path("org/model") and not hub.is_name("org/model")

@@ -184,7 +184,7 @@ def test_an_expert_that_is_not_there_is_named(wrong: int) -> None:
                 call()
 
 
-def test_shapes_of_others() -> None:
+def test_any_leading_shape_is_accepted() -> None:
     layer = biased_layer(OPTIONS[0])
     x = torch.randn(6, 24)
     y = layer(x)

@@ -171,7 +171,7 @@ CONTEXTS = {"meta": lambda: torch.device("meta"), "registered": RegisteredOnMeta
 
 
 @pytest.mark.parametrize("name", list(CONTEXTS))
-def test_a_module_stays_without_values_where_others_want_it_so(name: str) -> None:
+def test_modules_stay_on_meta_in_the_contexts_of_other_libraries(name: str) -> None:
     state = torch.get_rng_state()
     with CONTEXTS[name]():
         modules = [moe.MoELayer(32, 16, 8, 2), moe.MoELayer(32, 16, 8, 2, seed=0), small_model(MLA)]

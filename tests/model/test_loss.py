@@ -126,7 +126,7 @@ def test_a_label_out_of_range_is_named(label, ahead):
 
 
 @pytest.mark.parametrize("device", ["meta", "fake"])
-def test_labels_without_data_are_not_looked_at(device):
+def test_labels_without_data_are_not_read(device):
     with FakeTensorMode() if device == "fake" else torch.device("meta"):
         logits, labels = torch.randn(2, 5, 9, requires_grad=True), torch.randint(-1, 9, (2, 5))
         next_token_loss(logits, labels, 1, None, None).value.backward()

@@ -261,7 +261,7 @@ def test_a_step_of_nothing_has_a_loss_of_zero() -> None:
     assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
-def test_a_step_wants_the_counts_of_what_is_called() -> None:
+def test_a_step_requires_the_counts_of_its_losses() -> None:
     model, ids = model_of(SMALL).train(), torch.randint(0, 61, (2, 5))
     with (
         pytest.raises(ValueError, match=r"expected counts of all terms; found none of ce\.0"),

@@ -156,7 +156,7 @@ def test_one_gradient_without_the_others(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
-def test_experts_of_no_token_are_not_looked_at(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_without_tokens_are_not_read(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = experts(kind, {})
     weights, ids = routing(9, "few")
     read: list[int] = []

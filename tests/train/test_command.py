@@ -362,9 +362,7 @@ class FakeRun:
         self.logged.append((step, values))
 
 
-def test_wandb_gets_the_same_and_goes_on_with_its_run(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_gets_the_same_and_continues_its_run(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inits: list[dict[str, Any]] = []
     fake = FakeRun()
 

@@ -506,7 +506,7 @@ def test_a_named_file_of_another_suffix_is_read_if_it_is_text(tmp_path: Path) ->
         assert [d.text for d in read_files([tmp_path / name])] == ["let x = {1};\n[a] {b}\n"]
 
 
-def test_of_a_folder_all_other_files_are_named(tmp_path: Path) -> None:
+def test_files_of_a_folder_that_are_left_out_are_reported(tmp_path: Path) -> None:
     (tmp_path / "sub" / ".hidden").mkdir(parents=True)
     for name in ("a.txt", "sub/b.md", "sub/.c.txt", "sub/.hidden/d.txt", "e.csv", "f.html", "g", "h.bin"):
         (tmp_path / name).write_text("some text")

@@ -117,7 +117,7 @@ def test_a_run_leaves_what_it_promises(text: Path, tmp_path: Path) -> None:
     assert other["validation"]["before"] != summary["validation"]["before"]
 
 
-def test_elsewhere_than_on_a_terminal_progress_is_its_lines_alone() -> None:
+def test_without_a_terminal_progress_is_plain_lines() -> None:
     shown = io.StringIO()
     with ProgressDisplay(Console(file=shown, width=120), steps=2, done=0) as display:
         display.update(1, 3.0, 100.0, 0.5)
