@@ -1,4 +1,4 @@
-"""The house: which layer imports which, what an import may cost, where the sources lie."""
+"""The layout: which layer imports which, what an import may cost, where the sources are."""
 
 import ast
 import os

@@ -39,7 +39,7 @@ WRITING = os.O_WRONLY | os.O_RDWR
 
 
 class Faults:
-    """Counts the calls below `root` that change the disk or lock it, in a child process, and spoils the `at`-th.
+    """Counts the calls below `root` that change or lock the disk, in a child process, and makes the `at`-th fail.
 
     Python's audit events show whatever way a call is made; what they do not show is replaced. How it is spoiled:
     "kill" ends the process before the call, or with half of a file written; "once" has the call fail; "from then on"
@@ -157,7 +157,7 @@ def spoiled_save(target: Path, root: Path, at: int, how: str, fallback: bool) ->
 
 
 def found_in(target: Path) -> str:
-    """Which of the two is there, bit for bit, and its manifest with it."""
+    """Which of the two checkpoints is there, bit for bit and with its manifest."""
     found = moe.load(target)
     name = "old" if found.norm.weight.equal(OLD.norm.weight) else "new"
     assert_same(found, OLD if name == "old" else NEW)
@@ -178,7 +178,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("how", ["kill", "once", "from then on"])
 @pytest.mark.parametrize("path", ["exchange", "fallback", "fresh"])
 def test_every_crash_point(tmp_path: Path, path: str, how: str) -> None:
-    """An old checkpoint is exchanged, or replaced by two renames, or there is none, nor the folders above it."""
+    """An old checkpoint is exchanged or replaced by two renames, or neither it nor its parent folders exist."""
     old, root = tmp_path / "old", tmp_path / "root"
     replacing, fallback = path != "fresh", path == "fallback"
     save(OLD, old, max_shard_bytes=SHARD)
@@ -256,7 +256,7 @@ def test_the_order_of_calls(tmp_path: Path, fallback: bool) -> None:
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("killed", [True, False])
 def test_a_disk_that_takes_no_more_in_the_middle_of_a_file(tmp_path: Path, killed: bool) -> None:
-    """By the system's own limit, which strikes within the library's native code, too."""
+    """By the system's file-size limit, which also applies within the library's native code."""
     root, target = tmp_path / "root", tmp_path / "root" / "model"
     root.mkdir()
     save(OLD, target, max_shard_bytes=SHARD)
@@ -357,7 +357,7 @@ def test_two_processes_save_while_a_third_loads(tmp_path: Path) -> None:
 def test_a_lock_that_its_holder_removes_at_the_last_moment_is_taken_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between opening the file and locking it: the lock would be on a file that nobody else can see."""
+    """Removed between opening and locking: the lock would be on a file that no other process can open."""
     lock, original, calls = tmp_path / ".model.lock", fcntl.flock, []
 
     def flock(descriptor: int, operation: int) -> None:

@@ -111,7 +111,7 @@ def save(source: Path, target: Path) -> None:
 
 
 def save_without_the_map(source: Path, target: Path) -> None:
-    """As a family does whose files are written in the name of another."""
+    """As for a family whose files are written under the name of another."""
     model = moe.load(source, progress=False)
     model.config = dataclasses.replace(model.config, extra={})
     model.save(target)
@@ -371,7 +371,7 @@ def test_files_named_by_tokenizer_config(released: Path) -> None:
 
 
 def test_limits_of_carried_files(released: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a save accepts a load accepts, and the other way round."""
+    """A load accepts what a save accepts, and vice versa."""
     model = moe.load(released)
     cases: list[tuple[str, Any, str]] = [
         ("modeling_tiny.py", b"#" * (MAX_CODE_BYTES + 1), "too large"),

@@ -1,4 +1,4 @@
-"""Checkpoints made of checkpoints: what is equal stays byte for byte, what changes changes as the definition says."""
+"""Converted and cut checkpoints: equal tensors stay the same byte for byte, the others change by definition."""
 
 import dataclasses
 import json
@@ -124,7 +124,7 @@ def test_to_deepseeks_names_and_back(made: Folders, tmp_path: Path, quantised: b
 
 
 def official_name(name: str) -> str:
-    """As the conversion script beside DeepSeek's inference code renames."""
+    """The name that the conversion script of DeepSeek's inference code gives a tensor."""
     renamed = {
         "embed_tokens": "embed",
         "input_layernorm": "attn_norm",
@@ -345,7 +345,7 @@ def test_integers_of_any_kind_choose_what_is_cut_out(made: Folders, tmp_path: Pa
 
 @pytest.mark.parametrize("large", ["whole", "part"])
 def test_what_does_not_fit_is_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: str) -> None:
-    """The receipt says so; the result is there all the same."""
+    """The receipt says so, and the result is written nevertheless."""
     noisy(GPT_OSS).save(tmp_path / "whole")
     from moe.checkpoint import cut as module
 
@@ -362,7 +362,7 @@ def test_what_does_not_fit_is_not_compared(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_cut_counts_what_config_json_repeats_for_layers_and_experts(tmp_path: Path) -> None:
-    """And leaves other lists alone, even if they are as long as there are layers."""
+    """Other lists stay as they are, even those with one item for each layer."""
     config = BY_FAMILY["qwen3_moe"]
     layers = config.num_hidden_layers
     extra = {

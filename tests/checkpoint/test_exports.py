@@ -1,4 +1,4 @@
-"""Exports mean the same in every engine: each field of each family, what has no effect, transformers as the judge."""
+"""Exports mean the same in every engine: each field of each family, fields without effect, and transformers."""
 
 import dataclasses
 import json

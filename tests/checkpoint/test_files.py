@@ -231,7 +231,7 @@ def test_without_an_index_model_safetensors_is_read_alone(tmp_path: Path, caplog
 def test_an_index_whose_files_are_gone_is_ignored_beside_the_file_of_all(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Somebody has merged the shards. transformers reads that file as well."""
+    """As after merging the shards. transformers reads that file, too."""
     index = two_shards(tmp_path)
     write(tmp_path, encode(HEADER))
     (tmp_path / "one.safetensors").unlink()

@@ -1,4 +1,4 @@
-"""What strangers' folders may hold: each mutation of a valid one is one error that names it, in no time."""
+"""Untrusted folders: each mutation of a valid one is one error that names it, at once."""
 
 import os
 import shutil
@@ -32,7 +32,7 @@ def folder(original: Path, tmp_path: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Name -> mode and bytes of all that lies there."""
+    """Name -> (mode, bytes) of everything in the folder."""
     found = {}
     for path in sorted(folder.rglob("*")):
         status = path.lstat()

@@ -1,4 +1,4 @@
-"""What files hold and a model does without: rotary tables, and MTP modules that are not wanted or not counted."""
+"""Tensors that a model does not need: rotary tables, and MTP modules that are not wanted or not counted."""
 
 import dataclasses
 import json
@@ -86,7 +86,7 @@ def test_rotary_tables_are_ignored_and_reported_once(
 def test_scales_of_a_quantised_cache_are_ignored_and_reported_once(
     kimi: bool, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In every place where vLLM looks for them; the module of MTP has them, too."""
+    """In every place where vLLM looks for them, the MTP module included."""
     expected = moe.load(folder)
     if kimi:
         as_kimi_k25(folder)

@@ -188,7 +188,7 @@ def test_what_the_library_refuses_is_refused_under_any_cap(tmp_path: Path) -> No
 
 
 def test_headers_longer_than_the_window(tmp_path: Path) -> None:
-    """Tokens lie across its edges, at every place, whatever their spelling."""
+    """Tokens cross its edges at every place, in any spelling."""
     for padding in (0, 1, 7, 30_001):
         header = b'{"__metadata__":{"a":"' + b"x" * padding + b'"},' + entries(9_000) + b"}"
         path = single(header)(tmp_path)

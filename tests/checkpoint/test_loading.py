@@ -163,7 +163,7 @@ def test_what_is_free() -> None:
 def test_limits_of_control_groups(
     group: str, limits: dict[str, Any], free: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That of the process, and of each that it is in; a machine with 2 KiB available."""
+    """The limits of the process's group and of its parents; the machine has 2 KiB available."""
     files = {f"/sys/fs/cgroup/{name}": str(value) for name, value in limits.items()}
     files |= {"/proc/self/cgroup": group, "/proc/meminfo": "MemTotal: 4 kB\nMemAvailable: 2 kB"}
     monkeypatch.setattr(memory, "_lines", lambda path: files.get(path, "").splitlines())
@@ -181,7 +181,7 @@ def test_the_progress_bar(saved: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_a_load_on_meta_reads_no_weights(tmp_path: Path) -> None:
-    """Of a checkpoint in DeepSeek-V3's layout whose data are holes: scales of 0 would be refused if they were read."""
+    """The data of this checkpoint are holes: its scales of 0 would be refused if they were read."""
     sizes: dict[str, Any] = dict(hidden_size=160, intermediate_size=140, moe_intermediate_size=130, vocab_size=300)
     sizes |= dict(num_hidden_layers=5, n_routed_experts=8, n_group=2, topk_group=1, num_attention_heads=3)
     sizes |= dict(num_key_value_heads=3, num_experts_per_tok=2, q_lora_rank=136, kv_lora_rank=144)

@@ -270,7 +270,7 @@ def test_experts_of_a_rank_are_its_part(made: Folders, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("spelling", ["keep", "KEEP"])
 def test_quantised_tensors_are_not_divided_among_ranks(spelling: str) -> None:
-    """Refused before a mesh or a folder is looked at."""
+    """Refused before a mesh or a folder is read."""
     nowhere: Any = None
     with pytest.raises(ConfigError, match=f"dtype = '{spelling}': expected auto or a floating dtype: quantised"):
         moe.parallel.load("nowhere", nowhere, dtype=spelling)
@@ -279,7 +279,7 @@ def test_quantised_tensors_are_not_divided_among_ranks(spelling: str) -> None:
 
 
 def test_a_quantization_config_above_plain_weights_is_not_written_again(made: Folders, tmp_path: Path) -> None:
-    """quantization_config of FP8 above plain weights."""
+    """A config.json that declares FP8 above plain weights, as dequantising by another program leaves it."""
     moe.load(made.fp8).save(tmp_path / "plain")
     config = tmp_path / "plain" / "config.json"
     stated = json.loads((made.fp8 / "config.json").read_text())["quantization_config"]

@@ -41,7 +41,7 @@ CONVERSATIONS: list[list[dict[str, str]]] = [
 
 
 def check_against_transformers(folder: Path) -> set[str]:
-    """The texts of all conversations, after they were found to be those of transformers, and their ids, too."""
+    """Assert that texts and ids of all conversations are those of transformers; return the texts."""
     theirs: Any = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
     tokenizer, template = read_tokenizer(folder), ChatTemplate.read(folder)
     texts = set()

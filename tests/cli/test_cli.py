@@ -48,7 +48,7 @@ def call(argv):
     assert done.returncode == 0, done.stderr
 
     def seconds() -> float:
-        """Of processor time, which does not depend on what else runs."""
+        """Seconds of processor time, which do not depend on what else runs."""
         before = os.times()
         subprocess.run([sys.executable, "-m", "moe", "generate", "--help"], check=True, stdout=subprocess.DEVNULL)
         after = os.times()

@@ -1,4 +1,4 @@
-"""Commands that take or write folders: what they replace, which folders they find, and what they say of others."""
+"""Commands that take or write folders: what they replace, which folders they find, and how they refuse others."""
 
 import contextlib
 import json
@@ -197,7 +197,7 @@ def test_plan_without_files_or_for_others_is_arithmetic(capsys: Any, mixed: Path
 def test_plan_for_another_dtype_is_what_convert_writes(
     capsys: Any, mixed: Path, tmp_path: Path, settings: Any, dtype: str
 ) -> None:
-    """The layout of the files is kept, and so is it whether they repeat the embedding for MTP modules."""
+    """The plan keeps the layout of the files, and whether they repeat the embedding for MTP modules."""
     from safetensors.torch import save_file
 
     if settings == "no repeats":

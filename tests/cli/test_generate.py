@@ -48,7 +48,7 @@ def generate(capsys, folder: Path, *options: str) -> list[dict]:
 
 
 def until_a_stop(text: str, stops: list[str]) -> tuple[str, bool]:
-    """By definition: a character at a time, until the text ends with a stop; then what is before it."""
+    """(text before the first stop, whether there is one) by definition: one character at a time."""
     for end in range(1, len(text) + 1):
         ended = [stop for stop in stops if text[:end].endswith(stop)]
         if ended:
@@ -65,7 +65,7 @@ def pieces(letters: str) -> Tokenizer:
 
 
 def test_stops_are_found_however_tokens_cut_them() -> None:
-    """Random texts, cut into tokens at random, beside the definition; and nothing is shown that is taken back."""
+    """Random texts in random tokens, against the definition; text once shown is never taken back."""
     draw, letters = random.Random(0), "abc🙂é\n"
     tokenizer = pieces(letters)
     stopped = 0
@@ -177,7 +177,7 @@ def test_logits_that_are_not_numbers(capsys, folder, tmp_path):
 
 
 def test_a_tokenizer_that_truncates_and_pads(capsys, folder, tmp_path):
-    """Settings that training has left in tokenizer.json are not for prompts; transformers resets them, too."""
+    """Truncation and padding that training left in tokenizer.json are ignored for prompts, as in transformers."""
     settings = json.loads((folder / "tokenizer.json").read_text())
     settings["truncation"] = {"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
     settings["padding"] = {"strategy": {"Fixed": 20}, "pad_id": 0, "pad_token": "x", "pad_type_id": 0}
@@ -262,7 +262,7 @@ def test_how_a_conversation_ends(capsys, folder, monkeypatch):
 
 
 class Terminal:
-    """The command on a terminal, as somebody at the keyboard sees it."""
+    """The command on a pseudo-terminal."""
 
     def __init__(self, *arguments: str) -> None:
         master, child = pty.openpty()

@@ -108,7 +108,7 @@ def test_every_command_takes_a_name(cache: Path, capsys: Any, tmp_path: Path) ->
 
 
 def test_a_cache_that_lacks_a_file(cache: Path, capsys: Any, tmp_path: Path) -> None:
-    """What an interrupted download leaves. The Hub cannot be asked, so nobody knows whether the model has the file."""
+    """The state after an interrupted download. Offline, it is unknown whether the model has the file."""
     offline = "moesmith: org/model@v1: the Hub is offline (HF_HUB_OFFLINE is set), and its cache has no"
     line = fails_in_one_line(capsys, "generate", "org/model@v1", "--prompt", "a")
     assert line.startswith(f"{offline} tokenizer.json; text needs the tokenizer that the model was trained with; exp")

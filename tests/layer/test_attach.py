@@ -46,7 +46,7 @@ def test_the_loss_scale_reaches_a_model_whose_layers_were_replaced() -> None:
 
 
 def test_an_optimizer_inside_another_steps_the_bias() -> None:
-    """As accelerate's: an Optimizer by its class, whose hooks are those of the one that it holds."""
+    """Like accelerate's: it is an Optimizer whose hooks are those of the optimizer that it holds."""
 
     class Outer(torch.optim.Optimizer):
         def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -67,7 +67,7 @@ def test_an_optimizer_inside_another_steps_the_bias() -> None:
 
 
 class Holder:
-    """An optimizer of another library, without hooks, that holds others: as DeepSpeed's, apex's and schedule-free's."""
+    """An optimizer without hooks that holds others, like those of DeepSpeed, apex and schedule-free."""
 
     param_groups: tuple[Any, ...] = ()
 
@@ -153,7 +153,7 @@ def one_rank() -> Iterator[Any]:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_attach_beside_data_parallelism(when: str, one_rank: Any) -> None:
-    """DDP sees the tensors of an Output, and nothing of the counters."""
+    """DDP sees the tensors of an Output and none of the counters."""
     ids = torch.randint(0, 61, (2, 8), generator=torch.Generator().manual_seed(0))
 
     def run(*, parallel: bool) -> moe.Transformer:
@@ -178,7 +178,7 @@ def test_attach_beside_data_parallelism(when: str, one_rank: Any) -> None:
 
 @pytest.mark.parametrize("use_buffers", [False, True])
 def test_an_average_of_an_attached_model(use_buffers: bool) -> None:
-    """Begun amid an accumulation. The correction bias is averaged, or follows the model's, and gets no updates."""
+    """Started in the middle of an accumulation. The correction bias is averaged or copied, and gets no updates."""
     model = small_model(MLA)
     optimizer = sgd(model)
     balance.attach(model, optimizer, bias_update_speed=0.25)
@@ -204,7 +204,7 @@ def test_an_average_of_an_attached_model(use_buffers: bool) -> None:
 
 
 def test_a_closure_that_runs_several_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    """LBFGS: what its closures sent backward is one step."""
+    """LBFGS: all backward passes of its closures are one step."""
     layer = moe.MoELayer(32, 16, 8, 2, seed=0)
     layer.gate.requires_grad_(False)  # so that each evaluation routes alike
     optimizer = torch.optim.LBFGS([p for p in layer.parameters() if p.requires_grad], max_iter=4, lr=1e-3)
@@ -228,7 +228,7 @@ def test_a_closure_that_runs_several_times(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_loads_are_counted_without_updates() -> None:
-    """With a speed of 0, for routers without a correction bias too."""
+    """With a speed of 0, also for routers without a correction bias."""
     layer = moe.MoELayer(32, 16, 8, 2, topk_method="greedy", seed=0)
     optimizer = sgd(layer)
     with pytest.raises(ValueError, match="no router with a correction bias"):

@@ -92,7 +92,7 @@ def bias_of(layer: moe.MoELayer) -> Tensor:
 
 
 class Other(nn.Module):
-    """Somebody else's model around our layer."""
+    """A third-party model around our layer."""
 
     def __init__(self, *, recompute: bool = False, **options: Any) -> None:
         super().__init__()
@@ -417,12 +417,12 @@ CLEAR: dict[str, Any] = {
 
 
 def overflowing(model: nn.Module) -> Tensor:
-    """A loss whose gradients are not finite, of so many equal tokens that their load would decide every sign."""
+    """A loss with non-finite gradients; its equal tokens are so many that their load would decide every sign."""
     return model(torch.ones(1, 999, 16)).sum() * math.inf
 
 
 def skip(how: str, model: nn.Module, optimizer: Any, scaler: torch.amp.GradScaler) -> None:
-    """A step that is not taken, by a trainer that accumulates two micro-batches."""
+    """A step of two micro-batches that the scaler does not take."""
     for _ in range(2):
         scaler.scale(overflowing(model)).backward()
     scaler.step(optimizer)
@@ -433,7 +433,7 @@ def skip(how: str, model: nn.Module, optimizer: Any, scaler: torch.amp.GradScale
 @pytest.mark.parametrize("how", CLEAR)
 @pytest.mark.parametrize("optimizer", ["plain", "fused"])
 def test_a_skipped_step_counts_nothing(optimizer: str, how: str) -> None:
-    """Neither right after `attach` nor between steps: the bias is that of the steps that are taken."""
+    """Right after `attach` and between steps: the bias is that of the steps that are taken."""
     batches = torch.randint(-1, 2, (2, 2, 4, 10, 16)).float()
     biases = []
     for skips in (False, True):
@@ -488,7 +488,7 @@ def test_a_step_that_accelerate_skips_counts_nothing(accelerate: Any, when: str)
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("where", ["frozen", "other optimizer", "elsewhere"])
 def test_a_router_without_gradients_counts_all_micro_batches(where: str, steps: int) -> None:
-    """Where a trainer keeps gradients elsewhere, from the second step on: the first shows that there are none."""
+    """If a trainer keeps gradients elsewhere, from the second step on: the first shows that there are none."""
     model = Other()
     weight, rest = model.moe.gate.weight, [*model.inner.parameters(), *model.moe.experts.parameters()]
     optimizer = torch.optim.SGD(rest if where == "other optimizer" else model.parameters(), lr=0.0)

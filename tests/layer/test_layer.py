@@ -1,4 +1,4 @@
-"""MoELayer against the formula in float64, against transformers' layer, and in other people's hands."""
+"""MoELayer against the formula in float64 and transformers' layer, and how it is called, compiled and initialised."""
 
 import copy
 import dataclasses
@@ -166,7 +166,7 @@ def test_routing_override() -> None:
 
 @pytest.mark.parametrize("wrong", [-2, -100, 8, 2**40])
 def test_an_expert_that_is_not_there_is_named(wrong: int) -> None:
-    """Whether ids replace the selection or a whole routing is given, in training and not."""
+    """For ids that replace the selection and for a whole routing, in training and in eval mode."""
     layer = biased_layer(OPTIONS[0])
     x, ids = torch.randn(6, 24), torch.randint(0, 8, (6, 3))
     ids[4, 1], ids[2, 2] = wrong, -1
@@ -248,7 +248,7 @@ def test_released_biases_need_fp32() -> None:
 @pytest.mark.parametrize("given", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("on_meta", [False, True])
 def test_an_assigned_state_leaves_the_bias_float32(given: torch.dtype, on_meta: bool) -> None:
-    """As one that is copied; the other tensors are those that were given."""
+    """Like a state that is copied; the other tensors keep the dtype that was given."""
     source = biased_layer(OPTIONS[0])
     state = {name: tensor.to(given) for name, tensor in source.state_dict().items()}
     with torch.device("meta" if on_meta else "cpu"):
@@ -275,7 +275,7 @@ def test_an_assigned_state_leaves_the_bias_float32(given: torch.dtype, on_meta: 
 
 @pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[4], OPTIONS[6]])
 def test_an_output_can_be_changed_in_place(options: dict[str, Any]) -> None:
-    """It is no view, which could not be changed after a pass without gradients, and its changes reach no input."""
+    """A view could not be changed after a pass without gradients. Changes reach no input."""
     layer, x = biased_layer(options), torch.randn(2, 5, 24)
     mask = torch.ones(2, 5, dtype=torch.bool)
     for token_mask in (None, mask):
@@ -331,7 +331,7 @@ def test_public_signature_of_the_readme() -> None:
 
 
 def test_arguments_are_those_of_the_config_and_a_seed() -> None:
-    """Listed once, in moe/config.py; editors and `inspect` see them all."""
+    """They are listed once, in moe/config.py; editors and `inspect` see all of them."""
     own, config = inspect.signature(MoELayer).parameters, inspect.signature(MoEConfig).parameters
     assert [(p.name, p.kind, p.default) for p in own.values() if p.name != "seed"] == [
         (p.name, p.kind, p.default) for p in config.values()

@@ -61,7 +61,7 @@ def test_tiers_and_quantised_formats_on_the_meta_device(tier: Any) -> None:
 
 
 def passes(attention: str, device: str, dtype: torch.dtype) -> Iterator[Any]:
-    """Results of training, with padding and with documents, and gradients; then of decoding."""
+    """Results and gradients of training, with padding and with documents; then results of decoding."""
     model = small_model(ATTENTION[attention], num_nextn_predict_layers=1, n_shared_experts=1, shared_expert_gate=True)
     model = model.to(dtype).to(device)
     ids = torch.zeros(2, 6, dtype=torch.int64, device=device)
@@ -186,7 +186,7 @@ TWO_DEVICES = "tensors on cpu, meta: expected one device"
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_weights_on_meta_and_an_input_with_values(grad: bool) -> None:
-    """Torch multiplies some of them, and returns what was in memory."""
+    """torch multiplies some of them, and returns arbitrary memory."""
     with torch.device("meta"):
         layer, model, tied, quantised = (
             moe.MoELayer(32, 16, 8, 2),

@@ -1,4 +1,4 @@
-"""Modules that others put something around: hooks, adapters, wrappers, offloading. Nothing may change silently."""
+"""Modules with hooks, adapters, wrappers and offloading around them. Nothing may change silently."""
 
 import copy
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from tests.support.models import GQA, MLA, small_model
 
 
 class Around(nn.Module):
-    """What an adapter, a profiler or a quantiser is: a module that calls another one."""
+    """A module that calls another one, like an adapter, a profiler or a quantiser."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Around(nn.Module):
 
 
 class OneOfTwo(nn.Module):
-    """As PEFT's modules_to_save: a copy is trained, and the original stays beside it."""
+    """Like PEFT's modules_to_save: a copy is trained, and the original is kept."""
 
     def __init__(self, original_module: nn.Module) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ def test_offloaded_parameters_come_back_where_they_are_used(attention: dict[str,
 
 
 class Adapter(nn.Module):
-    """A low-rank adapter with a bias. As PEFT's, it has the weight of what it is around, which is not all it does."""
+    """A low-rank adapter with a bias. Like PEFT's, it also shows the weight of the layer that it wraps."""
 
     def __init__(self, inner: nn.Linear) -> None:
         super().__init__()
@@ -207,7 +207,7 @@ class Int8(nn.Module):
 @pytest.mark.parametrize("around", [Adapter, Int8])
 @torch.no_grad()
 def test_decoding_includes_what_is_around_the_latent(around: Callable[[nn.Linear], nn.Module]) -> None:
-    """Absorbed decoding of one token against all tokens at once, whose keys and values are expanded."""
+    """Absorbed decoding, token by token, against all tokens at once with expanded keys and values."""
     torch.manual_seed(0)
     model = small_model(MLA, max_position_embeddings=64).double().eval()
     for block in model.layers:
@@ -260,7 +260,7 @@ def test_a_reentrant_checkpoint_loses_the_balance_loss_and_is_refused(around: st
 
 
 def test_layers_below_what_is_trained_may_be_frozen() -> None:
-    """Their balance losses have no gradient, rightly; those of the others have the same as in the whole model."""
+    """Their balance losses have no gradient; those of the other layers have the same as in the whole model."""
     ids = torch.randint(0, 61, (2, 8), generator=torch.Generator().manual_seed(0))
 
     def gradient(*, freeze: bool) -> Tensor:
@@ -341,13 +341,13 @@ def test_a_gate_must_return_a_routing() -> None:
 
 
 def test_a_routing_holds_no_module() -> None:
-    """What moves the outputs of a module must not move the router."""
+    """Code that moves a module's outputs must not move the router."""
     routing = moe.MoELayer(32, 16, 8, 2, seed=0).gate(torch.randn(5, 32))
     assert not any(hasattr(part, "to") for part in routing if not isinstance(part, Tensor))
 
 
 class Packed(Tensor):
-    """What quantisers put in the place of a weight: a tensor whose values are elsewhere."""
+    """A tensor whose values are elsewhere, as quantisers put in the place of a weight."""
 
 
 CHANGES: dict[str, tuple[Callable[[Tensor], Any], str]] = {

@@ -185,7 +185,7 @@ RULES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("rules", RULES, ids=str)
 def test_rules_and_their_order_are_those_of_transformers(rules: dict[str, Any]) -> None:
-    """The logits to sample from, of a ragged batch, beside the processors that transformers' generate builds."""
+    """Logits of a ragged batch against the processors that transformers' generate builds."""
     transformers = pytest.importorskip("transformers")
     sampling = Sampling(**rules)
     torch.manual_seed(3)

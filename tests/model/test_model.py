@@ -134,7 +134,7 @@ def test_ids_and_labels_may_be_int32() -> None:
 
 
 def test_positions_may_be_negative() -> None:
-    """Rotations are relative: left padding counted from below zero is no mistake."""
+    """Rotations are relative, so left padding may be counted from below zero."""
     model, ids = model_of(SMALL).double(), torch.randint(0, 61, (2, 9))
     close(model(ids, position_ids=torch.arange(-20, -11).expand(2, 9)).logits, model(ids).logits, 1e-12)
 
@@ -163,7 +163,7 @@ PACKED = [[4, 7, 5], [1, 2, 3, 9, 1], [16], [2, 14]]
 
 @pytest.mark.parametrize("lengths", PACKED, ids=str)
 def test_mtp_of_packed_documents_is_that_of_each_alone(lengths: list[int]) -> None:
-    """Loads and losses, those of the balance too, as the documents one by one and as a padded batch of them."""
+    """Loads and all losses equal those of the documents one by one and as a padded batch."""
     config = dataclasses.replace(
         SMALL, num_nextn_predict_layers=2, aux_loss_alpha=0.1, router_z_loss_coef=0.01, seq_aux=False
     )
@@ -219,7 +219,7 @@ def test_counts_are_those_of_the_losses(seq_aux: bool, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("empty", [False, True])
 @pytest.mark.parametrize("labelled", [True, False])
 def test_micro_batches_of_a_step_are_one_batch(labelled: bool, empty: bool) -> None:
-    """Gradients and losses of unequal micro-batches, of which one may have nothing, against those of all rows."""
+    """Gradients and losses of unequal micro-batches, one of them possibly empty, against those of all rows."""
     config = dataclasses.replace(SMALL, num_nextn_predict_layers=2, aux_loss_alpha=0.1, router_z_loss_coef=0.01)
     micro = [random_batch(rows, 11) for rows in (1, 3, 2)]
     if empty:

@@ -174,7 +174,7 @@ def test_experts_without_tokens_are_not_read(kind: str, monkeypatch: pytest.Monk
 
 
 def kept(run: Callable[[], Tensor]) -> list[Tensor]:
-    """What the graph of run() keeps."""
+    """The tensors that the graph of run() keeps."""
     saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -429,7 +429,7 @@ def test_compiled_for_other_batches_and_without_gradients() -> None:
 
 
 def test_experts_in_a_layer() -> None:
-    """In the place of moe.layer.Experts, and called by its dispatcher."""
+    """They replace moe.layer.Experts and are called by its dispatcher."""
     layer = MoELayer(WIDTH, HIDDEN, EXPERTS, 2, n_shared_experts=1, initializer_range=0.3, seed=0)
     module = experts("fp8", {})
     layer.experts.gate_up_proj.data, layer.experts.down_proj.data = numbers(module, torch.float32)

@@ -127,7 +127,7 @@ def test_compiled_once_for_every_token_count() -> None:
 
 
 def test_compiled_with_an_activation_from_anywhere() -> None:
-    """An activation that is an argument, an attribute of a module, or made in the graph; one graph has one of them."""
+    """The activation is an argument, an attribute of a module, or made in the graph; a graph has one activation."""
     torch._dynamo.reset()
     i = SMALL.inputs(torch.float32)
 
@@ -208,7 +208,7 @@ def differentiable_once() -> dict[str, tuple[Callable[..., Tensor], tuple[Tensor
 @pytest.mark.parametrize("squared", [False, True], ids=["sum", "squares"])
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpoint"])
 def test_second_derivatives_are_refused(name: str, squared: bool, checkpointed: bool) -> None:
-    """Whether or not the outgoing gradient has a graph of its own, as that of a sum has not."""
+    """Also if the outgoing gradient has no graph of its own, like that of a sum."""
     function, leaves = differentiable_once()[name]
     y = checkpoint(function, *leaves, use_reentrant=False) if checkpointed else function(*leaves)
     loss = (y.square() if squared else y).sum()

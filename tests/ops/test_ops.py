@@ -84,7 +84,7 @@ def test_moe_mlp_takes_any_strides(case: Case) -> None:
 
 @pytest.mark.parametrize("rows", [1, 7, 30])
 def test_moe_mlp_does_not_depend_on_its_batches(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU small experts go through the products together; more batches, and experts too large for one."""
+    """On the CPU, small experts are multiplied in batches: more batches, and experts too large for one."""
     inputs, grad = BY_NAME["ragged"].inputs(torch.float32), torch.randn(61, 24)
     errors = moe_mlp_errors(inputs, grad)
     monkeypatch.setattr("moe.ops.mlp._BATCH_ROWS", rows)
@@ -342,7 +342,7 @@ def test_permute_and_unpermute_take_any_strides() -> None:
 @pytest.mark.parametrize("tokens", [512, 600])
 @pytest.mark.parametrize("weighted", [True, False])
 def test_rows_that_are_summed_in_parts(tokens: int, weighted: bool) -> None:
-    """More numbers of two bytes than are widened at once."""
+    """More half-precision numbers than are widened at once."""
     ids = torch.randint(-1, 6, (tokens, 4))
     position = ops.permute(torch.zeros(tokens, 0), ids, 6).position
     rows = torch.randn(4 * tokens, 1024).half()
@@ -441,7 +441,7 @@ def test_swiglu_of_large_gates(activation: SwiGLU, dtype: torch.dtype) -> None:
 
 @each_dtype
 def test_swiglu_at_its_limits(dtype: torch.dtype) -> None:
-    """There the gradient passes, as that of torch's clamp does; beyond it is zero."""
+    """At a limit the gradient passes, as for torch's clamp; beyond it the gradient is zero."""
     gate, up = [1.5, 1.5, -1.5, 2.0, 1.0, 1.0], [1.5, -1.5, 1.5, 1.0, 2.0, -2.0]
     gate_up = torch.tensor([gate + up], dtype=dtype, requires_grad=True)
     (found,) = torch.autograd.grad(ops.swiglu(gate_up, SwiGLU(1.5)).sum(), gate_up)
@@ -514,7 +514,7 @@ DROPPED: dict[str, Callable[[Inputs], Inputs]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", FEW)
 def test_the_running_error_sees(name: str, dtype: torch.dtype) -> None:
-    """Of few numbers too, and in each result alone: what is zero, scaled, negated or computed without something."""
+    """It detects each result that is zero, scaled, negated or computed without something, even of few numbers."""
     inputs = BY_NAME[name].inputs(dtype)
     grad = torch.randn(inputs.x.shape).to(dtype)
     ours, errors = gradients(fused, inputs, grad), moe_mlp_errors(inputs, grad)

@@ -33,7 +33,7 @@ def fp8(codes: Tensor) -> Tensor:
 
 
 def by_hand(weight: Tensor, scale: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """One matrix. A product of 4 by 24 bits is exact in float64; float32 and `dtype` each round it once."""
+    """Dequantises one matrix. A product of 4 by 24 bits is exact in float64; float32 and `dtype` each round it once."""
     out = torch.empty(weight.shape, dtype=torch.float32)
     codes = weight.view(torch.uint8).tolist()
     for i, row in enumerate(codes):
@@ -45,7 +45,7 @@ def by_hand(weight: Tensor, scale: Tensor, block: tuple[int, int], dtype: torch.
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Bit for bit, the sign of zero too; one NaN is like another."""
+    """Whether two tensors have the same bits, signs of zero included; all NaNs are alike."""
     assert a.dtype == b.dtype and a.shape == b.shape
     number = torch.equal(a.isnan(), b.isnan()) and torch.equal(a.signbit() | a.isnan(), b.signbit() | b.isnan())
     return number and torch.equal(a.nan_to_num(0.0, math.inf, -math.inf), b.nan_to_num(0.0, math.inf, -math.inf))

@@ -50,7 +50,7 @@ def is_quantised(name: str) -> bool:
 
 
 def dequantised(codes: Tensor, scale: Tensor) -> Tensor:
-    """By the definition, in float64 (exact) and rounded once to float32, then to bfloat16 as stored."""
+    """Values by the definition: exact in float64, rounded once to float32, then to bfloat16 as stored."""
     result = torch.empty(codes.shape, dtype=torch.float32)
     for i in range(codes.shape[0]):
         for j in range(codes.shape[1]):

@@ -1,4 +1,4 @@
-"""`moe.train.batches`: one's own batches, optimizers and losses."""
+"""`moe.train.batches`: custom batches, optimizers and losses."""
 
 import dataclasses
 from typing import Any

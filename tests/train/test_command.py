@@ -56,7 +56,7 @@ def options(text: Path, out: Path, *more: str) -> list[str]:
 
 
 def said(capsys: pytest.CaptureFixture[str], *argv: str, status: int = 0) -> str:
-    """Standard error of a command; of one that fails, its only line that does not describe the run."""
+    """Standard error of a command. If it fails, the only line that does not describe the run."""
     assert main(argv) == status
     captured = capsys.readouterr()
     if not status:
@@ -258,7 +258,7 @@ def test_ctrl_c_while_data_is_prepared_leaves_nothing(
 
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Numbers of nodes of the graphs that torch.compile makes, run as they are."""
+    """Node counts of the graphs that torch.compile makes; they run as they are."""
     torch._dynamo.reset()
     graphs: list[int] = []
 

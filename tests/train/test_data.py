@@ -274,7 +274,7 @@ def test_evaluation_predicts_every_token_but_the_first_once(count: int, length: 
 
 
 def test_ids_that_a_vocabulary_leaves_out_count(tmp_path: Path) -> None:
-    """A model needs a row for the largest id, not for so many tokens; 16 bits may not hold it."""
+    """A model needs rows up to the largest id, which may exceed the number of tokens and 16 bits."""
     words = {"<|endoftext|>": 3, "red": 70000, "blue": 9}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="blue"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
@@ -289,7 +289,7 @@ def test_ids_that_a_vocabulary_leaves_out_count(tmp_path: Path) -> None:
 
 
 def test_bytes_of_first_tokens() -> None:
-    """SentencePiece's: a space that decoding drops, single bytes of a character, and an empty document."""
+    """First tokens of SentencePiece: a space that decoding drops, single bytes of a character, an empty document."""
     vocabulary = {"<eos>": 0, "▁day": 1, "<0xE6>": 2, "日": 3, "x": 4}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]

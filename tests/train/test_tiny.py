@@ -90,7 +90,7 @@ def random_experts(model: moe.Transformer, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def other_experts(model: moe.Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random ones, none of which the router would have chosen."""
+    """Random experts, none of which the router would have chosen."""
     generator = torch.Generator().manual_seed(0)
 
     def scores(route: Callable[[Tensor], moe.Routing], logits: Tensor) -> Tensor:

@@ -137,7 +137,7 @@ def test_without_matplotlib_a_line_says_how_to_get_plots(
 
 
 def command(text: Path, folder: Path, *more: str) -> list[str]:
-    """Options of a run of the tiny preset that is quick, because its windows are short."""
+    """Options of a quick run of the tiny preset, with short windows."""
     options = ["--steps", "24", "--batch-size", "2", "--seq-length", "32", "--save-every", "8", "--eval-every", "0"]
     return ["train", "--data", str(text), *options, "--out", str(folder), *more]
 
@@ -162,7 +162,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def start(argv: list[str], *, step: int = 0, number: int = 0) -> subprocess.Popen[str]:
-    """A run that gets the signal `number` when `step` is done but not recorded; without a step, none."""
+    """Start a run that gets the signal `number` once `step` is done but not recorded. Without `step`, no signal."""
     argv = ["-c", AND_SIGNAL, str(step), str(number), *argv] if step else ["-m", "moe", *argv]
     argv = [sys.executable, "-W", "error", *argv]
     return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

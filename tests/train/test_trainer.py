@@ -107,7 +107,7 @@ def test_document_mask_separates_documents(dataset: Dataset) -> None:
 
 
 def test_accumulation_under_a_document_mask_is_the_mean_over_tokens(short: Dataset) -> None:
-    """Against cross entropies summed over all windows, divided by how many tokens they predict."""
+    """Against the sum of cross entropies over all windows, divided by the number of predicted tokens."""
     trainer = make_trainer(short, batch_size=1, accumulation=8, document_mask=True, clip=1e9)
     model = copy.deepcopy(trainer.model)
     windows = torch.cat([trainer.sampler.next_batch() for _ in range(8)])
@@ -144,7 +144,7 @@ def test_a_micro_batch_that_predicts_nothing_takes_no_part(short: Dataset, monke
 
 
 def test_evaluation_under_a_document_mask_scores_what_training_predicts(short: Dataset) -> None:
-    """By a loop over documents of each window, with the bytes of the text behind their first tokens."""
+    """Against a loop over the documents of each window, with the bytes after their first tokens."""
     trainer = make_trainer(short, document_mask=True)
     trainer.step()
     evaluation = trainer.evaluate()
