@@ -223,7 +223,7 @@ def right(found: dict[str, Verdict]) -> bool:
 
 
 def test_every_use_of_the_interface_is_found() -> None:
-    """And so is tested below: no class is refused, only weights are."""
+    """All of them are tested below: no class is refused, only weights are."""
     uses = sum(len(re.findall(r"^@use_experts_implementation", text, re.MULTILINE)) for text in SOURCES.values())
     assert uses == len(EXPERTS) > 0
     assert set(KINDS) <= {*EXPERTS, *OWN}
@@ -561,7 +561,7 @@ def test_compiled_experts(name: str) -> None:
 
 
 def graph_of(experts: Any) -> set[str]:
-    """Our operators in the one graph that the experts are compiled to."""
+    """Names of our operators in the single graph that the experts are compiled to."""
     experts.config._experts_implementation = "moesmith"
     graphs: list[torch.fx.GraphModule] = []
 
