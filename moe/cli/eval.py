@@ -48,7 +48,6 @@ class Args:
 
     def check(self) -> None:
         for name, ok, allowed in (
-            ("data", self.data != (), "one or more files or folders"),
             ("field", bool(self.field), "the name of a field"),
             ("seq_length", self.seq_length is None or self.seq_length >= 4, "4 or more"),
             ("batch_size", self.batch_size is None or self.batch_size >= 1, "1 or more"),

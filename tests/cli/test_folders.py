@@ -82,7 +82,7 @@ def test_the_source_stays_as_it_is(capsys, saved, tmp_path, writer) -> None:
     few = fails_in_one_line(
         capsys, command, str(source), "--out", str(tmp_path / "a"), *options, "--max-shard-size", "5"
     )
-    assert "--max-shard-size = '5': expected at least 1000 bytes: 5GB" in few
+    assert "--max-shard-size: expected at least 1000 bytes: 5GB; found '5'" in few
     assert contents(source) == before
 
 
@@ -263,12 +263,12 @@ def test_spellings_of_a_dtype(saved: Path, tmp_path: Path, spelling: Any) -> Non
         ),
         (
             ("convert", "--out", "never", "--dtype", "mxfp4"),
-            "moesmith: --dtype = 'mxfp4': expected another: deepseek_v3 has no layout for it",
+            "moesmith convert: --dtype: expected another: deepseek_v3 has no layout for it; found 'mxfp4'",
         ),
         (
             ("convert", "--out", "never", "--layout", "stackd"),
-            "moesmith: --layout = 'stackd': expected one of experts, stacked, deepseek, the layouts of deepseek_v3; "
-            "did you mean stacked?",
+            "moesmith convert: --layout: expected one of experts, stacked, deepseek, the layouts of deepseek_v3; "
+            "found 'stackd'; did you mean stacked?",
         ),
         (("plan", "--dtype", "int4"), "expected one of bf16, fp16, fp32, fp64, fp8, mxfp4"),
         (("plan", "--gpu", "H-100"), "expected one of a100, h100, h800, h200, b200, mi300x; did you mean h100?"),
@@ -288,27 +288,33 @@ def test_unknown_names(
     [
         (
             ("generate", "x", "--prompt", "a", "--dtype", "bf61"),
-            "--dtype = 'bf61': expected one of auto, bf16, fp16, fp32, fp64; did you mean bf16?",
+            "--dtype: expected one of auto, bf16, fp16, fp32, fp64; found 'bf61'; did you mean bf16?",
         ),
         (
             ("generate", "x", "--prompt", "a", "--dtype", "fp8"),
-            "--dtype = 'fp8': expected one of auto, bf16, fp16, fp32, fp64",
+            "--dtype: expected one of auto, bf16, fp16, fp32, fp64; found 'fp8'",
         ),
-        (("train", "--optimizer", "muno"), "--optimizer = 'muno': expected one of adamw, muon; did you mean muon?"),
-        (("train", "--schedule", "cosin"), "--schedule = 'cosin': expected one of cosine, wsd; did you mean cosine?"),
-        (("train", "--dtype", "bf61"), "--dtype = 'bf61': expected one of fp32, bf16; did you mean bf16?"),
+        (
+            ("train", "--optimizer", "muno"),
+            "--optimizer: expected one of adamw, muon; found 'muno'; did you mean muon?",
+        ),
+        (
+            ("train", "--schedule", "cosin"),
+            "--schedule: expected one of cosine, wsd; found 'cosin'; did you mean cosine?",
+        ),
+        (("train", "--dtype", "bf61"), "--dtype: expected one of fp32, bf16; found 'bf61'; did you mean bf16?"),
         (
             ("convert", "x", "--out", "y", "--scale-fmt", "UE8M"),
-            "--scale-fmt = 'UE8M': expected one of ue8m0; did you mean ue8m0?",
+            "--scale-fmt: expected one of ue8m0; found 'UE8M'; did you mean ue8m0?",
         ),
         (
             ("plan", "tiny", "--sharding", "fspd"),
-            "--sharding = 'fspd': expected one of zero1, fsdp; did you mean fsdp?",
+            "--sharding: expected one of zero1, fsdp; found 'fspd'; did you mean fsdp?",
         ),
     ],
 )
 def test_unknown_choices(capsys: Any, arguments: Any, hint: str) -> None:
-    assert fails_in_one_line(capsys, *arguments) == f"moesmith: {hint}\n"
+    assert fails_in_one_line(capsys, *arguments) == f"moesmith {arguments[0]}: {hint}\n"
 
 
 def test_unknown_model_types_and_presets(capsys: Any, saved: Path, tmp_path: Path) -> None:
@@ -350,7 +356,7 @@ def test_on_and_off_options(capsys: Any, mixed: Path, tmp_path: Path) -> None:
     assert status == 0 and "converting" in err
     assert read_summary(tmp_path / "b").config.num_nextn_predict_layers == 2  # pyright: ignore[reportOptionalMemberAccess]
     options = ("--out", str(tmp_path / "c"), "--layout", "deepseek", "--mtp")
-    assert "moesmith: --mtp = True: expected False (--no-mtp): the layout deepseek" in fails_in_one_line(
+    assert "moesmith convert: --mtp: expected False (--no-mtp): the layout deepseek" in fails_in_one_line(
         capsys, "convert", str(mixed), *options
     )
 
@@ -395,7 +401,7 @@ sys.exit(main(["convert", *sys.argv[1:]]))
 """
     command = [sys.executable, "-c", code, str(saved), "--out", str(tmp_path / "new" / "out")]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "moesmith: interrupted\n")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "moesmith convert: interrupted\n")
     assert list(tmp_path.iterdir()) == []
 
 
