@@ -469,7 +469,7 @@ def test_bad_files(capsys: pytest.CaptureFixture[str], tmp_path: Path, content: 
         ("", "metrics.jsonl: expected one with kind \"validation\" and load; found '0 records'"),
         (
             '{"kind": "train", "load": [[1]]}\n',
-            "metrics.jsonl: expected one with kind \"validation\" and load; found '1 records'",
+            "; found '1 records'",
         ),
         ('{"kind": "validation", "load": [[1]]}\n{"kind\n', "metrics.jsonl, line 2: expected JSON; found "),
         ('{"kind": "validation", "load": 3}\n', "metrics.jsonl, line 1: load: expected a list of layers; found 3"),
