@@ -441,8 +441,11 @@ def test_the_command_reads_a_run(capsys: pytest.CaptureFixture[str], tmp_path: P
         (b"\xff", ": expected UTF-8 text; found 'invalid start byte'"),
         ("[1]", ": expected a JSON object; found [1]"),
         ('{"loads": 1}', ": expected a key \"load\"; found ['loads']"),
-        ('{"load": []}', ": load: expected a list of layers; found []"),
-        ('{"load": {"a": 1}}', ": load: expected a list of layers; found {'a': 1}"),
+        ('{"load": []}', ": load: expected a list of layers, each a list of the tokens of its experts; found []"),
+        (
+            '{"load": {"a": 1}}',
+            ": load: expected a list of layers, each a list of the tokens of its experts; found {'a': 1}",
+        ),
         ('{"load": [1, 2]}', ": load[0]: expected a list of the tokens of each expert; found 1"),
         ('{"load": [[1, 2], []]}', ": load[1]: expected a list of the tokens of each expert; found []"),
         ('{"load": [[1, 2], [1, 2, 3]]}', ": load[1]: expected 2, as in load[0]; found '3 experts'"),
@@ -452,7 +455,7 @@ def test_the_command_reads_a_run(capsys: pytest.CaptureFixture[str], tmp_path: P
         ('{"load": [[1, true]]}', ": load[0][1]: expected a number from 0 to 1e300; found True"),
         ('{"load": [[1, "2"]]}', ": load[0][1]: expected a number from 0 to 1e300; found '2'"),
         ('{"load": [[1, ' + "9" * 400 + "]]}", ": expected a number from 0 to 1e300"),
-        ('{"load": [[1, 2, 3]]}', "slots: expected a multiple of the 2 GPUs from the 3 experts up to 6; found 2"),
+        ('{"load": [[1, 2, 3]]}', "--slots: expected a multiple of the 2 GPUs from the 3 experts up to 6, "),
     ],
 )
 def test_bad_files(capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str | bytes, message: str) -> None:
@@ -472,7 +475,10 @@ def test_bad_files(capsys: pytest.CaptureFixture[str], tmp_path: Path, content: 
             "; found '1 records'",
         ),
         ('{"kind": "validation", "load": [[1]]}\n{"kind\n', "metrics.jsonl, line 2: expected JSON; found "),
-        ('{"kind": "validation", "load": 3}\n', "metrics.jsonl, line 1: load: expected a list of layers; found 3"),
+        (
+            '{"kind": "validation", "load": 3}\n',
+            "metrics.jsonl, line 1: load: expected a list of layers, each a list of the tokens of its experts; found 3",
+        ),
         (None, "/metrics.jsonl': expected a file"),
     ],
 )
