@@ -166,6 +166,12 @@ def build_model(where: str, **fields: Any) -> Any:
     model = model_class(model_class.config_class(**{**TINY, **WANTS.get(name, {}), **fields})).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
+    for buffer_name, table in model.named_buffers():
+        if buffer_name.endswith("tid2eid"):
+            # With zeros, every token has one expert K times, whose normalised weights are constant: the gate's gradient
+            # would be rounding alone.
+            tokens, top_k = table.shape
+            table.copy_((torch.arange(tokens)[:, None] + torch.arange(top_k)) % model.config.num_local_experts)
     return model
 
 

@@ -91,6 +91,8 @@ def test_bf16_products_with_fp32_parameters(dataset: Dataset) -> None:
 
 def test_document_mask_separates_documents(dataset: Dataset) -> None:
     masked, plain = make_trainer(dataset, document_mask=True), make_trainer(dataset)
+    for trainer in (masked, plain):
+        trainer.model.double()  # experts get other rows, whose bits depend on how many there are
     batch = torch.full((1, 16), 5)
     assert dataset.end_of_text == 0
     with torch.no_grad():
@@ -102,8 +104,11 @@ def test_document_mask_separates_documents(dataset: Dataset) -> None:
     batch[0, :7] = 6
     with torch.no_grad():
         other, other_unmasked = (trainer._forward(batch).logits for trainer in (masked, plain))
-    assert torch.equal(logits[:, 8:], other[:, 8:]), "the second document does not see the first"
-    assert not torch.equal(unmasked[:, 8:], other_unmasked[:, 8:])
+    seen, unmasked_seen = (
+        before[:, 8:] - after[:, 8:] for before, after in ((logits, other), (unmasked, other_unmasked))
+    )
+    assert seen.abs().max() < 1e-10, "the second document sees the first"
+    assert unmasked_seen.abs().max() > 1e-6
 
 
 def test_accumulation_under_a_document_mask_is_the_mean_over_tokens(short: Dataset) -> None:
