@@ -104,18 +104,18 @@ def _tokenizer(folder: Path) -> "tuple[Tokenizer, int]":
     """The folder's tokenizer, and the id of its end-of-text token."""
     from moe.train.tokenizer import load_tokenizer
 
-    read_tokenizer(folder)  # whose errors are about the folder, and not about --tokenizer
+    read_tokenizer(folder)  # its errors name the folder, not --tokenizer
     try:
         tokenizer, end = load_tokenizer(folder / "tokenizer.json")
     except ConfigError as error:
         raise CheckpointError(error.value, f"expected {error.allowed}") from None
     number = tokenizer.token_to_id(end)
-    assert number is not None  # load_tokenizer sees to it
+    assert number is not None  # load_tokenizer has checked that
     return tokenizer, number
 
 
 def _settings(run: Path) -> Settings:
-    """What a run of `moesmith train` began with; defaults for another folder."""
+    """The settings of a run of `moesmith train`; the defaults for any other folder."""
     try:
         return Settings.from_deciding(json.loads((run / "settings.json").read_text()))
     except (OSError, ValueError, TypeError, AttributeError):

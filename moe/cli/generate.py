@@ -156,7 +156,7 @@ def _ask() -> str:
 def _render(tokenizer: "Tokenizer", template: ChatTemplate, messages: list[dict[str, str]]) -> list[int]:
     ids = tokenizer.encode(template.render(messages), add_special_tokens=False).ids
     if not ids:
-        raise CheckpointError(template.file, "the chat template makes no text of a message")
+        raise CheckpointError(template.file, "the chat template renders a message as no text")
     return ids
 
 
@@ -180,7 +180,7 @@ def _utf8(where: str, text: str) -> str:
 
 
 class _Model:
-    """A loaded model that continues token ids as the command's options say."""
+    """A loaded model that continues token ids with the options of the command."""
 
     def __init__(self, args: Args, folder: Path, tokenizer: "Tokenizer", ends: set[int]) -> None:
         import torch
@@ -197,7 +197,7 @@ class _Model:
             )
 
     def check(self, ids: list[list[int]], prompts: list[str]) -> None:
-        """Raise for prompts that the model cannot take."""
+        """Raise ConfigError or CheckpointError for prompts that the model cannot process."""
         config = self.model.config
         if max(map(max, ids)) >= config.vocab_size:
             problem = "the tokenizer does not belong to this model"
@@ -212,7 +212,7 @@ class _Model:
                 raise ConfigError(where, prompt, allowed)
 
     def answer(self, ids: list[list[int]], printer: "_Printer | None") -> tuple[list["GrowingText"], float]:
-        """What follows each prompt, and the seconds that it took."""
+        """The continuation of each prompt, and the elapsed seconds."""
         import torch
 
         from moe.generation import stream
@@ -260,7 +260,7 @@ class _Model:
 
 
 def read_tokenizer(folder: Path) -> "Tokenizer":
-    """The folder's tokenizer.json, read as it is: transformers' AutoTokenizer alters some of them."""
+    """The folder's tokenizer.json, unaltered: transformers' AutoTokenizer changes some of them."""
     from tokenizers import Tokenizer
 
     file = folder / "tokenizer.json"
@@ -270,7 +270,7 @@ def read_tokenizer(folder: Path) -> "Tokenizer":
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception for any content that it cannot read
         raise CheckpointError(file, f"not a tokenizer: {error}") from None
-    tokenizer.no_truncation()  # which a file may have from training, and which would cut prompts
+    tokenizer.no_truncation()  # a file may have it from training; it would cut prompts
     tokenizer.no_padding()
     return tokenizer
 
@@ -300,16 +300,16 @@ class GrowingText:
     The end of that is held back as long as it may be the beginning of a stop.
 
     Attributes:
-        text: what may be shown.
+        text: all text to show so far.
         token_ids: all tokens.
-        reason: why the text has ended, "eos", "stop" or "length"; None if it goes on.
+        reason: why the text has ended, "eos", "stop" or "length"; None while it continues.
     """
 
     def __init__(self, tokenizer: "Tokenizer", prompt_ids: list[int], stops: Sequence[str] = ()) -> None:
         self.tokenizer, self.stops = tokenizer, stops
         self.text, self.token_ids = "", []
         self.reason: str | None = None
-        self._context = prompt_ids  # whole characters, out already
+        self._context = prompt_ids  # complete characters, already shown
         self._pending: list[int] = []
         self._held = ""
         # Special tokens have no text to search.
