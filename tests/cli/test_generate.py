@@ -235,7 +235,7 @@ def test_without_a_template(capsys, folder, tmp_path):
     assert "chat_template.jinja: the chat template failed: no roles" in line
     silent = variant(folder, tmp_path / "silent", chat_template__jinja="{# nothing #}")
     line = fails_in_one_line(capsys, "generate", str(silent), "--chat", "--prompt", "a")
-    assert "chat_template.jinja: the chat template makes no text of a message" in line
+    assert "chat_template.jinja: the chat template renders a message as no text" in line
 
 
 def test_a_conversation_continues_with_its_history(capsys, folder, monkeypatch):
