@@ -162,7 +162,7 @@ def test_plan_reports_what_the_files_have(capsys: Any, mixed: Path, tmp_path: Pa
     assert repeated and parts["experts"] == experts // 2
     assert parts["other weights"] == facts["stored"]["bytes"] - experts - repeated
 
-    assert "by the headers of its files" in " ".join(run(capsys, "plan", str(mixed))[1].split())
+    assert "from the headers of its files" in " ".join(run(capsys, "plan", str(mixed))[1].split())
 
 
 def test_plan_without_files_or_for_others_is_arithmetic(capsys: Any, mixed: Path, tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ def test_a_run_folder_stands_for_its_checkpoint(capsys: Any, saved: Path, tmp_pa
     facts = json.loads(run(capsys, "inspect", str(tmp_path), "--json")[1])
     assert facts["stored"]["folder"] == str(tmp_path / "checkpoint")
     assert planned(capsys, str(tmp_path))["stored"]["bytes"] == facts["stored"]["bytes"]
-    assert "every byte is as it was saved" in run(capsys, "inspect", str(tmp_path), "--verify")[1]
+    assert "every byte is unchanged since it was saved" in run(capsys, "inspect", str(tmp_path), "--verify")[1]
     assert moe.load(tmp_path).config == moe.load(saved).config
     convert(tmp_path, tmp_path.with_name("again"))
     assert "checkpoint/tokenizer.json: no such file" in fails_in_one_line(
