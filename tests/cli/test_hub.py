@@ -279,4 +279,4 @@ def test_the_tokenizer_of_a_training_run(cache: Path, tmp_path: Path, capsys: An
         ("words.json", "No such file"),
     ):
         line = fails_in_one_line(capsys, "train", "--out", "run", "--tokenizer", name)
-        assert "--tokenizer = " in line and "expected a readable tokenizer.json; " in line and message in line
+        assert "--tokenizer: expected a readable tokenizer.json; " in line and message in line
