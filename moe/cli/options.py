@@ -235,7 +235,9 @@ def in_options(error: Exception, args: Any) -> str:
         message = f"{option(error.field) if error.field in names else error.field}: expected {expected}"
         message += f"{'' if error.value is None or '; found ' in expected else f'; found {found}'}{did}{hint}"
     if isinstance(error, ParallelError):
-        message = re.sub(r"^\w+(?= = )", lambda name: option(name[0]) if name[0] in names else name[0], message)
+        found = re.fullmatch(r"(\w+) = (\S+): (expected .*)", message)
+        if found and found[1] in names:
+            message = f"{option(found[1])}: {found[3]}; found {found[2]}"
     if isinstance(error, CheckpointError) and "dtype" in names:
         message = re.sub(r"\bdtype=torch\.(?=\w)", "--dtype ", message)
     return message if "mtp" in names else message.replace(WITHOUT_MTP, "")

@@ -412,7 +412,7 @@ def test_a_log_that_is_not_installed_is_one_line(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     error = said(capsys, *options(text, tmp_path / "run", "--log", name), status=2)
-    assert f"--log = '{name}'" in error and f'pip install -e ".[{extra}]"' in error
+    assert "--log: expected the package" in error and f'pip install -e ".[{extra}]"' in error
     assert not (tmp_path / "run").exists()
 
 
@@ -485,7 +485,7 @@ def test_eval_refuses_in_one_line(text: Path, run: Path, tmp_path: Path, capsys:
     (endless / "tokenizer_config.json").write_text('{"eos_token": "<none>"}')
     none.write_text(" \n")
     for words, expected in (
-        ([str(run), "--data"], "--data = ()"),
+        ([str(run), "--data"], "--data: expected at least one value"),
         ([str(run / "checkpoint")], "--data: expected files or folders"),
         ([str(run), "--data", str(tmp_path / "nowhere")], "--data: expected an existing file or folder; found"),
         ([str(run), "--data", str(none)], "--data: expected documents; found none"),
@@ -496,7 +496,7 @@ def test_eval_refuses_in_one_line(text: Path, run: Path, tmp_path: Path, capsys:
         ),
         ([str(run), "--seq-length", "3"], "--seq-length: expected 4 or more; found 3"),
         ([str(run), "--dtype", "int8"], "--dtype"),
-        ([str(run), "--device", "abacus"], "--device = 'abacus'"),
+        ([str(run), "--device", "abacus"], "--device: expected a device of this machine"),
         ([str(mute), "--data", str(text)], "tokenizer.json: no such file"),
         ([str(endless), "--data", str(text)], "tokenizer.json: expected a tokenizer with an end-of-text token"),
         ([str(tmp_path / "nothing"), "--data", str(text)], "no such folder"),
