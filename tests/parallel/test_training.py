@@ -172,7 +172,7 @@ def test_a_killed_rank_is_started_again_and_the_curve_goes_on(text: Path, alone:
         (("--ep", 3), "train: --ep: expected a divisor of the 2 ranks; found 3"),
         (("--dp-shard", 4), "dp_replicate 1 x dp_shard 4 = 4 ranks, but there are 2"),
         (("--resume",), "expected the folder of a run"),
-        (("--optimizer", "sgd"), "--optimizer: expected one of adamw, muon; found 'sgd'"),
+        (("--optimizer", "sgd"), "--optimizer: expected one of adamw, muon"),
         (("--device", "cuda"), "expected a GPU for each of the 2 processes on this node"),
     ],
 )
@@ -188,7 +188,7 @@ def test_mistakes_are_said_once(more: tuple[Any, ...], expected: str, text: Path
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        (("--optimizer", "sgd"), "--optimizer: expected one of adamw, muon; found 'sgd'"),
+        (("--optimizer", "sgd"), "--optimizer: expected one of adamw, muon"),
         (("--batch-size", 6), "--batch-size: expected a multiple"),
     ],
 )
