@@ -90,7 +90,7 @@ def test_inspect_preset(capsys, preset, numbers):
 
 def test_inspect_refuses_what_is_neither(capsys):
     line = fails_in_one_line(capsys, "inspect", "no/such")
-    assert "expected a folder (no such folder), or one of the presets tiny" in line
+    assert "expected a folder (no such folder; " in line and "), or one of the presets tiny, " in line
 
 
 def test_train_refuses_gpus_that_are_not_there(capsys, tmp_path, monkeypatch):
