@@ -124,7 +124,8 @@ def test_a_cache_that_lacks_a_file(cache: Path, capsys: Any, tmp_path: Path) -> 
     (snapshot / "model.safetensors").unlink()
     for command in commands:
         line = fails_in_one_line(capsys, *command)
-        assert line == f"{offline} model.safetensors; expected a model that is in the cache, or a connection\n"
+        missing = f"{offline} model.safetensors; expected a model that is in the cache, or a connection"
+        assert line == f"moesmith {command[0]}: {missing}\n"
 
     convert(hub.find("org/model"), tmp_path / "shards", max_shard_bytes=2**16)
     for path in (tmp_path / "shards").iterdir():
@@ -134,7 +135,8 @@ def test_a_cache_that_lacks_a_file(cache: Path, capsys: Any, tmp_path: Path) -> 
     second = next(snapshot.glob("model-00002-of-*"))
     second.unlink()
     for command in commands:
-        assert fails_in_one_line(capsys, *command).startswith(f"{offline} {second.name}; expected")
+        line = fails_in_one_line(capsys, *command)
+        assert line.startswith(f"moesmith {command[0]}: {offline} {second.name}; expected")
     line = fails_in_one_line(capsys, "inspect", "org/model@v1")
     assert f"but not all of its weights: {OFFLINE}" in line
     assert json.loads(run(capsys, "plan", "org/model@v1", "--json")[1])["stored_from"] == "config.json"

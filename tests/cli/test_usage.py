@@ -197,4 +197,4 @@ def test_tables_of_a_run_fit():
     assert isinstance(console.file, io.StringIO)
     shown = console.file.getvalue()
     fits(shown)
-    assert shown.count("mtp.10.block.mlp") == 2 and shown.count("100,000,000,000") == 4
+    assert shown.count("mtp.10.block.mlp") == 2 and shown.count(" 100,000,000,000\n") == 4
