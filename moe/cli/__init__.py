@@ -1,10 +1,10 @@
 """The command line: `moesmith COMMAND`, which is `python -m moe COMMAND`.
 
-Each command is a module here with `Args`, a dataclass that tyro reads, and `run(args) -> exit status`. A module imports
-torch inside `run` only, so that help and wrong arguments answer at once.
+Each command is a module here with a dataclass `Args` (see `moe.cli.options`) and `run(args) -> exit status`. A module
+imports torch only inside `run`, so that help and usage errors appear at once.
 
-Exit status: 0 done, 2 the user's mistake (one line on stderr; tyro's own message for what is no option or no number),
-130 interrupted, 1 silently on a broken pipe. A bug of ours shows its traceback.
+Exit status: 0 success, 2 a user's mistake (one line on stderr), 130 interrupted, 1 silently on a broken pipe. A bug of
+ours shows its traceback.
 """
 
 import importlib
@@ -12,29 +12,29 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from typing import Any
 
 from moe import __version__
-from moe.errors import ConfigError, did_you_mean
+from moe.cli.options import UsageError, in_options, parse
+from moe.errors import ConfigError, did_you_mean, one_line
 from moe.train.launcher import MISTAKES, said_once, shown
 
 COMMANDS = {
     "train": "train a preset, a configuration or a checkpoint on text",
     "eval": "score a model on text: perplexity, bits per byte, expert load",
-    "generate": "continue prompts with a model",
-    "inspect": "configuration and counts; --verify: check that bytes are unchanged",
-    "plan": "what each GPU would hold of a model, and whether it fits",
-    "place": "which GPU holds which experts, from the loads that a run recorded",
+    "generate": "continue prompts with a model, or chat with it",
+    "inspect": "print configuration and parameter counts, or verify the files",
+    "plan": "estimate memory per GPU, and the cost of a training run",
+    "place": "assign experts to GPUs from the loads that a run recorded",
     "convert": "rewrite a checkpoint in another dtype or layout",
-    "cut": "small checkpoint of some layers and experts of a large one",
-    "doctor": "what this machine has, and which kernels run on it",
+    "cut": "write a small checkpoint of some layers and experts",
+    "doctor": "print the hardware, the packages and the kernels in use",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status. tyro leaves by SystemExit: 0 after --help, 2 for wrong arguments."""
+    """Run one command and return its exit status; --help leaves by SystemExit."""
     name, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
-    args: Any = None
+    program, args = "moesmith", None
     try:
         if name in ("-h", "--help"):
             print(_help())
@@ -44,38 +44,33 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(_help(), file=sys.stderr)
             return 2
         elif name not in COMMANDS:
-            hint = did_you_mean(name, COMMANDS) or f"; there are {', '.join(COMMANDS)}"
-            return _fail(f"no command {name!r}{hint}")
+            expected = f"COMMAND: expected one of {', '.join(COMMANDS)}; found {one_line(repr(name))}"
+            return _fail(program, f"{expected}{did_you_mean(name, COMMANDS)}")
         else:
-            from moe.cli.options import parse  # so that other modules of this package can be used without tyro
-
+            program = f"moesmith {name}"
             command = importlib.import_module(f"moe.cli.{name}")
             with (
-                said_once(SystemExit, ConfigError),
+                said_once(SystemExit, ConfigError, UsageError),
                 redirect_stdout(shown(sys.stdout)),
                 redirect_stderr(shown(sys.stderr)),
             ):
                 args = parse(command.Args, name, rest)
             status = command.run(args)
-            sys.stdout.flush()  # here, where a reader that went away is expected
+            sys.stdout.flush()  # here, where a closed pipe is expected
             return status
     except BrokenPipeError:
-        # Python flushes stdout once more on its way out; give it somewhere to flush to.
+        # Python flushes stdout once more when it exits; give it somewhere to flush to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1  # as rich does
     except KeyboardInterrupt:
-        return _fail("interrupted", status=130)
-    except MISTAKES as error:
-        if args is None:
-            return _fail(str(error))
-        from moe.cli.options import in_options
-
-        return _fail(in_options(error, args))
+        return _fail(program, "interrupted", status=130)
+    except (*MISTAKES, UsageError) as error:
+        return _fail(program, in_options(error, args))
     return 0
 
 
-def _fail(message: str, status: int = 2) -> int:
-    print(f"moesmith: {' '.join(message.split())}", file=sys.stderr)
+def _fail(program: str, message: str, status: int = 2) -> int:
+    print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
     return status
 
 

@@ -1,6 +1,7 @@
-"""Chat templates of checkpoint folders: messages into the text that a model was trained on.
+"""Chat templates of checkpoint folders: they turn messages into the text format that a model was trained on.
 
-As `apply_chat_template` of transformers renders them, in the same sandbox: a template is code from an untrusted file.
+They are rendered as by `apply_chat_template` of transformers, in the same sandbox: a template is code from an untrusted
+file.
 """
 
 import json
@@ -23,7 +24,7 @@ class ChatTemplate:
     """The default chat template of a folder.
 
     Attributes:
-        file: where it is from, for errors.
+        file: its file, for errors.
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str], file: Path) -> None:
@@ -32,10 +33,10 @@ class ChatTemplate:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """The template that transformers would take.
+        """Return the template that transformers uses.
 
-        That is chat_template.jinja, with other templates in a folder beside it; without any of these files, the
-        chat_template of tokenizer_config.json, a text or several with names, of which "default" counts.
+        That is chat_template.jinja, with other templates in a folder beside it. Without any of these files, it is the
+        chat_template of tokenizer_config.json: one text, or several with names, of which "default" is used.
 
         Raises CheckpointError if there is none, or none called "default".
         """
@@ -59,9 +60,9 @@ class ChatTemplate:
         return cls(source, {name: token for name, token in tokens.items() if token is not None}, file)
 
     def render(self, messages: list[dict[str, str]]) -> str:
-        """The conversation as text, up to where the model's next message begins.
+        """Return the conversation as text, up to the beginning of the model's next message.
 
-        Raises CheckpointError for what the template raises, of its own accord (roles that it does not take) or not.
+        Raises CheckpointError for every exception in the template, deliberate (a role that it rejects) or not.
         """
         settings: dict[str, Any] = {"tools": None, "documents": None, "add_generation_prompt": True}
         return self._attempt(lambda: self._compiled.render(messages=messages, **settings, **self._tokens))
@@ -106,7 +107,7 @@ def _environment() -> Any:
             utils.Namespace.__setitem__(self, name, value)
 
     class Dict:
-        """`dict` without its type, through which a template would reach others."""
+        """A callable like `dict` that hides the type, from which a template could reach others."""
 
         def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
             return dict(*args, **values)

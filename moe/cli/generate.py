@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import tyro
-
 from moe.checkpoint import read_config
 from moe.checkpoint.format.files import read_bounded
 from moe.checkpoint.format.folder import CONFIG, MAX_CONFIG_BYTES, MAX_CONFIG_VALUES, member
 from moe.checkpoint.format.strict_json import parse_as_python
 from moe.checkpoint.reading.hub import explain_cache_misses, find
 from moe.cli.chat import ChatTemplate
-from moe.cli.options import COMPUTE_DTYPES, UNSET, dtype_option, option, read_dtype
+from moe.cli.options import COMPUTE_DTYPES, Option, dtype_option, option, read_dtype
 from moe.cli.source import FOLDER
 from moe.errors import CheckpointError, ConfigError
 from moe.sampling import Sampling
@@ -28,56 +26,52 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Args:
-    """Continue prompts with a model, or talk to it.
+    """Continue prompts with a model, or chat with it.
 
     Each prompt is printed with its continuation, as it is generated. Several prompts run as one batch and are printed
-    in their order. Tokens per second go to standard error.
+    in order. Tokens per second go to standard error.
 
-    With --chat a prompt is a message, and the model's answer alone is printed. Without --prompt it is a conversation:
-    each line of standard input is a message, /quit or Ctrl-D ends it.
+    With --chat, a prompt is a message, and only the model's answer is printed. Without --prompt, --chat holds a
+    conversation: each line of standard input is a message; /quit or Ctrl-D ends it.
     """
 
-    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER", help=FOLDER)]
-    prompt: Annotated[
-        tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT", help_behavior_hint="")
-    ] = ()
-    """Text to continue; - reads it from standard input. Give the option once per prompt."""
+    folder: Annotated[str, Option("FOLDER", positional=True, text=FOLDER)]
+    prompt: Annotated[tuple[str, ...], Option(repeated=True)] = ()
+    """Text to continue; - reads it from standard input. Repeatable."""
     chat: bool = False
     """Apply the checkpoint's chat template. Without --prompt, hold a conversation."""
-    system: Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")] = None
-    """With --chat: the system message, which comes before all others."""
+    system: str | None = None
+    """System message, which precedes all others. Requires --chat."""
     max_new_tokens: int = 128
     """Maximum number of new tokens; the model may stop earlier."""
-    stop: Annotated[
-        tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT", help_behavior_hint="")
-    ] = ()
-    """End before this text, which is not printed. Give the option once per text."""
+    stop: Annotated[tuple[str, ...], Option(repeated=True)] = ()
+    """Stop before this text, which is not printed. Repeatable."""
     temperature: float = 0.0
-    """0 takes the most likely token each time; larger values sample more randomly."""
+    """Sampling temperature. 0 always takes the most likely token; larger values sample more randomly."""
     top_k: int = 0
-    """Sample among the k most likely tokens; 0 for all."""
+    """Sample from the K most likely tokens; 0 means all."""
     top_p: float = 1.0
-    """Sample among the most likely tokens that together have this probability."""
+    """Sample from the most likely tokens that together have this probability."""
     min_p: float = 0.0
-    """Sample among tokens at least this many times as likely as the most likely one; 0 for all."""
+    """Sample from the tokens that have at least this fraction of the highest probability; 0 means all."""
     repetition_penalty: float = 1.0
-    """Above 1, makes tokens that are in the prompt or the new text less likely."""
-    seed: Annotated[int | None, UNSET] = None
-    """Sampling seed, for reproducible output."""
+    """Penalty for tokens that are in the prompt or the new text; values above 1 make them less likely."""
+    seed: int | None = None
+    """Sampling seed, for reproducible output. Default: random."""
     dtype: Annotated[str, dtype_option(COMPUTE_DTYPES)] = "auto"
-    """Compute dtype; auto (the default) uses the checkpoint's."""
+    """Compute dtype; auto uses the checkpoint's."""
     mtp: bool = True
     """Load the multi-token prediction modules, which generation does not use; --no-mtp ignores their tensors."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto is the GPU if there is one."""
+    """Device: cpu, cuda, cuda:1, ...; auto is the GPU if there is one."""
     json: bool = False
     """Print one JSON object per prompt, once all are finished, instead of streaming text."""
 
     def check(self) -> None:
         for name, ok, allowed in (
-            ("prompt", bool(self.prompt) or self.chat, "at least one, or --chat for a conversation"),
-            ("system", self.system is None or self.chat, "--chat with it"),
-            ("json", bool(self.prompt) or not self.json, "a --prompt with it"),
+            ("prompt", bool(self.prompt) or self.chat, "at least one, or --chat for a conversation; found neither"),
+            ("system", self.system is None or self.chat, "--chat as well; found --system alone"),
+            ("json", bool(self.prompt) or not self.json, "a --prompt as well; found --json alone"),
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
             ("stop", all(self.stop), "some text"),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "an integer from 0 to 2^63 - 1"),
@@ -162,7 +156,7 @@ def _ask() -> str:
 def _render(tokenizer: "Tokenizer", template: ChatTemplate, messages: list[dict[str, str]]) -> list[int]:
     ids = tokenizer.encode(template.render(messages), add_special_tokens=False).ids
     if not ids:
-        raise CheckpointError(template.file, "the chat template makes no text of a message")
+        raise CheckpointError(template.file, "the chat template renders a message as no text")
     return ids
 
 
@@ -186,7 +180,7 @@ def _utf8(where: str, text: str) -> str:
 
 
 class _Model:
-    """A loaded model that continues token ids as the command's options say."""
+    """A loaded model that continues token ids with the options of the command."""
 
     def __init__(self, args: Args, folder: Path, tokenizer: "Tokenizer", ends: set[int]) -> None:
         import torch
@@ -203,7 +197,7 @@ class _Model:
             )
 
     def check(self, ids: list[list[int]], prompts: list[str]) -> None:
-        """Raise for prompts that the model cannot take."""
+        """Raise ConfigError or CheckpointError for prompts that the model cannot process."""
         config = self.model.config
         if max(map(max, ids)) >= config.vocab_size:
             problem = "the tokenizer does not belong to this model"
@@ -218,7 +212,7 @@ class _Model:
                 raise ConfigError(where, prompt, allowed)
 
     def answer(self, ids: list[list[int]], printer: "_Printer | None") -> tuple[list["GrowingText"], float]:
-        """What follows each prompt, and the seconds that it took."""
+        """The continuation of each prompt, and the elapsed seconds."""
         import torch
 
         from moe.generation import stream
@@ -266,7 +260,7 @@ class _Model:
 
 
 def read_tokenizer(folder: Path) -> "Tokenizer":
-    """The folder's tokenizer.json, read as it is: transformers' AutoTokenizer alters some of them."""
+    """The folder's tokenizer.json, unaltered: transformers' AutoTokenizer changes some of them."""
     from tokenizers import Tokenizer
 
     file = folder / "tokenizer.json"
@@ -276,7 +270,7 @@ def read_tokenizer(folder: Path) -> "Tokenizer":
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception for any content that it cannot read
         raise CheckpointError(file, f"not a tokenizer: {error}") from None
-    tokenizer.no_truncation()  # which a file may have from training, and which would cut prompts
+    tokenizer.no_truncation()  # a file may have it from training; it would cut prompts
     tokenizer.no_padding()
     return tokenizer
 
@@ -306,16 +300,16 @@ class GrowingText:
     The end of that is held back as long as it may be the beginning of a stop.
 
     Attributes:
-        text: what may be shown.
+        text: all text to show so far.
         token_ids: all tokens.
-        reason: why the text has ended, "eos", "stop" or "length"; None if it goes on.
+        reason: why the text has ended, "eos", "stop" or "length"; None while it continues.
     """
 
     def __init__(self, tokenizer: "Tokenizer", prompt_ids: list[int], stops: Sequence[str] = ()) -> None:
         self.tokenizer, self.stops = tokenizer, stops
         self.text, self.token_ids = "", []
         self.reason: str | None = None
-        self._context = prompt_ids  # whole characters, out already
+        self._context = prompt_ids  # complete characters, already shown
         self._pending: list[int] = []
         self._held = ""
         # Special tokens have no text to search.

@@ -1,46 +1,47 @@
-"""`moesmith inspect`: what a preset or a checkpoint folder is and weighs, without torch and without weights; and with
-`--verify`, whether the weights are the bytes that were saved."""
+"""`moesmith inspect`: configuration and size of a preset or a checkpoint, without torch and without reading weights.
+
+With `--verify`: whether the bytes of a folder are those that were saved.
+"""
 
 import dataclasses
 import json
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import tyro
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
 
 from moe.checkpoint import CheckpointSummary, read_summary
 from moe.checkpoint.format.families import FAMILIES
 from moe.checkpoint.format.folder import CUT_RECORD, MANIFEST
 from moe.checkpoint.format.manifest import verify
 from moe.checkpoint.reading.hub import CONFIGS, FILES, find
+from moe.cli.options import Option
 from moe.cli.source import MODEL, unknown
 from moe.config import ModelConfig
 from moe.counts import ParameterCounts, count_parameters
 from moe.errors import CheckpointError, ConfigError, did_you_mean, one_line
 from moe.presets import PRESETS
+from moe.train.report import print_table, print_text
 
 _COMPONENTS = ("embedding", "attention", "dense_mlp", "routed_experts", "shared_experts", "routers", "norms", "head")
 
-_SHOWN = 20  # differences; a folder that was saved again by another program has thousands
+_SHOWN = 20  # differences; a folder that another program has saved again has thousands
 
 
 @dataclass(frozen=True)
 class Args:
     """Print the configuration and the parameter counts of a model.
 
-    Reads config.json and the headers of the weight files only, unless --verify is given; on the Hub, too.
+    Reads only config.json and the headers of the weight files, also on the Hub, unless --verify is given.
     """
 
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL", help=MODEL)]
+    model: Annotated[str, Option("MODEL", positional=True, text=MODEL)]
     json: bool = False
     """Print one JSON object instead of tables."""
     verify: bool = False
-    """Instead, check that every byte of a folder is unchanged, against the manifest that its save has written.
-    Prints one line per difference. Exit status 2 if there is one, or no manifest."""
+    """Check instead that every byte of a folder is unchanged since it was saved, according to its manifest. Prints one
+    line per difference. Exit status 2 if there is a difference or no manifest."""
 
 
 def run(args: Args) -> int:
@@ -83,7 +84,7 @@ def _verify(args: Args) -> int:
     if args.json:
         print(json.dumps({"model": args.model, "verified": dataclasses.asdict(verification)}))
     elif not findings:
-        print(f"{verification.folder}: every byte is as it was saved: {size}")
+        print(f"{verification.folder}: every byte is unchanged since it was saved: {size}")
     else:
         for finding in findings[:_SHOWN]:
             print(" ".join(str(finding).split()))
@@ -96,7 +97,7 @@ def _verify(args: Args) -> int:
 
 
 def _find(model: str) -> tuple[ModelConfig | None, CheckpointSummary | None]:
-    """The configuration (None for a family that we do not know), and for a folder what its headers say."""
+    """The configuration (None for an unknown family), and for a folder the contents of its headers."""
     if model in PRESETS:
         return PRESETS[model], None
     try:
@@ -122,70 +123,59 @@ def _numbers(counts: ParameterCounts) -> dict[str, int]:
     }
 
 
-def _table(title: str, *headings: str) -> Table:
-    """Text on the left, numbers on the right of a table."""
-    table = Table(title=title, title_justify="left")
-    table.add_column(headings[0])
-    for heading in headings[1:]:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
-
-
 def _shown(value: Any) -> str:
-    """Text of an untrusted file, which may have markup and commands for the terminal in it."""
-    return escape(one_line(value, 2000))
+    """Text of an untrusted file, which may contain commands for the terminal."""
+    return one_line(value, 2000)
 
 
 def _print_counts(console: Console, model: str, config: ModelConfig, counts: ParameterCounts) -> None:
-    totals = _table(_shown(model), "", "parameters")
-    totals.add_row("total", f"{counts.total:,}")
-    totals.add_row("activated by one token", f"{counts.activated:,}")
-    totals.add_row("activated, without the input embedding", f"{counts.activated_without_embedding:,}")
-    totals.add_row("in released files, with MTP", f"{counts.released:,}")
-    console.print(totals)
+    totals = {
+        "total": counts.total,
+        "activated per token": counts.activated,
+        "activated per token, without the input embedding": counts.activated_without_embedding,
+        "in released files, with MTP": counts.released,
+    }
+    rows = [(name, f"{number:,}") for name, number in totals.items()]
+    print_table(console, _shown(model), ("", "parameters"), rows)
 
-    parts = _table("by component", "component", "parameters", "share", "activated")
+    parts: list[tuple[str, ...]] = []
     for name in _COMPONENTS:
         number = getattr(counts, name)
         if not number:
             continue
         used = number * config.num_experts_per_tok // config.n_routed_experts if name == "routed_experts" else number
-        parts.add_row(name.replace("_", " "), f"{number:,}", f"{number / counts.total:.2%}", f"{used:,}")
+        parts.append((name.replace("_", " "), f"{number:,}", f"{number / counts.total:.2%}", f"{used:,}"))
     if counts.mtp:
-        parts.add_row("mtp, not in the total", f"{counts.mtp:,}")
-    console.print(parts)
+        parts.append(("mtp, not in the total", f"{counts.mtp:,}"))
+    print_table(console, "by component", ("component", "parameters", "share", "activated"), parts)
 
 
 def _print_config(console: Console, config: ModelConfig) -> None:
-    values = Table(title="configuration", title_justify="left")
-    values.add_column("field")
-    values.add_column("value", overflow="fold")
+    rows: list[tuple[str, str]] = []
     for name, value in config.to_dict().items():
-        rows = {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
-        for key, inner in rows.items():
-            if inner is not None:
-                values.add_row(_shown(key), _shown(inner))
-    console.print(values)
+        found = {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+        rows += [(_shown(key), _shown(inner)) for key, inner in found.items() if inner is not None]
+    print_table(console, "configuration", ("field", "value"), rows, text_columns=2)
 
 
 def _print_stored(console: Console, stored: CheckpointSummary) -> None:
     title = f"{stored.folder}: {stored.model_type}, {stored.files} file{'s' if stored.files > 1 else ''}"
-    files = _table(_shown(title), "dtype", "tensors", "values", "bytes")
-    for name, totals in stored.dtypes.items():
-        files.add_row(_shown(name), f"{totals.tensors:,}", f"{totals.values:,}", f"{totals.bytes:,}")
-    files.add_row("total", f"{stored.tensors:,}", f"{stored.values:,}", f"{stored.bytes:,}")
-    console.print(files)
+    rows = [
+        (_shown(name), f"{totals.tensors:,}", f"{totals.values:,}", f"{totals.bytes:,}")
+        for name, totals in [*stored.dtypes.items(), ("total", stored)]
+    ]
+    print_table(console, _shown(title), ("dtype", "tensors", "values", "bytes"), rows)
     if stored.quantization is not None:
         note = "" if stored.loadable else ", a format that cannot be loaded"
-        console.print(f"quantisation: {stored.quantization}{note}", markup=False)
+        print_text(console, f"quantisation: {stored.quantization}{note}")
     if stored.config is None:
         hint = did_you_mean(stored.model_type, FAMILIES)
-        console.print(f"{_shown(stored.model_type)} is not a family that can be loaded{hint}")
+        print_text(console, f"{_shown(stored.model_type)} is not a supported model family{hint}")
     elif stored.agrees:
         apart = "Apart from ignored tensors, the" if stored.ignored else "The"
-        console.print(f"{apart} files hold exactly the tensors that the configuration asks for.")
+        print_text(console, f"{apart} files contain exactly the tensors that the configuration requires.")
     for problem in ("missing", "unexpected", "misshaped", "unscaled", "ignored"):
         names = getattr(stored, problem)
         if names:
             more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
-            console.print(f"{problem}: {', '.join(map(_shown, names[:3]))}{more}")
+            print_text(console, f"{problem}: {', '.join(map(_shown, names[:3]))}{more}")

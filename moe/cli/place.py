@@ -1,43 +1,45 @@
-"""`moesmith place`: replicas and places of experts for serving, from recorded loads, and what they gain."""
+"""`moesmith place`: replicas and GPUs of experts for serving, from recorded loads, and the gain."""
 
 import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import tyro
-
+from moe.cli.options import Option
 from moe.config import ModelConfig
 from moe.errors import ConfigError
 from moe.presets import PRESETS
+
+if TYPE_CHECKING:
+    from moe.planning.placement import PlacementReport
 
 METRICS, SETTINGS = "metrics.jsonl", "settings.json"
 
 
 @dataclass(frozen=True)
 class Args:
-    """Give each GPU its experts, hot ones several times, so that the fullest GPU has little load; print the gain.
+    """Assign experts to GPUs, with replicas of hot experts, to minimise the load of the busiest GPU; print the gain.
 
-    Per layer: the load of the fullest GPU over the mean, before (experts in order), after, and a bound that no
-    placement in so many slots is below.
+    For each layer, prints the load of the busiest GPU divided by the mean, before (experts in order) and after, and a
+    lower bound for any placement with that many slots.
     """
 
-    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER-OR-FILE")]
-    """The folder or the metrics.jsonl of `moesmith train`, for its last validation; or any other file, JSON with
+    file: Annotated[Path, Option("FOLDER-OR-FILE", positional=True)]
+    """Run folder or metrics.jsonl of `moesmith train`, for its last validation; or a JSON file with
     {"load": [[tokens of each expert] of each layer]}."""
     gpus: int
-    """Among which the experts of a layer are divided."""
+    """Number of GPUs that divide the experts of each layer."""
     slots: int
-    """Places for experts on all these GPUs together, per layer: a multiple of the GPUs, at least the experts."""
+    """Number of expert slots on all GPUs together, per layer: a multiple of --gpus, at least the number of experts."""
     nodes: int = 1
-    """Machines that the GPUs stand in. Where they divide the groups, a group's experts stay on one of them."""
+    """Number of nodes. If it divides --groups, each group stays on one node."""
     groups: int = 1
-    """Of the model's group-limited router (n_group)."""
+    """Number of groups of the model's group-limited router (n_group)."""
     json: bool = False
-    """One JSON object, with the placement, instead of a table."""
+    """Print one JSON object, with the placement, instead of a table."""
     out: Path | None = None
-    """A new file for that JSON object."""
+    """New file to write that JSON object to."""
 
 
 def run(args: Args) -> int:
@@ -62,19 +64,38 @@ def run(args: Args) -> int:
     if args.out is not None:
         with args.out.open("x", encoding="utf-8") as file:
             file.write(text + "\n")
-    print(text if args.json else report)
+    print(text) if args.json else _print(report)
     return 0
 
 
+def _print(report: "PlacementReport") -> None:
+    from rich.console import Console
+
+    from moe.train.report import print_table, print_text
+
+    columns: list[list[str]] = []
+    for load in (report.before, report.after, report.bound):
+        ratios = [] if load is None else [*report.ratios(load), report.overall(load)]
+        columns.append([f"{ratio:.3f}" for ratio in ratios] or ["-"] * (len(report.layers) + 1))
+    rows = zip([*report.layers, "all layers"], *columns, strict=True)
+    console, experts, gpus = Console(), report.experts, report.gpus
+    title = "load of the busiest GPU / mean load"
+    print_table(console, title, ("layer", "before", "after", "lower bound"), list(rows))
+    each = f"{report.slots / gpus:g} slots per GPU, {report.extra_slots_per_gpu:g} of them for replicas"
+    print_text(console, f"{experts} experts in {report.slots} slots on {gpus} GPUs: {each}.")
+    if report.before is None:
+        print_text(console, f"before: unknown, because {gpus} GPUs do not divide {experts} experts.")
+
+
 def _read(path: Path) -> tuple[list[str] | None, Any]:
-    """Names of layers where they are known, and the load as a tensor [layers, experts]."""
+    """Names of the layers if they are known, and the load as a tensor [layers, experts]."""
     file = path / METRICS if path.is_dir() else path
     try:
         content = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError("FOLDER-OR-FILE", str(file), "a file") from None
+        raise ConfigError("FOLDER-OR-FILE", str(file), "an existing file") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(str(file), error.reason, "text in UTF-8") from None
+        raise ConfigError(str(file), error.reason, "UTF-8 text") from None
     if file.suffix != ".jsonl":
         values = _object(content, str(file))
         if "load" not in values:
@@ -100,7 +121,7 @@ def _object(text: str, where: str) -> dict[str, Any]:
 
 
 def _layer_names(settings: Path) -> list[str] | None:
-    """The names that the table of `moesmith train` has, from the preset of the run; None without its settings."""
+    """Layer names as in the table of `moesmith train`, from the preset of the run; None without its settings."""
     if not settings.exists():
         return None
     config = PRESETS.get(str(_object(settings.read_text(encoding="utf-8"), str(settings)).get("preset")))
@@ -113,7 +134,7 @@ def layer_names(config: ModelConfig) -> list[str]:
 
 
 def _matrix(rows: Any, where: str) -> Any:
-    """A tensor [layers, experts] from what the file has, if it is that."""
+    """A tensor [layers, experts] of the values in the file. Raises ConfigError for anything but numbers."""
     import torch
 
     if not isinstance(rows, list) or not rows:
@@ -122,7 +143,7 @@ def _matrix(rows: Any, where: str) -> Any:
         if not isinstance(row, list) or not row:
             raise ConfigError(f"{where}[{layer}]", row, "a list of the tokens of each expert")
         if len(row) != len(rows[0]):
-            raise ConfigError(f"{where}[{layer}]", f"{len(row)} experts", f"{len(rows[0])}, as load[0] has")
+            raise ConfigError(f"{where}[{layer}]", f"{len(row)} experts", f"{len(rows[0])}, as in load[0]")
         for expert, value in enumerate(row):
             if type(value) not in (int, float) or not 0 <= value <= 1e300:
                 raise ConfigError(f"{where}[{layer}][{expert}]", value, "a number from 0 to 1e300")

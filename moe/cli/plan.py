@@ -1,4 +1,4 @@
-"""`moesmith plan`: what each GPU would hold of a model, before a byte is moved."""
+"""`moesmith plan`: memory per GPU of a model, before a byte is moved."""
 
 import dataclasses
 import json
@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, cast
 
-import tyro
 from rich.console import Console
-from rich.table import Table
 
 from moe.checkpoint import read_config
 from moe.checkpoint.format.contents import Contents, read_contents, stated_dtype
@@ -17,8 +15,17 @@ from moe.checkpoint.format.folder import INDEX, has_weights, read_config_values
 from moe.checkpoint.format.quantized_formats import Quantization, read_quantization
 from moe.checkpoint.format.sizes import parse_size
 from moe.checkpoint.reading.hub import CONFIGS, explain_cache_misses, find, headers_on_hub
-from moe.cli.options import DTYPES, UNSET, dtype_option, read_dtype
-from moe.cli.plan_cluster import ClusterArgs, find_gpu, plan_facts, print_plan, print_published, published_facts
+from moe.cli.options import DTYPES, Option, dtype_option, read_dtype
+from moe.cli.plan_cluster import (
+    ClusterArgs,
+    find_gpu,
+    plan_facts,
+    print_assumptions,
+    print_fit,
+    print_plan,
+    print_published,
+    published_facts,
+)
 from moe.cli.source import MODEL, unknown
 from moe.config import ModelConfig
 from moe.errors import CheckpointError, ConfigError, one_line
@@ -26,45 +33,45 @@ from moe.planning import footprint
 from moe.planning.cluster.settings import Mesh, Run
 from moe.planning.footprint import Deployment, Estimate
 from moe.presets import PRESETS
+from moe.train.report import print_table, print_text
 
 
 @dataclass(frozen=True)
 class Args:
-    """Print what each GPU would hold of a model, for inference and for training, and whether it fits.
+    """Print the memory that a model takes on each GPU, for inference and for training, and whether it fits.
 
-    Weights are those of the files, from their headers, also on the Hub. With --dtype for other files, and without
-    files, they are computed from config.json, in the layout of the files if there are any. Figures are of the GPU that
-    holds most; the assumptions are printed.
+    Weights are counted from the headers of the files, also on the Hub. If --dtype is not that of the files, or if there
+    are none, they are computed from config.json, in the layout of the files if there are any. The numbers are those of
+    the fullest GPU; the assumptions are printed.
 
-    With --gpu: a training run on a cluster. Memory of a rank, all-to-all bytes, time of a step, days and cost.
+    With --gpu, plan a training run on a cluster: memory of a rank, all-to-all bytes, time of a step, days and cost.
     """
 
-    model: Annotated[
-        str | None, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL", help=MODEL, help_behavior_hint="")
-    ] = None
+    model: Annotated[str | None, Option("MODEL", positional=True, text=MODEL)] = None
     gpus: int = 1
-    """GPUs that share one model."""
-    gpu: Annotated[str | None, UNSET, tyro.conf.arg(metavar="NAME")] = None
-    """Plan a training run on a cluster of these: a100, h100, h200, h800, b200 or mi300x."""
-    memory: Annotated[str | None, UNSET, tyro.conf.arg(metavar="SIZE")] = None
-    """Memory per GPU; default: that of --gpu, otherwise 80GiB."""
+    """Number of GPUs that share one copy of the model."""
+    gpu: Annotated[str | None, Option("NAME")] = None
+    """Plan a training run on a cluster of this GPU: a100, h100, h200, h800, b200 or mi300x."""
+    memory: Annotated[str | None, Option("SIZE")] = None
+    """Memory per GPU. Default: that of --gpu, otherwise 80GiB."""
     ep: int = 1
-    """GPUs that divide the experts of a layer."""
+    """Number of GPUs that divide the experts of each layer."""
     dtype: Annotated[str | None, dtype_option(DTYPES)] = None
-    """Dtype of the weights; default: that of the files, otherwise bf16. With --gpu: fp8 or bf16 matrix products."""
-    tokens: Annotated[int | None, UNSET] = None
-    """Tokens per GPU: in the KV cache (inference) or a micro-batch (training).
-    Default: 8,192, with --gpu one sequence."""
+    """Dtype of the weights; with --gpu, of the matrix products (fp8 or bf16). Default: that of the files, otherwise
+    bf16."""
+    tokens: int | None = None
+    """Tokens per GPU: in the KV cache (inference) or in a micro-batch (training). Default: 8,192; with --gpu, one
+    sequence."""
     json: bool = False
     """Print one JSON object instead of tables."""
     published: bool = False
-    """Fit the cost model to DeepSeek-V3's published GPU hours and print it beside those of other runs."""
-    cluster: Annotated[ClusterArgs, tyro.conf.arg(name="")] = field(default_factory=ClusterArgs)
+    """Fit the cost model to DeepSeek-V3's published GPU hours, and compare it with those of other runs."""
+    cluster: ClusterArgs = field(default_factory=ClusterArgs)
 
 
 @dataclass(frozen=True)
 class _Model:
-    """A configuration; the dtype and the quantisation that a config.json states; headers, if they can be read."""
+    """A configuration, the dtype and the quantisation that config.json states, and the headers if they can be read."""
 
     config: ModelConfig
     stated: Dtype = "bf16"
@@ -76,7 +83,7 @@ def run(args: Args) -> int:
     console = Console(highlight=False)
     if args.published:
         if args != Args(published=True, json=args.json):
-            raise ConfigError("--published", True, "no other option than --json")
+            raise ConfigError("--published", None, "no other option than --json")
         facts = published_facts()
         print(json.dumps(facts)) if args.json else print_published(console, facts)
         return 0
@@ -85,14 +92,14 @@ def run(args: Args) -> int:
     model = _find(args.model)
     memory = None if args.memory is None else parse_size(args.memory, "--memory")
     if memory is not None and memory < 2**20:
-        raise ConfigError("--memory", args.memory, "at least 1MiB, with a unit: 80GiB")
+        raise ConfigError("--memory", args.memory, "at least 1MiB, with a unit such as GiB")
     dtype: Any = None if args.dtype is None else read_dtype(args.dtype, DTYPES)
     if args.gpu is not None:
         facts = _cluster(args, args.model, args.gpu, model.config, dtype, memory)
         print(json.dumps(facts, default=dict)) if args.json else print_plan(console, facts)
         return 0
     if args.cluster != ClusterArgs():
-        raise ConfigError("--gpu", None, "a GPU, because an option of a training run is given")
+        raise ConfigError("--gpu", None, "a GPU, which the options of a training run require")
     return _tables(args, args.model, model, dtype, memory or 80 * 2**30, console)
 
 
@@ -108,7 +115,7 @@ def _cluster(args: Args, model: str, name: str, config: ModelConfig, dtype: Any,
 
 
 def _dtype(model: _Model) -> Dtype:
-    """The dtype of a folder's files, or of those that the configuration would have."""
+    """Dtype of the files of a folder, or of the files that the configuration describes."""
     found = model.quantization
     if model.files is not None:
         return footprint.dtype_of(model.files)
@@ -143,20 +150,22 @@ def _tables(args: Args, name: str, model: _Model, asked: Dtype | None, memory: i
         print(json.dumps(facts, default=dict))
         return 0
     if found is not None and found.error is not None:
-        console.print(
-            f"{one_line(name)} holds {found.name} files, which cannot be loaded; planned for {dtype}", markup=False
+        print_text(
+            console, f"{one_line(name)}: {found.name} files, which cannot be loaded; the plan is for {dtype} files."
         )
-    kinds = ", ".join(f"{kind} {number:,}" for kind, number in stored.values.items())
-    source = "by the headers of its files" if files is not None else f"in {dtype}, computed from its configuration"
-    size = f"{stored.tensors:,} tensors, {stored.bytes:,} bytes"
-    console.print(f"{one_line(name)}: {size} (values: {kinds}), {source}", markup=False)
+    kinds = ", ".join(f"{number:,} {kind}" for kind, number in stored.values.items())
+    source = "from the headers of its files" if files is not None else f"in {dtype}, computed from its configuration"
+    print_text(
+        console, f"{one_line(name)}: {stored.tensors:,} tensors, {stored.bytes:,} bytes ({kinds} values), {source}."
+    )
     for purpose, estimate in estimates.items():
+        console.print()
         _print(console, purpose, estimate, placement, memory, config)
     return 0
 
 
 def _find(name: str) -> _Model:
-    """A preset, or what the headers or else config.json say of a folder or a model on the Hub."""
+    """A preset, or the headers, otherwise config.json, of a folder or of a model on the Hub."""
     if name in PRESETS:
         return _Model(PRESETS[name])
     try:
@@ -182,17 +191,13 @@ def _stated(values: Mapping[str, Any]) -> Dtype:
 def _print(
     console: Console, name: str, estimate: Estimate, placement: Deployment, memory: int, config: ModelConfig
 ) -> None:
-    where = f"{name} on {placement.gpus} GPU{'s' if placement.gpus > 1 else ''}, EP {placement.ep}"
-    title = f"{where}: {estimate.experts} of {config.n_routed_experts} experts per GPU"
-    table = Table(title=title, title_justify="left")
-    table.add_column("part")
-    table.add_column("GiB per GPU", justify="right", no_wrap=True)
-    for part, nbytes in estimate.parts.items():
-        table.add_row(part, f"{nbytes / 2**30:,.2f}")
-    table.add_row("total", f"{estimate.total / 2**30:,.2f}", style="bold")
-    console.print(table)
-    left = memory - estimate.total
-    room = f"{abs(left) / 2**30:,.2f} GiB {'to spare' if left >= 0 else 'too much'}"
-    console.print(f"{'fits' if left >= 0 else 'does not fit'} into {memory / 2**30:,.2f} GiB: {room}")
-    for assumption in estimate.assumptions:
-        console.print(f"  assumed: {assumption}")
+    where = f"{name} on {placement.gpus:,} GPU{'s' if placement.gpus > 1 else ''}, EP {placement.ep}"
+    parts = {**estimate.parts, "total": estimate.total}
+    print_table(
+        console,
+        f"{where}: {estimate.experts} of {config.n_routed_experts} experts per GPU",
+        ("part", "GiB per GPU"),
+        [(part, f"{nbytes / 2**30:,.2f}") for part, nbytes in parts.items()],
+    )
+    print_fit(console, estimate.total, memory)
+    print_assumptions(console, estimate.assumptions)

@@ -1,16 +1,14 @@
-"""Output of `moesmith plan --gpu` and `--published`: a run on a cluster, and published runs beside the model."""
+"""Output of `moesmith plan --gpu` and `--published`: a run on a cluster, and published runs compared with the model."""
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from rich.console import Console
-from rich.table import Table
 
 from moe.checkpoint.format.sizes import parse_size
-from moe.cli.options import UNSET
 from moe.errors import ConfigError, did_you_mean
 from moe.planning.cluster.gpus import GPUS, Gpu
 from moe.planning.cluster.memory import memory
@@ -19,52 +17,53 @@ from moe.planning.cluster.stages import ranks
 from moe.planning.cluster.step import bf16_per_fp8, step
 from moe.planning.cluster.traffic import traffic
 from moe.planning.published import OTHERS, V3, compare, fit
+from moe.train.report import print_table, print_text, say
 
-MODEL = (
-    "experts are balanced, and a token's groups and experts any; no tensor or context parallelism",
-    "stages are whole blocks, divided as evenly as they go",
-    "weights and their gather bf16, gradients, their reduction and master weights fp32; AdamW",
-    "products of blocks in the dtype of the run; router, head and attention bf16",
-    "memory is without what the CUDA context, communication libraries and fragmentation take",
-    "GPU hours are without restarts, evaluation and batches that ramp up; what is not modelled is in the matmul share",
+ASSUMPTIONS = (
+    "experts are balanced, and every choice of experts is equally likely; no tensor or context parallelism",
+    "stages are whole blocks, divided as evenly as possible",
+    "weights and their all-gather are bf16; gradients, their reduction and master weights are fp32; AdamW",
+    "matrix products of blocks use the dtype of the run; router, head and attention use bf16",
+    "memory excludes the CUDA context, communication libraries and fragmentation",
+    "GPU hours exclude restarts, evaluation and batch-size ramp-up; matmul_share absorbs what is not modelled",
 )
 
 
 @dataclass(frozen=True)
 class Rated:
-    """Rates of the GPU in place of those that its vendor states."""
+    """Rates of the GPU, in place of those of --gpu."""
 
-    bf16: Annotated[float | None, UNSET] = None
-    """Dense bf16 rate, TFLOP/s; this and the next four default to those of --gpu."""
-    fp8: Annotated[float | None, UNSET] = None
+    bf16: float | None = None
+    """Dense bf16 rate, TFLOP/s."""
+    fp8: float | None = None
     """Dense FP8 rate, TFLOP/s."""
-    bandwidth: Annotated[float | None, UNSET] = None
+    bandwidth: float | None = None
     """Memory bandwidth, GB/s."""
-    nvlink: Annotated[float | None, UNSET] = None
+    nvlink: float | None = None
     """NVLink bandwidth per GPU, GB/s per direction."""
-    network: Annotated[float | None, UNSET] = None
+    network: float | None = None
     """Network bandwidth per GPU, GB/s per direction."""
 
 
 @dataclass(frozen=True)
 class ClusterArgs:
-    """Options of a training run (with --gpu)."""
+    """Training run, with --gpu."""
 
     pp: int = 1
-    """Pipeline stages. GPUS / PP ranks are data-parallel, and experts are divided among these."""
+    """Number of pipeline stages. Each has --gpus / --pp data-parallel ranks, among which experts are divided."""
     gpus_per_node: int = 8
     """GPUs per NVLink domain."""
     train_tokens: str = "1T"
     """Tokens of the whole run, for example 14.8T."""
     price: float = 2.0
     """Price of a GPU hour in dollars."""
-    training: Annotated[Training, tyro.conf.arg(name="")] = field(default_factory=Training)
-    rates: Annotated[Rates, tyro.conf.arg(name="")] = field(default_factory=Rates)
-    rated: Annotated[Rated, tyro.conf.arg(name="")] = field(default_factory=Rated)
+    training: Training = field(default_factory=Training)
+    rates: Rates = field(default_factory=Rates)
+    rated: Rated = field(default_factory=Rated)
 
 
 def find_gpu(name: str, rated: Rated, memory_bytes: int | None) -> Gpu:
-    """The GPU of the table, with what the user says of it."""
+    """The GPU called `name`, with the rates and the memory that the user gave."""
     if name not in GPUS:
         raise ConfigError("--gpu", name, f"one of {', '.join(GPUS)}{did_you_mean(name, GPUS)}")
     given = {key: value for key, value in dataclasses.asdict(rated).items() if value is not None}
@@ -77,7 +76,7 @@ def find_gpu(name: str, rated: Rated, memory_bytes: int | None) -> Gpu:
 
 
 def plan_facts(name: str, run: Run, gpu_name: str, gpu: Gpu, args: ClusterArgs) -> dict[str, Any]:
-    """Everything that is printed, as plain values."""
+    """All printed values, for --json."""
     if not 0 <= args.price < math.inf:
         raise ConfigError("price", args.price, "dollars from 0 up")
     wanted = parse_size(args.train_tokens, "--train-tokens")
@@ -105,56 +104,68 @@ def plan_facts(name: str, run: Run, gpu_name: str, gpu: Gpu, args: ClusterArgs) 
             "price": args.price,
             "dollars": hours * args.price,
         },
-        "assumptions": MODEL,
+        "assumptions": ASSUMPTIONS,
     }
 
 
 def print_plan(console: Console, facts: dict[str, Any]) -> None:
     mesh, training, gpu = facts["mesh"], facts["training"], facts["gpu"]
-    where = f"{facts['model']} on {mesh['gpus']:,} {gpu['name']}, {training['dtype']}"
-    console.print(f"{where}: PP {mesh['pp']} x DP {mesh['dp']}, EP {mesh['ep']} ({mesh['experts']} experts per GPU)")
+    where = f"{facts['model']} on {mesh['gpus']:,} {gpu['name']} GPUs, {training['dtype']}"
+    say(console, f"{where}: PP {mesh['pp']} x DP {mesh['dp']}, EP {mesh['ep']} ({mesh['experts']} experts per GPU)\n")
     held = facts["memory"]
-    table = _table(console, f"memory of pipeline rank {held['rank']}, which holds most", "part", "GiB")
-    for part, nbytes in held["parts"].items():
-        table.add_row(part, f"{nbytes / 2**30:,.2f}")
-    table.add_row("total", f"{held['total'] / 2**30:,.2f}", style="bold")
-    console.print(table)
-    console.print(f"{'fits' if held['fits'] else 'does not fit'} into {gpu['memory']:,.2f} GiB")
+    rows = [(part, f"{nbytes / 2**30:,.2f}") for part, nbytes in (held["parts"] | {"total": held["total"]}).items()]
+    print_table(console, f"memory of pipeline rank {held['rank']}, the fullest", ("part", "GiB per GPU"), rows)
+    print_fit(console, held["total"], gpu["memory"] * 2**30)
 
     sent = facts["all_to_all"]
-    table = _table(
-        console, "all-to-all of a token in a MoE layer, forward (backward: the same)", "", "a copy", "NVLink", "network"
+    rows = [
+        (name, *(f"{nbytes:,.0f}" for nbytes in (sent[f"{name}_bytes"], sent[name]["nvlink"], sent[name]["network"])))
+        for name in ("dispatch", "combine")
+    ]
+    title = "all-to-all bytes per token and MoE layer, forward (backward: the same)"
+    print_table(console, title, ("", "per copy", "NVLink", "network"), rows)
+    print_text(
+        console, f"A token is sent to {sent['ranks']:.2f} ranks on {sent['nodes']:.2f} nodes, including its own."
     )
-    for name in ("dispatch", "combine"):
-        row = (sent[f"{name}_bytes"], sent[name]["nvlink"], sent[name]["network"])
-        table.add_row(name, *(f"{nbytes:,.0f} B" for nbytes in row))
-    console.print(table)
-    console.print(f"a token reaches {sent['ranks']:.2f} ranks on {sent['nodes']:.2f} nodes, its own included")
+    console.print()
 
     made = facts["step"]
-    table = _table(
-        console, f"step of {made['tokens']:,} tokens, {training['micro_batches']} micro-batches", "part", "s", "share"
-    )
-    for part, seconds in made["parts"].items():
-        table.add_row(part, f"{seconds:,.3f}", f"{seconds / made['seconds']:.1%}")
-    table.add_row("total", f"{made['seconds']:,.3f}", "", style="bold")
-    console.print(table)
-    console.print(f"communication behind computation: {made['hidden']:,.3f} s")
-    console.print(f"{made['tokens_per_gpu']:,.0f} tokens/s per GPU, MFU {made['mfu']:.1%} of the dense bf16 peak")
+    rows = [(part, f"{s:,.3f}", f"{s / made['seconds']:.1%}") for part, s in made["parts"].items()]
+    rows.append(("total", f"{made['seconds']:,.3f}", "100.0%"))
+    title = f"step of {made['tokens']:,} tokens in {training['micro_batches']} micro-batches"
+    print_table(console, title, ("part", "seconds", "share"), rows)
     cost = facts["cost"]
-    console.print(
-        f"{cost['tokens']:,} tokens: {cost['gpu_hours']:,.0f} GPU hours, {cost['days']:,.1f} days, "
-        f"${cost['dollars']:,.0f} at ${cost['price']:,.2f} an hour"
+    for line in (
+        f"Communication hidden behind computation: {made['hidden']:,.3f} s.",
+        f"Speed: {made['tokens_per_gpu']:,.0f} tokens/s per GPU, MFU {made['mfu']:.1%} of the dense bf16 peak.",
+        f"Cost of {cost['tokens']:,} tokens: {cost['gpu_hours']:,.0f} GPU hours, {cost['days']:,.1f} days, "
+        f"${cost['dollars']:,.0f} at ${cost['price']:,.2f} per GPU hour.",
+    ):
+        print_text(console, line)
+    console.print()
+    values = (
+        f"{name}: {', '.join(f'{key} {value}' for key, value in facts[name].items())}"
+        for name in ("mesh", "training", "rates", "gpu")
     )
-    for name in ("mesh", "training", "rates", "gpu"):
-        values = ", ".join(f"{key} {value}" for key, value in facts[name].items())
-        console.print(f"  assumed {name}: {values}")
-    for line in facts["assumptions"]:
-        console.print(f"  assumed: {line}")
+    print_assumptions(console, [*values, *facts["assumptions"]])
+
+
+def print_fit(console: Console, needed: float, memory: float) -> None:
+    """Print whether as many bytes fit into the memory of a GPU."""
+    left = (memory - needed) / 2**30
+    fits, room = ("Fits", "free") if left >= 0 else ("Does not fit", "too much")
+    print_text(console, f"{fits} into {memory / 2**30:,.2f} GiB: {abs(left):,.2f} GiB {room}.")
+    console.print()
+
+
+def print_assumptions(console: Console, lines: Iterable[str]) -> None:
+    say(console, "Assumptions:")
+    for line in lines:
+        print_text(console, f"- {line}", indent="  ")
 
 
 def published_facts() -> dict[str, Any]:
-    """The fit, and each run beside it."""
+    """The fit, and each published run compared with it."""
     share = fit()
     found = []
     for published in (V3, *OTHERS):
@@ -179,30 +190,26 @@ def published_facts() -> dict[str, Any]:
 
 
 def print_published(console: Console, facts: dict[str, Any]) -> None:
-    title = f"GPU hours; matmul share {facts['matmul_share']:.4f} fitted on the first, the others as they come"
-    table = _table(console, title, "run", "published", "modelled", "error", "all hidden", "none hidden")
-    for run in facts["runs"]:
-        table.add_row(
+    runs = facts["runs"]
+    rows = [
+        (
             run["run"],
-            *(f"{run[key]:,.0f}" for key in ("published", "modelled")),
+            f"{run['published']:,.0f}",
+            f"{run['modelled']:,.0f}",
             "fitted" if run["fitted"] else f"{run['error']:+.1%}",
-            *(f"{run[key]:,.0f}" for key in ("all_hidden", "none_hidden")),
+            f"{run['all_hidden']:,.0f}",
+            f"{run['none_hidden']:,.0f}",
         )
-    console.print(table)
-    console.print("hidden: modelled hours with all communication behind computation, and with none")
-    table = _table(console, "MFU, of bf16's peak", "run", "tokens", "published hours", "modelled hours")
-    for run in facts["runs"]:
-        shares = (f"{run[key]:.1%}" for key in ("published_mfu", "modelled_mfu"))
-        table.add_row(run["run"], f"{run['tokens'] / 1e12:g}T", *shares)
-    console.print(table)
-    for run in facts["runs"]:
-        console.print(f"  {run['run']}: {run['source']}; assumed: {run['assumed']}")
-
-
-def _table(console: Console, title: str, first: str, *numbers: str) -> Table:
-    console.print(title)  # rich would fold a title to the width of its table
-    table = Table()
-    table.add_column(first)
-    for name in numbers:
-        table.add_column(name, justify="right")
-    return table
+        for run in runs
+    ]
+    title = f"GPU hours; the matmul share, {facts['matmul_share']:.4f}, is fitted to the first run only"
+    print_table(console, title, ("run", "published", "modelled", "error", "all hidden", "none hidden"), rows)
+    print_text(console, "all hidden, none hidden: modelled hours if all or no communication is hidden.")
+    console.print()
+    rows = [
+        (run["run"], f"{run['tokens'] / 1e12:g}T", f"{run['published_mfu']:.1%}", f"{run['modelled_mfu']:.1%}")
+        for run in runs
+    ]
+    headings = ("run", "tokens", "of published hours", "of modelled hours")
+    print_table(console, "MFU, relative to the bf16 peak", headings, rows)
+    print_assumptions(console, [f"{run['run']} ({run['source']}): {run['assumed']}" for run in runs])

@@ -1,4 +1,4 @@
-"""The models that commands take: presets, folders, runs of `moesmith train`, and names on the Hugging Face Hub."""
+"""Models that commands accept: presets, folders, runs of `moesmith train`, and names on the Hugging Face Hub."""
 
 from moe.checkpoint.format.folder import NO_FOLDER
 from moe.errors import CheckpointError, ConfigError, did_you_mean
@@ -12,9 +12,9 @@ MODEL = f"Preset (tiny, deepseek_v3, ...), c{_FOLDER} Write ./tiny for a folder 
 
 
 def unknown(error: CheckpointError, model: str, argument: str) -> CheckpointError | ConfigError:
-    """The error to raise for `error`: one that also lists the presets if `model` was not found."""
+    """The error to raise for `error`; it also lists the presets if `model` was not found."""
     if not error.problem.startswith(NO_FOLDER):
         return error
-    expected = f"a folder, or one of the presets {', '.join(PRESETS)}{did_you_mean(model, PRESETS)}"
     wanted = "" if error.expected is None else f"; expected {error.expected}"
-    return ConfigError(argument, model, f"{expected} ({error.problem}{wanted})")
+    presets = f"one of the presets {', '.join(PRESETS)}{did_you_mean(model, PRESETS)}"
+    return ConfigError(argument, model, f"a folder ({error.problem}{wanted}), or {presets}")

@@ -1,7 +1,6 @@
-"""`moesmith train`: train a model on text, from a preset, and save it."""
+"""`moesmith train`: train a model on text and save it."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import re
@@ -11,11 +10,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import tyro
-
-from moe.cli.options import UNSET, option
+from moe.cli.options import Option, option
 from moe.errors import CheckpointError, ConfigError, ParallelError
 from moe.train.launcher import is_first, said_once
 from moe.train.settings import Settings
@@ -31,32 +28,34 @@ class Args(Settings):
     The defaults train the tiny preset, a complete DeepSeek-V3 in miniature, in two minutes on two CPU cores. Training
     runs on the CPU in fp32 by default; identical settings give bit-identical results.
 
-    Under torchrun (torchrun --nproc-per-node N -m moe train ...) N processes train one model on parts of each batch.
+    Under torchrun (torchrun --nproc-per-node N -m moe train ...), N processes train one model, each on a part of every
+    batch.
     """
 
-    out: Annotated[Path | None, UNSET] = None
-    """Folder of the run: saved states, metrics, plots, checkpoint; default: runs/MODEL."""
-    resume: bool = False
-    """Resume the run in --out; repeat the original options. --resume RUN takes them from RUN; --steps may differ."""
+    preset: Annotated[str | None, Option("NAME")] = None
+    set: Annotated[tuple[str, ...], Option("FIELD=VALUE", repeated=True)] = ()
+    log: Annotated[Literal["tensorboard", "wandb"] | None, Option(alias="--log-to")] = None
+    out: Path | None = None
+    """Folder of the run: saved states, metrics, plots and checkpoint. Default: runs/MODEL."""
+    resume: Annotated[bool, Option("[RUN]")] = False
+    """Resume the run in --out; repeat the original options. With RUN, take them from that folder. --steps may
+    differ."""
     auto_resume: bool = False
     """Resume if --out holds a run, otherwise start one; for jobs that are requeued."""
     overwrite: bool = False
-    """Delete an earlier run in that folder and begin again."""
+    """Delete an earlier run in --out and start over."""
     json: bool = False
-    """One JSON object on standard output instead of tables; everything else goes to standard error."""
+    """Print one JSON object on standard output instead of tables; everything else goes to standard error."""
 
     def __post_init__(self) -> None:
-        """Nothing yet: `moe.cli.options.parse` calls `check`."""
+        """Do nothing: `moe.cli.options.parse` calls `check`."""
 
     @staticmethod
     def expand(words: Sequence[str]) -> list[str]:
-        """The arguments, where --resume RUN became the options of that run, those that are not given again.
+        """The arguments, with --resume RUN replaced by the options of that run that are not given again.
 
-        Raises ConfigError if RUN is none, and if --data is repeated, of which the parser would take the last.
+        Raises ConfigError if RUN is not the folder of a run.
         """
-        for name in ("--data", "--validation-data"):
-            if sum(word.partition("=")[0] == name for word in words) > 1:
-                raise ConfigError(name, "...", f"all paths after one option: {name} PATH PATH")
         found = [i for i, word in enumerate(words) if word == "--resume" or word.startswith("--resume=")]
         if not found:
             return list(words)
@@ -69,7 +68,7 @@ class Args(Settings):
         rest = ["--log" if word == "--log-to" else word for word in rest]
         given = {re.sub("^no_", "", word[2:].partition("=")[0].replace("-", "_")) for word in rest if word[:2] == "--"}
         if "out" in given:
-            raise ConfigError("--resume", run, "no folder with --out, which names it")
+            raise ConfigError("--resume", run, "no folder together with --out")
         try:
             values = json.loads((Path(run) / "settings.json").read_text())
             settings = Settings.from_deciding(values)
@@ -78,19 +77,9 @@ class Args(Settings):
         return [*settings.options(without=given), *rest, "--resume", "--out", run]
 
 
-# `Settings` knows no tyro. Its texts say what None means, and one value of --set is one change.
-_PATHS = tyro.conf.arg(metavar="PATH [PATH ...]", help_behavior_hint="")
-_SHOWN = {"data": _PATHS, "validation_data": _PATHS, "set": tyro.conf.arg(metavar="FIELD=VALUE")}
-_SHOWN["log"] = tyro.conf.arg(aliases=("--log-to",), help_behavior_hint="")
-for _field in dataclasses.fields(Settings):
-    if _field.default is None or _field.name in _SHOWN:
-        Args.__annotations__[_field.name] = Annotated[_field.type, _SHOWN.get(_field.name, UNSET)]
-Args.__annotations__["set"] = tyro.conf.UseAppendAction[Args.__annotations__["set"]]
-
-
 def run(args: Args) -> int:
-    # Read by OpenMP when torch is imported. By default its threads spin while they wait for each other: on two cores
-    # that another process also uses, training ran four to eight times slower than with threads that sleep.
+    # OpenMP reads this when torch is imported. By default its threads spin while they wait for each other: on two cores
+    # shared with another process, training ran four to eight times slower than with threads that sleep.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
     from rich.console import Console
@@ -103,7 +92,7 @@ def run(args: Args) -> int:
     folder = args.out or Path("runs") / args.name
     try:
         with said_once(Interrupted, NonFiniteError, CheckpointError), _ranks(args) as mesh:
-            # torchrun repeats the command that was given, when it restarts all ranks because one has died.
+            # torchrun repeats the original command when it restarts all ranks because one has died.
             restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
             again = (args.auto_resume or restarted) and (folder / "settings.json").exists()
             progress = Console(stderr=True, quiet=not is_first())
@@ -116,7 +105,7 @@ def run(args: Args) -> int:
             print(json.dumps({"interrupted": signal.Signals(stop.signum).name, "step": stop.step, "resume": command}))
         return 128 + stop.signum
     except NonFiniteError as error:
-        print(f"moesmith: {error}", file=sys.stderr)
+        print(f"moesmith train: {error}", file=sys.stderr)
         return 2
     if summary is None:
         return 0
@@ -128,7 +117,7 @@ def run(args: Args) -> int:
 
 
 def _generate(checkpoint: str, text: str) -> str | None:
-    """The command that continues the first line of `text`, sampled as in the summary; None if there is no such line."""
+    """The command that continues the first line of `text`, sampled as in the summary; None if all lines are empty."""
     from moe.train.run import SAMPLING
 
     line = next((line for line in text.splitlines() if line.strip() not in ("", "-")), None)  # - is standard input
@@ -140,7 +129,7 @@ def _generate(checkpoint: str, text: str) -> str | None:
 
 
 def _program() -> list[str]:
-    """What a run was started with, as far as its processes know it."""
+    """The program that started the run, as far as its processes know."""
     if "RANK" not in os.environ:
         return ["moesmith"]
     nodes, each = os.environ.get("GROUP_WORLD_SIZE", "1"), os.environ.get("LOCAL_WORLD_SIZE", "1")
@@ -159,25 +148,23 @@ def _check_device(device: str) -> None:
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if found >= processes:
         return
-    wanted = (
-        f"a GPU for each of the {processes} processes on this node" if processes > 1 else "a GPU that torch can use"
-    )
-    raise ConfigError("--device", device, f"{wanted}, but torch {torch.__version__} finds {found}")
+    each = f" for each of the {processes} processes on this node" if processes > 1 else ""
+    raise ConfigError("--device", device, f"a GPU{each}; found {found} that torch {torch.__version__} can use")
 
 
 @contextlib.contextmanager
 def _ranks(args: Args) -> "Iterator[Mesh | None]":
-    """The mesh of the ranks that torchrun has started; None in a process that is alone."""
+    """The mesh of the ranks that torchrun has started; None without torchrun."""
     if "RANK" not in os.environ:
         for name in ("ep", "dp_shard", "dp_replicate"):
             if getattr(args, name) not in (None, 1):
-                allowed = "1 in a single process; for more, torchrun --nproc-per-node N -m moe train ..."
-                raise ConfigError(f"--{name.replace('_', '-')}", getattr(args, name), allowed)
+                allowed = "1 without torchrun (torchrun --nproc-per-node N -m moe train ...)"
+                raise ConfigError(option(name), getattr(args, name), allowed)
         yield None
         return
     from moe.parallel import make_mesh, start
 
-    # What torch asks of NCCL in deterministic mode, which begins when its groups are there already.
+    # torch sets this in deterministic mode, which begins only after the NCCL groups exist.
     os.environ.setdefault("NCCL_ALGO", "^NVLS")
     with start(timeout=args.timeout, device=args.device) as job:
         shape = {"ep": args.ep, "dp_shard": args.dp_shard, "dp_replicate": args.dp_replicate}

@@ -157,7 +157,7 @@ def inference(config: ModelConfig, deployment: Deployment, files: Contents | Non
     cache = deployment.tokens * config.num_hidden_layers * _cache_values(config) * size
     parts = {"experts": weights[0], "other weights": weights[1], "cache": cache}
     parts["activations"] = _forward_values(config, deployment.ep, min(deployment.tokens, 8192)) * size
-    replicated = "all but experts replicated on every GPU (no tensor parallelism)"
+    replicated = "everything except experts is on every GPU (no tensor parallelism)"
     if files is None:
         rest = {
             "fp8": f"FP8: projections in blocks of {' x '.join(map(str, deployment.block_size))} with fp32 scales, "
@@ -199,10 +199,10 @@ def training(config: ModelConfig, deployment: Deployment) -> Estimate:
         "logits": logits,
     }
     assumptions = (
-        "parameters, gradients and both moments of AdamW in fp32, sharded over all GPUs that replicate them",
+        "parameters, gradients and both moments of AdamW in fp32, sharded over all GPUs that hold the same parameters",
         "one block gathered in bf16 while it is computed",
-        f"{deployment.tokens:,} tokens per GPU and micro-batch; block inputs saved in bf16, the rest recomputed",
-        "logits and their gradient in fp32, not in chunks; experts balanced",
+        f"{deployment.tokens:,} tokens per GPU and micro-batch; block inputs kept in bf16, the rest recomputed",
+        "logits and their gradient in fp32, not chunked; experts balanced",
     )
     return Estimate(share, parts, assumptions)
 

@@ -54,20 +54,6 @@ class PlacementReport:
         """
         return math.fsum(load) / math.fsum(self.mean) if any(self.mean) else 1.0
 
-    def __str__(self) -> str:
-        columns = [self.before, self.after, self.bound]
-        rows = [["busiest GPU / mean", "before", "after", "bound"]]
-        shown = [[f"{r:.3f}" for r in self.ratios(c)] if c is not None else ["-"] * len(self.layers) for c in columns]
-        rows += [list(row) for row in zip(self.layers, *shown, strict=True)]
-        rows.append(["all layers", *(f"{self.overall(c):.3f}" if c is not None else "-" for c in columns)])
-        width = max(len(row[0]) for row in rows)
-        lines = [f"{name:<{width}}" + "".join(f"{cell:>8}" for cell in cells) for name, *cells in rows]
-        cost = f"{self.slots / self.gpus:g} slots per GPU, {self.extra_slots_per_gpu:g} of them for replicas"
-        lines.append(f"{self.experts} experts, {self.slots} slots, {self.gpus} GPUs: {cost}")
-        if self.before is None:
-            lines.append(f"before: unknown, because {self.experts} experts are not a multiple of {self.gpus} GPUs")
-        return "\n".join(lines)
-
 
 @dataclass(frozen=True, eq=False)
 class Placement:

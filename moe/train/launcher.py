@@ -1,8 +1,8 @@
-"""Which of the processes that torchrun starts prints, and with which status the others exit. No torch here.
+"""Output and exit status of the processes that torchrun starts. Imports no torch.
 
-torchrun ends all processes of a node as soon as one of them fails. An error that every process finds is therefore
-printed by the first process of each node, which fails; the others exit with status 0, so that they cannot end the first
-one before it has printed. No process waits for another.
+torchrun ends all processes of a node as soon as one of them fails. Therefore only the first process of each node prints
+an error that all of them find, and fails. The others exit with status 0, so that they cannot end the first one before
+it has printed. No process waits for another.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from typing import TextIO
 
 from moe.errors import CheckpointError, ConfigError, ParallelError
 
-# Errors of the user or of the system, which are printed in one line, without a traceback.
+# Errors of the user or of the system, printed in one line without a traceback.
 MISTAKES = (ConfigError, CheckpointError, ParallelError, OSError)
 
 
@@ -23,7 +23,7 @@ def is_first(*, on_node: bool = False) -> bool:
 
 
 def shown(stream: TextIO) -> TextIO:
-    """`stream` in the first process of each node, and a buffer that is never read in the others."""
+    """`stream` in the first process of each node, otherwise a buffer that is never read."""
     return stream if is_first(on_node=True) else StringIO()
 
 

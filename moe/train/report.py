@@ -1,17 +1,21 @@
-"""What people see of a run: a progress bar, and tables at the end."""
+"""Terminal output of training and scoring: progress and tables."""
 
+import textwrap
 import time
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 5.0
 
 
 class ProgressDisplay:
-    """A bar on a terminal; elsewhere a plain line every few seconds. `note` prints above the bar."""
+    """A progress bar on a terminal, or a plain line every few seconds elsewhere. `note` prints above the bar."""
 
     def __init__(self, console: Console, steps: int, done: int) -> None:
         self._console, self._steps = console, steps
@@ -37,7 +41,7 @@ class ProgressDisplay:
             self._bar.stop()
 
     def update(self, step: int, loss: float, tokens_per_second: float, max_vio: float) -> None:
-        text = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  worst MaxVio {max_vio:.2f}"
+        text = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  highest MaxVio {max_vio:.2f}"
         self._bar.update(self._task, completed=step, text=text)
         now = time.monotonic()
         if not self._console.is_terminal and (now - self._last_line >= SECONDS_BETWEEN_LINES or step == self._steps):
@@ -49,33 +53,60 @@ class ProgressDisplay:
 
 
 def say(console: Console, text: str) -> None:
+    """Print text as it is: not coloured, not wrapped, so that paths and commands can be copied."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def print_summary(console: Console, summary: dict[str, Any], command: str | None) -> None:
-    """The tables, the sample, and where everything is. `command` continues a prompt with the saved model."""
-    scored = summary["validation"]
-    table = Table(title=f"validation, {scored['tokens']:,} tokens of {scored['documents']} held-out documents")
-    table.add_column("")
-    for heading in ("nats/token", "bits/byte"):
-        table.add_column(heading, justify="right")
-    for label, key in (
-        ("before training", "before"),
-        ("unigram", "unigram"),
-        ("bigram, interpolated", "bigram"),
-        ("after training", "after"),
-    ):
-        row = scored[key]
-        table.add_row(label, f"{row['nats_per_token']:.4f}", f"{row['bits_per_byte']:.4f}")
-    console.print(table)
+def print_text(console: Console, text: str, indent: str = "") -> None:
+    """Print prose, wrapped at words; `indent` is that of all lines but the first."""
+    wrapped = textwrap.fill(
+        text, console.width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+    say(console, wrapped)
 
+
+def print_table(
+    console: Console, title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1
+) -> None:
+    """Print a table without a frame: `text_columns` on the left, which continue on the next line, then numbers."""
+    say(console, title)  # rich would wrap a title to the width of its table
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for number, heading in enumerate(headings):
+        if number < text_columns:
+            table.add_column(heading, overflow="fold")
+        else:
+            table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row))  # names of untrusted files are not markup
+    console.print(table)
+    console.print()
+
+
+def print_summary(console: Console, summary: dict[str, Any], command: str | None) -> None:
+    """Print the tables, the sample and the files of a run; `command` continues a prompt with the saved model."""
+    scored = summary["validation"]
+    labels = {
+        "before": "before training",
+        "unigram": "unigram",
+        "bigram": "bigram, interpolated",
+        "after": "after training",
+    }
+    print_table(
+        console,
+        f"validation on {scored['tokens']:,} tokens of {scored['documents']:,} held-out documents",
+        ("", "nats/token", "bits/byte"),
+        [
+            (label, f"{scored[key]['nats_per_token']:.4f}", f"{scored[key]['bits_per_byte']:.4f}")
+            for key, label in labels.items()
+        ],
+    )
     _print_load(console, summary["load"], "expert load on the validation text")
 
-    say(console, f"sample ({summary['sample']['prompt']!r} and what the model adds):")
+    say(console, f"sample (the prompt {summary['sample']['prompt']!r} and its continuation):")
     say(console, summary["sample"]["text"])
     say(console, "")
     rate, seconds = summary["tokens_per_second"], summary["seconds"]
-    say(console, f"{summary['steps']} steps, {rate:,.0f} tokens/s while stepping, {seconds:.0f} s in all")
+    say(console, f"{summary['steps']} steps at {rate:,.0f} tokens/s, {seconds:.0f} s in total")
     plots = "  ".join(summary["plots"]) or 'none: matplotlib is not installed; pip install -e ".[plot]"'
     say(console, f"plots        {plots}")
     say(console, f"metrics      {summary['metrics']}")
@@ -85,25 +116,25 @@ def print_summary(console: Console, summary: dict[str, Any], command: str | None
 
 
 def print_scores(console: Console, result: dict[str, Any]) -> None:
-    """What `moe.train.scoring.score` returns, as tables."""
+    """Print the result of `moe.train.scoring.score` as tables."""
     scored = f"{result['tokens']:,} tokens of {result['documents']:,} documents"
-    say(console, f"{result['folder']}: {scored}, in windows of {result['seq_length']:,}")
-    table = Table()
-    for heading in ("perplexity", "nats/token", "bits/byte"):
-        table.add_column(heading, justify="right")
-    table.add_row(f"{result['perplexity']:,.4f}", f"{result['nats_per_token']:.4f}", f"{result['bits_per_byte']:.4f}")
-    console.print(table)
+    row = f"{result['perplexity']:,.4f}", f"{result['nats_per_token']:.4f}", f"{result['bits_per_byte']:.4f}"
+    title = f"{result['folder']}: {scored}, in windows of {result['seq_length']:,} tokens"
+    print_table(console, title, ("perplexity", "nats/token", "bits/byte"), [row], text_columns=0)
     _print_load(console, result["load"], "expert load")
 
 
 def _print_load(console: Console, load: list[dict[str, Any]], title: str) -> None:
-    if not load:
-        return
-    table = Table(title=title)
-    table.add_column("layer")
-    for heading in ("MaxVio", "dead experts", "least", "most"):
-        table.add_column(heading, justify="right")
-    for row in load:
-        counts = f"{min(row['tokens']):,}", f"{max(row['tokens']):,}"
-        table.add_row(row["layer"], f"{row['max_vio']:.3f}", str(row["dead_experts"]), *counts)
-    console.print(table)
+    if load:
+        headings = ("layer", "MaxVio", "dead experts", "fewest tokens", "most tokens")
+        rows = (
+            (
+                row["layer"],
+                f"{row['max_vio']:.3f}",
+                str(row["dead_experts"]),
+                f"{min(row['tokens']):,}",
+                f"{max(row['tokens']):,}",
+            )
+            for row in load
+        )
+        print_table(console, title, headings, rows)

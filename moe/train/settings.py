@@ -1,4 +1,4 @@
-"""Everything that decides a training run, as one frozen dataclass. No torch here: the command line reads it first."""
+"""All settings of a training run, as one frozen dataclass. Imports no torch: the command line reads it first."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from moe.checkpoint.format.folder import CONFIG
 from moe.checkpoint.reading.hub import is_hub_name
 from moe.errors import ConfigError
 
-# These change what is written and shown, and where it is computed, not what is trained; a resumed run may have others.
+# These change what is written and where it is computed, but not what is trained; a resumed run may change them.
 _FREE = ("eval_every", "save_every", "keep", "log", "device", "ep", "dp_shard", "dp_replicate", "timeout")
 
 DEFAULT_PRESET = "tiny"
@@ -19,26 +19,27 @@ DEFAULT_PRESET = "tiny"
 
 @dataclass(frozen=True)
 class Settings:
-    """What is trained, on what, and how. Equal settings give equal bits on one machine."""
+    """Settings of a training run. Identical settings give bit-identical results on one machine."""
 
     preset: str | None = None
-    """Model to build: a name from `moe.presets` (default: tiny). The tokenizer determines the vocabulary size."""
+    """Preset to train, a name from `moe.presets`. The tokenizer determines the vocabulary size. Default: tiny."""
     config: Path | None = None
-    """Model to build instead: a Hugging Face config.json or its folder, or a JSON object of ModelConfig fields."""
+    """Configuration to train instead: a Hugging Face config.json or its folder, or a JSON object of ModelConfig
+    fields."""
     set: tuple[str, ...] = ()
-    """Change a field of that configuration, for example num_hidden_layers=12."""
+    """Field of the configuration to change, for example num_hidden_layers=12. Repeatable."""
     init: Path | None = None
     """Continue from the weights and the tokenizer of a checkpoint: a folder, a run, or a Hugging Face Hub name."""
     data: tuple[Path, ...] | None = None
-    """Text, JSON Lines, JSON or Parquet files, or folders of them; default: the language reference of Python."""
+    """Text, JSON Lines, JSON or Parquet files, or folders of them. Default: the Python language reference."""
     field: str = "text"
-    """Name of the field that holds the text, in JSON Lines, JSON and Parquet files."""
+    """Name of the text field in JSON Lines, JSON and Parquet files."""
     validation_data: tuple[Path, ...] | None = None
-    """Files or folders to validate on; default: a tenth of the documents of --data is held out."""
+    """Files or folders to validate on. Default: a tenth of the documents of --data, held out of training."""
     tokenizer: Path | None = None
-    """tokenizer.json, or a folder or Hub name that has one; default: one trained on the training text."""
+    """Tokenizer: a tokenizer.json, or a folder or Hub name that has one. Default: one trained on the training text."""
     steps: int = 320
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     batch_size: int = 4
     """Sequences per forward pass, summed over all ranks."""
     accumulation: int = 1
@@ -46,19 +47,20 @@ class Settings:
     seq_length: int = 256
     """Sequence length in tokens."""
     optimizer: Literal["adamw", "muon"] = "muon"
-    """muon: Muon for matrices, AdamW for the embedding, head, gates and vectors."""
+    """Optimizer. muon uses Muon for matrices and AdamW for the embedding, head, gates and vectors."""
     lr: float | None = None
-    """Peak learning rate; default: 0.02 with muon, whose AdamW part takes 0.3 of it, and 0.004 with adamw."""
+    """Peak learning rate. Default: 0.02 with muon (0.3 of it for the AdamW part), 0.004 with adamw."""
     weight_decay: float = 0.3
-    """Applied to matrices only, not to norms or biases."""
+    """Weight decay, applied to matrices only, not to norms or biases."""
     schedule: Literal["cosine", "wsd"] = "wsd"
-    """cosine to a tenth of the peak, or wsd: stable, then a linear decay over the last 30 percent."""
+    """Learning-rate schedule. cosine decays to a tenth of the peak; wsd is constant, then decays linearly over the last
+    30 percent of the steps."""
     warmup: int = 10
     """Steps over which the learning rate rises from zero."""
     clip: float = 1.0
     """Clip the global gradient norm to this value."""
     bias_update_speed: float = 0.01
-    """Change of an expert's correction bias per step; long runs want DeepSeek's 0.001."""
+    """Change of an expert's correction bias per step; use DeepSeek's 0.001 for long runs."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Compute precision. bf16 uses autocast; parameters stay in fp32."""
     activation_checkpointing: bool = False
@@ -66,7 +68,8 @@ class Settings:
     compile: bool = False
     """Train with torch.compile; the first step takes longer. Validation is not compiled."""
     document_mask: bool = False
-    """Restrict attention to tokens of the same document, whose first tokens are not predicted or scored."""
+    """Restrict attention to tokens of the same document. The first token of a document is then not predicted or
+    scored."""
     seed: int = 0
     """Random seed for weights, data order and the final sample."""
     eval_every: int = 80
@@ -74,19 +77,19 @@ class Settings:
     save_every: int = 80
     """Save a state every N steps, and always at the end or when interrupted; 0 disables the rest."""
     keep: int = 2
-    """How many saved states to keep."""
+    """Number of saved states to keep."""
     log: Literal["tensorboard", "wandb"] | None = None
-    """Also log to TensorBoard or Weights & Biases, in the run's folder; under torchrun write --log-to."""
+    """Also log to TensorBoard or Weights & Biases, in the run's folder. Under torchrun, write --log-to."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where to compute; under torchrun each process takes the GPU of its local rank."""
+    """Device to compute on. Under torchrun, each process uses the GPU of its local rank."""
     ep: int = 1
-    """Under torchrun: ranks that share the experts of each layer."""
+    """Under torchrun: number of ranks that divide the experts of each layer."""
     dp_shard: int | None = None
-    """Under torchrun: ranks that shard all other parameters; default: all, divided by --dp-replicate."""
+    """Under torchrun: number of ranks that shard all other parameters. Default: all, divided by --dp-replicate."""
     dp_replicate: int = 1
     """Under torchrun: number of replicas of the sharded parameters."""
     dispatch: Literal["same", "fp8"] = "same"
-    """How tokens travel to experts on other ranks: in their own dtype, or in FP8 with a scale for 128 values."""
+    """Dtype of tokens sent to experts on other ranks. same: their own; fp8: FP8 with one scale per 128 values."""
     timeout: float = 600.0
     """Under torchrun: seconds after which a rank that does not answer is an error on all others."""
 
@@ -94,14 +97,14 @@ class Settings:
         self.check()
 
     def check(self) -> None:
-        """Raise ConfigError for a value out of range, and for settings that exclude each other."""
+        """Raise ConfigError for a value that is out of range and for settings that exclude each other."""
         for name in ("data", "validation_data"):
             self._require(name, getattr(self, name) != (), "one or more files or folders")
         self._require("field", bool(self.field), "the name of a field")
         sources = [f"--{name}" for name in ("preset", "config", "init") if getattr(self, name) is not None]
         if len(sources) > 1 or (self.init is not None and self.set):
             given = [*sources, *(["--set"] if self.set else [])]
-            allowed = "one of --preset, --config and --init, and --set with the first two only"
+            allowed = "only one of --preset, --config and --init, and --set only with the first two"
             raise ConfigError(
                 given[-1], _plain(getattr(self, given[-1][2:])), f"{allowed}; found {' and '.join(given)}"
             )
@@ -124,12 +127,12 @@ class Settings:
 
     @property
     def peak_lr(self) -> float:
-        """`lr`, or what the tiny preset did best with of those tried."""
+        """`lr`, or the default of the optimizer: the best of the values tried on the tiny preset."""
         return self.lr if self.lr is not None else {"muon": 0.02, "adamw": 0.004}[self.optimizer]
 
     @property
     def source(self) -> str:
-        """Name of the setting that chooses the model: preset, config or init."""
+        """Name of the setting that selects the model: preset, config or init."""
         return next((name for name in ("config", "init") if getattr(self, name) is not None), "preset")
 
     @property
@@ -141,7 +144,7 @@ class Settings:
         return self.preset or (DEFAULT_PRESET if self.init is None else self.init.name)
 
     def deciding(self) -> dict[str, Any]:
-        """JSON values of the settings that a resumed run must share. Paths are absolute."""
+        """JSON values of the settings that a resumed run must repeat. Paths are absolute."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(Settings) if f.name not in _FREE}
         values = {name: _plain(value) for name, value in values.items()}
         values |= {"data": values["data"] or [], "lr": self.peak_lr}
@@ -151,7 +154,7 @@ class Settings:
 
     @classmethod
     def from_deciding(cls, values: Mapping[str, Any]) -> "Settings":
-        """The settings that `deciding` gave `values` for; those that are missing have their defaults."""
+        """The settings from the `values` that `deciding` returned; missing ones have their defaults."""
         known = {f.name for f in dataclasses.fields(Settings)}
         paths = {"config", "init", "tokenizer"}
         found: dict[str, Any] = {name: Path(v) if name in paths and v else v for name, v in values.items()}
@@ -161,7 +164,7 @@ class Settings:
         return Settings(**{name: value for name, value in found.items() if name in known})
 
     def options(self, without: Collection[str] = ()) -> list[str]:
-        """Command-line options that give these settings, but for those whose names are in `without`."""
+        """Command-line options that give these settings, except those named in `without`."""
         words: list[str] = []
         for f in dataclasses.fields(Settings):
             value = getattr(self, f.name)
@@ -178,7 +181,7 @@ class Settings:
 
 
 def _plain(value: Any) -> Any:
-    """The JSON value of a setting, in which paths are absolute; names on the Hub stay."""
+    """The JSON value of a setting, with absolute paths; names on the Hub are unchanged."""
     if isinstance(value, tuple):
         return [_plain(each) for each in value]
     if isinstance(value, Path):

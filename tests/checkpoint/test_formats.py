@@ -141,7 +141,7 @@ def assert_named(folder: Path, name: str, capsys: pytest.CaptureFixture[str]) ->
     assert f"quantisation: {name}, a format that cannot be loaded" in " ".join(capsys.readouterr().out.split())
     assert main(["plan", str(folder), "--dtype", "bf16"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert f"holds {name} files, which cannot be loaded; planned for bf16" in said
+    assert f": {name} files, which cannot be loaded; the plan is for bf16 files." in said
 
 
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config", "text_config"])

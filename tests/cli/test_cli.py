@@ -66,7 +66,7 @@ def test_top_level(capsys, monkeypatch):
     status, out, err = run(capsys)
     assert (status, out) == (2, "") and "usage: moesmith" in err
     assert "did you mean inspect?" in fails_in_one_line(capsys, "inspekt")
-    assert "there are train, eval" in fails_in_one_line(capsys, "xyzzy")
+    assert "expected one of train, eval, " in fails_in_one_line(capsys, "xyzzy")
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_inspect_preset(capsys, preset, numbers):
     status, out, err = run(capsys, "inspect", preset)
     assert (status, err) == (0, "")
     for number in numbers:
-        assert f" {number} " in out
+        assert number in out.split()
     status, out, _ = run(capsys, "inspect", preset, "--json")
     facts = json.loads(out)
     assert f"{facts['parameters']['total']:,}" == numbers[0]
@@ -89,7 +89,8 @@ def test_inspect_preset(capsys, preset, numbers):
 
 
 def test_inspect_refuses_what_is_neither(capsys):
-    assert "expected a folder, or one of the presets tiny" in fails_in_one_line(capsys, "inspect", "no/such")
+    line = fails_in_one_line(capsys, "inspect", "no/such")
+    assert "expected a folder (no such folder; " in line and "), or one of the presets tiny, " in line
 
 
 def test_train_refuses_gpus_that_are_not_there(capsys, tmp_path, monkeypatch):
@@ -97,14 +98,14 @@ def test_train_refuses_gpus_that_are_not_there(capsys, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     line = fails_in_one_line(capsys, "train", "--device", "cuda", "--out", str(tmp_path / "run"))
-    assert "--device = 'cuda'" in line and "finds 0" in line
+    assert "--device: expected a GPU; found 0 that torch" in line
     assert not (tmp_path / "run").exists()
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     line = fails_in_one_line(capsys, "train", "--device", "cuda", "--out", str(tmp_path / "run"))
-    assert "each of the 2 processes" in line and "finds 1" in line
+    assert "each of the 2 processes" in line and "found 1" in line
 
 
 def test_doctor(capsys):
@@ -155,7 +156,7 @@ def folder(tmp_path_factory) -> Path:
 
 def test_inspect_folder_reads_headers_only(capsys, folder, tmp_path):
     status, out, err = run(capsys, "inspect", str(folder))
-    assert (status, err) == (0, "") and "exactly the tensors that the configuration asks for" in out
+    assert (status, err) == (0, "") and "exactly the tensors that the configuration requires" in " ".join(out.split())
     facts = json.loads(run(capsys, "inspect", str(folder), "--json")[1])
     assert facts["stored"]["values"] == facts["parameters"]["with_mtp"]
 
@@ -173,7 +174,7 @@ def test_inspect_folder_reads_headers_only(capsys, folder, tmp_path):
 
 def test_verify(capsys, folder, tmp_path):
     status, out, err = run(capsys, "inspect", str(folder), "--verify")
-    assert (status, err, out.count("\n")) == (0, "", 1) and "every byte is as it was saved: " in out
+    assert (status, err, out.count("\n")) == (0, "", 1) and "every byte is unchanged since it was saved: " in out
     facts = json.loads(run(capsys, "inspect", str(folder), "--verify", "--json")[1])["verified"]
     assert facts["findings"] == [] and facts["tensors"] > 20 and facts["folder"] == str(folder)
 
@@ -188,7 +189,9 @@ def test_verify(capsys, folder, tmp_path):
     assert bit.startswith("model.safetensors: model.") and ": bytes changed since it was saved; expected sha256 " in bit
     assert gone == "tokenizer.json: missing"
     assert status == 2 and err.count("\n") == 1
-    assert err.startswith(f"moesmith: {damaged}: not as it was saved; ") and err.endswith("; found 2 differences\n")
+    assert err.startswith(f"moesmith inspect: {damaged}: not as it was saved; ") and err.endswith(
+        "; found 2 differences\n"
+    )
     status, out, _ = run(capsys, "inspect", str(damaged), "--verify", "--json")
     assert status == 2
     assert [finding["file"] for finding in json.loads(out)["verified"]["findings"]] == [
@@ -255,15 +258,6 @@ def test_corrupt_folders(capsys, folder, tmp_path):
     assert "the tokenizer does not belong to this model; expected ids below 300; found 300" in message
 
 
-@pytest.mark.parametrize(
-    "options", [(), ("--prompt",), ("--prompt", "a", "--top-k", "many"), ("--prompt", "a", "--tempeature", "1")]
-)
-def test_arguments_that_cannot_be_parsed_are_tyros(capsys, options):
-    status, out, err = run(capsys, "generate", "folder", *options)
-    assert (status, out) == (2, "") and "Traceback" not in err
-    assert not options or any(option in err for option in options if option != "a")
-
-
 GENERATE, PLAN = ("generate", "folder", "--prompt", "a"), ("plan", "tiny", "--gpu", "h100", "--gpus", "8")
 CONVERT, CUT = ("convert", "{folder}", "--out", "{out}"), ("cut", "{folder}", "--out", "{out}")
 
@@ -280,7 +274,7 @@ CONVERT, CUT = ("convert", "{folder}", "--out", "{out}"), ("cut", "{folder}", "-
         (GENERATE, "--min-p", "-0.5", "a number from 0 to 1"),
         (GENERATE, "--min-p", "nan", "a number from 0 to 1"),
         (GENERATE, "--repetition-penalty", "0", "a finite number above 0"),
-        (GENERATE, "--system", "brief", "--chat with it"),
+        (GENERATE, "--system", "brief", "--chat as well; found --system alone"),
         (("train",), "--lr", "nan", "a finite number above 0"),
         (("train",), "--dispatch", "bf16", "one of same, fp8"),
         (PLAN, "--ep", "3", "a divisor of the "),
@@ -313,7 +307,7 @@ def test_a_wrong_value_is_one_line_that_names_its_option(capsys, folder, tmp_pat
     places = {"folder": folder, "out": tmp_path / "out", "loads": tmp_path / "loads.json"}
     words = [word.format(**places) for word in command]
     line = fails_in_one_line(capsys, *words, option, *value.split())
-    assert line.startswith(f"moesmith: {option} = ") and f"expected {expected}" in line
+    assert line.startswith(f"moesmith {command[0]}: {option}: expected {expected}")
     assert [path.name for path in tmp_path.iterdir()] == ["loads.json"]
 
 
@@ -321,16 +315,18 @@ def test_a_wrong_value_is_one_line_that_names_its_option(capsys, folder, tmp_pat
 def test_only_the_first_rank_reports_a_mistake(capsys, monkeypatch, rank):
     monkeypatch.setenv("LOCAL_RANK", str(rank))
     status, out, err = run(capsys, "train", "--steps", "0")
-    expected = (0, "", "") if rank else (2, "", "moesmith: --steps = 0: expected 1 or more\n")
+    expected = (0, "", "") if rank else (2, "", "moesmith train: --steps: expected 1 or more; found 0\n")
     assert (status, out, err) == expected
 
 
 def test_generate_mistakes(capsys, folder, tmp_path):
     assert "no such folder" in fails_in_one_line(capsys, "generate", str(tmp_path / "no"), "--prompt", "a")
-    assert "--prompt = ''" in fails_in_one_line(capsys, "generate", str(folder), "--prompt", "")
+    assert "--prompt: expected some text; found ''" in fails_in_one_line(
+        capsys, "generate", str(folder), "--prompt", ""
+    )
     assert "UTF-8" in fails_in_one_line(capsys, "generate", str(folder), "--prompt", "\udcff")
     device = fails_in_one_line(capsys, "generate", str(folder), "--prompt", "a", "--device", "abacus")
-    assert "--device = 'abacus'" in device
+    assert "--device: expected a device of this machine" in device
 
 
 def generate(capsys, folder: Path, *options: str) -> list[dict]:
@@ -432,7 +428,7 @@ def test_interrupt(folder):
         assert process.stdout.read(4)  # it generates
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
-        assert (process.returncode, err) == (130, b"moesmith: interrupted\n")
+        assert (process.returncode, err) == (130, b"moesmith generate: interrupted\n")
     finally:
         process.kill()
 

@@ -82,7 +82,7 @@ def test_the_source_stays_as_it_is(capsys, saved, tmp_path, writer) -> None:
     few = fails_in_one_line(
         capsys, command, str(source), "--out", str(tmp_path / "a"), *options, "--max-shard-size", "5"
     )
-    assert "--max-shard-size = '5': expected at least 1000 bytes: 5GB" in few
+    assert "--max-shard-size: expected at least 1000 bytes: 5GB; found '5'" in few
     assert contents(source) == before
 
 
@@ -162,7 +162,7 @@ def test_plan_reports_what_the_files_have(capsys: Any, mixed: Path, tmp_path: Pa
     assert repeated and parts["experts"] == experts // 2
     assert parts["other weights"] == facts["stored"]["bytes"] - experts - repeated
 
-    assert "by the headers of its files" in " ".join(run(capsys, "plan", str(mixed))[1].split())
+    assert "from the headers of its files" in " ".join(run(capsys, "plan", str(mixed))[1].split())
 
 
 def test_plan_without_files_or_for_others_is_arithmetic(capsys: Any, mixed: Path, tmp_path: Path) -> None:
@@ -259,19 +259,22 @@ def test_spellings_of_a_dtype(saved: Path, tmp_path: Path, spelling: Any) -> Non
     [
         (
             ("convert", "--out", "never", "--dtype", "pf8"),
-            "expected one of bf16, fp16, fp32, fp64, fp8, mxfp4; did you mean fp8?",
+            "--dtype: expected one of bf16, fp16, fp32, fp64, fp8, mxfp4; found 'pf8'; did you mean fp8?",
         ),
         (
             ("convert", "--out", "never", "--dtype", "mxfp4"),
-            "moesmith: --dtype = 'mxfp4': expected a dtype other than mxfp4, which deepseek_v3 does not have",
+            "moesmith convert: --dtype: expected a dtype other than mxfp4, which deepseek_v3 does not have; found 'mx",
         ),
         (
             ("convert", "--out", "never", "--layout", "stackd"),
-            "moesmith: --layout = 'stackd': expected one of experts, stacked, deepseek, the layouts of deepseek_v3; "
-            "did you mean stacked?",
+            "moesmith convert: --layout: expected one of experts, stacked, deepseek, the layouts of deepseek_v3; "
+            "found 'stackd'; did you mean stacked?",
         ),
         (("plan", "--dtype", "int4"), "expected one of bf16, fp16, fp32, fp64, fp8, mxfp4"),
-        (("plan", "--gpu", "H-100"), "expected one of a100, h100, h800, h200, b200, mi300x; did you mean h100?"),
+        (
+            ("plan", "--gpu", "H-100"),
+            "--gpu: expected one of a100, h100, h800, h200, b200, mi300x; found 'H-100'; did you mean h100?",
+        ),
     ],
 )
 def test_unknown_names(
@@ -288,27 +291,33 @@ def test_unknown_names(
     [
         (
             ("generate", "x", "--prompt", "a", "--dtype", "bf61"),
-            "--dtype = 'bf61': expected one of auto, bf16, fp16, fp32, fp64; did you mean bf16?",
+            "--dtype: expected one of auto, bf16, fp16, fp32, fp64; found 'bf61'; did you mean bf16?",
         ),
         (
             ("generate", "x", "--prompt", "a", "--dtype", "fp8"),
-            "--dtype = 'fp8': expected one of auto, bf16, fp16, fp32, fp64",
+            "--dtype: expected one of auto, bf16, fp16, fp32, fp64; found 'fp8'",
         ),
-        (("train", "--optimizer", "muno"), "--optimizer = 'muno': expected one of adamw, muon; did you mean muon?"),
-        (("train", "--schedule", "cosin"), "--schedule = 'cosin': expected one of cosine, wsd; did you mean cosine?"),
-        (("train", "--dtype", "bf61"), "--dtype = 'bf61': expected one of fp32, bf16; did you mean bf16?"),
+        (
+            ("train", "--optimizer", "muno"),
+            "--optimizer: expected one of adamw, muon; found 'muno'; did you mean muon?",
+        ),
+        (
+            ("train", "--schedule", "cosin"),
+            "--schedule: expected one of cosine, wsd; found 'cosin'; did you mean cosine?",
+        ),
+        (("train", "--dtype", "bf61"), "--dtype: expected one of fp32, bf16; found 'bf61'; did you mean bf16?"),
         (
             ("convert", "x", "--out", "y", "--scale-fmt", "UE8M"),
-            "--scale-fmt = 'UE8M': expected one of ue8m0; did you mean ue8m0?",
+            "--scale-fmt: expected one of ue8m0; found 'UE8M'; did you mean ue8m0?",
         ),
         (
             ("plan", "tiny", "--sharding", "fspd"),
-            "--sharding = 'fspd': expected one of zero1, fsdp; did you mean fsdp?",
+            "--sharding: expected one of zero1, fsdp; found 'fspd'; did you mean fsdp?",
         ),
     ],
 )
 def test_unknown_choices(capsys: Any, arguments: Any, hint: str) -> None:
-    assert fails_in_one_line(capsys, *arguments) == f"moesmith: {hint}\n"
+    assert fails_in_one_line(capsys, *arguments) == f"moesmith {arguments[0]}: {hint}\n"
 
 
 def test_unknown_model_types_and_presets(capsys: Any, saved: Path, tmp_path: Path) -> None:
@@ -317,7 +326,9 @@ def test_unknown_model_types_and_presets(capsys: Any, saved: Path, tmp_path: Pat
         (tmp_path / "config.json").write_text(json.dumps(values | {"model_type": written}))
         assert f"; did you mean {meant}?; found {written}" in fails_in_one_line(capsys, "plan", str(tmp_path))
     for command in ("inspect", "plan"):
-        assert "; did you mean deepseek_v3? (no such folder)" in fails_in_one_line(capsys, command, "deepseek-v3")
+        line = fails_in_one_line(capsys, command, "deepseek-v3")
+        assert "expected a folder (no such folder), or one of the presets tiny, " in line
+        assert line.endswith("; found 'deepseek-v3'; did you mean deepseek_v3?\n")
 
 
 def test_a_run_folder_stands_for_its_checkpoint(capsys: Any, saved: Path, tmp_path: Path) -> None:
@@ -329,7 +340,7 @@ def test_a_run_folder_stands_for_its_checkpoint(capsys: Any, saved: Path, tmp_pa
     facts = json.loads(run(capsys, "inspect", str(tmp_path), "--json")[1])
     assert facts["stored"]["folder"] == str(tmp_path / "checkpoint")
     assert planned(capsys, str(tmp_path))["stored"]["bytes"] == facts["stored"]["bytes"]
-    assert "every byte is as it was saved" in run(capsys, "inspect", str(tmp_path), "--verify")[1]
+    assert "every byte is unchanged since it was saved" in run(capsys, "inspect", str(tmp_path), "--verify")[1]
     assert moe.load(tmp_path).config == moe.load(saved).config
     convert(tmp_path, tmp_path.with_name("again"))
     assert "checkpoint/tokenizer.json: no such file" in fails_in_one_line(
@@ -350,7 +361,7 @@ def test_on_and_off_options(capsys: Any, mixed: Path, tmp_path: Path) -> None:
     assert status == 0 and "converting" in err
     assert read_summary(tmp_path / "b").config.num_nextn_predict_layers == 2  # pyright: ignore[reportOptionalMemberAccess]
     options = ("--out", str(tmp_path / "c"), "--layout", "deepseek", "--mtp")
-    assert "moesmith: --mtp = True: expected False (--no-mtp): the layout deepseek" in fails_in_one_line(
+    assert "moesmith convert: --mtp: expected False (--no-mtp): the layout deepseek" in fails_in_one_line(
         capsys, "convert", str(mixed), *options
     )
 
@@ -395,7 +406,7 @@ sys.exit(main(["convert", *sys.argv[1:]]))
 """
     command = [sys.executable, "-c", code, str(saved), "--out", str(tmp_path / "new" / "out")]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "moesmith: interrupted\n")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "moesmith convert: interrupted\n")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -123,7 +123,9 @@ def test_stops_of_the_command(capsys, folder):
     assert stopped["token_ids"] == free["token_ids"][: len(stopped["token_ids"])]
     out = run(capsys, "generate", str(folder), *options, "--stop", stop)[1]
     assert out == f"How{stopped['text']}\n"
-    assert "--stop = ('',): expected some text" in fails_in_one_line(capsys, "generate", "f", *options, "--stop", "")
+    assert "--stop: expected some text; found ('',)" in fails_in_one_line(
+        capsys, "generate", "f", *options, "--stop", ""
+    )
     assert "UTF-8" in fails_in_one_line(capsys, "generate", str(folder), *options, "--stop", "\udcff")
 
 
@@ -144,9 +146,11 @@ def test_sampling_options_reach_the_model(capsys, folder):
 
 
 def test_options_that_need_others(capsys):
-    assert "--prompt = (): expected at least one, or --chat for a" in fails_in_one_line(capsys, "generate", "f")
+    assert "--prompt: expected at least one, or --chat for a conversation; found neither" in fails_in_one_line(
+        capsys, "generate", "f"
+    )
     line = fails_in_one_line(capsys, "generate", "f", "--chat", "--json")
-    assert "--json = True: expected a --prompt with it" in line
+    assert "--json: expected a --prompt as well; found --json alone" in line
 
 
 def test_a_text_ends_with_the_positions(capsys, folder):
@@ -158,7 +162,7 @@ def test_a_text_ends_with_the_positions(capsys, folder):
     assert [len(result["token_ids"]) for result in results] == [1, 1]
     for length in (96, 97, 5000):
         line = fails_in_one_line(capsys, "generate", str(folder), "--prompt", "a" * length)
-        assert line.startswith("moesmith: --prompt = 'aaa") and len(line) < 500
+        assert line.startswith("moesmith generate: --prompt: expected fewer tokens than") and len(line) < 500
         assert line.endswith(f"expected fewer tokens than the model's 96 positions; found {length}\n")
 
 
@@ -223,7 +227,7 @@ def test_without_a_template(capsys, folder, tmp_path):
     for options in ([], ["--prompt", "a"]):
         line = fails_in_one_line(capsys, "generate", str(plain), "--chat", *options)
         assert line == (
-            f"moesmith: {plain}: no chat template; expected chat_template.jinja, "
+            f"moesmith generate: {plain}: no chat template; expected chat_template.jinja, "
             "or a chat_template in tokenizer_config.json\n"
         )
     refusing = variant(folder, tmp_path / "refusing", chat_template__jinja="{{ raise_exception('no roles\\nhere') }}")
@@ -231,7 +235,7 @@ def test_without_a_template(capsys, folder, tmp_path):
     assert "chat_template.jinja: the chat template failed: no roles" in line
     silent = variant(folder, tmp_path / "silent", chat_template__jinja="{# nothing #}")
     line = fails_in_one_line(capsys, "generate", str(silent), "--chat", "--prompt", "a")
-    assert "chat_template.jinja: the chat template makes no text of a message" in line
+    assert "chat_template.jinja: the chat template renders a message as no text" in line
 
 
 def test_a_conversation_continues_with_its_history(capsys, folder, monkeypatch):
@@ -255,7 +259,7 @@ def test_how_a_conversation_ends(capsys, folder, monkeypatch):
     status, out, err = run(capsys, "generate", str(folder), "--chat", "--max-new-tokens", "1")
     assert status == 2
     assert re.search(
-        r"\nmoesmith: --chat = 'a{20}': expected fewer tokens in the whole conversation than the model's 96 positions; "
+        r"\nmoesmith generate: --chat: expected fewer tokens in the whole conversation than the model's 96 positions; "
         r"found \d+\n$",
         err,
     )
@@ -330,7 +334,7 @@ def test_an_interrupted_conversation_ends_in_one_line(capsys, folder, monkeypatc
 
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n"))
     monkeypatch.setattr(at, interrupt)
-    assert run(capsys, "generate", str(folder), "--chat") == (130, "\n", "moesmith: interrupted\n")
+    assert run(capsys, "generate", str(folder), "--chat") == (130, "\n", "moesmith generate: interrupted\n")
 
 
 def test_texts_of_all_kinds_stream_as_they_decode(tmp_path):

@@ -100,7 +100,7 @@ def test_every_command_takes_a_name(cache: Path, capsys: Any, tmp_path: Path) ->
     facts = json.loads(run(capsys, "plan", "org/model@v1", "--json")[1])
     assert facts["stored_from"] == "headers" and facts["stored"]["bytes"] == json.loads(out)["stored"]["bytes"]
     status, out, _ = run(capsys, "inspect", "org/model", "--verify")
-    assert status == 0 and "every byte is as it was saved" in out
+    assert status == 0 and "every byte is unchanged since it was saved" in out
     layers = ("--layers", "0-1", "--experts", "0,3,6,9", "--no-compare")
     for command, options in (("convert", ()), ("cut", layers)):
         assert run(capsys, command, "org/model@v1", "--out", str(tmp_path / command), *options)[0] == 0
@@ -109,9 +109,11 @@ def test_every_command_takes_a_name(cache: Path, capsys: Any, tmp_path: Path) ->
 
 def test_a_cache_that_lacks_a_file(cache: Path, capsys: Any, tmp_path: Path) -> None:
     """The state after an interrupted download. Offline, it is unknown whether the model has the file."""
-    offline = "moesmith: org/model@v1: the Hub is offline (HF_HUB_OFFLINE is set), and its cache has no"
+    offline = "org/model@v1: the Hub is offline (HF_HUB_OFFLINE is set), and its cache has no"
     line = fails_in_one_line(capsys, "generate", "org/model@v1", "--prompt", "a")
-    assert line.startswith(f"{offline} tokenizer.json; text needs the tokenizer that the model was trained with; exp")
+    assert line.startswith(
+        f"moesmith generate: {offline} tokenizer.json; text needs the tokenizer that the model was trained with; exp"
+    )
     snapshot, out = cache / "snapshots" / COMMITS["v1"], ("--out", str(tmp_path / "out"))
     Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(snapshot / "tokenizer.json"))
     commands = (
@@ -122,7 +124,8 @@ def test_a_cache_that_lacks_a_file(cache: Path, capsys: Any, tmp_path: Path) -> 
     (snapshot / "model.safetensors").unlink()
     for command in commands:
         line = fails_in_one_line(capsys, *command)
-        assert line == f"{offline} model.safetensors; expected a cached model, or a connection\n"
+        missing = f"{offline} model.safetensors; expected a cached model, or a connection"
+        assert line == f"moesmith {command[0]}: {missing}\n"
 
     convert(hub.find("org/model"), tmp_path / "shards", max_shard_bytes=2**16)
     for path in (tmp_path / "shards").iterdir():
@@ -132,7 +135,8 @@ def test_a_cache_that_lacks_a_file(cache: Path, capsys: Any, tmp_path: Path) -> 
     second = next(snapshot.glob("model-00002-of-*"))
     second.unlink()
     for command in commands:
-        assert fails_in_one_line(capsys, *command).startswith(f"{offline} {second.name}; expected")
+        line = fails_in_one_line(capsys, *command)
+        assert line.startswith(f"moesmith {command[0]}: {offline} {second.name}; expected")
     line = fails_in_one_line(capsys, "inspect", "org/model@v1")
     assert f"but not all of its weights: {OFFLINE}" in line
     assert json.loads(run(capsys, "plan", "org/model@v1", "--json")[1])["stored_from"] == "config.json"
@@ -140,9 +144,9 @@ def test_a_cache_that_lacks_a_file(cache: Path, capsys: Any, tmp_path: Path) -> 
         moe.load("org/model", revision="v1")
     (snapshot / "config.json").unlink()
     for command in (*commands[1:], ("inspect", "org/model@v1"), ("plan", "org/model@v1")):
-        assert fails_in_one_line(capsys, *command).startswith(f"{offline} config.json; expected")
+        assert fails_in_one_line(capsys, *command).startswith(f"moesmith {command[0]}: {offline} config.json; expected")
     line = fails_in_one_line(capsys, "convert", str(snapshot), *out)
-    assert line.startswith(f"moesmith: {snapshot / 'config.json'}: No such file; expected config.json and")
+    assert line.startswith(f"moesmith convert: {snapshot / 'config.json'}: No such file; expected config.json and")
 
 
 def answer(kind: type[Exception]) -> Exception:
@@ -173,7 +177,7 @@ def test_what_the_hub_answers_is_one_line(kind: type[Exception], monkeypatch: An
     monkeypatch.chdir(tmp_path)
     for command in (("convert", "org/model@v3", "--out", "out"), ("generate", "org/model@v3", "--prompt", "a")):
         line = fails_in_one_line(capsys, *command)
-        assert line.startswith("moesmith: org/model@v3: ") and ANSWERS[kind] in line
+        assert line.startswith(f"moesmith {command[0]}: org/model@v3: ") and ANSWERS[kind] in line
     for command in ("inspect", "plan"):
         assert ANSWERS[kind].split("; expected")[0] in fails_in_one_line(capsys, command, "org/model@v3")
     assert list(tmp_path.iterdir()) == []
@@ -280,4 +284,4 @@ def test_the_tokenizer_of_a_training_run(cache: Path, tmp_path: Path, capsys: An
         ("words.json", "No such file"),
     ):
         line = fails_in_one_line(capsys, "train", "--out", "run", "--tokenizer", name)
-        assert "--tokenizer = " in line and "expected a readable tokenizer.json; " in line and message in line
+        assert "--tokenizer: expected a readable tokenizer.json; " in line and message in line

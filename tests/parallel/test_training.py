@@ -168,11 +168,11 @@ def test_a_killed_rank_is_restarted_and_the_run_resumes(text: Path, alone: Path,
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        (("--batch-size", 3), "--batch-size = 3: expected a multiple of the 2 ranks"),
-        (("--ep", 3), "ep = 3: expected a divisor of the 2 ranks"),
+        (("--batch-size", 3), "train: --batch-size: expected a multiple of the 2 ranks; found 3"),
+        (("--ep", 3), "train: --ep: expected a divisor of the 2 ranks; found 3"),
         (("--dp-shard", 4), "dp_replicate x dp_shard = 1 x 4: expected 2, the number of ranks"),
         (("--resume",), "expected the folder of a run"),
-        (("--optimizer", "sgd"), "'sgd': expected"),
+        (("--optimizer", "sgd"), "--optimizer: expected one of adamw, muon"),
         (("--device", "cuda"), "expected a GPU for each of the 2 processes on this node"),
     ],
 )
@@ -187,7 +187,10 @@ def test_errors_are_printed_once(more: tuple[Any, ...], expected: str, text: Pat
 
 @pytest.mark.parametrize(
     ("more", "expected"),
-    [(("--optimizer", "sgd"), "'sgd': expected"), (("--batch-size", 6), "--batch-size = 6: expected a multiple")],
+    [
+        (("--optimizer", "sgd"), "--optimizer: expected one of adamw, muon"),
+        (("--batch-size", 6), "--batch-size: expected a multiple"),
+    ],
 )
 def test_errors_are_printed_once_on_each_node(more: tuple[Any, ...], expected: str, text: Path, tmp_path: Path) -> None:
     out, program = tmp_path / "run", tmp_path / "late.py"
@@ -214,7 +217,7 @@ def test_an_interrupted_run_prints_once_how_to_resume(text: Path, tmp_path: Path
 
 def test_ranks_without_torchrun_are_refused(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments(text, tmp_path / "run", "--ep", 2)) == 2
-    assert "--ep = 2" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert "--ep: expected 1 without torchrun" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_this_process_has_no_process_group() -> None:

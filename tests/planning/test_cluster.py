@@ -385,8 +385,8 @@ CLUSTER = ("plan", "deepseek_v3", "--gpus", "2048", "--gpu", "h800", "--ep", "64
 def test_the_command(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     status, out, _ = run(capsys, *COMMAND.split())
-    assert status == 0 and "fits into 80.00 GiB" in out and "2,664," in out
-    assert "7,392 B" in out and "a token reaches 7.36 ranks on 3.63 nodes" in out
+    assert status == 0 and "\nFits into 80.00 GiB" in out and "2,664," in out
+    assert " 7,392 " in out and "A token is sent to 7.36 ranks on 3.63 nodes, including its own." in out
     facts = json.loads(run(capsys, *COMMAND.split(), "--price", "3", "--json")[1])
     for kind in (Training, Rates):  # every assumption is printed
         names = {kind_field.name for kind_field in dataclasses.fields(kind)}
@@ -412,15 +412,15 @@ def test_rates_of_a_gpu_as_options(capsys: Any) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("tiny", "--pp", "2"), "--gpu = None: expected a GPU, because an option of a training run is given"),
-        (("tiny", "--gpu", "h900"), "--gpu = 'h900': expected one of a100, h100, h800, h200, b200, mi300x"),
-        (("tiny", "--gpu", "h100", "--network", "-1"), "network = -1.0: expected a number above 0"),
-        (("tiny", "--gpu", "a100", "--dtype", "fp8"), "dtype = 'fp8': expected bf16 on a GPU without FP8"),
-        (("tiny", "--gpu", "h100", "--dtype", "fp32"), "dtype = 'fp32': expected fp8 or bf16 with --gpu"),
-        (("tiny", "--gpu", "h100", "--price", "nan"), "price = nan: expected dollars from 0 up"),
-        (("tiny", "--gpu", "h100", "--train-tokens", "many"), "--train-tokens = 'many'"),
-        (("tiny", "--published"), "--published = True: expected no other option than --json"),
-        ((), "MODEL = None: expected a folder, or one of the presets"),
+        (("tiny", "--pp", "2"), "--gpu: expected a GPU, which the options of a training run require"),
+        (("tiny", "--gpu", "h900"), "--gpu: expected one of a100, h100, h800, h200, b200, mi300x; found 'h900'"),
+        (("tiny", "--gpu", "h100", "--network", "-1"), "--network: expected a number above 0; found -1.0"),
+        (("tiny", "--gpu", "a100", "--dtype", "fp8"), "--dtype: expected bf16 on a GPU without FP8; found 'fp8'"),
+        (("tiny", "--gpu", "h100", "--dtype", "fp32"), "--dtype: expected fp8 or bf16 with --gpu; found 'fp32'"),
+        (("tiny", "--gpu", "h100", "--price", "nan"), "--price: expected dollars from 0 up; found nan"),
+        (("tiny", "--gpu", "h100", "--train-tokens", "many"), "found 'many'"),
+        (("tiny", "--published"), "--published: expected no other option than --json"),
+        ((), "MODEL: expected a folder, or one of the presets"),
     ],
 )
 def test_errors_of_the_command(capsys: Any, args: tuple[str, ...], message: str) -> None:
@@ -434,7 +434,7 @@ def test_published_runs(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "…" not in out and max(map(len, out.splitlines())) <= 80
     for number in ("2,664,000", "3,755,960", "1,569,274", "40.7%"):
         assert number in out
-    assert status == 0 and "matmul share 0.2455" in out and "fitted" in out
+    assert status == 0 and "the matmul share, 0.2455, is fitted" in out and "fitted" in out
     facts = json.loads(run(capsys, "plan", "--published", "--json")[1])
     for found, published in zip(facts["runs"], (V3, *OTHERS), strict=True):
         assert f"{found['modelled']:,.0f}" in out and f"{found['published']:,.0f}" in out
@@ -445,6 +445,6 @@ def test_published_runs(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         row = f"{found['published']:,.0f} | {found['modelled']:,.0f} | {error} | {communication} | "
         assert row + f"{found['published_mfu']:.1%} |" in README
         assert (
-            published.source in out.replace("\n", " ")
+            published.source in " ".join(out.split())
             and found["all_hidden"] <= found["modelled"] <= found["none_hidden"]
         )

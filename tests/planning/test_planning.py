@@ -123,12 +123,16 @@ def run(capsys: Any, *args: str) -> tuple[int, str, str]:
 def test_the_command(capsys: Any) -> None:
     status, out, _ = run(capsys, "plan", "deepseek_v3", "--gpus", "16", "--ep", "16", "--dtype", "fp8")
     assert status == 0 and "91,991 tensors, 688,574,839,360 bytes" in out
-    assert "16 of 256" in out and "fits into 80.00 GiB" in out and "does not fit into 80.00 GiB" in out
+    assert "16 of 256" in out and "\nFits into 80.00 GiB" in out and "\nDoes not fit into 80.00 GiB" in out
     facts = json.loads(run(capsys, "plan", "mixtral_8x7b", "--json", "--memory", "100GiB")[1])
     assert facts["inference"]["fits"] and not facts["training"]["fits"]
     assert facts["inference"]["total"] == sum(facts["inference"]["parts"].values())
     status, _, err = run(capsys, "plan", "mixtral_8x7b", "--gpus", "16", "--ep", "16")
-    assert (status, err.strip()) == (2, "moesmith: --ep = 16: expected at most the 8 experts of a layer")
+    assert (status, err.strip()) == (2, "moesmith plan: --ep: expected at most the 8 experts of a layer; found 16")
     assert run(capsys, "plan", "no/such")[0] == 2
-    assert "--memory = '80XB'" in run(capsys, "plan", "tiny", "--memory", "80XB")[2]
-    assert "--memory = '80': expected at least 1MiB, with a unit" in run(capsys, "plan", "tiny", "--memory", "80")[2]
+    assert (
+        "--memory: expected a size such as 5GB or 4GiB; found '80XB'"
+        in run(capsys, "plan", "tiny", "--memory", "80XB")[2]
+    )
+    few = run(capsys, "plan", "tiny", "--memory", "80")[2]
+    assert "--memory: expected at least 1MiB, with a unit such as GiB; found '80'" in few

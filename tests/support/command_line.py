@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from moe.cli import main
+from moe.cli import COMMANDS, main
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
     """Status, stdout and stderr of a command, run in this process."""
     try:
         status = main(argv)
-    except SystemExit as exit_:  # tyro's way out
+    except SystemExit as exit_:  # after --help
         status = exit_.code if isinstance(exit_.code, int) else 1
     out, err = capsys.readouterr()
     return status, out, err
@@ -25,7 +25,8 @@ def fails_in_one_line(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     """The line on stderr of a command that must fail with status 2."""
     status, out, err = run(capsys, *argv)
     assert (status, out) == (2, "")
-    assert err.startswith("moesmith: ") and err.count("\n") == 1
+    program = f"moesmith {argv[0]}" if argv[0] in COMMANDS else "moesmith"
+    assert err.startswith(f"{program}: ") and err.count("\n") == 1
     return err
 
 

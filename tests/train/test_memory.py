@@ -151,13 +151,13 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPat
     [
         (
             ["--preset", "deepseek_v3"],
-            "moesmith: --preset = 'deepseek_v3': expected a run that fits into this machine's memory; found 7,6",
+            "moesmith train: --preset: expected a run that fits into this machine's memory, where 7,6",
         ),
         (["--preset", "deepseek_v3", "--optimizer", "adamw"], "10,1"),
-        (["--preset", "mixtral_8x7b", "--activation-checkpointing"], "smaller model or, under torchrun, more ranks"),
-        (["--batch-size", "1000000"], "moesmith: --batch-size = 1000000: expected a run that fits"),
+        (["--preset", "mixtral_8x7b", "--activation-checkpointing"], "a smaller model, or, under torchrun, more ranks"),
+        (["--batch-size", "1000000"], "moesmith train: --batch-size: expected a run that fits"),
         (["--batch-size", "1000000", "--activation-checkpointing", "--dtype", "bf16"], "fewer sequences"),
-        (["--seq-length", "10000000"], "moesmith: --seq-length = 10000000: expected at most"),
+        (["--seq-length", "10000000"], "moesmith train: --seq-length: expected at most"),
     ],
 )
 @pytest.mark.parametrize("again", [[], ["--overwrite"], ["--auto-resume"]], ids=lambda words: "".join(words))
@@ -201,9 +201,9 @@ def test_what_is_free_is_the_machines_own_figure() -> None:
     [
         (
             ["--preset", "mixtral_8x7b", "--bias-update-speed", "0.1"],
-            "--bias-update-speed = 0.1: expected the default 0.01: mixtral_8x7b has no correction bias",
+            "--bias-update-speed: expected the default 0.01: mixtral_8x7b has no correction bias",
         ),
-        (["--dispatch", "fp8"], "--dispatch = 'fp8': expected same where no experts are divided (--ep 1)"),
+        (["--dispatch", "fp8"], "--dispatch: expected same where no experts are divided (--ep 1)"),
     ],
 )
 def test_options_without_effect_are_refused(

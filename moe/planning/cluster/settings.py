@@ -52,29 +52,30 @@ class Mesh:
 
 @dataclass(frozen=True)
 class Training:
-    """Options of a training run."""
+    """Layout of the training run."""
 
     sequence: int = 4096
-    """Sequence length in tokens; attention is causal."""
+    """Sequence length in tokens; attention is causal over the whole sequence."""
     global_batch: int = 15360
     """Sequences per optimizer step."""
     schedule: Literal["1f1b", "zb1p", "dualpipe"] = "1f1b"
-    """Pipeline schedule; bubbles and copies as in table 2 of DeepSeek-V3's report."""
+    """Pipeline schedule; bubbles and copies as in table 2 of the DeepSeek-V3 report."""
     sharding: Literal["zero1", "fsdp"] = "zero1"
-    """Data-parallel sharding. zero1: optimizer state; fsdp: also parameters and gradients."""
+    """Sharding over data-parallel ranks. zero1: optimizer state; fsdp: also parameters and gradients."""
     recompute: Literal["none", "selective", "full"] = "selective"
-    """Recomputation in backward. selective: norms, SwiGLU and MLA's up-projections; full: whole blocks."""
+    """Recomputation in the backward pass. selective: norms, SwiGLU and MLA's up-projections; full: whole blocks."""
     moments: Literal["bf16", "fp32"] = "fp32"
     """Dtype of AdamW's moments; master weights and gradients are fp32."""
     dispatch: Precision = "bf16"
-    """Dtype of tokens on their way to experts; fp8 adds an fp32 scale per 128 values. They return in bf16."""
+    """Dtype of tokens on their way to experts; fp8 adds an fp32 scale per 128 values. Tokens return in bf16."""
     transport: Literal["node", "rank"] = "node"
-    """node: one copy per node, forwarded over NVLink; rank: one copy per rank, across the network."""
+    """Path of dispatched tokens. node: one copy per node, forwarded over NVLink; rank: one copy per rank, across the
+    network."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Fractions of a GPU's rates that are reached in practice."""
+    """Fractions of the GPU's rates that are reached."""
 
     matmul_share: float = 0.2455
     """Fraction of peak reached by matrix products.
@@ -82,7 +83,7 @@ class Rates:
     attention_share: float = 0.5
     """Fraction of the bf16 peak reached by causal attention (FlashAttention-3 on an H100: 0.4 to 0.6)."""
     link_share: float = 0.8
-    """Fraction of NVLink and network bandwidth reached (DeepSeek-V3's report: 160 of 200 GB/s of NVLink)."""
+    """Fraction of NVLink and network bandwidth reached (DeepSeek-V3 report: 160 of 200 GB/s of NVLink)."""
     overlap: float = 0.5
     """Fraction of communication hidden behind computation."""
     latency_us: float = 20.0
