@@ -57,10 +57,7 @@ from typing import Any, TextIO
 import torch
 
 from benchmarks.harness import ROOT, BadInput, say
-from benchmarks.shapes import SHAPES, SONIC
-from benchmarks.steps import NO_KERNELS, NOT_USABLE, OPERATORS
-from benchmarks.supervise import Ended, Program
-from benchmarks.verdicts import (
+from benchmarks.qualify_results import (
     DONE,
     LOG,
     REPORT,
@@ -77,6 +74,9 @@ from benchmarks.verdicts import (
     tasks,
     write_report,
 )
+from benchmarks.qualify_steps import NO_KERNELS, NOT_USABLE, OPERATORS
+from benchmarks.shapes import SHAPES, SONIC
+from benchmarks.supervise import Ended, Program
 
 PARTS = 16  # of the kernels' tests, whatever the machine, so that another one can continue
 RESTARTS = 8  # of a part whose processes crash
@@ -123,7 +123,7 @@ class Stage:
 
 
 def step(name: str, *words: str, device: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", "benchmarks.steps", name, *words, "--device", device, "--lines", "{lines}")
+    return (sys.executable, "-m", "benchmarks.qualify_steps", name, *words, "--device", device, "--lines", "{lines}")
 
 
 def environment(device: str, small: bool) -> list[Task]:

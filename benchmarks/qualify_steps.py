@@ -1,4 +1,4 @@
-"""Steps of `qualify`, each in its own process: python -m benchmarks.steps STEP [--device D] [--lines FILE] ...
+"""Steps of `qualify`, each in its own process: python -m benchmarks.qualify_steps STEP [--device D] [--lines FILE] ...
 
 A step appends JSON lines to its file: facts of the machine, and checks, each a number beside the most that it may be.
 Exit status: 0; 1 if a check or the step itself fails; 3 if something that the step needs is missing.
@@ -478,7 +478,9 @@ STEPS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.steps", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.qualify_steps", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("step", choices=STEPS)
     parser.add_argument("words", nargs="*", metavar="WORD")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
