@@ -4,9 +4,12 @@ import ast
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+
+import moe
 
 ROOT = Path(__file__).parents[1]
 
@@ -167,11 +170,11 @@ NOT_ON_A_GPU_MACHINE = ("tyro", "hypothesis", "xdist", "transformers", "tokenize
 
 def test_what_runs_on_a_gpu_machine_needs_no_installation() -> None:
     """Tests are collected from a clone beside torch, triton, numpy, pytest, rich, einops and safetensors; one runs."""
-    files = ("cuda", "ops", "ops_routing", "ops_contract", "kernels")
-    paths = [f"tests/test_{name}.py" for name in files]
-    collect = f"import pytest; assert pytest.main(['-q', '--collect-only', *{paths}, 'tests/offsets.py']) == 0"
-    one = "import pytest; assert pytest.main(['-q', 'tests/test_ops.py', '-k', 'one_slot and float32']) == 0"
-    for code in (collect, one, "import tests.kernels, tests.compiled"):
+    files = ("ops/test_ops", "ops/test_routing", "ops/test_contract", "kernels/test_kernels", "kernels/test_cuda")
+    paths = [f"tests/{name}.py" for name in (*files, "kernels/offsets")]
+    collect = f"import pytest; assert pytest.main(['-q', '--collect-only', *{paths}]) == 0"
+    one = "import pytest; assert pytest.main(['-q', 'tests/ops/test_ops.py', '-k', 'one_slot and float32']) == 0"
+    for code in (collect, one, "import tests.support.kernels, tests.compiled"):
         run(without(*NOT_ON_A_GPU_MACHINE) + code, ROOT, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
 
 
@@ -229,7 +232,6 @@ def test_public_names_after_import_moe_alone() -> None:
 
 
 def test_what_is_no_attribute_is_answered_with_the_nearest() -> None:
-    import moe
     import moe.checkpoint
 
     for module, name, hint in (
@@ -244,3 +246,24 @@ def test_what_is_no_attribute_is_answered_with_the_nearest() -> None:
             getattr(module, name)
         assert str(caught.value) == f"module '{module.__name__}' has no attribute '{name}'{hint}"
         assert not hasattr(module, name) and caught.value.name == name
+
+
+def test_hooks_and_the_hosted_workflow_run_what_ci_runs() -> None:
+    yaml = pytest.importorskip("yaml")
+    (hooks,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    linters = (ROOT / ".ci/run").read_text().split('stage "ruff"')[1].split('stage "the numeric')[0]
+    commands = {line for line in linters.splitlines() if line.startswith(("ruff", "basedpyright"))}
+    assert commands == {"ruff check .", "ruff format --check .", "basedpyright"}
+    assert {hook["entry"].removesuffix(" --force-exclude") for hook in hooks["hooks"]} == {
+        command.removesuffix(" .").removesuffix(" --check") for command in commands
+    }
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    assert workflow["jobs"]["run"]["steps"][-1] == {"run": ".ci/run"}
+
+
+def test_the_version_is_stated_once() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" not in project["project"] and project["project"]["dynamic"] == ["version"]
+    assert project["tool"]["setuptools"]["dynamic"] == {"version": {"attr": "moe.__version__"}}
+    stated = [path for path in sources("moe") if f'"{moe.__version__}"' in path.read_text()]
+    assert stated == [ROOT / "moe/__init__.py"]
