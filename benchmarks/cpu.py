@@ -35,7 +35,7 @@ with forward FLOPs = 2 x activated parameters without embeddings x S
 
 --small is a smoke test: it shows that everything runs and is correct, and
 prints no times or ratios. Its JSON lines have times and "small": true.
-"disturbed: other processes used X of N cores" names the most disturbed
+"disturbed: other processes used X of N cores" rates the most disturbed
 measurement; JSON lines have "other_cores" and "disturbed".
 """
 

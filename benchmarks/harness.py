@@ -141,7 +141,9 @@ def environment(small: bool) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    return f"{cpu_model()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    threads = torch.get_num_threads()
+    plural = "" if threads == 1 else "s"
+    return f"{cpu_model()}, {threads} thread{plural}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def commit() -> str:

@@ -1,4 +1,5 @@
-"""Times one MoE layer and its operations beside peers, on any shape, routing and device.
+"""Times one MoE layer and its operations beside peers, for any shape, routing
+and device.
 
 Operations:
   route    softmax, top-k and normalised weights, from float32 logits
@@ -22,8 +23,8 @@ d, n and T; a shape given as numbers does not shrink. A run with --small or a
 shrunk shape is a smoke test: it shows that everything runs and is correct, and
 prints no times. Their JSON lines have times and "small": true.
 
-"disturbed: other processes used X of N cores" at the end of a run names the most
-disturbed measurement. JSON lines have "other_cores" and "disturbed".
+"disturbed: other processes used X of N cores" at the end of a run rates the
+most disturbed measurement. JSON lines have "other_cores" and "disturbed".
 
 Exit status: 0; 1 if ours is wrong, fails, lacks memory, or is slower than
 --compare allows; 2 for bad input; 3 if a candidate left the device unusable (by
@@ -384,6 +385,9 @@ def ceilings(dtypes: set[str], device: str, timer: Timer, small: bool) -> dict[s
     return {name: Ceilings(matmul_rate(DTYPES[name], size, device, timer), copy) for name in sorted(dtypes)}
 
 
+DTYPE_HELP = f"Some of {' '.join(DTYPES)}; default: bf16 on a GPU, fp32 on a CPU; route is always fp32"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--list", action="store_true", help="List shapes, operations and peers, and which peers are available")
@@ -397,13 +401,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ROUTING",
         help=f"{', '.join(NAMES)} or FILE.npz, see benchmarks/routings.py; default: uniform",
     )
-    add("--dtype", nargs="+", choices=list(DTYPES), help="Default: bf16 on a GPU, fp32 on a CPU; route is always fp32")
+    add("--dtype", nargs="+", choices=list(DTYPES), metavar="DTYPE", help=DTYPE_HELP)
     add("--peers", nargs="*", metavar="NAME", help="Peers to time; without a name ours alone; default: all available")
     add("--peer", action="append", default=[], metavar="FILE.py:FUNCTION", help="Your own peer, from LayerInputs to y")
     add("--device", choices=("cpu", "cuda"), help="Device; default: cuda if there is one, otherwise cpu")
     add("--small", action="store_true", help="Smoke test with shrunk shapes; always on for registry shapes on a CPU")
     add("--seconds", type=_not_negative, metavar="S", help="Time per candidate and case; default: 0.5, small: 0.01")
-    add("--seed", type=_seed, default=0, help="Random seed of all inputs; default: 0")
+    add("--seed", type=_seed, default=0, metavar="N", help="Random seed of all inputs; default: 0")
     add(
         "--json",
         nargs="?",
@@ -413,7 +417,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Append a JSON line per measurement; default: benchmarks/results/layer.jsonl",
     )
     add("--compare", type=Path, metavar="OLD.jsonl", help="Exit with 1 if ours is slower than there, or wrong")
-    add("--tolerance", type=_not_negative, default=0.1, help="Relative slowdown that --compare allows; default: 0.1")
+    add(
+        "--tolerance",
+        type=_not_negative,
+        default=0.1,
+        metavar="X",
+        help="Relative slowdown that --compare allows; default: 0.1",
+    )
     add("--plot", type=Path, metavar="FILE.png", help="Write bars of each result's share of its limit")
     add("--profile", action="store_true", help="Print which kernels take our time")
 
@@ -536,7 +546,7 @@ def run(args: argparse.Namespace) -> int:
         say(f"interrupted: {done} of {len(todo)} measured")
         status = 130
     report.print_absent(absent)
-    if line := disturbance(records):
+    if not small and (line := disturbance(records)):
         report.print_line(line)
     if args.plot and records:
         report.plot(args.plot, records)

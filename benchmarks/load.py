@@ -1,10 +1,10 @@
 """Times loading a checkpoint that is in the page cache, beside other readers of
 the same bytes: seconds and peak memory.
 
-The checkpoint has random weights, by default 2 GiB in bfloat16, in the layout of
-Qwen3-MoE, in several shards. Each load is a process of its own, and the readers
-take turns. The timing includes touching every page of the loaded tensors. Memory
-is the peak of the process's anonymous pages above its start.
+The checkpoint has random weights, by default 2 GiB in bfloat16, in the layout
+of Qwen3-MoE, in several shards. Each load is a process of its own, and the
+readers take turns. The timing includes touching every page of the loaded
+tensors. Memory is the peak of the process's anonymous pages above its start.
 
   readinto         bytes of the files into buffers, nothing else: the least that
                    reading costs
@@ -18,8 +18,8 @@ is the peak of the process's anonymous pages above its start.
 Before any timing, every tensor of moe.load is compared with the file's, as the
 safetensors library reads it.
 
---small is a smoke test: it shows that everything runs and is correct, and prints
-no times. Its JSON lines have times and "small": true. "disturbed: other
+--small is a smoke test: it shows that everything runs and is correct, and
+prints no times. Its JSON lines have times and "small": true. "disturbed: other
 processes used X of N cores" rates the whole run; JSON lines have "other_cores"
 and "disturbed".
 

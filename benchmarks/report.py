@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.harness import BadInput
+from benchmarks.harness import BadInput, disturbance
 from benchmarks.roofline import Ceilings
 from benchmarks.shapes import SHAPES, Shape
 
@@ -37,12 +37,13 @@ def print_line(text: str) -> None:
 
 
 def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], names: int = 1) -> None:
-    """The first `names` columns are names: aligned to the left, and folded where they are too long."""
-    table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 1, 0, 0))
+    """The first `names` columns are names: aligned to the left, and folded if they are too long."""
+    table = Table(box=None, padding=(0, 1, 0, 0))
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="left" if number < names else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
+    print_line(f"\n{title}")
     _console().print(table)
 
 
@@ -363,7 +364,8 @@ def figure(records: Sequence[Mapping[str, Any]]) -> Any:
     handles = [Patch(label=Path(name).name, **looks[name]) for name in candidates]
     about = records[0]
     title = textwrap.fill(f"{about['device']}; {_dtypes(records)}; commit {about['commit']}", 100)
-    made.suptitle(f"{title}\n{SMOKE_TEST}" if is_small else title, fontsize=9)
+    note = SMOKE_TEST if is_small else disturbance(records)
+    made.suptitle(f"{title}\n{note}" if note else title, fontsize=9)
     made.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
     return made
 

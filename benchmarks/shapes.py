@@ -1,6 +1,6 @@
 """Layer shapes to benchmark, the sizes of real models. d is the model's width, n an expert's.
 
-The small cases on which the operators are tested are in tests/cases.py.
+The small cases on which the operators are tested are in tests/support/cases.py.
 """
 
 from dataclasses import dataclass, replace
