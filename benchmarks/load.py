@@ -271,7 +271,7 @@ def _show(records: list[dict[str, Any]]) -> None:
     title = f"loading {records[0]['bytes'] / 2**20:,.0f} MiB from the page cache"
     if records[0]["small"]:
         rows = [(r["reader"], "failed" if "fault" in r else "ran") for r in records]
-        print_table(title, ("reader", "result"), rows)
+        print_table(title, ("reader", "result"), rows, names=2)
     else:
         headings = ("reader", "median\ns", "GB/s", "times\nreadinto", "peak\nMiB", "peak / size\nof files")
         rows = [(r["reader"], "failed") if "fault" in r else _cells(r) for r in records]

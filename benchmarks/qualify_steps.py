@@ -72,7 +72,7 @@ def machine(step: Step) -> None:
     """Write the fields common to all records, and facts about the machine."""
     from benchmarks.layer import about
 
-    found = about(step.device, small=False)  # `qualify` sets it
+    found = about(step.device, small=False)  # `qualify` sets the mark
     names = ("numpy", "pytest", "einops", "safetensors", "rich", "tokenizers", "matplotlib", "tyro", "hypothesis")
     for package in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
