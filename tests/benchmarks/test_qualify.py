@@ -229,7 +229,7 @@ def test_minutes_stop_and_resume_continues(tmp_path: Path, switch: Any, monkeypa
     assert call(out, *stages, resume=out) == 0  # --out is the resumed folder
     assert sorted(ran.read_text().split()) == ["b", "c", "d", "e"]
     report = (out / "report.md").read_text()
-    assert "| one | passed | 3 of 3 passed |" in report and "What is left" not in report
+    assert "| one | passed | 3 of 3 passed |" in report and "Tasks left" not in report
     # In another folder, from the file alone, whose last line is cut.
     copied, other = tmp_path / "copied.jsonl", tmp_path / "other"
     copied.write_text((out / RESULTS).read_text() + '{"kind": "ta')
