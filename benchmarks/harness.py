@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import os
 import subprocess
 import sys
@@ -88,37 +89,42 @@ class OtherProcesses:
         self._begun = self._now()
 
     def _now(self) -> tuple[float, float, float]:
-        """Seconds: wall clock, busy time of the cores, CPU time of this process and its finished children."""
-        busy = 0.0
-        if STAT.exists():
-            ticks = os.sysconf("SC_CLK_TCK")
+        """Seconds: wall clock, busy time of the cores (NaN if unknown), CPU time of this process and ended children."""
+        try:
             lines = {name: values for name, *values in map(str.split, STAT.read_text().splitlines())}
-            for core in self._cores:
-                user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, lines.get(f"cpu{core}", [0] * 8)[:8])
-                busy += (user + nice + system + irq + softirq + steal) / ticks
+            busy = sum(_busy_ticks(lines[f"cpu{core}"]) for core in self._cores) / os.sysconf("SC_CLK_TCK")
+        except (OSError, KeyError, ValueError):
+            busy = math.nan
         return time.perf_counter(), busy, sum(os.times()[:4])
 
     def record(self, own: float | None = None) -> dict[str, Any]:
         """`cores`, `other_cores` (cores used by other processes on average, None if unknown), and `disturbed`.
 
         Args:
-            own: CPU seconds of the benchmark since then, for one of several processes; default: of this process and
-                its finished children.
+            own: CPU seconds of the benchmark since then, if it has several processes; default: of this process and its
+                ended children.
         """
         wall, busy, mine = (now - then for now, then in zip(self._now(), self._begun, strict=True))
         cores = len(self._cores)
-        used = max(0.0, busy - (mine if own is None else own))
-        other = used / wall if busy else None
+        mine = mine if own is None else own
+        used = busy - mine
         least = max(LEAST_DISTURBANCE, LEAST_DISTURBED_SHARE * cores) * wall
-        disturbed = other is not None and used > max(least, LEAST_SECONDS)
-        return {"cores": cores, "other_cores": None if other is None else round(other, 3), "disturbed": disturbed}
+        # Some sandboxes have counters that stand still, and count no work of this process either.
+        known = cores > 0 and used >= -max(LEAST_SECONDS, 0.1 * mine)
+        other_cores = round(max(0.0, used / wall), 3) if known else None
+        return {"cores": cores, "other_cores": other_cores, "disturbed": known and used > max(least, LEAST_SECONDS)}
+
+
+def _busy_ticks(values: list[str]) -> int:
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, values[:8])
+    return user + nice + system + irq + softirq + steal
 
 
 STAT = Path("/proc/stat")
 # Other processes' use of the cores that a result is marked for: background services of an idle machine use less.
 LEAST_DISTURBANCE = 0.1  # cores
 LEAST_DISTURBED_SHARE = 0.02  # of the cores
-LEAST_SECONDS = 0.05  # below, the kernel's clock ticks of 10 ms make most of the difference
+LEAST_SECONDS = 0.05  # smaller differences are within the resolution of the counters, ticks of 10 ms
 
 
 def disturbance(records: Iterable[Mapping[str, Any]]) -> str:

@@ -702,7 +702,9 @@ def test_a_disturbed_run_says_so(monkeypatch, capsys, tmp_path):
 
     def after(seconds: float, cpu0: int, cpu1: int, cpu2: int, mine: float) -> dict[str, Any]:
         """`record` after so many seconds, ticks of each core, and seconds of this process."""
-        stat.write_text("cpu 0 0 0 0 0 0 0 0 0 0\ncpu0 0 0 0 9 9 0 0 0 0 0\ncpu1 5 0 0 9\ncpu2 5 5 5 9 9 5 5 5 7 7\n")
+        stat.write_text(
+            "cpu 0 0 0 0 0 0 0 0 0 0\ncpu0 0 0 0 9 9 0 0 0 0 0\ncpu1 5 0 0 9\ncpu2 5 5 5 9 9 5 5 5 7 7\nintr 1\n"
+        )
         clock[0], own[0] = 0.0, 1.0
         others = harness.OtherProcesses()
         # User, nice, system, irq, softirq and stolen time count; idle, waiting and guest time do not.
@@ -713,8 +715,11 @@ def test_a_disturbed_run_says_so(monkeypatch, capsys, tmp_path):
 
     assert after(10, 1200, 999, 800, 5.0) == {"cores": 2, "other_cores": 1.5, "disturbed": True}
     assert after(10, 300, 999, 280, 5.0) == {"cores": 2, "other_cores": 0.08, "disturbed": False}
-    assert after(10, 100, 999, 200, 5.0) == {"cores": 2, "other_cores": 0.0, "disturbed": False}, "ticks are coarse"
+    assert after(10, 290, 999, 200, 5.0) == {"cores": 2, "other_cores": 0.0, "disturbed": False}, "ticks are coarse"
+    assert after(10, 0, 999, 0, 5.0) == {"cores": 2, "other_cores": None, "disturbed": False}, "counters stand still"
     assert after(0.1, 10, 0, 4, 0.1) == {"cores": 2, "other_cores": 0.4, "disturbed": False}, "ticks are coarse"
+    stat.write_text("cpu 0 0 0 0 0 0 0 0 0 0\ncpu0 0 0 0 9 9 0 0 0 0 0\n")
+    assert harness.OtherProcesses().record()["other_cores"] is None, "a core that is not listed"
     stat.unlink()
     unknown = harness.OtherProcesses().record()
     assert unknown == {"cores": 2, "other_cores": None, "disturbed": False}
