@@ -273,7 +273,7 @@ def _show(records: list[dict[str, Any]]) -> None:
         rows = [(r["reader"], "failed" if "fault" in r else "ran") for r in records]
         print_table(title, ("reader", "result"), rows, names=2)
     else:
-        headings = ("reader", "median\ns", "GB/s", "times\nreadinto", "peak\nMiB", "peak / size\nof files")
+        headings = ("reader", "median\ns", "GB/s", "time /\nreadinto", "peak\nMiB", "peak /\nsize")
         rows = [(r["reader"], "failed") if "fault" in r else _cells(r) for r in records]
         print_table(title, headings, rows)
     for r in records:

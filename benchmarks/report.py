@@ -135,7 +135,7 @@ def print_packing(title: str, records: Sequence[Mapping[str, Any]]) -> None:
         if r["status"] != "right":
             moved = ("", "", "")
         rows.append((r["step"], r["candidate"], _ms(took), times, *moved))
-    print_table(title, ("step", "candidate", "ms", "times\nours", "MB", "GB/s", "% of\nlimit"), rows, names=2)
+    print_table(title, ("step", "candidate", "ms", "time /\nours", "MB", "GB/s", "% of\nlimit"), rows, names=2)
     _print_reasons(records, name)
 
 
@@ -158,7 +158,7 @@ def print_bytes(title: str, records: Sequence[Mapping[str, Any]]) -> None:
         ratio = "" if r["of_expected"] is None else f"{r['of_expected']:.3f}"
         saves = "" if r["dedup"] is None else f"{r['dedup']:.2f} x"
         rows.append((*names, *numbers, ratio, saves))
-    more = ("result",) if is_small else (*headings, "of ex-\npected", "saves")
+    more = ("result",) if is_small else (*headings, "bytes /\nexpected", "saves")
     print_table(title, ("shape", "routing", "rows\nas", *more), rows, names=3)
     _print_reasons(records, lambda r: f"{r['shape']}, {r['routing']}, {r['payload']}, {r['ranks']} ranks")
 

@@ -1,4 +1,4 @@
-"""What a run measured, one JSON object a line: {"kind": "train" | "validation", "step": n, ...}."""
+"""Measurements of a run, one JSON object per line: {"kind": "train" | "validation", "step": n, ...}."""
 
 import json
 from collections.abc import Callable
@@ -12,10 +12,9 @@ class Metrics:
     """An append-only JSONL file and its records in memory.
 
     Args:
-        file: created when missing; os.devnull on ranks that do not write.
-        until: records of later steps, written after the state that a run resumes from, are dropped, as is a line that a
-            kill cut short.
-        log: also gets every new record, see `moe.train.logs`.
+        file: created if missing; os.devnull on ranks that do not write.
+        until: step from which a run resumes. Records of later steps and an incomplete last line are dropped.
+        log: receives every new record, see `moe.train.logs`.
     """
 
     def __init__(self, file: Path, until: int, log: Callable[[dict[str, Any]], None] | None = None) -> None:

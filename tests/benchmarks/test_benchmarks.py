@@ -19,7 +19,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from benchmarks import correctness, cpu, cuda, harness, jobs, layer, peers, report, routings
+from benchmarks import correctness, cpu, cuda, harness, jobs, layer, load, peers, report, routings
 from benchmarks.__main__ import main
 from benchmarks.harness import ROOT, BadInput, interleave
 from benchmarks.peers import OURS, PEERS, LayerInputs, Peer, RouteInputs
@@ -741,14 +741,14 @@ def test_own_work_is_not_by_other_processes():
 
 
 def test_a_disturbed_measurement_ends_with_a_line(monkeypatch, capsys, tmp_path):
-    load = {"cores": 2, "other_cores": 0.6, "disturbed": True}
-    monkeypatch.setattr(layer, "OtherProcesses", lambda: SimpleNamespace(record=lambda: load))
+    busy = {"cores": 2, "other_cores": 0.6, "disturbed": True}
+    monkeypatch.setattr(layer, "OtherProcesses", lambda: SimpleNamespace(record=lambda: busy))
     monkeypatch.setattr(layer, "ceilings", lambda dtypes, *_: dict.fromkeys(dtypes, Ceilings(1e9, 1e9)))
     out = tmp_path / "out.jsonl"
     run = ["layer", "--device", "cpu", "--seconds", "0", "--op", "forward", "--peers", "--shape", LAYER]
     assert main([*run, "--json", str(out)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "disturbed: other processes used 0.6 of 2 cores"
-    assert records_of(out)[0].items() >= load.items()
+    assert records_of(out)[0].items() >= busy.items()
 
 
 def test_tables_fit_80_columns_with_every_name(capsys):
@@ -763,6 +763,35 @@ def test_tables_fit_80_columns_with_every_name(capsys):
     for text in ("transformers-grouped_mm", "12.35", "123456", "612.3", "3142", "100.0", "unchecked"):
         assert text in shown
     assert name in "".join(line.split(" ")[0] for line in shown.splitlines())
+
+
+def test_the_other_tables_fit_80_columns_with_every_name(capsys):
+    base = {"small": False, "reason": None, "status": "right", "ours": True}
+    packed = {"step": "destinations", "candidate": "torch: grouped_mm, -1 removed", "eager": {"median_s": 0.0123456}}
+    report.print_packing("pack", [{**base, **packed, "bytes": 123456789, "gbytes": 1234.5, "share": 0.999}])
+    sent = {"shape": "deepseek_v2_lite", "routing": "uniform", "payload": "same", "ranks": 64, "copies": 5.1234}
+    sent |= {"bytes": 123456.0, "naive_bytes": 234567.0, "of_expected": 1.0002, "dedup": 1.56}
+    report.print_bytes("bytes", [{**base, **sent, "expected_copies": 5.1235}])
+    rates = dict.fromkeys(("tokens_per_s", "undivided_tokens_per_s", "limit_tokens_per_s"), 1234567.0)
+    scaled = {"shape": "x", "ranks": 64, "fixed": "per rank", "tokens": 32768, "together": {"median_s": 1.2345}}
+    report.print_scaling("scaling", [{**base, **scaled, **rates, "share": 0.98, "in_collectives": 0.5}])
+    errors = {"logits": 1e-6, "gradients": 2e-5}
+    timed = {"work": "prefill", "dtype": "bf16", "backend": "batched_mm", "tokens": 1024, "limit_s": 0.5, "load": 1.0}
+    timed |= {"errors": errors, "peer_errors": errors, "ours": {"median_s": 0.8}, "peer": {"median_s": 1.1}}
+    about = {"preset": "bench_400m", "device": "d", "versions": {}, "commit": "c", "small": False, "ratio": 1.375}
+    cpu.show([{**timed, **about, "matmul_flops": 1e12, "read_bytes": 1e10}])
+    loaded = {"reader": "fastsafetensors", "median_s": 12.34, "gbytes_per_s": 12.35, "times_readinto": 12.36}
+    load._show([{**loaded, "small": False, "bytes": 2**31, "peak_bytes": 2**31, "peak_share": 1.01}])
+    shown = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in shown.splitlines())
+    for row in (
+        "destinations torch: grouped_mm, -1 removed 12.35 1.00 123.5 1234 99.9",
+        "deepseek_v2_lite uniform bf16 5.123 5.123 123,456 234,567 1.000 1.56 x",
+        "64 per rank 32,768 1234 1,234,567 1,234,567 1,234,567 98.0 50.0",
+        "prefill bf16 batched_mm 1280.0 62 930.9 45 1.38 1.0e-06 1.0e-06",
+        "fastsafetensors 12.34 12.35 12.36 2,048 1.01",
+    ):
+        assert row in [" ".join(line.split()) for line in shown.splitlines()], shown
 
 
 def test_every_help_fits_80_columns(capsys, monkeypatch):
