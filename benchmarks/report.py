@@ -336,7 +336,7 @@ def figure(records: Sequence[Mapping[str, Any]]) -> Any:
     ops = list(dict.fromkeys(r["op"] for r in timed))
     candidates = list(dict.fromkeys(r["candidate"] for r in sorted(timed, key=lambda r: not r["ours"])))
     looks = {
-        name: {"facecolor": COLORS[i % len(COLORS)], "hatch": HATCHES[i // len(COLORS) % len(HATCHES)]}
+        name: {"fc": COLORS[i % len(COLORS)], "ec": "white", "hatch": HATCHES[i // len(COLORS) % len(HATCHES)]}
         for i, name in enumerate(candidates)
     }
     cases = {op: list(dict.fromkeys(_case(r) for r in timed if r["op"] == op)) for op in ops}
@@ -344,21 +344,21 @@ def figure(records: Sequence[Mapping[str, Any]]) -> Any:
     made = Figure(figsize=(9, 1.4 + sum(heights)), layout="constrained")
     panels = made.subplots(max(len(ops), 1), squeeze=False, height_ratios=heights or None)[:, 0]
     for op, panel in zip(ops, panels, strict=False):
-        place, ticks = 0.0, []
+        last, place, ticks = 0.0, 0.0, []
         for case in cases[op]:
             group = [r for r in timed if r["op"] == op and _case(r) == case]
             ticks.append(place + (len(group) - 1) / 2)
             for r in group:
                 value = 1e3 * _fastest(r) if is_small else 100 * r["share"]
-                panel.barh(place, value, height=0.9, edgecolor="white", linewidth=0.3, **looks[r["candidate"]])
+                panel.barh(place, value, height=0.9, linewidth=0.3, **looks[r["candidate"]])
                 panel.text(value, place, f" {value:.3g}", va="center", fontsize=6)
-                place += 1
+                last, place = place, place + 1
             place += max(0.8, 2.4 - len(group))  # a label takes two lines
         panel.set_yticks(ticks, cases[op], fontsize=7)
-        panel.invert_yaxis()
         panel.tick_params(axis="x", labelsize=7)
         panel.set_title(op, loc="left", fontsize=9)
-        panel.margins(x=0.08, y=0.02)
+        panel.set_ylim(last + 0.8, -0.8)  # the first bar is on top
+        panel.margins(x=0.08)
     unit = "median time in ms (lower is better)" if is_small else "% of the limit (higher is better)"
     panels[-1].set_xlabel(unit, fontsize=8)
     handles = [Patch(label=Path(name).name, **looks[name]) for name in candidates]
