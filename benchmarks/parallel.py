@@ -188,13 +188,14 @@ def pack(asked: Asked) -> Iterator[list[dict[str, Any]]]:
         for number in numbers:
             say(f"pack: {shape.name}, one of {number} ranks")
             try:
-                new = list(_steps(asked, shape, number, dtype, limit, seconds, timer))
+                steps = _steps(asked, shape, number, dtype, limit, seconds, timer)
+                new = [origin | record for record in steps]
             except Exception as error:
                 if not out_of_memory(error):
                     raise
                 say(f"pack: {shape.name}, one of {number} ranks: not enough memory")
                 continue
-            yield [origin | record for record in new]
+            yield new
             sizes = f"T {new[0]['tokens']}, d {new[0]['d']}, E {new[0]['experts']}, K {new[0]['top_k']}"
             report.print_packing(f"pack: {shape.name} ({sizes}), one of {number} ranks, {new[0]['dtype']}", new)
 

@@ -335,7 +335,7 @@ def figure(records: Sequence[Mapping[str, Any]]) -> Any:
     is_small = any(r["small"] for r in records)
     ops = list(dict.fromkeys(r["op"] for r in timed))
     candidates = list(dict.fromkeys(r["candidate"] for r in sorted(timed, key=lambda r: not r["ours"])))
-    looks = {
+    looks: dict[str, dict[str, Any]] = {
         name: {"fc": COLORS[i % len(COLORS)], "ec": "white", "hatch": HATCHES[i // len(COLORS) % len(HATCHES)]}
         for i, name in enumerate(candidates)
     }

@@ -101,7 +101,7 @@ def plot_load(title: str, layers: Sequence[str], load: np.ndarray) -> Figure:
         aspect="auto",
         interpolation="nearest",
         cmap=colormaps["coolwarm"].with_extremes(under="black", over="gold", bad="lightgray"),
-        vmin=np.finfo(np.float32).tiny,
+        vmin=float(np.finfo(np.float32).tiny),
         vmax=MOST_RELATIVE_LOAD,
     )
     axes.set(xlabel="expert", ylabel="layer")
