@@ -130,7 +130,8 @@ def test_the_colour_bar_shows_what_it_clips(tmp_path: Path, load: list[list[int]
     for row, values in zip(load, found, strict=True):
         mean = sum(row) / len(row)
         assert [values.tolist()] == [[n / mean for n in row] if mean else [None] * len(row)]
-    none, little, much = image.cmap(image.norm(np.array([0, 1e-3, 3])))
+    colors: Any = image.cmap(image.norm(np.array([0, 1e-3, 3])))
+    none, little, much = colors
     assert none == pytest.approx(to_rgba("black")) and much == pytest.approx(to_rgba("gold"))
     assert little != pytest.approx(to_rgba("black"))
     assert bar.get_ylabel() == "load / layer's mean" and axes.get_xlabel() == "expert"
