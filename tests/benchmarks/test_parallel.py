@@ -281,7 +281,7 @@ def fails(world: World) -> None:
 
 def test_results_come_by_rank_and_a_rank_that_fails_is_named():
     assert list(over(3, [ranks_of, ranks_of])) == [[30, 31, 32]] * 2
-    with pytest.raises(RankFailed, match=r"^rank 1 of 2 ended without a word$"):
+    with pytest.raises(RankFailed, match=r"^rank 1 of 2 ended without a result$"):
         list(over(2, [leaves]))
     with pytest.raises(RankFailed, match=r"^rank 1 of 2: ValueError: of its own$"):
         list(over(2, [ranks_of, fails]))
