@@ -1,4 +1,4 @@
-"""Timings beside peers, from a clone: `python -m benchmarks`. Correctness comes first: a wrong result gets no ratio."""
+"""Benchmarks beside peers, run from a clone: `python -m benchmarks`. Only correct results are timed."""
 
 import sys
 from pathlib import Path

@@ -6,23 +6,23 @@ import sys
 from typing import NoReturn
 
 COMMANDS = {
-    "layer": "one MoE layer and its operations beside their peers, on a GPU or a CPU",
+    "layer": "one MoE layer and its operations beside peers, on a GPU or a CPU",
     "cpu": "a whole model beside transformers' on the CPU",
     "load": "loading a checkpoint beside other readers of the same files",
     "parallel": "packing, bytes and scaling of expert parallelism",
-    "qualify": "check that everything works on a machine with a GPU, in stages",
+    "qualify": "check in stages that everything works on a machine with a GPU",
 }
 
 
 class Parser(argparse.ArgumentParser):
-    """Answers wrong arguments with one line."""
+    """Reports wrong arguments in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+        self.exit(2, f"{self.prog.removeprefix('python -m ')}: {message} (--help lists the options)\n")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Its exit status: 2 for bad input and 130 after Ctrl-C, each with one line."""
+    """Exit status of a command; 2 for bad input and 130 after Ctrl-C, each with one line."""
     try:
         return _main(argv)
     except KeyboardInterrupt:
@@ -31,21 +31,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str] | None) -> int:
-    from benchmarks.harness import BadInput  # which takes seconds, in which Ctrl-C may come as well
+    from benchmarks.harness import BadInput  # takes seconds, during which Ctrl-C may come as well
 
     given = sys.argv[1:] if argv is None else argv
 
     parser = Parser(
         prog="python -m benchmarks",
-        description="Timings beside peers, correctness first.",
-        epilog="see that it works:  python -m benchmarks layer --small\n"
-        "one model's layer:  python -m benchmarks layer --shape olmoe --op forward train decode",
+        description="Benchmarks beside peers. Only correct results are timed.",
+        epilog="smoke test:\n  python -m benchmarks layer --small\n"
+        "one model's layer:\n  python -m benchmarks layer --shape olmoe --op forward train decode",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND")
     for name, help_ in COMMANDS.items():
         command = commands.add_parser(name, help=help_, formatter_class=argparse.RawDescriptionHelpFormatter)
-        if given[:1] == [name]:  # imported alone, so that it runs where another's imports fail
+        if given[:1] == [name]:  # only this module, because another's imports may fail here
             module = importlib.import_module(f"benchmarks.{name}")
             command.description = module.__doc__
             module.add_arguments(command)

@@ -1,30 +1,29 @@
-"""What a result must be before it gets a number: near float64 on the same rounded inputs, in every row.
+"""Correctness of results: near float64 on the same rounded inputs, in every row. Only correct results are timed.
 
-A result is judged tensor by tensor. Three relative errors, with the norms of float64's values below:
+A result is judged tensor by tensor, by three relative errors; the norms are of the float64 values:
 
     whole  ||found - exact|| / ||exact||             at most t = 4 u + a, a = 8 sqrt(inner) 2^-24
-    row    the same of each row, its worst           at most t (1 + 5 / sqrt(L)), L independent errors in a row
+    row    the same for each row, the worst of all   at most t (1 + 5 / sqrt(L)), L independent errors in a row
     scale  |<found, exact> / <exact, exact> - 1|     at most u / 2 + a + 5 e / sqrt(N), N independent errors in all
 
-and the first two at most twice those of plain eager PyTorch in the same dtype, the row's times 1 + 1 / sqrt(L), plus a;
-e is eager's first.
+The first two are also limited to twice those of plain eager PyTorch in the same dtype, for the row times
+1 + 1 / sqrt(L), plus a; e is the first of eager.
 
-u is the dtype's unit roundoff: a chain rounds the pre-activation, the hidden values, the rows and their sum, and
+u is the dtype's unit roundoff. A chain rounds the pre-activation, the hidden values, the rows and their sum, and
 accumulates over `inner` products in float32, in an order of its own. Few errors scatter more, which the row's limit
-allows for; a row of an expert's gradient is a sum over its tokens, and all its elements share theirs. A row is
-measured by its own norm or the typical one of its kind (of all tokens; of one expert), whichever is larger: what is
-small because it cancels has an error like its neighbours'. Roundings point in no direction, so that the scale shows
-what is systematic: u / 2 is what one weight in the dtype, the same for a whole row, may be off.
+allows for. A row of an expert's gradient is a sum over its tokens, and all its elements share their errors. A row is
+measured by its own norm or the typical norm of its kind (of all tokens; of one expert), whichever is larger, because a
+row that is small by cancellation has errors like those of its neighbours. Rounding errors have no direction, so the
+scale shows systematic ones: u / 2 is the error of one weight in the dtype, shared by a whole row.
 
-So a row of zeros or of flipped signs fails in every dtype, one of a token's experts left out, a factor of 1.004, and
-products in TF32 are wrong for float32.
+So these fail in every dtype: a row of zeros or of flipped signs, a token without one of its experts, a factor of 1.004;
+and products in TF32 fail for float32.
 
-Where float64 over everything would take too long, a sample of tokens and of experts is compared; every other row must
-be finite and, where tokens reach it, not zero.
+If float64 for everything would take too long, a sample of tokens and of experts is compared. All other rows must be
+finite and, if tokens reach them, not zero.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,18 +33,18 @@ from torch import Tensor
 
 from benchmarks.peers import GemmInputs, LayerInputs, RouteInputs
 
-# Operations in float64 for one check: about a second.
+# FLOPs in float64 for one check: about a second.
 BUDGET = {"cuda": 3e13, "cpu": 2e10}
-# Elements of experts' gradients in float64: 8 GiB.
+# Elements of experts' gradients in float64: at most 8 GiB.
 MOST_ELEMENTS = 2**30
 
 
 @dataclass(frozen=True)
 class Exact:
-    """`values` float64 at `index` of dimension 0, `eager` the same in the dtype that is judged.
+    """Expected `values`, float64, at `index` of dimension 0; `eager` is computed in the judged dtype.
 
-    `reached` [dim 0] tells which entries cannot be zero. `inner` products are summed for an element; a row has
-    `independent` errors, the whole `errors`.
+    Entries with `reached` [dim 0] cannot be zero. An element is a sum of `inner` products. A row has `independent`
+    errors, the whole tensor `errors`.
     """
 
     shape: tuple[int, ...]
@@ -60,7 +59,7 @@ class Exact:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The errors of one tensor and their limits; `fault` says what no error expresses."""
+    """Errors of one tensor and their limits; `fault` describes a defect that has no error, such as a wrong shape."""
 
     error: float
     row_error: float
@@ -79,8 +78,8 @@ class Verdict:
         if self.fault:
             return self.fault
         whole = f"error {self.error:.1e} (at most {self.limit:.1e})"
-        row = f"in the worst row {self.row_error:.1e} ({self.row_limit:.1e})"
-        return f"{whole}, {row}, of the scale {self.scale_error:.1e} ({self.scale_limit:.1e})"
+        row = f"worst row {self.row_error:.1e} ({self.row_limit:.1e})"
+        return f"{whole}, {row}, scale {self.scale_error:.1e} ({self.scale_limit:.1e})"
 
 
 def accumulation(inner: int) -> float:
@@ -113,7 +112,7 @@ def judge(found: Any, exact: Exact, dtype: torch.dtype) -> Verdict:
 
 
 def _misfit(found: Any, shape: tuple[int, ...], floating: bool = True) -> str:
-    """What is no result at all; empty if it is a tensor of that shape and of real numbers, or of integers."""
+    """Why `found` is not a tensor of that shape with real numbers (or integers); empty if it is."""
     if not isinstance(found, Tensor):
         return f"{type(found).__name__} instead of a tensor"
     if tuple(found.shape) != shape:
@@ -124,7 +123,7 @@ def _misfit(found: Any, shape: tuple[int, ...], floating: bool = True) -> str:
 
 
 def _errors(found: Tensor, exact: Tensor) -> tuple[float, float, float]:
-    """Of the whole, of the worst row, and of the scale; infinite where one is NaN."""
+    """Errors of the whole, of the worst row and of the scale; infinite instead of NaN."""
     difference = found.double() - exact
     norms = exact.norm(dim=-1)
     typical = norms.square().mean(dim=-1, keepdim=True).sqrt()
@@ -147,7 +146,7 @@ def _fault_elsewhere(found: Tensor, exact: Exact) -> str:
 
 
 def layer(inputs: LayerInputs, budget: float) -> dict[str, Exact]:
-    """y and, to train, the gradients of x, gate_up, down and weights; for each expert by autograd in float64."""
+    """y and, if `inputs.train`, the gradients of x, gate_up, down and weights, by autograd in float64."""
     (tokens, d), (experts, _, n) = inputs.x.shape, inputs.down.shape
     ids, top_k, device = inputs.expert_ids, inputs.expert_ids.shape[1], inputs.x.device
     counts = torch.bincount(ids.flatten(), minlength=experts)
@@ -210,7 +209,7 @@ def layer(inputs: LayerInputs, budget: float) -> dict[str, Exact]:
 
 
 def gemm(inputs: GemmInputs, budget: float) -> dict[str, Exact]:
-    """Rows of the form a [R, K] x b [E, K, N], or whole experts of the form a [M, R] x b [R, N]."""
+    """Sampled rows of a [R, K] x b [E, K, N], or sampled experts of a [M, R] x b [R, N]."""
     a, b, device = inputs.a, inputs.b, inputs.a.device
     ends = inputs.offs.tolist()
     spans = list(zip([0, *ends[:-1]], ends, strict=True))
@@ -238,7 +237,7 @@ def gemm(inputs: GemmInputs, budget: float) -> dict[str, Exact]:
 
 
 def judge_route(found: Any, inputs: RouteInputs) -> Verdict:
-    """weights and ids: K distinct experts, none with a better one left out, and the weights that belong to them."""
+    """Judge (weights, ids): K distinct experts, no better one left out, and their own weights."""
     limit = tolerance(torch.float32, inputs.logits.shape[1])
     row_limit = limit * (1 + 5 / math.sqrt(inputs.top_k))
     shape = (inputs.logits.shape[0], inputs.top_k)
@@ -260,13 +259,8 @@ def judge_route(found: Any, inputs: RouteInputs) -> Verdict:
     return Verdict(float(worst.square().mean().sqrt()), float(worst.max()), limit, row_limit)
 
 
-def reason(verdicts: Mapping[str, Verdict]) -> str:
-    """Why a result is wrong; empty if it is right."""
-    return "; ".join(f"{name}: {verdict}" for name, verdict in verdicts.items() if not verdict.right)
-
-
 def _sample(size: int, affordable: int, device: torch.device) -> Tensor:
-    """Indices below `size`, ascending: all if that is affordable, else as many as are, the first and the last."""
+    """Ascending indices below `size`: all if affordable, otherwise a sample with the first and the last."""
     if affordable >= size:
         return torch.arange(size, device=device)
     index = torch.randperm(size, generator=torch.Generator().manual_seed(0))[: max(affordable, 16)]
@@ -274,7 +268,7 @@ def _sample(size: int, affordable: int, device: torch.device) -> Tensor:
 
 
 def _sample_experts(counts: Tensor, affordable_rows: float, elements: int) -> list[int]:
-    """The most loaded expert, the least loaded, and others while their rows and elements are affordable."""
+    """The most and the least loaded expert, and others while their rows and elements are affordable."""
     order = counts.cpu().argsort(descending=True, stable=True).tolist()
     others = torch.randperm(len(order), generator=torch.Generator().manual_seed(0)).tolist()
     chosen, rows = list(dict.fromkeys((order[0], order[-1]))), 0

@@ -1,35 +1,47 @@
-"""A model of ours beside transformers' on the CPU: same weights, same process, turn by turn.
+"""Times a whole model on the CPU beside transformers' model: same weights, same
+process, taking turns.
 
-Work, batch 1:
-  train    forward and backward of S = 512 tokens, both models in train mode, loss from all logits in float32;
-           parameters and gradients in the dtype named, gradients allocated and freed in the timed part, no optimizer
+Work, batch size 1:
+  train    forward and backward of S = 512 tokens, both models in train mode,
+           loss from all logits in float32; parameters and gradients in --dtype,
+           gradients allocated and freed within the timing, no optimizer
   prefill  1,024 tokens into an empty cache, logits of the last one
   decode   tokens one at a time after that prefill, logits of each
 
-The peer is DeepseekV3ForCausalLM with SDPA attention and the fastest of its experts backends for that work (eager,
-batched_mm, grouped_mm). A ratio is printed only if each of our errors is at most twice the peer's, both against the
-peer's model in float64 (its norms, router and RoPE compute in float32 even so):
+The peer is DeepseekV3ForCausalLM with SDPA attention and the fastest of its
+experts backends for that work (eager, batched_mm, grouped_mm). A ratio is
+printed only if each of our errors is at most twice the peer's. Errors are
+against the peer's model in float64 (whose norms, router and RoPE compute in
+float32 nonetheless):
 
-  logits     ||found - exact|| / ||exact|| of each token, its median and upper quartile over the tokens, and the largest
-             difference over the largest logit
-  gradients  for training also the same quotient of each parameter, its median and its largest
+  logits     ||found - exact|| / ||exact|| of each token, its median and upper
+             quartile over the tokens, and the largest difference over the
+             largest logit
+  gradients  for training also the same quotient of each parameter, its median
+             and its largest
 
-In bfloat16 a token may be routed otherwise than in float64, which makes the largest errors, theirs as well, so large
-that they say little of the others: the medians do, which may besides be no more than 64 roundings of the dtype for
-logits and 128 for gradients, however wrong the peer is.
+In bfloat16 a token may be routed differently than in float64. Such tokens
+dominate the largest errors, the peer's included, so these say little about the
+other tokens. The medians do: they are also limited to 64 roundings of the dtype
+for logits and 128 for gradients, however wrong the peer is.
 
 The limit, from ceilings measured in the same run:
   train    3 x forward FLOPs / dense matmul rate
   prefill  forward FLOPs / dense matmul rate
-  decode   bytes of the activated parameters (without the input embedding) and of the cache / memory read rate
-with forward FLOPs = 2 x activated parameters without embeddings x S + S^2 H (qk_head_dim + v_head_dim) (causal)
-+ 2 D V x positions with logits.
+  decode   bytes of the activated parameters (without the input embedding) and
+           of the cache / memory read rate
+with forward FLOPs = 2 x activated parameters without embeddings x S
++ S^2 H (qk_head_dim + v_head_dim) (causal) + 2 D V x positions with logits.
+
+--small is a smoke test: it shows that everything runs and is correct, and
+prints no times or ratios. Its JSON lines have times and "small": true.
+"disturbed: other processes used X of N cores" rates the most disturbed
+measurement; JSON lines have "other_cores" and "disturbed".
 """
 
 import argparse
 import dataclasses
 import math
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from inspect import signature
@@ -42,7 +54,9 @@ from torch import Tensor, nn
 from benchmarks.harness import (
     RESULTS,
     BadInput,
+    OtherProcesses,
     append,
+    disturbance,
     environment,
     interleave,
     matmul_rate,
@@ -51,6 +65,7 @@ from benchmarks.harness import (
     say,
     summary,
 )
+from benchmarks.report import SMOKE_TEST, print_line, print_table
 from moe import Transformer
 from moe.cache import Cache
 from moe.checkpoint.format.config_json import render_config
@@ -60,12 +75,12 @@ from moe.presets import preset
 
 BACKENDS = ("grouped_mm", "batched_mm", "eager")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-BATCHED_MM_LIMIT = 2**32  # bytes of weights that it may copy: it gathers every routed row's own expert
+BATCHED_MM_LIMIT = 2**32  # bytes of weights that it may copy: it gathers an expert's weights for every routed row
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much work: tokens of each kind, and how often."""
+    """Amount of work: tokens of each kind, timed rounds, and sizes for the ceilings (matrix width, bytes)."""
 
     train: int = 512
     prefill: int = 1024
@@ -79,7 +94,7 @@ SMALL = Sizes(train=32, prefill=48, decode=4, rounds=2, matmul=512, read=2**22)
 
 
 class Ours:
-    """What is timed, of a `moe.Transformer`."""
+    """The timed work on a `moe.Transformer`."""
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
@@ -98,7 +113,7 @@ class Ours:
 
     @torch.inference_mode()
     def decode(self, ids: Tensor, cache: Cache) -> Tensor:
-        """Logits of ids [1, n], a token at a time; the cache is as before afterwards."""
+        """Logits of ids [1, n], a token at a time; afterwards the cache is restored."""
         length = cache.length
         logits = [self.model(ids[:, i : i + 1], cache=cache).logits for i in range(ids.shape[1])]
         cache.truncate(length)
@@ -106,7 +121,7 @@ class Ours:
 
 
 class Theirs:
-    """The same, of a transformers model."""
+    """The same work on a transformers model."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -155,19 +170,19 @@ def peer(model: Transformer, dtype: torch.dtype) -> Theirs:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the float64 model says: logits [1, prefill + decode, V], and gradients of the training work by parameter."""
+    """Results in float64: logits [1, prefill + decode, V], and gradients of the training work by parameter."""
 
     logits: Tensor
     gradients: dict[str, Tensor]
 
 
 def reference(model: Transformer, ids: Tensor, sizes: Sizes) -> Reference:
-    """Runs transformers' model in float64 with its eager backend over ids [1, prefill + decode]."""
+    """Run transformers' model in float64 with its eager backend over ids [1, prefill + decode]."""
     exact = peer(model, torch.float64)
     exact.use("eager")
     logits = exact.prefill(ids, logits_to_keep=0)[0]
-    # The eager backend takes one expert at a time out of the stacked parameter, and the gradient of each such slice is
-    # as large as the whole. As a list of parameters they are the same to that code, and 64 times cheaper.
+    # The eager backend slices one expert at a time out of the stacked parameter, and the gradient of each slice is as
+    # large as the whole. A list of parameters is indexed alike, and 64 times cheaper.
     for module in list(exact.model.modules()):
         for name in ("gate_up_proj", "down_proj"):
             stacked = getattr(module, name, None)
@@ -192,7 +207,7 @@ Errors = dict[str, float]
 
 
 def logit_errors(found: Tensor, exact: Tensor) -> Errors:
-    """Of logits [1, S, V]: see the module's docstring."""
+    """Errors of logits [1, S, V], see the module's docstring."""
     difference, exact = found.double() - exact.double(), exact.double()
     tokens = (difference.norm(dim=-1) / exact.norm(dim=-1)).flatten()
     return {
@@ -203,7 +218,7 @@ def logit_errors(found: Tensor, exact: Tensor) -> Errors:
 
 
 def gradient_errors(model: nn.Module, exact: dict[str, Tensor]) -> Errors:
-    """Over the parameters: the norm of the difference over the norm."""
+    """Norm of the difference over the norm, of each parameter: median and largest."""
     each = []
     for name, p in model.named_parameters():
         g = exact[name.removeprefix("model.")]
@@ -214,7 +229,7 @@ def gradient_errors(model: nn.Module, exact: dict[str, Tensor]) -> Errors:
 
 
 def errors(side: Ours | Theirs, ids: Tensor, exact: Reference, sizes: Sizes) -> dict[str, Errors]:
-    """Errors of each work: of the logits, for training also of the gradients."""
+    """Errors of each kind of work: of the logits, for training also of the gradients."""
     prompt, following = ids[:, : sizes.prefill], ids[:, sizes.prefill :]
     logits, cache = side.prefill(prompt, logits_to_keep=0)
     prefill = logit_errors(logits, exact.logits[:, : sizes.prefill])
@@ -229,14 +244,14 @@ ROUNDINGS = {"logits": 64, "gradients": 128}
 
 
 def acceptable(ours: Errors, theirs: Errors, dtype: torch.dtype) -> bool:
-    """None of our errors is above twice theirs, no median above its roundings, and none is NaN."""
+    """Whether no error of ours is NaN, above twice theirs, or, for a median, above its number of roundings."""
     unit = torch.finfo(dtype).eps / 2
     most = {name: min(2 * theirs[name], ROUNDINGS.get(name, math.inf) * unit) for name in ours}
     return all(ours[name] <= most[name] for name in ours)
 
 
 def limits(config: ModelConfig, sizes: Sizes, itemsize: int, matmul: float, read: float) -> dict[str, float]:
-    """Seconds that each work takes at the ceilings; see the module's docstring."""
+    """Seconds of each kind of work at the ceilings, see the module's docstring."""
     counts = count_parameters(config)
     vocabulary = config.vocab_size * config.hidden_size
     active = counts.activated - counts.embedding - counts.head
@@ -256,7 +271,7 @@ def limits(config: ModelConfig, sizes: Sizes, itemsize: int, matmul: float, read
 
 
 def works(side: Ours | Theirs, ids: Tensor, sizes: Sizes) -> dict[str, Callable[[], Any]]:
-    """What is timed, by name."""
+    """The calls to time, by name."""
     prompt, following = ids[:, : sizes.prefill], ids[:, sizes.prefill :]
     _, cache = side.prefill(prompt)
 
@@ -268,9 +283,9 @@ def works(side: Ours | Theirs, ids: Tensor, sizes: Sizes) -> dict[str, Callable[
 
 
 def fastest_backend(theirs: Theirs, call: Callable[[], Any], work: str, sizes: Sizes) -> str:
-    """The one with the quickest of two calls; one call where that takes three times as long as another backend's best.
+    """The backend with the fastest of two calls; of one call if that takes three times as long as another's best.
 
-    batched_mm is left out where its copies of the weights would not fit.
+    batched_mm is left out if its copies of the weights would exceed `BATCHED_MM_LIMIT`.
     """
     config = theirs.model.config
     rows = {"train": sizes.train, "prefill": sizes.prefill, "decode": 1}[work] * config.num_experts_per_tok
@@ -287,13 +302,13 @@ def fastest_backend(theirs: Theirs, call: Callable[[], Any], work: str, sizes: S
 
 
 def compare(ours: Ours, theirs: Theirs, ids: Tensor, exact: Reference, sizes: Sizes) -> Iterator[dict[str, Any]]:
-    """One record for each work: errors, and timings where ours are acceptable."""
+    """One record for each kind of work: errors, and times if ours are acceptable."""
     mine, other = works(ours, ids, sizes), works(theirs, ids, sizes)
     our_errors = errors(ours, ids, exact, sizes)
     dtype = next(ours.model.parameters()).dtype
     peer_errors: dict[str, dict[str, Errors]] = {}
     for work in mine:
-        say(f"{work}: which backend is fastest")
+        say(f"{work}: looking for the fastest backend")
         backend = fastest_backend(theirs, other[work], work, sizes)
         theirs.use(backend)
         if backend not in peer_errors:
@@ -302,16 +317,17 @@ def compare(ours: Ours, theirs: Theirs, ids: Tensor, exact: Reference, sizes: Si
         record |= {"errors": our_errors[work], "peer_errors": peer_errors[backend][work]}
         if acceptable(record["errors"], record["peer_errors"], dtype):
             say(f"{work}: {sizes.rounds} rounds beside {backend}")
+            others = OtherProcesses()
             seconds = interleave({"ours": mine[work], "peer": other[work]}, sizes.rounds)
+            record |= others.record()
             record["ours"], record["peer"] = summary(seconds["ours"]), summary(seconds["peer"])
             record["ratio"] = record["peer"]["median_s"] / record["ours"]["median_s"]
-            say(f"{work}: ratio {record['ratio']:.2f}")
         yield record
 
 
 def measure(name: str, dtype: str, sizes: Sizes) -> list[dict[str, Any]]:
-    """Every work with the preset's model in one dtype."""
-    # Without what transformers' model does not have in training.
+    """Records of all work with the preset's model in one dtype."""
+    # Without parts that transformers' model does not have in training.
     config = dataclasses.replace(preset(name), num_nextn_predict_layers=0, aux_loss_alpha=0.0)
     model = Transformer(config).to(DTYPES[dtype])
     ids = torch.randint(
@@ -322,58 +338,68 @@ def measure(name: str, dtype: str, sizes: Sizes) -> list[dict[str, Any]]:
     matmul, read = matmul_rate(DTYPES[dtype], sizes.matmul), read_rate(DTYPES[dtype], sizes.read)
     at_limit = limits(config, sizes, DTYPES[dtype].itemsize, matmul, read)
     tokens = {"train": sizes.train, "prefill": sizes.prefill, "decode": sizes.decode}
-    about = {"preset": name, "dtype": dtype, "matmul_flops": matmul, "read_bytes": read, **environment()}
+    about = {"preset": name, "dtype": dtype, "matmul_flops": matmul, "read_bytes": read}
+    about |= environment(small=sizes is SMALL)
     records = compare(Ours(model), peer(model, DTYPES[dtype]), ids, exact, sizes)
     return [{**about, "tokens": tokens[r["work"]], "limit_s": at_limit[r["work"]], **r} for r in records]
 
 
 def show(records: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     first = records[0]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    table = Table(
-        title=f"{first['preset']} on {first['device']}\n{versions}, commit {first['commit']}, load {first['load']}",
-        caption="tokens/s are medians; % is of the limit; errors are medians: of logits, for train also of gradients",
-    )
-    for heading in (
-        "work",
-        "dtype",
-        "ours, tokens/s (%)",
-        "transformers, tokens/s (%)",
-        "ratio",
-        "errors: ours, theirs",
-    ):
-        table.add_column(heading)
+    print_line(f"{first['device']}; {versions}; commit {first['commit']}, load average {first['load']}")
+    headings = ("work", "dtype", "backend", *(("result",) if first["small"] else RATES), "errors\nours", "theirs")
+    rows, notes = [], []
     for r in records:
         found, theirs = (
-            "/".join(f"{r[key][name]:.1e}" for name in ROUNDINGS if name in r[key]) for key in ("errors", "peer_errors")
+            "\n".join(f"{r[key][name]:.1e}" for name in ROUNDINGS if name in r[key])
+            for key in ("errors", "peer_errors")
         )
-        worse = [name for name, error in r["errors"].items() if not error <= 2 * r["peer_errors"][name]]
-        cells = [f"no ratio: error of {'; '.join(worse) or 'both'}", "", ""]
-        if "ratio" in r:
-            rates = [
-                f"{r['tokens'] / r[side]['median_s']:.1f} ({r['limit_s'] / r[side]['median_s']:.0%})"
-                for side in ("ours", "peer")
-            ]
-            cells = [rates[0], f"{rates[1]} {r['backend']}", f"{r['ratio']:.2f}"]
-        table.add_row(r["work"], r["dtype"], *cells, f"{found}, {theirs}")
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table)
+        if "ratio" not in r:
+            worse = [name for name, error in r["errors"].items() if not error <= 2 * r["peer_errors"][name]]
+            notes.append(f"{r['work']} {r['dtype']} is wrong: error of {'; '.join(worse) or 'both'}")
+            cells = ["wrong"] + [""] * (0 if first["small"] else len(RATES) - 1)
+        elif first["small"]:
+            cells = ["right"]
+        else:
+            cells = [cell for side in ("ours", "peer") for cell in _rate(r, r[side]["median_s"])]
+            cells.append(f"{r['ratio']:.2f}")
+        rows.append((r["work"], r["dtype"], r["backend"], *cells, found, theirs))
+    print_table(f"{first['preset']} beside transformers", headings, rows, names=3)
+    for note in notes:
+        print_line(note)
+    print_line("errors are medians: of logits, and for train below them of gradients")
+    if first["small"]:
+        print_line(SMOKE_TEST)
+        return
+    print_line("tokens/s are medians; ratio: our tokens/s over theirs (higher is better)")
     for dtype in {r["dtype"]: r for r in records}.values():
         matmul, read = dtype["matmul_flops"] / 1e9, dtype["read_bytes"] / 1e9
-        console.print(f"{dtype['dtype']} ceilings: matmul {matmul:.0f} GFLOP/s, memory read {read:.1f} GB/s")
+        print_line(f"{dtype['dtype']} ceilings: matmul {matmul:.0f} GFLOP/s, memory read {read:.1f} GB/s")
+    if line := disturbance(records):
+        print_line(line)
+
+
+RATES = ("tokens/s\nours", "% of\nlimit", "tokens/s\ntheirs", "% of\nlimit", "ratio")
+
+
+def _rate(record: dict[str, Any], seconds: float) -> tuple[str, str]:
+    """Tokens/s, and % of the limit."""
+    return f"{record['tokens'] / seconds:.1f}", f"{100 * record['limit_s'] / seconds:.0f}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--preset", default=None, help="a preset of family deepseek_v3 (default: bench_400m; small: tiny)"
-    )
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
-    parser.add_argument("--small", action="store_true", help="the tiny preset and few tokens, to see that it works")
-    parser.add_argument(
-        "--json", nargs="?", type=Path, const=RESULTS / "cpu.jsonl", help="append a line a measurement to this file"
+    add = parser.add_argument
+    add("--preset", metavar="NAME", help="Preset of family deepseek_v3; default: bench_400m, small: tiny")
+    add("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="Parameter dtypes; default: both")
+    add("--small", action="store_true", help="Smoke test with the tiny preset and few tokens")
+    add(
+        "--json",
+        nargs="?",
+        type=Path,
+        const=RESULTS / "cpu.jsonl",
+        metavar="FILE",
+        help="Append a JSON line per measurement; default: benchmarks/results/cpu.jsonl",
     )
 
 
@@ -385,11 +411,11 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise BadInput(f"--preset: {error}") from None
     if family != "deepseek_v3":
-        raise BadInput(f"--preset {name}: is of family {family}, expected one of deepseek_v3")
+        raise BadInput(f"--preset {name}: wrong family; expected deepseek_v3; found {family}")
     if args.json:
         append(args.json, [])
     records = []
-    for dtype in args.dtype:
+    for dtype in dict.fromkeys(args.dtype):
         records += measure(name, dtype, sizes)
     show(records)
     if args.json:

@@ -1,4 +1,4 @@
-"""Timing on a GPU: events with a cold L2 cache, graphs, peak memory, the driver."""
+"""Timing on a GPU: events with a cold L2 cache, CUDA graphs, peak memory, driver version."""
 
 import contextlib
 import subprocess
@@ -11,11 +11,11 @@ import torch
 
 from benchmarks.harness import Timer
 
-LARGEST_CACHE = 2**28  # bytes: more than the last-level cache of any GPU that we know
+LARGEST_CACHE = 2**28  # bytes, more than the last-level cache of any known GPU
 
 
 def timer() -> Timer:
-    """Times one call by events, after its inputs have been driven out of the cache."""
+    """A timer that measures one call by events, after flushing the cache."""
     flush = torch.empty(LARGEST_CACHE, dtype=torch.uint8, device="cuda")
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
@@ -32,7 +32,7 @@ def timer() -> Timer:
 
 @contextlib.contextmanager
 def no_waiting() -> Iterator[None]:
-    """Raises RuntimeError if the host waits for the device."""
+    """While the block runs, raise RuntimeError if the host waits for the device."""
     _set_sync_debug_mode("error")
     try:
         yield
@@ -42,40 +42,40 @@ def no_waiting() -> Iterator[None]:
 
 def _set_sync_debug_mode(mode: str) -> None:
     with warnings.catch_warnings():
-        # torch's, that it does not see every synchronisation
+        # torch warns that it does not detect every synchronisation.
         warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature", UserWarning)
         torch.cuda.set_sync_debug_mode(mode)
 
 
 class NotCapturable(Exception):
-    """Why no CUDA graph of a call can be made."""
+    """A call cannot be captured as a CUDA graph; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Captured:
-    """`replay` writes `result`, which was NaN before the first one."""
+    """A captured call: `replay` writes `result`, which was filled with NaN before the first replay."""
 
     replay: Callable[[], None]
     result: Any
 
 
 def capture(call: Callable[[], Any], pool: Any) -> Captured:
-    """A graph of the call, with its memory in `pool`. Raises NotCapturable."""
+    """Capture a graph of the call, with its memory in `pool`. Raises NotCapturable."""
     try:
-        # Asked first, since a capture that fails half-way leaves the allocator's bookkeeping of it behind.
+        # Checked first, because a failed capture leaves its bookkeeping in the allocator.
         with no_waiting():
             call()
     except RuntimeError as error:
         if "synchronizing CUDA operation" not in str(error):
             raise NotCapturable(str(error)) from error
-        raise NotCapturable("it waits for the device") from None
+        raise NotCapturable("waits for the device") from None
     graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     try:
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             call()
         torch.cuda.current_stream().wait_stream(aside)
-        # The outer one gives the stream back where the end of a capture raises.
+        # The outer context restores the stream if the end of the capture raises.
         with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=pool):
             result = call()
         for tensor in result if isinstance(result, tuple) else (result,):
@@ -89,12 +89,12 @@ def capture(call: Callable[[], Any], pool: Any) -> Captured:
 
 
 def poison(bytes_: int) -> None:
-    """Leaves NaN in memory that the allocator will hand out next, at most 1 GiB: what is not written then shows."""
+    """Fill at most 1 GiB that the allocator will hand out next with NaN, so that unwritten results show."""
     torch.full((min(bytes_, 2**30) // 4,), torch.nan, device="cuda")
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """The most that one call had allocated beyond what was there, its result included."""
+    """Peak memory that one call allocates, including its result."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -105,6 +105,7 @@ def peak_bytes(call: Callable[[], Any]) -> int:
 
 
 def driver() -> str | None:
+    """Version of the NVIDIA driver; None if unknown."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)

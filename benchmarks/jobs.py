@@ -1,4 +1,4 @@
-"""What is timed: an operation on one shape, with its inputs, its judge and its cost."""
+"""Jobs of the layer benchmark: an operation on one shape, with inputs, cost and a check of results."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Entry:
-    """One piece of work that all candidates do."""
+    """One case of the benchmark, the same for all candidates."""
 
     op: str
     shape: Shape
@@ -29,12 +29,12 @@ class Entry:
 
     def __str__(self) -> str:
         d, n, experts, top_k = self.shape.sizes
-        sizes = f"T {self.tokens}, d {d}, n {n}, E {experts}, K {top_k}"
+        sizes = f"{'shrunk to ' * self.shape.shrunk}T {self.tokens}, d {d}, n {n}, E {experts}, K {top_k}"
         return f"{self.op} {self.shape.name} ({sizes}), {self.routing}, {self.dtype}"
 
     @property
     def record(self) -> dict[str, Any]:
-        """How it stands in the JSON lines."""
+        """Fields of its JSON lines."""
         d, n, experts, top_k = self.shape.sizes
         sizes = {"tokens": self.tokens, "d": d, "n": n, "experts": experts, "top_k": top_k}
         return {"op": self.op, "shape": self.shape.name, **sizes, "routing": self.routing, "dtype": self.dtype}
@@ -42,10 +42,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Job:
-    """How a peer goes to work on an entry's inputs, how its result is judged, what it costs with `active` experts.
+    """An entry's inputs, its cost with `active` experts, the calls of peers, and the check of results.
 
-    `renew` gives x (of a product: a; of a routing: the logits) other values in place, with which results are judged
-    from then on: what a candidate remembers of an earlier call is wrong then.
+    `renew` replaces the values of x (for products a, for route the logits) in place, and results are judged by the new
+    values afterwards, so that a result remembered from an earlier call is wrong.
     """
 
     build: Callable[[Peer], Callable[[], Any]]
@@ -65,10 +65,10 @@ def able(peer: Peer, op: str) -> bool:
 
 
 class Inputs:
-    """The tensors that all candidates share, most of them normal random numbers of one seed, on the device.
+    """Tensors that all candidates share, most of them normally distributed random numbers, on the device.
 
-    A candidate that writes to them would spoil the others' results. Their sums tell, and they can be filled again;
-    copies of them all would not fit beside the weights of the largest shapes.
+    A candidate that writes to them would spoil the others' results. Checksums detect that, and the tensors can be
+    filled again; copies of all would not fit beside the weights of the largest shapes.
     """
 
     def __init__(self, dtype: torch.dtype, device: str, seed: int) -> None:
@@ -80,7 +80,7 @@ class Inputs:
         self.versions: dict[str, int] = {}
 
     def normal(self, name: str, *size: int, scale: float = 1.0, again: bool = False) -> Tensor:
-        """`again` gives one that is there other values."""
+        """A new tensor, or with `again` new values for an existing one."""
         if not again:
             self.tensors[name] = torch.empty(*size, device=self.device, dtype=self.dtype)
         seed = 4 * (len(self.fills) + 64 * self.seed) + 2 + again
@@ -88,7 +88,7 @@ class Inputs:
         return self._filled(name)
 
     def kept(self, name: str, tensor: Tensor) -> Tensor:
-        """A small one, whose values are kept."""
+        """A small tensor, of which a copy is kept."""
         self.tensors[name], copy = tensor.to(self.device), tensor.clone()
         self.fills[name] = lambda: self.tensors[name].copy_(copy)
         return self._filled(name)
@@ -103,11 +103,11 @@ class Inputs:
         return self.tensors[name]
 
     def touched(self) -> list[str]:
-        """Names of those that torch's operations have written to: asked after every call, for it costs nothing."""
+        """Names of tensors that torch's operations wrote to. It costs nothing, so it is checked after every call."""
         return [name for name, tensor in self.tensors.items() if tensor._version != self.versions[name]]
 
     def changed(self) -> list[str]:
-        """Names of those that are not what they were, whoever wrote to them."""
+        """Names of tensors whose values changed, by any means."""
         return [name for name, tensor in self.tensors.items() if _sums(tensor) != self.sums[name]]
 
     def restore(self) -> None:
@@ -115,11 +115,11 @@ class Inputs:
             self._filled(name)
 
 
-AT_A_TIME = 2**26  # elements that are summed, each of which takes eight bytes
+AT_A_TIME = 2**26  # elements per partial sum, which take eight bytes each
 
 
 def _sums(tensor: Tensor) -> tuple[int, int]:
-    """Sums the bits by row and by column, each weighted by its index."""
+    """Checksums of the bits: sums by row and by column, each weighted by its index."""
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     matrix = tensor.detach().view(bits).reshape(-1, tensor.shape[-1])
     rows, columns = [], torch.zeros(matrix.shape[1], dtype=torch.int64, device=matrix.device)
@@ -134,7 +134,7 @@ def _sums(tensor: Tensor) -> tuple[int, int]:
 
 
 def prepare(entry: Entry, device: str, seed: int) -> Job:
-    """Raises BadInput for a routing file that does not fit the entry."""
+    """The job of an entry. Raises BadInput for a routing file that does not fit."""
     shape, dtype = entry.shape, DTYPES[entry.dtype]
     inputs = Inputs(dtype, device, seed)
     if entry.op == "route":
@@ -209,7 +209,7 @@ def _layer(given: LayerInputs, inputs: Inputs, cost: Work, active: float) -> Job
 
     def build(peer: Peer) -> Callable[[], Any]:
         assert peer.layer is not None
-        # The values are shared, and what else a candidate may do to a tensor is its own affair.
+        # Values are shared; other changes, such as a new shape, must stay with this candidate.
         own = replace(given, **{name: tensor.detach() for name, tensor in inputs.tensors.items()})
         for leaf in own.leaves:
             leaf.requires_grad_(own.train)

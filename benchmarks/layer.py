@@ -1,23 +1,35 @@
-"""One MoE layer and its operations beside peers, for any shape, routing and device.
+"""Times one MoE layer and its operations beside peers, for any shape, routing
+and device.
 
 Operations:
-  route    softmax, top-k, normalised weights, of logits in float32
-  gemm     the up-projection of rows in expert order; gemm_dx, gemm_dw: the products of its backward pass
-  forward  the expert MLP from x, ids and weights to y, with everything that follows from the ids; no gradients
-  train    the same, and the gradients of x, gate_up, down and the routing weights
+  route    softmax, top-k and normalised weights, from float32 logits
+  gemm     up-projection of rows in expert order; gemm_dx, gemm_dw: the
+           products of its backward pass
+  forward  expert MLP from x, ids and weights to y, including all work that
+           depends on the ids; no gradients
+  train    forward, and the gradients of x, gate_up, down and the routing
+           weights
   decode   forward of 1, 4, 16 and 64 tokens (small: 1 and 4)
 
-Inputs are normal random numbers, the candidates take turns in one process, and times are medians; on a GPU by events
-with a cold cache, eagerly and, where a CUDA graph can be captured, as its replay. A candidate gets no number unless its
-result is right (benchmarks/correctness.py). The limit beside each number (benchmarks/roofline.py) uses the rates of a
-large matrix product and of a large copy, measured in the same run.
+Inputs are normally distributed random numbers. The candidates take turns in one
+process, and times are medians. On a GPU they are measured by events with a cold
+cache, eagerly and, if a CUDA graph can be captured, as its replay. Only correct
+results are timed (benchmarks/correctness.py). The limit of each result
+(benchmarks/roofline.py) is based on the rates of a large matrix product and a
+large copy, measured in the same run.
 
-Without a GPU, or with --small, the registry's shapes keep their experts and shrink in d, n and T; one that is given as
-numbers stays as it is.
+Without a GPU, or with --small, registry shapes keep their experts and shrink in
+d, n and T; a shape given as numbers does not shrink. A run with --small or a
+shrunk shape is a smoke test: it shows that everything runs and is correct, and
+prints no times. Their JSON lines have times and "small": true.
 
-Exit status: 0; 1 if ours is wrong, fails, lacks memory, or is slower than --compare allows; 2 for bad input; 3 if a
-candidate left the device unusable (an illegal access, say), after which this process can measure nothing; 130 after
-Ctrl-C.
+"disturbed: other processes used X of N cores" at the end of a run rates the
+most disturbed measurement. JSON lines have "other_cores" and "disturbed".
+
+Exit status: 0; 1 if ours is wrong, fails, lacks memory, or is slower than
+--compare allows; 2 for bad input; 3 if a candidate left the device unusable (by
+an illegal access, for example), so that this process can measure nothing more;
+130 after Ctrl-C.
 """
 
 import argparse
@@ -40,11 +52,13 @@ from benchmarks import cuda, report
 from benchmarks.harness import (
     RESULTS,
     BadInput,
+    OtherProcesses,
     Timer,
     append,
     commit,
     copy_rate,
     cpu_name,
+    disturbance,
     interleave,
     matmul_rate,
     once,
@@ -57,7 +71,7 @@ from benchmarks.jobs import DTYPES, OPS, Entry, Job, able, prepare
 from benchmarks.peers import DESCRIPTIONS, OURS, PEERS, Peer, load_peer
 from benchmarks.roofline import Ceilings
 from benchmarks.routings import NAMES, assign, tokens_in
-from benchmarks.shapes import LARGEST, SHAPES, Shape, parse_shape, small
+from benchmarks.shapes import LARGEST, SHAPES, Shape, parse_shape, shrink
 
 PACKAGES = (
     "torch",
@@ -70,12 +84,12 @@ PACKAGES = (
     "triton_kernels",
     "vllm",
 )
-ROUNDS = range(5, 201)  # how often a candidate is timed, whatever the budget says
+ROUNDS = range(5, 201)  # limits for the number of timings of a candidate
 
 
 @dataclass(frozen=True)
 class Run:
-    """What holds for all entries of a run; `about` stands in every record."""
+    """Settings common to all cases of a run. `about` is in every record."""
 
     device: str
     seconds: float
@@ -88,7 +102,7 @@ class Run:
 
 @dataclass
 class Candidate:
-    """A peer at work on one entry. `fault` is why it has no number, `no_graph` why none for a graph."""
+    """A peer on one case. `fault` is why it has no time, `no_graph` why its graph has none."""
 
     peer: Peer
     call: Callable[[], Any] = lambda: None
@@ -105,16 +119,16 @@ class Candidate:
 
 
 class Lost(Exception):
-    """The device, or the inputs on it, cannot be used any more in this process; the message says after what.
+    """This process can no longer use the device or the inputs on it. The message names the cause.
 
-    `records` are those of the piece of work that was interrupted: one for each candidate, with what is known of it.
+    `records` are those of the interrupted case, one for each candidate, as far as they are known.
     """
 
     records: list[dict[str, Any]]
 
 
 def measure(entry: Entry, run: Run) -> list[dict[str, Any]]:
-    """A record for each candidate, those that are right with their times. Raises Lost."""
+    """A record for each candidate, with times if it is right. Raises Lost."""
     job = prepare(entry, run.device, run.seed)
     candidates = [Candidate(peer) for peer in run.peers if able(peer, entry.op)]
     times: dict[str, dict[str, Any]] = {}
@@ -165,9 +179,9 @@ def _records(
 
 @contextlib.contextmanager
 def _guarded(candidate: Candidate, job: Job, changed: Callable[[], list[str]], when: str = "") -> Iterator[None]:
-    """Peers fail in ways of their own, which is no reason to stop, and no other candidate is to suffer from.
+    """Record any failure of a peer, and protect the other candidates from it.
 
-    Raises Lost if the inputs cannot be looked at afterwards: an error of a kernel stays with the process.
+    Raises Lost if the inputs cannot be read afterwards: a kernel's error stays with the process.
     """
     failed = False
     try:
@@ -177,7 +191,7 @@ def _guarded(candidate: Candidate, job: Job, changed: Callable[[], list[str]], w
         candidate.failed("failed", f"{when}{type(error).__name__}: {one_line(error)}")
     try:
         if failed and job.inputs.device == "cuda":
-            torch.cuda.empty_cache()  # after a lack of memory, there is to be some for what follows
+            torch.cuda.empty_cache()  # after a lack of memory, free some for the next candidate
             torch.cuda.synchronize()
         names = changed()
         if names:
@@ -190,7 +204,7 @@ def _guarded(candidate: Candidate, job: Job, changed: Callable[[], list[str]], w
 
 
 def _try(candidate: Candidate, job: Job, pool: Any) -> None:
-    """Builds, runs and judges one candidate; with a memory pool for graphs, on a GPU, captures it as well."""
+    """Build, run and judge one candidate; on a GPU, which has a memory pool for graphs, capture it as well."""
     with _guarded(candidate, job, job.inputs.changed):
         candidate.call = job.build(candidate.peer)
         candidate.note = candidate.peer.note() if candidate.peer.note else ""
@@ -228,7 +242,7 @@ def _judge(candidate: Candidate, result: Any, job: Job) -> None:
 
 
 def _capture(candidate: Candidate, job: Job, pool: Any) -> None:
-    """What a replay writes is judged as well: a graph misses what a call did on the host."""
+    """Capture a graph and judge the result of its replay, which lacks anything that the call did on the host."""
     try:
         captured = cuda.capture(candidate.call, pool)
     except cuda.NotCapturable as error:
@@ -241,7 +255,7 @@ def _capture(candidate: Candidate, job: Job, pool: Any) -> None:
 
 
 def _time(candidates: list[Candidate], job: Job, run: Run) -> dict[str, dict[str, Any]]:
-    """Eager and graph times of each, all of them taking turns, `seconds` for each on average."""
+    """Eager and graph times of each candidate, all taking turns, for `seconds` each on average."""
     calls: dict[str, Callable[[], Any]] = {}
     of: dict[Callable[[], Any], Candidate] = {}
     for c in candidates:
@@ -252,10 +266,10 @@ def _time(candidates: list[Candidate], job: Job, run: Run) -> dict[str, dict[str
         return {}
 
     def timer(call: Callable[[], Any]) -> float:
-        """Infinite for what fails, then or earlier."""
+        """Infinite if the candidate fails, now or earlier."""
         took = math.inf
         if not of[call].fault:
-            with _guarded(of[call], job, job.inputs.touched, "while it was timed: "):
+            with _guarded(of[call], job, job.inputs.touched, "during timing: "):
                 took = run.timer(call)
         return took
 
@@ -267,10 +281,9 @@ def _time(candidates: list[Candidate], job: Job, run: Run) -> dict[str, dict[str
 
 
 def _judge_again(candidates: list[Candidate], job: Job) -> None:
-    """With other values in the same inputs, so that no result of an earlier call will do.
+    """Judge with new values in the same inputs, for which no remembered result is right.
 
-    If the inputs were changed while all took turns, behind torch's back, and nobody does so now, it can have been
-    anybody but ours.
+    If a candidate changed the inputs during timing, unseen by torch, and none does so now, every peer may have done it.
     """
     for c in candidates:
         c.replay = None  # the graphs' memory is needed for float64
@@ -296,7 +309,7 @@ def _judge_again(candidates: list[Candidate], job: Job) -> None:
     if spoiled and not any(c.fault for c in candidates):
         for c in candidates:
             if not c.peer.ours:
-                c.failed("failed", f"some candidate changed the inputs while all were timed: {', '.join(spoiled)}")
+                c.failed("failed", f"a candidate changed the inputs during timing: {', '.join(spoiled)}")
 
 
 def entries(args: argparse.Namespace, shapes: list[Shape]) -> Iterator[Entry]:
@@ -320,7 +333,7 @@ def _tokens(args: argparse.Namespace, shape: Shape, op: str, routing: str) -> tu
 
 
 def profile(entry: Entry, run: Run) -> list[report.Kernel]:
-    """Where ours spends its time: kernels on a GPU, operators on a CPU."""
+    """Time of each kernel of ours on a GPU, of each operator on a CPU."""
     job = prepare(entry, run.device, run.seed)
     activities = [torch.profiler.ProfilerActivity.CPU]
     if run.device == "cuda":
@@ -343,7 +356,8 @@ def profile(entry: Entry, run: Run) -> list[report.Kernel]:
     return kernels
 
 
-def about(device: str) -> dict[str, Any]:
+def about(device: str, small: bool) -> dict[str, Any]:
+    """Origin of a result, common to all records of a run; `small` marks a smoke test."""
     name, driver = cpu_name(), None
     if device == "cuda":
         name, driver = torch.cuda.get_device_properties(torch.cuda.current_device()).name, cuda.driver()
@@ -361,45 +375,68 @@ def about(device: str) -> dict[str, Any]:
         "driver": driver,
         "versions": versions,
         "load": round(os.getloadavg()[0], 2),
+        "small": small,
     }
 
 
-def ceilings(dtypes: set[str], device: str, timer: Timer, reduced: bool) -> dict[str, Ceilings]:
-    size, bytes_ = (16384, 2**32) if device == "cuda" else (512, 2**24) if reduced else (2048, 2**28)
+def ceilings(dtypes: set[str], device: str, timer: Timer, small: bool) -> dict[str, Ceilings]:
+    size, bytes_ = (16384, 2**32) if device == "cuda" else (512, 2**24) if small else (2048, 2**28)
     copy = copy_rate(bytes_, device, timer)
     return {name: Ceilings(matmul_rate(DTYPES[name], size, device, timer), copy) for name in sorted(dtypes)}
 
 
+DTYPE_HELP = f"Some of {' '.join(DTYPES)}; default: bf16 on a GPU, fp32 on a CPU; route is always fp32"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--list", action="store_true", help="print shapes, operations and peers, and which of them are here")
-    add("--op", nargs="+", choices=OPS, default=list(OPS), help="default: all")
-    add("--shape", nargs="+", metavar="NAME|T,d,n,E,K", help="default: all of the registry")
-    add("--tokens", nargs="+", type=_positive, metavar="T", help="instead of the shapes' own token counts")
-    add("--routing", nargs="+", default=["uniform"], metavar="|".join((*NAMES, "FILE.npz")), help="default: uniform")
-    add("--dtype", nargs="+", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU; route is always fp32")
-    add("--peers", nargs="*", metavar="NAME", help="only these (none: ours alone); default: all that are here")
-    add("--peer", action="append", default=[], metavar="FILE.py:FUNCTION", help="your own: LayerInputs -> y")
-    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    add("--small", action="store_true", help="small shapes, to see that it works; on a CPU they always are")
-    add("--seconds", type=_not_negative, help="time for each candidate's repetitions; default: 0.5, small: 0.01")
-    add("--seed", type=_seed, default=0, help="of all inputs")
-    add("--json", nargs="?", type=Path, const=RESULTS / "layer.jsonl", help="append a line a measurement to this file")
-    add("--compare", type=Path, metavar="OLD.jsonl", help="exit with 1 if ours got slower or wrong")
-    add("--tolerance", type=_not_negative, default=0.1, help="what --compare takes for noise; default: 0.1")
-    add("--plot", type=Path, metavar="FILE.png", help="shares of the limit as bars")
-    add("--profile", action="store_true", help="which kernels our time goes to")
+    add("--list", action="store_true", help="List shapes, operations and peers, and which peers are available")
+    add("--op", nargs="+", choices=OPS, default=list(OPS), metavar="OP", help=f"Some of {' '.join(OPS)}; default: all")
+    add("--shape", nargs="+", metavar="SHAPE", help="Registry names or T,d,n,E,K; default: the whole registry")
+    add("--tokens", nargs="+", type=_positive, metavar="T", help="Token counts; default: those of the shapes")
+    add(
+        "--routing",
+        nargs="+",
+        default=["uniform"],
+        metavar="ROUTING",
+        help=f"{', '.join(NAMES)} or FILE.npz, see benchmarks/routings.py; default: uniform",
+    )
+    add("--dtype", nargs="+", choices=list(DTYPES), metavar="DTYPE", help=DTYPE_HELP)
+    add("--peers", nargs="*", metavar="NAME", help="Peers to time; without a name ours alone; default: all available")
+    add("--peer", action="append", default=[], metavar="FILE.py:FUNCTION", help="Your own peer, from LayerInputs to y")
+    add("--device", choices=("cpu", "cuda"), help="Device; default: cuda if there is one, otherwise cpu")
+    add("--small", action="store_true", help="Smoke test with shrunk shapes; always on for registry shapes on a CPU")
+    add("--seconds", type=_not_negative, metavar="S", help="Time per candidate and case; default: 0.5, small: 0.01")
+    add("--seed", type=_seed, default=0, metavar="N", help="Random seed of all inputs; default: 0")
+    add(
+        "--json",
+        nargs="?",
+        type=Path,
+        const=RESULTS / "layer.jsonl",
+        metavar="FILE",
+        help="Append a JSON line per measurement; default: benchmarks/results/layer.jsonl",
+    )
+    add("--compare", type=Path, metavar="OLD.jsonl", help="Exit with 1 if ours is slower than there, or wrong")
+    add(
+        "--tolerance",
+        type=_not_negative,
+        default=0.1,
+        metavar="X",
+        help="Relative slowdown that --compare allows; default: 0.1",
+    )
+    add("--plot", type=Path, metavar="FILE.png", help="Write bars of each result's share of its limit")
+    add("--profile", action="store_true", help="Print which kernels take our time")
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or len(text) > 10 or not 1 <= int(text) <= LARGEST:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a positive integer up to {LARGEST}")
+        raise argparse.ArgumentTypeError(f"expected an integer from 1 to {LARGEST}; found {text[:40]!r}")
     return int(text)
 
 
 def _seed(text: str) -> int:
     if not text.isdecimal() or len(text) > 10 or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not an integer from 0, below 2^32")
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2^32 - 1; found {text[:40]!r}")
     return int(text)
 
 
@@ -409,16 +446,16 @@ def _not_negative(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number from 0")
+        raise argparse.ArgumentTypeError(f"expected a finite number of at least 0; found {text[:40]!r}")
     return value
 
 
 def select(names: list[str] | None) -> list[Peer]:
-    """Ours, and the peers of these names. Raises BadInput."""
+    """Ours, and the peers with these names, all if None. Raises BadInput."""
     known = {peer.name: peer for peer in PEERS}
     for name in names or ():
         if name not in known:
-            raise BadInput(f"--peers {name}: expected some of {', '.join(known)}")
+            raise BadInput(f"--peers {name}: unknown peer; expected one of {', '.join(known)}")
     return [OURS, *(peer for peer in PEERS if names is None or peer.name in names)]
 
 
@@ -435,24 +472,25 @@ def run(args: argparse.Namespace) -> int:
             peers.append(peer)
     peers += map(load_peer, args.peer)
     if args.list:
-        report.show_list(SHAPES.values(), OPS, {p.name: DESCRIPTIONS.get(p.name, "yours") for p in peers}, absent)
+        report.print_list(SHAPES.values(), OPS, {p.name: DESCRIPTIONS.get(p.name, "yours") for p in peers}, absent)
         return 0
-    reduced = args.small or device == "cpu"
     shapes = [parse_shape(text) for text in args.shape or SHAPES]
-    shapes = [small(s) if s.name in SHAPES and reduced else s for s in shapes]
+    if args.small or device == "cpu":
+        shapes = [shrink(shape) if shape.name in SHAPES else shape for shape in shapes]
+    small = args.small or any(shape.shrunk for shape in shapes)
     args.dtype = args.dtype or ["bf16" if device == "cuda" else "fp32"]
-    old = report.read(args.compare) if args.compare else []
+    old = report.read(args.compare, small) if args.compare else []
     if args.plot:
         report.check_plot(args.plot)
     if args.json:
         append(args.json, [])
     todo = list(entries(args, shapes))
     for entry in todo:
-        if entry.routing not in (*NAMES, "-"):  # a file that does not fit is said before anything is timed
+        if entry.routing not in (*NAMES, "-"):  # reports a file that does not fit before anything is timed
             assign(entry.routing, entry.tokens, entry.shape.experts, entry.shape.top_k, torch.Generator())
-    seconds = args.seconds if args.seconds is not None else 0.01 if reduced else 0.5
+    seconds = args.seconds if args.seconds is not None else 0.01 if small else 0.5
     timer = cuda.timer() if device == "cuda" else once
-    origin = about(device)
+    origin = about(device, small)
     planned = [
         {**entry.record, "device": origin["device"], "candidate": peer.name}
         for entry in todo
@@ -460,22 +498,27 @@ def run(args: argparse.Namespace) -> int:
         if able(peer, entry.op)
     ]
     if args.compare and not {report.key_of(plan) for plan in planned} & {report.key_of(record) for record in old}:
-        raise BadInput(f"--compare {args.compare}: has none of what would be measured now: {', '.join(report.KEY)}")
-    found = ceilings({entry.dtype for entry in todo}, device, timer, reduced)
+        raise BadInput(
+            f"--compare {args.compare}: no case of this run; expected records with the same {', '.join(report.KEY)}"
+        )
+    found = ceilings({entry.dtype for entry in todo}, device, timer, small)
     this = Run(device, seconds, args.seed, timer, tuple(peers), found, origin)
     records: list[dict[str, Any]] = []
-    report.show_run(this.about, found)
+    report.print_run(this.about, found)
     status = done = lacking = 0
     try:
         for number, entry in enumerate(todo, 1):
             say(f"{number} of {len(todo)}: {entry}")
+            others = OtherProcesses()
             try:
                 if device == "cuda":
                     torch.cuda.empty_cache()
                 new = measure(entry, this)
+                load = others.record()
+                new = [record | load for record in new]
             except Lost as lost:
                 records, status = records + lost.records, 3
-                report.show(str(entry), lost.records)
+                report.print_layer(str(entry), lost.records)
                 if args.json:
                     append(args.json, lost.records)
                 say(f"{lost}; {done} of {len(todo)} measured")
@@ -491,18 +534,20 @@ def run(args: argparse.Namespace) -> int:
                 lacking += 1
                 continue
             records, done = records + new, number
-            report.show(str(entry), new)
+            report.print_layer(str(entry), new)
             if args.json:
                 append(args.json, new)
             if args.profile and new[0]["status"] == "right":
                 try:
-                    report.show_profile(profile(entry, this))
-                except Exception as error:  # which is no reason to lose the measurements that follow
+                    report.print_profile(profile(entry, this))
+                except Exception as error:  # the measurements that follow matter more
                     say(f"{entry}: no profile: {type(error).__name__}: {one_line(error)}")
     except KeyboardInterrupt:
         say(f"interrupted: {done} of {len(todo)} measured")
         status = 130
-    report.show_absent(absent)
+    report.print_absent(absent)
+    if not small and (line := disturbance(records)):
+        report.print_line(line)
     if args.plot and records:
         report.plot(args.plot, records)
     if status:

@@ -1,19 +1,30 @@
-"""Loading a checkpoint from files in the page cache: seconds and peak memory, beside other readers of the same bytes.
+"""Times loading a checkpoint that is in the page cache, beside other readers of
+the same bytes: seconds and peak memory.
 
-A checkpoint of random weights is generated, by default of 2 GiB in bfloat16, Qwen3-MoE's layout, several shards. Each
-reader loads it in a process of its own, all of them taking turns; every page of what it returns is touched within the
-time that is measured. Memory is the peak of the process's anonymous pages above what it had before.
+The checkpoint has random weights, by default 2 GiB in bfloat16, in the layout
+of Qwen3-MoE, in several shards. Each load is a process of its own, and the
+readers take turns. The timing includes touching every page of the loaded
+tensors. Memory is the peak of the process's anonymous pages above its start.
 
-  readinto        the bytes of the files into buffers, nothing else: what reading costs at least
-  moesmith        moe.load
-  safetensors     safetensors.torch.load_file of each shard: tensors in a dict, no model; recent releases map the files
-                  and copy nothing, so that this is the cost of touching the page cache
-  transformers    from_pretrained(dtype="auto")
-  fastsafetensors its loader into CPU tensors, if it is installed
+  readinto         bytes of the files into buffers, nothing else: the least that
+                   reading costs
+  moesmith         moe.load
+  safetensors      safetensors.torch.load_file of each shard: tensors in a dict,
+                   no model; recent releases map the files and copy nothing, so
+                   this is the cost of touching the page cache
+  transformers     from_pretrained(dtype="auto")
+  fastsafetensors  its loader into CPU tensors, if it is installed
 
-Before any timing, every tensor that moe.load has is compared with the file's as the safetensors library reads it.
+Before any timing, every tensor of moe.load is compared with the file's, as the
+safetensors library reads it.
 
-Exit status: 0; 1 if a tensor differs or ours fails; 2 for bad input; 130 after Ctrl-C.
+--small is a smoke test: it shows that everything runs and is correct, and
+prints no times. Its JSON lines have times and "small": true. "disturbed: other
+processes used X of N cores" rates the whole run; JSON lines have "other_cores"
+and "disturbed".
+
+Exit status: 0; 1 if a tensor differs or ours fails; 2 for bad input; 130 after
+Ctrl-C.
 """
 
 import argparse
@@ -31,11 +42,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from benchmarks.harness import RESULTS, ROOT, BadInput, append, environment, say
+from benchmarks.harness import RESULTS, ROOT, BadInput, OtherProcesses, append, disturbance, environment, say
+from benchmarks.report import SMOKE_TEST, print_line, print_table
 from moe import ModelConfig, Transformer, load
 from moe.checkpoint import save
 from moe.checkpoint.format.layout import layout
@@ -46,7 +56,7 @@ READERS = ("readinto", "moesmith", "safetensors", "transformers", "fastsafetenso
 
 
 def config(nbytes: int) -> ModelConfig:
-    """A model of about so many bytes in bfloat16."""
+    """A model of about `nbytes` in bfloat16."""
     width, hidden, experts = (1024, 768, 64) if nbytes >= 2**29 else (128, 96, 16)
     each = 2 * 3 * width * hidden * experts
     return ModelConfig(
@@ -68,8 +78,12 @@ def config(nbytes: int) -> ModelConfig:
     )
 
 
+class Differs(Exception):
+    """A loaded tensor is wrong; the message names it."""
+
+
 def check(folder: Path) -> int:
-    """How many tensors of the files are what moe.load has. Raises AssertionError for one that is not."""
+    """Number of tensors in the files. Raises Differs for one that moe.load reads differently."""
     from safetensors import safe_open
 
     state = load(folder, progress=False).state_dict()
@@ -79,7 +93,8 @@ def check(folder: Path) -> int:
         with safe_open(file, "pt") as shard:
             for name in shard.keys():  # noqa: SIM118 - not a mapping
                 slot = model[name]
-                assert torch.equal(shard.get_tensor(name), state[slot.parameter][slot.index]), name
+                if not torch.equal(shard.get_tensor(name), state[slot.parameter][slot.index]):
+                    raise Differs(f"moe.load: {name} differs from the value in {file.name}")
                 compared += 1
     return compared
 
@@ -91,7 +106,7 @@ def config_of(folder: Path) -> ModelConfig:
 
 
 def reader(name: str, folder: Path) -> Callable[[], list[Tensor]]:
-    """Imports what it needs, so that importing is not timed."""
+    """The call to time. Its packages are imported here, so that importing is not timed."""
     files = sorted(folder.glob("*.safetensors"))
     if name == "readinto":
 
@@ -131,7 +146,7 @@ def reader(name: str, folder: Path) -> Callable[[], list[Tensor]]:
 
 @contextmanager
 def peak_of_anonymous_pages() -> Iterator[dict[str, int]]:
-    """Sampled every two milliseconds; what lives for less is not seen."""
+    """Peak in bytes, sampled every 2 ms, so that shorter peaks are missed."""
 
     def now() -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -176,10 +191,18 @@ def one_load(name: str, folder: Path) -> dict[str, Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", default="2GiB", help="of the checkpoint; default: 2GiB")
-    parser.add_argument("--small", action="store_true", help="16 MiB and two rounds, to see that it works")
-    parser.add_argument("--rounds", type=int, default=7, help="loads of each reader; default: 7")
-    parser.add_argument("--json", nargs="?", type=Path, const=RESULTS / "load.jsonl", help="append a line a reader")
+    add = parser.add_argument
+    add("--size", default="2GiB", help="Size of the checkpoint; default: 2GiB")
+    add("--small", action="store_true", help="Smoke test with 16 MiB and two rounds")
+    add("--rounds", type=int, default=7, metavar="N", help="Loads per reader; default: 7")
+    add(
+        "--json",
+        nargs="?",
+        type=Path,
+        const=RESULTS / "load.jsonl",
+        metavar="FILE",
+        help="Append a JSON line per reader; default: benchmarks/results/load.jsonl",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -190,11 +213,11 @@ def run(args: argparse.Namespace) -> int:
     except (ConfigError, OSError) as error:
         raise BadInput(str(error)) from None
     if args.rounds < 1:
-        raise BadInput(f"--rounds {args.rounds}: expected a positive number")
-    return _run(size, 2 if args.small else args.rounds, args.json)
+        raise BadInput(f"--rounds {args.rounds}: out of range; expected at least 1")
+    return _run(size, 2 if args.small else args.rounds, args.json, args.small)
 
 
-def _run(size: int, rounds: int, file: Path | None) -> int:
+def _run(size: int, rounds: int, file: Path | None, small: bool) -> int:
     with tempfile.TemporaryDirectory(prefix="benchmark-load-") as root:
         folder = Path(root) / "checkpoint"
         say(f"writing a checkpoint of about {size / 2**20:,.0f} MiB")
@@ -202,20 +225,29 @@ def _run(size: int, rounds: int, file: Path | None) -> int:
         save(model, folder, max_shard_bytes=max(size // 4, 1))
         del model
         nbytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        say(f"comparing {check(folder):,} tensors: equal")
+        try:
+            compared = check(folder)
+        except Differs as error:
+            say(str(error))
+            return 1
         names = [n for n in READERS if n != "fastsafetensors" or importlib.util.find_spec("fastsafetensors")]
         loads: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+        others = OtherProcesses()
         for number in range(rounds + 1):
             for name in names:
                 say(f"round {number} of {rounds}: {name}")
                 found = one_load(name, folder)
                 if number:  # the first fills caches
                     loads[name].append(found)
-    records = [_record(name, found, nbytes, loads["readinto"]) for name, found in loads.items()]
-    _show(records, nbytes, [name for name in READERS if name not in names])
+        about = environment(small) | others.record() | {"bytes": nbytes, "rounds": rounds}
+    records = [about | _record(name, found, nbytes, loads["readinto"]) for name, found in loads.items()]
+    print_line(f"{compared:,} tensors of moe.load are equal to the files'")
+    _show(records)
+    for name in READERS:
+        if name not in names:
+            print_line(f"{name}: not installed")
     if file:
-        about = environment()
-        append(file, [about | {"bytes": nbytes, "rounds": rounds} | record for record in records])
+        append(file, records)
     return 1 if "fault" in records[1] else 0
 
 
@@ -235,20 +267,26 @@ def _record(name: str, found: list[dict[str, Any]], nbytes: int, plain: list[dic
     }
 
 
-def _show(records: list[dict[str, Any]], nbytes: int, absent: list[str]) -> None:
-    console = Console(highlight=False)
-    table = Table(title=f"loading {nbytes / 2**20:,.0f} MiB from the page cache", title_justify="left")
-    for heading in ("reader", "median s", "GB/s", "times readinto", "peak MiB", "of the files"):
-        table.add_column(heading, justify="left" if heading == "reader" else "right", no_wrap=True)
+def _show(records: list[dict[str, Any]]) -> None:
+    title = f"loading {records[0]['bytes'] / 2**20:,.0f} MiB from the page cache"
+    if records[0]["small"]:
+        rows = [(r["reader"], "failed" if "fault" in r else "ran") for r in records]
+        print_table(title, ("reader", "result"), rows, names=2)
+    else:
+        headings = ("reader", "median\ns", "GB/s", "time /\nreadinto", "peak\nMiB", "peak /\nsize")
+        rows = [(r["reader"], "failed") if "fault" in r else _cells(r) for r in records]
+        print_table(title, headings, rows)
     for r in records:
         if "fault" in r:
-            table.add_row(r["reader"], "failed", r["fault"][:60])
-            continue
-        numbers = (f"{r['median_s']:.2f}", f"{r['gbytes_per_s']:.2f}", f"{r['times_readinto']:.2f}")
-        table.add_row(r["reader"], *numbers, f"{r['peak_bytes'] / 2**20:,.0f}", f"{r['peak_share']:.2f}")
-    console.print(table)
-    for name in absent:
-        console.print(f"{name}: not installed")
+            print_line(f"{r['reader']} failed: {r['fault']}")
+    line = SMOKE_TEST if records[0]["small"] else disturbance(records)
+    if line:
+        print_line(line)
+
+
+def _cells(r: dict[str, Any]) -> tuple[str, ...]:
+    numbers = (f"{r['median_s']:.2f}", f"{r['gbytes_per_s']:.2f}", f"{r['times_readinto']:.2f}")
+    return (r["reader"], *numbers, f"{r['peak_bytes'] / 2**20:,.0f}", f"{r['peak_share']:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
-"""One rank's part of a dispatch to P ranks, without communication: what it packs, and what it makes of what returns.
+"""One rank's part of a dispatch to P ranks, without communication: what it packs, and what it does with returned rows.
 
-No collective is needed for that, so that one device plays a rank among any number of them. With T tokens, K experts for
-each, J = min(K, P), R rows that leave (a token goes once to each rank that has any of its experts), d columns of b
-bytes and s = 4 ceil(d / 128) bytes of scales, a step moves at least
+No collective is needed, so one device plays a rank among any number. With T tokens, K experts per token,
+J = min(K, P), R rows that leave (a token is sent once to each rank that has any of its experts), d columns of b bytes
+and s = 4 ceil(d / 128) bytes of scales, a step moves at least
 
     destinations  8 T K + 8 T J                  expert ids to distinct ranks
     permute       8 T K + T d b + R d b          ids and rows to rows in the order of their destinations
     routing       12 T K + 8 R K                 weights and ids of these rows, packed into bytes
     quantise      R d b + R (d + s)              rows to e4m3 with a scale for every 128 values
-    unpermute     R d b + T d b + 8 T J          what comes back to one sum for each token
+    unpermute     R d b + T d b + 8 T J          returned rows to one sum for each token
     trip          permute, routing, unpermute, and 20 R K to unpack routing; with fp8 also quantise and its reverse
-    experts       what a rank makes of rows that it receives, whose slots with experts elsewhere are -1: as `forward`
-                  in benchmarks/roofline.py, of the slots that are here and with each row once
+    experts       the experts' work on rows that a rank receives, where slots of other ranks' experts are -1: as
+                  `forward` in benchmarks/roofline.py, for the slots of this rank, with each row counted once
 
 Candidates beside ours are torch's own operators: a token-by-rank mask and its `nonzero`, a sort that drops repetitions,
-and for results `index_add`. Everything is compared with a list of tokens for each rank that Python's sets make.
+and `index_add` for results. Everything is compared with a list of tokens for each rank, built from Python sets.
 """
 
 import math
@@ -43,12 +43,12 @@ ROUNDS = range(5, 201)
 
 
 def virtual_rank(size: int, num_experts: int, payload: Payload = "same") -> AllToAllDispatcher:
-    """The last of `size` ranks without the others."""
+    """Dispatcher of the last of `size` ranks; the other ranks do not exist."""
     return AllToAllDispatcher(Loopback(size, size - 1), num_experts, payload=payload)
 
 
 def trip(dispatcher: AllToAllDispatcher, x: Tensor, routing: Routing) -> tuple[Tensor, Traffic]:
-    """There and back, through experts that do nothing, so that nothing but the dispatch is seen."""
+    """Dispatch and combine without experts in between, so that only the dispatch is measured."""
     sent = dispatcher.dispatch(x, routing)
     rows, _, _ = sent.wait()
     return dispatcher.combine(rows, sent), sent.traffic
@@ -87,9 +87,9 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Step:
-    """What candidates do with `inputs`, which can be given other values at any time.
+    """One task for all candidates. The values of `inputs` may change between calls.
 
-    `fault` says why a result is wrong, for the values of now; it is empty if the result is right.
+    `fault` returns why a result is wrong for the current values; empty if it is right.
     """
 
     name: str
@@ -100,7 +100,7 @@ class Step:
 
 
 def members(expert_ids: Tensor, ranks: int, each: int) -> list[list[int]]:
-    """The tokens that go to each rank, counted by sets: the definition of a dispatch."""
+    """The tokens sent to each rank, found with sets: the definition of a dispatch."""
     tokens: list[list[int]] = [[] for _ in range(ranks)]
     for token, row in enumerate(expert_ids.tolist()):
         for rank in {i // each for i in row if i >= 0}:
@@ -109,14 +109,14 @@ def members(expert_ids: Tensor, ranks: int, each: int) -> list[list[int]]:
 
 
 def by_mask(expert_ids: Tensor, ranks: int, each: int) -> tuple[Tensor, Tensor]:
-    """The token of each row and the rows for each rank, by a mask [T, ranks]."""
+    """Token of each row, and number of rows for each rank, from a mask [T, ranks]."""
     mask = torch.zeros(len(expert_ids), ranks, dtype=torch.bool, device=expert_ids.device)
     mask.scatter_(1, expert_ids // each, True)
     return mask.t().nonzero()[:, 1], mask.sum(0)
 
 
 def by_sort(expert_ids: Tensor, ranks: int, each: int) -> tuple[Tensor, Tensor]:
-    """The same by sorting (rank, token) as one number and dropping repetitions."""
+    """Same as `by_mask`, by sorting (rank, token) as one number and dropping repetitions."""
     tokens = len(expert_ids)
     token = torch.arange(tokens, device=expert_ids.device)[:, None]
     keys = torch.unique(expert_ids // each * tokens + token)
@@ -124,7 +124,7 @@ def by_sort(expert_ids: Tensor, ranks: int, each: int) -> tuple[Tensor, Tensor]:
 
 
 class Packing:
-    """The inputs of an entry, and its steps, each made when it is measured: their inputs need not all be in memory."""
+    """Inputs of an entry, and its steps. Each step is built when it is measured, so that not all inputs use memory."""
 
     def __init__(self, entry: Entry) -> None:
         self.entry, self.shape = entry, entry.shape
@@ -164,13 +164,13 @@ class Packing:
             return found.scatter_(1, self.ids // self.each, True)
 
         def fault(found: Tensor) -> str:
-            if found.dtype != torch.bool:  # ranks and -1: these into a column of their own
+            if found.dtype != torch.bool:  # ranks, or -1, which is counted in a column of its own
                 wide = torch.zeros(len(found), ranks + 1, dtype=torch.int64, device=found.device)
                 wide.scatter_add_(1, torch.where(found < 0, ranks, found), torch.ones_like(found))
                 found = wide[:, :ranks]
             expected = torch.zeros(len(found), ranks, dtype=torch.int64, device=found.device)
             expected[self.token, torch.repeat_interleave(torch.tensor(self.counts)).to(found.device)] = 1
-            return "" if torch.equal(found.long(), expected) else "it is not each distinct rank, once"
+            return "" if torch.equal(found.long(), expected) else "not each distinct rank exactly once"
 
         ours = Candidate("moesmith", lambda: rank.destinations(self.ids))
         return Step("destinations", (ours, Candidate("torch: mask", mask)), fault, self._moved("destinations"))
@@ -204,9 +204,9 @@ class Packing:
     def _misplaced(self, found: tuple[Tensor, Tensor]) -> str:
         rows, counts = found
         if counts.tolist() != self.counts:
-            return "other numbers of rows for the ranks"
+            return "wrong numbers of rows for the ranks"
         same = torch.equal(rows[: self.rows], self.x[self.token]) and not rows[self.rows :].any()
-        return "" if same else "other rows, or in another order"
+        return "" if same else "wrong rows, or wrong order"
 
     def routing(self) -> Step:
         rank = virtual_rank(self.entry.ranks, self.shape.experts)
@@ -221,7 +221,7 @@ class Packing:
         def fault(found: Tensor) -> str:
             weights, ids = self.weights[self.token], self.ids[self.token].int()
             expected = torch.cat((weights.view(torch.uint8), ids.view(torch.uint8)), dim=1)
-            return "" if torch.equal(found, expected) else "other bytes"
+            return "" if torch.equal(found, expected) else "wrong bytes"
 
         candidates = (Candidate("moesmith", ours), Candidate("torch: index_select", self._packed_routing))
         return Step("routing", candidates, fault, self._moved("routing"), (self.weights,))
@@ -234,7 +234,7 @@ class Packing:
         rows, width = self._normal(self.rows, self.shape.d), self.shape.d
 
         def cast() -> tuple[Tensor, Tensor]:
-            """As DeepEP's tests do: a product with the inverse of the scale."""
+            """Multiply with the inverse of the scale, as DeepEP's tests do."""
             blocks = F.pad(rows, (0, -width % FP8_BLOCK)).unflatten(1, (-1, FP8_BLOCK))
             largest = blocks.abs().float().amax(dim=2, keepdim=True).clamp(1e-4)
             codes = (blocks * (FP8_MAX / largest)).to(torch.float8_e4m3fn)
@@ -245,12 +245,12 @@ class Packing:
             blocks = F.pad(rows, (0, -width % FP8_BLOCK)).double().unflatten(1, (-1, FP8_BLOCK))
             exact = blocks.abs().amax(dim=2).clamp(1e-4) / FP8_MAX
             if ((scales.double() / exact) - 1).abs().max() > 2**-20:
-                return "other scales"
+                return "wrong scales"
             wide = scales.double().repeat_interleave(FP8_BLOCK, dim=1)[:, :width]
             error = (codes.double() * wide - rows.double()).abs()
-            # Half a unit of the last of four bits, of subnormals 2^-10; the product with an inverse may tip a tie.
+            # Half a unit in the last of four bits, for subnormals 2^-10; multiplying with an inverse may tip a tie.
             off = error > (rows.double().abs() * 2**-4 + wide * 2**-10) * (1 + 2**-6)
-            return f"{int(off.sum())} values are not the nearest" if off.any() else ""
+            return f"{int(off.sum())} values are not the nearest e4m3 numbers" if off.any() else ""
 
         candidates = (
             Candidate("moesmith", lambda: quantize_rows(rows, FP8_BLOCK)),
@@ -261,7 +261,7 @@ class Packing:
     def unpermute(self) -> Step:
         first = virtual_rank(self.entry.ranks, self.shape.experts).destinations(self.ids)
         position = ops.permute(self.x[:, :1].contiguous(), first, self.entry.ranks).position
-        back = self._normal(position.numel(), self.shape.d)  # rows past the last are read by nobody
+        back = self._normal(position.numel(), self.shape.d)  # rows past the last are not read
 
         def gather() -> Tensor:
             there = (position >= 0)[:, :, None]
@@ -279,12 +279,12 @@ class Packing:
         return Step("unpermute", candidates, fault, self._moved("unpermute"), (back,))
 
     def _summed(self, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The rows of each token, added in `dtype`."""
+        """Sum of the rows of each token, added in `dtype`."""
         y = torch.zeros(self.entry.tokens, self.shape.d, dtype=dtype, device=rows.device)
         return y.index_add_(0, self.token, rows.to(dtype)).to(self.entry.dtype if dtype == torch.float32 else dtype)
 
     def _off(self, found: Tensor, rows: Tensor) -> str:
-        """What float64 says of the sums of `rows`."""
+        """Why `found` is not the sums of `rows`, by float64; empty if it is."""
         exact = self._summed(rows, torch.float64)
         eager = self._summed(rows.to(self.entry.dtype))
         return _judged(found, exact, eager, self.shape.top_k, self.entry.dtype)
@@ -315,7 +315,7 @@ class Packing:
         routing = Routing(self.weights, self.ids, self.weights)
 
         def fault(y: Tensor) -> str:
-            # Of the codes that a product with the exact scale gives: the step `quantise` judges these.
+            # Uses the codes that the exact scale gives; the step `quantise` judges the codes themselves.
             blocks = F.pad(self.x.float(), (0, -self.shape.d % FP8_BLOCK)).unflatten(1, (-1, FP8_BLOCK))
             scale = blocks.abs().amax(dim=2, keepdim=True).clamp(1e-4) / FP8_MAX
             read = (blocks / scale).to(torch.float8_e4m3fn).float() * scale
@@ -325,7 +325,7 @@ class Packing:
         return Step("trip, fp8", candidates, fault, self._moved("trip, fp8"), (self.x,))
 
     def experts(self) -> Step:
-        """What the last rank makes of its share of the tokens of all ranks, each with as many as this one has."""
+        """The last rank's experts on its share of the tokens of all ranks, which have equally many."""
         d, n, experts, top_k = self.shape.sizes
         generator = torch.Generator().manual_seed(self.entry.seed + 1)
         everywhere = assign(self.entry.routing, self.entry.tokens * self.entry.ranks, experts, top_k, generator)
@@ -339,7 +339,7 @@ class Packing:
         down = self._normal(self.each, d, n).mul_(n**-0.5)
 
         def compacted(peer: str) -> Callable[[], Tensor]:
-            """A peer knows no slot that is not there: they are taken out first."""
+            """Peers do not support slots of -1, so these are removed first."""
             layer = next(p.layer for p in PEERS if p.name == peer)
             assert layer is not None
 
@@ -370,8 +370,8 @@ class Packing:
         moved = active * 3 * d * n * b + 2 * len(rows) * d * b + 2 * slots * n * b + 2 * slots * d * b
         candidates = (
             Candidate("moesmith", lambda: ops.moe_mlp(rows, gate_up, down, weights, ids, tier=tier_for(rows))),
-            Candidate("torch: grouped_mm, -1 taken out", compacted("torch")),
-            Candidate("torch: loop, -1 taken out", compacted("loop")),
+            Candidate("torch: grouped_mm, -1 removed", compacted("torch")),
+            Candidate("torch: loop, -1 removed", compacted("loop")),
         )
         return Step("experts", candidates, fault, Work((Phase(6.0 * slots * d * n, moved),)), (rows,))
 
@@ -397,7 +397,7 @@ def _judged(found: Tensor, exact: Tensor, eager: Tensor, inner: int, dtype: torc
 
 
 def measure(step: Step, ceilings: Ceilings, seconds: float, timer: Timer) -> list[dict[str, Any]]:
-    """A record for each candidate; those that are right, before and after they are timed, with their times."""
+    """A record for each candidate, with times if it is right before and after the timing."""
     faults = {c.name: _fault(step, c) for c in step.candidates}
     right = {c.name: c.call for c in step.candidates if not faults[c.name]}
     one_round = sum(map(timer, right.values()))
@@ -426,6 +426,6 @@ def _fault(step: Step, candidate: Candidate, when: str = "") -> str:
     try:
         result = candidate.call()
         fault = step.fault(result) if candidate.same_work else ""
-    except Exception as error:  # which is this candidate's alone
+    except Exception as error:  # recorded for this candidate alone
         fault = f"{type(error).__name__}: {one_line(error)}"
     return f"{when}{fault}" if fault else ""

@@ -1,21 +1,35 @@
-"""Expert parallelism: packing, bytes and scaling of a dispatch, beside torch's operators, theory and one process.
+"""Measures expert parallelism: packing, bytes and scaling of a dispatch, beside
+torch's operators, theory and one process.
 
 Parts:
-  pack     what one rank among 8, 16 and 64 does for a dispatch, without communication: destinations, rows in their
-           order, routing as bytes, rows as fp8, results summed; and what it makes of rows that arrive. On a GPU, too.
-           Shares are of the time that its bytes take at the rate of a large copy, measured in the same run
-  bytes    what leaves a rank for each token and layer, forward: a dispatch over gloo, one process a rank, beside the
-           expectation of `moesmith plan --gpu` for balanced routing, and a copy for each expert. Counts are compared
-           with sets, and with what collectives were given
-  scaling  a layer forward and backward, one process and one thread a rank, with fixed tokens per rank and fixed tokens
-           in all, beside the undivided layer on one thread, in turns. Shares are of its speed times the cores that the
-           ranks can have; outputs and gradients are compared with float64 first. Time in collectives is also the time
-           that a rank waits there for others
+  pack     Work of one rank among 8, 16 and 64 for a dispatch, without
+           communication: destinations, rows in their order, routing as bytes,
+           rows as fp8, sums of results; and the experts' work on rows that
+           arrive. Runs on a GPU, too. Shares are of the time that the bytes
+           take at the rate of a large copy, measured in the same run.
+  bytes    Bytes that leave a rank per token and layer, forward: a dispatch over
+           gloo, one process per rank, beside the expectation of `moesmith plan
+           --gpu` for balanced routing, and beside a naive dispatch with a copy
+           for each expert. Counts are compared with sets, and with the bytes
+           that collectives were given.
+  scaling  A layer forward and backward, one process and one thread per rank,
+           with fixed tokens per rank and with a fixed total, taking turns with
+           the undivided layer on one thread. Shares are of its speed times the
+           number of cores that the ranks can use. Outputs and gradients are
+           compared with float64 first. Time in collectives includes waiting
+           for other ranks.
 
-On a machine with C cores more ranks than C share cores: nothing is gained beyond, and more is sent.
+More ranks than cores share the cores: speed does not grow further, and more
+bytes are sent.
 
-Widths are the shapes' own for pack and bytes; an eighth for scaling and, on a CPU, for the experts of pack; a 64th with
---small. A shape that is given as numbers stays as it is.
+Widths are those of the shapes for pack and bytes; an eighth for scaling and, on
+a CPU, for the experts of pack; a 64th with --small. A shape given as numbers
+does not shrink.
+
+--small is a smoke test: it shows that everything runs and is correct, and
+prints no times or ratios. Its JSON lines have times and "small": true.
+"disturbed: other processes used X of N cores" rates the most disturbed
+measurement; JSON lines of pack and scaling have "other_cores" and "disturbed".
 
 Exit status: 0; 1 if ours is wrong or fails; 2 for bad input; 130 after Ctrl-C.
 """
@@ -32,11 +46,21 @@ from typing import Any
 import torch
 
 from benchmarks import cuda, packing, ranks, report
-from benchmarks.harness import RESULTS, BadInput, append, once, one_line, out_of_memory, say
+from benchmarks.harness import (
+    RESULTS,
+    BadInput,
+    OtherProcesses,
+    append,
+    disturbance,
+    once,
+    one_line,
+    out_of_memory,
+    say,
+)
 from benchmarks.layer import about, ceilings
 from benchmarks.ranks import CountBytes, Scale
 from benchmarks.roofline import Ceilings
-from benchmarks.shapes import SHAPES, Shape, parse_shape, small
+from benchmarks.shapes import SHAPES, Shape, parse_shape, shrink
 from moe.checkpoint.reading.memory import free_bytes
 from moe.ops.library import why_no_kernels
 
@@ -44,28 +68,41 @@ PARTS = ("pack", "bytes", "scaling")
 KNOWN = ("deepseek_v3", "deepseek_v2_lite", "qwen3_30b_a3b", "mixtral_8x7b", "olmoe")
 KNOWN_SMALL = ("deepseek_v3", "mixtral_8x7b")
 MOST_RANKS = 64
-SCALED = 8  # by how much widths shrink for what a CPU computes
+SCALED = 8  # divisor of the widths that a CPU computes with
 TOKENS = {"cpu": 512, "cuda": 4096}
 TOTAL = 4  # the fixed total, in tokens per rank
-# Of a rank's copies of the layer: float32, its gradients and its share; float64 and its gradients.
-BYTES_A_WEIGHT = 28
+# A rank's copies of the layer: float32, its gradients and its share; float64 and its gradients.
+BYTES_PER_WEIGHT = 28
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--part", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
-    add("--ranks", nargs="+", type=int, metavar="N", help="processes; default: 1 2 4 8, small: 1 2")
-    shapes = f"default: {' '.join(KNOWN)}, small: {' '.join(KNOWN_SMALL)}"
-    add("--shape", nargs="+", metavar="NAME|T,d,n,E,K", help=f"T tokens on each rank; {shapes}")
-    add("--device", choices=("cpu", "cuda"), help="for pack; default: cuda if there is one")
-    add("--small", action="store_true", help="small shapes and few rounds, to see that it works")
-    add("--seed", type=int, default=0, help="of routing and weights")
+    add(
+        "--part",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        metavar="PART",
+        help="Some of pack bytes scaling; default: all",
+    )
+    add("--ranks", nargs="+", type=int, metavar="N", help="Numbers of processes; default: 1 2 4 8, small: 1 2")
+    add(
+        "--shape",
+        nargs="+",
+        metavar="SHAPE",
+        help="Registry names or T,d,n,E,K with T tokens per rank; default: "
+        f"{' '.join(KNOWN)}, small: {' '.join(KNOWN_SMALL)}",
+    )
+    add("--device", choices=("cpu", "cuda"), help="Device for pack; default: cuda if there is one, otherwise cpu")
+    add("--small", action="store_true", help="Smoke test with shrunk shapes and few rounds")
+    add("--seed", type=int, default=0, metavar="N", help="Random seed of routing and weights; default: 0")
     add(
         "--json",
         nargs="?",
         type=Path,
         const=RESULTS / "parallel.jsonl",
-        help="append a line a measurement to this file",
+        metavar="FILE",
+        help="Append a JSON line per measurement; default: benchmarks/results/parallel.jsonl",
     )
 
 
@@ -83,31 +120,31 @@ class Asked:
     run: str
 
     def origin(self, part: str, device: str) -> dict[str, Any]:
-        """What stands in every record of a part."""
-        return about(device) | {"run": self.run, "part": part, "seed": self.seed}
+        """Fields common to all records of a part."""
+        return about(device, self.small) | {"run": self.run, "part": part, "seed": self.seed}
 
     def sized(self, shape: Shape, *, by: int, tokens: int) -> Shape:
-        """A shape of the registry as a part takes it; others as they are."""
+        """A registry shape with the sizes that a part uses; other shapes unchanged."""
         if shape.name not in SHAPES:
             return shape
         if self.small:
-            return small(shape)
-        return replace(small(shape, by) if by > 1 else shape, tokens=(tokens,))
+            return shrink(shape)
+        return replace(shrink(shape, by) if by > 1 else shape, tokens=(tokens,))
 
 
 def check(args: argparse.Namespace) -> Asked:
-    """Raises BadInput."""
+    """The checked arguments. Raises BadInput."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: this torch finds no GPU")
     if device == "cuda" and "pack" in args.part and (why := why_no_kernels(torch.device(device))):
-        raise BadInput(f"--device cuda: {why}")  # torch's operators are not to be timed in the place of kernels
+        raise BadInput(f"--device cuda: {why}")  # torch's operators must not be timed in place of the kernels
     numbers = tuple(dict.fromkeys(args.ranks or ((1, 2) if args.small else (1, 2, 4, 8))))
     for number in numbers:
         if not 1 <= number <= MOST_RANKS:
-            raise BadInput(f"--ranks {number}: expected numbers from 1 to {MOST_RANKS}, each rank being a process")
+            raise BadInput(f"--ranks {number}: out of range; expected 1 to {MOST_RANKS} processes")
     if not 0 <= args.seed < 2**32:
-        raise BadInput(f"--seed {args.seed}: expected an integer from 0, below 2^32")
+        raise BadInput(f"--seed {args.seed}: out of range; expected an integer from 0 to 2^32 - 1")
     shapes = tuple(parse_shape(text) for text in args.shape or (KNOWN_SMALL if args.small else KNOWN))
     if args.json:
         append(args.json, [])
@@ -132,6 +169,8 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         say(f"interrupted: {len(records)} measurements")
         return 130
+    if not asked.small and (line := disturbance(records)):
+        report.print_line(line)
     wrong = any(r["status"] in ("wrong", "failed") and r.get("ours", True) for r in records)
     return 1 if wrong else status
 
@@ -141,23 +180,24 @@ def pack(asked: Asked) -> Iterator[list[dict[str, Any]]]:
     timer = cuda.timer() if asked.device == "cuda" else once
     limit = ceilings({name}, asked.device, timer, asked.small)[name]
     origin = asked.origin("pack", asked.device)
-    report.show_run(origin, {name: limit})
+    report.print_run(origin, {name: limit})
     seconds = 0.01 if asked.small else 0.3
     for shape in asked.shapes:
         numbers = [number for number in packing.VIRTUAL_RANKS if shape.experts % number == 0]
         _say_left_out("pack", shape, [n for n in packing.VIRTUAL_RANKS if n not in numbers])
         for number in numbers:
-            say(f"pack: {shape.name}, a rank of {number}")
+            say(f"pack: {shape.name}, one of {number} ranks")
             try:
-                new = list(_steps(asked, shape, number, dtype, limit, seconds, timer))
+                steps = _steps(asked, shape, number, dtype, limit, seconds, timer)
+                new = [origin | record for record in steps]
             except Exception as error:
                 if not out_of_memory(error):
                     raise
-                say(f"pack: {shape.name}, a rank of {number}: not enough memory")
+                say(f"pack: {shape.name}, one of {number} ranks: not enough memory")
                 continue
-            yield [origin | record for record in new]
+            yield new
             sizes = f"T {new[0]['tokens']}, d {new[0]['d']}, E {new[0]['experts']}, K {new[0]['top_k']}"
-            report.show_packing(f"pack: {shape.name} ({sizes}), a rank of {number}, {new[0]['dtype']}", new)
+            report.print_packing(f"pack: {shape.name} ({sizes}), one of {number} ranks, {new[0]['dtype']}", new)
 
 
 def _steps(
@@ -176,8 +216,10 @@ def _steps(
         with torch.no_grad():
             job = packing.Packing(entry)
             for step in steps:
-                for record in packing.measure(step(job), limit, seconds, timer):
-                    yield entry.record | record
+                made, others = step(job), OtherProcesses()
+                new = packing.measure(made, limit, seconds, timer)
+                load = others.record()
+                yield from (entry.record | record | load for record in new)
         if asked.device == "cuda":
             del job
             torch.cuda.empty_cache()
@@ -185,7 +227,7 @@ def _steps(
 
 def count_bytes(asked: Asked) -> Iterator[list[dict[str, Any]]]:
     origin = asked.origin("bytes", "cpu")
-    report.show_run(origin, {})
+    report.print_run(origin, {})
     shapes = [asked.sized(shape, by=1, tokens=TOKENS["cpu"]) for shape in asked.shapes]
     for number in asked.ranks:
         if number == 1:
@@ -203,21 +245,25 @@ def count_bytes(asked: Asked) -> Iterator[list[dict[str, Any]]]:
                 new.append(origin | ranks.byte_record(job, found))
                 yield new[-1:]
         if new:
-            title = f"bytes that leave a rank for each token and layer, forward: {number} ranks over gloo"
-            report.show_bytes(f"{title}; expected: balanced routing", new)
+            title = f"bytes that leave a rank per token and layer, forward: {number} ranks over gloo"
+            report.print_bytes(title, new)
+            if not asked.small:
+                report.print_line(
+                    "expected: with balanced routing; naive: a copy for each expert; saves: naive over bytes"
+                )
 
 
 def scale(asked: Asked) -> Iterator[list[dict[str, Any]]]:
     cores = len(os.sched_getaffinity(0))
     origin = asked.origin("scaling", "cpu")
-    report.show_run(origin, {})
+    report.print_run(origin, {})
     shapes = [asked.sized(shape, by=SCALED, tokens=TOKENS["cpu"]) for shape in asked.shapes]
     rounds = 2 if asked.small else 9
     of: dict[str, list[dict[str, Any]]] = {shape.name: [] for shape in shapes}
     for number in asked.ranks:
         jobs = []
         for shape in _divisible("scaling", shapes, number):
-            need = number * BYTES_A_WEIGHT * 3 * shape.d * shape.n * shape.experts
+            need = number * BYTES_PER_WEIGHT * 3 * shape.d * shape.n * shape.experts
             if need > free_bytes(torch.device("cpu"))[0]:
                 say(f"scaling: {shape.name} on {number} ranks: not enough memory for {need / 2**30:.1f} GiB")
                 continue
@@ -233,9 +279,11 @@ def scale(asked: Asked) -> Iterator[list[dict[str, Any]]]:
             d, n, experts, top_k = shape.sizes
             sizes = f"d {d}, n {n}, E {experts}, K {top_k}"
             title = f"scaling over gloo, forward and backward: {shape.name} ({sizes}), float32; {cores} cores"
-            report.show_scaling(title, sorted(of[shape.name], key=lambda r: r["fixed"]))
+            report.print_scaling(title, sorted(of[shape.name], key=lambda r: r["fixed"]))
     if max(asked.ranks) > cores:
-        report.note(f"this machine has {cores} cores: more ranks than {cores} share them, and the limit stays")
+        report.print_line(
+            f"this machine has {cores} cores: more ranks than {cores} share them, so the limit does not grow"
+        )
 
 
 def _divisible(part: str, shapes: list[Shape], number: int) -> list[Shape]:

@@ -1,9 +1,9 @@
-"""What is timed: ours and its peers, each as a function of the same inputs.
+"""The candidates: ours and its peers, each as a function of the same inputs.
 
-A peer is absent if what it needs cannot be imported; it is imported only then. Its own layout of the inputs (ids in
-int32, say) is made when it is built, outside the timing.
+A peer is absent if its package cannot be imported, which is tried only when the peer is used. A peer's own layout of
+the inputs (ids in int32, for example) is made when the call is built, outside the timing.
 
-One of your own, `--peer file.py:function`, is called with a `LayerInputs` and returns y [T, D]; to train, y must be
+Your own peer, `--peer FILE.py:FUNCTION`, is called with a `LayerInputs` and returns y [T, D]. For train, y must be
 differentiable in the inputs' x, gate_up, down and weights.
 """
 
@@ -23,7 +23,7 @@ from benchmarks.harness import BadInput, one_line
 from moe.ops import grouped_mm, moe_mlp, route
 from moe.ops.library import Tier
 
-# A third of an H200: transformers' batched_mm copies every routed row's own expert.
+# Bytes, a quarter of an H200: transformers' batched_mm copies an expert's weights for every routed row.
 MOST_COPIED = 2**35
 
 
@@ -32,7 +32,7 @@ class LayerInputs:
     """The expert MLP of a layer: y[t] = sum over k of weights[t, k] * (silu(x @ gate.T) * (x @ up.T)) @ down.T
 
     x [T, D], gate_up [E, 2F, D] with the gate rows first, down [E, D, F], weights [T, K] float32, expert_ids [T, K]
-    int64. To train, x, gate_up, down and weights require gradients, and grad [T, D] is the gradient of y.
+    int64. If train, x, gate_up, down and weights require gradients, and grad [T, D] is the gradient of y.
     """
 
     x: Tensor
@@ -70,7 +70,14 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Peer:
-    """Builders of calls without arguments, for what the peer can do; `same_work` False is a yardstick, not judged."""
+    """Builders of calls for each operation that the peer supports; None for others.
+
+    Attributes:
+        needs: module that must be importable.
+        backward: whether the layer is differentiable.
+        same_work: False for a yardstick that does other work; its results are not judged.
+        note: returns a remark on the timings, asked after the call was built.
+    """
 
     name: str
     layer: Callable[[LayerInputs], Call] | None = None
@@ -80,14 +87,14 @@ class Peer:
     cuda_only: bool = False
     backward: bool = True
     same_work: bool = True
-    note: Callable[[], str] | None = None  # what a reader of its figures has to know, asked after it was built
+    note: Callable[[], str] | None = None
 
     @property
     def ours(self) -> bool:
         return self is OURS
 
     def absent(self, device: str) -> str:
-        """Why it cannot run here; empty if it can."""
+        """Why the peer cannot run here; empty if it can."""
         try:
             importlib.import_module(self.needs)
         except Exception as error:  # a package may fail in any way while it is imported
@@ -96,7 +103,7 @@ class Peer:
 
 
 def tier_for(tensor: Tensor) -> Tier:
-    """On a GPU the kernels or an error: torch's operators are not to be timed in their place."""
+    """ "triton" on a GPU, so that torch's operators are never timed in place of the kernels."""
     return "auto" if tensor.device.type == "cpu" else "triton"
 
 
@@ -117,7 +124,7 @@ def _ours_route(i: RouteInputs) -> Call:
 
 
 def _dense_layer(i: LayerInputs) -> Call:
-    """The products of one dense MLP over as many rows, nothing else."""
+    """Only the products of one dense MLP, over the same number of rows."""
     rows = i.x.detach().repeat_interleave(i.expert_ids.shape[1], dim=0)
     gate_up, down = i.gate_up.detach()[0], i.down.detach()[0]
     hidden, grad = torch.randn_like(rows @ down), torch.randn_like(rows)
@@ -135,7 +142,7 @@ def _dense_layer(i: LayerInputs) -> Call:
 
 
 def _dense_gemm(i: GemmInputs) -> Call:
-    """One product of the sizes that the groups have together."""
+    """One product with the total size of all groups."""
     b = i.b if i.b.dim() == 2 else i.b[0]
     return lambda: i.a @ b
 
@@ -174,7 +181,7 @@ def _torch_layer(i: LayerInputs) -> Call:
 
     def call() -> Tensor:
         order = i.expert_ids.flatten().argsort(stable=True)
-        # Counted so, nothing waits for the device and a graph can be captured.
+        # Counting this way does not wait for the device, so a graph can be captured.
         edges = torch.arange(experts, device=i.x.device)
         ids = i.expert_ids.flatten().index_select(0, order)
         offs = torch.searchsorted(ids, edges, right=True).to(torch.int32)
@@ -207,7 +214,7 @@ def _transformers(backend: str) -> Callable[[LayerInputs], Call]:
         experts, d, n = i.down.shape
         copied = i.expert_ids.numel() * 3 * d * n * i.x.element_size()
         if backend == "batched_mm" and copied > MOST_COPIED:
-            raise ValueError(f"it would copy {copied / 2**30:.0f} GiB of weights")
+            raise ValueError(f"would copy {copied / 2**30:.0f} GiB of weights")
         config = Qwen3MoeConfig(num_experts=experts, hidden_size=d, moe_intermediate_size=n)
         config._experts_implementation = backend
         with torch.device("meta"):
@@ -220,9 +227,9 @@ def _transformers(backend: str) -> Callable[[LayerInputs], Call]:
 
 
 def _quick(config: Any) -> bool:
-    """Whether Liger's kernels are tuned over a configuration here: over all of them each shape takes minutes.
+    """Whether a configuration is kept for Liger's autotuning, which takes minutes per shape with all of them.
 
-    Those with the tiles that Liger itself takes without tuning, and with larger ones.
+    Kept are the tiles that Liger uses without tuning, and larger ones.
     """
     tile = config.kwargs
     if "BLOCK_H" in tile:  # the sum over k
@@ -234,7 +241,7 @@ def _quick(config: Any) -> bool:
 
 @cache
 def _liger_tuning() -> str:
-    """Limits what Liger's kernels are tuned over, once, and says to what."""
+    """Limit the autotuning of Liger's kernels, once; returns a description of the limits."""
     try:
         kernels = vars(importlib.import_module("liger_kernel.ops.fused_moe_kernels"))
     except ImportError:
@@ -319,7 +326,7 @@ def _moe_ops_gemm(i: GemmInputs) -> Call:
     from moe_ops import grouped_gemm  # pyright: ignore[reportMissingImports]
 
     if i.b.dim() == 2:
-        raise ValueError("it has no product over ragged rows of its own")
+        raise ValueError("has no product over ragged rows")
     stored_transposed = i.b.stride(1) == 1
     b = i.b.transpose(1, 2) if stored_transposed else i.b
     offsets = F.pad(i.offs, (1, 0))  # its kernels read both ends of a group
@@ -333,7 +340,7 @@ def _moe_ops_route(i: RouteInputs) -> Call:
 
 
 def _by_expert(i: LayerInputs) -> tuple[Tensor, Tensor]:
-    """Slots in the order of their experts, and how many each expert has, int32; nothing waits for the device."""
+    """Slots in the order of their experts, and slots of each expert, int32, without waiting for the device."""
     ids, order = i.expert_ids.flatten().sort(stable=True)
     edges = torch.arange(i.down.shape[0] + 1, device=ids.device)
     return order.int(), torch.searchsorted(ids, edges).diff().int()
@@ -363,7 +370,7 @@ def _triton_kernels_layer(i: LayerInputs) -> Call:
 
 
 def _matmul_ogs_layer(i: LayerInputs) -> Call:
-    """triton_kernels as it is beside triton 3.6."""
+    """triton_kernels as of Triton 3.6."""
     from triton_kernels.matmul_ogs import (  # pyright: ignore[reportMissingImports]
         GatherIndx,
         RoutingData,
@@ -394,12 +401,12 @@ def _triton_kernels_gemm(i: GemmInputs) -> Call:
     from triton_kernels.tensor import make_ragged_tensor_metadata  # pyright: ignore[reportMissingImports]
 
     if i.b.dim() == 2:
-        raise ValueError("its product over ragged rows takes only groups that are padded with zeros")
+        raise ValueError("its product over ragged rows requires groups padded with zeros")
     counts = i.offs.diff(prepend=i.offs.new_zeros(1))
     rows = make_ragged_tensor_metadata(counts, i.a.shape[0])
     try:
         from triton_kernels.matmul import matmul  # pyright: ignore[reportMissingImports]
-    except ImportError:  # as it is beside triton 3.6
+    except ImportError:  # as of Triton 3.6
         from triton_kernels.matmul_ogs import RoutingData, matmul_ogs  # pyright: ignore[reportMissingImports]
 
         routing = RoutingData(None, counts, len(counts), 1, rows)
@@ -438,13 +445,13 @@ PEERS = (
 )
 DESCRIPTIONS = {
     "moesmith": "moe.ops: moe_mlp, grouped_mm, route",
-    "dense": "torch.matmul of equal FLOPs: a yardstick, not the same work, so it is not judged",
+    "dense": "torch.matmul with the same FLOPs: a yardstick that does other work, so it is not checked",
     "loop": "one torch.matmul for each expert",
     "torch": "F.grouped_mm between index_select and index_add; softmax and topk",
-    "transformers-grouped_mm": "Qwen3MoeExperts with that experts backend",
-    "transformers-batched_mm": "the same",
-    "transformers-eager": "the same",
-    "liger": "Liger-Kernel's LigerFusedMoEFunction, autotuned over 4 to 6 configurations of a kernel, of 16 to 40",
+    "transformers-grouped_mm": "transformers' Qwen3MoeExperts, grouped_mm backend",
+    "transformers-batched_mm": "transformers' Qwen3MoeExperts, batched_mm backend",
+    "transformers-eager": "transformers' Qwen3MoeExperts, eager backend",
+    "liger": "Liger-Kernel's LigerFusedMoEFunction, autotuned over 4 to 6 of a kernel's 16 to 40 configurations",
     "scattermoe": "ScatterMoE's parallel_linear",
     "sonicmoe": "SonicMoE's moe_general_routing_inputs",
     "moe_ops": "moe-ops: permute, grouped_gemm, unpermute; fused_topk_softmax",
@@ -455,11 +462,11 @@ DESCRIPTIONS = {
 
 
 def load_peer(spec: str) -> Peer:
-    """`FILE.py:FUNCTION`. Raises BadInput, one line."""
+    """The peer `FILE.py:FUNCTION`. Raises BadInput."""
     path, _, name = spec.rpartition(":")
     file = Path(path).expanduser().resolve()
     if not path or not name.isidentifier():
-        raise BadInput(f"--peer {spec}: expected FILE.py:FUNCTION")
+        raise BadInput(f"--peer {spec}: not a function of a file; expected FILE.py:FUNCTION")
     if not file.is_file():
         raise BadInput(f"--peer {spec}: no file {file}")
     found = importlib.util.spec_from_file_location(f"benchmarks_peer_{file.stem}", file)
@@ -468,7 +475,7 @@ def load_peer(spec: str) -> Peer:
     module = importlib.util.module_from_spec(found)
     try:
         found.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # somebody else's code may fail in any way
+    except (Exception, SystemExit) as error:  # foreign code may fail in any way
         raise BadInput(f"--peer {spec}: {type(error).__name__}: {one_line(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):

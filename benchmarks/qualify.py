@@ -1,32 +1,36 @@
-"""Check that everything works on this machine, in stages with time limits.
+"""Checks in stages with time limits that everything works on this machine.
 
 Stages, in this order:
-  environment  the kernels run at all; optional packages and tools, by probes
+  environment  the kernels run; optional packages and tools, by probes
   kernels      the operators' tests on the Triton kernels, in many processes
                (on a CPU: a few of them, by the interpreter)
-  cuda         tests/kernels/test_cuda.py: no waiting for the device, CUDA graphs,
-               repeated bits, more than 2^31 elements
+  cuda         tests/kernels/test_cuda.py: no waiting for the device, CUDA
+               graphs, repeated bits, more than 2^31 elements
   model        training, loading, generation, transformers, torch.compile, one
                rank of NCCL; each beside the CPU
-  sanitizer    compute-sanitizer over ten small cases: memcheck, racecheck,
+  sanitizer    compute-sanitizer on ten small cases: memcheck, racecheck,
                initcheck
-  benchmark    forward, training and decode beside peers, a process a shape
+  benchmark    forward, training and decode beside peers, one process per shape
   profile      Nsight Compute on the kernels of a training step: L2 throughput,
                use of the tensor cores
 
 Each task is a process of its own with a limit. A crash, a lost GPU or a hung
-compilation ends that process and is recorded; the rest goes on. Warnings are
-listed in the log and fail nothing, except the one that torch's operators run
-instead of the kernels.
+compilation ends that process and is recorded; the other tasks go on. Warnings
+are listed in the log and fail nothing, except the warning that torch's
+operators run instead of the kernels.
 
 --resume skips tasks that have passed, failed or were not usable, if the device,
 the program and the packages are the same. To repeat them, use a new folder.
 
-The folder --out gets report.md (written afresh after each stage),
-results.jsonl (a line at a time), log.txt, and up to three PNGs.
+The folder --out gets report.md (rewritten after each stage), results.jsonl
+(appended line by line), log.txt, and a PNG for each of forward, train and
+decode.
+
+--small, and any run on a CPU, is a smoke test of the benchmark stage: it prints
+no times.
 
 Needs torch, triton, numpy, pytest, rich, einops and safetensors. moesmith need
-not be installed. A task that needs more is "not usable" where that is missing.
+not be installed. A task that needs more is "not usable" if that is missing.
 
 Exit status: 0 if nothing failed, even if tasks are left or not usable; 1 if a
 stage failed; 2 for bad input; 130 after Ctrl-C or SIGTERM, with the report
@@ -57,10 +61,7 @@ from typing import Any, TextIO
 import torch
 
 from benchmarks.harness import ROOT, BadInput, say
-from benchmarks.shapes import SHAPES, SONIC
-from benchmarks.steps import NO_KERNELS, NOT_USABLE, OPERATORS
-from benchmarks.supervise import Ended, Program
-from benchmarks.verdicts import (
+from benchmarks.qualify_results import (
     DONE,
     LOG,
     REPORT,
@@ -77,11 +78,15 @@ from benchmarks.verdicts import (
     tasks,
     write_report,
 )
+from benchmarks.qualify_steps import NO_KERNELS, NOT_USABLE, OPERATORS
+from benchmarks.report import print_line, print_table
+from benchmarks.shapes import SHAPES, SONIC
+from benchmarks.supervise import Ended, Program
 
-PARTS = 16  # of the kernels' tests, whatever the machine, so that another one can continue
-RESTARTS = 8  # of a part whose processes crash
-QUIET = 180.0  # seconds for one test, compilation included
-LAST_SECONDS = 30.0  # of --minutes: for starting, the plots and the report
+PARTS = 16  # parts of the kernels' tests, on every machine, so that another machine can continue
+RESTARTS = 8  # most restarts of a part whose processes crash
+QUIET = 180.0  # most seconds for one test, including compilation
+LAST_SECONDS = 30.0  # reserved within --minutes for starting, plots and the report
 MODELS = ("qwen3_30b_a3b", "deepseek_v3", "olmoe", "deepseek_v2_lite", "mixtral_8x7b")
 SMALL_SHAPES = ("olmoe", "sonic_768_256_128")
 KERNELS = ("up_kernel", "rows_kernel", "products_kernel", "hidden_backward_kernel")
@@ -91,13 +96,13 @@ METRICS = re.compile("gpu__time_duration|lts__throughput|lts__t_sectors?_hit|dra
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A program, its limit in seconds, and how its end is read.
+    """A program, its limit in seconds, and the meaning of its output.
 
     Attributes:
-        tests: it is pytest with tests.support.recorded: what a crash leaves is done by another process.
+        tests: the program is pytest with tests.support.recorded; after a crash another process runs the other tests.
         probe: a failure means that a tool is not usable.
-        says: pattern that must be in the output; what it finds is the reason.
-        kernel: Nsight Compute's table for this kernel is in the output.
+        says: pattern that must be in the output; its match is recorded as the reason.
+        kernel: name of the kernel whose Nsight Compute table is in the output.
     """
 
     name: str
@@ -112,7 +117,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Tasks with a common limit in seconds, at most `beside` at a time; the probe `tool` must pass first."""
+    """Tasks with a common limit in seconds, at most `beside` at a time, after the probe of `tool` has passed."""
 
     name: str
     limit: float
@@ -123,7 +128,7 @@ class Stage:
 
 
 def step(name: str, *words: str, device: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", "benchmarks.steps", name, *words, "--device", device, "--lines", "{lines}")
+    return (sys.executable, "-m", "benchmarks.qualify_steps", name, *words, "--device", device, "--lines", "{lines}")
 
 
 def environment(device: str, small: bool) -> list[Task]:
@@ -140,7 +145,7 @@ def environment(device: str, small: bool) -> list[Task]:
 
 def kernels(device: str, small: bool) -> list[Task]:
     files = ("tests/ops/test_ops.py", "tests/ops/test_routing.py")
-    # Without the tests of the tests ("the bounds see"); without a package that need not be here.
+    # Without tests of the tests ("the bounds see"), and without tests of packages that need not be installed.
     chosen = "not see" + ("" if importlib.util.find_spec("transformers") else " and not beside_transformers")
     if device == "cpu":
         # One small case of each kind, forward and backward.
@@ -162,7 +167,7 @@ def cuda(device: str, small: bool) -> list[Task]:
 
 
 def _pytest(*options: str) -> tuple[str, ...]:
-    # A warning of another release of torch or Triton must not fail a test, and is in the log; one of ours must.
+    # Warnings of other releases of torch or Triton are logged; ours must fail the test.
     warnings = ("-W", "default", "-W", f"error:{NO_KERNELS}")
     recorded = ("-p", "tests.support.recorded", "--record", "{lines}", "--without", "{without}")
     return (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *recorded, *warnings, *options)
@@ -185,7 +190,7 @@ def _sanitizer(tool: str, *words: str) -> tuple[str, ...]:
 
 
 def sanitizer(device: str, small: bool) -> list[Task]:
-    # Each tensor an allocation of its own, so that a read beyond one is seen.
+    # Every tensor is an allocation of its own, so that reads beyond its end are found.
     env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     cases = OPERATORS[:2] if small else OPERATORS
     return [
@@ -196,7 +201,7 @@ def sanitizer(device: str, small: bool) -> list[Task]:
 
 
 def benchmark(device: str, small: bool) -> list[Task]:
-    # The models' first, so that what time is left for is known of all kinds.
+    # Different kinds first, in case there is no time for all.
     names = SMALL_SHAPES if small else (*MODELS[:3], *(shape.name for shape in SONIC), *MODELS[3:])
     assert set(names) <= set(SHAPES)
     words = ["small"] if small else []
@@ -204,19 +209,19 @@ def benchmark(device: str, small: bool) -> list[Task]:
 
 
 def _ncu(*options: str) -> tuple[str, ...]:
-    watched = ("--target-processes", "application-only")  # not the compilers that it starts
+    watched = ("--target-processes", "application-only")  # without the compilers that it starts
     return (_found("ncu"), *watched, "--clock-control", "none", "--page", "raw", "--csv", *options)
 
 
 def _found(tool: str) -> str:
-    """Path of one of CUDA's tools, which are often not on PATH."""
+    """Path of a CUDA tool, which is often not on PATH."""
     return shutil.which(tool) or shutil.which(tool, path="/usr/local/cuda/bin") or tool
 
 
 def profile(device: str, small: bool) -> list[Task]:
     sections = [word for name in SECTIONS for word in ("--section", name)]
     shape = ("olmoe", "4096")
-    # First without a profiler, which would wait for the compiler.
+    # First without the profiler, which would slow the compiler down.
     compiled = Task("compiled", step("profile", *shape, device=device), 180)
     return [compiled] + [
         Task(
@@ -246,7 +251,7 @@ STAGES = (
 
 @dataclasses.dataclass
 class Call:
-    """One call of the command: what it was asked, where it writes, and what it knows so far."""
+    """One call of the command: its options, its files, and the records so far."""
 
     device: str
     small: bool
@@ -274,13 +279,13 @@ class Call:
         return [] if stage.gpu and self.device == "cpu" else stage.tasks(self.device, self.small)
 
     def done(self, task: Task, found: Mapping[str, Record]) -> bool:
-        """Whether a task is not run again. A tool that a probe found not usable is tried once in each call."""
+        """Whether a task is not run again. A tool that was not usable is probed once in each call."""
         record = found.get(task.name, {})
         again = task.probe and record.get("status") == "not usable" and record["run"] != self.about["run"]
         return record.get("status") in DONE and not again
 
     def unable(self, stage: Stage) -> str:
-        """The verdict of a stage that cannot run here, and why."""
+        """Verdict and reason if a stage cannot run here; otherwise empty."""
         if stage.gpu and self.device == "cpu":
             return "not run: needs a GPU"
         tool = tasks(of_this(self.records, self.about), "environment").get(stage.tool) if stage.tool else None
@@ -290,18 +295,20 @@ class Call:
         mine = of_this(self.records, self.about)
         return [judge(s.name, [t.name for t in self.planned(s)], mine, self.unable(s)) for s in self.stages]
 
-    def report(self) -> tuple[str, list[Verdict]]:
+    def report(self) -> list[Verdict]:
+        """Write report.md."""
         verdicts = self.verdicts()
         words = ["python", "-m", "benchmarks", "qualify", "--resume", str(self.out)]
         words += ["--device", self.device] + ["--small"] * (self.small and self.device != "cpu")
         words += ["--minutes", f"{self.minutes:g}"] if self.minutes else []
         words += ["--stage", *(v.stage for v in verdicts if v.left)]
         mine = of_this(self.records, self.about)
-        return write_report(self.out, verdicts, mine, self.about, shlex.join(words), self.notes), verdicts
+        write_report(self.out, verdicts, mine, self.about, shlex.join(words), self.notes)
+        return verdicts
 
 
 def run_stage(call: Call, stage: Stage) -> None:
-    """Runs what is not done of a stage. On any way out its programs are gone and a line says what is left."""
+    """Run the remaining tasks of a stage. However it ends, its programs are gone and its end is recorded."""
     begun = time.monotonic()
     until = min(call.deadline, begun + stage.limit)
     found = tasks(of_this(call.records, call.about), stage.name)
@@ -329,15 +336,15 @@ def run_stage(call: Call, stage: Stage) -> None:
 
 
 class Running:
-    """A task at work: one program, or for tests one after another until none is left."""
+    """A running task: one program, or for tests one after another until no test is left."""
 
     def __init__(self, call: Call, stage: Stage, task: Task) -> None:
         self.call, self.stage, self.task = call, stage, task
         self.seconds, self.starts = 0.0, 0
         self.tests: dict[str, int] = {}
-        self.begun: list[str] = []  # ids of all tests that were begun
-        self.total = 0  # tests of the task
-        self.expected = self.answered = 0  # tests of this program, and those with an outcome
+        self.begun: list[str] = []  # ids of all started tests
+        self.total = 0  # number of tests of the task
+        self.expected = self.answered = 0  # tests of this program, and how many have an outcome
         self.said = self.lost = ""
 
     def start(self, beside: int) -> None:
@@ -354,7 +361,7 @@ class Running:
         self.program = Program(command, lines=lines, env=env, limit=self.task.limit, quiet=quiet)
 
     def ended(self) -> bool:
-        """Reads what is new; whether the task is over, and recorded."""
+        """Read new results, and return whether the task has ended and is recorded."""
         records, end = self.program.poll()
         self._take(records)
         return end is not None and self._finish(end)
@@ -406,7 +413,7 @@ class Running:
         elif end.reason:
             status, reason = "failed", self.said or end.reason + (f"; {reason}" if said else _last_line(end.output))
         elif self.task.says and not said:
-            status, reason = "failed", f"no {self.task.says!r} in its output{_last_line(end.output)}"
+            status, reason = "failed", f"{self.task.says!r} is missing in the output{_last_line(end.output)}"
         if self.task.kernel and status == "passed":
             figures = profile_rows(end.output)
             status, reason = ("passed", "") if figures else ("failed", "no measurements in ncu's output")
@@ -419,7 +426,7 @@ class Running:
         return True
 
     def _finish_tests(self, end: Ended) -> bool:
-        """A test that was begun and has no outcome has ended the program; the tests after it get another one."""
+        """A started test without an outcome ended the program; another program runs the tests after it."""
         if self.begun and self.answered < self.expected:
             if self.lost:
                 self.call.note(f"\n== {self.lost}")
@@ -460,7 +467,7 @@ def _last_line(output: str) -> str:
 
 
 def profile_rows(output: str) -> list[dict[str, str]]:
-    """The figures of each launch from Nsight Compute's raw page in CSV: a line of names, one of units, the launches."""
+    """Measurements of each launch from Nsight Compute's raw page in CSV: names, units, then launches."""
     found: list[dict[str, str]] = []
     lines = [line for line in output.splitlines() if line.startswith('"')]
     names: list[str] = []
@@ -480,14 +487,14 @@ def profile_rows(output: str) -> list[dict[str, str]]:
 
 
 def environment_of(beside: int) -> dict[str, str]:
-    """Environment of a child process: import path, share of the cores, fault handler."""
+    """Environment of one of `beside` child processes: import path, share of the cores, fault handler."""
     path = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path),
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",
-        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # whatever pytest plugins are installed
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # installed plugins must not matter
         "OMP_NUM_THREADS": str(max(1, CORES // beside)),
         "OMP_WAIT_POLICY": "passive",
         "HF_HUB_OFFLINE": "1",
@@ -495,7 +502,7 @@ def environment_of(beside: int) -> dict[str, str]:
 
 
 def describe(device: str, small: bool, temporary: Path) -> tuple[Record, list[Record], str]:
-    """Runs the step `machine`; returns the fields common to all records, facts, and the error if it failed."""
+    """Run the step `machine`: fields common to all records, facts, and the error if it failed."""
     lines = temporary / "machine.jsonl"
     command = [word.replace("{lines}", str(lines)) for word in step("machine", device=device)]
     program = Program(command, lines=lines, env=environment_of(1), limit=180)
@@ -530,7 +537,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--minutes", type=_minutes, metavar="M", help="Stop within M minutes (at least 0.5) and list what is left")
     add("--resume", type=Path, metavar="RESULTS", help="Continue an earlier call, given by folder or results.jsonl")
     add("--device", choices=("cpu", "cuda"), help="Device; default: cuda if there is one, otherwise cpu")
-    add("--small", action="store_true", help="Few cases and small shapes; always on with a CPU")
+    add("--small", action="store_true", help="Smoke test with few cases and shrunk shapes; always on with a CPU")
     add("--out", type=Path, metavar="DIR", help="Output folder; default: that of --resume, otherwise runs/qualify")
 
 
@@ -576,7 +583,7 @@ def run(args: argparse.Namespace, stages: Sequence[Stage] = STAGES) -> int:
             for name in dict.fromkeys(args.stage):
                 try:
                     _run(call, by_name[name])
-                except Exception:  # a mistake of this program must not cost the other stages
+                except Exception:  # a defect of this program must not end the other stages
                     call.note(traceback.format_exc())
                     call.notes.append(f"{name}: this program failed, see {LOG}")
                     status = 1
@@ -584,14 +591,23 @@ def run(args: argparse.Namespace, stages: Sequence[Stage] = STAGES) -> int:
         except KeyboardInterrupt:
             status = 130
         call.notes += filter(None, [plot(out, of_this(call.records, about))])
-        verdict, verdicts = call.report()
-        print(f"{verdict}\n{out / REPORT}")
+        verdicts = call.report()
+        print_verdicts(verdicts)
+        print_line(f"report: {out / REPORT}")
         failed = any(v.status == "failed" for v in verdicts)
         return status or (1 if failed else 0)
 
 
+def print_verdicts(verdicts: Sequence[Verdict]) -> None:
+    rows = [(v.stage, v.status, "" if v.seconds is None else f"{v.seconds:.0f}", v.counts) for v in verdicts]
+    print_table("verdicts", ("stage", "verdict", "seconds", "counts"), rows, names=2)
+    for v in verdicts:
+        if v.reason:
+            print_line(f"{v.stage}: {v.reason}")
+
+
 def _run(call: Call, stage: Stage) -> None:
-    """One stage; first the probe of its tool, if none has passed and there was none in this call."""
+    """Run one stage, after the probe of its tool unless it has passed, or was tried in this call."""
     tool = tasks(of_this(call.records, call.about), "environment").get(stage.tool, {})
     probe = bool(stage.tool) and tool.get("status") != "passed" and tool.get("run") != call.about["run"]
     if call.unable(stage) and not probe:
@@ -607,7 +623,7 @@ def _run(call: Call, stage: Stage) -> None:
 
 @contextlib.contextmanager
 def _results(out: Path, earlier: Sequence[Record], resumed: Path | None) -> Iterator[TextIO]:
-    """results.jsonl, open for more; in another folder than the resumed one with a copy of its records."""
+    """results.jsonl, open for appending; in a new folder it begins with the resumed records."""
     file = out / RESULTS
     same = resumed is not None and file.exists() and file.samefile(resumed)
     cut = same and not file.read_bytes().endswith(b"\n")
@@ -621,7 +637,7 @@ def _results(out: Path, earlier: Sequence[Record], resumed: Path | None) -> Iter
 
 @contextlib.contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM, which `timeout` sends, ends the block as Ctrl-C does."""
+    """Let SIGTERM, which `timeout` sends, end the block as Ctrl-C does."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt

@@ -1,7 +1,7 @@
-"""Processes over gloo, one thread each: the bytes that a dispatch sends, and how fast an expert-parallel layer is.
+"""Processes over gloo, one thread each, that measure the bytes of a dispatch and the speed of an expert-parallel layer.
 
-Processes are forked from a server that has imported torch and computed nothing, for threads do not survive a fork. They
-ignore Ctrl-C, which is the parent's to handle, and end with it, however it ends.
+Processes are forked from a server that has imported torch and computed nothing, because threads do not survive a fork.
+They leave Ctrl-C to the parent process and end whenever it ends.
 """
 
 import copy
@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import correctness
-from benchmarks.harness import once, one_line, summary
+from benchmarks.harness import OtherProcesses, once, one_line, summary
 from benchmarks.packing import members, trip
 from benchmarks.routings import Assignment, assign
 from benchmarks.shapes import Shape
@@ -45,12 +45,12 @@ TIMEOUT = 300  # seconds for a collective
 
 
 class RankFailed(RuntimeError):
-    """Why a process gave no result."""
+    """A process returned no result; the message names the rank and the reason."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others."""
+    """Rank of this process and number of processes."""
 
     rank: int
     size: int
@@ -61,7 +61,7 @@ class World:
 
 
 def over(size: int, jobs: Sequence[Callable[[World], Any]]) -> Generator[list[Any]]:
-    """What each of `size` processes returns for each job, in order. Raises RankFailed; leaves no process behind."""
+    """Results of each job, in order, as a list over `size` processes. Raises RankFailed; leaves no process behind."""
     if not jobs:
         return
     context: Any = multiprocessing.get_context(START)
@@ -88,7 +88,7 @@ def over(size: int, jobs: Sequence[Callable[[World], Any]]) -> Generator[list[An
 
 
 def _start_server() -> None:
-    """It inherits that Ctrl-C is ignored, and hands that on to all that it forks."""
+    """Start the fork server with Ctrl-C ignored, which all processes inherit that it forks."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         forkserver.ensure_running()
@@ -107,11 +107,11 @@ def _gather(pipes: list[Any]) -> list[Any]:
             try:
                 found[rank], fault, when = pipe.recv()
             except EOFError:
-                faults.append((0.0, f"rank {rank} of {len(pipes)} ended without a word"))
+                faults.append((0.0, f"rank {rank} of {len(pipes)} ended without a result"))
                 continue
             if fault:
                 faults.append((when, f"rank {rank} of {len(pipes)}: {fault}"))
-        if faults:  # the first is the cause: the others fail because its connections are closed
+        if faults:  # the first is the cause: its closed connections make the others fail
             raise RankFailed(min(faults)[1])
     return [found[rank] for rank in range(len(pipes))]
 
@@ -131,9 +131,9 @@ def _work(rank: int, size: int, folder: str, pipe: Any, jobs: Sequence[Callable[
         world = World(rank, size)
         for job in jobs:
             pipe.send((job(world), "", 0.0))
-    except Exception as error:  # the others wait for this rank in vain: the parent ends them
+    except Exception as error:  # the parent ends the other ranks, which wait for this one
         pipe.send((None, f"{type(error).__name__}: {one_line(error)}", time.monotonic()))
-    os._exit(0)  # groups cannot be taken down in order after a failure
+    os._exit(0)  # groups cannot be destroyed in order after a failure
 
 
 def _end_with_parent() -> None:
@@ -145,7 +145,7 @@ def _end_with_parent() -> None:
 
 @dataclass(frozen=True)
 class CountBytes:
-    """One dispatch of `shape.tokens[0]` tokens on each rank, in bfloat16, through experts that do nothing."""
+    """Job: one dispatch of `shape.tokens[0]` tokens per rank, in bfloat16, without experts."""
 
     shape: Shape
     routing: str
@@ -156,7 +156,7 @@ class CountBytes:
         return shares(self.shape, [self.shape.tokens[0]] * ranks, self.routing, self.seed)
 
     def __call__(self, world: World) -> dict[str, Any]:
-        """`sent`: rows to each rank; `bytes`: what left this rank; `slots`: the naive way's copies; `fault`."""
+        """`sent`: rows to each rank; `bytes` that left this rank; `slots`: copies of a naive dispatch; `fault`."""
         parts = self.routed(world.size)
         mine = parts[world.rank]
         x = torch.randn(len(mine.weights), self.shape.d, generator=torch.Generator().manual_seed(world.rank))
@@ -174,7 +174,7 @@ class CountBytes:
 
 
 class Counting(AllToAll):
-    """`away`: bytes of rows and their routing that were handed to a collective for other ranks."""
+    """Transport that counts in `away` the bytes handed to collectives for other ranks."""
 
     away = 0
 
@@ -184,8 +184,8 @@ class Counting(AllToAll):
 
 
 def miscounted(job: CountBytes, expert_ids: list[Tensor], counted: Traffic, away: int) -> str:
-    """Where `counted` differs from a count by sets, from the bytes of a row as the plan of a cluster has them, or from
-    what collectives were given; empty if it does not."""
+    """First difference of `counted` from a count by sets, from the planner's bytes per row, or from the bytes handed to
+    collectives; empty if there is none."""
     ranks, rank = len(expert_ids), counted.rank
     each = job.shape.experts // ranks
     rows = [[len(tokens) for tokens in members(ids, ranks, each)] for ids in expert_ids]
@@ -200,20 +200,20 @@ def miscounted(job: CountBytes, expert_ids: list[Tensor], counted: Traffic, away
         ("bytes handed to collectives", away, left),
     ):
         if found != expected:
-            return f"rank {rank}: {what}: {found}, expected {expected}"
+            return f"rank {rank}: {what}: wrong count; expected {expected}; found {found}"
     return ""
 
 
 def row_bytes(job: CountBytes) -> tuple[int, int]:
-    """Of a row and its routing (a float32 weight and an int32 id for each expert), and of its result."""
+    """Bytes of a row with its routing (a float32 weight and an int32 id per expert), and of its result."""
     kind = "fp8" if job.payload == "fp8" else "bf16"
     return traffic.copy_bytes(job.shape.d, kind) + 8 * job.shape.top_k, traffic.copy_bytes(job.shape.d, "bf16")
 
 
 def byte_record(job: CountBytes, found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of all ranks, for each token and layer, forward; beside the expectation for balanced routing and the naive way.
+    """Averages over all ranks per token and layer, forward, beside the expectation for balanced routing.
 
-    The naive way sends a copy for each expert that is elsewhere, each with its one weight and id.
+    A naive dispatch sends a copy for each expert on another rank, with one weight and id.
     """
     ranks, tokens = len(found), job.shape.tokens[0] * len(found)
     fault = next((part["fault"] for part in found if part["fault"]), "")
@@ -244,7 +244,7 @@ def byte_record(job: CountBytes, found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def config(shape: Shape) -> ModelConfig:
-    """As much of a model as the expectation of destinations asks for."""
+    """The fields of a model that the expected number of destinations depends on."""
     return ModelConfig(
         vocab_size=1,
         hidden_size=shape.d,
@@ -261,7 +261,7 @@ def config(shape: Shape) -> ModelConfig:
 
 
 def shares(shape: Shape, tokens: Sequence[int], routing: str, seed: int) -> list[Assignment]:
-    """Each rank's part of one routing of all tokens, so that experts which are popular are so on every rank."""
+    """Each rank's part of one routing of all tokens, so that the same experts are popular on every rank."""
     generator = torch.Generator().manual_seed(seed)
     whole = assign(routing, sum(tokens), shape.experts, shape.top_k, generator)
     columns = zip(whole.expert_ids.split(list(tokens)), whole.weights.split(list(tokens)), strict=True)
@@ -291,8 +291,10 @@ class Clock(CollectiveLog):
 
 @dataclass(frozen=True)
 class Scale:
-    """Forward and backward of one layer in float32, its experts divided among all ranks: `shape.tokens[0]` tokens on
-    each (`fixed` "per rank") or on all of them together ("total")."""
+    """Job: forward and backward of one layer in float32, with its experts divided among all ranks.
+
+    `shape.tokens[0]` is the number of tokens of each rank (`fixed` "per rank") or of all ranks ("total").
+    """
 
     shape: Shape
     fixed: str
@@ -304,8 +306,10 @@ class Scale:
         return [whole] * ranks if self.fixed == "per rank" else [len(range(i, whole, ranks)) for i in range(ranks)]
 
     def __call__(self, world: World) -> dict[str, Any]:
-        """`together`: seconds of each round, of them `waited` in collectives; `alone`: of the undivided layer on one
-        rank while the others rest, with as many tokens as the first rank has, or all; `fault`."""
+        """Seconds of each round: `together`, of these `waited` in collectives, and `alone`; `fault`; load by others.
+
+        `alone` is the undivided layer on the first rank while the others rest, with that rank's tokens or all tokens.
+        """
         d, n, experts, top_k = self.shape.sizes
         counts = self.tokens(world.size)
         parts = shares(self.shape, counts, "uniform", self.seed)
@@ -321,6 +325,8 @@ class Scale:
             return found
         ids = parts[0].expert_ids if self.fixed == "per rank" else torch.cat([part.expert_ids for part in parts])
         reference = _batch(ids, d, self.seed) if world.rank == 0 else None
+        dist.barrier()
+        others, begun = OtherProcesses(), time.process_time()
         for number in range(self.rounds + 1):
             dist.barrier()
             alone = once(lambda: train(layer, *reference)) if reference else 0.0
@@ -331,12 +337,16 @@ class Scale:
                 found["alone"].append(alone)
                 found["together"].append(together)
                 found["waited"].append(clock.seconds)
-        return found
+        own = torch.tensor(time.process_time() - begun, dtype=torch.float64)
+        dist.all_reduce(own)  # this process's measurement would count the other ranks as others
+        return found | {"load": others.record(own.item())}
 
 
 def scale_record(job: Scale, found: list[dict[str, Any]], cores: int) -> dict[str, Any]:
-    """Medians over rounds, of which each takes as long as its slowest rank. The limit is the undivided layer's speed
-    on as many cores as the ranks can have."""
+    """Medians over rounds, each as long as its slowest rank.
+
+    The limit is the undivided layer's speed times the number of cores that the ranks can use.
+    """
     ranks, counts = len(found), job.tokens(len(found))
     fault = next((part["fault"] for part in found if part["fault"]), "")
     record = _about(job.shape, ranks) | {"fixed": job.fixed, "tokens": sum(counts), "cores": cores, "dtype": "float32"}
@@ -349,15 +359,19 @@ def scale_record(job: Scale, found: list[dict[str, Any]], cores: int) -> dict[st
     rate = sum(counts) / together["median_s"]
     undivided = (counts[0] if job.fixed == "per rank" else sum(counts)) / alone["median_s"]
     limit = undivided * min(ranks, cores)
-    return record | {
-        "together": together,
-        "alone": alone,
-        "tokens_per_s": rate,
-        "undivided_tokens_per_s": undivided,
-        "limit_tokens_per_s": limit,
-        "share": rate / limit,
-        "in_collectives": median(sum(w) / sum(t) for w, t in zip(waited, rounds, strict=True)),
-    }
+    return (
+        found[0]["load"]
+        | record
+        | {
+            "together": together,
+            "alone": alone,
+            "tokens_per_s": rate,
+            "undivided_tokens_per_s": undivided,
+            "limit_tokens_per_s": limit,
+            "share": rate / limit,
+            "in_collectives": median(sum(w) / sum(t) for w, t in zip(waited, rounds, strict=True)),
+        }
+    )
 
 
 def _batch(expert_ids: Tensor, d: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -368,10 +382,10 @@ def _batch(expert_ids: Tensor, d: int, seed: int) -> tuple[Tensor, Tensor, Tenso
 
 
 def train(layer: MoELayer, x: Tensor, expert_ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """y and the gradient of x; those of parameters are left where they belong.
+    """y and the gradient of x; parameters keep their gradients.
 
-    Experts are given, and weighted by this layer's scores: two computations of one score may differ in its last bit,
-    and select otherwise.
+    The experts are given, and weighted by this layer's scores: two computations of one score may differ in the last
+    bit, and select different experts.
     """
     layer.zero_grad(set_to_none=True)
     x = x.detach().requires_grad_()
@@ -382,8 +396,10 @@ def train(layer: MoELayer, x: Tensor, expert_ids: Tensor, grad: Tensor) -> tuple
 
 
 def wrong(divided: MoELayer, undivided: MoELayer, x: Tensor, expert_ids: Tensor, grad: Tensor, world: World) -> str:
-    """What float64 says of y and the gradients of x, router and experts, where `undivided` is the same layer whole and
-    its experts' gradients are summed over ranks by torch; empty if all are right. A collective call."""
+    """Why y or a gradient (of x, router, experts) is wrong, by float64; empty if all are right. A collective call.
+
+    `undivided` is the same layer with all experts; torch sums its experts' gradients over ranks.
+    """
     start = world.rank * (undivided.config.n_routed_experts // world.size)
     mine = slice(start, start + undivided.config.n_routed_experts // world.size)
 
@@ -410,7 +426,7 @@ def wrong(divided: MoELayer, undivided: MoELayer, x: Tensor, expert_ids: Tensor,
     inner = max(len(x) * world.size, *exact["gradient of experts.gate_up_proj"].shape[1:])
     for name, values in exact.items():
         every = torch.ones(len(values), dtype=torch.bool)
-        # A row of an expert's gradient is a sum over tokens whose errors all its elements share.
+        # All elements of a row of an expert's gradient share the errors of its tokens.
         shape, rows = tuple(values.shape), torch.arange(len(values))
         part = correctness.Exact(shape, rows, values, eager[name], every, inner, 1, 1)
         verdict = correctness.judge(found[name], part, torch.float32)

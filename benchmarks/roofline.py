@@ -1,15 +1,15 @@
-"""What a piece of work costs at least: floating-point operations, bytes, and seconds at measured ceilings.
+"""The least cost of an operation: FLOPs, bytes, and seconds at measured ceilings.
 
-With S = T K routed rows, b bytes an element and A activated experts, W = A 3 d n b:
+With S = T K routed rows, b bytes per element and A activated experts, W = A 3 d n b:
 
-    forward   6 S d n FLOPs; bytes W + 2 T d b + 2 S n b + 2 S d b, to train 2 S n b more
+    forward   6 S d n FLOPs; bytes W + 2 T d b + 2 S n b + 2 S d b, for train 2 S n b more
     backward  12 S d n FLOPs; bytes W + E 3 d n b + 4 T d b + 2 S d b + 10 S n b
     gemm      the up-projection alone, [S, d] x [d, 2n] for each expert: 4 S d n FLOPs, operands and result once;
-              gemm_dx its product for the rows' gradient, gemm_dw that for the weights', which writes all E experts
+              gemm_dx the product for the rows' gradient, gemm_dw for the weights', which writes all E experts
     route     logits once, ids (8 bytes) and weights (4) once
 
-Uniform routing activates E (1 - (1 - K/E)^T) experts on average; for other routings they are counted.
-Seconds: max(FLOPs / matmul rate, bytes / copy rate), forward and backward each on their own.
+Uniform routing activates E (1 - (1 - K/E)^T) experts on average; for other routings they are counted. Seconds are
+max(FLOPs / matmul rate, bytes / copy rate), for forward and backward separately.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from benchmarks.shapes import Shape
 
 @dataclass(frozen=True)
 class Ceilings:
-    """FLOP/s of a large matrix product, and bytes/s of a large copy that counts reading and writing."""
+    """FLOP/s of a large matrix product, and bytes/s of a large copy, read plus written."""
 
     matmul: float
     copy: float
@@ -33,7 +33,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Work:
-    """Phases that follow each other."""
+    """Phases, one after the other."""
 
     phases: tuple[Phase, ...]
 
@@ -50,12 +50,12 @@ class Work:
 
 
 def activated(shape: Shape, tokens: int) -> float:
-    """Experts that uniform routing activates on average."""
+    """Average number of experts that uniform routing activates."""
     return shape.experts * (1 - (1 - shape.top_k / shape.experts) ** tokens)
 
 
 def work(op: str, shape: Shape, tokens: int, active: float, itemsize: int) -> Work:
-    """Of one operation, with `active` activated experts."""
+    """Cost of one operation with `active` activated experts."""
     d, n, experts, top_k = shape.sizes
     rows, b = tokens * top_k, itemsize
     weights, flops = active * 3 * d * n * b, rows * d * n

@@ -1,10 +1,9 @@
-"""Which experts the tokens go to.
+"""Routings: the experts of each token.
 
 uniform   K distinct experts for each token, all equally likely
-zipf      K distinct experts for each token, drawn in proportion to 1 / rank; the ranks are shuffled among the experts
-one-hot   every token to the same K experts: the worst balance that distinct experts allow
-FILE.npz  array `expert_ids` [T, K], of which a benchmark of fewer tokens takes the first rows, and optionally
-          `weights` [T, K]
+zipf      K distinct experts for each token, drawn in proportion to 1 / rank, with ranks in random order
+one-hot   the same K experts for every token: the worst balance that distinct experts allow
+FILE.npz  array `expert_ids` [T, K], whose first rows are used for fewer tokens, and optionally `weights` [T, K]
 """
 
 import math
@@ -32,7 +31,7 @@ class Assignment:
 
 
 def assign(routing: str, tokens: int, experts: int, top_k: int, generator: torch.Generator) -> Assignment:
-    """One of `NAMES`, or a file. Raises BadInput, one line, for a file that does not fit."""
+    """The routing with one of `NAMES`, or of a file. Raises BadInput if a file does not fit."""
     weights = torch.rand(tokens, top_k, generator=generator) + 0.05
     weights /= weights.sum(dim=1, keepdim=True)
     if routing not in NAMES:
@@ -42,18 +41,18 @@ def assign(routing: str, tokens: int, experts: int, top_k: int, generator: torch
     chances = torch.ones(experts)
     if routing == "zipf":
         chances /= 1 + torch.randperm(experts, generator=generator)
-    # The K largest of log p - log(-log u) are a draw without replacement (Gumbel top-k).
+    # The K largest of log p - log(-log u) are a sample without replacement (Gumbel top-k).
     noise = torch.rand(tokens, experts, generator=generator).clamp_min_(1e-20).log_().neg_().clamp_min_(1e-20).log_()
     return Assignment((chances.log() - noise).topk(top_k, dim=1).indices, weights)
 
 
 def tokens_in(file: Path) -> int:
-    """How many tokens the file routes."""
+    """Number of tokens in the file."""
     return _array(file, _open(file), "expert_ids").shape[0]
 
 
 def _open(file: Path) -> dict[str, Callable[[], np.ndarray]]:
-    """How to read each array of the file."""
+    """A function for each array of the file that reads it."""
     try:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
@@ -68,7 +67,7 @@ def _member(file: Path, name: str) -> np.ndarray:
     with zipfile.ZipFile(file) as archive:
         size = archive.getinfo(name).file_size
         with archive.open(name) as member:
-            # Its header is asked first: numpy would allocate whatever it says.
+            # numpy allocates whatever the header claims, so the header is checked first.
             version = np.lib.format.read_magic(member)
             read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
             shape, _, dtype = read_header[version](member)
@@ -81,15 +80,15 @@ def _member(file: Path, name: str) -> np.ndarray:
 def _array(file: Path, arrays: Mapping[str, Callable[[], np.ndarray]], name: str) -> np.ndarray:
     if name not in arrays:
         found = ", ".join(arrays) or "nothing"
-        raise BadInput(f"--routing {file}: no array {name}, found {found}")
+        raise BadInput(f"--routing {file}: array missing; expected {name}; found {found}")
     try:
         array = arrays[name]()
     except Exception as error:
         raise BadInput(f"--routing {file}: {name}: not readable ({type(error).__name__}: {one_line(error)})") from None
     if array.ndim != 2:
-        raise BadInput(f"--routing {file}: {name}: found shape {array.shape}, expected [T, K]")
+        raise BadInput(f"--routing {file}: {name}: wrong shape; expected [T, K]; found {array.shape}")
     if array.size == 0:
-        raise BadInput(f"--routing {file}: {name}: found shape {array.shape}, expected some tokens")
+        raise BadInput(f"--routing {file}: {name}: no tokens; expected [T, K]; found {array.shape}")
     return array
 
 
@@ -97,16 +96,20 @@ def _read(file: Path, tokens: int, experts: int, top_k: int, weights: Tensor) ->
     arrays = _open(file)
     ids = _array(file, arrays, "expert_ids")
     if ids.shape[1] != top_k or ids.shape[0] < tokens:
-        raise BadInput(f"--routing {file}: expert_ids: found shape {ids.shape}, expected [{tokens} or more, {top_k}]")
+        raise BadInput(
+            f"--routing {file}: expert_ids: wrong shape; expected [{tokens} or more, {top_k}]; found {ids.shape}"
+        )
     if ids.dtype.kind not in "iu":
-        raise BadInput(f"--routing {file}: expert_ids: found {ids.dtype}, expected integers")
+        raise BadInput(f"--routing {file}: expert_ids: wrong dtype; expected integers; found {ids.dtype}")
     if ids.min() < 0 or ids.max() >= experts:
-        raise BadInput(f"--routing {file}: expert_ids: found {ids.min()} to {ids.max()}, expected 0 to {experts - 1}")
+        raise BadInput(
+            f"--routing {file}: expert_ids: out of range; expected 0 to {experts - 1}; found {ids.min()} to {ids.max()}"
+        )
     if "weights" in arrays:
         given = _array(file, arrays, "weights")
         if given.shape != ids.shape:
-            raise BadInput(f"--routing {file}: weights: found shape {given.shape}, expected {ids.shape}")
+            raise BadInput(f"--routing {file}: weights: wrong shape; expected {ids.shape}; found {given.shape}")
         if given.dtype.kind != "f" or not (np.abs(given) <= np.finfo(np.float32).max).all():
-            raise BadInput(f"--routing {file}: weights: expected finite floating point numbers in float32's range")
+            raise BadInput(f"--routing {file}: weights: not usable; expected finite numbers in float32's range")
         weights = torch.from_numpy(given[:tokens].astype(np.float32))
     return Assignment(torch.from_numpy(ids[:tokens].astype(np.int64)), weights)

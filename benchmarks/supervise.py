@@ -1,8 +1,8 @@
-"""Programs under limits, beside each other. None outlives its limit, and none takes this process with it.
+"""Runs programs under time limits, side by side. None outlives its limit, and none ends this process.
 
-Each program is the leader of a process group, and is killed with it and with all that has its mark in the environment:
-debuggers start what they watch in groups of their own. The beginning and the end of its output are kept, and the JSON
-lines that it appends to a file are returned while it runs.
+Each program leads a process group. It is killed with its group and with every process that has its mark in the
+environment, because debuggers start the watched program in a group of its own. The beginning and the end of the output
+are kept. JSON lines that a program appends to a file are returned while it runs.
 """
 
 import contextlib
@@ -19,8 +19,8 @@ from typing import Any
 
 from benchmarks.harness import ROOT
 
-KEPT = 2**15  # bytes of the output's beginning, and as many of its end
-GRACE = 3.0  # seconds for a program to print where it is, and for its group to be gone
+KEPT = 2**15  # bytes kept of the beginning of the output, and of its end
+GRACE = 3.0  # seconds for a program to print its stack, and for its group to end
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Ended:
     """The end of a program.
 
     Attributes:
-        code: exit status; -N for signal N; None if it could not be started or did not die.
-        why: why it was killed or not started; empty if it ended by itself.
-        output: the beginning and the end of what it printed.
-        fault: what is wrong with its JSON lines; empty if nothing.
+        code: exit status; -N for signal N; None if it could not be started or survived SIGKILL.
+        why: reason for killing or not starting it; empty if it ended by itself.
+        output: beginning and end of its output.
+        fault: defect of its JSON lines; empty if there is none.
     """
 
     code: int | None
@@ -42,7 +42,7 @@ class Ended:
 
     @property
     def reason(self) -> str:
-        """How it failed, in one line; empty if it did not."""
+        """The failure in one line; empty if there was none."""
         if self.why:
             return self.why
         if self.code is not None and self.code < 0:
@@ -61,9 +61,9 @@ class Program:
     """A running program.
 
     Args:
-        lines: file to which it appends JSON objects, one a line.
-        limit: seconds until it is killed.
-        quiet: seconds without a new line until it is killed; None for no such limit.
+        lines: file to which the program appends JSON objects, one per line.
+        limit: seconds until the program is killed.
+        quiet: seconds without a new line until the program is killed; None for no such limit.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Program:
         os.set_blocking(self._process.stdout.fileno(), False)
 
     def poll(self) -> tuple[list[dict[str, Any]], Ended | None]:
-        """The new JSON objects, and the program's end if it has ended or reached a limit."""
+        """New JSON objects, and the end of the program if it has ended or reached a limit."""
         if self._process is None:
             return [], Ended(None, self._fault, 0.0, "")
         self._read_output()
@@ -102,42 +102,42 @@ class Program:
         if self._process.poll() is not None:
             return self._end("", records)
         if now - self.started > self.limit:
-            return self._end(f"no end within {self.limit:g} s", records)
+            return self._end(f"not finished within {self.limit:g} s", records)
         if self.quiet is not None and now - self.heard > self.quiet:
             return self._end(f"no result for {self.quiet:g} s", records)
         return records, None
 
     def send_kill(self) -> None:
-        """Kills the program and its descendants without waiting for them."""
+        """Kill the program and its descendants without waiting for them."""
         if self._process is None:
             return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+            with contextlib.suppress(OSError):  # it has ended, or belongs to another user
                 if f"SUPERVISED={self._mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
                     os.kill(int(folder.name), signal.SIGKILL)
 
     def kill(self, why: str) -> tuple[list[dict[str, Any]], Ended | None]:
-        """Kills the program at once and returns its end."""
+        """Kill the program at once and return its end."""
         return self._end(why, []) if self._process is not None else self.poll()
 
     def _end(self, why: str, records: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Ended]:
         assert self._process is not None
         seconds = time.monotonic() - self.started
         if why and why != "stopped":
-            self._process.send_signal(signal.SIGABRT)  # Python's fault handler then prints where it is
+            self._process.send_signal(signal.SIGABRT)  # Python's fault handler prints the stack
             self._wait()
         self.send_kill()
         self._wait()
         records = records + self._new_lines()
         if self.lines.exists() and self.lines.stat().st_size > self._read:
-            self._fault = self._fault or "the last line of its results is cut"
+            self._fault = self._fault or "the last line of its results is incomplete"
         assert self._process.stdout is not None
         self._process.stdout.close()
         code = self._process.poll()
         if code is None:
-            why = f"{why}; it does not die"
+            why = f"{why}; it survived SIGKILL"
         return records, Ended(code, why, seconds, self._output(), self._fault)
 
     def _wait(self) -> None:
@@ -152,7 +152,7 @@ class Program:
 
     def _read_output(self) -> None:
         assert self._process is not None and self._process.stdout is not None
-        for _ in range(256):  # then others have their turn, however much this one prints
+        for _ in range(256):  # then other programs have their turn, however much this one prints
             try:
                 read = os.read(self._process.stdout.fileno(), 2**16)
             except BlockingIOError:

@@ -1,4 +1,4 @@
-"""SwiGLU and its gradient; the device functions are also the epilogues of the expert MLP."""
+"""SwiGLU and its gradient. The epilogues of the expert MLP use the same device functions."""
 
 # Triton's decorator keeps the signature and hides the result; constexprs take plain values, launches also options.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false, reportGeneralTypeIssues=false
@@ -16,7 +16,7 @@ from torch import Tensor
 class SwiGLU:
     """hidden = gate * sigmoid(alpha * gate) * (up + beta), with gate <= limit and |up| <= limit if there is a limit.
 
-    Kernels take it as one value that is known when they are compiled.
+    Kernels take it as one compile-time value.
     """
 
     limit: float | None = None
@@ -26,8 +26,11 @@ class SwiGLU:
 
 @triton.jit
 def exp(x):
-    """e^x for float32 within two roundings. `tl.exp` multiplies x by log2(e) first, whose rounding error grows with
-    |x|; here n = round(x / ln 2) is taken out exactly, and what is left goes through the Taylor series."""
+    """e^x for float32 within two roundings.
+
+    `tl.exp` multiplies x by log2(e) first, and its rounding error grows with |x|. Here n = round(x / ln 2) is removed
+    exactly, and the rest goes through the Taylor series.
+    """
     # Beyond these bounds the result is 0 or infinite; NaN stays NaN.
     x = tl.where(x < -104.0, -104.0, tl.where(x > 104.0, 104.0, x))
     n = tl.floor(x * 1.4426950408889634 + 0.5)
@@ -51,10 +54,9 @@ def sigmoid(x):
 
 @triton.jit
 def quick_sigmoid(x):
-    """(sigmoid(x), sigmoid(-x)) in a third of the instructions, for results of half precision: to about 2^-17 while
-    they are normal numbers.
+    """(sigmoid(x), sigmoid(-x)) to about 2^-17 for normal results, in a third of the instructions; for half precision.
 
-    e^-|x| cannot overflow, and the divisor is between 1 and 2. It is the square of a power of two, since the hardware
+    e^-|x| cannot overflow, and the divisor is between 1 and 2. It is the square of a power of two, because the hardware
     makes none that is subnormal.
     """
     root = tl.exp2(tl.abs(x) * -0.7213475204444817)  # half of log2(e)
@@ -77,7 +79,7 @@ def clamp(gate, up, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def swiglu_tile(gate, up, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
-    """float32 tiles of the gate and up halves -> the hidden activation, EXACT if it stays float32."""
+    """Hidden activation from float32 tiles of the gate and up halves; EXACT if the result stays float32."""
     gate, up = clamp(gate, up, ACTIVATION)
     z = ACTIVATION.alpha * gate
     act = tl.div_rn(gate, 1.0 + exp(-z)) if EXACT else gate * quick_sigmoid(z)[0]
@@ -86,7 +88,7 @@ def swiglu_tile(gate, up, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def swiglu_backward_tile(grad, gate, up, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
-    """float32 tiles -> (hidden, gradient of the gate half, gradient of the up half), EXACT if they stay float32."""
+    """(hidden, gradient of the gate half, gradient of the up half), from float32 tiles; EXACT if they stay float32."""
     clamped_gate, clamped_up = clamp(gate, up, ACTIVATION)
     z = ACTIVATION.alpha * clamped_gate
     if EXACT:

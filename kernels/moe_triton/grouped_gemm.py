@@ -1,7 +1,7 @@
-"""Grouped products: of row tiles with each group's matrix, and of groups of rows with each other.
+"""Grouped products: row tiles times their group's matrix, and products of a group's rows with each other.
 
-Programs of one group follow one another, and within it those that share a block of the group's matrix, so that this
-block is read from memory once.
+Programs of one group are consecutive, and within it those that share a block of the group's matrix, so that this block
+is read from memory once.
 """
 
 # Triton's decorator keeps the signature and hides the result; constexprs take plain values, launches also options.
@@ -63,14 +63,16 @@ def rows_kernel(
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out[rows of g] = a[rows of g] @ b[g] + bias[g]; the rows of group num_groups, which has no matrix, are zero with
-    TAIL and else not written."""
+    """out[rows of g] = a[rows of g] @ b[g] + bias[g].
+
+    Group num_groups has no matrix: with TAIL its rows are set to zero, otherwise they are not written.
+    """
     group, first, end, block_n = locate(tl.program_id(0), tile_group, tile_start, starts, blocks_n, BLOCK_M, GROUP_M)
     if (group < 0) | ((group == num_groups) & (not TAIL)):
         return
     row = first + tl.arange(0, BLOCK_M)
     column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Rows past the end are read from the last one and not written.
+    # Rows past the end read the last row and are not written.
     a_at = a + tl.minimum(row, end - 1)[:, None].to(tl.int64) * stride_am
     b_at = b + group.to(tl.int64) * stride_bg + column[None, :].to(tl.int64) * stride_bn
     steps = tl.where(group < num_groups, inner, 0)
@@ -84,7 +86,7 @@ def rows_kernel(
 
 @triton.jit
 def operand(at, here, inside, FULL: tl.constexpr, EVEN: tl.constexpr):
-    """A tile of rows and columns; rows that are not `here` belong to another group (NaN times zero is NaN)."""
+    """A tile of rows and columns. Rows not `here` belong to another group and must be zero (NaN times zero is NaN)."""
     if FULL and EVEN:
         tile = tl.load(at)
     else:
@@ -97,7 +99,7 @@ def add_product(
     total, a_at, b_at, tokens_at, here, in_m, in_n, stride_ar, stride_br, FULL: tl.constexpr, GATHER_A: tl.constexpr,
     GATHER_B: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
 ):  # fmt: skip
-    """total + a.T @ b over one block of rows, all of which are `here` if it is FULL."""
+    """total + a.T @ b over one block of rows; all rows are `here` if it is FULL."""
     if GATHER_A or GATHER_B:
         token = (tl.load(tokens_at) if FULL else tl.load(tokens_at, mask=here, other=0)).to(tl.int64)
         if GATHER_A:
@@ -105,7 +107,7 @@ def add_product(
         if GATHER_B:
             b_at += token[:, None] * stride_br
     tile_b = operand(b_at, here[:, None], in_n, FULL, EVEN_N)
-    # a is loaded as it is multiplied: what is transposed after loading is not copied asynchronously on sm_80.
+    # a is loaded in the layout of the product: sm_80 does not copy asynchronously what is transposed after loading.
     tile_a = operand(a_at, here[None, :], in_m, FULL, EVEN_M)
     return tl.dot(tile_a, tile_b, total, input_precision="ieee")
 
@@ -116,9 +118,9 @@ def products_kernel(
     GATHER_A: tl.constexpr, GATHER_B: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out[g] = a[rows of g].T @ b[rows of g]; a gathered operand has a row for each token and not for each slot.
+    """out[g] = a[rows of g].T @ b[rows of g]. A gathered operand has a row per token instead of per slot.
 
-    Full blocks of rows need no mask and no row number; what is left of a group is one more block. A group without rows
+    Full blocks of rows need neither masks nor row numbers; the rest of a group is one more block. A group without rows
     gets zeros.
     """
     program = tl.program_id(0)
@@ -162,10 +164,10 @@ def products_kernel(
 def rows(
     a: Tensor, b: Tensor, starts: Tensor, tiles: Tiles, *, bias: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """a [R, K], b [G, K, N], bias [G, N] -> [R, N], each row with the matrix of its group; any strides, but
-    if a's rows are not contiguous it is copied.
+    """a [R, K], b [G, K, N], bias [G, N] -> [R, N]: each row times the matrix of its group.
 
-    Rows of no group are zero in an `out` that is given, and else not written.
+    Strides are arbitrary, but a is copied if its rows are not contiguous. Rows without a group are set to zero if `out`
+    is given, and are not written otherwise.
     """
     tail, a = out is not None, tiling.last_stride_one(a)
     num_groups, inner, width = b.shape
@@ -174,7 +176,7 @@ def rows(
     if out.numel():
         tile = tiling.rows_tile(a.dtype, tiles.block_m, tiling.shared_memory(a.device))
         if out.stride(1) != 1:
-            tile = tiling.narrowed(tile, 64)  # the transposition on the way out needs registers
+            tile = tiling.narrowed(tile, 64)  # transposing the result needs registers
         blocks_n = triton.cdiv(width, tile.block_n)
         rows_kernel[(tiles.count * blocks_n,)](
             a,
@@ -205,8 +207,10 @@ def products(
     a: Tensor, b: Tensor, starts: Tensor, num_groups: int, *, tokens: Tensor | None = None, gather_a: bool = False,
     gather_b: bool = False,
 ) -> Tensor:  # fmt: skip
-    """a [R, M], b [R, N] -> [G, M, N], the sum over each group's rows; gathered operands are [T, ...]. Any strides,
-    but an operand whose rows are not contiguous is copied."""
+    """a [R, M], b [R, N] -> [G, M, N]: the sum over each group's rows. Gathered operands are [T, ...].
+
+    Strides are arbitrary, but an operand is copied if its rows are not contiguous.
+    """
     height, width = a.shape[1], b.shape[1]
     a, b = tiling.last_stride_one(a), tiling.last_stride_one(b)
     out = torch.empty((num_groups, height, width), dtype=a.dtype, device=a.device)

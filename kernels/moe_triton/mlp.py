@@ -1,13 +1,13 @@
 """The expert MLP, forward and backward.
 
-Forward: gather, both halves of the up projection and SwiGLU in one kernel; the down projection in a second; the sum
-over k in a third. Between them stand the hidden rows [R, F] and the expert outputs [R, D], and for the backward pass
-the pre-activation [R, 2F] is kept. Backward: one kernel multiplies the gathered gradient with the down projection and
-ends in everything that needs the pre-activation; the weight gradients are sums over ragged rows, gathering what has a
-row for each token; the input's gradient is a row product and the same sum over k.
+Forward takes three kernels: gather, both halves of the up projection and SwiGLU; the down projection; the sum over k.
+They pass on the hidden rows [R, F] and the expert outputs [R, D]. The pre-activation [R, 2F] is kept for the backward
+pass. Backward: one kernel multiplies the gathered gradient with the down projection, and its epilogue computes
+everything that needs the pre-activation. The weight gradients are sums over ragged rows and gather operands that have
+a row per token. The input's gradient is a row product and the same sum over k.
 
-Few tokens (no gradient, at most SMALL of them) take a path without a sort: each program finds its expert's slots
-itself, and rows stand in the order of slots.
+Without gradients, up to SMALL tokens take a path without a sort: each program finds its expert's slots itself, and rows
+are in the order of slots.
 """
 
 # Triton's decorator keeps the signature and hides the result; constexprs take plain values, launches also options.
@@ -57,8 +57,11 @@ def up_tile(
 
 @triton.jit
 def halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The left and the right columns. Epilogues halve a tile until it is in PARTS, one after the other: what they need
-    beside the accumulator does not fit into registers for all of it at once."""
+    """The left and the right columns.
+
+    Epilogues halve a tile into PARTS and process these one by one, because their operands for a whole tile do not fit
+    into registers beside the accumulator.
+    """
     return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
 
 
@@ -102,7 +105,7 @@ def up_kernel(
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """hidden [R, F] and, to SAVE, pre [R, 2F], whose rows of no expert are zero."""
+    """hidden [R, F] and, with SAVE, pre [R, 2F]; rows without an expert are zero in pre."""
     expert, first, end, block_n = locate(tl.program_id(0), tile_group, tile_start, starts, blocks_n, BLOCK_M, GROUP_M)
     if expert < 0:
         return
@@ -116,7 +119,7 @@ def up_kernel(
             tl.store(pre_at, nothing, mask=mask)
             tl.store(pre_at + width, nothing, mask=mask)
         return
-    # Rows past the end are read from the last one and not written.
+    # Rows past the end read the last row and are not written.
     token = tl.load(tokens + tl.minimum(row, end - 1))
     weight_at = gate_up + expert.to(tl.int64) * stride_we + column[None, :].to(tl.int64) * stride_wn
     gate, up = up_tile(
@@ -131,10 +134,10 @@ def up_kernel(
 
 @triton.jit
 def group_of_slots(expert_ids, group, num_slots, num_experts, SLOTS: tl.constexpr):
-    """(expert, how many slots of a short list are its own) of a group of programs.
+    """(expert, number of its slots in a short list) of a group of programs.
 
-    Where there are fewer slots than experts each slot has a group, and the first one of an expert works: groups of
-    experts without a slot would be most of them. An id that names no expert leads to no weight.
+    If there are fewer slots than experts, each slot has a group and the first of an expert does the work; most groups
+    of experts would have no slot. An invalid id reads no weight.
     """
     slot = tl.arange(0, SLOTS)
     ids = tl.load(expert_ids + slot, mask=slot < num_slots, other=-1)
@@ -147,7 +150,7 @@ def group_of_slots(expert_ids, group, num_slots, num_experts, SLOTS: tl.constexp
 
 @triton.jit
 def pick_slots(expert_ids, expert, wanted, num_slots, SLOTS: tl.constexpr):
-    """This expert's slots of the given ranks; 0 where there is none."""
+    """Slots of this expert by their position among its slots; 0 if there is none."""
     picked = tl.zeros_like(wanted)
     before = 0
     part: tl.constexpr = 128 if SLOTS > 128 else SLOTS
@@ -214,7 +217,7 @@ def backward_epilogue(
     grad_hidden, pre, grad_pre, scaled, weight, row, end, start_n, width, ACTIVATION: tl.constexpr,
     EVEN_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Stores the results of `hidden_backward_kernel` for a tile; returns the tile's part of dots."""
+    """Store the results of `hidden_backward_kernel` for a tile and return the tile's part of dots."""
     if PARTS > 1:
         half: tl.constexpr = BLOCK_N // 2
         left, right = halves(grad_hidden, BLOCK_M, BLOCK_N)
@@ -249,9 +252,10 @@ def hidden_backward_kernel(
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Everything that the gradient of the hidden activation, grad[token] @ down[expert], leads to without another
-    product: grad_pre [R, 2F], the hidden activation times its routing weight [R, F], and for each block of columns the
-    part of the routing weight's gradient that falls into it, dots [R, blocks_n].
+    """All results that follow from grad[token] @ down[expert], the gradient of the hidden activation.
+
+    These are grad_pre [R, 2F], the hidden activation times its routing weight [R, F], and dots [R, blocks_n], the part
+    of the routing weight's gradient from each block of columns.
 
     The gradient of a routing weight is grad . expert output = (grad @ down) . hidden: no output row is needed.
     """
@@ -279,7 +283,7 @@ def sum_dots_kernel(
     dots, position, grad, down_bias, expert_ids, grad_weights, num_slots, top_k, inner, stride_gm, blocks_n,
     HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of each routing weight; the down projection's bias adds grad . bias to it."""
+    """Gradient of each routing weight, to which a bias of the down projection adds grad . bias."""
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(position + slot, mask=slot < num_slots, other=-1).to(tl.int64)
     here = row >= 0
@@ -404,14 +408,14 @@ def _small(
 ) -> Tensor:
     experts, twice, inner = gate_up.shape
     width, num_slots = twice // 2, expert_ids.numel()
-    # Taller tiles where an expert has more tokens, so that it reads its weights once, if there are registers for them.
+    # Taller tiles for more tokens per expert, so that weights are read once, if there are enough registers.
     if x.dtype == torch.float32:
         block_m = 16
     else:
         block_m = 32 if inner % 16 or width % 16 else 16 if num_slots <= 8 * experts else 64
     tile = tiling.rows_tile(x.dtype, block_m, tiling.shared_memory(x.device))
     block_n = tile.block_n // 2
-    # A program reads the whole list, which is short for one or two tokens: three lengths, not one for each T.
+    # A program reads the whole list, in one of three lengths: short for one or two tokens, but not one per T.
     longest = SMALL * triton.next_power_of_2(expert_ids.shape[1])
     slots = next(length for length in (16, 128, longest) if num_slots <= length)
     groups = min(num_slots, experts)
@@ -492,7 +496,7 @@ def moe_mlp_backward(
     grads = [torch.empty(0, dtype=x.dtype, device=x.device) for _ in arguments]
     if need_x or need_gate_up or need_down or need_weights or need_gate_up_bias:
         grad_pre, scaled, dots = _hidden_backward(grad, down, pre, weights, SwiGLU(limit, alpha, beta), order, width)
-        # Each intermediate is let go of as soon as it has been used.
+        # Each intermediate is freed after its last use.
         if need_weights:
             grads[3] = _sum_dots(dots, order.position, grad, down_bias, expert_ids)
         if need_down:
@@ -551,7 +555,7 @@ def _hidden_backward(
             EVEN_K=inner % tile.block_k == 0,
             EVEN_N=tiling.even(width, tile.block_n),
             GROUP_M=tile.group_m,
-            PARTS=max(4, tile.block_m * tile.block_n // (512 * tile.num_warps)),  # 16 elements for each thread
+            PARTS=max(4, tile.block_m * tile.block_n // (512 * tile.num_warps)),  # 16 elements per thread
             **tile.options,
         )
     return grad_pre, scaled, dots

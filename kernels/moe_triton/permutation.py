@@ -1,8 +1,8 @@
-"""Sorting routing slots by expert without waiting for the device, and the copies that go with it.
+"""Sort routing slots by expert without waiting for the device, and copy rows in that order.
 
-A counting sort in four launches: each block of slots counts its experts, a scan over the blocks of each expert says
-where each block's slots begin, a scan over experts says where each expert begins, and each block places its slots.
-Nothing is added atomically, so the order is the stable one and the bits repeat.
+A counting sort in four launches: each block of slots counts its experts; a scan over the blocks of each expert finds
+the start of each block's slots; a scan over experts finds the start of each expert; each block places its slots. No sum
+is atomic, so the order is stable and the bits repeat.
 
 Slots that are "not here" (id -1) form one more group, number E, after all others.
 """
@@ -19,15 +19,15 @@ from torch import Tensor
 
 from moe_triton import tiling
 
-SLOTS = 128  # in one program of the sort, where each compares its expert with every other's
+SLOTS = 128  # slots in one program of the sort, which compares every pair of them
 COLUMNS = 1024
 
 
 @triton.jit
 def group_of(expert_ids, slot, num_slots, num_experts):
-    """The group of each slot: its expert, E where it has none, E + 1 past the last slot.
+    """Group of each slot: its expert, E if it has none, E + 1 past the last slot.
 
-    Where assertions are off, an id that names no expert counts as "not here": it leads outside no buffer.
+    Without assertions an invalid id counts as "not here", so that nothing is accessed outside a buffer.
     """
     ids = tl.load(expert_ids + slot, mask=slot < num_slots, other=-1)
     tl.device_assert((ids >= -1) & (ids < num_experts), "expert_ids: an id is neither -1 nor in [0, E)")
@@ -47,7 +47,7 @@ def count_kernel(expert_ids, counts, num_slots, num_blocks, num_experts, GROUPS:
 
 @triton.jit(do_not_specialize=["num_blocks"])
 def scan_kernel(counts, totals, num_blocks, BLOCK: tl.constexpr):
-    """counts of one group -> how many of it stand in earlier blocks, in place; their sum to totals [E + 1]."""
+    """Replace counts of one group by the counts of all earlier blocks; their sum goes to totals [E + 1]."""
     group = tl.program_id(0)
     row = counts + group.to(tl.int64) * num_blocks
     before = tl.zeros((), dtype=tl.int32)
@@ -73,11 +73,11 @@ def layout_kernel(
     TILES: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """Where each group begins, and the list of row tiles; program g writes the part of group g.
+    """Write the start of each group and the list of row tiles; program g writes the part of group g.
 
-    source is the groups' sizes [E + 1], or (FROM_ENDS) their ends [E], as of `grouped_mm`, what comes after them being
-    group E. starts [E + 2] ends with num_rows. tile_group [max_tiles] is the group of each tile, -1 past the last;
-    tile_start [E + 2] the first tile of each group.
+    source contains the groups' sizes [E + 1], or with FROM_ENDS their ends [E] as in `grouped_mm`, where the rest is
+    group E. starts [E + 2] ends with num_rows. tile_group [max_tiles] is the group of each tile, -1 past the last tile;
+    tile_start [E + 2] is the first tile of each group.
     """
     me = tl.program_id(0)
     groups = tl.arange(0, GROUPS)
@@ -85,7 +85,7 @@ def layout_kernel(
         end = tl.load(source + groups, mask=groups < num_experts, other=num_rows)
         start = tl.load(source + groups - 1, mask=(groups > 0) & (groups <= num_experts), other=0)
         start = tl.where(groups > num_experts, num_rows, start)
-        # Ends that fall or leave the tensor are the caller's mistake: they may not lead outside it.
+        # Invalid ends (decreasing or beyond the tensor) are the caller's error, but must not read outside it.
         start = tl.minimum(tl.maximum(start, 0), num_rows)
         size = tl.maximum(tl.minimum(end, num_rows) - start, 0)
     else:
@@ -124,7 +124,7 @@ def place_kernel(
 
 @dataclass(frozen=True)
 class Tiles:
-    """Row tiles for a grouped product: every group begins a new tile, the last of each may be short."""
+    """Row tiles of a grouped product. Every group begins a new tile, and its last tile may be short."""
 
     group: Tensor
     start: Tensor
@@ -132,14 +132,20 @@ class Tiles:
 
     @property
     def count(self) -> int:
-        """An upper bound, from shapes alone."""
+        """Upper bound of the number of tiles, from shapes alone."""
         return self.group.shape[0]
 
 
 @dataclass(frozen=True)
 class Order:
-    """slots [R] int32, t * K + k in expert order, and tokens [R] int32, their t; position [T, K], the row of a slot or
-    -1; starts [E + 2] int32."""
+    """The sort's result.
+
+    Attributes:
+        slots: int32 [R], t * K + k in expert order.
+        tokens: int32 [R], t of each slot.
+        position: [T, K], row of each slot, or -1.
+        starts: int32 [E + 2], first row of each group.
+    """
 
     slots: Tensor
     tokens: Tensor
@@ -151,7 +157,7 @@ class Order:
 def layout(
     source: Tensor, num_rows: int, num_experts: int, *, from_ends: bool, block_m: int | None
 ) -> tuple[Tensor, Tiles | None]:
-    """(starts, tiles if block_m is given) from the groups' sizes or ends."""
+    """(starts, tiles or None without block_m) from the groups' sizes or ends."""
     source = source.contiguous()
     starts = torch.empty(num_experts + 2, dtype=torch.int32, device=source.device)
     tile_start = torch.empty_like(starts)
@@ -178,18 +184,19 @@ def sort(expert_ids: Tensor, num_experts: int, *, block_m: int | None, position_
     num_slots, device = expert_ids.numel(), expert_ids.device
     most = tiling.shared_memory(device) // 4
     if triton.next_power_of_2(num_experts + 2) > most:
-        # The histogram of a block of slots is a power of two of 32-bit counts.
+        # The histogram of a block of slots has a power of two of 32-bit counts.
         most = 2 ** (most.bit_length() - 1) - 2
-        raise ValueError(f"{num_experts} experts, of which a block's shared memory counts at most {most} on {device}")
+        expected = f"expected at most {most}; found {num_experts}"
+        raise ValueError(f"num_experts: more than the shared memory of {device} can count; {expected}")
     if num_slots >= 2**31:
-        raise ValueError(f"expert_ids: {num_slots} slots, of which the kernels count fewer than 2^31")
+        raise ValueError(f"expert_ids: too many slots; expected fewer than 2^31; found {num_slots}")
     blocks = triton.cdiv(num_slots, SLOTS)
     counts = torch.empty((num_experts + 1, blocks), dtype=torch.int32, device=device)
     totals = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
     slots = torch.empty(num_slots, dtype=torch.int32, device=device)
     tokens = torch.empty_like(slots)
     position = torch.empty(expert_ids.shape, dtype=position_dtype, device=device)
-    # debug keeps the assertion on the ids; the overflow checks that it would add are not wanted.
+    # debug enables the assertion on ids; the overflow checks that it also enables are switched off.
     asserted = {"debug": True, "sanitize_overflow": False}
     if num_slots:
         groups = triton.next_power_of_2(num_experts + 2)
@@ -253,7 +260,7 @@ def combine_kernel(
     """out[t] = sum over k of weights[t, k] * rows[position[t, k]]; BY_SLOT: position is expert_ids, row t * K + k."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    if BY_SLOT:  # once, before anything is summed: what is in registers at an assertion may be spilled
+    if BY_SLOT:  # once, before the sum, because an assertion may spill registers
         k = tl.arange(0, BLOCK_K)
         ids = tl.load(position + token * TOP_K + k, mask=k < TOP_K, other=-1)
         tl.device_assert((ids >= -1) & (ids < num_experts), "expert_ids: an id is neither -1 nor in [0, E)")

@@ -1,4 +1,4 @@
-"""Top-k routing, one program for a token."""
+"""Top-k routing, one program per token."""
 
 # Triton's decorator keeps the signature and hides the result; constexprs take plain values, launches also options.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false, reportGeneralTypeIssues=false
@@ -13,10 +13,10 @@ from moe_triton.activation import exp, sigmoid
 
 @triton.jit
 def key(value, index, last):
-    """Distinct integers that sort as the total order does: value descending, index ascending, NaN last.
+    """Distinct integers whose descending order is: value descending, index ascending, NaN last.
 
-    The value as the integer that orders like it in the upper half, the index, reversed, in the lower. Values are sums
-    that start from a score >= +0, so -0 does not occur. The smallest int64 stays free for "never".
+    The upper half is the value as an integer of the same order, the lower half the reversed index. Values are sums that
+    start from a score >= +0, so -0 does not occur. The smallest int64 is reserved for "never".
     """
     bits = value.to(tl.int32, bitcast=True)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -97,7 +97,7 @@ def route_kernel(
         total += s
         keys = tl.where(taken, never, keys)
     if NORMALISE:
-        total = tl.where(total < norm_min, norm_min, total)  # a NaN stays
+        total = tl.where(total < norm_min, norm_min, total)  # NaN stays NaN
         weight = tl.div_rn(weight, total + 1e-20)
     weight *= scale
     tl.store(weights + token * TOP_K + k_index, weight, mask=k_index < TOP_K)
@@ -141,7 +141,7 @@ def route_backward_kernel(
             total = tl.where(raised, norm_min, total) + 1e-20
             through_total = tl.where(raised, 0.0, tl.sum(part * tl.div_rn(selected, total), 0))
             part = tl.div_rn(part - through_total, total)
-        # The ids of a row are distinct: each expert gets at most one part.
+        # The ids of a row are distinct, so each expert gets at most one part.
         hit = (expert[:, None] == ids[None, :]) & (k[None, :] < TOP_K)
         grad += tl.sum(tl.where(hit, part[None, :], 0.0), 1)
     grad = (grad - tl.sum(grad * score, 0)) * score if SOFTMAX else grad * score * (1.0 - score)

@@ -1,4 +1,4 @@
-"""Which tile a grouped product uses: a rule, not a search, so that no call is slower than the next."""
+"""Tile sizes of grouped products, chosen by a rule instead of autotuning, so that no call is slower than the next."""
 
 from dataclasses import dataclass, replace
 from functools import cache
@@ -9,9 +9,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tile:
-    """A program's block of the product and how it is computed; `group_m` row tiles share a pass over the weights.
+    """Block sizes and launch options of a product; `group_m` row tiles share a pass over the weights.
 
-    A kernel may use all registers if it says so. Otherwise some releases of ptxas spill to fit one more program.
+    With `all_registers` a kernel may use all registers; otherwise some releases of ptxas spill to fit one more program.
     """
 
     block_m: int
@@ -23,12 +23,12 @@ class Tile:
     all_registers: bool = False
 
     def shared_memory(self, itemsize: int) -> int:
-        """Bytes for the operands of all stages, which is what the pipeline allocates at most."""
+        """Bytes for the operands of all stages, the most that the pipeline allocates."""
         return self.num_stages * (self.block_m + self.block_n) * self.block_k * itemsize
 
     @property
     def options(self) -> dict[str, int]:
-        """As the kernels take them."""
+        """Launch options of a kernel."""
         options = {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
@@ -41,7 +41,7 @@ class Tile:
 
 @cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one block may use. The interpreter has as much as the largest GPU."""
+    """Bytes of shared memory per block; for the interpreter those of the largest GPU."""
     if device.type == "cpu":
         return 232448
     properties = torch.cuda.get_device_properties(device)
@@ -49,7 +49,7 @@ def shared_memory(device: torch.device) -> int:
 
 
 def fit(tile: Tile, itemsize: int, shared: int) -> Tile:
-    """The tile with fewer stages, then a smaller block, until it fits."""
+    """The tile, with stages and then block sizes reduced until it fits into `shared` bytes."""
     while tile.shared_memory(itemsize) > shared:
         if tile.num_stages > 2:
             tile = replace(tile, num_stages=tile.num_stages - 1)
@@ -61,10 +61,10 @@ def fit(tile: Tile, itemsize: int, shared: int) -> Tile:
 
 
 def row_block(dtype: torch.dtype, num_rows: int, num_groups: int, *sizes: int) -> int:
-    """Rows of a tile, shared by all row products of a call: one of three, by the rows that a group has on average.
+    """Rows of a tile in all row products of a call: one of three heights, by the mean number of rows in a group.
 
-    Matrices whose sizes are not multiples of 16 cannot be read 16 bytes at a time; what that takes in registers leaves
-    room for 32 rows, of float32 for 16.
+    Matrices whose sizes are not multiples of 16 cannot be read 16 bytes at a time. That takes registers and leaves room
+    for 32 rows, for 16 in float32.
     """
     mean = num_rows / max(num_groups, 1)
     odd = any(size % 16 for size in sizes)
@@ -76,15 +76,17 @@ def row_block(dtype: torch.dtype, num_rows: int, num_groups: int, *sizes: int) -
 
 
 def largest(shared: int) -> Tile:
-    """The tile of a product of half precision whose every size is large, with up to four stages. The smaller one leaves
-    no shared memory for another program either, and then needs to leave no registers."""
+    """Tile of a half-precision product with large sizes, with up to four stages.
+
+    The smaller one fills the shared memory as well, so no other program needs its registers.
+    """
     return Tile(128, 256, 64, 8, 4) if shared >= 200000 else Tile(128, 128, 64, 8, 4, all_registers=True)
 
 
 def rows_tile(dtype: torch.dtype, block_m: int, shared: int) -> Tile:
-    """For a product over row tiles; the up projection splits block_n between its gate and its up half."""
+    """Tile of a product over row tiles; the up projection splits block_n between its gate and up halves."""
     if dtype == torch.float32:
-        # Without tensor cores: the accumulator and the operands are all in registers.
+        # Without tensor cores, accumulator and operands are all in registers.
         tile = Tile(16, 32, 32, 4, 2) if block_m == 16 else Tile(block_m, 64, 16, 4, 3)
         return fit(replace(tile, all_registers=True), 4, shared)
     tile = {
@@ -97,9 +99,9 @@ def rows_tile(dtype: torch.dtype, block_m: int, shared: int) -> Tile:
 
 
 def products_tile(dtype: torch.dtype, m: int, n: int, shared: int) -> Tile:
-    """For the weight gradient of an m x n matrix, a sum over a group's rows."""
+    """Tile of the weight gradient of an m x n matrix, a sum over a group's rows."""
     if dtype == torch.float32:
-        # Masks take registers, too.
+        # Masks take registers as well.
         block_m = 64 if even(m, 64) and even(n, 64) else 32
         return fit(Tile(block_m, 64, 16, 4, 3, all_registers=True), 4, shared)
     if m % 16 or n % 16:
@@ -110,18 +112,20 @@ def products_tile(dtype: torch.dtype, m: int, n: int, shared: int) -> Tile:
 
 
 def gathering(tile: Tile) -> Tile:
-    """For rows that are found through a list. Loading from it takes as many stages as loading the rows does: with n
-    stages in all, a product would wait for every copy. On an NVIDIA GPU 2 n - 1 stages need no more memory than n
-    without a list, but for the list's part. A tile of two stages has no room for more, or nothing to copy
-    asynchronously."""
+    """The tile with more stages, for rows that are found through a list.
+
+    Loading the list takes as many stages as loading the rows: with n stages in all, a product would wait for every
+    copy. On an NVIDIA GPU 2 n - 1 stages need no more memory than n without a list, except for the list itself. A tile
+    of two stages has no room for more, or nothing to copy asynchronously.
+    """
     return replace(tile, num_stages=2 * tile.num_stages - 1) if tile.num_stages > 2 else tile
 
 
 def hidden_backward_tile(dtype: torch.dtype, block_m: int, shared: int, clamped: bool) -> Tile:
-    """Narrower than `rows_tile`: the epilogue holds the pre-activation beside the accumulator.
+    """Tile narrower than `rows_tile`, because the epilogue needs the pre-activation beside the accumulator.
 
-    The epilogue is longer than the loop of a small model. Where the memory is enough for two programs, of four warps
-    and three stages each, one multiplies while the other is in its epilogue. With clamping this spills.
+    In small models the epilogue is longer than the loop. If shared memory suffices for two programs of four warps and
+    three stages each, one multiplies while the other is in its epilogue. With clamping this spills.
     """
     tile = replace(narrowed(rows_tile(dtype, block_m, shared), 128), all_registers=True)
     half = replace(tile, num_warps=4, num_stages=3, all_registers=False)
@@ -134,7 +138,7 @@ def narrowed(tile: Tile, block_n: int) -> Tile:
 
 
 def even(size: int, block: int) -> bool:
-    """Whether blocks cover the size exactly, so that nothing needs a mask."""
+    """Whether blocks cover the size exactly, so that no mask is needed."""
     return size > 0 and size % block == 0
 
 

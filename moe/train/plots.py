@@ -1,38 +1,154 @@
 """PNG plots of a run. The only part of the package that needs matplotlib."""
 
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-WIDTH_INCHES = 8.0
 DPI = 120
+SMOOTHED_SHARE = 0.04  # of the steps, over which noisy lines are averaged
+MOST_RELATIVE_LOAD = 2.0  # at the end of the colour scale
+MOST_TALL_ROWS = 16
+MOST_COLUMNS_WITH_VALUES = 24  # experts in 8 inches: four digits of 6 points in each cell
+
+
+def plot_run(
+    folder: Path,
+    title: str,
+    train: Sequence[dict[str, Any]],
+    validation: Sequence[dict[str, Any]],
+    baselines: dict[str, float],
+    layers: Sequence[str],
+    load: np.ndarray,
+) -> list[Path]:
+    """Write loss.png and, if there are layers with experts, load.png; returns the files.
+
+    Args:
+        title: names the run; long ones are wrapped.
+        train, validation: records of metrics.jsonl.
+        baselines: validation loss of simple models, in nats per token.
+        load: tokens of the validation text that chose each expert, integers [layers, E].
+    """
+    files, title = [folder / "loss.png"], textwrap.fill(title, 100)
+    plot_loss(title, train, validation, baselines).savefig(files[0], dpi=DPI)
+    if len(layers):
+        files.append(folder / "load.png")
+        plot_load(title, layers, load).savefig(files[1], dpi=DPI)
+    return files
 
 
 def plot_loss(
-    file: Path, train: list[dict[str, Any]], validation: list[dict[str, Any]], baselines: dict[str, float]
+    title: str,
+    train: Sequence[dict[str, Any]],
+    validation: Sequence[dict[str, Any]],
+    baselines: dict[str, float],
+) -> Figure:
+    """Loss, MaxVio (if there are layers with experts) and learning rate over steps."""
+    steps = [r["step"] for r in train]
+    balance = [r["max_vio"] for r in train]
+    panels = [(3.0, "cross entropy\n(nats per token)"), (1.0, "learning rate")]
+    if any(balance):
+        panels.insert(1, (1.2, "MaxVio\n(max / mean - 1)"))
+    figure = Figure(figsize=(8.0, 3.2 + 1.3 * len(panels)), layout="constrained")
+    all_axes = figure.subplots(len(panels), sharex=True, height_ratios=[height for height, _ in panels])
+    for axes, (_, label) in zip(all_axes, panels, strict=True):
+        axes.set_ylabel(label, fontsize=9)
+        axes.grid(alpha=0.3)
+    figure.suptitle(title, fontsize=10)
+    figure.align_ylabels()
+
+    loss = all_axes[0]
+    _noisy_line(loss, steps, [r["ce"] for r in train], "training", "C0", digits=3)
+    if validation:
+        nats = [r["nats_per_token"] for r in validation]
+        label = f"validation, at the end: {nats[-1]:.3f}"
+        loss.plot([r["step"] for r in validation], nats, "o-", color="C1", markersize=4, label=label)
+    for style, (name, nats) in zip(("--", ":"), baselines.items(), strict=False):
+        loss.axhline(nats, color="gray", linestyle=style, label=f"{name} model, validation: {nats:.3f}")
+    loss.legend(fontsize=8)
+    if any(balance):
+        _noisy_line(all_axes[1], steps, [max(row, default=np.nan) for row in balance], "worst layer", "C3", digits=2)
+        all_axes[1].legend(fontsize=8)
+    rates = [r["lr"] for r in train]
+    all_axes[-1].plot(steps, rates, _mark(rates), color="C2")
+    all_axes[-1].set_ylim(bottom=0)
+    all_axes[-1].set_xlabel("step")
+    all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def plot_load(title: str, layers: Sequence[str], load: np.ndarray) -> Figure:
+    """Heat map of the load of each expert, integers [layers, E], as a multiple of its layer's mean.
+
+    Experts without tokens are black. Values are written into the cells of at most `MOST_COLUMNS_WITH_VALUES` experts.
+    """
+    rows, experts = load.shape
+    mean = load.mean(axis=1, keepdims=True)
+    relative = np.divide(load, mean, out=np.full(load.shape, np.nan), where=mean > 0)
+    row = 0.32 if rows <= MOST_TALL_ROWS else 0.16  # inches
+    height = row * max(rows, 4)
+    figure = Figure(figsize=(float(np.clip(1.8 + experts / 30, 8.0, 20.0)), 1.3 + height), layout="constrained")
+    axes = figure.add_subplot()
+    # Every load but zero is above `vmin`, so that only experts without tokens get the colour below the scale.
+    image = axes.imshow(
+        relative,
+        aspect="auto",
+        interpolation="nearest",
+        cmap=colormaps["coolwarm"].with_extremes(under="black", over="gold", bad="lightgray"),
+        vmin=float(np.finfo(np.float32).tiny),
+        vmax=MOST_RELATIVE_LOAD,
+    )
+    axes.set(xlabel="expert", ylabel="layer")
+    axes.set_title(f"{title}\nload of experts on the validation text; black: no tokens", fontsize=10)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_yticks(range(rows), layers, fontsize=8 if rows <= MOST_TALL_ROWS else 7)
+    clipped = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
+    extend = clipped[bool((relative == 0).any()), bool((relative > MOST_RELATIVE_LOAD).any())]
+    bar = figure.colorbar(image, ax=axes, extend=extend, extendfrac=0.12 / height, aspect=height / 0.16, pad=0.01)
+    bar.set_label("load / layer's mean", fontsize=9)
+    bar.set_ticks([0, 0.5, 1, 1.5, 2])
+    if experts <= MOST_COLUMNS_WITH_VALUES:
+        for (y, x), value in np.ndenumerate(relative):
+            if not np.isnan(value):
+                color = "white" if value == 0 or 0.7 < abs(value - 1) <= 1 else "black"
+                axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=6, color=color)
+    return figure
+
+
+def smoothed(values: Sequence[float], reach: int) -> np.ndarray:
+    """Centred mean of each value and `reach` values on either side; near an end both sides shrink alike.
+
+    Values that are not finite are left out; NaN if all are.
+    """
+    found = np.asarray(values, dtype=np.float64)
+    finite = np.isfinite(found)
+    sums, counts = (np.concatenate(([0.0], np.cumsum(part))) for part in (np.where(finite, found, 0.0), finite))
+    place = np.arange(len(found))
+    reaches = np.minimum(reach, np.minimum(place, place[::-1]))
+    start, end = place - reaches, place + reaches + 1
+    count = counts[end] - counts[start]
+    return np.divide(sums[end] - sums[start], count, out=np.full(len(found), np.nan), where=count > 0)
+
+
+def _noisy_line(
+    axes: Axes, steps: Sequence[int], values: Sequence[float], name: str, color: str, *, digits: int
 ) -> None:
-    """Training and validation loss over steps, with a line for each baseline, all in nats per token."""
-    figure = Figure(figsize=(WIDTH_INCHES, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot([r["step"] for r in train], [r["ce"] for r in train], linewidth=0.8, label="training")
-    steps = [r["step"] for r in validation]
-    axes.plot(steps, [r["nats_per_token"] for r in validation], "o-", label="validation")
-    for style, (name, nats) in zip(("--", ":"), baselines.items(), strict=True):
-        axes.axhline(nats, color="gray", linestyle=style, label=f"{name}, validation")
-    axes.set(xlabel="step", ylabel="cross entropy (nats per token)")
-    axes.legend()
-    figure.savefig(file, dpi=DPI)
+    """The values, pale, and smoothed; the legend has the mean of the last of them."""
+    reach = round(SMOOTHED_SHARE * len(values) / 2)
+    last = [value for value in values[-2 * reach - 1 :] if np.isfinite(value)]
+    if reach:
+        axes.plot(steps, np.where(np.isfinite(values), values, np.nan), color=color, alpha=0.3, linewidth=0.7)
+        name += f" (smoothed), mean of the last {2 * reach + 1} steps"
+    label = f"{name}: {np.mean(last):.{digits}f}" if last else name
+    axes.plot(steps, smoothed(values, reach), _mark(values), color=color, linewidth=1.6, label=label)
 
 
-def plot_load(file: Path, layers: list[str], load: np.ndarray) -> None:
-    """Heat map of each expert's load [L, E], as a multiple of its layer's mean."""
-    figure = Figure(figsize=(WIDTH_INCHES, 1.5 + 0.4 * len(layers)), layout="constrained")
-    axes = figure.add_subplot()
-    relative = load / load.mean(axis=1, keepdims=True)
-    image = axes.imshow(relative, aspect="auto", cmap="coolwarm", vmin=0, vmax=2)
-    axes.set(xlabel="expert", title="expert load on the validation text, 1 = even")
-    axes.set_yticks(range(len(layers)), layers)
-    figure.colorbar(image, ax=axes)
-    figure.savefig(file, dpi=DPI)
+def _mark(values: Sequence[float]) -> str:
+    """A line of one value is invisible without a marker."""
+    return "-" if len(values) > 1 else "o"

@@ -148,10 +148,14 @@ def train(
 
 
 def _describe(trainer: Trainer, folder: Path) -> str:
-    settings, counts = trainer.settings, count_parameters(trainer.model.config)
-    size = f"{counts.with_mtp:,} parameters, {counts.activated:,} activated"
-    name = " ".join((settings.name, *settings.set))
-    return f"model: {name}, {size}; {settings.device}, {settings.dtype}; {folder}"
+    settings = trainer.settings
+    return f"model: {_model(trainer)}; {settings.device}, {settings.dtype}; {folder}"
+
+
+def _model(trainer: Trainer) -> str:
+    """The model's name, changed fields and size."""
+    name, counts = " ".join((trainer.settings.name, *trainer.settings.set)), count_parameters(trainer.model.config)
+    return f"{name}, {counts.with_mtp:,} parameters, {counts.activated:,} activated"
 
 
 def _describe_data(facts: dict[str, Any]) -> Iterator[str]:
@@ -318,6 +322,7 @@ def _summary(trainer: Trainer, metrics: Metrics, folder: Path, whole: Transforme
         bits = bits_per_byte(nats, scored_bytes)
         scores[name] = {"nats_per_token": nats / tokens, "bits_per_byte": bits}
     load = LoadReport(trainer.layer_names, torch.tensor(validation[-1]["load"]))
+    baselines = {name: scores[name]["nats_per_token"] for name in ("unigram", "bigram")}
     train_records = metrics.of("train")
     mean_seconds = sum(1 / record["tokens_per_second"] for record in train_records) / len(train_records)
     return {
@@ -334,19 +339,20 @@ def _summary(trainer: Trainer, metrics: Metrics, folder: Path, whole: Transforme
             **scores,
         },
         "load": load_rows(load),
-        "plots": _plot(folder, metrics, load, {name: scores[name]["nats_per_token"] for name in ("unigram", "bigram")}),
+        "plots": _plot(trainer, metrics, folder, load, baselines),
         "sample": _sample(trainer, whole),
     }
 
 
-def _plot(folder: Path, metrics: Metrics, load: LoadReport, baselines: dict[str, float]) -> list[str]:
+def _plot(trainer: Trainer, metrics: Metrics, folder: Path, load: LoadReport, baselines: dict[str, float]) -> list[str]:
     if importlib.util.find_spec("matplotlib") is None:
         return []
-    from moe.train.plots import plot_load, plot_loss
+    from moe.train.plots import plot_run
 
-    files = [folder / "loss.png", folder / "load.png"]
-    plot_loss(files[0], metrics.of("train"), metrics.of("validation"), baselines)
-    plot_load(files[1], load.layers, load.load.numpy())
+    steps = trainer.step_number
+    title = f"{_model(trainer)}, {steps:,} {'step' if steps == 1 else 'steps'}"
+    train_records, validation = metrics.of("train"), metrics.of("validation")
+    files = plot_run(folder, title, train_records, validation, baselines, load.layers, load.load.numpy())
     return [str(file) for file in files]
 
 

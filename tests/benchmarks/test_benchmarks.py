@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -18,12 +19,12 @@ import torch
 
 pytest.importorskip("transformers")
 
-from benchmarks import correctness, cpu, cuda, jobs, layer, peers, report, routings
+from benchmarks import correctness, cpu, cuda, harness, jobs, layer, load, peers, report, routings
 from benchmarks.__main__ import main
 from benchmarks.harness import ROOT, BadInput, interleave
 from benchmarks.peers import OURS, PEERS, LayerInputs, Peer, RouteInputs
 from benchmarks.roofline import Ceilings, Phase, activated, work
-from benchmarks.shapes import SHAPES, Shape, small
+from benchmarks.shapes import SHAPES, Shape, shrink
 from moe import Transformer, preset
 from moe.counts import count_parameters
 from moe.ops import grouped_mm, moe_mlp
@@ -36,11 +37,14 @@ def test_small_run_prints_and_appends(capsys, tmp_path):
     file = tmp_path / "new" / "cpu.jsonl"
     for _ in range(2):
         assert main(["cpu", "--small", "--dtype", "fp32", "--json", str(file)]) == 0
-    assert "GFLOP/s" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert report.SMOKE_TEST in shown and shown.count(" right ") == 6
+    assert not any(word in shown for word in ("FLOP/s", "tokens/s", "ratio", "%", "disturbed"))
     records = [json.loads(line) for line in file.read_text().splitlines()]
     assert [r["work"] for r in records] == ["train", "prefill", "decode"] * 2
     for r in records:
         assert r["ratio"] == r["peer"]["median_s"] / r["ours"]["median_s"]
+        assert r["small"] is True and r["cores"] and r["disturbed"] in (False, True)
         assert r["backend"] in cpu.BACKENDS and r["commit"] and r["versions"]["torch"] == torch.__version__
 
 
@@ -146,7 +150,7 @@ LAYER = "24,32,16,8,2"
 
 
 def layer_run(*options: str) -> int:
-    return main(["layer", "--device", "cpu", "--seconds", "0", *options])
+    return main(["layer", "--device", "cpu", "--small", "--seconds", "0", *options])
 
 
 def records_of(file: Path) -> list[dict[str, Any]]:
@@ -232,20 +236,23 @@ def test_a_routing_file_is_taken_as_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "says"),
     [
-        ({"ids": np.zeros((4, 2), int)}, "no array expert_ids, found ids"),
-        ({"expert_ids": np.zeros(4, int)}, "expert_ids: found shape (4,), expected [T, K]"),
-        ({"expert_ids": np.zeros((4, 3), int)}, "expert_ids: found shape (4, 3), expected [4 or more, 2]"),
-        ({"expert_ids": np.zeros((4, 2))}, "expert_ids: found float64, expected integers"),
-        ({"expert_ids": np.full((4, 2), 8)}, "expert_ids: found 8 to 8, expected 0 to 7"),
-        ({"expert_ids": np.full((4, 2), -1)}, "expert_ids: found -1 to -1, expected 0 to 7"),
-        ({"expert_ids": np.zeros((4, 2), int), "weights": np.zeros((4, 1))}, "weights: found shape (4, 1)"),
-        ({"expert_ids": np.zeros((4, 2), int), "weights": np.full((4, 2), np.nan)}, "weights: expected finite"),
+        ({"ids": np.zeros((4, 2), int)}, "array missing; expected expert_ids; found ids"),
+        ({"expert_ids": np.zeros(4, int)}, "expert_ids: wrong shape; expected [T, K]; found (4,)"),
+        ({"expert_ids": np.zeros((4, 3), int)}, "expert_ids: wrong shape; expected [4 or more, 2]; found (4, 3)"),
+        ({"expert_ids": np.zeros((4, 2))}, "expert_ids: wrong dtype; expected integers; found float64"),
+        ({"expert_ids": np.full((4, 2), 8)}, "expert_ids: out of range; expected 0 to 7; found 8 to 8"),
+        ({"expert_ids": np.full((4, 2), -1)}, "expert_ids: out of range; expected 0 to 7; found -1 to -1"),
+        (
+            {"expert_ids": np.zeros((4, 2), int), "weights": np.zeros((4, 1))},
+            "weights: wrong shape; expected (4, 2); found (4, 1)",
+        ),
+        ({"expert_ids": np.zeros((4, 2), int), "weights": np.full((4, 2), np.nan)}, "expected finite numbers"),
         ({"expert_ids": np.array([[None, 1]])}, "expert_ids: not readable"),
-        ({"expert_ids": np.zeros((0, 2), int)}, "expert_ids: found shape (0, 2), expected some tokens"),
-        ({"expert_ids": np.zeros((4, 0), int)}, "expert_ids: found shape (4, 0), expected some tokens"),
-        ({"expert_ids": np.zeros((4, 2), "m8[s]")}, "expert_ids: found timedelta64[s], expected integers"),
+        ({"expert_ids": np.zeros((0, 2), int)}, "expert_ids: no tokens; expected [T, K]; found (0, 2)"),
+        ({"expert_ids": np.zeros((4, 0), int)}, "expert_ids: no tokens; expected [T, K]; found (4, 0)"),
+        ({"expert_ids": np.zeros((4, 2), "m8[s]")}, "expert_ids: wrong dtype; expected integers; found timedelta64[s]"),
         ({"expert_ids": np.full((4, 2), 2**64 - 1, np.uint64)}, "expected 0 to 7"),
-        ({"expert_ids": np.zeros((4, 2), bool)}, "expert_ids: found bool, expected integers"),
+        ({"expert_ids": np.zeros((4, 2), bool)}, "expert_ids: wrong dtype; expected integers; found bool"),
         ({"expert_ids": np.zeros((4, 2), int), "weights": np.full((4, 2), 1e39)}, "in float32's range"),
         ({"expert_ids": np.zeros((4, 2), int), "weights": np.full((4, 2), -np.inf)}, "in float32's range"),
     ],
@@ -420,13 +427,13 @@ def test_a_wrong_peer_gets_no_number(peer_file, tmp_path, capsys, dtype):
     for name in names:
         assert by_name[name]["status"] == ("failed" if name == "fails" else "wrong"), name
         assert not {"eager", "graph", "tflops", "share"} & set(by_name[name])
-    assert "is failed: RuntimeError: of its own" in shown and "in the worst row 1.0e+00" in shown
+    assert "is failed: RuntimeError: of its own" in shown and "worst row 1.0e+00" in shown
 
 
 @pytest.mark.parametrize(
     ("name", "status", "reason"),
     [
-        ("fails_later", "failed", "while it was timed: RuntimeError: the fourth time"),
+        ("fails_later", "failed", "during timing: RuntimeError: the fourth time"),
         ("complex_numbers", "wrong", "y: torch.complex64 instead of a floating point type"),
         ("integers", "wrong", "y: torch.int64 instead of a floating point type"),
         ("nothing", "wrong", "y: NoneType instead of a tensor"),
@@ -434,8 +441,8 @@ def test_a_wrong_peer_gets_no_number(peer_file, tmp_path, capsys, dtype):
         ("remembers_detached", "wrong", "with other values of its inputs: y: error"),
         ("doubles_x", "wrong", "it changes its inputs: x"),
         ("turns_x_around", "wrong", "it changes its inputs: x"),
-        ("scales_weights_later", "wrong", "while it was timed: it changes its inputs: weights"),
-        ("fills_in_secret_later", "failed", "some candidate changed the inputs while all were timed: x"),
+        ("scales_weights_later", "wrong", "during timing: it changes its inputs: weights"),
+        ("fills_in_secret_later", "failed", "a candidate changed the inputs during timing: x"),
         ("shrinks_and_freezes_x", "failed", ""),
     ],
 )
@@ -485,7 +492,7 @@ def made_inputs(entry: jobs.Entry) -> Any:
 @pytest.mark.parametrize("dtype", list(jobs.DTYPES))
 def test_small_defects_are_seen_in_every_dtype(dtype):
     """A factor of 1.01 in any tensor, and the least of a token's experts left out, in every shape of the registry."""
-    for shape in map(small, SHAPES.values()):
+    for shape in map(shrink, SHAPES.values()):
         i = made_inputs(jobs.Entry("train", shape, 33, "uniform", dtype))
         exact = correctness.layer(i, 1e12)
 
@@ -512,7 +519,7 @@ def test_a_factor_of_1004_is_seen(dtype):
     assert correctness.judge(y, exact, y.dtype).right
     for factor in (1.004, 0.996):
         verdict = correctness.judge((y.double() * factor).to(y.dtype), exact, y.dtype)
-        assert verdict.scale_error > verdict.scale_limit and "of the scale" in str(verdict)
+        assert verdict.scale_error > verdict.scale_limit and f", scale {verdict.scale_error:.1e} (" in str(verdict)
 
 
 def test_wrong_gradients_get_no_number(peer_file, tmp_path):
@@ -588,7 +595,8 @@ def test_a_route_to_worse_experts_is_wrong():
 def test_layer_records(tmp_path, capsys):
     out, png = tmp_path / "new" / "out.jsonl", tmp_path / "out.png"
     options = ("--shape", LAYER, "--tokens", "9", "--peers", "dense", "loop", "torch", "transformers-eager")
-    assert layer_run(*options, "--json", str(out), "--plot", str(png), "--profile") == 0
+    run = ["layer", "--device", "cpu", "--seconds", "0", *options]
+    assert main([*run, "--json", str(out), "--plot", str(png), "--profile"]) == 0
     records = records_of(out)
     assert {r["op"] for r in records} == set(jobs.OPS)
     assert len({r["run"] for r in records}) == 1
@@ -597,12 +605,202 @@ def test_layer_records(tmp_path, capsys):
         assert r["commit"] and r["device"] and r["versions"]["torch"] == torch.__version__
         assert (r["tokens"], r["d"], r["n"], r["experts"], r["top_k"]) == (9, 32, 16, 8, 2)
         assert r["eager"]["rounds"] >= 5 and 0 < r["eager"]["min_s"] <= r["eager"]["median_s"]
-        assert r["graph"] is None and r["peak_bytes"] is None
+        assert r["graph"] is None and r["peak_bytes"] is None and r["small"] is False
+        assert r["other_cores"] is None or 0 <= r["other_cores"] <= r["cores"] * 1.2
         assert r["share"] == r["limit_s"] / r["eager"]["median_s"]
         assert r["limit_s"] > 0 and r["flops"] / r["matmul_flops"] <= r["limit_s"] * 1.0001
     assert png.read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
-    assert "% of limit" in shown and "profile of moesmith" in shown and "absent" not in shown
+    assert "TFLOP/s" in shown and "profile of moesmith" in shown and "absent" not in shown
+    assert report.SMOKE_TEST not in shown and fits_80_columns(shown)
+    assert all(f"\n{name} " in shown for name in ("moesmith", "dense", "loop", "torch", "transformers-eager"))
+
+
+def fits_80_columns(shown: str) -> bool:
+    """Tables do; a line of text is for the terminal to wrap."""
+    tables = [part for part in shown.split("\n\n") for line in part.splitlines()[:2] if line.startswith("candidate")]
+    return all(len(line) <= 80 for table in tables for line in table.splitlines())
+
+
+def test_a_small_run_prints_no_times(tmp_path, capsys):
+    out, png = tmp_path / "out.jsonl", tmp_path / "out.png"
+    options = ("--shape", "olmoe", "--op", "forward", "--peers", "dense", "transformers-grouped_mm", "--plot", str(png))
+    assert layer_run(*options, "--json", str(out)) == 0
+    assert all(r["small"] is True and r["eager"]["median_s"] > 0 for r in records_of(out))
+    shown = capsys.readouterr().out
+    assert report.SMOKE_TEST in shown and "forward olmoe (shrunk to T 33, d 32" in shown
+    assert not any(word in shown for word in ("FLOP/s", " ms", "GB/s", "%", "limit", "disturbed"))
+    rows = {line.split()[0]: line.split()[1:] for line in shown.splitlines() if line}
+    worst = max(records_of(out)[0]["errors"].values(), key=lambda e: e["row"] / e["row_limit"])
+    assert rows["moesmith"] == ["right", f"{worst['row']:.1e}", f"{worst['row_limit']:.1e}"]
+    assert rows["transformers-grouped_mm"][0] == "right" and rows["dense"] == ["not", "the", "same", "work"]
+
+
+def test_on_a_cpu_registry_shapes_are_small_and_others_are_not(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(layer, "ceilings", lambda dtypes, *_: dict.fromkeys(dtypes, Ceilings(1e9, 1e9)))
+    for shape, small in ((LAYER, False), ("olmoe", True)):
+        out = tmp_path / f"{small}.jsonl"
+        run = ["layer", "--device", "cpu", "--seconds", "0", "--op", "forward", "--peers"]
+        assert main([*run, "--shape", shape, "--json", str(out)]) == 0
+        assert [r["small"] for r in records_of(out)] == [small]
+        assert (report.SMOKE_TEST in capsys.readouterr().out) is small
+
+
+def plotted(**changes: Any) -> dict[str, Any]:
+    record = {"op": "forward", "shape": "olmoe", "tokens": 4096, "routing": "uniform", "dtype": "bf16", "small": False}
+    record |= {"candidate": "moesmith", "ours": True, "share": 0.5, "device": "a device", "commit": "c0ffee"}
+    return record | {"eager": {"median_s": 0.004}, "graph": {"median_s": 0.002}, "disturbed": False} | changes
+
+
+def test_the_plot_shows_shares_and_which_direction_is_better():
+    pytest.importorskip("matplotlib")
+    other = plotted(candidate="torch", ours=False, share=0.25)
+    left_out = plotted(candidate="vllm", ours=False)
+    del left_out["share"]
+    figure = report.figure([other, plotted(), plotted(op="decode", tokens=1, share=0.125), left_out])
+    forward, decode = figure.axes
+    assert [bar.get_width() for bar in forward.patches] == [25, 50] and [b.get_width() for b in decode.patches] == [
+        12.5
+    ]
+    assert [text.get_text() for text in forward.texts] == [" 25", " 50"]
+    assert forward.get_title(loc="left") == "forward" and decode.get_xlabel() == "% of the limit (higher is better)"
+    assert [label.get_text() for label in forward.get_yticklabels()] == ["olmoe\nT 4096, uniform, bf16"]
+    assert figure.get_suptitle() == "a device; bf16; commit c0ffee"
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["moesmith", "torch"]
+    ours, theirs = (patch.get_facecolor() for patch in legend.get_patches())
+    assert [bar.get_facecolor() for bar in forward.patches] == [theirs, ours] and ours != theirs
+
+
+def test_the_plot_of_a_small_run_shows_times_and_says_what_it_is():
+    pytest.importorskip("matplotlib")
+    figure = report.figure([plotted(small=True), plotted(small=True, shape="32x16x8x2", candidate="a/b.py:f")])
+    (panel,) = figure.axes
+    assert [bar.get_width() for bar in panel.patches] == [2, 2]  # ms of the faster mode
+    assert panel.get_xlabel() == "median time in ms (lower is better)"
+    labels = [label.get_text().splitlines()[0] for label in panel.get_yticklabels()]
+    assert labels == ["olmoe (shrunk)", "32x16x8x2"]
+    assert figure.get_suptitle().endswith(report.SMOKE_TEST)
+
+
+def test_many_candidates_have_looks_of_their_own():
+    pytest.importorskip("matplotlib")
+    figure = report.figure([plotted(candidate=str(i), ours=i == 20) for i in range(21)])
+    looks = [(patch.get_facecolor(), patch.get_hatch()) for patch in figure.legends[0].get_patches()]
+    assert len(set(looks)) == 21
+    assert figure.legends[0].get_texts()[0].get_text() == "20", "ours is first"
+
+
+def test_a_disturbed_run_says_so(monkeypatch, capsys, tmp_path):
+    """Other processes use one and a half of two cores, by /proc/stat."""
+    stat, clock, own = tmp_path / "stat", [0.0], [0.0]
+    monkeypatch.setattr(harness, "STAT", stat)
+    monkeypatch.setattr(harness.os, "sched_getaffinity", lambda _: {0, 2}, raising=False)
+    monkeypatch.setattr(harness.os, "sysconf", lambda _: 100)
+    monkeypatch.setattr(harness.os, "times", lambda: (own[0], 0.0, 0.0, 0.0, 0.0))
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: clock[0])
+
+    def after(seconds: float, cpu0: int, cpu1: int, cpu2: int, mine: float) -> dict[str, Any]:
+        """`record` after so many seconds, ticks of each core, and seconds of this process."""
+        stat.write_text(
+            "cpu 0 0 0 0 0 0 0 0 0 0\ncpu0 0 0 0 9 9 0 0 0 0 0\ncpu1 5 0 0 9\ncpu2 5 5 5 9 9 5 5 5 7 7\nintr 1\n"
+        )
+        clock[0], own[0] = 0.0, 1.0
+        others = harness.OtherProcesses()
+        # User, nice, system, irq, softirq and stolen time count; idle, waiting and guest time do not.
+        lines = [f"cpu0 {cpu0} 0 0 500 500 0 0 0 900 900", f"cpu1 {cpu1} 0 0 9", f"cpu2 5 5 5 700 9 5 5 {5 + cpu2} 7 7"]
+        stat.write_text("cpu 0 0 0 0 0 0 0 0 0 0\n" + "\n".join(lines) + "\n")
+        clock[0], own[0] = seconds, 1.0 + mine
+        return others.record()
+
+    assert after(10, 1200, 999, 800, 5.0) == {"cores": 2, "other_cores": 1.5, "disturbed": True}
+    assert after(10, 300, 999, 280, 5.0) == {"cores": 2, "other_cores": 0.08, "disturbed": False}
+    assert after(10, 290, 999, 200, 5.0) == {"cores": 2, "other_cores": 0.0, "disturbed": False}, "ticks are coarse"
+    assert after(10, 0, 999, 0, 5.0) == {"cores": 2, "other_cores": None, "disturbed": False}, "counters stand still"
+    assert after(0.1, 10, 0, 4, 0.1) == {"cores": 2, "other_cores": 0.4, "disturbed": False}, "ticks are coarse"
+    stat.write_text("cpu 0 0 0 0 0 0 0 0 0 0\ncpu0 0 0 0 9 9 0 0 0 0 0\n")
+    assert harness.OtherProcesses().record()["other_cores"] is None, "a core that is not listed"
+    stat.unlink()
+    unknown = harness.OtherProcesses().record()
+    assert unknown == {"cores": 2, "other_cores": None, "disturbed": False}
+    noisy = [unknown, after(10, 600, 0, 700, 5.0), after(10, 1200, 0, 800, 5.0)]
+    assert harness.disturbance(noisy) == "disturbed: other processes used 1.5 of 2 cores"
+    assert harness.disturbance([unknown, {}]) == ""
+
+
+def test_own_work_is_not_by_other_processes():
+    """CPU time of this process and of a child that has ended, however busy the machine is."""
+    if harness.OtherProcesses().record()["other_cores"] is None:
+        pytest.skip("this system has no /proc/stat")
+    others, begun, used = harness.OtherProcesses(), time.perf_counter(), time.process_time()
+    subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.6: pass"], check=True)
+    while time.process_time() < used + 0.6:
+        pass
+    other, busy = others.record()["other_cores"], others.record(own=0.0)["other_cores"]
+    assert 1.1 < (busy - other) * (time.perf_counter() - begun) < 2
+
+
+def test_a_disturbed_measurement_ends_with_a_line(monkeypatch, capsys, tmp_path):
+    busy = {"cores": 2, "other_cores": 0.6, "disturbed": True}
+    monkeypatch.setattr(layer, "OtherProcesses", lambda: SimpleNamespace(record=lambda: busy))
+    monkeypatch.setattr(layer, "ceilings", lambda dtypes, *_: dict.fromkeys(dtypes, Ceilings(1e9, 1e9)))
+    out = tmp_path / "out.jsonl"
+    run = ["layer", "--device", "cpu", "--seconds", "0", "--op", "forward", "--peers", "--shape", LAYER]
+    assert main([*run, "--json", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "disturbed: other processes used 0.6 of 2 cores"
+    assert records_of(out)[0].items() >= busy.items()
+
+
+def test_tables_fit_80_columns_with_every_name(capsys):
+    name = "/a/very/long/folder/of/somebody/with/peers/and/more/peers/mine.py:a_function_that_has_a_long_name"
+    times = {"eager": {"median_s": 0.012345}, "graph": {"median_s": 0.012345}, "peak_bytes": 123456 * 2**20}
+    numbers = {"tflops": 612.34, "gbytes": 3141.5, "share": 0.9999, "limit_s": 0.01, "errors": {}, "reason": None}
+    names = ["transformers-grouped_mm", name]
+    rows = [{"candidate": n, "status": "right", "small": False, **times, **numbers} for n in names]
+    report.print_layer("forward", [*rows, {**numbers, **rows[0], "candidate": "vllm"}])
+    shown = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in shown.splitlines())
+    for text in ("transformers-grouped_mm", "12.35", "123456", "612.3", "3142", "100.0", "unchecked"):
+        assert text in shown
+    assert name in "".join(line.split(" ")[0] for line in shown.splitlines())
+
+
+def test_the_other_tables_fit_80_columns_with_every_name(capsys):
+    base = {"small": False, "reason": None, "status": "right", "ours": True}
+    packed = {"step": "destinations", "candidate": "torch: grouped_mm, -1 removed", "eager": {"median_s": 0.0123456}}
+    report.print_packing("pack", [{**base, **packed, "bytes": 123456789, "gbytes": 1234.5, "share": 0.999}])
+    sent = {"shape": "deepseek_v2_lite", "routing": "uniform", "payload": "same", "ranks": 64, "copies": 5.1234}
+    sent |= {"bytes": 123456.0, "naive_bytes": 234567.0, "of_expected": 1.0002, "dedup": 1.56}
+    report.print_bytes("bytes", [{**base, **sent, "expected_copies": 5.1235}])
+    rates = dict.fromkeys(("tokens_per_s", "undivided_tokens_per_s", "limit_tokens_per_s"), 1234567.0)
+    scaled = {"shape": "x", "ranks": 64, "fixed": "per rank", "tokens": 32768, "together": {"median_s": 1.2345}}
+    report.print_scaling("scaling", [{**base, **scaled, **rates, "share": 0.98, "in_collectives": 0.5}])
+    errors = {"logits": 1e-6, "gradients": 2e-5}
+    timed = {"work": "prefill", "dtype": "bf16", "backend": "batched_mm", "tokens": 1024, "limit_s": 0.5, "load": 1.0}
+    timed |= {"errors": errors, "peer_errors": errors, "ours": {"median_s": 0.8}, "peer": {"median_s": 1.1}}
+    about = {"preset": "bench_400m", "device": "d", "versions": {}, "commit": "c", "small": False, "ratio": 1.375}
+    cpu.show([{**timed, **about, "matmul_flops": 1e12, "read_bytes": 1e10}])
+    loaded = {"reader": "fastsafetensors", "median_s": 12.34, "gbytes_per_s": 12.35, "times_readinto": 12.36}
+    load._show([{**loaded, "small": False, "bytes": 2**31, "peak_bytes": 2**31, "peak_share": 1.01}])
+    shown = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in shown.splitlines())
+    for row in (
+        "destinations torch: grouped_mm, -1 removed 12.35 1.00 123.5 1234 99.9",
+        "deepseek_v2_lite uniform bf16 5.123 5.123 123,456 234,567 1.000 1.56 x",
+        "64 per rank 32,768 1234 1,234,567 1,234,567 1,234,567 98.0 50.0",
+        "prefill bf16 batched_mm 1280.0 62 930.9 45 1.38 1.0e-06 1.0e-06",
+        "fastsafetensors 12.34 12.35 12.36 2,048 1.01",
+    ):
+        assert row in [" ".join(line.split()) for line in shown.splitlines()], shown
+
+
+def test_every_help_fits_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in ([], ["layer"], ["cpu"], ["load"], ["parallel"], ["qualify"]):
+        with pytest.raises(SystemExit) as stop:
+            main([*command, "--help"])
+        lines = capsys.readouterr().out.splitlines()
+        assert stop.value.code == 0 and lines and max(map(len, lines)) <= 80, max(lines, key=len)
 
 
 def test_every_shape_of_the_registry_runs_small(tmp_path):
@@ -631,7 +829,16 @@ def test_compare(tmp_path, capsys, peer_file):
     capsys.readouterr()
     assert against(1, "--tokens", "5") == 2
     shown = capsys.readouterr()
-    assert "has none of what would be measured now" in shown.err and not shown.out  # said before anything is measured
+    assert (
+        "no case of this run; expected records with the same op, shape" in shown.err and not shown.out
+    )  # said before anything is measured
+    out.write_text(json.dumps({**record, "small": False}) + "\n")
+    assert layer_run(*options, "--compare", str(out)) == 2
+    shown = capsys.readouterr()
+    assert "expected results of a small run; found those of a full run" in shown.err and not shown.out
+    out.write_text(json.dumps({**record, "small": False}) + "\n" + json.dumps(record) + "\n")
+    assert [r["small"] for r in report.read(out, True)] == [True]
+    assert [r["small"] for r in report.read(out, False)] == [False]
     assert against(1, "--op", "forward", "decode", "--tokens", "12", "24") in (0, 1)  # what is new is not worse
     wrong = {**record, "status": "wrong", "reason": "y: of the test"}
     assert report.compare([wrong], [record], tolerance=0.1)
@@ -640,14 +847,15 @@ def test_compare(tmp_path, capsys, peer_file):
     capsys.readouterr()
     for text, says in {
         "": "no records",
-        "{": "line 1 is no record of `layer --json`: not a JSON object",
+        "{": "line 1 is not a record of `layer --json`: not a JSON object",
         "[]\n": "not a JSON object",
         "[" * 100_000: "not a JSON object",
         '{"op": "forward"}\n': "shape is not of type str",
-        good + "\n1": "line 2 is no record",
+        good + "\n1": "line 2 is not a record",
         json.dumps({**record, "tokens": "24"}): "tokens is not of type int",
         json.dumps({**record, "op": ["forward"]}): "op is not of type str",
         json.dumps({**record, "ours": 1}): "ours is not of type bool",
+        json.dumps({k: v for k, v in record.items() if k != "small"}): "small is not of type bool",
         json.dumps({**record, "eager": 3}): "the median_s of eager is not a positive number",
         json.dumps({**record, "graph": {}}): "the median_s of graph",
         **{
@@ -715,24 +923,24 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--shape", "olmo"], "--shape olmo: expected T,d,n,E,K or one of deepseek_v3"),
-        (["--shape", "1,2,3,4,x"], "expected five integers"),
-        (["--shape", "1,2,3,4,0"], "expected positive sizes"),
-        (["--shape", "1,2,3,4,5"], "5 experts for each token, of 4"),
-        (["--peers", "cublas"], "--peers cublas: expected some of dense"),
-        (["--tokens", "0"], "'0' is not a positive integer up to 2147483647"),
-        (["--tokens", "2147483648"], "'2147483648' is not a positive integer up to 2147483647"),
-        (["--tokens", "9" * 5000], "is not a positive integer up to 2147483647"),
-        (["--shape", "2147483648,2,3,4,1"], "expected positive sizes up to 2147483647"),
-        (["--seed", "-1"], "'-1' is not an integer from 0, below 2^32"),
-        (["--seed", "4294967296"], "'4294967296' is not an integer from 0, below 2^32"),
-        (["--seconds", "-1"], "'-1' is not a finite number from 0"),
-        (["--tolerance", "-0.1"], "'-0.1' is not a finite number from 0"),
-        (["--tolerance", "nan"], "'nan' is not a finite number from 0"),
-        (["--tolerance", "inf"], "'inf' is not a finite number from 0"),
+        (["--shape", "olmo"], "--shape olmo: unknown shape; expected T,d,n,E,K or one of deepseek_v3"),
+        (["--shape", "1,2,3,4,x"], "not five integers; expected T,d,n,E,K"),
+        (["--shape", "1,2,3,4,0"], "a size is out of range"),
+        (["--shape", "1,2,3,4,5"], "K exceeds E; expected at most 4 experts per token; found 5"),
+        (["--peers", "cublas"], "--peers cublas: unknown peer; expected one of dense"),
+        (["--tokens", "0"], "expected an integer from 1 to 2147483647; found '0'"),
+        (["--tokens", "2147483648"], "expected an integer from 1 to 2147483647; found '2147483648'"),
+        (["--tokens", "9" * 5000], "expected an integer from 1 to 2147483647; found '999"),
+        (["--shape", "2147483648,2,3,4,1"], "a size is out of range; expected integers from 1 to 2147483647"),
+        (["--seed", "-1"], "expected an integer from 0 to 2^32 - 1; found '-1'"),
+        (["--seed", "4294967296"], "expected an integer from 0 to 2^32 - 1; found '4294967296'"),
+        (["--seconds", "-1"], "expected a finite number of at least 0; found '-1'"),
+        (["--tolerance", "-0.1"], "expected a finite number of at least 0; found '-0.1'"),
+        (["--tolerance", "nan"], "expected a finite number of at least 0; found 'nan'"),
+        (["--tolerance", "inf"], "expected a finite number of at least 0; found 'inf'"),
         (["--op", "fly"], "invalid choice: 'fly'"),
         (["--routing", "zipff"], "--routing zipff: no such file; expected uniform, zipf, one-hot or"),
-        (["--plot", "out.jpg"], "--plot out.jpg: expected a name that ends in .png"),
+        (["--plot", "out.jpg"], "--plot out.jpg: not a PNG file; expected a name that ends in .png"),
         (["--plot", "no/such/out.png"], "no folder no/such"),
         (["--plot", "/proc/out.png"], "--plot /proc/out.png: "),
         (["--plot", "FOLDER.png"], "FOLDER.png: Is a directory"),
@@ -996,7 +1204,7 @@ def test_triton_kernels_is_called_as_it_asks_for(monkeypatch, with_matmul, op, t
     verdicts = job.judge(job.build(peer)())
     assert all(verdict.right for verdict in verdicts.values()), verdicts
     padded = jobs.prepare(jobs.Entry("gemm_dw", Shape("", 32, 16, 8, 2), 24, "uniform", "fp32"), "cpu", 0)
-    with pytest.raises(ValueError, match="only groups that are padded with zeros"):
+    with pytest.raises(ValueError, match="requires groups padded with zeros"):
         padded.build(peer)
     assert not jobs.able(peer, "train") and not jobs.able(peer, "route")
 
@@ -1074,7 +1282,7 @@ def test_ctrl_c_at_any_time_is_one_line(capsys, monkeypatch):
     ("options", "says"),
     [
         (["--preset", "tinny"], "--preset: preset = 'tinny': expected one of tiny, "),
-        (["--preset", "mixtral_8x7b"], "--preset mixtral_8x7b: is of family mixtral, expected one of deepseek_v3"),
+        (["--preset", "mixtral_8x7b"], "--preset mixtral_8x7b: wrong family; expected deepseek_v3; found mixtral"),
         (["--small", "--json", "/proc/none.jsonl"], "--json /proc/none.jsonl: "),
         (["--small", "--json", "/proc"], "--json /proc: Is a directory"),
     ],

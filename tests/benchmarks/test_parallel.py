@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import packing, parallel, ranks
+from benchmarks import packing, parallel, ranks, report
 from benchmarks.__main__ import main
 from benchmarks.harness import ROOT, once
 from benchmarks.packing import Candidate, Entry, Packing, Step, by_mask, by_sort, members
@@ -40,6 +40,8 @@ def test_a_small_run_of_two_ranks(tmp_path, capsys):
     shown = capsys.readouterr()
     assert "left out for 16 ranks, which do not divide its 8 experts" in shown.err
     records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert report.SMOKE_TEST in shown.out and all(r["small"] is True for r in records)
+    assert not any(word in shown.out for word in ("ms ", "/s", "%", "saves", "disturbed"))
     assert len({r["run"] for r in records}) == 1 and all(r["commit"] and r["versions"]["torch"] for r in records)
     by_part = {part: [r for r in records if r["part"] == part] for part in parallel.PARTS}
 
@@ -65,6 +67,7 @@ def test_a_small_run_of_two_ranks(tmp_path, capsys):
     for r in by_part["scaling"]:
         assert r["limit_tokens_per_s"] == r["undivided_tokens_per_s"] * min(r["ranks"], cores)
         assert 0 < r["in_collectives"] < 1 and r["share"] > 0
+        assert r["other_cores"] is None or 0 <= r["other_cores"] <= cores * 1.2
     if cores < 2:
         assert f"this machine has {cores} cores" in shown.out
 
@@ -183,7 +186,7 @@ def test_counts_by_hand():
     ):
         assert miscounted(JOB, IDS, dataclasses.replace(right, **changed), left).startswith(f"rank 0: {what}: ")
     said = miscounted(JOB, IDS, right, left + 1)
-    assert said == f"rank 0: bytes handed to collectives: {left + 1}, expected {left}"
+    assert said == f"rank 0: bytes handed to collectives: wrong count; expected {left}; found {left + 1}"
 
 
 def test_the_record_of_bytes_by_hand():
@@ -203,15 +206,19 @@ def test_the_record_of_bytes_by_hand():
     assert (wrong["status"], wrong["reason"]) == ("wrong", "rank 1: rows sent") and "bytes" not in wrong
 
 
+QUIET = {"cores": 2, "other_cores": 0.0, "disturbed": False}
+
+
 def test_the_record_of_scaling_by_hand():
     found = [
-        {"fault": "", "together": [2.0, 4.0, 3.0], "waited": [1.0, 1.0, 1.5], "alone": [1.5, 1.0, 2.0]},
+        {"fault": "", "together": [2.0, 4.0, 3.0], "waited": [1.0, 1.0, 1.5], "alone": [1.5, 1.0, 2.0], "load": QUIET},
         {"fault": "", "together": [1.0, 5.0, 3.0], "waited": [0.5, 1.7, 1.5], "alone": [0.0, 0.0, 0.0]},
         {"fault": "", "together": [1.0, 1.0, 3.0], "waited": [0.5, 0.3, 1.5], "alone": [0.0, 0.0, 0.0]},
     ]
     per_rank = scale_record(Scale(SHAPE, "per rank", 3, 0), found, cores=2)
     assert per_rank["tokens"] == 72 and per_rank["tokens_per_s"] == 72 / 3.0  # 2, 5 and 3 seconds
     assert per_rank["undivided_tokens_per_s"] == 24 / 1.5 and per_rank["limit_tokens_per_s"] == 2 * 24 / 1.5
+    assert per_rank.items() >= QUIET.items()
     assert per_rank["share"] == 24 / 32 and per_rank["in_collectives"] == 0.5  # 2 / 4, 3 / 10, 4.5 / 9
     total = scale_record(Scale(SHAPE, "total", 3, 0), found, cores=8)
     assert total["tokens"] == 24 and total["limit_tokens_per_s"] == 3 * 24 / 1.5
@@ -246,7 +253,7 @@ def test_a_wrong_dispatcher_gets_no_number(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     for broken, parts, says in (
-        ("copies", {"bytes", "scaling"}, "rank 0: rows sent: ["),
+        ("copies", {"bytes", "scaling"}, "rank 0: rows sent: wrong count; expected ["),
         ("gradients", {"scaling"}, "gradient of x: error 1.0e-02"),
     ):
         records = [json.loads(line) for line in (tmp_path / f"{broken}.jsonl").read_text().splitlines()]
@@ -274,7 +281,7 @@ def fails(world: World) -> None:
 
 def test_results_come_by_rank_and_a_rank_that_fails_is_named():
     assert list(over(3, [ranks_of, ranks_of])) == [[30, 31, 32]] * 2
-    with pytest.raises(RankFailed, match=r"^rank 1 of 2 ended without a word$"):
+    with pytest.raises(RankFailed, match=r"^rank 1 of 2 ended without a result$"):
         list(over(2, [leaves]))
     with pytest.raises(RankFailed, match=r"^rank 1 of 2: ValueError: of its own$"):
         list(over(2, [ranks_of, fails]))
@@ -345,12 +352,12 @@ def test_no_process_outlives_an_interrupted_run():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--ranks", "0"], "--ranks 0: expected numbers from 1 to 64, each rank being a process"),
-        (["--ranks", "2", "65"], "--ranks 65: expected numbers from 1 to 64"),
+        (["--ranks", "0"], "--ranks 0: out of range; expected 1 to 64 processes"),
+        (["--ranks", "2", "65"], "--ranks 65: out of range; expected 1 to 64 processes"),
         (["--ranks", "two"], "argument --ranks: invalid int value: 'two'"),
-        (["--seed", "-1"], "--seed -1: expected an integer from 0, below 2^32"),
+        (["--seed", "-1"], "--seed -1: out of range; expected an integer from 0 to 2^32 - 1"),
         (["--part", "send"], "argument --part: invalid choice: 'send'"),
-        (["--shape", "olmo"], "--shape olmo: expected T,d,n,E,K or one of deepseek_v3"),
+        (["--shape", "olmo"], "--shape olmo: unknown shape; expected T,d,n,E,K or one of deepseek_v3"),
         (["--device", "cuda"], "--device cuda: this torch finds no GPU"),
         (["--json", "/proc/none.jsonl"], "--json /proc/none.jsonl: "),
     ],

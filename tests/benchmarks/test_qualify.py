@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,12 +19,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import qualify, steps
+from benchmarks import qualify
+from benchmarks import qualify_steps as steps
 from benchmarks.__main__ import main
 from benchmarks.harness import ROOT, BadInput
 from benchmarks.qualify import Stage, Task, profile_rows
+from benchmarks.qualify_results import RESULTS, judge, read
+from benchmarks.report import SMOKE_TEST
 from benchmarks.supervise import KEPT
-from benchmarks.verdicts import RESULTS, judge, read
 
 HERE = {
     "run": "0",
@@ -106,10 +109,10 @@ def test_a_task_that_fails_is_recorded_and_the_rest_goes_on(tmp_path: Path, capf
     assert found["status"] == ("failed", "exit status 5: the last words")
     assert found["reason"] == ("failed", "logits: 3, at most 2")
     assert found["signal"][0] == "failed" and "ended by SIGSEGV" in found["signal"][1]
-    assert found["hangs"][0] == "failed" and "no end within 20 s" in found["hangs"][1]
+    assert found["hangs"][0] == "failed" and "not finished within 20 s" in found["hangs"][1]
     assert not any(alive(int(pid)) for pid in child.read_text().split())
     assert found["silent"][0] == "failed" and "no result for 3 s" in found["silent"][1]
-    assert found["cut"] == ("failed", "the last line of its results is cut")
+    assert found["cut"] == ("failed", "the last line of its results is incomplete")
     assert found["garbage"][0] == "failed" and "not a JSON object" in found["garbage"][1]
     assert found["missing"] == ("not usable", "no such package")
     assert found["no program"] == ("failed", "/no/such/program cannot be started: No such file or directory")
@@ -125,7 +128,9 @@ def test_a_task_that_fails_is_recorded_and_the_rest_goes_on(tmp_path: Path, capf
     assert "| one | failed | 4 of 15 passed |" in report and "| two | passed | 1 of 1 passed |" in report
     assert "- one: `status`: exit status 5: the last words" in report
     assert {path.name for path in out.iterdir()} == {"report.md", RESULTS, "log.txt"}
-    assert "| two | passed |" in capfd.readouterr().out
+    shown = capfd.readouterr().out
+    assert re.search(r"^two +passed +\d+ +1 of 1 passed", shown, re.MULTILINE)
+    assert "\none: " in shown and f"report: {out / 'report.md'}" in shown
 
 
 def pytest_task(name: str, file: Path, *options: str) -> Task:
@@ -224,7 +229,7 @@ def test_minutes_stop_and_resume_continues(tmp_path: Path, switch: Any, monkeypa
     assert call(out, *stages, resume=out) == 0  # --out is the resumed folder
     assert sorted(ran.read_text().split()) == ["b", "c", "d", "e"]
     report = (out / "report.md").read_text()
-    assert "| one | passed | 3 of 3 passed |" in report and "What is left" not in report
+    assert "| one | passed | 3 of 3 passed |" in report and "Tasks left" not in report
     # In another folder, from the file alone, whose last line is cut.
     copied, other = tmp_path / "copied.jsonl", tmp_path / "other"
     copied.write_text((out / RESULTS).read_text() + '{"kind": "ta')
@@ -345,12 +350,23 @@ def test_verdicts(found: dict[str, str], status: str) -> None:
 def layer_record(candidate: str, seconds: float, status: str = "right", **more: Any) -> dict[str, Any]:
     record = {"op": "train", "shape": "olmoe", "tokens": 4096, "routing": "uniform", "dtype": "bf16"}
     record |= {"candidate": candidate, "ours": candidate == "moesmith", "status": status, "reason": None}
-    record |= {"matmul_flops": 790e12, "copy_bytes": 4.3e12, "run": "r", "device": "another", "commit": "c"}
+    record |= {
+        "matmul_flops": 790e12,
+        "copy_bytes": 4.3e12,
+        "disturbed": True,
+        "other_cores": 1.2,
+        "cores": 4,
+        "run": "r",
+        "device": "another",
+        "commit": "c",
+    }
     timed = {"eager": {"median_s": 2 * seconds}, "graph": {"median_s": seconds}, "share": 1e-3 / seconds}
     return record | timed | {"tflops": 1 / seconds, "gbytes": 2 / seconds} | more
 
 
-def test_the_benchmark_is_reported_and_plotted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("small", [False, True])
+def test_the_benchmark_is_reported_and_plotted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: bool) -> None:
+    monkeypatch.setattr(qualify, "describe", lambda *_: (HERE | {"small": small}, [], ""))
     out = tmp_path / "out"
     given = [
         layer_record("moesmith", 0.002),
@@ -366,12 +382,14 @@ def test_the_benchmark_is_reported_and_plotted(tmp_path: Path) -> None:
     code = f"for record in json.loads({json.dumps(json.dumps(given))}): print(json.dumps(record), file=lines)"
     assert call(out, stage("benchmark", script("olmoe", code))) == 0
     report = (out / "report.md").read_text()
+    assert (SMOKE_TEST in report) is small
+    if small:
+        assert "| train | olmoe | 4096 | right |" in report and "liger" not in report and "FLOP/s" not in report
+        return
     assert "| train | olmoe | 4096 | 2 | 500 | 1000 | 50.0% | liger | 1.50 |" in report
+    assert "\ndisturbed: other processes used 1.2 of 4 cores\n" in report
     assert "- train olmoe T 4096: vllm is wrong: dx: error 1" in report
-    assert (
-        "bf16: matmul 790 to 790 TFLOP/s, copy 4300 to 4300 GB/s" in report
-        and "![shares of the limit](train.png)" in report
-    )
+    assert "bf16: matmul 790 to 790 TFLOP/s, copy 4300 to 4300 GB/s" in report and "![train](train.png)" in report
     names = {path.name for path in out.iterdir()}
     assert names == {"report.md", RESULTS, "log.txt", "train.png"}
 
@@ -408,7 +426,7 @@ def test_a_folder_that_cannot_take_the_results(tmp_path: Path, wrong: str) -> No
     else:
         out.mkdir()
         (out / ("notes.txt" if wrong == "other files" else RESULTS)).write_text("{}\n")
-    expected = {"a file": "is a file", "other files": "notes.txt", "results": "--resume"}[wrong]
+    expected = {"a file": "a file; expected a folder", "other files": "notes.txt", "results": "--resume"}[wrong]
     with pytest.raises(BadInput, match=expected):
         call(out, stage("one", script("a", "pass")))
 

@@ -316,8 +316,8 @@ def test_more_experts_than_shared_memory_counts_are_refused(gpu: Gpu) -> None:
     most = 32766 if gpu.shared_memory >= 4 * 32768 else 16382
     with pytest.raises(ValueError) as refused:
         launches(most + 1)
-    expected = f"{most + 1} experts, of which a block's shared memory counts at most {most} on meta"
-    assert str(refused.value) == expected
+    expected = f"expected at most {most}; found {most + 1}"
+    assert str(refused.value) == f"num_experts: more than the shared memory of meta can count; {expected}"
     count = next(launch for launch in launches(most) if launch.name == "count_kernel")
     assert dict(count.constants)["GROUPS"] * 4 <= gpu.shared_memory
 

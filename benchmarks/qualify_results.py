@@ -1,8 +1,8 @@
-"""The results of `qualify`: its JSON lines, one verdict for each stage, report.md and plots.
+"""Results of `qualify`: JSON lines, one verdict per stage, report.md and plots.
 
-A line says what kind it is: `run` (a call begins), `task` (a program has ended), `stage` (a stage ends, or is left),
-and what they consist of: `fact`, `check`, `test`, `layer`, `profile`, `other`. Every line has device, versions, commit,
-and `source`, a hash of the program's files, because a copy of them may have no commit.
+The `kind` of a line is `run` (start of a call), `task` (end of a program), `stage` (end of a stage), or one of their
+parts: `fact`, `check`, `test`, `layer`, `profile`, `other`. Every line has device, versions, commit, and `source`, a
+hash of the program's files, because a copied tree may have no commit.
 """
 
 import contextlib
@@ -14,15 +14,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from benchmarks.harness import ROOT, BadInput
+from benchmarks import report
+from benchmarks.harness import ROOT, BadInput, disturbance
+from benchmarks.report import SMOKE_TEST
 from benchmarks.supervise import parse
 
 Record = dict[str, Any]
 KINDS = ("run", "task", "stage", "fact", "check", "test", "layer", "profile", "other")
 RESULTS, REPORT, LOG = "results.jsonl", "report.md", "log.txt"
 PLOTS = {op: f"{op}.png" for op in ("forward", "train", "decode")}
-DONE = ("passed", "failed", "not usable")  # what is not done again
-SAME = ("device", "source", "small", "versions")  # what two calls share if one continues the other
+DONE = ("passed", "failed", "not usable")  # statuses of tasks that are not repeated
+SAME = ("device", "source", "small", "versions")  # equal in all calls that continue one another
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +49,7 @@ def source() -> str:
 
 
 def read(path: Path) -> list[Record]:
-    """The records of an earlier call, from its folder or its file; a line that is cut is left out. Raises BadInput."""
+    """Records of an earlier call, from its folder or file, without an incomplete last line. Raises BadInput."""
     file = path / RESULTS if path.is_dir() else path
     try:
         lines = file.read_text(errors="replace").splitlines()
@@ -55,7 +57,7 @@ def read(path: Path) -> list[Record]:
         raise BadInput(f"--resume {path}: {error.strerror}") from None
     records = [record for record in map(parse, lines) if record is not None]
     if not records or any(record.get("kind") not in KINDS or "source" not in record for record in records):
-        raise BadInput(f"--resume {path}: no results of `qualify`")
+        raise BadInput(f"--resume {path}: not results of `qualify`; expected its folder or results.jsonl")
     return records
 
 
@@ -75,7 +77,7 @@ def tasks(records: Iterable[Record], stage: str) -> dict[str, Record]:
 
 
 def judge(stage: str, planned: Sequence[str], records: Sequence[Record], unable: str = "") -> Verdict:
-    """`planned` are all the stage's tasks; `unable` is why none of them can run."""
+    """Verdict of a stage. `planned` are all its tasks; `unable` is why none of them can run."""
     ended = [record for record in records if record["kind"] == "stage" and record["stage"] == stage]
     seconds = sum(record["seconds"] for record in ended) if ended else None
     found = tasks(records, stage)
@@ -98,7 +100,7 @@ def judge(stage: str, planned: Sequence[str], records: Sequence[Record], unable:
 
 
 def _counts(done: Sequence[Record], stopped: Sequence[Record]) -> str:
-    """Tests where tasks have counted them, also those of a task that was stopped; else tasks."""
+    """Outcomes of tests, including those of stopped tasks; without tests, passed tasks."""
     tests: dict[str, int] = {}
     for record in (*done, *stopped):
         for outcome, number in record.get("tests", {}).items():
@@ -116,36 +118,34 @@ def write_report(
     about: Mapping[str, Any],
     command: str,
     notes: Sequence[str] = (),
-) -> str:
-    """Writes report.md afresh and returns its verdicts. `command` continues with what is left."""
+) -> None:
+    """Write report.md. `command` continues with the tasks that are left."""
     table = [["stage", "verdict", "counts", "seconds", "reason"]]
     for v in verdicts:
         table.append([v.stage, v.status, v.counts, "" if v.seconds is None else f"{v.seconds:.0f}", v.reason])
-    verdict = "\n".join(_table(table))
-    text = ["# Qualification", "", _origin(about), "", verdict, ""]
+    text = ["# Qualification", "", _origin(about), "", *_table(table), ""]
     left = [v for v in verdicts if v.left]
     if left:
-        text += ["## What is left", "", *(f"- {v.stage}: {_some(v.left)}" for v in left), ""]
+        text += ["## Tasks left", "", *(f"- {v.stage}: {_some(v.left)}" for v in left), ""]
         text += ["Continue with", "", f"    {command}", ""]
     for section in (_failures, _checks, _layers, _profiles, _facts):
         try:
             text += section(records)
-        except Exception as error:  # a record that nobody expected is no reason to lose the verdicts
+        except Exception as error:  # an unexpected record must not cost the verdicts
             text += [f"{section.__name__}: {type(error).__name__}: {error}", ""]
     pictures = [name for name in PLOTS.values() if (out / name).exists()]
-    text += [f"![shares of the limit]({name})" for name in pictures]
+    text += [f"![{Path(name).stem}]({name})" for name in pictures]
     text += [*(f"- {note}" for note in notes), ""] if notes else [""]
     partial = out / (REPORT + ".partial")
     partial.write_text("\n".join(text))
     os.replace(partial, out / REPORT)
-    return verdict
 
 
 def _origin(about: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     driver = f", driver {about['driver']}" if about.get("driver") else ""
-    small = ", small" if about["small"] else ""
-    return f"{about['device']}{driver}{small}; commit {about['commit']}, source {about['source']}; {versions}"
+    small = "Smoke test, no measure of speed: " if about["small"] else ""
+    return f"{small}{about['device']}{driver}; commit {about['commit']}, source {about['source']}; {versions}"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -166,17 +166,17 @@ def _failures(records: Iterable[Record], most: int = 60) -> list[str]:
         if r["kind"] == "test":
             lines = begun.setdefault(task, {"failed": [], "skipped": []})
             lines[r["outcome"]].append(f"- {r['stage']}: `{r['test']}`: {r['reason']}")
-        elif r["kind"] == "task":  # what it found replaces what an earlier call found
+        elif r["kind"] == "task":  # its results replace those of an earlier call
             lines = begun.pop(task, {"failed": [], "skipped": []})
             if r["status"] == "failed" and not lines["failed"]:
                 lines["failed"] = [f"- {r['stage']}: `{r['task']}`: {r['reason']}"]
             for outcome, those in lines.items():
                 found[outcome][task] = those
-    for task, lines in begun.items():  # of a call that was killed
+    for task, lines in begun.items():  # of a killed call
         for outcome, those in lines.items():
             found[outcome][task] = those
     text: list[str] = []
-    for title, outcome in (("What failed", "failed"), ("Tests that were skipped", "skipped")):
+    for title, outcome in (("Failures", "failed"), ("Skipped tests", "skipped")):
         lines = [line for those in found[outcome].values() for line in those]
         if lines:
             more = [f"- and {len(lines) - most} more, in {RESULTS}"] if len(lines) > most else []
@@ -209,7 +209,7 @@ def _works(records: Iterable[Record]) -> dict[tuple[Any, ...], dict[str, Record]
 
 
 def _best(found: Mapping[str, Record]) -> str:
-    """The fastest candidate that is right, not ours, and not the yardstick, which does other work."""
+    """Name of the fastest peer that is right, without the yardstick, which does other work; empty if there is none."""
     peers = [name for name, r in found.items() if "tflops" in r and not r["ours"] and r["status"] == "right"]
     return min((n for n in peers if n != "dense"), key=lambda name: _seconds(found[name]), default="")
 
@@ -218,13 +218,26 @@ def _layers(records: Sequence[Record]) -> list[str]:
     works = _works(records)
     if not works:
         return []
+    layers = [record for record in records if record["kind"] == "layer"]
+    notes = [
+        f"- {op} {shape} T {tokens}: {name} is {r['status']}: {r['reason']}"
+        for (op, shape, tokens, _), found in works.items()
+        for name, r in found.items()
+        if r["reason"] and r["status"] != "right"
+    ]
+    if layers[0]["small"]:
+        rows = [["op", "shape", "T", "result"]]
+        rows += [
+            [op, shape, str(tokens), r["status"]]
+            for (op, shape, tokens, _), found in sorted(works.items(), key=lambda work: work[0][:1])
+            for r in found.values()
+            if r["ours"]
+        ]
+        return ["## Benchmark", "", SMOKE_TEST, "", *_table(rows), "", *notes, ""]
     rows = [["op", "shape", "T", "ms", "TFLOP/s", "GB/s", "% of limit", "best peer", "its time / ours"]]
-    wrong: list[str] = []
     for (op, shape, tokens, _), found in sorted(works.items(), key=lambda work: work[0][:1]):
         best = _best(found)
-        for name, r in found.items():
-            if r["reason"] and r["status"] != "right":
-                wrong.append(f"- {op} {shape} T {tokens}: {name} is {r['status']}: {r['reason']}")
+        for r in found.values():
             if r["ours"]:
                 cells = [r["status"], "", "", "", best, ""]
                 if "tflops" in r:
@@ -232,22 +245,23 @@ def _layers(records: Sequence[Record]) -> list[str]:
                     cells = [f"{took * 1e3:.4g}", f"{r['tflops']:.4g}", f"{r['gbytes']:.4g}", f"{r['share']:.1%}", best]
                     cells.append(f"{_seconds(found[best]) / took:.2f}" if best else "")
                 rows.append([op, shape, str(tokens), *cells])
-    layers = [record for record in records if record["kind"] == "layer"]
-    said = []
+    ceilings = []
     for dtype in sorted({r["dtype"] for r in layers}):
         matmul, copy = (
             sorted({r[name] for r in layers if r["dtype"] == dtype}) for name in ("matmul_flops", "copy_bytes")
         )
         rates = f"matmul {matmul[0] / 1e12:.3g} to {matmul[-1] / 1e12:.3g} TFLOP/s"
-        said.append(f"{dtype}: {rates}, copy {copy[0] / 1e9:.4g} to {copy[-1] / 1e9:.4g} GB/s")
+        ceilings.append(f"{dtype}: {rates}, copy {copy[0] / 1e9:.4g} to {copy[-1] / 1e9:.4g} GB/s")
+    disturbed = disturbance(layers)
     return [
         "## Benchmark",
         "",
-        "Ceilings, lowest to highest of all processes: " + "; ".join(said),
+        "Ceilings, lowest to highest of all processes: " + "; ".join(ceilings),
         "",
         *_table(rows),
         "",
-        *wrong,
+        *([disturbed, ""] if disturbed else []),
+        *notes,
         "",
     ]
 
@@ -269,11 +283,9 @@ def _facts(records: Iterable[Record]) -> list[str]:
 
 
 def plot(out: Path, records: Sequence[Record]) -> str:
-    """A PNG for each operation, of ours and the best peer; returns why there is none, or nothing."""
+    """Write a PNG for each operation, of ours and the best peer; returns the error if that failed, otherwise empty."""
+    works = _works(records)
     try:
-        from benchmarks import report
-
-        works = _works(records)
         for op, name in PLOTS.items():
             chosen: list[Record] = []
             for work, found in works.items():
@@ -283,25 +295,25 @@ def plot(out: Path, records: Sequence[Record]) -> str:
                     chosen += ours + ([found[best]] if best else [])
             if chosen:
                 report.plot(out / name, chosen)
-    except Exception as error:  # a plot is no reason to lose the report
+    except Exception as error:  # the report matters more
         return f"no plots: {type(error).__name__}: {error}"
     return ""
 
 
 def check_out(out: Path, resumed: Path | None) -> None:
-    """Raises BadInput for a folder that cannot take the results, or that has other files."""
+    """Raise BadInput for a folder that cannot take the results, or that has other files."""
     ours = {RESULTS, REPORT, LOG, REPORT + ".partial", *PLOTS.values()}
     if out.exists() and not out.is_dir():
-        raise BadInput(f"--out {out}: is a file; expected a folder")
+        raise BadInput(f"--out {out}: a file; expected a folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
         others = sorted({path.name for path in out.iterdir()} - ours)
         if others:
-            raise BadInput(f"--out {out}: has other files, {others[0]} for one; expected a new or empty folder")
+            raise BadInput(f"--out {out}: has other files; expected a new or empty folder; found {others[0]}")
         file = out / RESULTS
         earlier = file.exists() and file.stat().st_size > 0
         if earlier and not (resumed and file.samefile(resumed)):
-            raise BadInput(f"--out {out}: has the results of an earlier call; continue them with --resume {out}")
+            raise BadInput(f"--out {out}: has results of an earlier call; continue it with --resume {out}")
         probe = out / (REPORT + ".partial")
         probe.touch()
         with contextlib.suppress(FileNotFoundError):

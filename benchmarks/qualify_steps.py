@@ -1,10 +1,10 @@
-"""Steps of `qualify`, each in its own process: python -m benchmarks.steps STEP [--device D] [--lines FILE] ...
+"""Steps of `qualify`, each in a process of its own: python -m benchmarks.qualify_steps STEP [--device D] ...
 
-A step appends JSON lines to its file: facts of the machine, and checks, each a number beside the most that it may be.
-Exit status: 0; 1 if a check or the step itself fails; 3 if something that the step needs is missing.
+A step appends JSON lines to the file --lines: facts about the machine, and checks, each a number with its limit. Exit
+status: 0; 1 if a check or the step itself fails; 3 if a requirement of the step is missing.
 
-Checks compare the device with the CPU. Both round: a chain of N products with inner size K is off by at most N times
-the tolerance of one product (benchmarks/correctness.py), relative to the norm of its result, on either side.
+Checks compare the device with the CPU. Both round: a chain of N products with inner size K has an error of at most N
+times the tolerance of one product (benchmarks/correctness.py), relative to the norm of the result, on either side.
 """
 
 import argparse
@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from benchmarks.harness import ROOT, one_line
 
 NOT_USABLE = 3  # exit status
-NO_KERNELS = "torch's operators run on"  # how the warning begins that a GPU is used without the kernels
-SLOW_PEERS = ("loop", "transformers-eager")  # never the best, and never in time
+NO_KERNELS = "torch's operators run on"  # start of the warning that a GPU is used without the kernels
+SLOW_PEERS = ("loop", "transformers-eager")  # never the best, and too slow for the limit
 MORE_PEERS = (*SLOW_PEERS, "transformers-batched_mm")
-PRODUCTS = 6  # chained in one block: two of the queries, attention, its output, two of the experts
+PRODUCTS = 6  # products chained in one block: two of the queries, attention, its output, two of the experts
 
 
 class NotUsable(Exception):
@@ -61,7 +61,7 @@ class Step:
         self.write(fact=name, value=value)
 
     def check(self, what: str, found: float, most: float) -> None:
-        """`found` must not be above `most`, and a NaN is."""
+        """Record a check, which fails if `found` is above `most` or NaN."""
         right = found <= most
         self.write(check=what, found=found, most=most, right=right)
         if not right:
@@ -69,10 +69,10 @@ class Step:
 
 
 def machine(step: Step) -> None:
-    """Writes the fields common to all records, and facts about the machine."""
+    """Write the fields common to all records, and facts about the machine."""
     from benchmarks.layer import about
 
-    found = about(step.device)
+    found = about(step.device, small=False)  # `qualify` sets the mark
     names = ("numpy", "pytest", "einops", "safetensors", "rich", "tokenizers", "matplotlib", "tyro", "hypothesis")
     for package in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -81,7 +81,7 @@ def machine(step: Step) -> None:
     step.fact("python", f"{platform.python_version()}, {platform.platform()}")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     step.fact("cpu", f"{os.cpu_count()} cores, {memory / 2**30:.0f} GiB")
-    step.fact("C compiler", _first_line("cc", "--version") or "none, and Triton needs one")
+    step.fact("C compiler", _first_line("cc", "--version") or "none, but Triton needs one")
     for folder in (Path.home(), Path(tempfile.gettempdir())):
         free, writable = shutil.disk_usage(folder).free, os.access(folder, os.W_OK)
         step.fact(f"free in {folder}", f"{free / 2**30:.0f} GiB, {'writable' if writable else 'not writable'}")
@@ -105,13 +105,13 @@ def _first_line(*command: str) -> str:
 
 
 def probe(step: Step) -> None:
-    """A little work on the device, for tools that watch it."""
+    """Do a little work on the device, for tools that watch it."""
     x = torch.ones(1024, device=step.device)
     step.check("sum of ones", abs(float((x + x).sum()) - 2048), 0)
 
 
 def kernel(step: Step) -> None:
-    """Our kernels are found, compile and run; `tier="triton"` never falls back."""
+    """Check that our kernels are found, compile and run; `tier="triton"` never falls back."""
     from tests.support.cases import BY_NAME
     from tests.support.operators import fused
 
@@ -122,7 +122,7 @@ def kernel(step: Step) -> None:
 
 
 def packages(step: Step) -> None:
-    """Which optional packages and peers can be imported."""
+    """Write which optional packages and peers can be imported."""
     from benchmarks.peers import PEERS
 
     for name in ("transformers", "tokenizers", "matplotlib"):
@@ -147,9 +147,9 @@ def _near(step: Step, what: str, found: Tensor, exact: Tensor, products: int) ->
 
 @contextlib.contextmanager
 def _routed_alike(model: nn.Module, ids: list[Tensor], *, record: bool) -> Iterator[None]:
-    """Records which experts the routers choose, or makes them choose what was recorded.
+    """Record the experts that the routers choose, or make the routers choose the recorded ones.
 
-    Two devices may decide a near tie differently, and each is right: routing is compared by tests of its own.
+    Two devices may decide a near tie differently, and both are right. Routing has tests of its own.
     """
     from moe import balance
 
@@ -188,12 +188,12 @@ def _tiny(folder: Path) -> tuple[Any, Any]:
 
 
 def _chain(model: Any) -> int:
-    """Products that one logit has gone through, and its prediction of the token after the next."""
+    """Length of the chain of products behind one logit, including its MTP prediction."""
     return PRODUCTS * (len(model.layers) + len(model.mtp)) + 1
 
 
 def load(step: Step) -> None:
-    """`moe.load` on the device: the same parameters, and logits, loss and gradients near the CPU's."""
+    """Check `moe.load` on the device: equal parameters, and logits, loss and gradients near the CPU's."""
     import moe
 
     with tempfile.TemporaryDirectory() as folder:
@@ -218,7 +218,7 @@ def load(step: Step) -> None:
 
 
 def generate(step: Step) -> None:
-    """Greedy tokens are the CPU's, up to a tie of the two best."""
+    """Check that greedy tokens are the CPU's, up to a tie of the two best."""
     import moe
 
     new = 24
@@ -233,7 +233,7 @@ def generate(step: Step) -> None:
     step.check("tokens that are missing", len(expected) - len(found), 0)
     differing = (expected != found).nonzero()
     if len(differing):
-        # The CPU's logits where the two part: only a tie within what both round is a reason.
+        # Only a tie within rounding explains a difference: check the CPU's logits there.
         at = int(differing[0])
         with torch.no_grad():
             logits = there(expected[None, :at]).logits[0, -1].double()
@@ -243,7 +243,7 @@ def generate(step: Step) -> None:
 
 
 def train(step: Step) -> None:
-    """The tiny preset trained, and resumed with the same bits; the CPU finds the same validation loss."""
+    """Check training of the tiny preset, a bit-exact resume, and the validation loss beside the CPU's."""
     try:
         from moe.train.run import train as run
     except ImportError as error:
@@ -283,12 +283,12 @@ def train(step: Step) -> None:
         model = moe.load(whole / "checkpoint")
         there = Trainer(model, open_dataset(whole / "data"), dataclasses.replace(settings, device="cpu"))
         found = there.evaluate().nats_per_token
-    # Few tokens have a near tie, and one that is routed differently changes the mean by less than what all round.
+    # Few tokens have a near tie, and one routed differently changes the mean by less than rounding does.
     step.check("validation loss on the CPU", abs(found / nats["after"] - 1), bound(_chain(model)))
 
 
 def transformers(step: Step) -> None:
-    """A transformers model with our experts on the device, beside its own eager ones on the CPU."""
+    """Check a transformers model with our experts on the device, beside its eager experts on the CPU."""
     try:
         from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -323,7 +323,7 @@ def transformers(step: Step) -> None:
 
 
 def compiled(step: Step) -> None:
-    """A layer under torch.compile, by Inductor: output and gradients near eager's on the CPU."""
+    """Check a layer compiled by Inductor: output and gradients near eager's on the CPU."""
     import moe
 
     if step.device == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
@@ -346,7 +346,7 @@ def compiled(step: Step) -> None:
 
 
 def one_rank(step: Step) -> None:
-    """A training step through moe.parallel on a process group of one rank: NCCL on a GPU, gloo on a CPU."""
+    """Check a training step through moe.parallel with one rank: NCCL on a GPU, gloo on a CPU."""
     import moe
     from moe.parallel import clip_grad_norm, make_mesh, parallelize, start
 
@@ -389,7 +389,7 @@ OPERATORS = (
 
 
 def operator(step: Step) -> None:
-    """One operator forward and backward in bfloat16, and without a gradient, on a case of the tests."""
+    """Run one operator in bfloat16 on a case of the tests, forward and backward, and without gradients."""
     from benchmarks.peers import tier_for
     from moe import ops
     from tests.support.cases import BY_NAME, ROUTING_CASES
@@ -423,7 +423,7 @@ def operator(step: Step) -> None:
 
 
 def benchmark(step: Step) -> None:
-    """One shape beside its peers: forward and training, then decode. On a CPU, or with the word "small", small ones."""
+    """Time one shape beside its peers: forward and training, then decode; small sizes on a CPU or with "small"."""
     from benchmarks.__main__ import main
     from benchmarks.peers import PEERS
     from benchmarks.shapes import SONIC
@@ -439,14 +439,14 @@ def benchmark(step: Step) -> None:
     for ops, counts in tokens.items():
         status = main([*command, "--op", *ops.split(), *(["--tokens", *counts] if counts else [])])
         if status == 1:
-            step.failed.append(f"{ops}: ours is wrong, fails or lacks memory; the benchmark's output says why")
-        elif status:  # the device is lost, for one
+            step.failed.append(f"{ops}: ours is wrong, fails or lacks memory; see the benchmark's output")
+        elif status:  # for example, the device is lost
             step.failed.append(f"{ops}: ended with status {status}")
             return
 
 
 def profile(step: Step) -> None:
-    """One training step of the expert MLP in bfloat16, for a profiler."""
+    """Run one training step of the expert MLP in bfloat16, for a profiler."""
     from benchmarks.jobs import Entry, prepare
     from benchmarks.peers import OURS
     from benchmarks.shapes import parse_shape
@@ -478,7 +478,9 @@ STEPS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.steps", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.qualify_steps", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("step", choices=STEPS)
     parser.add_argument("words", nargs="*", metavar="WORD")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -1,0 +1,178 @@
+"""The plots of a run: values, labels and what they say of data that do not fit, read back through matplotlib."""
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+
+from moe.train.plots import MOST_COLUMNS_WITH_VALUES, plot_load, plot_loss, plot_run, smoothed
+
+TITLE = "tiny, 1,000 parameters, 100 activated, 100 steps"
+BASELINES = {"unigram": 6.0, "bigram": 5.0}
+LAYERS = ["layers.1.mlp", "layers.2.mlp"]
+
+
+def train_records(steps: int, layers: int = 2, **changes: Any) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    records = []
+    for step in range(1, steps + 1):
+        max_vio = [float(vio) for vio in rng.random(layers)]
+        records.append({"step": step, "ce": float(7 / step + rng.random()), "lr": 1e-3 / step, "max_vio": max_vio})
+    return [record | changes for record in records]
+
+
+def validation_records(*steps: int) -> list[dict[str, Any]]:
+    return [{"step": step, "nats_per_token": 7.0 - step / 100} for step in steps]
+
+
+def line(axes: Axes, start: str) -> Any:
+    return next(each for each in axes.lines if str(each.get_label()).startswith(start))
+
+
+def points(drawn: Any) -> list[tuple[float, float]]:
+    return [(float(x), float(y)) for x, y in zip(drawn.get_xdata(), drawn.get_ydata(), strict=True)]
+
+
+def drawn(figure: Figure, tmp_path: Path) -> None:
+    """Warnings of the layout and of values that cannot be drawn come with the drawing, and are errors here."""
+    figure.savefig(tmp_path / "figure.png", dpi=40)
+
+
+@pytest.mark.parametrize("reach", [0, 1, 3, 50])
+def test_smoothing_is_the_mean_of_both_sides(reach: int) -> None:
+    values = np.random.default_rng(1).normal(size=41)
+    values[[3, 4, 5, 20]] = np.nan, np.inf, -np.inf, np.nan
+    found = smoothed(values.tolist(), reach)
+    for i in range(len(values)):
+        sides = min(reach, i, len(values) - 1 - i)
+        window = [v for v in values[i - sides : i + sides + 1] if math.isfinite(v)]
+        assert found[i] == pytest.approx(sum(window) / len(window)) if window else math.isnan(found[i])
+    assert smoothed([], reach).size == 0
+
+
+def test_the_loss_is_drawn_raw_and_smoothed_with_its_last_values(tmp_path: Path) -> None:
+    records = train_records(100)
+    figure = plot_loss(TITLE, records, validation_records(0, 50, 100), BASELINES)
+    drawn(figure, tmp_path)
+    loss, balance, rate = figure.axes
+    ce = [r["ce"] for r in records]
+    raw, trend = loss.lines[0], line(loss, "training (smoothed)")
+    assert points(raw) == list(enumerate(ce, 1))
+    assert raw.get_alpha() == 0.3 and raw.get_color() == trend.get_color()
+    assert points(trend) == list(enumerate(smoothed(ce, 2).tolist(), 1))
+    assert trend.get_label() == f"training (smoothed), mean of the last 5 steps: {sum(ce[-5:]) / 5:.3f}"
+    scored = line(loss, "validation")
+    assert scored.get_marker() == "o" and points(scored) == [(0, 7.0), (50, 6.5), (100, 6.0)]
+    assert scored.get_label() == "validation, at the end: 6.000"
+    for name, nats in BASELINES.items():
+        assert set(line(loss, f"{name} model, validation: {nats:.3f}").get_ydata()) == {nats}
+    worst = [max(r["max_vio"]) for r in records]
+    assert points(balance.lines[0]) == list(enumerate(worst, 1))
+    assert points(line(balance, "worst layer (smoothed)")) == list(enumerate(smoothed(worst, 2).tolist(), 1))
+    assert points(rate.lines[0]) == [(r["step"], r["lr"]) for r in records]
+    labels = [axes.get_ylabel() for axes in figure.axes]
+    assert labels == ["cross entropy\n(nats per token)", "MaxVio\n(max / mean - 1)", "learning rate"]
+    assert rate.get_xlabel() == "step" and figure.get_suptitle() == TITLE
+    assert all(axes.get_xlim() == rate.get_xlim() for axes in figure.axes)
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "panels"),
+    [
+        (train_records(1), validation_records(0, 1), 3),
+        (train_records(60)[30:], validation_records(40), 3),  # a run whose first records are lost
+        (train_records(50), [], 3),
+        (train_records(50, ce=math.nan), validation_records(0, 50), 3),
+        (train_records(50, max_vio=[math.nan, math.nan]), validation_records(0, 50), 3),
+        (train_records(50, ce=math.inf), [{"step": 0, "nats_per_token": math.inf}], 3),
+        (train_records(50, layers=0), validation_records(0, 50), 2),
+        ([], validation_records(0), 2),
+    ],
+    ids=["one step", "resumed", "no validation", "NaN", "NaN in MaxVio", "infinite", "no experts", "no step"],
+)
+def test_what_a_run_may_lack(tmp_path: Path, train: Any, validation: Any, panels: int) -> None:
+    figure = plot_loss(TITLE, train, validation, BASELINES if validation else {})
+    drawn(figure, tmp_path)
+    assert len(figure.axes) == panels
+    if len(train) == 1:
+        assert line(figure.axes[0], "training: ").get_marker() == "o", "a line of one point is invisible"
+    if train and not math.isfinite(train[0]["ce"]):
+        assert line(figure.axes[0], "training").get_label() == "training (smoothed), mean of the last 3 steps"
+
+
+@pytest.mark.parametrize(
+    ("load", "extend"),
+    [
+        ([[3, 4, 5], [4, 4, 4]], "neither"),
+        ([[3, 0, 3], [1, 1, 1]], "min"),
+        ([[1, 1, 7], [1, 1, 1]], "max"),
+        ([[0, 1, 8], [1, 1, 1]], "both"),
+        ([[0, 6, 3], [0, 0, 0]], "min"),  # twice the mean is still on the scale; a layer without tokens has no loads
+        ([[0, 0, 0], [0, 0, 0]], "neither"),
+    ],
+)
+def test_the_colour_bar_shows_what_it_clips(tmp_path: Path, load: list[list[int]], extend: str) -> None:
+    figure = plot_load(TITLE, LAYERS, np.array(load))
+    drawn(figure, tmp_path)
+    axes, bar = figure.axes
+    (image,) = axes.images
+    assert image.colorbar is not None and image.colorbar.extend == extend
+    found: Any = image.get_array()
+    for row, values in zip(load, found, strict=True):
+        mean = sum(row) / len(row)
+        assert [values.tolist()] == [[n / mean for n in row] if mean else [None] * len(row)]
+    colors: Any = image.cmap(image.norm(np.array([0, 1e-3, 3])))
+    none, little, much = colors
+    assert none == pytest.approx(to_rgba("black")) and much == pytest.approx(to_rgba("gold"))
+    assert little != pytest.approx(to_rgba("black"))
+    assert bar.get_ylabel() == "load / layer's mean" and axes.get_xlabel() == "expert"
+    assert [label.get_text() for label in axes.get_yticklabels()] == LAYERS
+    assert axes.get_title().startswith(TITLE)
+
+
+@pytest.mark.parametrize("experts", [MOST_COLUMNS_WITH_VALUES, MOST_COLUMNS_WITH_VALUES + 1])
+def test_values_stand_in_the_cells_while_they_can_be_read(tmp_path: Path, experts: int) -> None:
+    load = np.random.default_rng(0).integers(0, 100, (2, experts))
+    load[1] = 0
+    figure = plot_load(TITLE, LAYERS, load)
+    drawn(figure, tmp_path)
+    axes = figure.axes[0]
+    if experts > MOST_COLUMNS_WITH_VALUES:
+        assert not axes.texts
+        return
+    expected = {(x, 0): f"{n / load[0].mean():.2f}" for x, n in enumerate(load[0])}
+    assert {text.get_position(): text.get_text() for text in axes.texts} == expected
+    boxes = sorted((text.get_window_extent() for text in axes.texts), key=lambda box: box.x0)
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes)), "texts overlap"
+
+
+def test_the_map_of_58_layers_of_256_experts(tmp_path: Path) -> None:
+    names = [f"layers.{i}.mlp" for i in range(3, 61)]
+    figure = plot_load(TITLE, names, np.random.default_rng(0).integers(1, 100, (58, 256)))
+    drawn(figure, tmp_path)
+    axes = figure.axes[0]
+    labels = [label.get_window_extent() for label in axes.get_yticklabels()]
+    assert len(labels) == 58 and not any(a.overlaps(b) for a, b in itertools.pairwise(labels))
+    width, height = axes.get_window_extent().width / figure.dpi, axes.get_window_extent().height / figure.dpi
+    assert width * 120 / 256 > 3 and height * 120 / 58 > 15, "pixels of a cell"
+
+
+def test_the_files_of_a_run(tmp_path: Path) -> None:
+    train, validation = train_records(5), validation_records(0, 5)
+    files = plot_run(tmp_path, "name " * 60, train, validation, BASELINES, LAYERS, np.ones((2, 4), np.int64))
+    assert files == [tmp_path / "loss.png", tmp_path / "load.png"]
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+    alone = tmp_path / "dense"
+    alone.mkdir()
+    assert plot_run(alone, TITLE, train_records(5, layers=0), validation, {}, [], np.zeros((0, 4), np.int64)) == [
+        alone / "loss.png"
+    ]
