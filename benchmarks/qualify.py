@@ -4,7 +4,7 @@ Stages, in this order:
   environment  the kernels run at all; optional packages and tools, by probes
   kernels      the operators' tests on the Triton kernels, in many processes
                (on a CPU: a few of them, by the interpreter)
-  cuda         tests/test_cuda.py: no waiting for the device, CUDA graphs,
+  cuda         tests/kernels/test_cuda.py: no waiting for the device, CUDA graphs,
                repeated bits, more than 2^31 elements
   model        training, loading, generation, transformers, torch.compile, one
                rank of NCCL; each beside the CPU
@@ -94,7 +94,7 @@ class Task:
     """A program, its limit in seconds, and how its end is read.
 
     Attributes:
-        tests: it is pytest with tests.recorded: what a crash leaves is done by another process.
+        tests: it is pytest with tests.support.recorded: what a crash leaves is done by another process.
         probe: a failure means that a tool is not usable.
         says: pattern that must be in the output; what it finds is the reason.
         kernel: Nsight Compute's table for this kernel is in the output.
@@ -139,26 +139,24 @@ def environment(device: str, small: bool) -> list[Task]:
 
 
 def kernels(device: str, small: bool) -> list[Task]:
-    files = ("tests/test_ops.py", "tests/test_ops_routing.py")
+    files = ("tests/ops/test_ops.py", "tests/ops/test_routing.py")
     # Without the tests of the tests ("the bounds see"); without a package that need not be here.
     chosen = "not see" + ("" if importlib.util.find_spec("transformers") else " and not beside_transformers")
     if device == "cpu":
         # One small case of each kind, forward and backward.
         case = "(test_moe_mlp and two_tokens) or (test_permute and one_slot) or (test_route and one_expert)"
-        command = _pytest("-p", "tests.kernels", "-k", f"float32 and ({case}) and {chosen}", *files)
+        command = _pytest("-p", "tests.support.kernels", "-k", f"float32 and ({case}) and {chosen}", *files)
         return [Task("tests", command, 300, {"TRITON_INTERPRET": "1"}, tests=True)]
     few = ["-k", f"{chosen} and (ragged or one_token or deepseek_v3)"] if small else ["-k", chosen]
     parts = 2 if small else PARTS
-    return [
-        Task(f"part {i + 1}", _pytest("-p", "tests.kernels", "--part", f"{i}/{parts}", *few, *files), 600, tests=True)
-        for i in range(parts)
-    ]
+    commands = [_pytest("-p", "tests.support.kernels", "--part", f"{i}/{parts}", *few, *files) for i in range(parts)]
+    return [Task(f"part {i + 1}", command, 600, tests=True) for i, command in enumerate(commands)]
 
 
 def cuda(device: str, small: bool) -> list[Task]:
     parts = 4
     return [
-        Task(f"part {i + 1}", _pytest("--part", f"{i}/{parts}", "tests/test_cuda.py"), 420, tests=True)
+        Task(f"part {i + 1}", _pytest("--part", f"{i}/{parts}", "tests/kernels/test_cuda.py"), 420, tests=True)
         for i in range(parts)
     ]
 
@@ -166,7 +164,7 @@ def cuda(device: str, small: bool) -> list[Task]:
 def _pytest(*options: str) -> tuple[str, ...]:
     # A warning of another release of torch or Triton must not fail a test, and is in the log; one of ours must.
     warnings = ("-W", "default", "-W", f"error:{NO_KERNELS}")
-    recorded = ("-p", "tests.recorded", "--record", "{lines}", "--without", "{without}")
+    recorded = ("-p", "tests.support.recorded", "--record", "{lines}", "--without", "{without}")
     return (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *recorded, *warnings, *options)
 
 

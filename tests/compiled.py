@@ -29,7 +29,7 @@ from torch import Tensor
 
 from benchmarks.shapes import SHAPES as BENCHMARKED
 from benchmarks.shapes import Shape
-from tests.launches import GPUS, Gpu, Launch, Resources, compile, record
+from tests.support.launches import GPUS, Gpu, Launch, Resources, compile, record
 
 # Sizes that cannot be read 16 bytes at a time, too.
 SHAPES = BENCHMARKED | {"odd": Shape("odd", 1000, 500, 8, 2)}

@@ -1,6 +1,6 @@
 """Faults of a distributed run: python -m tests.faults [--kind ...] [--point ...] [--timeout 10] [--json FILE]
 
-Processes over gloo train the small model of `tests.parallel_cases`. In the second step one of them, at one of its
+Processes over gloo train the small model of `tests.parallel.cases`. In the second step one of them, at one of its
 collectives, is killed, leaves, stops, fails, hangs, leaves the call out, or sends other numbers of rows or values than
 it should. Measured is, on every other rank, the time until an error leaves `moe.parallel.start`, and whether the error
 names the rank that did it, and the step, layer and operation. A rank without an error within the hard limit hangs.
@@ -33,7 +33,7 @@ from moe.errors import ParallelError
 from moe.parallel import clip_grad_norm, make_mesh, parallelize, start
 from moe.parallel.journal import Entry, Journal
 from moe.train.optimizer import build_optimizers
-from tests.parallel_cases import built, token_batch
+from tests.parallel.cases import built, token_batch
 
 LAYER, ROUTER, BLOCK = "layers.2.mlp", "layers.2.mlp.gate", "layers.2"
 POINTS = {

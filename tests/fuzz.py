@@ -246,7 +246,7 @@ class Lab:
         import moe
         from moe.checkpoint import save
         from moe.checkpoint.format.layout import layout
-        from tests.checkpoint_cases import BY_FAMILY, as_kimi_k25
+        from tests.support.checkpoint_cases import BY_FAMILY, as_kimi_k25
 
         torch.set_num_threads(1)
         config = BY_FAMILY[family]

@@ -1,6 +1,6 @@
 """Defects put into the operators, the router and the kernels one at a time, to see whether a test's assertion fails.
 
-    python -m tests.mutants --named                    the defects listed in tests/defects.py
+    python -m tests.mutants --named                    the defects listed in tests/support/defects.py
     python -m tests.mutants --seed 1 --count 60        random ones, from the syntax tree
     python -m tests.mutants --seed 1 --count 60 --list
 
@@ -29,7 +29,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.defects import EQUIVALENT, NAMED
+from tests.support.defects import EQUIVALENT, NAMED
 
 ROOT = Path(__file__).parents[1]
 TREE = ("moe", "kernels", "tests", "benchmarks", "pyproject.toml")
@@ -69,11 +69,11 @@ class Stage:
     interpreted: bool = False
 
 
-OPS, CONTRACT, ROUTING = "tests/test_ops.py", "tests/test_ops_contract.py", "tests/test_ops_routing.py"
-QUANTIZATION = "tests/test_quantization.py"
-OFFSETS, ANY = "tests/offsets.py", ""
+OPS, CONTRACT, ROUTING = "tests/ops/test_ops.py", "tests/ops/test_contract.py", "tests/ops/test_routing.py"
+QUANTIZATION = "tests/ops/test_quantization.py"
+OFFSETS, ANY = "tests/kernels/offsets.py", ""
 WITHOUT_A_GPU = Stage(
-    ("tests/test_kernels.py",), ("launches", "grid", "compiled_for", "waits", "names_no_expert", "refused")
+    ("tests/kernels/test_kernels.py",), ("launches", "grid", "compiled_for", "waits", "names_no_expert", "refused")
 )
 
 
@@ -89,7 +89,7 @@ PLANS: dict[str, tuple[Stage, ...]] = {
     "moe/ops/matmul.py": (Stage((OPS, CONTRACT), ("grouped_mm", "test_moe_mlp", ANY)),),
     "moe/ops/quantization.py": (Stage((QUANTIZATION, CONTRACT)),),
     "moe/ops/routing.py": (Stage((ROUTING, CONTRACT)),),
-    "moe/router.py": (Stage(("tests/test_layer.py", ROUTING, "tests/test_balance.py")),),
+    "moe/router.py": (Stage(("tests/layer/test_layer.py", ROUTING, "tests/layer/test_balance.py")),),
     "kernels/moe_triton/activation.py": on_kernels("swiglu", "clamped", "test_moe_mlp["),
     "kernels/moe_triton/grouped_gemm.py": on_kernels("grouped_mm", "offsets.py", "test_moe_mlp["),
     "kernels/moe_triton/mlp.py": on_kernels(
@@ -282,7 +282,7 @@ class Lab:
     def test(self, stage: Stage, root: Path) -> Outcome:
         record = root / "record.jsonl"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.mutants"]
-        command += ["-p", "tests.kernels"] if stage.interpreted else []
+        command += ["-p", "tests.support.kernels"] if stage.interpreted else []
         command += [f"--record={record}", f"--first={json.dumps(stage.first)}", *stage.files]
         env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         env |= {"PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}", "PYTHONDONTWRITEBYTECODE": "1"}

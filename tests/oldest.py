@@ -1,7 +1,7 @@
 """Run the test suite with the oldest dependencies that pyproject.toml allows.
 
     python -m tests.oldest                               the whole suite
-    python -m tests.oldest tests/test_cli.py -k verify   some tests
+    python -m tests.oldest tests/cli/test_cli.py -k verify   some tests
     python -m tests.oldest --keep DIR                    the same environment again, next time
 
 A virtual environment gets the minimum version of every dependency of the project and of each extra, and the project

@@ -9,7 +9,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests import defects
+from tests.support import defects
 
 ROOT = Path(__file__).parents[1]
 

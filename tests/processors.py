@@ -2,7 +2,7 @@
 
     python -m tests.processors                          all that this machine can run
     python -m tests.processors --leg avx2-1 avx512-2    only these
-    python -m tests.processors --leg avx2-1 -- tests/test_ops.py -k grouped -x
+    python -m tests.processors --leg avx2-1 -- tests/ops/test_ops.py -k grouped -x
 
 A leg limits the instruction sets of torch, oneDNN and MKL and sets the number
 of threads. Its name is the instruction set, or "default" for no limit, and the
@@ -24,22 +24,22 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 FILES = (
-    "ops",
-    "ops_contract",
-    "ops_routing",
-    "attention_blocks",
-    "loss",
-    "layer",
-    "model",
-    "balance",
-    "generation",
-    "optimizer",
-    "quantization",
-    "quantized",
-    "checkpoint_quantised",
-    "checkpoint_transformers",
+    "ops/test_ops",
+    "ops/test_contract",
+    "ops/test_routing",
+    "ops/test_quantization",
+    "layer/test_layer",
+    "layer/test_balance",
+    "model/test_model",
+    "model/test_attention_blocks",
+    "model/test_loss",
+    "model/test_generation",
+    "model/test_quantized",
+    "train/test_optimizer",
+    "checkpoint/test_quantised",
+    "checkpoint/test_transformers",
 )
-SLOW = ("integrations_transformers", "train", "train_tiny")
+SLOW = ("integrations/test_transformers", "train/test_train", "train/test_tiny")
 
 # torch compares the first with what the processor has, and oneDNN the second; without AVX-512 torch leaves products in
 # half precision to its own kernels. MKL obeys the third on Intel. On AMD it ignores that one (a product has the same
@@ -101,7 +101,7 @@ def selected(few: bool, arguments: list[str]) -> list[str]:
     """Arguments of pytest: the files first, unless some of the `arguments` are files."""
     if any(Path(argument.partition("::")[0]).is_file() for argument in arguments):
         return arguments
-    files = [f"tests/test_{name}.py" for name in (FILES if few else FILES + SLOW)]
+    files = [f"tests/{name}.py" for name in (FILES if few else FILES + SLOW)]
     return [*files, *(["-k", "not compile"] if few else []), *arguments]
 
 

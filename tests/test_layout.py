@@ -167,11 +167,11 @@ NOT_ON_A_GPU_MACHINE = ("tyro", "hypothesis", "xdist", "transformers", "tokenize
 
 def test_what_runs_on_a_gpu_machine_needs_no_installation() -> None:
     """Tests are collected from a clone beside torch, triton, numpy, pytest, rich, einops and safetensors; one runs."""
-    files = ("cuda", "ops", "ops_routing", "ops_contract", "kernels")
-    paths = [f"tests/test_{name}.py" for name in files]
-    collect = f"import pytest; assert pytest.main(['-q', '--collect-only', *{paths}, 'tests/offsets.py']) == 0"
-    one = "import pytest; assert pytest.main(['-q', 'tests/test_ops.py', '-k', 'one_slot and float32']) == 0"
-    for code in (collect, one, "import tests.kernels, tests.compiled"):
+    files = ("ops/test_ops", "ops/test_routing", "ops/test_contract", "kernels/test_kernels", "kernels/test_cuda")
+    paths = [f"tests/{name}.py" for name in (*files, "kernels/offsets")]
+    collect = f"import pytest; assert pytest.main(['-q', '--collect-only', *{paths}]) == 0"
+    one = "import pytest; assert pytest.main(['-q', 'tests/ops/test_ops.py', '-k', 'one_slot and float32']) == 0"
+    for code in (collect, one, "import tests.support.kernels, tests.compiled"):
         run(without(*NOT_ON_A_GPU_MACHINE) + code, ROOT, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests import mutants
-from tests.defects import EQUIVALENT, NAMED
 from tests.mutants import PLANS, ROOT, Lab, Mutant, Stage, is_numeric, named_mutants, random_mutants, verdict
+from tests.support.defects import EQUIVALENT, NAMED
 
 TEXTS = {file: (ROOT / file).read_text() for file in PLANS}
 
@@ -69,7 +69,7 @@ def test_explained_mutants_exist() -> None:
 
 def test_a_defect_is_killed_and_a_comment_survives(tmp_path: Path) -> None:
     file = "moe/ops/routing.py"
-    lab = Lab(tmp_path, {file: (Stage(("tests/test_ops_routing.py",), ("bias_only_selects", "refused[half")),)})
+    lab = Lab(tmp_path, {file: (Stage(("tests/ops/test_routing.py",), ("bias_only_selects", "refused[half")),)})
     old = "choice = scores if"
     mutants = [
         Mutant(file, TEXTS[file].rindex(old), old, new) for new in ("choice  =  scores if", "choice = -scores if")
@@ -112,7 +112,7 @@ def test_only_the_tests_of_this_tree_count(tmp_path: Path) -> None:
     for path, expected in {
         tmp_path / "tests" / "mlp.py": False,
         ROOT / "moe" / "tests" / "mlp.py": False,
-        ROOT / "tests" / "test_ops.py": True,
+        ROOT / "tests" / "ops" / "test_ops.py": True,
     }.items():
         with pytest.raises(AssertionError) as found:
             exec(compile("assert False", str(path), "exec"))

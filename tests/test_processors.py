@@ -85,7 +85,7 @@ def test_names_and_files(capsys: pytest.CaptureFixture[str]) -> None:
     every, few = selected(False, ["-x"]), selected(True, ["-x"])
     assert all((ROOT / name).exists() for name in every[:-1])
     assert few[-3:] == ["-k", "not compile", "-x"] and set(few[:-3]) < set(every)
-    assert selected(True, ["tests/test_ops.py::test_route", "-x"]) == ["tests/test_ops.py::test_route", "-x"]
+    assert selected(True, ["tests/ops/test_ops.py::test_route", "-x"]) == ["tests/ops/test_ops.py::test_route", "-x"]
 
 
 def test_ctrl_c_is_one_line_and_status_130(tmp_path: Path) -> None:

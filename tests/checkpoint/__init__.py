@@ -1,0 +1,1 @@
+"""Tests of checkpoints: reading, writing and the file format."""

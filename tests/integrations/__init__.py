@@ -1,0 +1,1 @@
+"""Tests of the experts backend of transformers and of other libraries' trainers."""

@@ -1,0 +1,1 @@
+"""Tests of expert parallelism and sharding. `python -m tests.parallel` compares several processes with one."""

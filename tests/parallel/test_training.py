@@ -1,0 +1,221 @@
+"""`torchrun -m moe train`: the recipe of one process, on several; states that any number of them resumes from."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import moe
+from moe.cli import main
+
+ROOT = Path(__file__).parents[2]
+STEPS = 8
+# AdamW: Muon's products are in bf16, which makes of a last bit of the gradient one of the update's eight.
+OPTIONS = ["--steps", STEPS, "--batch-size", 4, "--seq-length", 32, "--eval-every", 4, "--save-every", 2, "--keep", 9]
+OPTIONS += ["--optimizer", "adamw", "--document-mask"]
+MOE, ONE_NODE = ("-m", "moe"), ("--standalone",)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        words = rng.choice(["model", "expert", "token", "router", "gate", "loss", "step", "of", "in", "is"], (4, 60))
+        (folder / f"{i:02}.txt").write_text("\n\n".join(" ".join(row) + "." for row in words))
+    return folder
+
+
+def arguments(text: Path, out: Path, *more: Any) -> list[str]:
+    return ["train", "--preset", "tiny", "--data", str(text), *map(str, OPTIONS), "--out", str(out), *map(str, more)]
+
+
+# `python -m moe`, of which the last rank is killed once, when it has taken its third step.
+KILLED = """
+import os, signal, sys
+from moe.cli import main
+from moe.train.loop import Trainer
+
+take_step = Trainer.step
+
+def step(trainer):
+    report = take_step(trainer)
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if first and trainer.step_number == 3 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return report
+
+Trainer.step = step
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+# Put before a program: the first process of each node prints to stderr after torchrun has seen that the others exited.
+# Its line is lost if torchrun ends it for one of their statuses.
+LATE = """
+import os, sys, time
+
+class Late:
+    def __init__(self, file):
+        self.file, self.seconds = file, 2
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, text):
+        time.sleep(self.seconds)
+        self.seconds = 0
+        return self.file.write(text)
+
+if os.environ["LOCAL_RANK"] == "0":
+    sys.stderr = Late(sys.stderr)
+"""
+
+
+def torchrun(
+    ranks: int,
+    argv: list[str],
+    *options: str,
+    program: tuple[str, ...] = MOE,
+    nodes: tuple[str, ...] = ONE_NODE,
+) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", *nodes, "--nproc-per-node", str(ranks), *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error", "CUDA_VISIBLE_DEVICES": ""}
+    # The launcher's own warnings are not ours.
+    command = [command[0], "-W", "ignore", *command[1:]]
+    return subprocess.Popen(
+        [*command, *program, *argv],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], status: int = 0) -> str:
+    out, err = process.communicate(timeout=240)
+    assert (process.returncode == 0) == (status == 0), err[-6000:]
+    if status:  # torchrun's own is 1; the first failure comes last, after those of processes that torchrun has ended
+        assert re.findall(r"exitcode  : (-?\d+)", err)[-1] == str(status), err[-6000:]
+    return out + err
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process, whole."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    command = [sys.executable, "-m", "moe", *arguments(text, out)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return out
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    """Sums in another order, over some steps, in float32."""
+    for one, other in zip(records(found), records(expected), strict=True):
+        assert one["kind"] == other["kind"] and one["step"] == other["step"]
+        for name in {"ce", "mtp", "balance", "nats_per_token", "lr", "grad_norm"} & (one.keys() | other.keys()):
+            assert one[name] == pytest.approx(other[name], rel=2e-4), (name, one["step"])
+        if one["kind"] == "train":
+            assert one["max_vio"] == pytest.approx(other["max_vio"], abs=0.05)
+    models = [moe.load(folder / "checkpoint") for folder in (found, expected)]
+    start = moe.Transformer(models[1].config, seed=0)
+    for (name, one), (_, other) in zip(*(model.state_dict().items() for model in models), strict=True):
+        way = (other - start.state_dict()[name]).norm()
+        assert (one - other).norm() <= 0.02 * way, name
+
+
+def test_ranks_train_as_one_process_and_another_number_resumes(text: Path, alone: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    said = finish(torchrun(2, arguments(text, out, "--ep", 2)))
+    assert "2 ranks: EP 2" in said and said.count(" training tokens of ") == 1
+    assert_same_run(out, alone)
+    assert json.loads((out / "summary.json").read_text())["sample"]["text"]
+
+    # From its states one process goes on, from that one's two more, cut another way.
+    for folder in sorted((out / "states").iterdir())[1:]:
+        subprocess.run(["rm", "-r", str(folder)], check=True)
+    assert main(arguments(text, out, "--resume")) == 0
+    assert_same_run(out, alone)
+    for folder in sorted((out / "states").iterdir())[2:]:
+        subprocess.run(["rm", "-r", str(folder)], check=True)
+    assert "resuming after step 4 of 8" in finish(torchrun(2, arguments(text, out, "--resume")))
+    assert_same_run(out, alone)
+
+
+def test_a_killed_rank_is_started_again_and_the_curve_goes_on(text: Path, alone: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    program = tmp_path / "killed.py"
+    program.write_text(KILLED)
+    options = arguments(text, out, "--ep", 2, "--timeout", 20)
+    said = finish(torchrun(2, options, "--max-restarts", "1", program=(str(program),)))
+    assert "resuming after step 2 of 8" in said
+    assert_same_run(out, alone)
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (("--batch-size", 3), "--batch-size = 3: expected a multiple of the 2 ranks"),
+        (("--ep", 3), "ep = 3: expected a divisor of the 2 ranks"),
+        (("--dp-shard", 4), "dp_replicate 1 x dp_shard 4 = 4 ranks, but there are 2"),
+        (("--resume",), "expected the folder of a run"),
+        (("--optimizer", "sgd"), "'sgd': expected"),
+        (("--device", "cuda"), "expected a GPU for each of the 2 processes on this node"),
+    ],
+)
+def test_mistakes_are_said_once(more: tuple[Any, ...], expected: str, text: Path, tmp_path: Path) -> None:
+    out, program = tmp_path / "run", tmp_path / "late.py"
+    program.write_text(LATE + "from moe.cli import main\nsys.exit(main(sys.argv[1:]))\n")
+    said = finish(torchrun(2, arguments(text, out, *more), program=(str(program),)), status=2)
+    assert said.count(expected) == 1, said
+    assert "Traceback" not in said.split(expected)[0]
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [(("--optimizer", "sgd"), "'sgd': expected"), (("--batch-size", 6), "--batch-size = 6: expected a multiple")],
+)
+def test_mistakes_are_said_once_on_each_node(more: tuple[Any, ...], expected: str, text: Path, tmp_path: Path) -> None:
+    out, program = tmp_path / "run", tmp_path / "late.py"
+    program.write_text(LATE + "from moe.cli import main\nsys.exit(main(sys.argv[1:]))\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    where = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", port, "--node-rank")
+    argv = arguments(text, out, *more)
+    nodes = [torchrun(2, argv, program=(str(program),), nodes=(*where, str(node))) for node in range(2)]
+    for node in nodes:
+        said = finish(node, status=2)
+        assert said.count(expected) == 1, said
+
+
+def test_an_interrupted_run_says_once_how_to_go_on(text: Path, tmp_path: Path) -> None:
+    out, program = tmp_path / "run", tmp_path / "stopped.py"
+    program.write_text(LATE + KILLED.replace("SIGKILL", "SIGTERM"))
+    options = arguments(text, out, "--ep", 2, "--json")
+    said = finish(torchrun(2, options, program=(str(program),)), status=143)
+    assert said.count("stopped after step 3, saved; resume with: torchrun") == 1, said
+    assert said.count('"interrupted": "SIGTERM"') == 1, said
+
+
+def test_ranks_without_torchrun_are_refused(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(text, tmp_path / "run", "--ep", 2)) == 2
+    assert "--ep = 2" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_torch_has_no_say_in_the_parent() -> None:
+    assert not torch.distributed.is_initialized()

@@ -1,0 +1,1 @@
+"""Tests of memory, time and placement planning."""

@@ -1,0 +1,1 @@
+"""Cases, bounds and helpers that tests share."""
