@@ -2,8 +2,8 @@
 
     python -m benchmarks layer --small --shape olmoe --op forward train --peer examples/custom_kernel.py:sorted_experts
 
-The function receives a `LayerInputs` and returns y [T, D]. For `--op train`, y must be differentiable in x, gate_up, down
-and weights. Its result is compared with float64 first; a function that fails this check is not timed.
+The function receives a `LayerInputs` and returns y [T, D]. For `--op train`, y must be differentiable in x, gate_up,
+down and weights. Its result is compared with float64 first; a function that fails this check is not timed.
 """
 
 import torch
@@ -14,7 +14,7 @@ from benchmarks.peers import LayerInputs
 
 
 def sorted_experts(inputs: LayerInputs) -> Tensor:
-    """Replace this body by a call of your kernel. Inputs are x [T, D], gate_up [E, 2F, D] with the gate rows first,
+    """Replace this body with a call to your kernel. Inputs are x [T, D], gate_up [E, 2F, D] with the gate rows first,
     down [E, D, F], weights [T, K] in float32 and expert_ids [T, K] in int64."""
     tokens, top_k = inputs.expert_ids.shape
     order = inputs.expert_ids.flatten().argsort(stable=True)  # routed rows, sorted by expert

@@ -2,8 +2,8 @@
 
     torchrun --standalone --nproc-per-node 2 examples/ddp_layer.py
 
-Each rank trains on its own data. DDP averages the gradients, and `attach(..., group=...)` sums the expert counts over the
-group, so the correction biases stay equal on all ranks. Nothing is written.
+Each rank trains on its own data. DDP averages the gradients, and `attach(..., group=...)` sums the expert counts over
+the group, so the correction biases stay equal on all ranks. Nothing is written.
 """
 
 import torch
@@ -13,11 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import moe
 
-WIDTH, EXPERTS, STEPS = 32, 8, 20
+WIDTH, EXPERTS, STEPS = 32, 8, 40
 
 
 class Block(nn.Module):
-    """Any model that contains a MoELayer will do."""
+    """A stand-in for your model: anything that contains a MoELayer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,12 +34,12 @@ def main() -> None:
     block = Block()
     target = torch.randn(WIDTH, WIDTH) / WIDTH**0.5
     model = DistributedDataParallel(block)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     handle = moe.balance.attach(model, optimizer, group=dist.group.WORLD)
 
     data = torch.Generator().manual_seed(dist.get_rank())
     for step in range(1, STEPS + 1):
-        x = torch.randn(4, 16, WIDTH, generator=data)  # [B, S, D]
+        x = torch.randn(8, 32, WIDTH, generator=data)  # [B, S, D]
         loss = (model(x) - x @ target).square().mean()
         loss.backward()
         optimizer.step()
