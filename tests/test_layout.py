@@ -4,9 +4,12 @@ import ast
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+
+import moe
 
 ROOT = Path(__file__).parents[1]
 
@@ -229,7 +232,6 @@ def test_public_names_after_import_moe_alone() -> None:
 
 
 def test_what_is_no_attribute_is_answered_with_the_nearest() -> None:
-    import moe
     import moe.checkpoint
 
     for module, name, hint in (
@@ -244,3 +246,24 @@ def test_what_is_no_attribute_is_answered_with_the_nearest() -> None:
             getattr(module, name)
         assert str(caught.value) == f"module '{module.__name__}' has no attribute '{name}'{hint}"
         assert not hasattr(module, name) and caught.value.name == name
+
+
+def test_hooks_and_the_hosted_workflow_run_what_ci_runs() -> None:
+    yaml = pytest.importorskip("yaml")
+    (hooks,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    linters = (ROOT / ".ci/run").read_text().split('stage "ruff"')[1].split('stage "the numeric')[0]
+    commands = {line for line in linters.splitlines() if line.startswith(("ruff", "basedpyright"))}
+    assert commands == {"ruff check .", "ruff format --check .", "basedpyright"}
+    assert {hook["entry"].removesuffix(" --force-exclude") for hook in hooks["hooks"]} == {
+        command.removesuffix(" .").removesuffix(" --check") for command in commands
+    }
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    assert workflow["jobs"]["run"]["steps"][-1] == {"run": ".ci/run"}
+
+
+def test_the_version_is_stated_once() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" not in project["project"] and project["project"]["dynamic"] == ["version"]
+    assert project["tool"]["setuptools"]["dynamic"] == {"version": {"attr": "moe.__version__"}}
+    stated = [path for path in sources("moe") if f'"{moe.__version__}"' in path.read_text()]
+    assert stated == [ROOT / "moe/__init__.py"]
