@@ -187,7 +187,7 @@ def test_the_documentation_shows_this_output(summary: dict[str, Any]) -> None:
         return re.sub(r"[\d.,]*\d|[━─]+", "#", before + prompt + after).split()
 
     def losses(text: str) -> list[float]:
-        rows = re.findall(r"^│ [a-z].* │ +([\d.]+) │ +([\d.]+) │$", text, re.MULTILINE)
+        rows = re.findall(r"^\W*(?:before|unigram|bigram|after)\b[^\d\n]*([\d.]+)\D+([\d.]+)\D*$", text, re.MULTILINE)
         return [float(number) for row in rows for number in row]
 
     assert words(printed) == words(shown)
