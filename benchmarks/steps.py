@@ -112,8 +112,8 @@ def probe(step: Step) -> None:
 
 def kernel(step: Step) -> None:
     """Our kernels are found, compile and run; `tier="triton"` never falls back."""
-    from tests.ops.test_ops import fused
     from tests.support.cases import BY_NAME
+    from tests.support.operators import fused
 
     inputs = BY_NAME["ragged"].inputs(torch.float32)
     exact = fused(inputs.to(torch.float64), tier="reference")
@@ -392,8 +392,8 @@ def operator(step: Step) -> None:
     """One operator forward and backward in bfloat16, and without a gradient, on a case of the tests."""
     from benchmarks.peers import tier_for
     from moe import ops
-    from tests.ops.test_ops import fused
     from tests.support.cases import BY_NAME, ROUTING_CASES
+    from tests.support.operators import fused
 
     name, case = step.words
     if name == "route":

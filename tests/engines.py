@@ -3,7 +3,7 @@
 Requires llama-cpp-python and the converter of the llama.cpp that it is built from. Each config without
 `family_problems` is saved, converted to GGUF in fp32 and evaluated, and the logits are compared with ours. The configs
 of a family are its first preset with small sizes, that preset with each value in
-`tests.checkpoint.test_exports.OTHERS`, and random configs of `tests.exports`. A first comparison, with another
+`tests.support.export_cases.OTHERS`, and random configs of `tests.exports`. A first comparison, with another
 norm_topk_prob in the files, must fail.
 
 The converter accepts only tokenizers of released models. Without --tokenizer it is changed in one place: it writes no
@@ -31,8 +31,8 @@ import torch
 from moe import ModelConfig
 from moe.checkpoint.format.config_json import render_config
 from moe.checkpoint.format.families import FAMILIES
-from tests.checkpoint.test_exports import BASE, OTHERS, changed
 from tests.exports import build, examples
+from tests.support.export_cases import BASE, OTHERS, changed
 
 BOUND = 1e-3  # of the largest logit; rounding reaches 3e-4, and the least that a wrong setting has made is 2e-2
 LENGTH = 24

@@ -39,7 +39,7 @@ FILES = (
     "checkpoint/test_quantised",
     "checkpoint/test_transformers",
 )
-SLOW = ("integrations/test_transformers", "train/test_train", "train/test_tiny")
+SLOW = ("integrations/test_transformers", "train/test_trainer", "train/test_train", "train/test_tiny")
 
 # torch compares the first with what the processor has, and oneDNN the second; without AVX-512 torch leaves products in
 # half precision to its own kernels. MKL obeys the third on Intel. On AMD it ignores that one (a product has the same

@@ -1,4 +1,4 @@
-"""The house: which layer imports which, what an import may cost, where the sources lie."""
+"""The layout: which layer imports which, what an import may cost, where the sources are."""
 
 import ast
 import os
@@ -68,7 +68,7 @@ def sources(folder: str) -> list[Path]:
     return sorted((ROOT / folder).rglob("*.py"))
 
 
-def test_each_layer_imports_only_what_stands_below_it() -> None:
+def test_each_layer_imports_only_layers_below_it() -> None:
     names = {f"moe.{p.stem}" for p in (ROOT / "moe").iterdir() if p.suffix == ".py"}
     names |= {f"moe.{p.name}" for p in (ROOT / "moe").iterdir() if (p / "__init__.py").exists()}
     wrong = []
@@ -131,6 +131,18 @@ def test_kernels_never_import_moe() -> None:
 def test_library_imports_neither_tests_nor_benchmarks() -> None:
     for path in sources("moe"):
         assert not {n for n in imports(path) if n.split(".")[0] in ("tests", "benchmarks", "kernels")}, path
+
+
+def test_no_module_imports_a_test_module() -> None:
+    """What tests share is in tests/support, in a program, or in a conftest."""
+    wrong = []
+    for path in (*sources("tests"), *sources("benchmarks")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                modules = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+                if any(part.startswith("test_") for module in modules for part in module.split(".")):
+                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not wrong
 
 
 def test_kernels_is_a_source_root_and_not_a_package() -> None:
@@ -231,7 +243,7 @@ def test_public_names_after_import_moe_alone() -> None:
     )
 
 
-def test_what_is_no_attribute_is_answered_with_the_nearest() -> None:
+def test_an_unknown_attribute_is_answered_with_the_nearest_name() -> None:
     import moe.checkpoint
 
     for module, name, hint in (

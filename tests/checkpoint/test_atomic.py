@@ -39,7 +39,7 @@ WRITING = os.O_WRONLY | os.O_RDWR
 
 
 class Faults:
-    """Counts the calls below `root` that change the disk or lock it, in a child process, and spoils the `at`-th.
+    """Counts the calls below `root` that change or lock the disk, in a child process, and makes the `at`-th fail.
 
     Python's audit events show whatever way a call is made; what they do not show is replaced. How it is spoiled:
     "kill" ends the process before the call, or with half of a file written; "once" has the call fail; "from then on"
@@ -157,7 +157,7 @@ def spoiled_save(target: Path, root: Path, at: int, how: str, fallback: bool) ->
 
 
 def found_in(target: Path) -> str:
-    """Which of the two is there, bit for bit, and its manifest with it."""
+    """Which of the two checkpoints is there, bit for bit and with its manifest."""
     found = moe.load(target)
     name = "old" if found.norm.weight.equal(OLD.norm.weight) else "new"
     assert_same(found, OLD if name == "old" else NEW)
@@ -178,7 +178,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("how", ["kill", "once", "from then on"])
 @pytest.mark.parametrize("path", ["exchange", "fallback", "fresh"])
 def test_every_crash_point(tmp_path: Path, path: str, how: str) -> None:
-    """An old checkpoint is exchanged, or replaced by two renames, or there is none, nor the folders above it."""
+    """An old checkpoint is exchanged or replaced by two renames, or neither it nor its parent folders exist."""
     old, root = tmp_path / "old", tmp_path / "root"
     replacing, fallback = path != "fresh", path == "fallback"
     save(OLD, old, max_shard_bytes=SHARD)
@@ -256,7 +256,7 @@ def test_the_order_of_calls(tmp_path: Path, fallback: bool) -> None:
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("killed", [True, False])
 def test_a_disk_that_takes_no_more_in_the_middle_of_a_file(tmp_path: Path, killed: bool) -> None:
-    """By the system's own limit, which strikes within the library's native code, too."""
+    """By the system's file-size limit, which also applies within the library's native code."""
     root, target = tmp_path / "root", tmp_path / "root" / "model"
     root.mkdir()
     save(OLD, target, max_shard_bytes=SHARD)
@@ -289,7 +289,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
-def test_a_second_save_is_refused_while_the_first_lives_and_sweeps_when_it_is_dead(tmp_path: Path) -> None:
+def test_a_second_save_is_refused_while_the_first_runs_and_cleans_up_after_it_died(tmp_path: Path) -> None:
     target = tmp_path / "model"
     OLD.save(target)
 
@@ -318,7 +318,7 @@ def test_a_second_save_is_refused_while_the_first_lives_and_sweeps_when_it_is_de
 
 
 @pytest.mark.usefixtures("quick")
-def test_two_who_save_at_once_and_one_who_loads(tmp_path: Path) -> None:
+def test_two_processes_save_while_a_third_loads(tmp_path: Path) -> None:
     target = tmp_path / "model"
     save(OLD, target, max_shard_bytes=SHARD)
 
@@ -354,10 +354,10 @@ def test_two_who_save_at_once_and_one_who_loads(tmp_path: Path) -> None:
     assert loads and names(tmp_path) == ["model"]
 
 
-def test_a_lock_that_its_holder_removes_in_the_last_moment_is_taken_anew(
+def test_a_lock_that_its_holder_removes_at_the_last_moment_is_taken_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between opening the file and locking it: the lock would be on a file that nobody else can see."""
+    """Removed between opening and locking: the lock would be on a file that no other process can open."""
     lock, original, calls = tmp_path / ".model.lock", fcntl.flock, []
 
     def flock(descriptor: int, operation: int) -> None:
@@ -412,7 +412,7 @@ def test_a_file_that_appears_during_a_save_is_not_lost(tmp_path: Path) -> None:
     assert names(tmp_path) == ["model"]
 
 
-def test_what_the_block_raises_comes_out_and_nothing_remains(tmp_path: Path) -> None:
+def test_an_exception_of_the_block_is_raised_and_no_files_remain(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="bug"), atomic.replacing(tmp_path / "deep" / "er" / "model", Manifest()) as new:
         (new / "config.json").write_text("{}")
         raise KeyError("bug")
@@ -441,7 +441,7 @@ def test_a_kill_between_the_two_renames(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("made_anew", ["empty", "with files"])
-def test_a_folder_made_anew_after_a_kill_costs_nothing(tmp_path: Path, made_anew: str) -> None:
+def test_a_folder_created_after_a_kill_does_not_cost_the_old_checkpoint(tmp_path: Path, made_anew: str) -> None:
     """`out.mkdir(exist_ok=True)` before a save is common, and must not cost the checkpoint that a kill put aside."""
     target = tmp_path / "model"
     OLD.save(target)
@@ -456,7 +456,7 @@ def test_a_folder_made_anew_after_a_kill_costs_nothing(tmp_path: Path, made_anew
     assert_same(moe.load(kept), OLD)
 
 
-def test_a_folder_that_cannot_be_synced_is_no_obstacle_and_a_file_is(
+def test_a_folder_that_cannot_be_synced_is_accepted_and_a_file_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some network file systems answer EINVAL for folders; for a file it is an error like any other."""

@@ -111,7 +111,7 @@ def save(source: Path, target: Path) -> None:
 
 
 def save_without_the_map(source: Path, target: Path) -> None:
-    """As a family does whose files are written in the name of another."""
+    """As for a family whose files are written under the name of another."""
     model = moe.load(source, progress=False)
     model.config = dataclasses.replace(model.config, extra={})
     model.save(target)
@@ -168,12 +168,17 @@ def test_the_result_works_as_its_source_does(
 
 
 def test_a_model_carries_them_without_its_folder(released: Path, tmp_path: Path) -> None:
+    files = FILES | {"generation_config.json": b'{"a": 1}\r\n', "tokenizer.model": bytes(range(256))}
+    put(released, files)
     model = moe.load(released)
-    assert model.carried_files == FILES
+    assert model.carried_files == files
     shutil.rmtree(released)
     model.save(tmp_path / "out")
     assert_same(moe.load(tmp_path / "out"), model)
-    assert moe.load(tmp_path / "out").carried_files == FILES
+    assert moe.load(tmp_path / "out").carried_files == files
+    model.carried_files["../escape"] = b""
+    with pytest.raises(CheckpointError, match=r"carried file '\.\./escape'"):
+        model.save(tmp_path / "out")
 
 
 @pytest.mark.parametrize("way", ["save", "convert", "cut"])
@@ -366,7 +371,7 @@ def test_files_named_by_tokenizer_config(released: Path) -> None:
 
 
 def test_limits_of_carried_files(released: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a save accepts a load accepts, and the other way round."""
+    """A load accepts what a save accepts, and vice versa."""
     model = moe.load(released)
     cases: list[tuple[str, Any, str]] = [
         ("modeling_tiny.py", b"#" * (MAX_CODE_BYTES + 1), "too large"),

@@ -1,4 +1,4 @@
-"""Checkpoints made of checkpoints: what is equal stays byte for byte, what changes changes as the definition says."""
+"""Converted and cut checkpoints: equal tensors stay the same byte for byte, the others change by definition."""
 
 import dataclasses
 import json
@@ -18,7 +18,8 @@ from moe.checkpoint.convert import convert, cut
 from moe.checkpoint.format.manifest import verify
 from moe.checkpoint.rewrite import DEEPSEEK_FILE
 from moe.ops import dequantize_blocks, quantize_blocks
-from tests.checkpoint.test_quantised import (
+from tests.support.checkpoint_cases import BY_FAMILY, V3, V3_MTP, assert_same, build
+from tests.support.quantised_checkpoints import (
     BLOCK,
     GPT_OSS,
     Folders,
@@ -28,7 +29,6 @@ from tests.checkpoint.test_quantised import (
     make_mxfp4,
     noisy,
 )
-from tests.support.checkpoint_cases import BY_FAMILY, V3, V3_MTP, assert_same, build
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_to_deepseeks_names_and_back(made: Folders, tmp_path: Path, quantised: b
 
 
 def official_name(name: str) -> str:
-    """As the conversion script beside DeepSeek's inference code renames."""
+    """The name that the conversion script of DeepSeek's inference code gives a tensor."""
     renamed = {
         "embed_tokens": "embed",
         "input_layernorm": "attn_norm",
@@ -194,26 +194,7 @@ def test_conversions_that_make_no_sense(made: Folders, tmp_path: Path, settings:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "chosen", "error"),
-    [
-        ("experts", [0.5], "experts = .0.5.: expected a sequence of integers"),
-        ("experts", 3, "experts = 3: expected a sequence of integers"),
-        ("layers", "0-3", "layers = '0-3': expected a sequence of integers"),
-        ("layers", [1, 0], "layers = .1, 0.: expected ascending numbers from 0 to 2, none twice"),
-        ("layers", [], "layers = ..: expected ascending numbers"),
-    ],
-)
-def test_what_cannot_be_cut_out(made: Folders, tmp_path: Path, name: str, chosen: Any, error: str) -> None:
-    arguments: Any = {"layers": [0], "experts": [0, 3, 6, 9], name: chosen}
-    with pytest.raises(ConfigError, match=error):
-        cut(made.plain, tmp_path / "out", **arguments)
-    assert not (tmp_path / "out").exists()
-    whole = cut(made.plain, tmp_path / "out", layers=torch.tensor([0, 1]), experts=range(12), compare=False)  # pyright: ignore[reportArgumentType]
-    assert whole["layers"] == [0, 1]
-
-
-def test_quantised_experts_are_not_stacked_without_a_word(made: Folders, tmp_path: Path) -> None:
+def test_quantised_experts_are_stacked_only_with_an_explicit_dtype(made: Folders, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="dtype = None: expected a dtype such as bf16: the layout stacked"):
         convert(made.fp8, tmp_path / "out", table="stacked")
     mxfp4, _ = make_mxfp4(tmp_path)
@@ -339,23 +320,32 @@ def test_a_rank_reads_only_its_experts(tmp_path: Path) -> None:
     ("layers", "experts", "error"),
     [
         ([0, 3], [0], r"layers = \[0, 3\]: expected ascending numbers from 0 to 2"),
-        ([1, 0], [0], "ascending"),
-        ([0], [], "experts = "),
+        ([1, 0], [0], r"layers = \[1, 0\]: expected ascending numbers from 0 to 2, none twice"),
+        ([], [0], r"layers = \[\]: expected ascending numbers"),
+        ("0-3", [0], "layers = '0-3': expected a sequence of integers"),
+        ([0], [], r"experts = \[\]: expected ascending numbers"),
         ([0], [5, 5], "none twice"),
+        ([0], [0.5], r"experts = \[0\.5\]: expected a sequence of integers"),
+        ([0], 3, "experts = 3: expected a sequence of integers"),
         ([0, 1], [0, 1, 3], "as many experts of each group that has any; found 2 1 0 0"),
     ],
 )
-def test_cuts_that_make_no_sense(
-    made: Folders, tmp_path: Path, layers: list[int], experts: list[int], error: str
-) -> None:
-    with pytest.raises((ConfigError, CheckpointError), match=error):
-        cut(made.fp8, tmp_path / "part", layers=layers, experts=experts)
+def test_cuts_that_make_no_sense(made: Folders, tmp_path: Path, layers: Any, experts: Any, error: str) -> None:
+    for source in (made.fp8, made.plain):
+        with pytest.raises((ConfigError, CheckpointError), match=error):
+            cut(source, tmp_path / "part", layers=layers, experts=experts)
     assert not list(tmp_path.iterdir())
+
+
+def test_integers_of_any_kind_choose_what_is_cut_out(made: Folders, tmp_path: Path) -> None:
+    layers: Any = torch.tensor([0, 1])
+    receipt = cut(made.plain, tmp_path / "out", layers=layers, experts=range(12), compare=False)
+    assert receipt["layers"] == [0, 1]
 
 
 @pytest.mark.parametrize("large", ["whole", "part"])
 def test_what_does_not_fit_is_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: str) -> None:
-    """The receipt says so; the result is there all the same."""
+    """The receipt says so, and the result is written nevertheless."""
     noisy(GPT_OSS).save(tmp_path / "whole")
     from moe.checkpoint import cut as module
 
@@ -372,7 +362,7 @@ def test_what_does_not_fit_is_not_compared(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_cut_counts_what_config_json_repeats_for_layers_and_experts(tmp_path: Path) -> None:
-    """And leaves other lists alone, even if they are as long as there are layers."""
+    """Other lists stay as they are, even those with one item for each layer."""
     config = BY_FAMILY["qwen3_moe"]
     layers = config.num_hidden_layers
     extra = {

@@ -85,7 +85,7 @@ def base(family: str, folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def roles(config: ModelConfig) -> dict[str, list[str]]:
-    """Kind of parameter -> its tensors in the last layer that has it, of the last expert; copies included."""
+    """Kind of parameter -> its tensors in the last layer and expert that have it, copies included."""
     found: dict[str, dict[Any, list[str]]] = {}
     for slot in layout(config).values():
         kind = re.sub(r"^layers\.\d+\.", "", slot.parameter)
@@ -173,7 +173,7 @@ def test_the_error_counts_what_differs_and_recommends_what_loads(tmp_path: Path)
 
 
 def test_an_mtp_module_of_another_dtype(tmp_path: Path) -> None:
-    """Its copies of the embedding and the head are compared by value; without the module nothing is mixed."""
+    """Its copies of embedding and head are compared by value; without the module, dtypes are not mixed."""
     tensors = base("deepseek_v3", tmp_path, torch.bfloat16)
     mixed(tmp_path, tensors, r"layers\.2\.")
     with pytest.raises(CheckpointError, match=r"model\.layers\.2\.eh_proj\.weight: its dtype .*mtp=False \(--no-mtp\)"):
@@ -189,7 +189,7 @@ def test_an_mtp_module_of_another_dtype(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_quantised_tensors_get_the_dtype_of_the_others(dtype: torch.dtype, tmp_path: Path) -> None:
-    """So that what `convert` has quantised runs, and in the dtype that config.json states."""
+    """So a checkpoint that `convert` quantised runs, in the dtype that config.json states."""
     base("deepseek_v3", tmp_path / "wide", dtype)
     # Blocks so small that there are more scales, in fp32, than other values.
     convert(tmp_path / "wide", tmp_path / "fp8", dtype="fp8", block_size=(2, 2), progress=False)

@@ -1,6 +1,6 @@
-"""Every family the same: what is saved comes back, in each of its layouts, and a cut of it is a model.
+"""Every family: what is saved comes back in each of its layouts, and a cut of it is a model.
 
-And of those whose files hold more than the model does: what is left out, and what a save writes then.
+For families whose files hold more than the model: what is left out, and what a save then writes.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def plain(config: ModelConfig) -> ModelConfig:
-    """Without what two files can spell differently."""
+    """The config without fields that two files may spell differently."""
     heads = config.num_key_value_heads or config.num_attention_heads
     return dataclasses.replace(config, num_key_value_heads=heads, extra={})
 
@@ -140,7 +140,7 @@ def add(folder: Path, more: dict[str, torch.Tensor], **config: Any) -> None:
     (folder / "config.json").write_text(json.dumps({**values, **config}))
 
 
-def test_ernies_mtp_is_left_out_and_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_ernies_mtp_is_left_out_and_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = build(BY_FAMILY["ernie4_5_moe"])
     model.save(tmp_path / "m")
     names = tensors(tmp_path / "m").keys()

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors import SafetensorError, deserialize
+from safetensors import deserialize
 
 from moe import CheckpointError
 from moe.checkpoint.format.folder import read_tensors
-from moe.checkpoint.format.header import MAX_HEADER_BYTES, read_header
+from moe.checkpoint.format.header import read_header
 from moe.checkpoint.format.strict_json import doubt, parse_as_python, parse_json, settled
 
 DATA = bytes(range(34))
@@ -67,52 +67,13 @@ def test_odd_but_legal(tmp_path: Path, header: Any, data: bytes) -> None:
     deserialize(content)
 
 
-ENTRY = json.dumps(HEADER["empty"] | {"data_offsets": [0, 0]}).encode()
-TWICE = b'{"a": %b, "a": %b}' % (ENTRY, ENTRY)
-
+# Beside the mutations of a whole folder in tests/support/hostile.py.
 BAD_HEADERS = {
-    "empty file": (b"", "truncated"),
-    "half a length": (b"\x10\0\0", "truncated"),
-    "length past the end": (encode(HEADER, length=10_000), "header length"),
-    "length of 2^63": (encode(HEADER, length=2**63), "header length"),
-    "header above the bound": (encode(b"{" + b" " * MAX_HEADER_BYTES + b"}"), "header length"),
-    "a pickle": (b"\x80\x02}q\0" + b"." * 100, "header length"),
-    "a Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "header length"),
-    "space first": (encode(b" " + json.dumps(HEADER).encode()), "'{' first"),
     "not JSON": (encode(b'{"a": '), "Expecting value"),
     "an array": (encode(b"[1, 2]"), "'{' first"),
     "not UTF-8": (encode(b'{"\xff": 1}'), "not valid JSON"),
-    "NaN": (encode(b'{"a": NaN}'), "literal NaN"),
-    "nested without end": (encode(b'{"a":' + b"[" * 200_000), "more than 64 arrays"),
-    "name twice": (encode(TWICE), "a: twice in the header"),
-    "name twice in another spelling": (encode(TWICE.replace(b', "a"', b', "\\u0061"')), "a: twice in the header"),
-    "key twice within an entry": (encode(b'{"a": {"dtype": "F32", "dtype": "F32"}}'), "'dtype' twice"),
-    "metadata not an object": (encode({**HEADER, "__metadata__": 3}), "__metadata__"),
-    "metadata not strings": (encode({**HEADER, "__metadata__": {"format": 1}}), "__metadata__"),
-    "name with NUL": (encode({"a\0": HEADER["a.weight"]}), "printable"),
-    "name with a newline": (encode({"a\nb": HEADER["a.weight"]}), "printable"),
-    "empty name": (encode({"": HEADER["a.weight"]}), "printable"),
-    "long name": (encode({"a" * 1025: HEADER["a.weight"]}), "printable"),
     "lone surrogate": (encode(b'{"\\ud800": 1}'), "not valid JSON"),
-    "entry not an object": (encode({"a": 7}), "entry"),
-    "entry without dtype": (encode({"a": {"shape": [1], "data_offsets": [0, 4]}}), "entry"),
-    "unknown dtype": (encode(changed("b", dtype="BF17")), "dtype"),
-    "dtype of another type": (encode(changed("b", dtype=["F32"])), "dtype"),
-    "negative size": (encode(changed("b", shape=[-5])), "shape"),
-    "fractional size": (encode(changed("b", shape=[5.0])), "shape"),
-    "true for a size": (encode(changed("b", shape=[5, True])), "shape"),
-    "shape that overflows": (encode(changed("empty", shape=[0, 2**40, 2**40])), "shape"),
-    "nine dimensions": (encode(changed("b", shape=[5] + [1] * 8)), "shape"),
-    "shape too small for its bytes": (encode(changed("b", shape=[4])), "8 bytes for BF16"),
-    "dtype too wide for its bytes": (encode(changed("b", dtype="F32")), "20 bytes for F32"),
-    "one offset": (encode(changed("b", data_offsets=[24])), "data_offsets"),
-    "negative offset": (encode(changed("b", data_offsets=[-1, 9])), "data_offsets"),
-    "offsets reversed": (encode(changed("b", data_offsets=[34, 24])), "data_offsets"),
-    "overlap": (encode(changed("b", data_offsets=[23, 33])), "overlaps"),
-    "hole": (encode(changed("b", data_offsets=[25, 35]), DATA + b"\0"), "unused bytes"),
     "hole at the front": (encode({"b": HEADER["b"]}), "unused bytes"),
-    "one byte short": (encode(HEADER, DATA[:-1]), "truncated"),
-    "one byte too many": (encode(HEADER, DATA + b"\0"), "trailing bytes"),
 }
 
 
@@ -149,12 +110,6 @@ def test_the_library_accepts_what_we_accept(tmp_path: Path, data: st.DataObject)
     theirs = dict(deserialize(bytes(content)))
     assert {name: list(t.shape) for name, t in ours.items()} == {name: t["shape"] for name, t in theirs.items()}
     assert {name: t.dtype for name, t in ours.items()} == {name: t["dtype"] for name, t in theirs.items()}
-
-
-def test_the_library_refuses_the_worst_of_it_too() -> None:
-    for case in ("hole", "overlap", "one byte too many"):
-        with pytest.raises(SafetensorError):
-            deserialize(BAD_HEADERS[case][0])
 
 
 def test_not_a_regular_file(tmp_path: Path) -> None:
@@ -224,13 +179,8 @@ def moved(index: dict[str, Any], **files: Any) -> dict[str, Any]:
     return {"weight_map": {**index["weight_map"], **files}}
 
 
-def without(index: dict[str, Any], name: str) -> dict[str, Any]:
-    return {"weight_map": {key: file for key, file in index["weight_map"].items() if key != name}}
-
-
+# Beside the mutations of a whole folder in tests/support/hostile.py.
 BAD_INDEXES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "not JSON": (lambda index: b"<html>", "not valid JSON"),
-    "an array": (lambda index: [], "expected an object"),
     "two weight_maps": (lambda index: b'{"weight_map": {}, "weight_map": {}}', "weight_map; expected one; found two"),
     "metadata of a megabyte": (lambda index: {"metadata": [0] * 2**20, **index}, "a value of more than 1048576 bytes"),
     "metadata cut": (lambda index: b'{"metadata": {"a": [1, 2]', "Expecting ',' delimiter"),
@@ -239,19 +189,6 @@ BAD_INDEXES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "metadata without a colon": (lambda index: b'{"metadata": {"a" 1}, "weight_map": {}}', "Expecting ':' delimiter"),
     "metadata too deep": (lambda index: b'{"metadata": ' + b"[" * 65 + b"]" * 65 + b"}", "more than 64 arrays"),
     "many other keys": (lambda index: {**{str(i): i for i in range(65)}, **index}, "keys beside weight_map"),
-    "no weight_map": (lambda index: {"metadata": {}}, "no weight_map"),
-    "weight_map not an object": (lambda index: {"weight_map": ["a"]}, "no weight_map"),
-    "key twice": (lambda index: b'{"weight_map": {"a": "one.safetensors", "a": "two.safetensors"}}', "a: twice"),
-    "absolute path": (lambda index: moved(index, b="/etc/two.safetensors"), "b: file name"),
-    "path upwards": (lambda index: moved(index, b="../two.safetensors"), "b: file name"),
-    "path into a folder": (lambda index: moved(index, b="sub/two.safetensors"), "b: file name"),
-    "path with backslash": (lambda index: moved(index, b="..\\two.safetensors"), "b: file name"),
-    "another kind of file": (lambda index: moved(index, b="pytorch_model.bin"), "b: file name"),
-    "file is a number": (lambda index: moved(index, b=2), "b: file name"),
-    "missing shard": (lambda index: moved(index, b="three.safetensors"), "three.safetensors: No such file"),
-    "tensor in another shard": (lambda index: moved(index, b="one.safetensors"), "b: the index disagrees"),
-    "tensor that no shard has": (lambda index: moved(index, d="one.safetensors"), "d: missing"),
-    "tensor that the index lacks": (lambda index: without(index, "c"), "c: the index disagrees"),
 }
 
 
@@ -260,14 +197,6 @@ def test_a_bad_index_is_one_error(tmp_path: Path, case: str) -> None:
     mutate, message = BAD_INDEXES[case]
     set_index(tmp_path, mutate(two_shards(tmp_path)))
     with pytest.raises(CheckpointError, match=message):
-        read_tensors(tmp_path)
-
-
-def test_a_tensor_in_two_files(tmp_path: Path) -> None:
-    two_shards(tmp_path)
-    (tmp_path / "two.safetensors").write_bytes((tmp_path / "one.safetensors").read_bytes())
-    set_index(tmp_path, {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}})
-    with pytest.raises(CheckpointError, match="a: in two files"):
         read_tensors(tmp_path)
 
 
@@ -302,7 +231,7 @@ def test_without_an_index_model_safetensors_is_read_alone(tmp_path: Path, caplog
 def test_an_index_whose_files_are_gone_is_ignored_beside_the_file_of_all(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Somebody has merged the shards. transformers reads that file as well."""
+    """As after merging the shards. transformers reads that file, too."""
     index = two_shards(tmp_path)
     write(tmp_path, encode(HEADER))
     (tmp_path / "one.safetensors").unlink()
@@ -368,9 +297,3 @@ def test_shards_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:
         entry = {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}
         write(tmp_path, encode({f"t{number}": entry}, b"\1"), f"model-{number}-of-11.safetensors")
     assert list(read_tensors(tmp_path)) == [f"t{number}" for number in range(1, 12)]
-
-
-def test_pickles_are_refused_with_the_reason(tmp_path: Path) -> None:
-    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02.")
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin, a pickle"):
-        read_tensors(tmp_path)

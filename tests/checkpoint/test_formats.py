@@ -112,7 +112,7 @@ def folder(plain: Path, tmp_path: Path) -> Path:
 
 
 def assert_refused(folder: Path, file: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """By every way into the folder but `inspect`, before a header is read; and `plan --dtype` says what is there."""
+    """Every command but `inspect` refuses the folder before it reads a header, and `plan` names the format."""
     for weights in folder.glob("*.safetensors"):
         weights.rename(weights.with_suffix(".away"))
     for enter in (

@@ -1,4 +1,4 @@
-"""The fuzz itself: its cases repeat, and it sees each kind of wrong that it counts."""
+"""The fuzzer itself: its cases repeat, and it detects every kind of failure that it counts."""
 
 import dataclasses
 import random
@@ -129,7 +129,7 @@ for line in sys.stdin:
 
 def test_ends_and_hangs_are_counted_and_the_next_case_runs(capsys: pytest.CaptureFixture[str]) -> None:
     class Patient(Worker):
-        """Waits as long as it takes for the cases that answer."""
+        """A worker that waits indefinitely for cases that answer."""
 
         def ask(self, index: int) -> Verdict:
             self.seconds = 1.0 if index == 2 else 600.0

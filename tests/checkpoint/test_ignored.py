@@ -1,4 +1,4 @@
-"""What files hold and a model does without: rotary tables, and MTP modules that are not wanted or not counted."""
+"""Tensors that a model does not need: rotary tables, and MTP modules that are not wanted or not counted."""
 
 import dataclasses
 import json
@@ -15,8 +15,8 @@ import moe
 from moe import CheckpointError, Transformer
 from moe.checkpoint import read_summary
 from moe.checkpoint.convert import convert, cut
-from tests.checkpoint.test_quantised import GPT_OSS
 from tests.support.checkpoint_cases import V3_MTP, as_kimi_k25, assert_same
+from tests.support.quantised_checkpoints import GPT_OSS
 
 CONFIG = dataclasses.replace(V3_MTP, num_nextn_predict_layers=1)
 MTP = "model.layers.3."
@@ -86,7 +86,7 @@ def test_rotary_tables_are_ignored_and_reported_once(
 def test_scales_of_a_quantised_cache_are_ignored_and_reported_once(
     kimi: bool, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In every place where vLLM looks for them; the module of MTP has them, too."""
+    """In every place where vLLM looks for them, the MTP module included."""
     expected = moe.load(folder)
     if kimi:
         as_kimi_k25(folder)
@@ -191,7 +191,7 @@ UNCOUNTED = (none_stated, null_stated, none_stated_and_tuned, a_second_one)
 
 
 @pytest.mark.parametrize("change", (*BROKEN, *UNCOUNTED))
-def test_without_mtp_its_tensors_are_not_looked_at(change: Any, folder: Path, tmp_path: Path) -> None:
+def test_without_mtp_its_tensors_are_not_read(change: Any, folder: Path, tmp_path: Path) -> None:
     rewrite(folder, change)
     before = load_file(folder / "model.safetensors")
     plain = moe.load(folder, mtp=False)

@@ -146,7 +146,7 @@ def test_the_largest_is_refused_in_64_mib_and_no_time(tmp_path: Path, case: str)
     assert float(loops) < 20
 
 
-def test_a_pipe_that_takes_a_files_place_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipe_that_replaces_a_file_does_not_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, regular = tmp_path / "model.safetensors", os.stat(__file__)
     os.mkfifo(path)
 
@@ -188,7 +188,7 @@ def test_what_the_library_refuses_is_refused_under_any_cap(tmp_path: Path) -> No
 
 
 def test_headers_longer_than_the_window(tmp_path: Path) -> None:
-    """Tokens lie across its edges, at every place, whatever their spelling."""
+    """Tokens cross its edges at every place, in any spelling."""
     for padding in (0, 1, 7, 30_001):
         header = b'{"__metadata__":{"a":"' + b"x" * padding + b'"},' + entries(9_000) + b"}"
         path = single(header)(tmp_path)
@@ -225,15 +225,25 @@ def test_any_value_of_any_key_is_understood_or_refused(config: Any) -> None:
     assert refused > 300
 
 
-@pytest.mark.parametrize("text", ["[1, 2", "{'a': 1}", "NaN", '"text"', "1", "\ufeff{}", '{"a": "\\ud800"}'])
-def test_a_config_that_is_no_object(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2", "not valid JSON"),
+        ("NaN", "expected an object"),
+        ('"text"', "expected an object"),
+        ("1", "expected an object"),
+        ("\ufeff{}", "not valid JSON; expected JSON in UTF-8; found a byte order mark"),
+        ('{"a": "\\ud800"}', "model_type"),
+    ],
+)
+def test_a_config_that_is_no_object(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(CheckpointError, match=message) as caught:
         read_config(tmp_path)
     assert caught.value.path == tmp_path / "config.json" and str(caught.value).isprintable()
 
 
-def test_messages_are_one_line_whatever_they_tell() -> None:
+def test_messages_are_one_line_whatever_they_contain() -> None:
     evil = "a\nb\r\x1b[2J\u202e\u2028\ud800é" + "x" * 10_000
     error = CheckpointError(Path("p\nq"), "prob\nlem", tensor=evil, expected=["\n"], found=evil)
     assert str(error).isprintable() and len(str(error)) < 1000

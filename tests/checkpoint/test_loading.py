@@ -1,4 +1,4 @@
-"""What a load costs and where it looks: memory, models that do not fit, names on the Hub, the progress bar."""
+"""What a load costs: memory, models that do not fit, the progress bar; and wrong arguments."""
 
 import dataclasses
 import json
@@ -19,10 +19,9 @@ from moe.checkpoint.convert import convert
 from moe.checkpoint.format.layout import layout
 from moe.checkpoint.reading import load as reading
 from moe.checkpoint.reading import memory
-from moe.checkpoint.reading.hub import find
 from tests import skeletons
-from tests.checkpoint.test_quantised import GPT_OSS, is_quantised
 from tests.support.checkpoint_cases import V3, configure
+from tests.support.quantised_checkpoints import GPT_OSS, is_quantised
 
 MIB = 2**20
 
@@ -164,51 +163,13 @@ def test_what_is_free() -> None:
 def test_limits_of_control_groups(
     group: str, limits: dict[str, Any], free: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That of the process, and of each that it is in; a machine with 2 KiB available."""
+    """The limits of the process's group and of its parents; the machine has 2 KiB available."""
     files = {f"/sys/fs/cgroup/{name}": str(value) for name, value in limits.items()}
     files |= {"/proc/self/cgroup": group, "/proc/meminfo": "MemTotal: 4 kB\nMemAvailable: 2 kB"}
     monkeypatch.setattr(memory, "_lines", lambda path: files.get(path, "").splitlines())
     monkeypatch.setattr("resource.getrlimit", lambda _: (-1, -1))
     found, what = memory.free_bytes(torch.device("cpu"))
     assert (found, "container" in what) == (free, bool(limits))
-
-
-def test_a_name_on_the_hub_is_found_in_its_cache(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import constants
-
-    repository = tmp_path / "hub" / "models--org--some-model"
-    snapshot = repository / "snapshots" / ("a" * 40)
-    (repository / "blobs").mkdir(parents=True)
-    snapshot.mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("a" * 40)
-    for number, path in enumerate(sorted(saved.iterdir())):
-        blob = repository / "blobs" / f"{number:064x}"
-        blob.write_bytes(path.read_bytes())
-        (snapshot / path.name).symlink_to(os.path.relpath(blob, snapshot))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.chdir(tmp_path)
-    assert find("org/some-model") == snapshot
-    here, there = moe.load(saved).state_dict(), moe.load("org/some-model").state_dict()
-    assert all(torch.equal(tensor, there[name]) for name, tensor in here.items())
-    assert all(torch.equal(t, there[n]) for n, t in moe.load(repository).state_dict().items())
-    with pytest.raises(
-        CheckpointError, match=r"the Hub is offline .HF_HUB_OFFLINE is set., and its cache does not have"
-    ):
-        moe.load("org/other-model")
-    (tmp_path / "org" / "some-model").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match=r"config\.json"):  # a folder of that name comes first
-        moe.load("org/some-model")
-
-
-def test_without_huggingface_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(
-        CheckpointError, match="no such folder; huggingface_hub, which would look it up, is not installed"
-    ):
-        moe.load("org/some-model")
-    with pytest.raises(CheckpointError, match=r"no such folder$"):
-        moe.load("./org/some/model")
 
 
 def test_the_progress_bar(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,39 +180,8 @@ def test_the_progress_bar(saved: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert out == "" and "loading" in err
 
 
-def test_convert_and_cut_on_the_command_line(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from moe.cli import main
-
-    def run(*args: str) -> tuple[int, str, str]:
-        status = main(args)
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    out = str(tmp_path / "wide")
-    assert run("convert", str(saved), "--out", out, "--dtype", "fp8", "--block-size", "8", "16") == (0, f"{out}\n", "")
-    assert moe.load(out).norm.weight.dtype == torch.float32
-    status, printed, _ = run(
-        "cut", str(saved), "--out", str(tmp_path / "part"), "--layers", "0-1", "--experts", "0,3,6,9"
-    )
-    assert status == 0 and json.loads(printed)["experts"] == [0, 3, 6, 9]
-    out = str(tmp_path / "never")
-    for command, message in (
-        (("convert", str(saved), "--out", out, "--max-shard-size", "5XB"), "--max-shard-size = '5XB': expected a size"),
-        (
-            ("convert", str(saved), "--out", out, "--layout", "rows"),
-            "layout = 'rows': expected one of experts, stacked",
-        ),
-        (("cut", str(saved), "--out", out, "--layers", "x", "--experts", "0"), "--layers = 'x': expected numbers and"),
-        (("cut", str(saved), "--out", out, "--layers", "0", "--experts", "99"), "experts = [99]: expected ascending"),
-        (("convert", "no/such", "--out", out), "no such folder"),
-    ):
-        status, printed, err = run(*command)
-        assert (status, printed, err.count("\n")) == (2, "", 1) and message in err
-    assert not Path(out).exists()
-
-
 def test_a_load_on_meta_reads_no_weights(tmp_path: Path) -> None:
-    """Of a checkpoint in DeepSeek-V3's layout whose data are holes: scales of 0 would be refused if they were read."""
+    """The data of this checkpoint are holes: its scales of 0 would be refused if they were read."""
     sizes: dict[str, Any] = dict(hidden_size=160, intermediate_size=140, moe_intermediate_size=130, vocab_size=300)
     sizes |= dict(num_hidden_layers=5, n_routed_experts=8, n_group=2, topk_group=1, num_attention_heads=3)
     sizes |= dict(num_key_value_heads=3, num_experts_per_tok=2, q_lora_rank=136, kv_lora_rank=144)

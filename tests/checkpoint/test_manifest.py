@@ -1,4 +1,4 @@
-"""The manifest: whatever has changed in a saved folder is found, and named; and it never misleads."""
+"""The manifest: any change of a saved folder is found and named, and nothing else is."""
 
 import dataclasses
 import errno
@@ -164,7 +164,7 @@ def test_two_shards_exchanged(saved: Path) -> None:
 
 
 def test_a_shard_of_another_checkpoint(saved: Path, tmp_path: Path) -> None:
-    """Same names, same shapes, same header: only the values tell."""
+    """Names, shapes and header are the same: only the values differ."""
     other = build(MODEL.config, seed=5, dtype=torch.bfloat16)
     save(other, tmp_path / "other", max_shard_bytes=70_000)
     shutil.copy(tmp_path / "other" / SHARDS[2], saved)
@@ -225,7 +225,7 @@ def test_a_change_is_found_and_named(saved: Path, case: str) -> None:
 
 
 def test_saved_again_by_another_program(saved: Path) -> None:
-    """It leaves our manifest where it is: each tensor that it changed is named, and what it has moved."""
+    """It leaves our manifest in place: each tensor that it changed or moved is named."""
     tensors = {name: tensor for shard in SHARDS for name, tensor in load_file(saved / shard).items()}
     for shard in SHARDS:
         (saved / shard).unlink()
@@ -306,7 +306,7 @@ FORGED = {
 
 
 @pytest.mark.parametrize("case", FORGED)
-def test_a_manifest_that_is_none(saved: Path, case: str) -> None:
+def test_a_file_that_is_no_manifest_is_refused(saved: Path, case: str) -> None:
     content, message = FORGED[case]
     (saved / MANIFEST).write_bytes(content)
     with pytest.raises(CheckpointError, match=message) as caught:

@@ -1,6 +1,5 @@
 """Checkpoints whose weights are FP8 in blocks or MXFP4: dequantised exactly, or kept byte for byte."""
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,112 +12,15 @@ from torch import Tensor
 
 import moe
 import moe.parallel
-from moe import CheckpointError, ConfigError, ModelConfig, RopeParameters
+from moe import CheckpointError, ConfigError, ModelConfig
 from moe.checkpoint import read_summary
 from moe.checkpoint.convert import convert, cut
 from moe.checkpoint.format.comparison import plan
-from moe.ops import quantize_blocks, quantize_mxfp4
 from moe.planning.footprint import dtype_of
 from tests.support.checkpoint_cases import V2, V3_MTP, as_kimi_k25, assert_same, configure
+from tests.support.quantised_checkpoints import BLOCK, Folders, bits, dequantised, is_quantised, make_fp8, make_mxfp4
 
-BLOCK = (8, 16)  # no size of the model is a multiple of both
 IDS = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(0))
-
-GPT_OSS = ModelConfig(
-    vocab_size=61,
-    hidden_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=10,
-    intermediate_size=64,
-    moe_intermediate_size=64,
-    n_routed_experts=6,
-    num_experts_per_tok=2,
-    attention_bias=True,
-    attention_sinks=True,
-    sliding_window=4,
-    layer_types=("sliding_attention", "full_attention"),
-    expert_bias=True,
-    router_bias=True,
-    swiglu_limit=7.0,
-    swiglu_alpha=1.702,
-    swiglu_beta=1.0,
-    rope_parameters=RopeParameters(
-        rope_theta=150000.0, rope_type="yarn", factor=32.0, original_max_position_embeddings=4096, truncate=False
-    ),
-    scoring_func="softmax",
-    topk_method="greedy",
-    seq_aux=False,
-    model_type="gpt_oss",
-)
-
-
-def is_quantised(name: str) -> bool:
-    """In DeepSeek's FP8 files: every projection of attention, MLPs and experts."""
-    return name.endswith(("_proj.weight", "kv_a_proj_with_mqa.weight")) and "eh_proj" not in name
-
-
-def dequantised(codes: Tensor, scale: Tensor) -> Tensor:
-    """By the definition, in float64 (exact) and rounded once to float32, then to bfloat16 as stored."""
-    result = torch.empty(codes.shape, dtype=torch.float32)
-    for i in range(codes.shape[0]):
-        for j in range(codes.shape[1]):
-            result[i, j] = codes[i, j].double() * scale[i // BLOCK[0], j // BLOCK[1]].double()
-    return result.bfloat16()
-
-
-def noisy(config: ModelConfig) -> moe.Transformer:
-    model = moe.Transformer(config, seed=1)
-    g = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            tensor.add_(torch.randn(tensor.shape, generator=g) * 0.2)
-    return model.bfloat16()
-
-
-@dataclasses.dataclass
-class Folders:
-    """The same model in FP8, weights and scales in shards of their own, and dequantised by the definition."""
-
-    fp8: Path
-    plain: Path
-
-    def tensors(self) -> dict[str, Tensor]:
-        return load_file(self.fp8 / "model-00001-of-00002.safetensors") | load_file(
-            self.fp8 / "model-00002-of-00002.safetensors"
-        )
-
-    def write(self, tensors: dict[str, Tensor]) -> None:
-        weight_map = {}
-        for i in (1, 2):
-            file = f"model-0000{i}-of-00002.safetensors"
-            part = {n: t for n, t in tensors.items() if n.endswith("_scale_inv") == (i == 2)}
-            save_file(part, self.fp8 / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(part, file)
-        total = sum(t.nbytes for t in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (self.fp8 / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def make_fp8(root: Path, config: ModelConfig) -> Folders:
-    folders = Folders(root / "fp8", root / "plain")
-    noisy(config).save(folders.plain)
-    noisy(config).save(folders.fp8)
-    (folders.fp8 / "model.safetensors").rename(root / "saved")
-    plain, tensors = load_file(root / "saved"), {}
-    for name, tensor in list(plain.items()):
-        if not is_quantised(name):
-            tensors[name] = tensor
-            continue
-        codes, scale = quantize_blocks(tensor, BLOCK)
-        tensors |= {name: codes, name + "_scale_inv": scale}
-        plain[name] = dequantised(codes, scale)
-    folders.write(tensors)
-    quantization = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [*BLOCK]}
-    configure(folders.fp8, quantization_config=quantization)
-    save_file(plain, folders.plain / "model.safetensors", metadata={"format": "pt"})
-    return folders
 
 
 @pytest.fixture(scope="module")
@@ -134,10 +36,6 @@ def fp8(made: Folders, tmp_path: Path) -> Folders:
     (folders.fp8 / "config.json").write_bytes((made.fp8 / "config.json").read_bytes())
     folders.write(made.tensors())
     return folders
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 @pytest.mark.parametrize("config", [V3_MTP, V2], ids=["v3", "v2"])
@@ -300,7 +198,7 @@ def test_a_summary_names_weights_without_scales(fp8: Folders) -> None:
     assert (summary.missing, summary.unscaled, summary.agrees) == ((SCALE,), (WEIGHT,), False)
 
 
-def test_fp8_without_a_word_in_the_config_is_refused(fp8: Folders) -> None:
+def test_fp8_that_config_json_does_not_declare_is_refused(fp8: Folders) -> None:
     configure(fp8.fp8, quantization_config=None)
     with pytest.raises(CheckpointError, match="unexpected"):
         moe.load(fp8.fp8)
@@ -314,24 +212,6 @@ def test_the_block_size_is_the_configs_and_not_guessed(fp8: Folders) -> None:
     configure(fp8.fp8, quantization_config=raw | {"weight_block_size": [16, 8]})
     with pytest.raises(CheckpointError, match="shape"):
         moe.load(fp8.fp8)
-
-
-def make_mxfp4(root: Path) -> tuple[Path, dict[str, Tensor]]:
-    """gpt-oss as released: experts in MXFP4, gate and up rows in turn; and what transformers makes of them."""
-    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
-    noisy(GPT_OSS).save(root / "wide")
-    tensors, theirs = load_file(root / "wide" / "model.safetensors"), {}
-    for name in [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-        # In the files [E, in, out]; blocks are [E, out, in / 32, 16].
-        blocks, scales = quantize_mxfp4(tensors.pop(name).transpose(1, 2).contiguous())
-        tensors |= {name + "_blocks": blocks, name + "_scales": scales}
-        theirs[name] = convert_moe_packed_tensors(blocks, scales)  # [E, in, out] again
-    folder = root / "mxfp4"
-    noisy(GPT_OSS).save(folder)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    configure(folder, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.mlp"]})
-    return folder, tensors | theirs
 
 
 def test_mxfp4_is_dequantised_as_transformers_does(tmp_path: Path) -> None:
@@ -357,7 +237,7 @@ def test_mxfp4_that_is_kept_is_saved_byte_for_byte(tmp_path: Path) -> None:
     assert_same(moe.load(tmp_path / "wide_again"), moe.load(folder))
 
 
-def test_a_scale_of_mxfp4_that_is_no_number_is_refused(tmp_path: Path) -> None:
+def test_an_mxfp4_scale_of_nan_is_refused(tmp_path: Path) -> None:
     folder, _ = make_mxfp4(tmp_path)
     tensors = load_file(folder / "model.safetensors")
     name = "model.layers.1.mlp.experts.down_proj_scales"
@@ -390,7 +270,7 @@ def test_experts_of_a_rank_are_its_part(made: Folders, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("spelling", ["keep", "KEEP"])
 def test_quantised_tensors_are_not_divided_among_ranks(spelling: str) -> None:
-    """Refused before a mesh or a folder is looked at."""
+    """Refused before a mesh or a folder is read."""
     nowhere: Any = None
     with pytest.raises(ConfigError, match=f"dtype = '{spelling}': expected auto or a floating dtype: quantised"):
         moe.parallel.load("nowhere", nowhere, dtype=spelling)
@@ -398,8 +278,8 @@ def test_quantised_tensors_are_not_divided_among_ranks(spelling: str) -> None:
         moe.parallel.load("nowhere", nowhere, dtype="int8")
 
 
-def test_an_object_that_dequantising_left_behind_is_not_written_again(made: Folders, tmp_path: Path) -> None:
-    """quantization_config of FP8 above plain weights."""
+def test_a_quantization_config_above_plain_weights_is_not_written_again(made: Folders, tmp_path: Path) -> None:
+    """A config.json that declares FP8 above plain weights, as dequantising by another program leaves it."""
     moe.load(made.fp8).save(tmp_path / "plain")
     config = tmp_path / "plain" / "config.json"
     stated = json.loads((made.fp8 / "config.json").read_text())["quantization_config"]

@@ -183,7 +183,7 @@ def test_a_config_that_is_small_without_line_breaks(tmp_path: Path) -> None:
 def test_what_a_save_accepts_a_load_accepts(
     tmp_path_factory: pytest.TempPathFactory, config: Any, tensors: int, nbytes: int, size: int, index: int
 ) -> None:
-    """Under limits so small that they matter. The reader's are those of the writer."""
+    """Under limits small enough to matter, the same for the reader and the writer."""
     folder = tmp_path_factory.mktemp("random") / "model"
     model = build(config)
     with pytest.MonkeyPatch.context() as patch:

@@ -7,52 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from moe.cli.chat import ChatTemplate
 from moe.cli.generate import read_tokenizer
 from moe.errors import CheckpointError
+from tests.support.command_line import TEMPLATES, write_tokenizer
 
-NAMES = ("<|begin|>", "<|end|>", "<|user|>", "<|assistant|>", "<|pad|>")
-SETTINGS = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>", "eos_token": "<|end|>"}
-
-TEMPLATES = {
-    "roles": "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>' }}{{ m['content'] | trim }}{{ eos_token }}"
-    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
-    # White space of blocks on lines of their own, a comment, and the last line break of the file.
-    "lines": """
-{# as most released templates are written #}
-{%- if messages[0]['role'] == 'system' %}
-    {%- set system = messages[0]['content'] %}
-    {%- set messages = messages[1:] %}
-{% else %}
-    {% set system = 'You are a test.' %}
-{%- endif %}
-{{- bos_token + system + '\\n\\n' }}
-  {%- for message in messages %}
-    {%- if loop.index0 % 2 != (message['role'] == 'assistant') %}
-      {{- raise_exception('roles must alternate') }}
-    {%- endif %}
-    <|{{ message.role }}|> {{ message.content }}
-  {%- endfor %}
-
-{% if add_generation_prompt %}
-<|assistant|>
-{% endif %}
-""",
-    # What templates with tools use: namespaces, macros, JSON that escapes no HTML, loop controls, tests of variables.
-    "tools": """{%- macro said(m, first) %}{{ '' if first else '\\n' }}<|{{ m.role }}|>{{ m | tojson }}{% endmacro -%}
-{%- set ns = namespace(first=true, count=0) -%}
-{%- for m in messages -%}
-{%- if m.role == 'system' -%}{%- continue -%}{%- endif -%}
-{{ said(m, ns.first) }}{%- set ns.first = false -%}{%- set ns.count = ns.count + 1 -%}
-{%- if ns.count > 2 -%}{%- break -%}{%- endif -%}
-{%- endfor -%}
-{{ tools is none }}{{ documents is defined }}{{ unk_token is defined }}{{ pad_token is defined }}{{ nothing }}
-{{- messages | tojson(indent=2) }}{{ dict(a=1) | tojson }}{{ strftime_now('%Y') }}""",
-    "generation": "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}"
-    "{% endgeneration %}{% else %}<|user|>{{ m.content }}{% endif %}{% endfor %}<|assistant|>",
-}
 # DeepSeek's way: all system messages first, thoughts of earlier answers left out, special tokens of its tokenizer.
 DEEPSEEK = """{%- if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif -%}
 {%- set ns = namespace(system='', first=true) -%}
@@ -80,21 +40,8 @@ CONVERSATIONS: list[list[dict[str, str]]] = [
 ]
 
 
-def write_tokenizer(folder: Path, **settings: Any) -> Path:
-    """A folder with a byte-level tokenizer of single bytes and special tokens, and tokenizer_config.json."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer.add_special_tokens(list(NAMES))
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({**SETTINGS, **settings}))
-    return folder
-
-
 def check_against_transformers(folder: Path) -> set[str]:
-    """The texts of all conversations, after they were found to be those of transformers, and their ids, too."""
+    """Assert that texts and ids of all conversations are those of transformers; return the texts."""
     theirs: Any = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
     tokenizer, template = read_tokenizer(folder), ChatTemplate.read(folder)
     texts = set()
@@ -142,7 +89,7 @@ SAID = {role: f"{role} {{{{ messages[0].content }}}}" for role in ("a", "b", "c"
     ],
     ids=["text", "list", "file", "files", "additional"],
 )
-def test_which_template_counts(tmp_path: Path, settings: Any, files: Any, expected: str) -> None:
+def test_which_template_is_used(tmp_path: Path, settings: Any, files: Any, expected: str) -> None:
     folder = write_tokenizer(tmp_path, **settings)
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)

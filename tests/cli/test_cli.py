@@ -4,7 +4,6 @@ import dataclasses
 import io
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,30 +15,17 @@ import moe
 from moe.cli import COMMANDS, main
 from moe.cli.generate import GrowingText, end_ids, read_tokenizer
 from tests.support.checkpoint_cases import V3
-
-
-def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
-    """Status, stdout and stderr of a command, run in this process."""
-    try:
-        status = main(argv)
-    except SystemExit as exit_:  # tyro's way out
-        status = exit_.code if isinstance(exit_.code, int) else 1
-    out, err = capsys.readouterr()
-    return status, out, err
-
-
-def fails_in_one_line(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    status, out, err = run(capsys, *argv)
-    assert (status, out) == (2, "")
-    assert err.startswith("moesmith: ") and err.count("\n") == 1
-    return err
+from tests.support.command_line import fails_in_one_line, run, variant
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help(capsys, command):
+def test_every_command_has_help_that_fits_a_terminal(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
     status, out, err = run(capsys, command, "--help")
     assert (status, err) == (0, "")
     assert f"usage: moesmith {command}" in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "{None" not in out and "True,False" not in out  # one style of options
 
 
 def test_help_needs_no_torch_and_answers_at_once():
@@ -62,7 +48,7 @@ def call(argv):
     assert done.returncode == 0, done.stderr
 
     def seconds() -> float:
-        """Of processor time, which does not depend on what else runs."""
+        """Seconds of processor time, which do not depend on what else runs."""
         before = os.times()
         subprocess.run([sys.executable, "-m", "moe", "generate", "--help"], check=True, stdout=subprocess.DEVNULL)
         after = os.times()
@@ -71,9 +57,11 @@ def call(argv):
     assert min(seconds() for _ in range(3)) < 0.5
 
 
-def test_top_level(capsys):
+def test_top_level(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     status, out, _ = run(capsys, "--help")
     assert status == 0 and all(f"  {name} " in out for name in COMMANDS)
+    assert max(map(len, out.splitlines())) <= 80
     assert run(capsys, "--version")[1].startswith("moesmith ")
     status, out, err = run(capsys)
     assert (status, out) == (2, "") and "usage: moesmith" in err
@@ -163,18 +151,6 @@ def folder(tmp_path_factory) -> Path:
     model.carried_files["tokenizer.json"] = tokenizer.to_str().encode()
     model.save(path)
     return path
-
-
-def variant(folder: Path, into: Path, **files: str | None) -> Path:
-    """A copy of the folder with some files changed, or left out where None."""
-    shutil.copytree(folder, into)
-    for name, content in files.items():
-        path = into / name.replace("__", ".")
-        if content is None:
-            path.unlink()
-        else:
-            path.write_text(content)
-    return into
 
 
 def test_inspect_folder_reads_headers_only(capsys, folder, tmp_path):
@@ -301,11 +277,11 @@ CONVERT, CUT = ("convert", "{folder}", "--out", "{out}"), ("cut", "{folder}", "-
         (GENERATE, "--top-k", "-1", "0 (all) or more"),
         (GENERATE, "--max-new-tokens", "0", "1 or more"),
         (GENERATE, "--seed", "-1", "an integer from 0"),
-        (GENERATE, "--dtype", "int8", "one of auto, bf16"),
-        (("train",), "--steps", "0", "1 or more"),
+        (GENERATE, "--min-p", "-0.5", "a number from 0 to 1"),
+        (GENERATE, "--min-p", "nan", "a number from 0 to 1"),
+        (GENERATE, "--repetition-penalty", "0", "a finite number above 0"),
+        (GENERATE, "--system", "brief", "--chat with it"),
         (("train",), "--lr", "nan", "a finite number above 0"),
-        (("train",), "--dtype", "fp16", "one of fp32, bf16"),
-        (("train",), "--optimizer", "sgd", "one of adamw, muon"),
         (("train",), "--dispatch", "bf16", "one of same, fp8"),
         (PLAN, "--ep", "3", "a divisor of the "),
         (PLAN, "--sequence", "0", "a positive integer"),
@@ -325,11 +301,10 @@ CONVERT, CUT = ("convert", "{folder}", "--out", "{out}"), ("cut", "{folder}", "-
         (("place", "{loads}", "--slots", "4", "--gpus", "2"), "--nodes", "0", ""),
         (("place", "{loads}", "--slots", "4", "--gpus", "2"), "--groups", "3", ""),
         ((*CONVERT, "--dtype", "fp8"), "--block-size", "0 128", "two numbers from 1 to"),
-        (CONVERT, "--layout", "mxfp4", "one of experts, stacked, deepseek"),
-        (CONVERT, "--dtype", "mxfp4", "another: deepseek_v3 has no layout for it"),
         (CONVERT, "--scale-fmt", "ue8m0", "none without --dtype fp8"),
-        (CONVERT, "--max-shard-size", "5", "at least 1000 bytes"),
+        (CONVERT, "--max-shard-size", "5XB", "a size"),
         ((*CUT, "--experts", "0"), "--layers", "9", "ascending numbers from 0 to"),
+        ((*CUT, "--experts", "0"), "--layers", "x", "numbers and"),
         ((*CUT, "--layers", "0"), "--experts", "1,0", "ascending numbers from 0 to"),
     ],
 )
@@ -343,7 +318,7 @@ def test_a_wrong_value_is_one_line_that_names_its_option(capsys, folder, tmp_pat
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_of_ranks_the_first_says_what_is_wrong(capsys, monkeypatch, rank):
+def test_only_the_first_rank_reports_a_mistake(capsys, monkeypatch, rank):
     monkeypatch.setenv("LOCAL_RANK", str(rank))
     status, out, err = run(capsys, "train", "--steps", "0")
     expected = (0, "", "") if rank else (2, "", "moesmith: --steps = 0: expected 1 or more\n")
@@ -462,7 +437,7 @@ def test_interrupt(folder):
         process.kill()
 
 
-def test_nobody_reads_the_output():
+def test_a_closed_pipe_is_exit_status_1_without_a_message():
     process = subprocess.Popen(
         [sys.executable, "-m", "moe", "inspect", "deepseek_v3"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

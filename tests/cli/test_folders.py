@@ -1,4 +1,4 @@
-"""Commands that take or write folders: what they replace, which folders they find, and what they say of others."""
+"""Commands that take or write folders: what they replace, which folders they find, and how they refuse others."""
 
 import contextlib
 import json
@@ -18,12 +18,11 @@ from moe import CheckpointError
 from moe.checkpoint import read_summary
 from moe.checkpoint.convert import convert, cut
 from moe.checkpoint.format.carried import write_carried
-from moe.cli import COMMANDS
 from moe.cli.options import parse
 from moe.cli.train import Args as TrainArgs
 from moe.planning.footprint import Placement, inference, stored
-from tests.cli.test_cli import fails_in_one_line, run
 from tests.support.checkpoint_cases import V3, V3_MTP
+from tests.support.command_line import fails_in_one_line, run
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +101,16 @@ def test_overwrite_replaces_a_checkpoint_and_nothing_else(capsys, saved, tmp_pat
     line = fails_in_one_line(capsys, *arguments, "--overwrite")
     assert "holds other files; expected a checkpoint or nothing; found thesis.txt" in line
     assert contents(out) == first | {"thesis.txt": b"ten years of work"}
+
+
+def test_convert_and_cut_print_what_they_made(capsys, saved, tmp_path) -> None:
+    out = str(tmp_path / "wide")
+    options = ("--dtype", "fp8", "--block-size", "8", "16")
+    assert run(capsys, "convert", str(saved), "--out", out, *options) == (0, f"{out}\n", "")
+    assert moe.load(out).norm.weight.dtype == torch.float32
+    options = ("--layers", "0-1", "--experts", "0,3,6,9")
+    status, printed, _ = run(capsys, "cut", str(saved), "--out", str(tmp_path / "part"), *options)
+    assert status == 0 and json.loads(printed)["experts"] == [0, 3, 6, 9]
 
 
 def test_what_appears_while_a_conversion_runs_is_not_replaced(saved, tmp_path, monkeypatch) -> None:
@@ -188,7 +197,7 @@ def test_plan_without_files_or_for_others_is_arithmetic(capsys: Any, mixed: Path
 def test_plan_for_another_dtype_is_what_convert_writes(
     capsys: Any, mixed: Path, tmp_path: Path, settings: Any, dtype: str
 ) -> None:
-    """The layout of the files is kept, and so is it whether they repeat the embedding for MTP modules."""
+    """The plan keeps the layout of the files, and whether they repeat the embedding for MTP modules."""
     from safetensors.torch import save_file
 
     if settings == "no repeats":
@@ -334,15 +343,6 @@ def test_a_run_folder_stands_for_its_checkpoint(capsys: Any, saved: Path, tmp_pa
     assert json.loads(run(capsys, "plan", str(tmp_path), "--json")[1])["stored_from"] == "config.json"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_fits_a_terminal(capsys: Any, monkeypatch: Any, command: str) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    shown = run(capsys, command, "--help")[1]
-    assert max(map(len, shown.splitlines())) <= 80
-    assert "{None" not in shown and "True,False" not in shown  # one style of options
-    assert all(len(line) <= 80 for line in run(capsys, "--help")[1].splitlines())
-
-
 def test_on_and_off_options(capsys: Any, mixed: Path, tmp_path: Path) -> None:
     assert run(capsys, "convert", str(mixed), "--out", str(tmp_path / "a"), "--no-mtp", "--no-progress")[2] == ""
     assert read_summary(tmp_path / "a").config.num_nextn_predict_layers == 0  # pyright: ignore[reportOptionalMemberAccess]
@@ -355,11 +355,16 @@ def test_on_and_off_options(capsys: Any, mixed: Path, tmp_path: Path) -> None:
     )
 
 
-def test_places_that_are_no_folder(capsys: Any, saved: Path, tmp_path: Path) -> None:
+def test_paths_that_are_not_folders_are_refused(capsys: Any, saved: Path, tmp_path: Path) -> None:
     empty, file = tmp_path / "empty", tmp_path / "file"
     empty.mkdir()
     file.write_text("text")
-    for place, message in ((empty, "config.json: No such file"), (file, "not a folder")):
+    nothing = tmp_path / "nothing"
+    for place, message in (
+        (empty, "config.json: No such file"),
+        (file, "not a folder"),
+        (nothing, "no such folder"),
+    ):
         for command, *options in (
             ("inspect",),
             ("plan",),

@@ -25,8 +25,7 @@ from moe.cli.options import parse
 from moe.cli.train import _generate
 from moe.sampling import Sampling
 from moe.train.run import SAMPLING
-from tests.cli.test_chat import NAMES, SETTINGS, TEMPLATES, write_tokenizer
-from tests.cli.test_cli import fails_in_one_line, run, variant
+from tests.support.command_line import NAMES, SETTINGS, TEMPLATES, fails_in_one_line, run, variant, write_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +48,7 @@ def generate(capsys, folder: Path, *options: str) -> list[dict]:
 
 
 def until_a_stop(text: str, stops: list[str]) -> tuple[str, bool]:
-    """By definition: a character at a time, until the text ends with a stop; then what is before it."""
+    """(text before the first stop, whether there is one) by definition: one character at a time."""
     for end in range(1, len(text) + 1):
         ended = [stop for stop in stops if text[:end].endswith(stop)]
         if ended:
@@ -66,7 +65,7 @@ def pieces(letters: str) -> Tokenizer:
 
 
 def test_stops_are_found_however_tokens_cut_them() -> None:
-    """Random texts, cut into tokens at random, beside the definition; and nothing is shown that is taken back."""
+    """Random texts in random tokens, against the definition; text once shown is never taken back."""
     draw, letters = random.Random(0), "abc🙂é\n"
     tokenizer = pieces(letters)
     stopped = 0
@@ -88,7 +87,7 @@ def test_stops_are_found_however_tokens_cut_them() -> None:
     assert 150 < stopped < 350
 
 
-def test_of_two_stops_in_one_token_the_one_that_is_complete_first_counts() -> None:
+def test_the_stop_that_is_complete_first_within_a_token_counts() -> None:
     tokenizer = pieces("abc")
     growing = GrowingText(tokenizer, [0], ["abc", "b"])
     growing.append(tokenizer.encode("abc").ids[0], ended=False)
@@ -128,7 +127,7 @@ def test_stops_of_the_command(capsys, folder):
     assert "UTF-8" in fails_in_one_line(capsys, "generate", str(folder), *options, "--stop", "\udcff")
 
 
-def test_speed_is_said_beside_the_text(capsys, folder):
+def test_speed_is_printed_on_stderr(capsys, folder):
     status, out, err = run(capsys, "generate", str(folder), "--prompt", "ab", "--prompt", "x", "--max-new-tokens", "5")
     assert status == 0 and "tokens/s" not in out
     assert re.fullmatch(r"10 tokens in \d+\.\d s, \d+\.\d tokens/s\n", err)
@@ -142,20 +141,6 @@ def test_sampling_options_reach_the_model(capsys, folder):
     assert generate(capsys, folder, *options, "--temperature", "9", "--min-p", "1", "--seed", "0") == [
         plain[0] | {"seconds": pytest.approx(0, abs=60)}
     ]
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "expected"),
-    [
-        ("--min-p", "-0.5", "a number from 0 to 1"),
-        ("--min-p", "nan", "a number from 0 to 1"),
-        ("--repetition-penalty", "0", "a finite number above 0"),
-        ("--system", "be brief", "--chat with it"),
-    ],
-)
-def test_wrong_options(capsys, option, value, expected):
-    line = fails_in_one_line(capsys, "generate", "f", "--prompt", "a", option, value)
-    assert line.startswith(f"moesmith: {option} = ") and f"expected {expected}" in line
 
 
 def test_options_that_need_others(capsys):
@@ -192,7 +177,7 @@ def test_logits_that_are_not_numbers(capsys, folder, tmp_path):
 
 
 def test_a_tokenizer_that_truncates_and_pads(capsys, folder, tmp_path):
-    """Settings that training has left in tokenizer.json are not for prompts; transformers resets them, too."""
+    """Truncation and padding that training left in tokenizer.json are ignored for prompts, as in transformers."""
     settings = json.loads((folder / "tokenizer.json").read_text())
     settings["truncation"] = {"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
     settings["padding"] = {"strategy": {"Fixed": 20}, "pad_id": 0, "pad_token": "x", "pad_type_id": 0}
@@ -249,7 +234,7 @@ def test_without_a_template(capsys, folder, tmp_path):
     assert "chat_template.jinja: the chat template makes no text of a message" in line
 
 
-def test_a_conversation_goes_on(capsys, folder, monkeypatch):
+def test_a_conversation_continues_with_its_history(capsys, folder, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n\n  what?  \n/quit\nnever read\n"))
     options = ["--max-new-tokens", "6", "--stop", "\udcff".encode("utf-8", "replace").decode()]
     status, out, err = run(capsys, "generate", str(folder), "--chat", "--system", "S", *options)
@@ -277,7 +262,7 @@ def test_how_a_conversation_ends(capsys, folder, monkeypatch):
 
 
 class Terminal:
-    """The command on a terminal, as somebody at the keyboard sees it."""
+    """The command on a pseudo-terminal."""
 
     def __init__(self, *arguments: str) -> None:
         master, child = pty.openpty()

@@ -21,8 +21,8 @@ from moe.checkpoint.convert import convert
 from moe.checkpoint.reading import hub
 from moe.train.settings import Settings
 from moe.train.tokenizer import find_tokenizer, load_tokenizer
-from tests.cli.test_cli import fails_in_one_line, run
-from tests.support.checkpoint_cases import V3
+from tests.support.checkpoint_cases import V3, assert_same
+from tests.support.command_line import fails_in_one_line, run
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 
@@ -64,7 +64,7 @@ def width(model: Any) -> int:
     return model.config.moe_intermediate_size
 
 
-def test_a_revision_is_the_one_that_is_loaded(cache: Path, tmp_path: Path) -> None:
+def test_a_revision_is_the_one_that_is_loaded(cache: Path, saved: dict[str, Path], tmp_path: Path) -> None:
     old, new = V3.moe_intermediate_size + 8, V3.moe_intermediate_size
     assert width(moe.load("org/model")) == width(moe.load("org/model@main")) == new
     for name, revision in (("org/model@v1", None), ("org/model", "v1"), ("org/model@v1", "v1"), (str(cache), "v1")):
@@ -72,6 +72,11 @@ def test_a_revision_is_the_one_that_is_loaded(cache: Path, tmp_path: Path) -> No
     assert width(moe.load(f"org/model@{COMMITS['v1']}")) == width(read_summary("org/model", "v1")) == old
     convert("org/model", tmp_path / "out", revision="v1")
     assert width(moe.load(tmp_path / "out")) == old
+    for name in ("org/model", cache):
+        assert_same(moe.load(name), moe.load(saved["main"]))
+    offline = r"the Hub is offline .HF_HUB_OFFLINE is set., and its cache does not have"
+    with pytest.raises(CheckpointError, match=offline):
+        moe.load("org/other")
 
 
 def test_revisions_that_cannot_be(cache: Path, saved: dict[str, Path]) -> None:
@@ -103,7 +108,7 @@ def test_every_command_takes_a_name(cache: Path, capsys: Any, tmp_path: Path) ->
 
 
 def test_a_cache_that_lacks_a_file(cache: Path, capsys: Any, tmp_path: Path) -> None:
-    """What an interrupted download leaves. The Hub cannot be asked, so nobody knows whether the model has the file."""
+    """The state after an interrupted download. Offline, it is unknown whether the model has the file."""
     offline = "moesmith: org/model@v1: the Hub is offline (HF_HUB_OFFLINE is set), and its cache has no"
     line = fails_in_one_line(capsys, "generate", "org/model@v1", "--prompt", "a")
     assert line.startswith(f"{offline} tokenizer.json; text needs the tokenizer that the model was trained with; exp")
@@ -192,6 +197,8 @@ def test_without_huggingface_hub(monkeypatch: Any, capsys: Any, tmp_path: Path) 
     monkeypatch.chdir(tmp_path)
     line = fails_in_one_line(capsys, "convert", "org/model", "--out", "out")
     assert "huggingface_hub, which would look it up, is not installed; expected pip install huggingface_hub" in line
+    with pytest.raises(CheckpointError, match=r"no such folder$"):
+        moe.load("./org/some/model")
 
 
 def test_inspect_and_plan_read_headers_from_the_hub(cache: Path, capsys: Any, monkeypatch: Any) -> None:
@@ -232,12 +239,16 @@ def test_inspect_and_plan_read_headers_from_the_hub(cache: Path, capsys: Any, mo
         assert "\x1b" not in fails_in_one_line(capsys, "inspect", "org/model")
 
 
-def test_what_is_here_comes_first(cache: Path, saved: dict[str, Path], capsys: Any) -> None:
+def test_a_local_folder_takes_precedence_over_the_hub(cache: Path, saved: dict[str, Path], capsys: Any) -> None:
     Path("org").mkdir()
     Path("org/model").symlink_to(saved["v1"])
     assert hub.find("org/model") == Path("org/model") and not hub.is_name("org/model")
     assert json.loads(run(capsys, "inspect", "org/model", "--json")[1])["stored"]["folder"] == "org/model"
     Path("org/model").unlink()
+    Path("org/model").mkdir()
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        moe.load("org/model")
+    Path("org/model").rmdir()
     assert hub.is_name("org/model") and not hub.is_name("./org/model") and not hub.is_name("tiny")
 
 

@@ -37,7 +37,7 @@ def equal(found: torch.nn.Module, expected: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_attach_before_and_after_prepare(when: str) -> None:
-    """With accumulation, where accelerate leaves out steps."""
+    """With accumulation, during which accelerate skips steps."""
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     model, alone = build(), build()
     optimizer: Any = torch.optim.AdamW(model.parameters(), lr=0.01)

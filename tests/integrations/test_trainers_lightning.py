@@ -24,7 +24,7 @@ ROWS = torch.randn(10, 5, 8, dtype=torch.float64, generator=torch.Generator().ma
 
 
 class Other(pl.LightningModule):
-    """Somebody's module around our layer."""
+    """A third-party module around our layer."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()

@@ -183,7 +183,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
 
 
 class Other(nn.Module):
-    """Somebody's model around our layer, as a Trainer wants it."""
+    """A third-party model around our layer, with the interface that a Trainer expects."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -207,7 +207,7 @@ class Rows(Data):
 
 @pytest.mark.parametrize("options", [{}, {"topk_method": "greedy"}], ids=["bias", "no bias"])
 def test_injected_losses_are_scaled_as_the_trainer_scales_its_own(tmp_path: Path, options: dict[str, Any]) -> None:
-    """Over the micro-batches of each step, of which the last of an epoch has fewer."""
+    """Over the micro-batches of each step; the last step of an epoch has fewer."""
     data, model = Rows(10), Other(**options)
     alone = copy.deepcopy(model)
     run = trainer(model, tmp_path, data, [BalanceCallback(0.25)], gradient_accumulation_steps=2, num_train_epochs=2)
@@ -280,7 +280,7 @@ def test_models_of_transformers_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_and_tensorboard(tmp_path: Path) -> None:
-    """What they read and write of a model's config."""
+    """They read and write attributes of a model's config."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast

@@ -35,7 +35,7 @@ def untouched(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
 
 
 class Untouched(TorchDispatchMode):
-    """What kernels are given to write to comes from `untouched`."""
+    """Buffers that kernels write to come from `untouched`."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

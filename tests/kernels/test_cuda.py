@@ -17,9 +17,8 @@ from torch import Tensor
 import moe
 from benchmarks.cuda import no_waiting
 from moe import ops
-from tests.ops.test_contract import digest
-from tests.ops.test_ops import eager_experts, fused, gradients
 from tests.support.cases import BY_NAME, CASES, ROUTING_CASES, Case, Inputs, RoutingCase
+from tests.support.operators import digest, eager_experts, fused, gradients
 from tests.support.running_error import complaints, moe_mlp_errors
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

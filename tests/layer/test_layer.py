@@ -1,4 +1,4 @@
-"""MoELayer against the formula in float64, against transformers' layer, and in other people's hands."""
+"""MoELayer against the formula in float64 and transformers' layer, and how it is called, compiled and initialised."""
 
 import copy
 import dataclasses
@@ -166,7 +166,7 @@ def test_routing_override() -> None:
 
 @pytest.mark.parametrize("wrong", [-2, -100, 8, 2**40])
 def test_an_expert_that_is_not_there_is_named(wrong: int) -> None:
-    """Whether ids replace the selection or a whole routing is given, in training and not."""
+    """For ids that replace the selection and for a whole routing, in training and in eval mode."""
     layer = biased_layer(OPTIONS[0])
     x, ids = torch.randn(6, 24), torch.randint(0, 8, (6, 3))
     ids[4, 1], ids[2, 2] = wrong, -1
@@ -184,16 +184,7 @@ def test_an_expert_that_is_not_there_is_named(wrong: int) -> None:
                 call()
 
 
-@pytest.mark.parametrize("make", [lambda ids: ids.float(), lambda ids: ids.int(), lambda ids: ids.bool()])
-def test_expert_ids_of_another_dtype_or_shape_are_refused(make: Any) -> None:
-    layer, x, ids = biased_layer(OPTIONS[0]), torch.randn(6, 24), torch.randint(0, 8, (6, 3))
-    for error, wrong in ((TypeError, make(ids)), (ValueError, ids[:5]), (ValueError, ids[:, 0])):
-        for routing in (wrong, moe.Routing(torch.ones(wrong.shape), wrong, torch.ones(6, 8))):
-            with pytest.raises(error, match=r"^routing: expert_ids "):
-                layer(x, routing=routing)
-
-
-def test_shapes_of_others() -> None:
+def test_any_leading_shape_is_accepted() -> None:
     layer = biased_layer(OPTIONS[0])
     x = torch.randn(6, 24)
     y = layer(x)
@@ -201,10 +192,6 @@ def test_shapes_of_others() -> None:
     assert torch.equal(layer(x.view(2, 3, 24)).flatten(0, 1), y)
     assert torch.equal(layer(x.view(1, 2, 3, 24)).view(6, 24), y)
     assert layer(x[:0]).shape == (0, 24)
-    with pytest.raises(ValueError, match=r"x has shape \(6, 23\): expected \[..., S, 24\]"):
-        layer(x[:, 1:])
-    with pytest.raises(ValueError, match=r"token_mask is torch\.float32"):
-        layer(x, token_mask=torch.ones(6))
 
 
 def test_nan_in_one_token_touches_no_other() -> None:
@@ -261,7 +248,7 @@ def test_released_biases_need_fp32() -> None:
 @pytest.mark.parametrize("given", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("on_meta", [False, True])
 def test_an_assigned_state_leaves_the_bias_float32(given: torch.dtype, on_meta: bool) -> None:
-    """As one that is copied; the other tensors are those that were given."""
+    """Like a state that is copied; the other tensors keep the dtype that was given."""
     source = biased_layer(OPTIONS[0])
     state = {name: tensor.to(given) for name, tensor in source.state_dict().items()}
     with torch.device("meta" if on_meta else "cpu"):
@@ -288,7 +275,7 @@ def test_an_assigned_state_leaves_the_bias_float32(given: torch.dtype, on_meta: 
 
 @pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[4], OPTIONS[6]])
 def test_an_output_can_be_changed_in_place(options: dict[str, Any]) -> None:
-    """It is no view, which could not be changed after a pass without gradients, and its changes reach no input."""
+    """A view could not be changed after a pass without gradients. Changes reach no input."""
     layer, x = biased_layer(options), torch.randn(2, 5, 24)
     mask = torch.ones(2, 5, dtype=torch.bool)
     for token_mask in (None, mask):
@@ -304,11 +291,16 @@ def test_an_output_can_be_changed_in_place(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
-def test_logits_are_float32_in_half_precision_and_under_autocast(half: torch.dtype) -> None:
-    router, x = biased_layer(OPTIONS[0]).gate, torch.randn(5, 24)
-    expected = F.linear(x, router.weight)
+def test_routing_is_float32_in_half_precision_and_under_autocast(half: torch.dtype) -> None:
+    layer, x = biased_layer(OPTIONS[0]), torch.randn(50, 24)
+    router = layer.gate
+    expected, exact = F.linear(x, router.weight), router(x)
     with torch.autocast("cpu", half):
         assert torch.equal(router.logits(x), expected)
+        routing = router(x)
+        assert layer(x).dtype == half
+    assert routing.scores.dtype == routing.weights.dtype == torch.float32
+    assert torch.equal(routing.scores, exact.scores) and torch.equal(routing.expert_ids, exact.expert_ids)
     expected = F.linear(x.to(half).float(), router.weight.to(half).float())
     assert torch.equal(router.to(half).logits(x.to(half)), expected)
 
@@ -339,7 +331,7 @@ def test_public_signature_of_the_readme() -> None:
 
 
 def test_arguments_are_those_of_the_config_and_a_seed() -> None:
-    """Listed once, in moe/config.py; editors and `inspect` see them all."""
+    """They are listed once, in moe/config.py; editors and `inspect` see all of them."""
     own, config = inspect.signature(MoELayer).parameters, inspect.signature(MoEConfig).parameters
     assert [(p.name, p.kind, p.default) for p in own.values() if p.name != "seed"] == [
         (p.name, p.kind, p.default) for p in config.values()
@@ -348,8 +340,6 @@ def test_arguments_are_those_of_the_config_and_a_seed() -> None:
     assert own["seed"].default is None and own["seed"].kind is inspect.Parameter.KEYWORD_ONLY
     with pytest.raises(moe.ConfigError, match="n_groups = 2: expected no such field; did you mean n_group"):
         MoELayer(24, 10, 8, 3, n_groups=2)  # pyright: ignore[reportCallIssue]
-    with pytest.raises(TypeError, match="num_experts_per_tok"):
-        MoELayer(24, 10, 8)  # pyright: ignore[reportCallIssue]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -427,6 +417,8 @@ GOOD = moe.Routing(torch.ones(6, 3), IDS, torch.ones(6, 8))
         ),
         ({"x": torch.ones(6, 24, dtype=torch.bfloat16)}, TypeError, "x is torch.bfloat16: expected torch.float32"),
         ({"x": torch.ones(24)}, ValueError, "x has shape (24,): expected [..., S, 24]"),
+        ({"x": torch.ones(6, 23)}, ValueError, "x has shape (6, 23): expected [..., S, 24]"),
+        ({"token_mask": torch.ones(6)}, ValueError, "token_mask is torch.float32"),
         ({"token_mask": [True] * 6}, TypeError, "token_mask is a list: expected a tensor, torch.bool"),
         (
             {"token_mask": torch.ones(5, dtype=torch.bool)},
@@ -434,15 +426,16 @@ GOOD = moe.Routing(torch.ones(6, 3), IDS, torch.ones(6, 8))
             "token_mask is torch.bool (5,): expected torch.bool",
         ),
         ({"routing": (torch.ones(6, 3), IDS)}, TypeError, "routing is a tuple: expected a moe.Routing, or a tensor"),
-        (
-            {"routing": IDS.float()},
-            TypeError,
-            "routing: expert_ids are torch.float32: expected a tensor of torch.int64",
+        *(
+            ({"routing": routing}, TypeError, f"routing: expert_ids are {ids.dtype}: expected a tensor of torch.int64")
+            for ids in (IDS.float(), IDS.int(), IDS.bool())
+            for routing in (ids, GOOD._replace(expert_ids=ids))
         ),
-        ({"routing": IDS.int()}, TypeError, "routing: expert_ids are torch.int32: expected a tensor of torch.int64"),
-        ({"routing": IDS[:5]}, ValueError, "routing: expert_ids have shape (5, 3): expected [6, K]"),
-        ({"routing": IDS[None]}, ValueError, "routing: expert_ids have shape (1, 6, 3): expected [6, K]"),
-        ({"routing": IDS[:, 0]}, ValueError, "routing: expert_ids have shape (6,): expected [6, K]"),
+        *(
+            ({"routing": routing}, ValueError, f"routing: expert_ids have shape {tuple(ids.shape)}: expected [6, K]")
+            for ids in (IDS[:5], IDS[None], IDS[:, 0])
+            for routing in (ids, GOOD._replace(expert_ids=ids))
+        ),
         ({"routing": IDS + 8}, IndexError, "expert_ids[0, 0] = 8: expected 0 to 7, or -1"),
         ({"routing": IDS - 2}, IndexError, "expert_ids[0, 0] = -2: expected 0 to 7, or -1"),
         ({"routing": GOOD._replace(expert_ids=IDS + 9)}, IndexError, "expert_ids[0, 0] = 9: expected 0 to 7"),

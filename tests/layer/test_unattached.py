@@ -16,7 +16,7 @@ from moe.layer import MoELayer
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A process in which nothing has warned of training without `attach` yet."""
+    """A process that has not yet warned of training without `attach`."""
     watch = router._Watch()
     monkeypatch.setattr(router, "_watch", watch)
     yield watch
@@ -29,7 +29,7 @@ def small_layer(**settings: Any) -> MoELayer:
 
 
 def train(model: Any, optimizer: torch.optim.Optimizer, called: Any = None) -> list[str]:
-    """What three steps warn of."""
+    """The warnings of three training steps."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):

@@ -14,9 +14,9 @@ from moe.cache import Cache
 from moe.ops.grouped_gemm import grouped_mm
 from moe.quantized.fp8 import FP8Experts, FP8Linear
 from moe.quantized.mxfp4 import MXFP4Experts
-from tests.layer.test_wrapped import GQA, MLA, build
-from tests.ops.test_contract import whole_layer
 from tests.support.cases import Case, RoutingCase
+from tests.support.models import GQA, MLA, small_model
+from tests.support.operators import whole_layer
 
 SINKS = dict(num_key_value_heads=2, head_dim=8, attention_sinks=True, expert_bias=True, router_bias=True)
 ATTENTION = {"mla": MLA, "gqa": GQA, "sinks": SINKS}
@@ -61,8 +61,8 @@ def test_tiers_and_quantised_formats_on_the_meta_device(tier: Any) -> None:
 
 
 def passes(attention: str, device: str, dtype: torch.dtype) -> Iterator[Any]:
-    """Results of training, with padding and with documents, and gradients; then of decoding."""
-    model = build(ATTENTION[attention], num_nextn_predict_layers=1, n_shared_experts=1, shared_expert_gate=True)
+    """Results and gradients of training, with padding and with documents; then results of decoding."""
+    model = small_model(ATTENTION[attention], num_nextn_predict_layers=1, n_shared_experts=1, shared_expert_gate=True)
     model = model.to(dtype).to(device)
     ids = torch.zeros(2, 6, dtype=torch.int64, device=device)
     for more in ({"attention_mask": torch.ones_like(ids)}, {"document_ids": ids}):
@@ -120,7 +120,7 @@ def test_quantised_modules_without_values(kind: str) -> None:
 
 def test_attach_and_an_optimizer_on_the_meta_device() -> None:
     with torch.device("meta"):
-        model = build(MLA)
+        model = small_model(MLA)
         optimizer = torch.optim.AdamW(model.parameters())
         balance.attach(model, optimizer)
         model(torch.zeros(2, 6, dtype=torch.int64)).logits.sum().backward()
@@ -143,7 +143,7 @@ def test_a_layer_of_fake_tensors(seed: int | None) -> None:
 
 def test_a_model_of_fake_tensors_generates() -> None:
     with FakeTensorMode():
-        model, ids = build(MLA), torch.zeros(1, 4, dtype=torch.int64)
+        model, ids = small_model(MLA), torch.zeros(1, 4, dtype=torch.int64)
         model(ids, labels=ids).loss.backward()
         assert moe.generate(model, ids, max_new_tokens=2, attention_mask=torch.ones_like(ids)).shape == (1, 6)
 
@@ -171,10 +171,10 @@ CONTEXTS = {"meta": lambda: torch.device("meta"), "registered": RegisteredOnMeta
 
 
 @pytest.mark.parametrize("name", list(CONTEXTS))
-def test_a_module_stays_without_values_where_others_want_it_so(name: str) -> None:
+def test_modules_stay_on_meta_in_the_contexts_of_other_libraries(name: str) -> None:
     state = torch.get_rng_state()
     with CONTEXTS[name]():
-        modules = [moe.MoELayer(32, 16, 8, 2), moe.MoELayer(32, 16, 8, 2, seed=0), build(MLA)]
+        modules = [moe.MoELayer(32, 16, 8, 2), moe.MoELayer(32, 16, 8, 2, seed=0), small_model(MLA)]
     assert all(tensor.is_meta for module in modules for tensor in (*module.parameters(), *module.buffers()))
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(tensor.is_meta for tensor in moe.MoELayer(32, 16, 8, 2).state_dict().values())
@@ -186,9 +186,14 @@ TWO_DEVICES = "tensors on cpu, meta: expected one device"
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_weights_on_meta_and_an_input_with_values(grad: bool) -> None:
-    """Torch multiplies some of them, and returns what was in memory."""
+    """torch multiplies some of them, and returns arbitrary memory."""
     with torch.device("meta"):
-        layer, model, tied, quantised = moe.MoELayer(32, 16, 8, 2), build(MLA), build(GQA), FP8Linear(32, 64)
+        layer, model, tied, quantised = (
+            moe.MoELayer(32, 16, 8, 2),
+            small_model(MLA),
+            small_model(GQA),
+            FP8Linear(32, 64),
+        )
         far = Case("meta", 5, 32, 3, 4, 2).inputs(torch.float32)
     near = Case("meta", 5, 32, 3, 4, 2).inputs(torch.float32)
     x, ids = torch.randn(5, 32), torch.zeros(5, 2, dtype=torch.int64)

@@ -142,13 +142,10 @@ def test_presets_round_trip_and_unknown_preset() -> None:
 
 def test_tiny_keeps_every_part_of_deepseek_v3() -> None:
     tiny = moe.preset("tiny")
-    assert tiny.kv_lora_rank and tiny.q_lora_rank
-    assert tiny.first_k_dense_replace == 1
-    assert tiny.scoring_func == "sigmoid"
-    assert tiny.topk_method == "noaux_tc"
-    assert 1 <= tiny.topk_group < tiny.n_group
-    assert tiny.n_shared_experts >= 1
-    assert tiny.num_nextn_predict_layers == 1
+    assert tiny.is_mla and tiny.kv_lora_rank and tiny.q_lora_rank
+    assert tiny.first_k_dense_replace == 1 and tiny.n_shared_experts == 1 and tiny.num_nextn_predict_layers == 1
+    assert (tiny.scoring_func, tiny.topk_method) == ("sigmoid", "noaux_tc")
+    assert 1 < tiny.topk_group < tiny.n_group
 
 
 def test_a_refused_model_allocates_nothing() -> None:

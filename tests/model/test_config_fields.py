@@ -154,7 +154,7 @@ def base(attention: str) -> tuple[ModelConfig, Tensors, Tensors, dict[bool, torc
 
 
 def difference(attention: str, other: ModelConfig) -> str:
-    """The first that `other` and the base of its kind differ in."""
+    """The first effect in which `other` differs from the base with that attention."""
     config, initial, state, values = base(attention)
     shapes = parameter_shapes(other)
     if shapes != parameter_shapes(config):

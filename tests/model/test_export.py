@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
 import moe
-from tests.layer.test_wrapped import MLA, build
+from tests.support.models import MLA, small_model
 
 WIDTH = 16
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own, in copying an export
@@ -90,7 +90,7 @@ class Logits(nn.Module):
 @pytest.mark.parametrize("attention", ["mla", "sinks"])
 def test_an_exported_model_is_the_model(attention: str) -> None:
     sinks: dict[str, Any] = dict(head_dim=8, attention_sinks=True, expert_bias=True, router_bias=True)
-    model = Logits(build(MLA if attention == "mla" else sinks, num_hidden_layers=2)).eval()
+    model = Logits(small_model(MLA if attention == "mla" else sinks, num_hidden_layers=2)).eval()
     sizes = {0: Dim("B", min=1, max=8), 1: Dim("S", min=2, max=64)}
     with torch.no_grad():
         program = export(model, (torch.ones(2, 5, dtype=torch.int64),), dynamic_shapes=(sizes,), strict=False)

@@ -11,7 +11,7 @@ import moe
 from moe.generation import _count, penalize, rank, sample, stream
 from moe.model import Transformer
 from moe.sampling import Sampling
-from tests.model.test_model import GROUPED, SMALL
+from tests.support.models import GROUPED, SMALL
 
 
 def greedy_without_cache(model: Transformer, ids: Tensor, steps: int) -> tuple[Tensor, float]:
@@ -185,7 +185,7 @@ RULES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("rules", RULES, ids=str)
 def test_rules_and_their_order_are_those_of_transformers(rules: dict[str, Any]) -> None:
-    """The logits to sample from, of a ragged batch, beside the processors that transformers' generate builds."""
+    """Logits of a ragged batch against the processors that transformers' generate builds."""
     transformers = pytest.importorskip("transformers")
     sampling = Sampling(**rules)
     torch.manual_seed(3)

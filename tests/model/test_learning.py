@@ -19,7 +19,7 @@ NOTHING = 1e-13  # of gradients in float64; rounding leaves 1e-15
 
 
 def train_once(config: ModelConfig) -> tuple[set[str], set[str]]:
-    """The parameters without a gradient, without the numbers in their names, and what was warned of."""
+    """(names of the parameters without a gradient, numbers removed; warnings)."""
     model = moe.Transformer(config).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

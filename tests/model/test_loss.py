@@ -69,7 +69,7 @@ def test_twice_backward_gives_the_same():
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("outer", [lambda loss: loss, torch.exp], ids=["alone", "inside"])
 def test_a_second_derivative_is_refused(outer, checkpointed):
-    """For a leaf as for what stands before the logits, and whether or not the outgoing gradient has a graph."""
+    """For a leaf and for what precedes the logits, whether or not the outgoing gradient has a graph."""
     labels = torch.randint(9, (1, 4))
     hidden = torch.randn(1, 4, 3, dtype=torch.float64, requires_grad=True)
     head = torch.randn(3, 9, dtype=torch.float64, requires_grad=True)
@@ -90,7 +90,7 @@ def test_a_second_derivative_is_refused(outer, checkpointed):
 
 
 def test_logits_are_not_kept():
-    """Saved are their log-probabilities, the targets and a number."""
+    """It saves log-probabilities, targets and one number."""
     logits, saved = torch.randn(2, 5, 9, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         loss = next_token_loss(logits, torch.randint(9, (2, 5)), 1, None, None).value
@@ -112,7 +112,7 @@ def test_compiled():
 @pytest.mark.parametrize("label", [-1, -99, -101, 11, 2**40])
 @pytest.mark.parametrize("ahead", [1, 2])
 def test_a_label_out_of_range_is_named(label, ahead):
-    """Among others that are left out, which may be anything: before the first target, and in another document."""
+    """Labels that are left out may be anything: before the first target, and in another document."""
     logits, labels = torch.randn(2, 8 - (ahead - 1), 11), torch.randint(11, (2, 8))
     documents = torch.tensor([[0] * 8, [0] * 4 + [1] * 4])
     real = torch.ones(logits.shape[:2], dtype=torch.bool)
@@ -126,7 +126,7 @@ def test_a_label_out_of_range_is_named(label, ahead):
 
 
 @pytest.mark.parametrize("device", ["meta", "fake"])
-def test_labels_without_data_are_not_looked_at(device):
+def test_labels_without_data_are_not_read(device):
     with FakeTensorMode() if device == "fake" else torch.device("meta"):
         logits, labels = torch.randn(2, 5, 9, requires_grad=True), torch.randint(-1, 9, (2, 5))
         next_token_loss(logits, labels, 1, None, None).value.backward()

@@ -16,45 +16,10 @@ from moe.loss import next_token_loss
 from moe.model import Transformer
 from moe.rope import inverse_frequencies, rope_tables
 from moe.uncast import Uncast
+from tests.support.models import GROUPED, SMALL
 
 YARN = moe.RopeParameters(
     rope_type="yarn", factor=4.0, original_max_position_embeddings=8, mscale=0.7, mscale_all_dim=1.0
-)
-SMALL = moe.ModelConfig(
-    vocab_size=61,
-    hidden_size=24,
-    num_hidden_layers=3,
-    num_attention_heads=2,
-    intermediate_size=40,
-    moe_intermediate_size=16,
-    n_routed_experts=8,
-    num_experts_per_tok=3,
-    n_shared_experts=1,
-    first_k_dense_replace=1,
-    kv_lora_rank=12,
-    q_lora_rank=10,
-    qk_nope_head_dim=6,
-    qk_rope_head_dim=4,
-    v_head_dim=8,
-    rope_interleave=True,
-    scoring_func="sigmoid",
-    topk_method="noaux_tc",
-    n_group=4,
-    topk_group=2,
-    routed_scaling_factor=2.5,
-    initializer_range=0.2,
-)
-GROUPED = dataclasses.replace(
-    SMALL,
-    kv_lora_rank=None,
-    q_lora_rank=None,
-    qk_nope_head_dim=None,
-    qk_rope_head_dim=None,
-    v_head_dim=None,
-    num_key_value_heads=1,
-    head_dim=6,
-    qk_norm="head",
-    rope_interleave=False,
 )
 SHAPES = {
     "mla": SMALL,
@@ -119,8 +84,8 @@ def test_latent_cache_size() -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_no_real_position(side: str) -> None:
-    model = model_of(SMALL).double().train()
+def test_padding_changes_no_real_position_and_no_loss(side: str) -> None:
+    model = model_of(dataclasses.replace(SMALL, num_nextn_predict_layers=2)).double().train()
     ids = torch.randint(0, 61, (2, 12))
     padded = torch.randint(0, 61, (2, 17))
     mask = torch.zeros(2, 17, dtype=torch.int64)
@@ -128,22 +93,10 @@ def test_padding_changes_no_real_position(side: str) -> None:
     padded[:, window], mask[:, window] = ids, 1
     plain, with_padding = model(ids, labels=ids), model(padded, labels=padded, attention_mask=mask)
     close(with_padding.logits[:, window], plain.logits, 1e-12)
-    assert plain.loss is not None and with_padding.loss is not None
+    for name in ("ce", "mtp"):
+        assert with_padding.losses[name].item() == pytest.approx(plain.losses[name].item(), rel=1e-12)
     assert with_padding.loss.item() == pytest.approx(plain.loss.item(), rel=1e-12)
     assert torch.equal(plain.load, with_padding.load)
-
-
-def test_mtp_loss_ignores_padding() -> None:
-    model = model_of(dataclasses.replace(SMALL, num_nextn_predict_layers=2)).double().train()
-    ids = torch.randint(0, 61, (2, 12))
-    for side in ("left", "right"):
-        padded = torch.randint(0, 61, (2, 17))
-        mask = torch.zeros(2, 17, dtype=torch.int64)
-        window = slice(5, 17) if side == "left" else slice(0, 12)
-        padded[:, window], mask[:, window] = ids, 1
-        plain, with_padding = model(ids, labels=ids), model(padded, labels=padded, attention_mask=mask)
-        assert with_padding.losses["mtp"].item() == pytest.approx(plain.losses["mtp"].item(), rel=1e-12)
-        assert torch.equal(plain.load, with_padding.load)
 
 
 def test_documents_see_and_predict_only_themselves() -> None:
@@ -174,42 +127,14 @@ def test_loss_is_the_shifted_cross_entropy() -> None:
     close(model(ids, logits_to_keep=2).logits, out.logits[:, -2:])
 
 
-def test_wrong_shapes_are_named() -> None:
-    model = model_of(SMALL)
-    ids = torch.randint(0, 61, (2, 9))
-    with pytest.raises(ValueError, match=r"labels has shape \(2, 8\): expected \(2, 9\)"):
-        model(ids, labels=ids[:, 1:])
-    with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 8\): expected \(2, 9\)"):
-        model(ids, attention_mask=ids[:, 1:])
-    with pytest.raises(ValueError, match="labels need the logits of all positions"):
-        model(ids, labels=ids, logits_to_keep=1)
-    with pytest.raises(ValueError, match="logits_to_keep = -1"):
-        model(ids, logits_to_keep=-1)
-    with pytest.raises(ValueError, match="attention_mask is floating point"):
-        model(ids, attention_mask=torch.zeros(2, 9))
-    with pytest.raises(ValueError, match=r"position_ids has shape \(1, 9\): expected \(2, 9\)"):
-        model(ids, position_ids=torch.arange(9)[None])
-
-
-def test_wrong_dtypes_are_named() -> None:
-    tied = model_of(SHAPES["gqa-tied"])
-    ids = torch.randint(0, 61, (2, 24))
-    for wrong in (torch.float32, torch.bool, torch.uint8):
-        with pytest.raises(TypeError, match=f"^labels is {wrong}: expected int64 or int32$"):
-            tied(ids, labels=ids.to(wrong))
-    with pytest.raises(TypeError, match=r"^input_ids is torch\.float32: "):
-        tied(torch.rand(2, 24))  # as wide as the model: its head would take it for states
-    with pytest.raises(ValueError, match=r"^input_ids has shape \(24,\): expected \[B, S\]$"):
-        tied(ids[0])
-    for name in ("position_ids", "document_ids"):
-        with pytest.raises(ValueError, match=f"^{name} is floating point: expected integers$"):
-            tied(ids, **{name: ids.double()})
-    wide, narrow = (tied(i, labels=i, document_ids=torch.zeros_like(i)) for i in (ids, ids.int()))
+def test_ids_and_labels_may_be_int32() -> None:
+    model, ids = model_of(SHAPES["gqa-tied"]), torch.randint(0, 61, (2, 24))
+    wide, narrow = (model(i, labels=i, document_ids=torch.zeros_like(i)) for i in (ids, ids.int()))
     assert wide.loss is not None and narrow.loss is not None and torch.equal(wide.loss, narrow.loss)
 
 
 def test_positions_may_be_negative() -> None:
-    """Rotations are relative: left padding counted from below zero is no mistake."""
+    """Rotations are relative, so left padding may be counted from below zero."""
     model, ids = model_of(SMALL).double(), torch.randint(0, 61, (2, 9))
     close(model(ids, position_ids=torch.arange(-20, -11).expand(2, 9)).logits, model(ids).logits, 1e-12)
 
@@ -238,7 +163,7 @@ PACKED = [[4, 7, 5], [1, 2, 3, 9, 1], [16], [2, 14]]
 
 @pytest.mark.parametrize("lengths", PACKED, ids=str)
 def test_mtp_of_packed_documents_is_that_of_each_alone(lengths: list[int]) -> None:
-    """Loads and losses, those of the balance too, as the documents one by one and as a padded batch of them."""
+    """Loads and all losses equal those of the documents one by one and as a padded batch."""
     config = dataclasses.replace(
         SMALL, num_nextn_predict_layers=2, aux_loss_alpha=0.1, router_z_loss_coef=0.01, seq_aux=False
     )
@@ -294,7 +219,7 @@ def test_counts_are_those_of_the_losses(seq_aux: bool, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("empty", [False, True])
 @pytest.mark.parametrize("labelled", [True, False])
 def test_micro_batches_of_a_step_are_one_batch(labelled: bool, empty: bool) -> None:
-    """Gradients and losses of unequal micro-batches, of which one may have nothing, against those of all rows."""
+    """Gradients and losses of unequal micro-batches, one of them possibly empty, against those of all rows."""
     config = dataclasses.replace(SMALL, num_nextn_predict_layers=2, aux_loss_alpha=0.1, router_z_loss_coef=0.01)
     micro = [random_batch(rows, 11) for rows in (1, 3, 2)]
     if empty:
@@ -336,7 +261,7 @@ def test_a_step_of_nothing_has_a_loss_of_zero() -> None:
     assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
-def test_a_step_wants_the_counts_of_what_is_called() -> None:
+def test_a_step_requires_the_counts_of_its_losses() -> None:
     model, ids = model_of(SMALL).train(), torch.randint(0, 61, (2, 5))
     with (
         pytest.raises(ValueError, match=r"expected counts of all terms; found none of ce\.0"),
@@ -365,26 +290,6 @@ def test_cache_forgets_and_selects(name: str) -> None:
             cache.truncate(18)
         cache.truncate(0)
         close(model(ids[:1], cache=cache).logits, model(ids[:1]).logits, 1e-12)
-
-
-def test_an_adapter_around_kv_b_is_used_in_decode_too() -> None:
-    class Adapter(nn.Module):
-        def __init__(self, base: nn.Linear) -> None:
-            super().__init__()
-            self.base, self.weight = base, base.weight
-            self.delta = nn.Linear(base.in_features, base.out_features, bias=False).double()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.base(x) + self.delta(x)
-
-    model = model_of(SMALL).double()
-    for layer in model.layers:
-        layer.self_attn.kv_b_proj = Adapter(layer.self_attn.kv_b_proj)  # pyright: ignore
-    ids = torch.randint(0, 61, (2, 9))
-    cache = Cache(model.config)
-    with torch.no_grad():
-        pieces = [model(part, cache=cache).logits for part in ids.split(1, dim=1)]
-        close(torch.cat(pieces, 1), model(ids).logits, 1e-12)
 
 
 def test_mtp_is_transformers_mtp_layer() -> None:
@@ -592,24 +497,32 @@ TOKENS = torch.zeros(2, 5, dtype=torch.int64)
         ({"input_ids": TOKENS[0, 0]}, ValueError, "input_ids has shape (): expected [B, S]"),
         ({"input_ids": TOKENS[None]}, ValueError, "input_ids has shape (1, 2, 5): expected [B, S]"),
         ({"input_ids": TOKENS.float()}, TypeError, "input_ids is torch.float32: expected int64"),
-        ({"input_ids": torch.ones(24, 24)}, TypeError, "input_ids is torch.float32: expected int64"),  # as for a head
+        # As wide as the model: a tied head would take it for hidden states.
+        ({"input_ids": torch.ones(24, 24)}, TypeError, "input_ids is torch.float32: expected int64"),
         ({"input_ids": TOKENS.bool()}, TypeError, "input_ids is torch.bool: expected int64"),
         ({"input_ids": [[1, 2]]}, TypeError, "input_ids is a list: expected a tensor, int64 [B, S]"),
         ({"input_ids": TOKENS + 61}, IndexError, "input_ids[0, 0] = 61: expected 0 to 60"),
         ({"input_ids": TOKENS - 3}, IndexError, "input_ids[0, 0] = -3: expected 0 to 60"),
         ({"labels": TOKENS.float()}, TypeError, "labels is torch.float32: expected int64 or int32"),
+        ({"labels": TOKENS.bool()}, TypeError, "labels is torch.bool: expected int64 or int32"),
+        ({"labels": TOKENS.byte()}, TypeError, "labels is torch.uint8: expected int64 or int32"),
         ({"labels": True}, TypeError, "labels is a bool: expected a tensor (2, 5)"),
         ({"labels": TOKENS[:, 1:]}, ValueError, "labels has shape (2, 4): expected (2, 5)"),
+        ({"labels": TOKENS, "logits_to_keep": 1}, ValueError, "labels need the logits of all positions"),
+        ({"logits_to_keep": -1}, ValueError, "logits_to_keep = -1"),
+        ({"position_ids": torch.arange(5)[None]}, ValueError, "position_ids has shape (1, 5): expected (2, 5)"),
         ({"position_ids": TOKENS.float()}, ValueError, "position_ids is floating point: expected integers"),
         ({"document_ids": TOKENS.float()}, ValueError, "document_ids is floating point: expected integers"),
         ({"attention_mask": TOKENS.float()}, ValueError, "attention_mask is floating point: expected booleans or"),
+        ({"attention_mask": TOKENS[:, 1:]}, ValueError, "attention_mask has shape (2, 4): expected (2, 5)"),
         ({"attention_mask": [[1] * 5] * 2}, TypeError, "attention_mask is a list: expected a tensor (2, 5)"),
         ({"cache": {}}, TypeError, "cache is a dict: expected a moe.cache.Cache"),
     ],
 )
 def test_a_wrong_call_names_the_argument(arguments: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=f"^{re.escape(message)}"):
-        Transformer(SMALL)(**{"input_ids": TOKENS, **arguments})
+    for config in (SMALL, SHAPES["gqa-tied"]):
+        with pytest.raises(error, match=f"^{re.escape(message)}"):
+            Transformer(config)(**{"input_ids": TOKENS, **arguments})
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def test_one_gradient_without_the_others(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
-def test_experts_of_no_token_are_not_looked_at(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_without_tokens_are_not_read(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = experts(kind, {})
     weights, ids = routing(9, "few")
     read: list[int] = []
@@ -174,7 +174,7 @@ def test_experts_of_no_token_are_not_looked_at(kind: str, monkeypatch: pytest.Mo
 
 
 def kept(run: Callable[[], Tensor]) -> list[Tensor]:
-    """What the graph of run() keeps."""
+    """The tensors that the graph of run() keeps."""
     saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -429,7 +429,7 @@ def test_compiled_for_other_batches_and_without_gradients() -> None:
 
 
 def test_experts_in_a_layer() -> None:
-    """In the place of moe.layer.Experts, and called by its dispatcher."""
+    """They replace moe.layer.Experts and are called by its dispatcher."""
     layer = MoELayer(WIDTH, HIDDEN, EXPERTS, 2, n_shared_experts=1, initializer_range=0.3, seed=0)
     module = experts("fp8", {})
     layer.experts.gate_up_proj.data, layer.experts.down_proj.data = numbers(module, torch.float32)

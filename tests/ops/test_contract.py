@@ -1,6 +1,5 @@
 """What holds for every operator: opcheck, compilation, exact gradients, equal bits, isolation, refusals."""
 
-import hashlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
@@ -17,14 +16,10 @@ from moe.ops.grouped_gemm import grouped_mm_reference
 from moe.ops.library import LIBRARY
 from moe.ops.routing import route_reference
 from tests.support.cases import BY_NAME, ROUTING_CASES, Case, Inputs, RoutingCase
+from tests.support.operators import digest, fused, whole_layer
 
 SMALL = Case("small", 5, 4, 3, 4, 2, "absent")
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-
-
-def mlp(i: Inputs, **settings: Any) -> Tensor:
-    biases = {"gate_up_bias": i.gate_up_bias, "down_bias": i.down_bias}
-    return ops.moe_mlp(i.x, i.gate_up, i.down, i.weights, i.expert_ids, **biases, **settings)
 
 
 def samples(case: Case, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
@@ -98,17 +93,6 @@ def test_opcheck(op: str, case: Case) -> None:
         torch.library.opcheck(getattr(torch.ops.moesmith, op).default, args)
 
 
-def whole_layer(logits: Tensor, bias: Tensor | None, i: Inputs, routing_case: RoutingCase) -> Tensor:
-    """Every public operator in one differentiable function."""
-    routing = ops.route(logits, bias, **routing_case.settings)
-    biases: dict[str, Any] = {"gate_up_bias": i.gate_up_bias, "down_bias": i.down_bias}
-    fused = ops.moe_mlp(i.x, i.gate_up, i.down, routing.weights, routing.expert_ids, **biases)
-    permuted = ops.permute(i.x, routing.expert_ids, i.gate_up.shape[0])
-    hidden = ops.swiglu(ops.grouped_mm(permuted.rows, i.gate_up.mT, permuted.offsets), ops.SwiGLU(limit=2.0))
-    rows = ops.grouped_mm(hidden, i.down.mT, permuted.offsets)
-    return fused + ops.unpermute(rows, permuted.position, routing.weights) + routing.scores.sum()
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_compiled_equals_eager(dtype: torch.dtype) -> None:
     torch._dynamo.reset()
@@ -136,14 +120,14 @@ def test_compiled_once_for_every_token_count() -> None:
         graphs.append(graph)
         return graph.forward
 
-    compiled = torch.compile(lambda i: mlp(i), fullgraph=True, dynamic=True, backend=backend)
+    compiled = torch.compile(lambda i: fused(i), fullgraph=True, dynamic=True, backend=backend)
     for tokens in range(2, 40):
         compiled(Case("compiled", tokens, 24, 40, 8, 3).inputs(torch.float32))
     assert len(graphs) == 1
 
 
 def test_compiled_with_an_activation_from_anywhere() -> None:
-    """An activation that is an argument, an attribute of a module, or made in the graph; one graph has one of them."""
+    """The activation is an argument, an attribute of a module, or made in the graph; a graph has one activation."""
     torch._dynamo.reset()
     i = SMALL.inputs(torch.float32)
 
@@ -153,14 +137,14 @@ def test_compiled_with_an_activation_from_anywhere() -> None:
             self.activation = activation
 
         def forward(self, i: Inputs) -> Tensor:
-            return mlp(i, activation=self.activation) + ops.swiglu(i.gate_up.mT, self.activation).sum()
+            return fused(i, activation=self.activation) + ops.swiglu(i.gate_up.mT, self.activation).sum()
 
     def made_inside(i: Inputs) -> Tensor:
-        return mlp(i, activation=ops.SwiGLU(limit=0.5, alpha=1.702, beta=1.0))
+        return fused(i, activation=ops.SwiGLU(limit=0.5, alpha=1.702, beta=1.0))
 
-    compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     for activation in (ops.SwiGLU(), ops.SwiGLU(0.5), ops.SwiGLU(0.25), ops.SwiGLU(None, 1.702, 1.0)):
-        assert torch.equal(compiled(i, activation=activation), mlp(i, activation=activation))
+        assert torch.equal(compiled(i, activation=activation), fused(i, activation=activation))
         module = Module(activation)
         assert torch.equal(torch.compile(module, fullgraph=True, backend="aot_eager")(i), module(i))
     assert torch.equal(torch.compile(made_inside, fullgraph=True, backend="aot_eager")(i), made_inside(i))
@@ -174,7 +158,9 @@ def test_gradients_in_float64() -> None:
 
         def f(*tensors: Tensor, activation: ops.SwiGLU = activation) -> Tensor:
             x, gate_up, down, weights, gate_up_bias, down_bias = tensors
-            return mlp(Inputs(x, gate_up, down, weights, i.expert_ids, gate_up_bias, down_bias), activation=activation)
+            return fused(
+                Inputs(x, gate_up, down, weights, i.expert_ids, gate_up_bias, down_bias), activation=activation
+            )
 
         assert gradcheck(f, i.differentiable)
         assert gradcheck(lambda t, a=activation: ops.swiglu(t, a), i.gate_up)
@@ -209,7 +195,7 @@ def differentiable_once() -> dict[str, tuple[Callable[..., Tensor], tuple[Tensor
     permuted = ops.permute(i.x.detach(), i.expert_ids, SMALL.experts)
     rows, logits = permuted.rows.clone().requires_grad_(), torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
     return {
-        "moe_mlp": (lambda *_: mlp(i), i.differentiable),
+        "moe_mlp": (lambda *_: fused(i), i.differentiable),
         "swiglu": (ops.swiglu, (i.gate_up,)),
         "route": (lambda x: ops.route(x, top_k=3).weights, (logits,)),
         "scores": (lambda x: ops.route(x, top_k=3).scores[:, :2], (logits,)),
@@ -222,7 +208,7 @@ def differentiable_once() -> dict[str, tuple[Callable[..., Tensor], tuple[Tensor
 @pytest.mark.parametrize("squared", [False, True], ids=["sum", "squares"])
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpoint"])
 def test_second_derivatives_are_refused(name: str, squared: bool, checkpointed: bool) -> None:
-    """Whether or not the outgoing gradient has a graph of its own, as that of a sum has not."""
+    """Also if the outgoing gradient has no graph of its own, like that of a sum."""
     function, leaves = differentiable_once()[name]
     y = checkpoint(function, *leaves, use_reentrant=False) if checkpointed else function(*leaves)
     loss = (y.square() if squared else y).sum()
@@ -249,12 +235,6 @@ def test_forward_mode_is_refused() -> None:
         assert torch.equal(ops.swiglu(x), ops.swiglu(x.clone()))  # what has no tangent
 
 
-def digest(*tensors: Tensor) -> str:
-    return hashlib.sha256(
-        b"".join(t.detach().contiguous().view(torch.uint8).numpy().tobytes() for t in tensors)
-    ).hexdigest()
-
-
 @each_dtype
 @pytest.mark.parametrize("name", ["many_experts", "skew", "one_token"])
 def test_equal_input_equal_bits(name: str, dtype: torch.dtype) -> None:
@@ -273,10 +253,10 @@ def test_equal_input_equal_bits(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("wanted", range(6))
 def test_gradients_do_not_depend_on_which_are_wanted(wanted: int) -> None:
     inputs = BY_NAME["absent"].inputs(torch.float32).leaves()
-    every = torch.autograd.grad(mlp(inputs).square().sum(), inputs.differentiable)
+    every = torch.autograd.grad(fused(inputs).square().sum(), inputs.differentiable)
     for i, tensor in enumerate(inputs.differentiable):
         tensor.requires_grad_(i == wanted)
-    (alone,) = torch.autograd.grad(mlp(inputs).square().sum(), inputs.differentiable[wanted])
+    (alone,) = torch.autograd.grad(fused(inputs).square().sum(), inputs.differentiable[wanted])
     assert torch.equal(alone, every[wanted])
 
 
@@ -288,7 +268,7 @@ def test_a_nan_reaches_no_other_row(dtype: torch.dtype) -> None:
     others = torch.arange(case.tokens) != token
     with torch.no_grad():
         dirty.x[token] = torch.nan
-    y, z = mlp(clean), mlp(dirty)
+    y, z = fused(clean), fused(dirty)
     assert torch.equal(y[others], z[others]) and z[token].isnan().all()
     grad = torch.randn_like(y)
     grads, hit = (torch.autograd.grad(out, i.differentiable, grad) for out, i in ((y, clean), (z, dirty)))
@@ -303,7 +283,7 @@ def test_weights_of_any_strides() -> None:
     inputs = BY_NAME["ragged"].inputs(torch.float64).leaves()
     turned = Inputs(**vars(inputs) | {n: getattr(inputs, n).detach().mT.contiguous().mT for n in ("gate_up", "down")})
     turned = Inputs(**{n: t.requires_grad_(t.is_floating_point()) for n, t in vars(turned).items()})
-    y, z = mlp(inputs), mlp(turned)
+    y, z = fused(inputs), fused(turned)
     torch.testing.assert_close(y, z, rtol=1e-12, atol=1e-12)
     # An expanded gradient, as that of a sum, and one in another layout.
     for grad in (torch.ones(()).double().expand_as(y), torch.randn(y.shape[::-1], dtype=y.dtype).t()):
@@ -317,9 +297,9 @@ def test_weights_of_any_strides() -> None:
 def test_autocast_casts_the_experts_and_not_the_routing_weights() -> None:
     inputs = BY_NAME["ragged"].inputs(torch.float32).leaves()
     low = Inputs(**vars(inputs.to(torch.bfloat16)) | {"weights": inputs.weights})
-    expected = mlp(low)
+    expected = fused(low)
     with torch.autocast("cpu", torch.bfloat16):
-        y = mlp(inputs)
+        y = fused(inputs)
         product = ops.grouped_mm(inputs.gate_up, inputs.down)
         assert ops.swiglu(inputs.x).dtype == torch.float32
         grads = torch.autograd.grad(y.float().square().sum(), inputs.differentiable)
@@ -327,17 +307,17 @@ def test_autocast_casts_the_experts_and_not_the_routing_weights() -> None:
     assert product.dtype == torch.bfloat16
     assert torch.equal(product, ops.grouped_mm(inputs.gate_up.bfloat16(), inputs.down.bfloat16()))
     assert all(g.dtype == torch.float32 for g in grads)
-    outside = torch.autograd.grad(mlp(low).float().square().sum(), low.weights)[0]
+    outside = torch.autograd.grad(fused(low).float().square().sum(), low.weights)[0]
     assert torch.equal(grads[3], outside)
     with torch.autocast("cpu", torch.bfloat16):  # float64 stays, as in every operation under autocast
-        assert mlp(BY_NAME["ragged"].inputs(torch.float64)).dtype == torch.float64
+        assert fused(BY_NAME["ragged"].inputs(torch.float64)).dtype == torch.float64
 
 
 GOOD = BY_NAME["ragged"].inputs(torch.float32)
 
 
 def changed(**fields: Any) -> Callable[[], Tensor]:
-    return lambda: mlp(Inputs(**vars(GOOD) | fields))
+    return lambda: fused(Inputs(**vars(GOOD) | fields))
 
 
 def with_id(value: int, name: str = "ragged") -> Tensor:
@@ -360,7 +340,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "9 is neither",
     ),
     "id in reference": (
-        lambda: mlp(Inputs(**vars(GOOD) | {"expert_ids": with_id(8)}), tier="reference"),
+        lambda: fused(Inputs(**vars(GOOD) | {"expert_ids": with_id(8)}), tier="reference"),
         IndexError,
         "8",
     ),
@@ -376,10 +356,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "mixed dtypes": (changed(down=GOOD.down.double()), TypeError, "down: expected torch.float32 as x has"),
     "integers": (changed(x=GOOD.x.long()), TypeError, "x: expected float32, float64, bfloat16 or float16"),
     "bias of other shape": (changed(down_bias=GOOD.gate_up_bias), ValueError, r"down_bias: expected \[8, 24\]"),
-    "unknown tier": (lambda: mlp(GOOD, tier="fast"), ValueError, NO_TIER),
+    "unknown tier": (lambda: fused(GOOD, tier="fast"), ValueError, NO_TIER),
     "unknown tier of a product": (lambda: ops.grouped_mm(ROWS, STACK, OFFS, tier=FAST), ValueError, NO_TIER),
     "unknown tier of a routing": (lambda: ops.route(ROWS, top_k=1, tier=FAST), ValueError, NO_TIER),
-    "kernels on the CPU": (lambda: mlp(GOOD, tier="triton"), ValueError, NO_KERNELS),
+    "kernels on the CPU": (lambda: fused(GOOD, tier="triton"), ValueError, NO_KERNELS),
     "kernels of a product on the CPU": (
         lambda: ops.grouped_mm(ROWS, STACK, OFFS, tier="triton"),
         ValueError,
@@ -500,7 +480,7 @@ def test_results_do_not_alias_arguments() -> None:
         "unpermute": ([ops.unpermute(permuted.rows, permuted.position, ones)], (permuted.rows,)),
         "plain unpermute": ([ops.unpermute(permuted.rows, permuted.position)], (permuted.rows,)),
         "route": (ops.route(logits, top_k=1, norm_topk_prob=False)[:3], (logits,)),
-        "moe_mlp": ([mlp(inputs)], vars(inputs).values()),
+        "moe_mlp": ([fused(inputs)], vars(inputs).values()),
     }
     for name, (results, arguments) in groups.items():
         addresses = {t.untyped_storage().data_ptr() for t in arguments}

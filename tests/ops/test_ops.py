@@ -19,34 +19,11 @@ from moe.ops.mlp import moe_mlp_reference
 from moe.ops.permutation import permute_reference, unpermute_reference
 from tests.support.bound import DTYPES, UNIT, against_eager, elementwise_limit, excess, product_limit
 from tests.support.cases import BY_NAME, CASES, Case, Inputs
+from tests.support.operators import eager_experts, fused, gradients
 from tests.support.running_error import beyond, complaints, moe_mlp_errors
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-
-
-def eager_experts(i: Inputs, bias: bool = True) -> Tensor:
-    """What transformers' experts do in eager mode, with biases and ids of -1."""
-    out = torch.zeros_like(i.x)
-    for e in range(len(i.gate_up)):
-        token, k = (i.expert_ids == e).nonzero(as_tuple=True)
-        gate, up = (i.x[token] @ i.gate_up[e].T + (i.gate_up_bias[e] if bias else 0)).chunk(2, dim=-1)
-        rows = (silu(gate) * up) @ i.down[e].T + (i.down_bias[e] if bias else 0)
-        out = out.index_add(0, token, (rows * i.weights[token, k, None]).to(out.dtype))
-    return out
-
-
-def fused(i: Inputs, **settings: Any) -> Tensor:
-    biases: dict[str, Any] = {"gate_up_bias": i.gate_up_bias, "down_bias": i.down_bias}
-    return ops.moe_mlp(i.x, i.gate_up, i.down, i.weights, i.expert_ids, **biases, **settings)
-
-
-def gradients(function: Callable[[Inputs], Tensor], inputs: Inputs, grad: Tensor) -> dict[str, Tensor]:
-    leaves = inputs.leaves()
-    result = function(leaves)
-    names = ("x", "gate_up", "down", "weights", "gate_up_bias", "down_bias")
-    grads = torch.autograd.grad(result, leaves.differentiable, grad.to(result.dtype), materialize_grads=True)
-    return {"y": result.detach(), **dict(zip(names, grads, strict=True))}
 
 
 def test_memory_is_poisoned() -> None:
@@ -107,7 +84,7 @@ def test_moe_mlp_takes_any_strides(case: Case) -> None:
 
 @pytest.mark.parametrize("rows", [1, 7, 30])
 def test_moe_mlp_does_not_depend_on_its_batches(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU small experts go through the products together; more batches, and experts too large for one."""
+    """On the CPU, small experts are multiplied in batches: more batches, and experts too large for one."""
     inputs, grad = BY_NAME["ragged"].inputs(torch.float32), torch.randn(61, 24)
     errors = moe_mlp_errors(inputs, grad)
     monkeypatch.setattr("moe.ops.mlp._BATCH_ROWS", rows)
@@ -365,7 +342,7 @@ def test_permute_and_unpermute_take_any_strides() -> None:
 @pytest.mark.parametrize("tokens", [512, 600])
 @pytest.mark.parametrize("weighted", [True, False])
 def test_rows_that_are_summed_in_parts(tokens: int, weighted: bool) -> None:
-    """More numbers of two bytes than are widened at once."""
+    """More half-precision numbers than are widened at once."""
     ids = torch.randint(-1, 6, (tokens, 4))
     position = ops.permute(torch.zeros(tokens, 0), ids, 6).position
     rows = torch.randn(4 * tokens, 1024).half()
@@ -464,7 +441,7 @@ def test_swiglu_of_large_gates(activation: SwiGLU, dtype: torch.dtype) -> None:
 
 @each_dtype
 def test_swiglu_at_its_limits(dtype: torch.dtype) -> None:
-    """There the gradient passes, as that of torch's clamp does; beyond it is zero."""
+    """At a limit the gradient passes, as for torch's clamp; beyond it the gradient is zero."""
     gate, up = [1.5, 1.5, -1.5, 2.0, 1.0, 1.0], [1.5, -1.5, 1.5, 1.0, 2.0, -2.0]
     gate_up = torch.tensor([gate + up], dtype=dtype, requires_grad=True)
     (found,) = torch.autograd.grad(ops.swiglu(gate_up, SwiGLU(1.5)).sum(), gate_up)
@@ -537,7 +514,7 @@ DROPPED: dict[str, Callable[[Inputs], Inputs]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", FEW)
 def test_the_running_error_sees(name: str, dtype: torch.dtype) -> None:
-    """Of few numbers too, and in each result alone: what is zero, scaled, negated or computed without something."""
+    """It detects each result that is zero, scaled, negated or computed without something, even of few numbers."""
     inputs = BY_NAME[name].inputs(dtype)
     grad = torch.randn(inputs.x.shape).to(dtype)
     ours, errors = gradients(fused, inputs, grad), moe_mlp_errors(inputs, grad)

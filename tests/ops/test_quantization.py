@@ -33,7 +33,7 @@ def fp8(codes: Tensor) -> Tensor:
 
 
 def by_hand(weight: Tensor, scale: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """One matrix. A product of 4 by 24 bits is exact in float64; float32 and `dtype` each round it once."""
+    """Dequantises one matrix. A product of 4 by 24 bits is exact in float64; float32 and `dtype` each round it once."""
     out = torch.empty(weight.shape, dtype=torch.float32)
     codes = weight.view(torch.uint8).tolist()
     for i, row in enumerate(codes):
@@ -45,7 +45,7 @@ def by_hand(weight: Tensor, scale: Tensor, block: tuple[int, int], dtype: torch.
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Bit for bit, the sign of zero too; one NaN is like another."""
+    """Whether two tensors have the same bits, signs of zero included; all NaNs are alike."""
     assert a.dtype == b.dtype and a.shape == b.shape
     number = torch.equal(a.isnan(), b.isnan()) and torch.equal(a.signbit() | a.isnan(), b.signbit() | b.isnan())
     return number and torch.equal(a.nan_to_num(0.0, math.inf, -math.inf), b.nan_to_num(0.0, math.inf, -math.inf))
@@ -94,7 +94,7 @@ def test_blocks_by_hand(shape: tuple[int, int], block: tuple[int, int], dtype: t
     assert same(strided.contiguous(), expected)
 
 
-def test_blocks_that_nobody_asked_for() -> None:
+def test_defaults_are_blocks_of_128_and_bfloat16() -> None:
     weight = torch.randn(2, 260, 300).cumsum(-1)
     codes, scales = ops.quantize_blocks(weight)
     for found, told in zip(
@@ -194,7 +194,7 @@ def test_refusals_name_what_was_expected_and_found() -> None:
 @pytest.mark.parametrize("dtype", FLOATS[:1] + FLOATS[2:], ids=str)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("scale_fmt", [None, "ue8m0"])
-def test_numbers_that_are_none_are_refused(dtype: torch.dtype, value: float, scale_fmt: None) -> None:
+def test_nan_and_infinity_are_refused(dtype: torch.dtype, value: float, scale_fmt: None) -> None:
     weight = torch.randn(2, 9, 20).to(dtype)
     weight[1, 8, 13] = weight[1, 8, 19] = value
     with pytest.raises(ValueError, match=r"weight\[1\]: NaN or infinity in block \(2, 1\); 2 such blocks in all"):

@@ -184,7 +184,7 @@ def test_deepseek_v3_of_transformers_agrees() -> None:
 
 
 def test_ernie4_5_of_transformers_agrees() -> None:
-    """Scores by softmax, chosen with the bias, divided by their sum or by the least one, of which there are both."""
+    """Scores by softmax, chosen with the bias, divided by their sum or by the minimum; both occur."""
     from transformers import Ernie4_5_MoeConfig
     from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import Ernie4_5_MoeTopKRouter
 
@@ -204,7 +204,7 @@ def test_ernie4_5_of_transformers_agrees() -> None:
 
 
 def wrong_route(bug: str, case: RoutingCase, logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """(ids, unnormalised weights) of a router with a bug that somebody has shipped."""
+    """(ids, unnormalised weights) of a router with a bug of a released implementation."""
     scores = logits.sigmoid()
     choice = scores + (bias.bfloat16() if bug == "bfloat16 bias" else bias)
     if bug == "bfloat16 bias":

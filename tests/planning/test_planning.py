@@ -14,8 +14,8 @@ from moe.checkpoint.format.sizes import parse_size
 from moe.cli import main
 from moe.counts import count_parameters
 from moe.planning.footprint import Placement, inference, stored, training
-from tests.checkpoint.test_quantised import BLOCK, make_fp8, make_mxfp4
 from tests.support.checkpoint_cases import V3, V3_MTP, configure
+from tests.support.quantised_checkpoints import BLOCK, make_fp8, make_mxfp4
 
 
 def test_the_released_deepseek_v3() -> None:

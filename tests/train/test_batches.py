@@ -1,4 +1,4 @@
-"""`moe.train.batches`: one's own batches, optimizers and losses."""
+"""`moe.train.batches`: custom batches, optimizers and losses."""
 
 import dataclasses
 from typing import Any
@@ -11,7 +11,7 @@ from torch.nn.functional import mse_loss
 import moe
 from moe.train.batches import BatchTrainer
 from moe.train.loop import NonFiniteError
-from tests.train.test_train import MICRO
+from tests.support.training import MICRO
 
 IDS = torch.randint(MICRO.vocab_size, (6, 12), generator=torch.Generator().manual_seed(0))
 

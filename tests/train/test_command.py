@@ -26,10 +26,9 @@ from moe.train.schedule import learning_rate_factor
 from moe.train.scoring import pack
 from moe.train.settings import Settings
 from moe.train.state import load_latest_state
-from tests.train import test_train
-from tests.train.test_train import MICRO, MICRO_SETTINGS, QUIET, assert_same_state
+from tests.support.training import MICRO, MICRO_SETTINGS, QUIET, assert_same_state
 
-micro, text, dataset = test_train.micro, test_train.text, test_train.dataset
+pytestmark = pytest.mark.usefixtures("micro")
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +56,7 @@ def options(text: Path, out: Path, *more: str) -> list[str]:
 
 
 def said(capsys: pytest.CaptureFixture[str], *argv: str, status: int = 0) -> str:
-    """Standard error of a command; of one that fails, its only line that does not describe the run."""
+    """Standard error of a command. If it fails, the only line that does not describe the run."""
     assert main(argv) == status
     captured = capsys.readouterr()
     if not status:
@@ -259,7 +258,7 @@ def test_ctrl_c_while_data_is_prepared_leaves_nothing(
 
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Numbers of nodes of the graphs that torch.compile makes, run as they are."""
+    """Node counts of the graphs that torch.compile makes; they run as they are."""
     torch._dynamo.reset()
     graphs: list[int] = []
 
@@ -363,9 +362,7 @@ class FakeRun:
         self.logged.append((step, values))
 
 
-def test_wandb_gets_the_same_and_goes_on_with_its_run(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_gets_the_same_and_continues_its_run(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inits: list[dict[str, Any]] = []
     fake = FakeRun()
 

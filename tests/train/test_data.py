@@ -274,7 +274,7 @@ def test_evaluation_predicts_every_token_but_the_first_once(count: int, length: 
 
 
 def test_ids_that_a_vocabulary_leaves_out_count(tmp_path: Path) -> None:
-    """A model needs a row for the largest id, not for so many tokens; 16 bits may not hold it."""
+    """A model needs rows up to the largest id, which may exceed the number of tokens and 16 bits."""
     words = {"<|endoftext|>": 3, "red": 70000, "blue": 9}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="blue"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
@@ -289,7 +289,7 @@ def test_ids_that_a_vocabulary_leaves_out_count(tmp_path: Path) -> None:
 
 
 def test_bytes_of_first_tokens() -> None:
-    """SentencePiece's: a space that decoding drops, single bytes of a character, and an empty document."""
+    """First tokens of SentencePiece: a space that decoding drops, single bytes of a character, an empty document."""
     vocabulary = {"<eos>": 0, "▁day": 1, "<0xE6>": 2, "日": 3, "x": 4}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -506,7 +506,7 @@ def test_a_named_file_of_another_suffix_is_read_if_it_is_text(tmp_path: Path) ->
         assert [d.text for d in read_files([tmp_path / name])] == ["let x = {1};\n[a] {b}\n"]
 
 
-def test_of_a_folder_all_other_files_are_named(tmp_path: Path) -> None:
+def test_files_of_a_folder_that_are_left_out_are_reported(tmp_path: Path) -> None:
     (tmp_path / "sub" / ".hidden").mkdir(parents=True)
     for name in ("a.txt", "sub/b.md", "sub/.c.txt", "sub/.hidden/d.txt", "e.csv", "f.html", "g", "h.bin"):
         (tmp_path / name).write_text("some text")

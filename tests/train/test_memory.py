@@ -189,7 +189,7 @@ def test_an_earlier_run_stays_where_another_does_not_fit(tmp_path: Path, monkeyp
 
 
 def test_what_is_free_is_the_machines_own_figure() -> None:
-    """No preset that can be trained here is refused on a machine that can hold it."""
+    """No preset that fits the machine is refused."""
     available, _ = memory.free_bytes(CPU)
     assert 0 < available < 2**63
     assert math.isfinite(available)

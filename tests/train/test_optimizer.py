@@ -1,4 +1,4 @@
-"""Muon over stacks against torch's own, who is stepped by what, and the learning rate's course."""
+"""Muon on stacked matrices against torch's, which optimizer steps which parameter, and the learning-rate schedule."""
 
 import dataclasses
 from collections import Counter
@@ -244,7 +244,7 @@ def test_every_parameter_has_one_optimizer(settings: Any, name: Any) -> None:
 
 
 class Around(nn.Module):
-    """A wrapper that has the module under the name of its own."""
+    """A wrapper that has the module under a name of its own."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
         super().__init__()

@@ -59,14 +59,6 @@ def plain(summary: dict[str, Any], model: moe.Transformer) -> tuple[Tensor, Tens
     return nats_of_windows(model, summary["folder"])
 
 
-def test_the_preset_has_every_part_of_deepseek_v3() -> None:
-    config = moe.preset("tiny")
-    assert config.is_mla and config.q_lora_rank and config.kv_lora_rank
-    assert config.first_k_dense_replace == 1 and config.n_shared_experts == 1 and config.num_nextn_predict_layers == 1
-    assert (config.scoring_func, config.topk_method) == ("sigmoid", "noaux_tc")
-    assert 1 < config.topk_group < config.n_group
-
-
 def test_it_beats_the_bigram_and_two_bits(summary: dict[str, Any]) -> None:
     scores = {key: summary["validation"][key]["bits_per_byte"] for key in ("before", "after", "unigram", "bigram")}
     assert scores["after"] <= 2.0, scores
@@ -104,7 +96,7 @@ def random_experts(model: moe.Transformer, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def other_experts(model: moe.Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random ones, none of which the router would have chosen."""
+    """Random experts, none of which the router would have chosen."""
     generator = torch.Generator().manual_seed(0)
 
     def scores(route: Callable[[Tensor], moe.Routing], logits: Tensor) -> Tensor:
