@@ -166,9 +166,10 @@ def test_the_documentation_shows_this_output(summary: dict[str, Any]) -> None:
     """Its words; and the losses within what another processor changes. The sample's words are the processor's own."""
     page = (ROOT / "docs" / "training.md").read_text()
     shown = page.partition("\n```text\n")[2].partition("```\n")[0]
-    console = Console(file=io.StringIO(), width=80)
-    print_summary(console, json.loads(json.dumps(summary).replace(summary["folder"], "runs/tiny")), None)
-    printed = console.file.getvalue()
+    stream = io.StringIO()
+    renamed = json.loads(json.dumps(summary).replace(summary["folder"], "runs/tiny"))
+    print_summary(Console(file=stream, width=80), renamed, None)
+    printed = stream.getvalue()
     shown, _, command = shown.rstrip("\n").rpartition("\ntry ")
     program = ["moesmith", "generate", "runs/tiny/checkpoint", "--prompt", summary["sample"]["prompt"].splitlines()[0]]
     assert shlex.split(command)[:5] == program
