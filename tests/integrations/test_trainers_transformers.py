@@ -1,6 +1,8 @@
 """transformers' Trainer with models of ours, against loops written by hand."""
 
 import copy
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback, Tra
 import moe
 from moe import balance
 from moe.integrations.transformers import BalanceCallback
+from tests.conftest import ROOT
 
 CONFIG = moe.ModelConfig(
     vocab_size=61,
@@ -296,3 +299,13 @@ def test_a_tokenizer_and_tensorboard(tmp_path: Path) -> None:
     events = accumulator.EventAccumulator(str(folder))
     events.Reload()
     assert {"train/loss", "train/moe_max_vio", "train/moe_dead_experts"} <= set(events.Tags()["scalars"])
+
+
+def test_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["hf_trainer.py", "--out", "run", "--steps", "5"])
+    runpy.run_path(str(ROOT / "examples" / "hf_trainer.py"), run_name="__main__")
+    assert "moe_max_vio" in capsys.readouterr().out
+    biases = [router.e_score_correction_bias for _, router in balance.routers(moe.load("run/checkpoint"))]
+    assert all(bias.abs().max() > 0 for bias in biases)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

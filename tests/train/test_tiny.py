@@ -1,9 +1,12 @@
-"""The run that the README shows, `train --preset tiny`: its figures, and that its parts do their work.
+"""The run that the documentation shows, `train --preset tiny`: its output, and that its parts do their work.
 
 One run, shared by the tests here; it takes most of their time.
 """
 
+import io
 import json
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,13 +15,16 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe
 from moe.train.data import evaluation_batches, open_dataset
+from moe.train.report import print_summary
 from moe.train.settings import Settings
+from tests.conftest import ROOT
 
 WINDOW = Settings().seq_length
 
@@ -154,3 +160,29 @@ def test_plots_are_pictures(summary: dict[str, Any]) -> None:
 def test_the_sample_is_text_that_goes_on(summary: dict[str, Any]) -> None:
     sample = summary["sample"]
     assert sample["text"].startswith(sample["prompt"]) and len(sample["text"]) > len(sample["prompt"])
+
+
+def test_the_documentation_shows_this_output(summary: dict[str, Any]) -> None:
+    """Its words; and the losses within what another processor changes. The sample's words are the processor's own."""
+    page = (ROOT / "docs" / "training.md").read_text()
+    shown = page.partition("\n```text\n")[2].partition("```\n")[0]
+    stream = io.StringIO()
+    renamed = json.loads(json.dumps(summary).replace(summary["folder"], "runs/tiny"))
+    print_summary(Console(file=stream, width=80), renamed, None)
+    printed = stream.getvalue()
+    shown, _, command = shown.rstrip("\n").rpartition("\ntry ")
+    program = ["moesmith", "generate", "runs/tiny/checkpoint", "--prompt", summary["sample"]["prompt"].splitlines()[0]]
+    assert shlex.split(command)[:5] == program
+
+    def words(text: str) -> list[str]:
+        before, prompt, rest = text.partition(summary["sample"]["prompt"])
+        after = rest.rpartition("\n\n")[2]
+        return re.sub(r"[\d.,]*\d|[━─]+", "#", before + prompt + after).split()
+
+    def losses(text: str) -> list[float]:
+        rows = re.findall(r"^\W*(?:before|unigram|bigram|after)\b[^\d\n]*([\d.]+)\D+([\d.]+)\D*$", text, re.MULTILINE)
+        return [float(number) for row in rows for number in row]
+
+    assert words(printed) == words(shown)
+    assert len(losses(shown)) == 8 and losses(printed)[:6] == pytest.approx(losses(shown)[:6], rel=1e-3)
+    assert losses(printed) == pytest.approx(losses(shown), rel=0.03)
