@@ -468,5 +468,6 @@ def test_licences_travel_and_a_description_of_another_model_does_not(released: P
     model.save(tmp_path / "saved")  # a folder of a save, which keeps what it has
     assert (tmp_path / "saved" / "LICENSE").read_bytes() == b"MIT"
     model.carried_files = {"LICENSE": others["LICENSE-LONG"]}
-    with pytest.raises(CheckpointError, match=f"'LICENSE' is too large; expected at most {MAX_LICENSE_BYTES} bytes"):
+    too_large = rf"carried_files\['LICENSE'\] is too large; expected at most {MAX_LICENSE_BYTES} bytes"
+    with pytest.raises(CheckpointError, match=too_large):
         model.save(tmp_path / "long")

@@ -190,7 +190,7 @@ BAD_INDEXES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "brackets that differ": (lambda index: b'{"metadata": {"a": [1}, "weight_map": {}}', "Expecting ',' delimiter"),
     "metadata with a comma too many": (lambda index: b'{"metadata": [1,], "weight_map": {}}', "expected a value"),
     "metadata without a colon": (lambda index: b'{"metadata": {"a" 1}, "weight_map": {}}', "Expecting ':' delimiter"),
-    "metadata too deep": (lambda index: b'{"metadata": ' + b"[" * 65 + b"]" * 65 + b"}", "more than 64 arrays"),
+    "metadata too deep": (lambda index: b'{"metadata": ' + b"[" * 65 + b"]" * 65 + b"}", "more than 64 nested arrays"),
     "many other keys": (lambda index: {**{str(i): i for i in range(65)}, **index}, "too many keys beside weight_map"),
 }
 

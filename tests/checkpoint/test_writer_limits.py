@@ -139,7 +139,7 @@ def nested(depth: int) -> Any:
     ("extra", "message"),
     [
         ({"a": "x" * MAX_CONFIG_BYTES}, "more than a reader accepts"),
-        ({"a": nested(64)}, "more than 64 arrays and objects"),
+        ({"a": nested(64)}, "more than 64 nested arrays and objects"),
         ({"a": nested(800)}, "extra: not JSON|more than 64"),
         ({"a": {1: 0, "1": 0}}, "duplicate key|not JSON"),
         ({"a": float("nan")}, "not JSON"),
