@@ -6,6 +6,7 @@ import shutil
 import textwrap
 import types
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
@@ -20,6 +21,8 @@ UNSET = tyro.conf.arg(help_behavior_hint="")
 
 DTYPES = tuple(SAFETENSORS)
 COMPUTE_DTYPES = ("auto", *FLOATING)
+
+_EMPTY = Path("\0")  # of an empty word, which for pathlib is the current folder
 
 _Args = TypeVar("_Args")
 _registry = ConstructorRegistry()
@@ -44,6 +47,7 @@ def parse(command: type[_Args], name: str, arguments: Sequence[str]) -> _Args:
             config=(tyro.conf.DisallowNone,),  # bool | None is --x/--no-x, as bool is
         )
     _check_choices(args)
+    _check_paths(args)
     getattr(args, "check", lambda: None)()
     return args
 
@@ -77,6 +81,13 @@ def _check_choices(args: Any) -> None:
         choices = _choices(kind)
         if choices and value is not None and value not in choices:
             raise ConfigError(option(name), value, f"one of {', '.join(choices)}{did_you_mean(value, choices)}")
+
+
+def _check_paths(args: Any) -> None:
+    """Raise ConfigError for an empty word, such as a variable of the shell that is not set."""
+    for name, (_, value) in _fields(args).items():
+        if any(each is _EMPTY for each in (value if isinstance(value, tuple) else (value,))):
+            raise ConfigError(option(name), "", "a path")
 
 
 def dtype_option(allowed: tuple[str, ...]) -> Any:
@@ -125,5 +136,19 @@ def _one_of(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         metavar=f"{{{','.join(names)}}}",
         instance_from_str=read,
         is_instance=lambda value: value is None or value in names,
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+@_registry.primitive_rule
+def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Paths, with an empty word as `_EMPTY`."""
+    if info.type is not Path:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: Path(words[0]) if words[0] else _EMPTY,
+        is_instance=lambda value: isinstance(value, Path),
         str_from_instance=lambda value: [str(value)],
     )

@@ -563,6 +563,9 @@ def test_validation_files_are_all_of_the_validation(tmp_path: Path) -> None:
         prepare(tmp_path / "same", train[:1], None, 300, validation_data=train)
     with pytest.raises(ConfigError, match=r"--validation-data = .*none"):
         prepare(tmp_path / "none", train, None, 300, validation_data=[tmp_path / "none"])
+    (tmp_path / "blank.jsonl").write_text('{"text": " "}\n')
+    with pytest.raises(ConfigError, match=r"--validation-data = .*blank\.jsonl': expected text; found white space"):
+        prepare(tmp_path / "blank", train, None, 300, validation_data=[tmp_path / "blank.jsonl"])
 
 
 def test_ids_with_gaps_fit_the_vocabulary(tmp_path: Path) -> None:
