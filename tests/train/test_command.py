@@ -531,3 +531,17 @@ def test_eval_refuses_in_one_line(text: Path, run: Path, tmp_path: Path, capsys:
         ([str(tmp_path / "nothing"), "--data", str(text)], "no such folder"),
     ):
         assert expected in said(capsys, "eval", *words, status=2), words
+
+
+def test_what_is_not_finite_has_no_score(
+    text: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = moe.load(run)
+    with torch.no_grad():
+        model.norm.weight[3] = float("nan")
+    model.save(tmp_path / "sick")
+    problem = "the validation loss is not finite; first in the parameter norm.weight"
+    assert f"sick: {problem}" in said(capsys, "eval", str(tmp_path / "sick"), "--data", str(text), status=2)
+    assert main(options(text, tmp_path / "out", "--init", str(tmp_path / "sick"))) == 2
+    assert f"step 0: {problem}" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "metrics.jsonl").read_text()
