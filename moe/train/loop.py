@@ -32,7 +32,8 @@ if TYPE_CHECKING:  # importing it takes half a second
 class NonFiniteError(FloatingPointError):
     """A loss or a gradient that is not a number.
 
-    Attributes: step, what ("loss", "validation loss" or "gradient"), where (name of the module or parameter that shows it first).
+    Attributes: step, what ("loss", "validation loss" or "gradient"), where (name of the module or parameter that shows
+    it first).
     """
 
     def __init__(self, step: int, what: str, where: str) -> None:
