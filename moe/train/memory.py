@@ -32,9 +32,10 @@ def check_memory(
     states, optimizer = (here * size for size in state_bytes(config, settings, ranks))
     rows = settings.batch_size / ranks
 
-    def needed(rows: float) -> int:
+    def needed(rows: float, micro_batches: int = settings.accumulation) -> int:
         # Optimizers have a state after the first step. Then there are no gradients during a forward pass.
-        activations = here * activation_bytes(config, settings, rows)
+        waiting = 8 * (micro_batches - 1) * rows * settings.seq_length  # ids, counted before the first forward pass
+        activations = here * round(activation_bytes(config, settings, rows) + waiting)
         kept = states // 2 + activations + (optimizer if settings.steps > 1 else 0)
         return round(max(states + optimizer, kept))
 
@@ -45,6 +46,8 @@ def check_memory(
         option, advice = "--seq-length", "shorter sequences"
         if needed(min(rows, 1)) <= free:
             option, advice = "--batch-size", "fewer sequences, and --accumulation"
+        if needed(rows, 1) <= free:
+            option, advice = "--accumulation", "fewer forward passes per step"
     name = option[2:].replace("-", "_")
     value = settings.name if name == settings.source else getattr(settings, name)
     found = f"{_gib(needed(rows))} are needed at least and {_gib(free)} are free"
