@@ -280,7 +280,10 @@ class Transformer(nn.Module):
             int64 scalars. "ce.0": tokens that are predicted; "mtp.1": by the module mtp.0, and so on; "balance.0",
             "balance.1", ...: sequences with a real token (without `seq_aux`, real tokens) in the layers, in mtp.0, and
             so on; "z.0", ...: real tokens. For `GlobalBatch.step`.
+
+        Raises TypeError and ValueError as `forward` does.
         """
+        self._check(input_ids, labels, attention_mask, None, document_ids, None, 0)
         batch, length = input_ids.shape
         real = attention_mask.bool() if attention_mask is not None else None
         if labels is not None and real is not None:

@@ -306,6 +306,8 @@ def _open(path: Path, compression: str | None) -> Any:
 
 
 def _decode(content: bytes, file: _File) -> str:
+    if (at := content.find(b"\0")) >= 0:
+        raise file.error("plain text", f"binary data: a zero byte at offset {at}")
     try:
         return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:

@@ -484,6 +484,7 @@ NO_TEXT = {
     "x.pdf": (b"%PDF-1.7\n", "found a PDF file"),
     "x.docx": (b"PK\x03\x04", "found a zip archive"),
     "x.bin": (b"text\0text", "found binary data: a zero byte at offset 4"),
+    "late.txt": (b"text\n" * 1000 + b"\0", "found binary data: a zero byte at offset 5000"),
     "x.arrow": (b"ARROW1\0\0", "found binary data"),
     "gzip.txt": (b"\x1f\x8b\x08", "found a gzip file"),
     "wide.txt": ("text".encode("utf-16"), "found UTF-16 text, which must be UTF-8"),
