@@ -118,7 +118,8 @@ def test_what_cannot_be_trained_is_refused_and_changes_nothing() -> None:
     ):
         with pytest.raises(ValueError, match=expected):
             BatchTrainer(model, [batch], sgd(model)).step()
-    for loss, found in ((lambda model, ids: model(ids).logits, r"\(6, 12, 300\)$"), (lambda *_: 1.0, "float$")):
+    losses: Any = ((lambda model, ids: model(ids).logits, r"\(6, 12, 300\)$"), (lambda *_: 1.0, "float$"))
+    for loss, found in losses:
         with pytest.raises(ValueError, match=f"{wrong} {found}"):
             BatchTrainer(model, [IDS], sgd(model), loss=loss).step()
     with pytest.raises(ValueError, match="optimizers"):
