@@ -280,7 +280,10 @@ class Transformer(nn.Module):
             int64 scalars for `GlobalBatch.step`. "ce.0": tokens predicted by the model; "mtp.1", "mtp.2", ...: tokens
             predicted by mtp.0, mtp.1, ...; "balance.0", "balance.1", ...: sequences with a real token (without
             `seq_aux`, real tokens) in the model, in mtp.0, ...; "z.0", "z.1", ...: real tokens.
+
+        Raises TypeError and ValueError as `forward` does.
         """
+        self._check(input_ids, labels, attention_mask, None, document_ids, None, 0)
         batch, length = input_ids.shape
         real = attention_mask.bool() if attention_mask is not None else None
         if labels is not None and real is not None:

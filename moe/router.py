@@ -61,7 +61,7 @@ class LoadCounter:
     def move(self, device: torch.device) -> None:
         self.batch.move(device)
         if self.leaf is not None and self.leaf.device != device:
-            self._count_in(self.leaf.detach().to(device))
+            self._count_in(torch.zeros_like(self.leaf, device=device))  # meta has no values to copy
 
     def reset(self) -> None:
         """Drop the count since the last `take`."""

@@ -67,6 +67,7 @@ def run(args: Args) -> int:
     import moe
     from moe.checkpoint.reading.load import usable_device
     from moe.train.documents import read_files
+    from moe.train.loop import NonFiniteError
     from moe.train.scoring import pack, score, validation_of
 
     device = usable_device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
@@ -87,7 +88,10 @@ def run(args: Args) -> int:
         document_mask=began.document_mask if args.document_mask is None else args.document_mask,
         dtype=began.dtype if args.dtype == "auto" else "fp32",
     )
-    result = {"folder": str(folder)} | score(model, dataset, settings)
+    try:
+        result = {"folder": str(folder)} | score(model, dataset, settings)
+    except NonFiniteError as error:
+        raise CheckpointError(folder, f"the {error.what} is not finite; {error.where}") from None
     if args.json:
         print(json.dumps(result))
         return 0

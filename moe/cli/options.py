@@ -128,8 +128,10 @@ class Field:
             return known
         expected, hint = f"one of {', '.join(self.choices)}", did_you_mean(word, self.choices)
         if not self.choices:
+            # An empty word, such as a variable of the shell that is not set, would be the current folder.
             with contextlib.suppress(ValueError):
-                return self.value(word)
+                if word or self.value is not Path:
+                    return self.value(word)
             expected = _VALUES[self.value][1]
         raise argparse.ArgumentTypeError(f"expected {expected}; found {one_line(repr(word))}{hint}")
 

@@ -50,7 +50,8 @@ class BatchTrainer:
         bias_update_speed: change of an expert's correction bias per step.
 
     Raises:
-        ValueError: accumulation is below 1, or there is no optimizer.
+        ValueError: accumulation below 1, a clip that is not above 0, or no optimizer; in a step, a batch that the model
+            does not accept or that has no scalar loss.
     """
 
     def __init__(
@@ -67,6 +68,8 @@ class BatchTrainer:
     ) -> None:
         if accumulation < 1:
             raise ValueError(f"accumulation = {accumulation}: expected 1 or more")
+        if clip is not None and not 0 < clip < math.inf:  # a negative norm would turn the gradients round
+            raise ValueError(f"clip = {clip}: expected a finite number above 0, or None for no clipping")
         self.model, self.loss, self.accumulation, self.clip, self.schedule = model, loss, accumulation, clip, schedule
         self.optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
         if not self.optimizers:
@@ -116,7 +119,11 @@ class BatchTrainer:
             context = nullcontext()
         with context:
             for each in arguments:
-                loss: Tensor = model(**each).loss if self.loss is None else self.loss(model, each)
+                loss = model(**each).loss if self.loss is None else self.loss(model, each)
+                if not isinstance(loss, Tensor) or loss.numel() != 1:
+                    found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+                    hint = "; a batch needs labels" if self.loss is None and "labels" not in each else ""
+                    raise ValueError(f"loss: expected a scalar tensor; found {found}{hint}")
                 loss = loss if weighted else loss / len(batches)
                 loss.backward()
                 total += loss.item()

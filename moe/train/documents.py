@@ -304,6 +304,8 @@ def _open(path: Path, compression: str | None) -> Any:
 
 
 def _decode(content: bytes, file: _File) -> str:
+    if (at := content.find(b"\0")) >= 0:
+        raise file.error("plain text", f"binary data: a zero byte at offset {at}")
     try:
         return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -412,10 +414,10 @@ def split(documents: Documents, validation: Documents | None = None) -> tuple[Pa
     digests = (_digest(text) for document in scored for text in paragraphs(document.text))
     part = Part(documents, training, {digest for digest in digests if digest is not None})
     if next(iter(scored), None) is None:
-        raise ConfigError("--validation-data", None, "text; found white space only")
+        raise ConfigError("--validation-data", where(scored.documents), "text; found white space only")
     if next(iter(part), None) is None:
         expected = f"documents that differ: all text of {count} is a copy of what is held out"
-        raise ConfigError("--data", _where(documents), expected)
+        raise ConfigError("--data", where(documents), expected)
     return part, scored
 
 
@@ -431,11 +433,12 @@ def _hold_out(documents: Documents) -> tuple[set[int], int]:
             held_out.add(number)
     if number < 1:
         allowed = f"two documents or more, one of them held out, or --validation-data; found {number + 1}"
-        raise ConfigError("--data", _where(documents), allowed)
+        raise ConfigError("--data", where(documents), allowed)
     return (held_out or {first[2]}) - ({last[2]} if len(held_out) == number + 1 else set()), number + 1
 
 
-def _where(documents: Documents) -> str | None:
+def where(documents: Documents) -> str | None:
+    """The files of documents, for messages; None for those of Python."""
     return documents.where if isinstance(documents, FileDocuments) else None
 
 

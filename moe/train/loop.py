@@ -32,7 +32,8 @@ if TYPE_CHECKING:  # importing it takes half a second
 class NonFiniteError(FloatingPointError):
     """NaN or infinity in a loss or a gradient.
 
-    Attributes: step, what ("loss" or "gradient"), where (name of the module or parameter that shows it first).
+    Attributes: step, what ("loss", "validation loss" or "gradient"), where (name of the module or parameter that shows
+    it first).
     """
 
     def __init__(self, step: int, what: str, where: str) -> None:
@@ -170,7 +171,7 @@ class Trainer:
         """Score every validation token but the first, given the preceding tokens of its window of packed text.
 
         With `document_mask` the first token of each document, which training does not predict either, is left out, and
-        the others are given what precedes them in their document.
+        the others are given what precedes them in their document. Raises `NonFiniteError`.
         """
         # Training mode runs the MTP modules too, whose load is reported. No layer has dropout.
         self.model.train()
@@ -182,7 +183,10 @@ class Trainer:
             input_ids, real = self._local_rows(rows), torch.arange(len(rows))[:, None].expand_as(rows) < len(batch)
             output = self._forward(input_ids, self._local_rows(real) if self.world.size > 1 else None)
             assert output.load is not None
-            nats += self._mean({"ce": output.losses["ce"]})["ce"] * count
+            mean = self._mean({"ce": output.losses["ce"]})["ce"]
+            if not mean < float("inf"):
+                raise NonFiniteError(self.step_number, "validation loss", self._first_non_finite(input_ids))
+            nats += mean * count
             tokens += count
             load = load + output.load.cpu()
         scored_bytes = self.dataset.scored_bytes(document_mask=self.settings.document_mask)

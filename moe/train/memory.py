@@ -32,9 +32,10 @@ def check_memory(
     states, optimizer = (here * size for size in state_bytes(config, settings, ranks))
     rows = settings.batch_size / ranks
 
-    def needed(rows: float) -> int:
+    def needed(rows: float, micro_batches: int = settings.accumulation) -> int:
         # Optimizer state exists after the first step. Gradients do not exist during the forward pass.
-        activations = here * activation_bytes(config, settings, rows)
+        waiting = 8 * (micro_batches - 1) * rows * settings.seq_length  # ids, counted before the first forward pass
+        activations = here * round(activation_bytes(config, settings, rows) + waiting)
         kept = states // 2 + activations + (optimizer if settings.steps > 1 else 0)
         return round(max(states + optimizer, kept))
 
@@ -45,6 +46,8 @@ def check_memory(
         option, advice = "--seq-length", "use shorter sequences"
         if needed(min(rows, 1)) <= free:
             option, advice = "--batch-size", "use fewer sequences with --accumulation"
+        if needed(rows, 1) <= free:
+            option, advice = "--accumulation", "use fewer forward passes per step"
     name = option[2:].replace("-", "_")
     value = settings.name if name == settings.source else getattr(settings, name)
     found = f"{_gib(needed(rows))} needed at least, {_gib(free)} free"

@@ -92,7 +92,8 @@ def train(
     started = time.perf_counter()
     world, device = world_of(mesh), torch.device(settings.device) if mesh is None else mesh.device
     first = world.rank == 0
-    overwritten = _overwritten(folder)
+    folder = _named(folder)
+    overwritten, was_empty = _overwritten(folder), False
     with deterministic(), contextlib.ExitStack() as held:
         with world.together():
             config = _architecture(folder, settings) if resume else read_architecture(settings)
@@ -104,6 +105,7 @@ def train(
                     folder.parent.mkdir(parents=True)
                     held.callback(_remove_if_empty, folder.parent)  # after a mistake found below
                 held.enter_context(locked(folder, "another run is at work in this folder"))
+                was_empty = folder.is_dir() and not any(folder.iterdir())
                 _open_folder(folder, settings, resume=resume, overwrite=overwrite)
         try:
             with world.together():
@@ -118,7 +120,11 @@ def train(
                 log = held.enter_context(open_log(settings, folder, trainer.step_number) if first else nullcontext())
         except BaseException:
             if first and not resume:
-                shutil.rmtree(folder)  # nothing was done there yet, and the next attempt needs the name
+                # Nothing was done there yet, and the next attempt needs the name.
+                if was_empty:  # a folder of the user's, perhaps the current one
+                    _clear(folder)
+                else:
+                    shutil.rmtree(folder)
                 if overwritten.exists():
                     os.replace(overwritten, folder)
             raise
@@ -401,11 +407,29 @@ def _open_folder(folder: Path, settings: Settings, *, resume: bool, overwrite: b
             raise ConfigError(
                 "--out", str(folder), "a new folder, or --resume to continue, or --overwrite to start over"
             )
+        if Path.cwd().is_relative_to(folder.resolve()):  # relative paths, and the shell, would lose their folder
+            raise ConfigError("--out", str(folder), "a folder that is not the current one, with --overwrite")
         if _overwritten(folder).exists():
             shutil.rmtree(_overwritten(folder))
         os.replace(folder, _overwritten(folder))
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, deciding)
+
+
+def _named(folder: Path) -> Path:
+    """`folder` by a path that ends in its name, beside which there is a lock and a replaced run: "." has none."""
+    named = Path(os.path.abspath(folder)) if folder.name in ("", "..") else folder
+    if not named.name:
+        raise ConfigError("--out", str(folder), "a folder below the root")
+    return named
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _remove_if_empty(folder: Path) -> None:

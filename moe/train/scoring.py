@@ -12,7 +12,7 @@ from moe.errors import ConfigError
 from moe.model import Transformer
 from moe.train.architecture import check_experts
 from moe.train.data import Dataset, encode, open_dataset
-from moe.train.documents import Documents
+from moe.train.documents import Documents, where
 from moe.train.loop import Trainer, deterministic
 from moe.train.settings import Settings
 from moe.train.tokenizer import vocabulary_size
@@ -38,7 +38,7 @@ def pack(documents: Documents, tokenizer: Tokenizer, end: int) -> Dataset:
         count += 1
     packed = np.concatenate(tokens)
     if len(packed) < MIN_TOKENS:
-        raise ConfigError("--data", len(packed), f"text of {MIN_TOKENS} tokens or more")
+        raise ConfigError("--data", where(documents), f"text of {MIN_TOKENS} tokens or more; found {len(packed)}")
     return Dataset(tokenizer, end, packed, packed, {**facts, "validation": {"documents": count}})
 
 

@@ -23,20 +23,27 @@ _PARTIAL = ".partial"
 
 
 def save_state(folder: Path, tensors: dict[str, Tensor], values: dict[str, Any], *, keep: int) -> Path:
-    """Write the state of step `values["step"]` to `folder`, then delete all but the `keep` newest states."""
+    """Write the state of step `values["step"]` to `folder`, then delete all but the `keep` newest states.
+
+    Raises CheckpointError if the system reports an error, such as a full disk; earlier states are unchanged.
+    """
     check_dense(tensors, folder)
     final = folder / f"step-{values['step']:06d}"
     if not final.exists():  # a resumed run interrupted before its first step has saved this state already
         partial = folder / (final.name + _PARTIAL)
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "tensors.safetensors")
-        values = values | {"torch": torch.__version__, "threads": torch.get_num_threads()}
-        (partial / "state.json").write_text(json.dumps(values, indent=2))
-        sync_folder(partial)
-        sync(partial)
-        os.rename(partial, final)
-        sync(folder)
+        try:
+            partial.mkdir(parents=True)
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "tensors.safetensors")
+            values = values | {"torch": torch.__version__, "threads": torch.get_num_threads()}
+            (partial / "state.json").write_text(json.dumps(values, indent=2))
+            sync_folder(partial)
+            sync(partial)
+            os.rename(partial, final)
+            sync(folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(final, f"not saved: {error}") from error
     for old in saved_steps(folder)[:-keep]:
         shutil.rmtree(old)
     return final

@@ -316,6 +316,9 @@ def test_counters_follow_the_model_to_its_device() -> None:
     model.to("meta")
     counter = model.moe.gate.counter
     assert counter is not None and counter.is_meta and counter.is_leaf and counter.requires_grad
+    model.to_empty(device="cpu")  # and back, though there is nothing to copy
+    counter = model.moe.gate.counter
+    assert counter is not None and counter.device.type == "cpu" and counter.is_leaf and counter.requires_grad
 
 
 def test_output_may_be_changed_in_place() -> None:

@@ -107,6 +107,21 @@ def test_what_cannot_be_trained_is_refused_and_changes_nothing() -> None:
         BatchTrainer(model, [[1, 2]], sgd(model)).step()
     with pytest.raises(ValueError, match="accumulation = 0"):
         BatchTrainer(model, [IDS], sgd(model), accumulation=0)
+    for clip in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"clip = {clip}: expected a finite number above 0"):
+            BatchTrainer(model, [IDS], sgd(model), clip=clip)
+    wrong = "loss: expected a scalar tensor; found"
+    for batch, expected in (
+        ({"input_ids": IDS}, f"{wrong} NoneType; a batch needs labels"),
+        (IDS[0], r"input_ids has shape \(12,\): expected \[B, S\]"),
+        ({"input_ids": IDS, "labels": IDS[:, 1:]}, r"labels has shape \(6, 11\): expected \(6, 12\)"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            BatchTrainer(model, [batch], sgd(model)).step()
+    losses: Any = ((lambda model, ids: model(ids).logits, r"\(6, 12, 300\)$"), (lambda *_: 1.0, "float$"))
+    for loss, found in losses:
+        with pytest.raises(ValueError, match=f"{wrong} {found}"):
+            BatchTrainer(model, [IDS], sgd(model), loss=loss).step()
     with pytest.raises(ValueError, match="optimizers"):
         BatchTrainer(model, [IDS], [])
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -218,6 +218,36 @@ def test_a_run_is_extended_by_its_folder_alone(
     assert json.loads((out / "settings.json").read_text())["steps"] == 4
 
 
+@pytest.mark.parametrize("name", [".", "../here"])
+def test_the_current_folder_is_the_folder_of_a_run(
+    name: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], micro: None, monkeypatch: Any
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    inode = here.stat().st_ino
+    monkeypatch.chdir(here)
+    common = options(text, Path(name), "--preset", "micro")
+    said(capsys, *common, "--tokenizer", "none.json", status=2)
+    assert here.stat().st_ino == inode and not any(here.iterdir()), "a mistake leaves the folder, as empty as it was"
+    assert "model: micro" in said(capsys, *common)
+    assert "3 steps instead of 2" in said(capsys, "train", "--resume", name, "--steps", "3")
+    assert "that is not the current one, with --overwrite" in said(capsys, *common, "--overwrite", status=2)
+    assert json.loads((here / "summary.json").read_text())["steps"] == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+    assert "/': expected a folder below the root" in said(
+        capsys, *options(text, Path("/"), "--preset", "micro"), status=2
+    )
+
+
+@pytest.mark.parametrize("option", ["--data", "--out", "--config", "--validation-data", "--tokenizer"])
+def test_an_empty_word_is_no_path(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)  # to which an empty path would lead
+    assert f"{option}: expected a path; found ''" in said(capsys, "train", option, "", status=2)
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_longer_run_stopped_early_is_resumed_bit_for_bit_by_its_folder(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -479,17 +509,19 @@ def test_eval_equals_a_trainers_evaluation_and_transformers(
 
 
 def test_eval_refuses_in_one_line(text: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    mute, endless, none = tmp_path / "mute", tmp_path / "endless", tmp_path / "none.txt"
+    mute, endless, none, short = (tmp_path / name for name in ("mute", "endless", "none.txt", "short.txt"))
     for folder in (mute, endless):
         shutil.copytree(run / "checkpoint", folder)
     (mute / "tokenizer.json").unlink()
     (endless / "tokenizer_config.json").write_text('{"eos_token": "<none>"}')
     none.write_text(" \n")
+    short.write_text("a")
     for words, expected in (
         ([str(run), "--data"], "--data: expected at least one value"),
         ([str(run / "checkpoint")], "--data: expected files or folders"),
         ([str(run), "--data", str(tmp_path / "nowhere")], "--data: expected an existing file or folder; found"),
         ([str(run), "--data", str(none)], "--data: expected documents; found none"),
+        ([str(run), "--data", str(short)], "--data: expected text of 4 tokens or more; found 3"),
         ([str(run), "--data", str(text), "--field", ""], "--field: expected the name of a field; found ''"),
         (
             [str(run), "--data", str(text), "--seq-length", "99"],
@@ -503,3 +535,17 @@ def test_eval_refuses_in_one_line(text: Path, run: Path, tmp_path: Path, capsys:
         ([str(tmp_path / "nothing"), "--data", str(text)], "no such folder"),
     ):
         assert expected in said(capsys, "eval", *words, status=2), words
+
+
+def test_what_is_not_finite_has_no_score(
+    text: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = moe.load(run)
+    with torch.no_grad():
+        model.norm.weight[3] = float("nan")
+    model.save(tmp_path / "sick")
+    problem = "the validation loss is not finite; first in the parameter norm.weight"
+    assert f"sick: {problem}" in said(capsys, "eval", str(tmp_path / "sick"), "--data", str(text), status=2)
+    assert main(options(text, tmp_path / "out", "--init", str(tmp_path / "sick"))) == 2
+    assert f"step 0: {problem}" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "metrics.jsonl").read_text()

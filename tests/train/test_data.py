@@ -484,6 +484,7 @@ NO_TEXT = {
     "x.pdf": (b"%PDF-1.7\n", "found a PDF file"),
     "x.docx": (b"PK\x03\x04", "found a zip archive"),
     "x.bin": (b"text\0text", "found binary data: a zero byte at offset 4"),
+    "late.txt": (b"text\n" * 1000 + b"\0", "found binary data: a zero byte at offset 5000"),
     "x.arrow": (b"ARROW1\0\0", "found binary data"),
     "gzip.txt": (b"\x1f\x8b\x08", "found a gzip file"),
     "wide.txt": ("text".encode("utf-16"), "found UTF-16 text instead of UTF-8"),
@@ -563,6 +564,9 @@ def test_validation_files_are_all_of_the_validation(tmp_path: Path) -> None:
         prepare(tmp_path / "same", train[:1], None, 300, validation_data=train)
     with pytest.raises(ConfigError, match=r"--validation-data = .*none"):
         prepare(tmp_path / "none", train, None, 300, validation_data=[tmp_path / "none"])
+    (tmp_path / "blank.jsonl").write_text('{"text": " "}\n')
+    with pytest.raises(ConfigError, match=r"--validation-data = .*blank\.jsonl': expected text; found white space"):
+        prepare(tmp_path / "blank", train, None, 300, validation_data=[tmp_path / "blank.jsonl"])
 
 
 def test_ids_with_gaps_fit_the_vocabulary(tmp_path: Path) -> None:

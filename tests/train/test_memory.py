@@ -157,6 +157,8 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPat
         (["--preset", "mixtral_8x7b", "--activation-checkpointing"], "a smaller model, or, under torchrun, more ranks"),
         (["--batch-size", "1000000"], "moesmith train: --batch-size: expected a run that fits"),
         (["--batch-size", "1000000", "--activation-checkpointing", "--dtype", "bf16"], "fewer sequences"),
+        (["--accumulation", "1000000000"], "moesmith train: --accumulation: expected a run that fits"),
+        (["--accumulation", "1000000000"], "fewer forward passes per step"),
         (["--seq-length", "10000000"], "moesmith train: --seq-length: expected at most"),
     ],
 )

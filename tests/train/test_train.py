@@ -1,6 +1,7 @@
 """Whole runs of a model small enough to train many times: what they leave, interruptions, mistakes."""
 
 import dataclasses
+import errno
 import io
 import itertools
 import json
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 
 import moe
 from moe.cli import main
@@ -60,9 +62,21 @@ def test_states_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         save_state(tmp_path, *state(step), keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000010"]
 
+    def raises(error: BaseException) -> Callable[..., Any]:
+        return lambda *_: (_ for _ in ()).throw(error)
+
+    for place, error in (
+        ("moe.train.state.save_file", SafetensorError("No space left on device")),
+        ("moe.train.state.settle", OSError(errno.ENOSPC, "No space left on device")),
+    ):
+        with monkeypatch.context() as full:
+            full.setattr(place, raises(error))
+            with pytest.raises(moe.CheckpointError, match=r"step-000011: not saved: .*No space left on device"):
+                save_state(tmp_path, *state(11), keep=2)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000010"]
     with monkeypatch.context() as broken:
-        broken.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(OSError("killed")))
-        with pytest.raises(OSError, match="killed"):
+        broken.setattr(os, "rename", raises(SystemExit("killed")))
+        with pytest.raises(SystemExit, match="killed"):
             save_state(tmp_path, *state(11), keep=2)
     assert (tmp_path / "step-000011.partial").exists()
     saved = load_latest_state(tmp_path)
