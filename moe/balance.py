@@ -249,7 +249,7 @@ def attach(
     Source: arXiv 2408.15664; DeepSeek-V3 (arXiv 2412.19437), section 2.1.2 (speed 0.001, 0 at the end of training).
     """
     if not 0 <= bias_update_speed < math.inf:
-        raise ValueError(f"bias_update_speed = {bias_update_speed}: expected a finite number from 0 up")
+        raise ValueError(f"bias_update_speed = {bias_update_speed}: expected a finite number of at least 0")
     found = dict(routers(model))
     biased = [router for router in found.values() if router.e_score_correction_bias is not None]
     if not found or not (biased or group is not None or bias_update_speed == 0):

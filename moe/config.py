@@ -111,14 +111,14 @@ class RopeParameters(_Settings):
             self._require(name, getattr(self, name) > 0, "a number above 0")
         for name in ("mscale", "mscale_all_dim"):
             value = getattr(self, name)
-            self._require(name, value is None or value >= 0, "None or a number from 0 up")
+            self._require(name, value is None or value >= 0, "None or a number of at least 0")
         factor = self.attention_factor
         self._require("attention_factor", factor is None or factor > 0, "None or a number above 0")
         if self.rope_type == "default":
             self._require("factor", self.factor in (None, 1), "None for rope_type 'default'")
         else:
             self._require(
-                "factor", self.factor is not None and self.factor >= 1, "a number from 1 up for rope_type 'yarn'"
+                "factor", self.factor is not None and self.factor >= 1, "a number of at least 1 for rope_type 'yarn'"
             )
             original = self.original_max_position_embeddings
             self._require(
@@ -246,7 +246,7 @@ class RouterConfig(_Settings):
             f"at most {reachable}, the experts in topk_group ({self.topk_group}) of {groups} groups",
         )
         self._require("routed_scaling_factor", self.routed_scaling_factor > 0, "a number above 0")
-        self._require("moe_norm_min", self.moe_norm_min >= 0, "a number from 0 up")
+        self._require("moe_norm_min", self.moe_norm_min >= 0, "a number of at least 0")
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ class MoEConfig(RouterConfig, ExpertsConfig):
     def validate(self) -> None:
         super().validate()
         for name in ("aux_loss_alpha", "router_z_loss_coef"):
-            self._require(name, getattr(self, name) >= 0, "a number from 0 up")
+            self._require(name, getattr(self, name) >= 0, "a number of at least 0")
         self._require("initializer_range", 0 < self.initializer_range < 1, "a number between 0 and 1")
         self._limit_parameters("n_routed_experts", 3 * self.moe_intermediate_size * self.n_routed_experts)
 
@@ -448,7 +448,7 @@ class ModelConfig(MoEConfig):
         distinct = len({i for i in self.mlp_only_layers if 0 <= i < layers}) == len(self.mlp_only_layers)
         self._require("mlp_only_layers", distinct, f"distinct layers from 0 to {layers - 1}")
         self._require("rms_norm_eps", 0 < self.rms_norm_eps < 1, "a number between 0 and 1")
-        self._require("mtp_loss_weight", self.mtp_loss_weight >= 0, "a number from 0 up")
+        self._require("mtp_loss_weight", self.mtp_loss_weight >= 0, "a number of at least 0")
         self._limit_parameters("vocab_size", self.vocab_size)
         self._limit_parameters("intermediate_size", 3 * layers * self.intermediate_size)
         self._limit_parameters("n_routed_experts", 3 * layers * self.moe_intermediate_size * self.n_routed_experts)

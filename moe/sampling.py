@@ -28,7 +28,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, ok, allowed in (
-            ("temperature", 0 <= self.temperature < math.inf, "a finite number from 0 up"),
+            ("temperature", 0 <= self.temperature < math.inf, "a finite number of at least 0"),
             ("top_k", self.top_k >= 0, "0 (all) or more"),
             ("top_p", 0 < self.top_p <= 1, "a number above 0, at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "a number from 0 to 1"),

@@ -16,7 +16,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from moe import __version__
 from moe.cli.options import UsageError, in_options, parse
 from moe.errors import ConfigError, did_you_mean, one_line
-from moe.train.launcher import MISTAKES, said_once, shown
+from moe.train.launcher import MISTAKES, reported_once, shown
 
 COMMANDS = {
     "train": "train a preset, a configuration or a checkpoint on text",
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             program = f"moesmith {name}"
             command = importlib.import_module(f"moe.cli.{name}")
             with (
-                said_once(SystemExit, ConfigError, UsageError),
+                reported_once(SystemExit, ConfigError, UsageError),
                 redirect_stdout(shown(sys.stdout)),
                 redirect_stderr(shown(sys.stderr)),
             ):

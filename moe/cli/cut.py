@@ -14,7 +14,7 @@ from moe.errors import ConfigError
 class Args:
     """Write a small checkpoint of some layers and experts, reading only their bytes.
 
-    Prints a receipt, which is also saved in OUT as cut.json: the layers and experts that were kept, and how far the
+    Prints a record, which is also saved in OUT as cut.json: the layers and experts that were kept, and how far the
     logits are from the source's. That comparison loads the whole source if it fits into memory; --no-compare skips it.
     """
 
@@ -41,7 +41,7 @@ def run(args: Args) -> int:
     limit = parse_size(args.max_shard_size, "--max-shard-size", least=1000)
     from moe.checkpoint.convert import cut
 
-    receipt = cut(
+    record = cut(
         args.folder,
         args.out,
         layers=layers,
@@ -51,7 +51,7 @@ def run(args: Args) -> int:
         max_shard_bytes=limit,
         progress=args.progress,
     )
-    print(json.dumps(receipt))
+    print(json.dumps(record))
     return 0
 
 

@@ -42,7 +42,7 @@ class Args:
 
     Weights are counted from the headers of the files, also on the Hub. If --dtype is not that of the files, or if there
     are none, they are computed from config.json, in the layout of the files if there are any. The numbers are those of
-    the fullest GPU; the assumptions are printed.
+    the GPU that needs the most memory; the assumptions are printed.
 
     With --gpu, plan a training run on a cluster: memory of a rank, all-to-all bytes, time of a step, days and cost.
     """

@@ -78,11 +78,11 @@ def find_gpu(name: str, rated: Rated, memory_bytes: int | None) -> Gpu:
 def plan_facts(name: str, run: Run, gpu_name: str, gpu: Gpu, args: ClusterArgs) -> dict[str, Any]:
     """All printed values, for --json."""
     if not 0 <= args.price < math.inf:
-        raise ConfigError("price", args.price, "dollars from 0 up")
+        raise ConfigError("price", args.price, "dollars of at least 0")
     wanted = parse_size(args.train_tokens, "--train-tokens")
     mesh = run.mesh
     made = step(run, gpu, args.rates)
-    fullest = max((memory(rank, run) for rank in ranks(run, bf16_per_fp8(gpu))), key=lambda found: found.total)
+    largest = max((memory(rank, run) for rank in ranks(run, bf16_per_fp8(gpu))), key=lambda found: found.total)
     sent = traffic(run.config, mesh, run.training)
     sizes = (("dispatch", sent.dispatch_bytes), ("combine", sent.combine_bytes))
     hours = made.gpu_hours(wanted)
@@ -93,7 +93,7 @@ def plan_facts(name: str, run: Run, gpu_name: str, gpu: Gpu, args: ClusterArgs) 
         "training": dataclasses.asdict(run.training)
         | {"tokens": run.tokens, "micro_batches": run.micro_batches, "dtype": run.dtype},
         "rates": dataclasses.asdict(args.rates),
-        "memory": dataclasses.asdict(fullest) | {"total": fullest.total, "fits": fullest.total <= gpu.memory * 2**30},
+        "memory": dataclasses.asdict(largest) | {"total": largest.total, "fits": largest.total <= gpu.memory * 2**30},
         "all_to_all": dataclasses.asdict(sent)
         | {key: {"nvlink": sent.nvlink * size, "network": sent.network * size} for key, size in sizes},
         "step": dataclasses.asdict(made) | {"seconds": made.seconds, "tokens_per_gpu": made.tokens_per_gpu},
@@ -114,7 +114,7 @@ def print_plan(console: Console, facts: dict[str, Any]) -> None:
     say(console, f"{where}: PP {mesh['pp']} x DP {mesh['dp']}, EP {mesh['ep']} ({mesh['experts']} experts per GPU)\n")
     held = facts["memory"]
     rows = [(part, f"{nbytes / 2**30:,.2f}") for part, nbytes in (held["parts"] | {"total": held["total"]}).items()]
-    print_table(console, f"memory of pipeline rank {held['rank']}, the fullest", ("part", "GiB per GPU"), rows)
+    print_table(console, f"memory of pipeline rank {held['rank']}, which needs the most", ("part", "GiB per GPU"), rows)
     print_fit(console, held["total"], gpu["memory"] * 2**30)
 
     sent = facts["all_to_all"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from moe.cli.options import Option, option
 from moe.errors import CheckpointError, ConfigError, ParallelError
-from moe.train.launcher import is_first, said_once
+from moe.train.launcher import is_first, reported_once
 from moe.train.settings import Settings
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def run(args: Args) -> int:
     _check_device(args.device)
     folder = args.out or Path("runs") / args.name
     try:
-        with said_once(Interrupted, NonFiniteError, CheckpointError), _ranks(args) as mesh:
+        with reported_once(Interrupted, NonFiniteError, CheckpointError), _ranks(args) as mesh:
             # torchrun repeats the original command when it restarts all ranks because one has died.
             restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
             again = (args.auto_resume or restarted) and (folder / "settings.json").exists()
@@ -137,7 +137,7 @@ def _program() -> list[str]:
     return ["torchrun", *where, "--nproc-per-node", each, "-m", "moe"]
 
 
-@said_once(ConfigError)
+@reported_once(ConfigError)
 def _check_device(device: str) -> None:
     """Called before anything is written and before any rank waits for another."""
     if device != "cuda":
@@ -168,6 +168,6 @@ def _ranks(args: Args) -> "Iterator[Mesh | None]":
     os.environ.setdefault("NCCL_ALGO", "^NVLS")
     with start(timeout=args.timeout, device=args.device) as job:
         shape = {"ep": args.ep, "dp_shard": args.dp_shard, "dp_replicate": args.dp_replicate}
-        with said_once(ParallelError):
+        with reported_once(ParallelError):
             mesh = make_mesh(**shape, log=job.log)
         yield mesh

@@ -142,7 +142,7 @@ def _check(
             f"top_k = {top_k}: expected 1 to {candidates}, the experts of {topk_group} in {n_group} groups"
         )
     if not norm_min >= 0:
-        raise ValueError(f"norm_min = {norm_min}: expected a number from 0 up")
+        raise ValueError(f"norm_min = {norm_min}: expected a number of at least 0")
 
 
 def _group_scores(choice: Tensor, n_group: int, group_score: str) -> Tensor:

@@ -167,7 +167,7 @@ def _checked(load: Tensor) -> Tensor:
     wrong = (~(load.isfinite() & (load >= 0))).nonzero().tolist()
     if wrong:
         layer, expert = wrong[0]
-        raise ConfigError(f"load[{layer}][{expert}]", load[layer, expert].item(), "a finite number from 0 up")
+        raise ConfigError(f"load[{layer}][{expert}]", load[layer, expert].item(), "a finite number of at least 0")
     if not load.sum().isfinite():
         raise ConfigError("load", load.max().item(), "a finite sum in float64")
     return load

@@ -28,7 +28,7 @@ def shown(stream: TextIO) -> TextIO:
 
 
 @contextlib.contextmanager
-def said_once(*errors: type[BaseException]) -> Iterator[None]:
+def reported_once(*errors: type[BaseException]) -> Iterator[None]:
     """Raise `errors` of the block in the first process of each node only; the others exit with status 0.
 
     Only for errors that all processes of a node raise: an error of a single process would be lost.

@@ -103,8 +103,8 @@ def train(
                 check_log(settings.log)
                 if not folder.parent.exists():
                     folder.parent.mkdir(parents=True)
-                    held.callback(_remove_if_empty, folder.parent)  # after a mistake found below
-                held.enter_context(locked(folder, "another run is at work in this folder"))
+                    held.callback(_remove_if_empty, folder.parent)  # if a later check fails
+                held.enter_context(locked(folder, "another run is using this folder"))
                 was_empty = folder.is_dir() and not any(folder.iterdir())
                 _open_folder(folder, settings, resume=resume, overwrite=overwrite)
         try:

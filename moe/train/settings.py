@@ -119,7 +119,7 @@ class Settings:
         self._require("timeout", 0 < self.timeout < math.inf, "a finite number above 0")
         self._require("dp_shard", self.dp_shard is None or self.dp_shard >= 1, "1 or more")
         for name in ("weight_decay", "bias_update_speed"):
-            self._require(name, 0 <= getattr(self, name) < math.inf, "a finite number from 0 up")
+            self._require(name, 0 <= getattr(self, name) < math.inf, "a finite number of at least 0")
 
     def _require(self, name: str, ok: bool, allowed: str) -> None:
         if not ok:

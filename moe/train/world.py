@@ -13,7 +13,7 @@ import moe
 from moe.checkpoint import load
 from moe.config import ModelConfig
 from moe.model import Transformer
-from moe.train.launcher import MISTAKES, said_once
+from moe.train.launcher import MISTAKES, reported_once
 from moe.train.settings import Settings
 from moe.train.state import save_state
 
@@ -50,7 +50,7 @@ class World:
     def together(self) -> contextlib.AbstractContextManager[None]:
         """End all ranks if the block raises one of `MISTAKES` on any of them, so that none waits for a failed one.
 
-        The first such error is raised as by `said_once`. The block must not wait for other ranks.
+        The first such error is raised as by `reported_once`. The block must not wait for other ranks.
         """
         return contextlib.nullcontext()
 
@@ -106,7 +106,7 @@ class MeshWorld(World):
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        with said_once(*MISTAKES), moe.parallel.shared_errors.raise_on_all_ranks(*MISTAKES):
+        with reported_once(*MISTAKES), moe.parallel.shared_errors.raise_on_all_ranks(*MISTAKES):
             yield
 
     def clip(self, parameters: Iterable[Tensor], limit: float) -> Tensor:

@@ -241,7 +241,7 @@ def test_a_source_that_does_not_load_is_not_converted(made: Folders, tmp_path: P
 def test_cut(made: Folders, tmp_path: Path, quantised: bool) -> None:
     source = made.fp8 if quantised else made.plain
     experts = [0, 2, 3, 4]  # groups of three: two of the first, two of the second, none of the others
-    receipt = cut(source, tmp_path / "part", layers=[0, 2], experts=experts)
+    record = cut(source, tmp_path / "part", layers=[0, 2], experts=experts)
     config = read_config(tmp_path / "part")
     assert (config.num_hidden_layers, config.n_routed_experts, config.num_experts_per_tok) == (2, 4, 3)
     assert (config.n_group, config.topk_group, config.first_k_dense_replace) == (2, 2, 1)
@@ -263,20 +263,20 @@ def test_cut(made: Folders, tmp_path: Path, quantised: bool) -> None:
         expected[".".join(parts)] = tensor
     assert_equal(expected, after)
     assert read_summary(tmp_path / "part").agrees and not verify(tmp_path / "part").findings
-    assert receipt == json.loads((tmp_path / "part" / "cut.json").read_text())
-    assert receipt["layers"] == [0, 2] and receipt["experts"] == experts
-    assert receipt["bytes"] == sum(t.nbytes for t in after.values())
+    assert record == json.loads((tmp_path / "part" / "cut.json").read_text())
+    assert record["layers"] == [0, 2] and record["experts"] == experts
+    assert record["bytes"] == sum(t.nbytes for t in after.values())
     whole, part = moe.load(source), moe.load(tmp_path / "part")
-    ids = torch.tensor([receipt["token_ids"]])
+    ids = torch.tensor([record["token_ids"]])
     with torch.no_grad():
         exact = whole(ids).logits.double()
         difference = (part(ids).logits.double() - exact).norm() / exact.norm()
-    assert receipt["relative_difference"] == pytest.approx(difference.item()) and difference > 0.1
+    assert record["relative_difference"] == pytest.approx(difference.item()) and difference > 0.1
 
 
 def test_cutting_nothing_off_is_the_same_model(made: Folders, tmp_path: Path) -> None:
-    receipt = cut(made.fp8, tmp_path / "all", layers=range(3), experts=range(12))
-    assert receipt["relative_difference"] == 0 and receipt["same_first_choice"] == 1
+    record = cut(made.fp8, tmp_path / "all", layers=range(3), experts=range(12))
+    assert record["relative_difference"] == 0 and record["same_first_choice"] == 1
     folder, _ = make_mxfp4(tmp_path)
     assert cut(folder, tmp_path / "all4", layers=[0, 1], experts=range(6))["relative_difference"] == 0
     part = cut(folder, tmp_path / "some4", layers=[0], experts=[1, 4])
@@ -339,13 +339,13 @@ def test_cuts_that_make_no_sense(made: Folders, tmp_path: Path, layers: Any, exp
 
 def test_integers_of_any_kind_choose_what_is_cut_out(made: Folders, tmp_path: Path) -> None:
     layers: Any = torch.tensor([0, 1])
-    receipt = cut(made.plain, tmp_path / "out", layers=layers, experts=range(12), compare=False)
-    assert receipt["layers"] == [0, 1]
+    record = cut(made.plain, tmp_path / "out", layers=layers, experts=range(12), compare=False)
+    assert record["layers"] == [0, 1]
 
 
 @pytest.mark.parametrize("large", ["whole", "part"])
 def test_what_does_not_fit_is_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: str) -> None:
-    """The receipt says so, and the result is written nevertheless."""
+    """The record says so, and the result is written nevertheless."""
     noisy(GPT_OSS).save(tmp_path / "whole")
     from moe.checkpoint import cut as module
 
@@ -357,8 +357,8 @@ def test_what_does_not_fit_is_not_compared(tmp_path: Path, monkeypatch: pytest.M
         return original(folder, **settings)
 
     monkeypatch.setattr(module, "load", load)
-    receipt = cut(tmp_path / "whole", tmp_path / "part", layers=[0], experts=[0, 1])
-    assert "does not fit" in receipt["not_compared"] and "relative_difference" not in receipt
+    record = cut(tmp_path / "whole", tmp_path / "part", layers=[0], experts=[0, 1])
+    assert "does not fit" in record["not_compared"] and "relative_difference" not in record
 
 
 def test_a_cut_counts_what_config_json_repeats_for_layers_and_experts(tmp_path: Path) -> None:

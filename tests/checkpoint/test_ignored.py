@@ -213,8 +213,8 @@ def test_without_mtp_any_number_of_modules_may_be_stated(stated: Any, folder: Pa
     with pytest.raises(CheckpointError, match="num_nextn_predict_layers = "):
         moe.load(folder)
     assert_same(moe.load(folder, mtp=False), plain)
-    receipt = cut(folder, folder.with_name("cut"), layers=[0, 1, 2], experts=range(12), progress=False)
-    assert receipt["relative_difference"] == 0
+    record = cut(folder, folder.with_name("cut"), layers=[0, 1, 2], experts=range(12), progress=False)
+    assert record["relative_difference"] == 0
 
 
 @pytest.mark.parametrize("change", BROKEN)

@@ -265,8 +265,8 @@ CONVERT, CUT = ("convert", "{folder}", "--out", "{out}"), ("cut", "{folder}", "-
 @pytest.mark.parametrize(
     ("command", "option", "value", "expected"),
     [
-        (GENERATE, "--temperature", "-1", "a finite number from 0 up"),
-        (GENERATE, "--temperature", "nan", "a finite number from 0 up"),
+        (GENERATE, "--temperature", "-1", "a finite number of at least 0"),
+        (GENERATE, "--temperature", "nan", "a finite number of at least 0"),
         (GENERATE, "--top-p", "0", "a number above 0, at most 1"),
         (GENERATE, "--top-k", "-1", "0 (all) or more"),
         (GENERATE, "--max-new-tokens", "0", "1 or more"),
@@ -283,9 +283,9 @@ CONVERT, CUT = ("convert", "{folder}", "--out", "{out}"), ("cut", "{folder}", "-
         (PLAN, "--moments", "fp64", "one of bf16, fp32"),
         (PLAN, "--dtype", "fp16", "fp8 or bf16 with --gpu"),
         (PLAN, "--matmul-share", "2", "a share above 0, at most 1"),
-        (PLAN, "--latency-us", "-1", "microseconds from 0 up"),
+        (PLAN, "--latency-us", "-1", "microseconds of at least 0"),
         (PLAN, "--bandwidth", "0", "a number above 0"),
-        (PLAN, "--price", "nan", "dollars from 0 up"),
+        (PLAN, "--price", "nan", "dollars of at least 0"),
         (PLAN, "--train-tokens", "many", "a"),
         (("plan", "tiny"), "--gpus", "0", "a positive integer"),
         (("plan", "tiny"), "--tokens", "0", "a positive integer"),

@@ -337,7 +337,7 @@ def test_invalid_runs(mesh: Mesh, training: Training, tokens: int, message: str)
     [
         (Rates(matmul_share=0), "matmul_share = 0: expected a share above 0, at most 1"),
         (Rates(overlap=1.5), "overlap = 1.5: expected a share from 0 to 1"),
-        (Rates(latency_us=-1), "latency_us = -1: expected microseconds from 0 up"),
+        (Rates(latency_us=-1), "latency_us = -1: expected microseconds of at least 0"),
     ],
 )
 def test_invalid_rates(rates: Rates, message: str) -> None:
@@ -419,7 +419,7 @@ def test_rates_of_a_gpu_as_options(capsys: Any) -> None:
         (("tiny", "--gpu", "h100", "--network", "-1"), "--network: expected a number above 0; found -1.0"),
         (("tiny", "--gpu", "a100", "--dtype", "fp8"), "--dtype: expected bf16 on a GPU without FP8; found 'fp8'"),
         (("tiny", "--gpu", "h100", "--dtype", "fp32"), "--dtype: expected fp8 or bf16 with --gpu; found 'fp32'"),
-        (("tiny", "--gpu", "h100", "--price", "nan"), "--price: expected dollars from 0 up; found nan"),
+        (("tiny", "--gpu", "h100", "--price", "nan"), "--price: expected dollars of at least 0; found nan"),
         (("tiny", "--gpu", "h100", "--train-tokens", "many"), "found 'many'"),
         (("tiny", "--published"), "--published: expected no other option than --json"),
         ((), "MODEL: expected a folder, or one of the presets"),

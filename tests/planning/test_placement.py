@@ -339,7 +339,11 @@ NAN, INF = math.nan, math.inf
         (torch.zeros(0, 4), {}, r"load = \[0, 4\]: expected a shape"),
         (torch.zeros(2, 0), {}, r"load = \[2, 0\]: expected a shape"),
         (torch.zeros(2, 4, dtype=torch.bool), {}, r"load = torch.bool: expected integers or floats"),
-        (torch.tensor([[1, 1, 1, 1], [1, 1, -2, 1]]), {}, r"load\[1\]\[2\] = -2.0: expected a finite number from 0 up"),
+        (
+            torch.tensor([[1, 1, 1, 1], [1, 1, -2, 1]]),
+            {},
+            r"load\[1\]\[2\] = -2.0: expected a finite number of at least 0",
+        ),
         (torch.tensor([[1, NAN, 1, 1]]), {}, r"load\[0\]\[1\] = nan: expected a finite number"),
         (torch.tensor([[1, 1, 1, INF]]), {}, r"load\[0\]\[3\] = inf: expected a finite number"),
         (

@@ -395,7 +395,7 @@ def test_two_runs_in_one_folder_are_refused(text: Path, tmp_path: Path, capsys: 
     assert os.WIFSTOPPED(os.waitpid(first.pid, os.WUNTRACED)[1])
     assert main([*command(text, tmp_path / "run"), "--resume"]) == 2
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "another run is at work in this folder" in said and str(first.pid) in said
+    assert said.count("\n") == 1 and "another run is using this folder" in said and str(first.pid) in said
     first.kill()
     first.communicate()
     assert main([*command(text, tmp_path / "run"), "--auto-resume"]) == 0
@@ -416,13 +416,13 @@ def test_the_first_process_of_each_node_fails_and_the_others_exit(
         if value is not None:
             monkeypatch.setenv(name, str(value))
     assert launcher.is_first() == (rank in (None, 0))
-    with pytest.raises((SystemExit, moe.ConfigError)) as raised, launcher.said_once(*launcher.MISTAKES):
+    with pytest.raises((SystemExit, moe.ConfigError)) as raised, launcher.reported_once(*launcher.MISTAKES):
         raise MISTAKE
     if local:
         assert isinstance(raised.value, SystemExit) and raised.value.code == 0
     else:
         assert raised.value is MISTAKE
-    with pytest.raises(ZeroDivisionError), launcher.said_once(*launcher.MISTAKES):
+    with pytest.raises(ZeroDivisionError), launcher.reported_once(*launcher.MISTAKES):
         raise ZeroDivisionError  # a bug has its traceback on every rank
 
 

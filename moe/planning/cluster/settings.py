@@ -93,7 +93,7 @@ class Rates:
         for name in ("matmul_share", "attention_share", "link_share"):
             _require(name, getattr(self, name), 0 < getattr(self, name) <= 1, "a share above 0, at most 1")
         _require("overlap", self.overlap, 0 <= self.overlap <= 1, "a share from 0 to 1")
-        _require("latency_us", self.latency_us, 0 <= self.latency_us < float("inf"), "microseconds from 0 up")
+        _require("latency_us", self.latency_us, 0 <= self.latency_us < float("inf"), "microseconds of at least 0")
 
 
 @dataclass(frozen=True)
