@@ -1,9 +1,10 @@
-"""Save random models of every family and load them in transformers: `python -m tests.exports [EXAMPLES] [SEED]`.
+"""Save random models of every family and load them in transformers: `python -m tests.exports`.
 
 A model without `family_problems` must load in transformers without a warning and give the same logits. For any other
 model, the save must raise the first problem.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -224,4 +225,8 @@ def main(count: int = 100, seed: int = 0) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:])))
+    parser = argparse.ArgumentParser(prog="python -m tests.exports", description=str(__doc__).partition(":")[0] + ".")
+    parser.add_argument("--count", type=int, default=100, help="Number of models (default: 100)")
+    parser.add_argument("--seed", type=int, default=0, help="Random seed (default: 0)")
+    options = parser.parse_args()
+    sys.exit(main(options.count, options.seed))

@@ -1,5 +1,6 @@
 """Inject defects into moe/parallel, one at a time; a case must fail for each. python -m tests.parallel_defects"""
 
+import argparse
 import json
 import os
 import shutil
@@ -150,6 +151,10 @@ def verdict(defect: Defect) -> str:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.parallel_defects", description=str(__doc__).partition(". ")[0] + "."
+    )
+    parser.parse_args()
     wrong = 0
     for defect in DEFECTS:
         found = verdict(defect)

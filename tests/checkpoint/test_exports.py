@@ -280,7 +280,7 @@ def test_a_new_model_has_no_token_ids_of_a_released_tokenizer(tmp_path: Path) ->
 
 
 def test_random_exports_are_read_by_transformers_or_refused(tmp_path: Path) -> None:
-    """`python -m tests.exports 300` tries more."""
+    """`python -m tests.exports --count 300` tries more."""
     pytest.importorskip("transformers")
     from tests.exports import check, examples
 
