@@ -111,7 +111,7 @@ class OtherProcesses:
         least = max(LEAST_DISTURBANCE, LEAST_DISTURBED_SHARE * cores) * wall
         # Some sandboxes have counters that stand still, and count no work of this process either.
         known = cores > 0 and used >= -max(LEAST_SECONDS, 0.1 * mine)
-        other_cores = round(max(0.0, used / wall), 3) if known else None
+        other_cores = round(min(max(0.0, used / wall), cores), 3) if known else None
         return {"cores": cores, "other_cores": other_cores, "disturbed": known and used > max(least, LEAST_SECONDS)}
 
 

@@ -71,7 +71,7 @@ def test_instruction_sets_that_the_processor_lacks_are_skipped(
     monkeypatch.setattr(processors, "lacks", lambda instructions: instructions == "avx512")
     monkeypatch.setattr(processors, "run", run)
     assert main([]) == 1 and ran == ["default-1", "default-2", "avx2-1", "avx2-2"]
-    assert capsys.readouterr().out == "avx512: not run, because this processor lacks it\n"
+    assert capsys.readouterr().out == "avx512: not run, because this processor does not support it\n"
     assert main(["--leg", "avx2-1", "avx2-1"]) == 0 and ran[4:] == ["avx2-1"]
 
 

@@ -272,7 +272,7 @@ def test_experts_of_a_rank_are_its_part(made: Folders, tmp_path: Path) -> None:
 def test_quantised_tensors_are_not_divided_among_ranks(spelling: str) -> None:
     """Refused before a mesh or a folder is read."""
     nowhere: Any = None
-    with pytest.raises(ConfigError, match=f"dtype = '{spelling}': expected auto or a floating dtype: quantised"):
+    with pytest.raises(ConfigError, match=f"dtype = '{spelling}': expected auto or a floating dtype; quantised"):
         moe.parallel.load("nowhere", nowhere, dtype=spelling)
     with pytest.raises(ConfigError, match="dtype = 'int8': expected one of auto, keep, bf16"):
         moe.parallel.load("nowhere", nowhere, dtype="int8")

@@ -244,7 +244,7 @@ def test_plan_counts_no_missing_tensors(capsys: Any, saved: Path, tmp_path: Path
     (tmp_path / "config.json").write_text((saved / "config.json").read_text())
     facts = planned(capsys, str(tmp_path))
     assert facts["stored"]["tensors"] == len(tensors)
-    assert "2 tensors are missing in the files and not counted" in facts["inference"]["assumptions"]
+    assert "2 tensors missing from the files are not counted" in facts["inference"]["assumptions"]
 
 
 @pytest.mark.parametrize("spelling", ["fp16", "F16", torch.float16])

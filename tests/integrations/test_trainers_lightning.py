@@ -114,5 +114,5 @@ def test_without_our_layers_it_is_refused(tmp_path: Any) -> None:
             super().__init__()
             self.moe = nn.Linear(8, 8, dtype=torch.float64)  # pyright: ignore
 
-    with pytest.raises(ValueError, match=r"expected a model that contains moe\.MoELayer"):
+    with pytest.raises(ValueError, match=r"expected a model with a moe\.MoELayer"):
         fit(Plain(), [BalanceCallback()], ROWS, tmp_path)

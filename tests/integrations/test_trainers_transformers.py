@@ -272,7 +272,7 @@ def test_models_of_transformers_are_refused(tmp_path: Path) -> None:
     sizes: dict[str, Any] = dict.fromkeys(("num_local_experts", "num_attention_heads", "num_key_value_heads"), 2)
     config = MixtralConfig(vocab_size=61, hidden_size=16, intermediate_size=8, num_hidden_layers=1, **sizes)
     run = trainer(MixtralForCausalLM(config), tmp_path, Data(2), [BalanceCallback()])
-    with pytest.raises(ValueError, match=r"a model that contains moe\.MoELayer, .*; found MixtralForCausalLM"):
+    with pytest.raises(ValueError, match=r"a model with a moe\.MoELayer .*; found MixtralForCausalLM"):
         run.train()
     run = trainer(build(), tmp_path, Data(2), [BalanceCallback()], label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match=r"label_smoothing_factor = 0\.1: expected 0 for moe\.Transformer"):

@@ -126,7 +126,7 @@ def test_compiles_without_spills(gpu: str, shape: str) -> None:
     [
         (tiling.Tile(128, 256, 64, 4, 3), "spills"),
         (tiling.Tile(128, 128, 128, 8, 5), "bytes of shared memory of"),
-        (tiling.Tile(128, 256, 64, 8, 2), "wait for what"),
+        (tiling.Tile(128, 256, 64, 8, 2), "wait for their operands"),
         (tiling.Tile(16, 64, 128, 4, 4), None),
     ],
     ids=str,

@@ -489,7 +489,7 @@ def test_bad_files(capsys: pytest.CaptureFixture[str], tmp_path: Path, content: 
             '{"kind": "validation", "load": 3}\n',
             "metrics.jsonl, line 1: load: expected a list of layers, each a list of the tokens of its experts; found 3",
         ),
-        (None, "/metrics.jsonl': expected a file"),
+        (None, "expected an existing file; found '"),
     ],
 )
 def test_bad_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str | None, message: str) -> None:

@@ -151,10 +151,10 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPat
     [
         (
             ["--preset", "deepseek_v3"],
-            "moesmith train: --preset: expected a run that fits into this machine's memory, where 7,6",
+            "moesmith train: --preset: expected a run that fits into this machine's memory; found 7,6",
         ),
         (["--preset", "deepseek_v3", "--optimizer", "adamw"], "10,1"),
-        (["--preset", "mixtral_8x7b", "--activation-checkpointing"], "a smaller model, or, under torchrun, more ranks"),
+        (["--preset", "mixtral_8x7b", "--activation-checkpointing"], "a smaller model or, under torchrun, more ranks"),
         (["--batch-size", "1000000"], "moesmith train: --batch-size: expected a run that fits"),
         (["--batch-size", "1000000", "--activation-checkpointing", "--dtype", "bf16"], "fewer sequences"),
         (["--accumulation", "1000000000"], "moesmith train: --accumulation: expected a run that fits"),

@@ -67,7 +67,7 @@ def test_states_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     for place, error in (
         ("moe.train.state.save_file", SafetensorError("No space left on device")),
-        ("moe.train.state.settle", OSError(errno.ENOSPC, "No space left on device")),
+        ("moe.train.state.sync_folder", OSError(errno.ENOSPC, "No space left on device")),
     ):
         with monkeypatch.context() as full:
             full.setattr(place, raises(error))
