@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
@@ -49,9 +50,16 @@ class LoadCounter:
 
     def _count_in(self, leaf: Tensor) -> None:
         self.leaf = leaf.requires_grad_()
-        self.leaf.register_hook(self._before_counting)
+        this = weakref.ref(self)  # Python cannot free cycles through the hooks of a tensor
 
-    def _before_counting(self, _: Tensor) -> None:
+        def before_counting(_: Tensor) -> None:
+            counter = this()
+            if counter is not None:
+                counter._before_counting()
+
+        self.leaf.register_hook(before_counting)
+
+    def _before_counting(self) -> None:
         if self.weight is not None and self.weight.requires_grad and self.weight.grad is None:
             self.reset()
 

@@ -1,8 +1,10 @@
 """`moe.balance.attach` beside other optimizers, copies, averages, data parallelism and loss scales."""
 
 import copy
+import gc
 import pickle
 import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +30,19 @@ def test_an_attached_copy_has_counters_and_a_scale_of_its_own() -> None:
         assert copied.global_batch.loss_scale == 0.25
         balance.set_loss_scale(copied, 2.0)
         assert model.global_batch.loss_scale == 0.25
+
+
+def test_an_attached_model_is_freed_while_its_graph_is_alive() -> None:
+    """And so is its global batch, which holds a process group. DistributedDataParallel keeps graphs of its own."""
+    model = small_model(MLA)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = balance.attach(model, optimizer)
+    logits = model(torch.randint(0, 61, (2, 8))).logits
+    router = next(router for _, router in balance.routers(model))
+    held = [weakref.ref(each) for each in (model, model.global_batch, router, router.load_counter)]
+    del model, optimizer, handle, router
+    gc.collect()
+    assert [each() for each in held] == [None] * len(held) and logits.requires_grad
 
 
 def test_the_loss_scale_reaches_a_model_whose_layers_were_replaced() -> None:
