@@ -1,4 +1,4 @@
-"""Benchmark your own MoE kernel beside moesmith's and those of other libraries.
+"""Benchmark your own MoE kernel against those of moesmith and other libraries.
 
     python -m benchmarks layer --small --shape olmoe --op forward train --peer examples/custom_kernel.py:sorted_experts
 
@@ -14,8 +14,11 @@ from benchmarks.peers import LayerInputs
 
 
 def sorted_experts(inputs: LayerInputs) -> Tensor:
-    """Replace this body with a call to your kernel. Inputs are x [T, D], gate_up [E, 2F, D] with the gate rows first,
-    down [E, D, F], weights [T, K] in float32 and expert_ids [T, K] in int64."""
+    """Replace this body with a call to your kernel.
+
+    Inputs are x [T, D], gate_up [E, 2F, D] with the gate rows first, down [E, D, F], weights [T, K] in float32 and
+    expert_ids [T, K] in int64.
+    """
     tokens, top_k = inputs.expert_ids.shape
     order = inputs.expert_ids.flatten().argsort(stable=True)  # routed rows, sorted by expert
     counts = torch.bincount(inputs.expert_ids.flatten(), minlength=len(inputs.down)).tolist()

@@ -1,4 +1,4 @@
-"""A MoE layer in your own DistributedDataParallel trainer: two processes on the CPU, over gloo.
+"""An MoE layer in your own DistributedDataParallel trainer: two processes on the CPU, over gloo.
 
     torchrun --standalone --nproc-per-node 2 examples/ddp_layer.py
 
@@ -17,7 +17,7 @@ WIDTH, EXPERTS, STEPS = 32, 8, 40
 
 
 class Block(nn.Module):
-    """A stand-in for your model: anything that contains a MoELayer."""
+    """A stand-in for your model: any module that contains a MoELayer."""
 
     def __init__(self) -> None:
         super().__init__()

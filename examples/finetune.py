@@ -20,7 +20,7 @@ from moe.train.batches import BatchTrainer
 
 
 def batches(ids: Tensor, batch_size: int, length: int) -> Iterator[Tensor]:
-    """Endless token ids [batch_size, length], from random places of `ids`."""
+    """Yield token ids [batch_size, length] from random positions of `ids`, endlessly."""
     while True:
         starts = torch.randint(len(ids) - length + 1, (batch_size,)).tolist()
         yield torch.stack([ids[start : start + length] for start in starts])

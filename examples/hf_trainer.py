@@ -1,11 +1,11 @@
 """Train a moe.Transformer with the Trainer of Hugging Face transformers.
 
-    pip install -e ".[trainers]"  # the Trainer needs accelerate
+    pip install -e ".[trainers]"  # the Trainer requires accelerate
     python examples/hf_trainer.py --out hf_run
 
 BalanceCallback updates the correction biases, scales the balance losses as the Trainer scales its own loss, and adds
 MaxVio (the largest load of an expert, relative to the mean, minus 1) and the number of dead experts to the logs. Only
---out is written; `AutoModelForCausalLM.from_pretrained` loads its folder `checkpoint`.
+--out is written; `AutoModelForCausalLM.from_pretrained` can load the folder `checkpoint` in it.
 """
 
 import argparse

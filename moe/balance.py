@@ -195,7 +195,7 @@ class Handle:
     def loads(self, *, reset: bool = False) -> dict[str, Tensor]:
         """Return router name -> int64 [E], the tokens that chose each expert in all steps since the last reset.
 
-        Summed over the ranks of the group. Empty before the first step.
+        Counts are summed over the ranks of the group. The dict is empty before the first step.
         """
         loads = self._loads
         if reset:
@@ -227,15 +227,15 @@ def attach(
 ) -> Handle:
     """Update every correction bias once per step of `optimizer`: b_i += speed * sign(mean(load) - load_i).
 
-    Works with any model that contains `moe.MoELayer`s and with any trainer. Call it once, after the model is on its
-    device and before the first forward pass; with several optimizers, attach to one. `optimizer` may be a wrapper of
-    one optimizer, such as accelerate's, before or after `prepare`.
+    Works with any model that contains a `moe.MoELayer` and with any trainer. Call it once, after the model is on its
+    device and before the first forward pass; with several optimizers, attach to one of them. `optimizer` may be a
+    wrapper of one optimizer, such as accelerate's, before or after `prepare`.
 
     The load of a step is the load of all backward passes since the previous step, summed over `group` (None: the
-    default process group, if there is one). A skipped step counts nothing: setting gradients to None, as zero_grad
-    does, begins a new step. This is detected by the gradient of the router's weight, so the weight must be trained and
-    the model must not be compiled as a whole; gradients zeroed in place are not detected. A step without tokens leaves
-    the biases unchanged.
+    default process group, if there is one). A skipped step is not counted: setting gradients to None, as zero_grad
+    does, begins a new step. Skipped steps are detected by the gradient of the router's weight, so the weight must be
+    trained, and the model must not be compiled as a whole; gradients zeroed in place are not detected. A step without
+    tokens leaves the biases unchanged.
 
     The balance loss without `seq_aux` sums over the same group in all routers, even after `handle.remove()`. To change
     the speed, remove and attach again. With a speed of 0 loads are only counted; see `Handle.loads`. Copies of a model

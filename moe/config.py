@@ -56,7 +56,7 @@ class _Settings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Create one from plain values. Raises `ConfigError` for an unknown field or a missing required one."""
+        """Create a config from plain values. Raises `ConfigError` for an unknown field or a missing required one."""
         cls.check_names(values)
         for f in dataclasses.fields(cls):
             if f.default is f.default_factory is dataclasses.MISSING and f.name not in values:
@@ -85,7 +85,7 @@ class RopeParameters(_Settings):
     rope_type "yarn" applies at every length (DeepSeek's own code applies it only past the original length).
     attention_factor multiplies cos and sin; None derives it from factor, mscale and mscale_all_dim.
     mscale_all_dim also multiplies the softmax scale of MLA by (0.1 * mscale_all_dim * ln(factor) + 1)^2.
-    partial_rotary_factor is the fraction of a head's dimensions, the first ones, that rotate (grouped-query attention).
+    partial_rotary_factor is the fraction of a head's dimensions that rotate, from the first (grouped-query attention).
     The fields between rope_type and partial_rotary_factor are YaRN's.
     """
 
@@ -292,15 +292,15 @@ class ModelConfig(MoEConfig):
         decoder_sparse_step: each remaining layer i has experts if i + 1 is a multiple of this.
         kv_lora_rank: C, the latent rank of MLA; None for grouped-query attention.
         q_lora_rank: MLA: rank of the compressed queries; None for uncompressed queries.
-        qk_nope_head_dim, qk_rope_head_dim: MLA: dimensions of a query or key head without and with rotation.
-        v_head_dim: MLA: dimensions of a value head.
+        qk_nope_head_dim, qk_rope_head_dim: MLA: number of dimensions of a query or key head without and with rotation.
+        v_head_dim: MLA: number of dimensions of a value head.
         num_key_value_heads: grouped-query attention: number of key and value heads; None for num_attention_heads.
-        head_dim: grouped-query attention: dimensions of a head; None for hidden_size / num_attention_heads.
+        head_dim: grouped-query attention: number of dimensions of a head; None for hidden_size / num_attention_heads.
         qk_norm: grouped-query attention: RMS norms on each query and key head ("head"), across all heads of a token
             ("whole"), or "none".
         attention_bias: biases in the projections of queries, keys and values.
         attention_output_bias: bias in the output projection; None for the value of attention_bias.
-        attention_sinks: learned logit for each head, added to the softmax without a value.
+        attention_sinks: learned logit for each head that takes part in the softmax but has no value.
         sliding_window: number of tokens that a query attends to, itself included; None for all.
         layer_types: "full_attention" or "sliding_attention" for each layer; None applies sliding_window to all layers.
         rope_parameters: rotary embedding; see `RopeParameters`.

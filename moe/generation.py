@@ -50,7 +50,7 @@ def generate(
     Raises:
         ValueError: an empty prompt, a prompt that fills all positions, a mask with padding on the right, or a sampling
             parameter out of range (ConfigError).
-        FloatingPointError: logits contain NaN or inf, or are all -inf; the message has step (from 1) and sequence.
+        FloatingPointError: logits contain NaN or inf, or are all -inf; the message gives step (from 1) and sequence.
     """
     steps = stream(
         model,

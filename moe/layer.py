@@ -170,7 +170,7 @@ class LocalDispatcher:
 
 @dataclass(frozen=True)
 class MoEStats:
-    """Routing statistics of one forward pass of a MoE layer.
+    """Routing statistics of one forward pass of an MoE layer.
 
     Attributes:
         load: int64 [E], number of real tokens that chose each expert.
@@ -233,12 +233,13 @@ class MoELayer(nn.Module):
         n_routed_experts: E, the number of routed experts.
         num_experts_per_tok: K, the number of routed experts per token.
         n_shared_experts: number of experts that every token uses; one MLP of n_shared_experts * moe_intermediate_size.
-        shared_expert_intermediate_size: width of that MLP instead; requires n_shared_experts = 1.
+        shared_expert_intermediate_size: overrides the width of that MLP; requires n_shared_experts = 1.
         shared_expert_gate: multiply its output by a sigmoid of a linear function of the token.
         expert_bias: biases in the projections of routed experts.
         swiglu_limit, swiglu_alpha, swiglu_beta: the activation of routed experts is
             u * sigmoid(swiglu_alpha * u) * (v + swiglu_beta). u is the gate half, clamped to at most swiglu_limit; v is
-            the up half, clamped to swiglu_limit on both sides; None for no clamping. The default is silu(u) * v.
+            the up half, clamped to swiglu_limit on both sides. A swiglu_limit of None means no clamping. The default is
+            silu(u) * v.
         scoring_func: expert scores are the "sigmoid" or the "softmax" of the router's logits.
         topk_method: selection of experts. "noaux_tc": highest score plus correction bias; the bias balances the load
             and does not enter the weights, see `moe.balance.attach`. "group_limited_greedy" and "greedy": highest

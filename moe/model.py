@@ -40,8 +40,8 @@ ID_DTYPES = (torch.int64, torch.int32)
 class Embedding(nn.Embedding):
     """Token embedding, ids [...] -> [..., D], and tied head, vectors [..., D] -> logits [..., V].
 
-    One module for both, because offloading, sharding and hooks handle parameters when their module is called. A hook
-    on its output sees both.
+    One module serves both, because offloading, sharding and hooks handle parameters when their module is called. A
+    hook on its output sees both.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -176,12 +176,12 @@ class Transformer(nn.Module):
             attention_mask: [B, S_total], non-zero for real tokens, with padding on either side; S_total includes the
                 tokens in `cache`.
             position_ids: integers [B, S], possibly negative; the default continues from the length of the cache.
-            document_ids: integers [B, S]. Tokens attend to and are predicted from their own document only. MTP modules
-                skip positions whose following tokens are in another document, as they do for padding.
+            document_ids: integers [B, S]. Tokens attend to, and are predicted from, their own document only. MTP
+                modules skip positions whose following tokens are in another document or are padding.
             cache: earlier tokens; it is filled and advanced.
             logits_to_keep: compute logits only for this many last positions; 0 for all.
             num_items_in_batch: number of predicted tokens in the optimizer step, of which this call is a micro-batch.
-                The loss and its parts are multiplied by this call's fraction of them, so that their sums over
+                The loss and its parts are multiplied by this call's fraction of these tokens, so that their sums over
                 micro-batches are means over tokens ("mtp", "balance", "z": token-weighted means of their means).
 
         Raises:

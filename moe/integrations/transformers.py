@@ -44,8 +44,8 @@ _REMEDY = "dequantise the model or choose another experts_implementation"
 def register() -> None:
     """Register "moesmith" as an experts implementation of transformers, for this process. A second call does nothing.
 
-    It is a value of `from_pretrained(..., experts_implementation=)` and of `model.set_experts_implementation()`, for
-    inference and training, compiled or not, and runs `experts_forward`. It has no effect on models whose experts do not
+    Pass it to `from_pretrained(..., experts_implementation=)` or `model.set_experts_implementation()`. It runs
+    `experts_forward`, for inference and training, compiled or not. It has no effect on models whose experts do not
     use transformers' experts interface (Llama 4, JetMoe); a warning then states the class, and `check` raises.
     """
     ExpertsInterface.register("moesmith", experts_forward)
@@ -96,8 +96,8 @@ class BalanceCallback(TrainerCallback):
     Works with every model that contains `moe.MoELayer`s, such as `moe.Transformer`. Balance losses that enter through
     autograd are scaled as the Trainer scales its loss: by the micro-batches of the step and the fp16 gradient scaler.
     Training logs and `state.log_history` get "moe_max_vio" and "moe_dead_experts"; see `Balancing.metrics`. Callbacks
-    before this one do not see them, and those of `report_to` come first. For TensorBoard and others, add it by
-    `trainer.callback_handler.callbacks.insert(0, BalanceCallback())`.
+    before this one do not see them, and those of `report_to` come first. For TensorBoard and others, add this callback
+    with `trainer.callback_handler.callbacks.insert(0, BalanceCallback())`.
 
     Routers of transformers' own models are not supported, regardless of their experts implementation. Use transformers'
     balance loss for them (`output_router_logits`).
@@ -144,13 +144,13 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
     activation module. Experts with another activation or gate run `permute`, `grouped_mm` and `unpermute` around the
     module's `_apply_gate` or `act_fn`.
 
-    top_k_index [T, K] has any integer dtype; top_k_weights [T, K] any floating dtype and are used in float32 or wider.
-    An expert is absent if its id is -1 or equals the number of experts on this rank, as in eager mode, or under expert
-    parallelism exceeds it. Absent experts add nothing, and their weights get a zero gradient. Other ids out of range
-    raise IndexError (on CPU; a device assertion on CUDA).
+    top_k_index [T, K] has any integer dtype; top_k_weights [T, K] have any floating dtype and are used in float32 or
+    wider. An expert is absent if its id is -1 or equals the number of experts on this rank, as in eager mode; under
+    expert parallelism, also if its id exceeds that number. Absent experts add nothing, and their weights get a zero
+    gradient. Other ids out of range raise IndexError (on CPU; a device assertion on CUDA).
 
     Sums accumulate in float32 or wider for any dtype. Identical inputs give bit-identical results. Under autocast
-    products are cast as any matrix product is.
+    products are cast, as for any matrix product.
 
     Raises ConfigError for expert weights that are not dense tensors of float32, float64, bfloat16 or float16 (quantised
     or sharded ones), and for interleaved weights without an `_apply_gate` that handles them.

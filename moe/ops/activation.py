@@ -21,10 +21,10 @@ def swiglu(gate_up: Tensor, activation: SwiGLU = SwiGLU()) -> Tensor:
     NaN stays NaN. Differentiable once: a second differentiation raises RuntimeError.
 
     Accepts any floating dtype, leading dimensions and strides. The output is contiguous, has the same dtype and is
-    accurate to four roundings in it (0 if exp(-gate) exceeds float32). If `limit`, `alpha` or `beta` is used, it is
-    computed in float32 or wider. If alpha is not 1, alpha * gate is also rounded in that wider dtype of unit roundoff
-    u, which the exponential amplifies to a relative error of up to 2 u |alpha * gate|. Empty inputs give empty outputs.
-    Raises ValueError if the last dimension is odd.
+    accurate to four roundings in that dtype (0 if exp(-gate) exceeds float32). If `limit`, `alpha` or `beta` is used,
+    it is computed in float32 or wider. If alpha is not 1, alpha * gate is also rounded in that wider dtype of unit
+    roundoff u, which the exponential amplifies to a relative error of up to 2 u |alpha * gate|. Empty inputs give empty
+    outputs. Raises ValueError if the last dimension is odd.
 
     Source: Shazeer, GLU variants improve Transformer (arXiv 2002.05202); limit, alpha and beta: openai/gpt-oss.
     """

@@ -1,7 +1,7 @@
 """FLOP formulas of the operators for torch's `FlopCounterMode`.
 
-The module of that mode imports Triton, which takes a third of a second. The formulas are therefore registered when some
-other code imports it, or immediately if it is imported already.
+The module of that mode imports Triton, which takes a third of a second. The formulas are therefore registered when
+other code imports that module, or immediately if it is already imported.
 """
 
 import importlib.util

@@ -29,9 +29,9 @@ def grouped_mm(
         a [G, M, K]  b [G, K, N]  -> [G, M, N]  batched:  out[g] = a[g] @ b[g], no offs
         a [G, M, K]  b [K, R]     -> [M, R]     columns:  out[:, start:end] = a[g] @ b[:, start:end]
 
-    Unlike torch, rows and columns past the last offset are zero, an empty group of the "products" form is an exact zero
-    matrix, every size may be 0, and float64, any strides (transposed weights, expanded gradients) and any alignment are
-    supported.
+    In contrast to torch, rows and columns past the last offset are zero, an empty group of the "products" form gives an
+    exact zero matrix, every size may be 0, and float64, any strides (transposed weights, expanded gradients) and any
+    alignment are supported.
 
     Both operands have the same dtype: float32, float64, bfloat16 or float16. Products accumulate in float32 or wider
     and are rounded to that dtype once. Under autocast both operands are cast, as for `torch.matmul`. Differentiable in

@@ -2,8 +2,8 @@
 
 An operator has a schema, a CPU implementation, a CUDA implementation (which ROCm shares) and a fake. On CUDA the Triton
 kernels of the same module and function name in `moe_triton` run. torch's operators run for float64, which the kernels
-do not support, and on GPUs where the kernels cannot run (below compute capability 8.0, or not installed). The latter
-gives one warning with the reason.
+do not support, and on GPUs where the kernels cannot run (compute capability below 8.0, or kernels not installed). In
+the latter case, one warning gives the reason.
 
 A differentiable operator also has an "Autograd" implementation, which applies an `autograd.Function` if a gradient is
 needed and otherwise redispatches below autograd; its backward is a separate operator. opcheck and

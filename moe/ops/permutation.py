@@ -27,11 +27,11 @@ class Permuted:
 def permute(x: Tensor, expert_ids: Tensor, num_experts: int) -> Permuted:
     """Copy the rows of x [T, D] into expert order, one for each of the R = T * K slots of expert_ids [T, K] int64.
 
-    The order is stable: by expert, then token, then k. A slot with id -1 (absent) has position -1; as many rows past
-    the last offset are zero, so R does not depend on the ids. T = 0, K = 0, E = 0 and experts without tokens are valid.
-    Differentiable once in x: the gradient of a token is the sum of its rows' gradients in order of k, accumulated in
-    float32 or wider. Raises ValueError if num_experts < 0, IndexError for an id below -1 or >= E (on CPU; a device
-    assertion on CUDA).
+    The order is stable: by expert, then token, then k. A slot with id -1 (absent) has position -1. For each such slot,
+    a row of zeros follows the last offset, so R does not depend on the ids. T = 0, K = 0, E = 0 and experts without
+    tokens are valid. Differentiable once in x: the gradient of a token is the sum of its rows' gradients in order of k,
+    accumulated in float32 or wider. Raises ValueError if num_experts < 0, IndexError for an id below -1 or >= E (on
+    CPU; a device assertion on CUDA).
 
     Source: the "unpermute/permute" pair of Megatron-LM and torchtitan, with counting offsets as in MegaBlocks
     (arXiv 2211.15841).
@@ -52,7 +52,7 @@ def unpermute(rows: Tensor, position: Tensor, weights: Tensor | None = None) -> 
     weights, a plain sum. A position of -1 contributes nothing, even if its weight is NaN, and gets a zero gradient. A
     token without rows gives zero. Differentiable once in rows and weights (float32 or float64, TypeError otherwise). No
     atomics are used, so identical inputs give bit-identical results. Positions are not checked: they must be distinct
-    and below R, as those of `permute`. The rows of absent slots, which come last, may be omitted.
+    and below R, as are those of `permute`. The rows of absent slots, which come last, may be omitted.
     """
     if weights is not None:
         check_weights(weights, position)

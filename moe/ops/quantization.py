@@ -41,8 +41,9 @@ def dequantize_blocks(
     float16, or float64, which represents the float32 product). It becomes infinite if it is too large for `dtype`. NaN
     in a code or scale stays NaN, and the sign of zero is kept.
 
-    With `halves` = h the N rows are h stacked matrices of N / h rows, each blocked separately, with ceil(N / h / bn)
-    rows of scales. Stacked experts [E, 2F, D] have two, gate and up, even if F is not a multiple of the block.
+    With `halves` = h, the N rows are h stacked matrices of N / h rows. Each is divided into blocks separately and has
+    ceil(N / h / bn) rows of scales. Stacked experts [E, 2F, D] have two halves, gate and up, so F need not be a
+    multiple of the block size.
 
     If given, `out` is filled and returned, and `dtype` is ignored; it has weight's shape, any strides, and one of the
     dtypes above. Besides the result, at most 64 MiB (CPU: 1 MiB) or one row of blocks is in memory as float32. Empty
@@ -76,9 +77,9 @@ def quantize_blocks(
         code      = weight / scale_inv, in float32, to the nearest float8_e4m3fn, ties to even
 
     weight is float32, bfloat16 or float16; blocks and `halves` are as in `dequantize_blocks`. With `scale_fmt` "ue8m0"
-    (DeepSeek-V3.1) each scale is rounded up to a power of two. The lower limit is the smallest normal float32: smaller
-    blocks lose precision, and none becomes 0/0. No code is NaN. With "ue8m0", magnitudes from 248 * 2^120, the last 4
-    percent of float32, dequantise to infinity. Identical inputs give bit-identical results.
+    (DeepSeek-V3.1) each scale is rounded up to a power of two. The lower limit is the smallest normal float32: blocks
+    of smaller values lose precision, and none becomes 0/0. No code is NaN. With "ue8m0", magnitudes from 248 * 2^120,
+    the last 4 percent of float32, dequantise to infinity. Identical inputs give bit-identical results.
 
     If a block of dequantised weights (float32 or bfloat16) contains the code 448, quantising it again gives the same
     codes. The scale is exact if it is a power of two; otherwise it differs by at most one unit in the last place from

@@ -54,8 +54,8 @@ def route(
 
     Experts and groups are sorted by value descending, then index ascending, with NaN last (after -inf), on every
     backend. So the ids of a row are distinct, in [0, E) and in the selected groups for any logits. A NaN logit affects
-    only its own row: its weight and, through the normalisation, the row's weights if it is selected; with softmax the
-    whole row. A sum that is NaN stays NaN.
+    only its own row: with softmax, the whole row; with sigmoid, its weight and, through the normalisation, the other
+    weights of the row, if it is selected. A sum that is NaN stays NaN.
 
     Differentiable once from `weights` and `scores` to `logits` (a second differentiation raises RuntimeError, except
     with tier="reference"); `correction_bias` gets no gradient. T = 0 gives empty outputs. `tier` is as for `moe_mlp`.

@@ -1,4 +1,4 @@
-"""Training on custom batches: the step of `moe.train.loop.Trainer` without its data, settings and files."""
+"""Training on custom batches: the steps of `moe.train.loop.Trainer`, without its data, settings and files."""
 
 import itertools
 import math
@@ -38,8 +38,8 @@ class BatchTrainer:
     `moe.Transformer` it is the mean over the predicted tokens of all micro-batches of a step.
 
     Args:
-        model: any module, on the device of the batches. If it has routers with a correction bias, the bias is updated
-            at each step, and `moe.balance.attach` is called unless it was before.
+        model: any module, on the device of the batches. If it has routers with a correction bias, `moe.balance.attach`
+            is called unless it already was, so that the bias is updated at each step.
         batches: micro-batches, possibly endless.
         optimizers: one optimizer, or several that are stepped together.
         loss: function of model and batch that returns a scalar tensor. The loss of a step is the mean over its batches.

@@ -73,7 +73,7 @@ def compute_seconds(block: Block, run: Run, gpu: Gpu, rates: Rates) -> float:
 
 
 def all_to_all_seconds(run: Run, gpu: Gpu, rates: Rates) -> float:
-    """Seconds of all-to-all in a MoE layer per micro-batch: forward, backward, and forward again if recomputed."""
+    """Seconds of all-to-all in an MoE layer per micro-batch: forward, backward, and forward again if recomputed."""
     if run.mesh.ep == 1:
         return 0.0
     times = 3 if run.training.recompute == "full" else 2
