@@ -192,7 +192,7 @@ def _check(settings: Settings, config: ModelConfig, world: World, device: torch.
         problem = f"the default {default}: {settings.name} has no correction bias"
         raise ConfigError("--bias-update-speed", settings.bias_update_speed, problem)
     if settings.dispatch != "same" and settings.ep == 1:
-        raise ConfigError("--dispatch", settings.dispatch, "same where no experts are divided (--ep 1)")
+        raise ConfigError("--dispatch", settings.dispatch, "same if --ep is 1")
     if settings.init is not None:
         option = "--init" if settings.tokenizer is None else "--tokenizer"
         check_vocabulary(settings.tokenizer or settings.init, config.vocab_size, option)

@@ -205,7 +205,7 @@ def test_what_is_free_is_the_machines_own_figure() -> None:
             ["--preset", "mixtral_8x7b", "--bias-update-speed", "0.1"],
             "--bias-update-speed: expected the default 0.01: mixtral_8x7b has no correction bias",
         ),
-        (["--dispatch", "fp8"], "--dispatch: expected same where no experts are divided (--ep 1)"),
+        (["--dispatch", "fp8"], "--dispatch: expected same if --ep is 1"),
     ],
 )
 def test_options_without_effect_are_refused(
