@@ -186,7 +186,8 @@ def _check(settings: Settings, config: ModelConfig, world: World, device: torch.
     check_experts(config)
     check_savable(config)
     if settings.seq_length > config.max_position_embeddings:
-        raise ConfigError("--seq-length", settings.seq_length, f"at most {config.max_position_embeddings}")
+        limit = config.max_position_embeddings
+        raise ConfigError("--seq-length", settings.seq_length, f"at most the model's {limit} positions")
     default = Settings.bias_update_speed
     if config.topk_method != "noaux_tc" and settings.bias_update_speed != default:
         problem = f"the default {default}: {settings.name} has no correction bias"

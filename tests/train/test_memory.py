@@ -159,7 +159,7 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPat
         (["--batch-size", "1000000", "--activation-checkpointing", "--dtype", "bf16"], "fewer sequences"),
         (["--accumulation", "1000000000"], "moesmith train: --accumulation: expected a run that fits"),
         (["--accumulation", "1000000000"], "fewer forward passes per step"),
-        (["--seq-length", "10000000"], "moesmith train: --seq-length: expected at most"),
+        (["--seq-length", "10000000"], "moesmith train: --seq-length: expected at most the model's"),
     ],
 )
 @pytest.mark.parametrize("again", [[], ["--overwrite"], ["--auto-resume"]], ids=lambda words: "".join(words))
