@@ -10,7 +10,7 @@ COMMANDS = {
     "cpu": "a whole model beside transformers' on the CPU",
     "load": "loading a checkpoint beside other readers of the same files",
     "parallel": "packing, bytes and scaling of expert parallelism",
-    "qualify": "check in stages that everything works on a machine with a GPU",
+    "qualify": "staged checks that everything works on a machine with a GPU",
 }
 
 
@@ -37,7 +37,7 @@ def _main(argv: list[str] | None) -> int:
 
     parser = Parser(
         prog="python -m benchmarks",
-        description="Benchmarks beside peers. Only correct results are timed.",
+        description="Benchmarks beside other implementations (peers). Only correct results are timed.",
         epilog="smoke test:\n  python -m benchmarks layer --small\n"
         "one model's layer:\n  python -m benchmarks layer --shape olmoe --op forward train decode",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -9,16 +9,16 @@ Work, batch size 1:
   decode   tokens one at a time after that prefill, logits of each
 
 The peer is DeepseekV3ForCausalLM with SDPA attention and the fastest of its
-experts backends for that work (eager, batched_mm, grouped_mm). A ratio is
-printed only if each of our errors is at most twice the peer's. Errors are
-against the peer's model in float64 (whose norms, router and RoPE compute in
-float32 nonetheless):
+expert backends for that work (eager, batched_mm, grouped_mm). A ratio is
+printed only if each of our errors is at most twice the peer's. The reference of
+the errors is the peer's model in float64 (whose norms, router and RoPE still
+compute in float32):
 
   logits     ||found - exact|| / ||exact|| of each token, its median and upper
-             quartile over the tokens, and the largest difference over the
-             largest logit
+             quartile over the tokens, and the largest difference divided by
+             the largest logit
   gradients  for training also the same quotient of each parameter, its median
-             and its largest
+             and maximum
 
 In bfloat16 a token may be routed differently than in float64. Such tokens
 dominate the largest errors, the peer's included, so these say little about the
@@ -31,11 +31,12 @@ The limit, from ceilings measured in the same run:
   decode   bytes of the activated parameters (without the input embedding) and
            of the cache / memory read rate
 with forward FLOPs = 2 x activated parameters without embeddings x S
-+ S^2 H (qk_head_dim + v_head_dim) (causal) + 2 D V x positions with logits.
++ S^2 H (qk_head_dim + v_head_dim) (causal) + 2 D V x positions with logits
+(H heads, model width D, vocabulary size V).
 
 --small is a smoke test: it shows that everything runs and is correct, and
 prints no times or ratios. Its JSON lines have times and "small": true.
-"disturbed: other processes used X of N cores" rates the most disturbed
+"disturbed: other processes used X of N cores" describes the most disturbed
 measurement; JSON lines have "other_cores" and "disturbed".
 """
 
@@ -390,7 +391,7 @@ def _rate(record: dict[str, Any], seconds: float) -> tuple[str, str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--preset", metavar="NAME", help="Preset of family deepseek_v3; default: bench_400m, small: tiny")
+    add("--preset", metavar="NAME", help="Preset of family deepseek_v3; default: bench_400m; with --small: tiny")
     add("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="Parameter dtypes; default: both")
     add("--small", action="store_true", help="Smoke test with the tiny preset and few tokens")
     add(

@@ -9,7 +9,7 @@ Operations:
            depends on the ids; no gradients
   train    forward, and the gradients of x, gate_up, down and the routing
            weights
-  decode   forward of 1, 4, 16 and 64 tokens (small: 1 and 4)
+  decode   forward of 1, 4, 16 and 64 tokens (--small: 1 and 4)
 
 Inputs are normally distributed random numbers. The candidates take turns in one
 process, and times are medians. On a GPU they are measured by events with a cold
@@ -18,15 +18,18 @@ results are timed (benchmarks/correctness.py). The limit of each result
 (benchmarks/roofline.py) is based on the rates of a large matrix product and a
 large copy, measured in the same run.
 
-Without a GPU, or with --small, registry shapes keep their experts and shrink in
-d, n and T; a shape given as numbers does not shrink. A run with --small or a
+A shape T,d,n,E,K is T tokens, model width d, expert width n, and E experts, K
+of them per token.
+
+Without a GPU, or with --small, named shapes keep their experts and shrink in d,
+n and T; a shape given as numbers does not shrink. A run with --small or a
 shrunk shape is a smoke test: it shows that everything runs and is correct, and
-prints no times. Their JSON lines have times and "small": true.
+prints no times. Its JSON lines have times and "small": true.
 
-"disturbed: other processes used X of N cores" at the end of a run rates the
-most disturbed measurement. JSON lines have "other_cores" and "disturbed".
+"disturbed: other processes used X of N cores" at the end of a run describes
+the most disturbed measurement; JSON lines have "other_cores" and "disturbed".
 
-Exit status: 0; 1 if ours is wrong, fails, lacks memory, or is slower than
+Exit status: 0; 1 if ours is wrong, fails, runs out of memory, or is slower than
 --compare allows; 2 for bad input; 3 if a candidate left the device unusable (by
 an illegal access, for example), so that this process can measure nothing more;
 130 after Ctrl-C.
@@ -392,8 +395,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--list", action="store_true", help="List shapes, operations and peers, and which peers are available")
     add("--op", nargs="+", choices=OPS, default=list(OPS), metavar="OP", help=f"Some of {' '.join(OPS)}; default: all")
-    add("--shape", nargs="+", metavar="SHAPE", help="Registry names or T,d,n,E,K; default: the whole registry")
-    add("--tokens", nargs="+", type=_positive, metavar="T", help="Token counts; default: those of the shapes")
+    add("--shape", nargs="+", metavar="SHAPE", help="Names shown by --list, or T,d,n,E,K; default: all names")
+    add("--tokens", nargs="+", type=_positive, metavar="T", help="Numbers of tokens; default: those of the shapes")
     add(
         "--routing",
         nargs="+",
@@ -402,11 +405,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(NAMES)} or FILE.npz, see benchmarks/routings.py; default: uniform",
     )
     add("--dtype", nargs="+", choices=list(DTYPES), metavar="DTYPE", help=DTYPE_HELP)
-    add("--peers", nargs="*", metavar="NAME", help="Peers to time; without a name ours alone; default: all available")
+    add("--peers", nargs="*", metavar="NAME", help="Peers to time; without a name, only ours; default: all available")
     add("--peer", action="append", default=[], metavar="FILE.py:FUNCTION", help="Your own peer, from LayerInputs to y")
     add("--device", choices=("cpu", "cuda"), help="Device; default: cuda if there is one, otherwise cpu")
-    add("--small", action="store_true", help="Smoke test with shrunk shapes; always on for registry shapes on a CPU")
-    add("--seconds", type=_not_negative, metavar="S", help="Time per candidate and case; default: 0.5, small: 0.01")
+    add("--small", action="store_true", help="Smoke test with shrunk shapes; always on for named shapes on a CPU")
+    add(
+        "--seconds",
+        type=_not_negative,
+        metavar="S",
+        help="Seconds per candidate and case; default: 0.5; with --small: 0.01",
+    )
     add("--seed", type=_seed, default=0, metavar="N", help="Random seed of all inputs; default: 0")
     add(
         "--json",
@@ -416,7 +424,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="Append a JSON line per measurement; default: benchmarks/results/layer.jsonl",
     )
-    add("--compare", type=Path, metavar="OLD.jsonl", help="Exit with 1 if ours is slower than there, or wrong")
+    add(
+        "--compare",
+        type=Path,
+        metavar="OLD.jsonl",
+        help="Exit with status 1 if ours is wrong or slower than in this file",
+    )
     add(
         "--tolerance",
         type=_not_negative,
@@ -424,7 +437,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="Relative slowdown that --compare allows; default: 0.1",
     )
-    add("--plot", type=Path, metavar="FILE.png", help="Write bars of each result's share of its limit")
+    add("--plot", type=Path, metavar="FILE.png", help="Write a bar chart of each result's share of its limit")
     add("--profile", action="store_true", help="Print which kernels take our time")
 
 

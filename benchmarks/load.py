@@ -4,10 +4,10 @@ the same bytes: seconds and peak memory.
 The checkpoint has random weights, by default 2 GiB in bfloat16, in the layout
 of Qwen3-MoE, in several shards. Each load is a process of its own, and the
 readers take turns. The timing includes touching every page of the loaded
-tensors. Memory is the peak of the process's anonymous pages above its start.
+tensors. Memory is the peak growth of the process's anonymous pages.
 
-  readinto         bytes of the files into buffers, nothing else: the least that
-                   reading costs
+  readinto         bytes of the files into buffers, nothing else: the minimum
+                   cost of reading
   moesmith         moe.load
   safetensors      safetensors.torch.load_file of each shard: tensors in a dict,
                    no model; recent releases map the files and copy nothing, so
@@ -20,8 +20,8 @@ safetensors library reads it.
 
 --small is a smoke test: it shows that everything runs and is correct, and
 prints no times. Its JSON lines have times and "small": true. "disturbed: other
-processes used X of N cores" rates the whole run; JSON lines have "other_cores"
-and "disturbed".
+processes used X of N cores" describes the whole run; JSON lines have
+"other_cores" and "disturbed".
 
 Exit status: 0; 1 if a tensor differs or ours fails; 2 for bad input; 130 after
 Ctrl-C.

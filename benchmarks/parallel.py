@@ -5,13 +5,13 @@ Parts:
   pack     Work of one rank among 8, 16 and 64 for a dispatch, without
            communication: destinations, rows in their order, routing as bytes,
            rows as fp8, sums of results; and the experts' work on rows that
-           arrive. Runs on a GPU, too. Shares are of the time that the bytes
-           take at the rate of a large copy, measured in the same run.
+           arrive. Runs on a GPU, too. Shares are relative to the time that
+           the bytes take at the rate of a large copy, measured in the same run.
   bytes    Bytes that leave a rank per token and layer, forward: a dispatch over
            gloo, one process per rank, beside the expectation of `moesmith plan
            --gpu` for balanced routing, and beside a naive dispatch with a copy
-           for each expert. Counts are compared with sets, and with the bytes
-           that collectives were given.
+           for each expert. Counts are checked against sets, and against the
+           bytes passed to collectives.
   scaling  A layer forward and backward, one process and one thread per rank,
            with fixed tokens per rank and with a fixed total, taking turns with
            the undivided layer on one thread. Shares are of its speed times the
@@ -22,13 +22,16 @@ Parts:
 More ranks than cores share the cores: speed does not grow further, and more
 bytes are sent.
 
+A shape T,d,n,E,K is T tokens per rank, model width d, expert width n, and E
+experts, K of them per token.
+
 Widths are those of the shapes for pack and bytes; an eighth for scaling and, on
 a CPU, for the experts of pack; a 64th with --small. A shape given as numbers
 does not shrink.
 
 --small is a smoke test: it shows that everything runs and is correct, and
 prints no times or ratios. Its JSON lines have times and "small": true.
-"disturbed: other processes used X of N cores" rates the most disturbed
+"disturbed: other processes used X of N cores" describes the most disturbed
 measurement; JSON lines of pack and scaling have "other_cores" and "disturbed".
 
 Exit status: 0; 1 if ours is wrong or fails; 2 for bad input; 130 after Ctrl-C.
@@ -85,13 +88,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PART",
         help="Some of pack bytes scaling; default: all",
     )
-    add("--ranks", nargs="+", type=int, metavar="N", help="Numbers of processes; default: 1 2 4 8, small: 1 2")
+    add("--ranks", nargs="+", type=int, metavar="N", help="Numbers of processes; default: 1 2 4 8; with --small: 1 2")
     add(
         "--shape",
         nargs="+",
         metavar="SHAPE",
-        help="Registry names or T,d,n,E,K with T tokens per rank; default: "
-        f"{' '.join(KNOWN)}, small: {' '.join(KNOWN_SMALL)}",
+        help="Names of benchmarks/shapes.py, or T,d,n,E,K with T tokens per rank; default: "
+        f"{' '.join(KNOWN)}, with --small: {' '.join(KNOWN_SMALL)}",
     )
     add("--device", choices=("cpu", "cuda"), help="Device for pack; default: cuda if there is one, otherwise cpu")
     add("--small", action="store_true", help="Smoke test with shrunk shapes and few rounds")

@@ -3,9 +3,9 @@
 Stages, in this order:
   environment  the kernels run; optional packages and tools, by probes
   kernels      the operators' tests on the Triton kernels, in many processes
-               (on a CPU: a few of them, by the interpreter)
-  cuda         tests/kernels/test_cuda.py: no waiting for the device, CUDA
-               graphs, repeated bits, more than 2^31 elements
+               (on a CPU: a few of them, in Triton's interpreter)
+  cuda         tests/kernels/test_cuda.py: no synchronisation, CUDA
+               graphs, bit-identical repeats, more than 2^31 elements
   model        training, loading, generation, transformers, torch.compile, one
                rank of NCCL; each beside the CPU
   sanitizer    compute-sanitizer on ten small cases: memcheck, racecheck,
@@ -33,7 +33,7 @@ Needs torch, triton, numpy, pytest, rich, einops and safetensors. moesmith need
 not be installed. A task that needs more is "not usable" if that is missing.
 
 Exit status: 0 if nothing failed, even if tasks are left or not usable; 1 if a
-stage failed; 2 for bad input; 130 after Ctrl-C or SIGTERM, with the report
+stage failed; 2 for bad input; 130 after Ctrl-C or SIGTERM; the report is
 written.
 """
 
@@ -534,10 +534,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"Stages to run, in the given order; default: {' '.join(names)}",
     )
-    add("--minutes", type=_minutes, metavar="M", help="Stop within M minutes (at least 0.5) and list what is left")
-    add("--resume", type=Path, metavar="RESULTS", help="Continue an earlier call, given by folder or results.jsonl")
+    add(
+        "--minutes",
+        type=_minutes,
+        metavar="M",
+        help="Stop within M minutes (at least 0.5) and list what is left; default: no limit",
+    )
+    add("--resume", type=Path, metavar="RESULTS", help="Continue an earlier run: its folder or results.jsonl")
     add("--device", choices=("cpu", "cuda"), help="Device; default: cuda if there is one, otherwise cpu")
-    add("--small", action="store_true", help="Smoke test with few cases and shrunk shapes; always on with a CPU")
+    add("--small", action="store_true", help="Smoke test with few cases and shrunk shapes; always on for a CPU")
     add("--out", type=Path, metavar="DIR", help="Output folder; default: that of --resume, otherwise runs/qualify")
 
 

@@ -199,11 +199,11 @@ def _check(task: tuple[str, str, int]) -> str | None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.compiled", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--gpu", nargs="+", choices=GPUS, default=list(GPUS))
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument(
-        "--dtype", nargs="+", choices=[str(d)[6:] for d in DTYPES], default=[str(d)[6:] for d in DTYPES]
-    )
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    for name, text, choices in (("gpu", "Targets", GPUS), ("shape", "Shapes", SHAPES), ("dtype", "Dtypes", dtypes)):
+        shown = f"{text}, from {', '.join(choices)} (default: all)"
+        metavar = name.upper()
+        parser.add_argument(f"--{name}", nargs="+", choices=choices, default=list(choices), metavar=metavar, help=shown)
     parser.add_argument("--table", action="store_true", help="Print a table of each product's resources; check nothing")
     args = parser.parse_args()
     shapes = ",".join([*args.shape, "+".join(args.dtype)])

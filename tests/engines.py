@@ -1,4 +1,4 @@
-"""Run exports of every family in llama.cpp: `python -m tests.engines --llama PATH/convert_hf_to_gguf.py`.
+"""Run exports of every family in llama.cpp.
 
 Requires llama-cpp-python and the converter of the llama.cpp that it is built from. Each config without
 `family_problems` is saved, converted to GGUF in fp32 and evaluated, and the logits are compared with ours. The configs
@@ -251,11 +251,18 @@ def main() -> int:
     parser.add_argument(
         "--llama",
         type=Path,
+        metavar="FILE",
         default=os.environ.get("LLAMA"),
         help="convert_hf_to_gguf.py of llama.cpp (default: $LLAMA)",
     )
-    parser.add_argument("--tokenizer", type=Path, help="Folder with a tokenizer that the converter accepts")
-    parser.add_argument("--only", choices=FAMILIES, help="Run only this family")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FOLDER",
+        help="Folder with a tokenizer that the converter accepts (default: none)",
+    )
+    names = ", ".join(FAMILIES)
+    parser.add_argument("--only", choices=FAMILIES, metavar="FAMILY", help=f"Run only one of {names} (default: all)")
     parser.add_argument("--count", type=int, default=10, help="Random configs per family (default: 10)")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the random configs (default: 0)")
     options = parser.parse_args()

@@ -1,9 +1,9 @@
-"""Inject faults into a distributed run: python -m tests.faults.
+"""Inject faults into a distributed run.
 
 Several processes train the small model of `tests.parallel.cases` over gloo. In the second step, at one collective, one
 of them is killed, exits, stops, fails, hangs, skips the call, or sends a wrong number of rows or values. For every
 other rank, the program measures the time until `moe.parallel.start` raises an error, and checks that the error names
-the failed rank, the step, layer and operation. A rank without an error within the limit counts as hanging.
+the failed rank, step, layer and operation. A rank without an error within the limit counts as hanging.
 """
 
 import argparse
@@ -269,16 +269,18 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("--ranks", type=int, default=4, help="Number of processes, even; default: 4")
-    parser.add_argument("--rank", type=int, default=1, help="The rank that fails; default: 1")
-    parser.add_argument("--timeout", type=float, default=10.0, help="Timeout of a collective in seconds; default: 10")
+    parser.add_argument("--ranks", type=int, metavar="N", default=4, help="Number of processes, even (default: 4)")
+    parser.add_argument("--rank", type=int, metavar="N", default=1, help="Rank that fails (default: 1)")
+    parser.add_argument(
+        "--timeout", type=float, metavar="S", default=10.0, help="Timeout of a collective in seconds (default: 10)"
+    )
     parser.add_argument(
         "--kind",
         nargs="+",
         choices=KINDS,
         default=KINDS,
         metavar="KIND",
-        help=f"Faults: {', '.join(KINDS)}; default: all",
+        help=f"Faults: {', '.join(KINDS)} (default: all)",
     )
     parser.add_argument(
         "--point",
@@ -286,13 +288,16 @@ def main() -> int:
         choices=POINTS,
         default=list(POINTS),
         metavar="POINT",
-        help=f"Operations: {', '.join(POINTS)}; default: all",
+        help=f"Operations: {', '.join(POINTS)} (default: all)",
     )
     parser.add_argument("--few", action="store_true", help="Inject only the faults of the default test suite")
     parser.add_argument(
-        "--store", choices=("launcher", "rank 0"), default="launcher", help="Keeper of the store; default: launcher"
+        "--store",
+        choices=("launcher", "rank 0"),
+        default="launcher",
+        help="Process that hosts the rendezvous store (default: launcher)",
     )
-    parser.add_argument("--json", type=Path, help="Also write the outcomes to this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="Also write the outcomes to this file")
     parser.add_argument("--verbose", action="store_true", help="Print all errors, not only those of failed cases")
     args = parser.parse_args()
     outcomes = []

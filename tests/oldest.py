@@ -94,7 +94,7 @@ def build(folder: Path, wanted: dict[str, Version]) -> Path:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.oldest",
-        usage="%(prog)s [-h] [--keep DIR] [-n N] [ARGUMENT OF PYTEST ...]",
+        usage="%(prog)s [-h] [--keep DIR] [-n N] [ARGUMENT ...]",
         description=f"{str(__doc__).partition(chr(10))[0]} Other arguments go to pytest; the exit status is pytest's.",
         epilog=f"torch stays at {TORCH}, the CPU build. Without --keep the environment is temporary, in $TMPDIR.",
         allow_abbrev=False,
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--keep", type=Path, metavar="DIR", help="Keep the environment in DIR, or reuse it (default: temporary)"
     )
-    parser.add_argument("-n", default="2", help="Number of pytest processes (default: 2)")
+    parser.add_argument("-n", metavar="N", default="2", help="Number of pytest processes (default: 2)")
     options, others = parser.parse_known_args(arguments)
     try:
         wanted = minimum_versions((ROOT / "pyproject.toml").read_text()) | {"torch": Version(TORCH)}

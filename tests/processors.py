@@ -1,8 +1,8 @@
-"""Run the numeric tests as on other x86 processors and with other numbers of threads.
+"""Run the numeric tests as on other x86 processors, with 1 and 2 threads.
 
-    python -m tests.processors                          all legs that this machine supports
-    python -m tests.processors --leg avx2-1 avx512-2    only these legs
-    python -m tests.processors --leg avx2-1 -- tests/ops/test_ops.py -k grouped -x
+    python -m tests.processors                         all that this machine has
+    python -m tests.processors --leg avx2-1 avx512-2   only these legs
+    python -m tests.processors --leg avx2-1 -- tests/ops/test_ops.py -x
 
 A leg limits the instruction sets of torch, oneDNN and MKL and sets the number
 of threads. Its name is the instruction set, or "default" for no limit, and the
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     description, _, details = str(__doc__).partition("\n\n")
     parser = argparse.ArgumentParser(
         prog="python -m tests.processors",
-        usage="%(prog)s [-h] [--leg NAME [NAME ...]] [--few] [--list] [-- ARGUMENT ...]",
+        usage="%(prog)s [-h] [--leg NAME [NAME ...]] [--few] [--list]\n" + " " * 34 + "[-- ARGUMENT ...]",
         description=description,
         epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
         nargs="+",
         metavar="NAME",
         default=list(LEGS),
-        help=f"Legs to run, from {', '.join(LEGS)} (default: all)",
+        help=f"Legs to run (see below), from {', '.join(LEGS)} (default: all)",
     )
     parser.add_argument(
         "--few",

@@ -312,7 +312,7 @@ def run(name: str, folder: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.skeletons", description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--only", choices=RELEASES, help="Check only this release")
+    parser.add_argument("--only", choices=RELEASES, help="Check only this release (default: both)")
     parser.add_argument("--folder", type=Path, help="Folder to build them in and keep (default: temporary)")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     options = parser.parse_args()

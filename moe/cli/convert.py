@@ -38,7 +38,7 @@ class Args:
     max_shard_size: Annotated[str, Option("SIZE")] = "5GB"
     """Maximum size of one file."""
     progress: bool | None = None
-    """Show a progress bar on standard error. Default: if that is a terminal."""
+    """Show a progress bar on standard error. Default: on if that is a terminal."""
 
 
 def run(args: Args) -> int:

@@ -36,9 +36,9 @@ class Args:
     seq_length: int | None = None
     """Window length in tokens. Default: that of the run, otherwise 2048, at most the model's maximum."""
     batch_size: int | None = None
-    """Windows per forward pass. Default: as in the run's training, otherwise 4."""
+    """Windows per forward pass. Default: that of the run, otherwise 4."""
     document_mask: bool | None = None
-    """Restrict attention to tokens of the same document. Default: as the run was trained, otherwise not."""
+    """Restrict attention to tokens of the same document. Default: that of the run, otherwise off."""
     dtype: Annotated[str, dtype_option(COMPUTE_DTYPES)] = "auto"
     """Compute dtype; auto uses the checkpoint's."""
     device: str = "auto"

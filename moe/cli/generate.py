@@ -77,7 +77,7 @@ class Args:
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "an integer from 0 to 2^63 - 1"),
         ):
             if not ok:
-                raise ConfigError(option(name), getattr(self, name), allowed)
+                raise ConfigError(option(name), "" if name == "stop" else getattr(self, name), allowed)
         try:
             _ = self.sampling
         except ConfigError as error:

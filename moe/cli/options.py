@@ -231,6 +231,8 @@ def in_options(error: Exception, args: Any) -> str:
     """
     names = set() if args is None else {field.name for field in fields_of(type(args))}
     message = str(error)
+    if isinstance(error, OSError) and error.filename is not None and error.filename2 is None:
+        message = f"{one_line(error.filename)}: {error.strerror}"
     if isinstance(error, ConfigError):
         found = message[len(f"{error.field} = ") : -len(f": expected {error.allowed}")]
         expected, did, hint = error.allowed.partition("; did you mean ")

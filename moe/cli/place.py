@@ -26,8 +26,8 @@ class Args:
     """
 
     file: Annotated[Path, Option("FOLDER-OR-FILE", positional=True)]
-    """Run folder or metrics.jsonl of `moesmith train`, for its last validation; or a JSON file with
-    {"load": [[tokens of each expert] of each layer]}."""
+    """Run folder or metrics.jsonl of `moesmith train`, whose last validation is used; or a JSON file with
+    {"load": [[tokens per expert] per layer]}."""
     gpus: int
     """Number of GPUs that divide the experts of each layer."""
     slots: int
@@ -39,7 +39,7 @@ class Args:
     json: bool = False
     """Print one JSON object, with the placement, instead of a table."""
     out: Path | None = None
-    """New file to write that JSON object to."""
+    """New file for the JSON object that --json prints."""
 
 
 def run(args: Args) -> int:

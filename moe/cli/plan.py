@@ -40,18 +40,18 @@ from moe.train.report import print_table, print_text
 class Args:
     """Print the memory that a model takes on each GPU, for inference and for training, and whether it fits.
 
-    Weights are counted from the headers of the files, also on the Hub. If --dtype is not that of the files, or if there
-    are none, they are computed from config.json, in the layout of the files if there are any. The numbers are those of
-    the GPU that needs the most memory; the assumptions are printed.
+    Weights are counted from the headers of the files, also on the Hub. If there are no files, or --dtype differs from
+    theirs, weights are computed from config.json, in the layout of any files. The numbers are those of the GPU that
+    needs the most memory; the assumptions are printed.
 
-    With --gpu, plan a training run on a cluster: memory of a rank, all-to-all bytes, time of a step, days and cost.
+    With --gpu, plan a training run on a cluster: memory per rank, all-to-all bytes, time per step, days and cost.
     """
 
     model: Annotated[str | None, Option("MODEL", positional=True, text=MODEL)] = None
     gpus: int = 1
     """Number of GPUs that share one copy of the model."""
     gpu: Annotated[str | None, Option("NAME")] = None
-    """Plan a training run on a cluster of this GPU: a100, h100, h200, h800, b200 or mi300x."""
+    """Plan a training run on a cluster of this GPU: a100, h100, h800, h200, b200 or mi300x."""
     memory: Annotated[str | None, Option("SIZE")] = None
     """Memory per GPU. Default: that of --gpu, otherwise 80GiB."""
     ep: int = 1
@@ -60,12 +60,12 @@ class Args:
     """Dtype of the weights; with --gpu, of the matrix products (fp8 or bf16). Default: that of the files, otherwise
     bf16."""
     tokens: int | None = None
-    """Tokens per GPU: in the KV cache (inference) or in a micro-batch (training). Default: 8,192; with --gpu, one
+    """Tokens per GPU: in the KV cache (inference) or in a micro-batch (training). Default: 8192; with --gpu, one
     sequence."""
     json: bool = False
     """Print one JSON object instead of tables."""
     published: bool = False
-    """Fit the cost model to DeepSeek-V3's published GPU hours, and compare it with those of other runs."""
+    """Fit the cost model to DeepSeek-V3's published GPU hours, and compare it with other published runs."""
     cluster: ClusterArgs = field(default_factory=ClusterArgs)
 
 

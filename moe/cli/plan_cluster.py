@@ -4,11 +4,12 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from rich.console import Console
 
 from moe.checkpoint.format.sizes import parse_size
+from moe.cli.options import Option
 from moe.errors import ConfigError, did_you_mean
 from moe.planning.cluster.gpus import GPUS, Gpu
 from moe.planning.cluster.memory import memory
@@ -53,7 +54,7 @@ class ClusterArgs:
     """Number of pipeline stages. Each has --gpus / --pp data-parallel ranks, among which experts are divided."""
     gpus_per_node: int = 8
     """GPUs per NVLink domain."""
-    train_tokens: str = "1T"
+    train_tokens: Annotated[str, Option("COUNT")] = "1T"
     """Tokens of the whole run, for example 14.8T."""
     price: float = 2.0
     """Price of a GPU hour in dollars."""
@@ -78,8 +79,8 @@ def find_gpu(name: str, rated: Rated, memory_bytes: int | None) -> Gpu:
 def plan_facts(name: str, run: Run, gpu_name: str, gpu: Gpu, args: ClusterArgs) -> dict[str, Any]:
     """All printed values, for --json."""
     if not 0 <= args.price < math.inf:
-        raise ConfigError("price", args.price, "dollars of at least 0")
-    wanted = parse_size(args.train_tokens, "--train-tokens")
+        raise ConfigError("price", args.price, "a finite number of at least 0")
+    wanted = parse_size(args.train_tokens, "--train-tokens", allowed="a number of tokens such as 14.8T")
     mesh = run.mesh
     made = step(run, gpu, args.rates)
     largest = max((memory(rank, run) for rank in ranks(run, bf16_per_fp8(gpu))), key=lambda found: found.total)

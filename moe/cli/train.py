@@ -149,7 +149,7 @@ def _check_device(device: str) -> None:
     if found >= processes:
         return
     each = f" for each of the {processes} processes on this node" if processes > 1 else ""
-    raise ConfigError("--device", device, f"a GPU{each}; found {found} that torch {torch.__version__} can use")
+    raise ConfigError("--device", device, f"a GPU{each}; found {found or 'none'} usable by torch {torch.__version__}")
 
 
 @contextlib.contextmanager

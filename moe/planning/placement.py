@@ -143,7 +143,7 @@ def place(load: Tensor, *, gpus: int, slots: int, nodes: int = 1, groups: int = 
     if groups % nodes:
         nodes = groups = 1
     if not experts <= slots <= experts * gpus // nodes or slots % gpus:
-        most = f"{experts * gpus // nodes}, where each GPU holds all experts of its node"
+        most = f"{experts * gpus // nodes}, at which each GPU holds all experts of its node"
         raise ConfigError("slots", slots, f"a multiple of the {gpus} GPUs from the {experts} experts up to {most}")
     placed = [_place_layer(row, gpus, slots, nodes, groups) for row in load.tolist()]
     physical = torch.tensor([[e for gpu in layer for e in sorted(gpu)] for layer in placed])

@@ -87,4 +87,4 @@ def apply_changes(config: ModelConfig, changes: Sequence[str]) -> ModelConfig:
     try:
         return ModelConfig.from_dict(before | values)
     except ConfigError as error:
-        raise ConfigError("--set", " ".join(changes), f"a valid configuration; {error}") from None
+        raise ConfigError(f"--set {error.field}", error.value, error.allowed) from None

@@ -186,13 +186,14 @@ def _check(settings: Settings, config: ModelConfig, world: World, device: torch.
     check_experts(config)
     check_savable(config)
     if settings.seq_length > config.max_position_embeddings:
-        raise ConfigError("--seq-length", settings.seq_length, f"at most {config.max_position_embeddings}")
+        limit = config.max_position_embeddings
+        raise ConfigError("--seq-length", settings.seq_length, f"at most the model's {limit} positions")
     default = Settings.bias_update_speed
     if config.topk_method != "noaux_tc" and settings.bias_update_speed != default:
         problem = f"the default {default}: {settings.name} has no correction bias"
         raise ConfigError("--bias-update-speed", settings.bias_update_speed, problem)
     if settings.dispatch != "same" and settings.ep == 1:
-        raise ConfigError("--dispatch", settings.dispatch, "same where no experts are divided (--ep 1)")
+        raise ConfigError("--dispatch", settings.dispatch, "same if --ep is 1")
     if settings.init is not None:
         option = "--init" if settings.tokenizer is None else "--tokenizer"
         check_vocabulary(settings.tokenizer or settings.init, config.vocab_size, option)

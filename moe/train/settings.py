@@ -89,9 +89,9 @@ class Settings:
     dp_replicate: int = 1
     """Under torchrun: number of replicas of the sharded parameters."""
     dispatch: Literal["same", "fp8"] = "same"
-    """Dtype of tokens sent to experts on other ranks. same: their own; fp8: FP8 with one scale per 128 values."""
+    """Dtype of tokens sent to experts on other ranks. same: unchanged; fp8: FP8 with one scale per 128 values."""
     timeout: float = 600.0
-    """Under torchrun: seconds after which a rank that does not answer is an error on all others."""
+    """Under torchrun: seconds to wait for a rank before all others raise an error."""
 
     def __post_init__(self) -> None:
         self.check()

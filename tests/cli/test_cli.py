@@ -98,7 +98,7 @@ def test_train_refuses_gpus_that_are_not_there(capsys, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     line = fails_in_one_line(capsys, "train", "--device", "cuda", "--out", str(tmp_path / "run"))
-    assert "--device: expected a GPU; found 0 that torch" in line
+    assert "--device: expected a GPU; found none usable by torch" in line
     assert not (tmp_path / "run").exists()
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -282,10 +282,10 @@ CONVERT, CUT = ("convert", "{folder}", "--out", "{out}"), ("cut", "{folder}", "-
         (PLAN, "--gpus-per-node", "0", "a positive integer"),
         (PLAN, "--moments", "fp64", "one of bf16, fp32"),
         (PLAN, "--dtype", "fp16", "fp8 or bf16 with --gpu"),
-        (PLAN, "--matmul-share", "2", "a share above 0, at most 1"),
-        (PLAN, "--latency-us", "-1", "microseconds of at least 0"),
+        (PLAN, "--matmul-share", "2", "a fraction above 0, at most 1"),
+        (PLAN, "--latency-us", "-1", "a finite number of at least 0"),
         (PLAN, "--bandwidth", "0", "a number above 0"),
-        (PLAN, "--price", "nan", "dollars of at least 0"),
+        (PLAN, "--price", "nan", "a finite number of at least 0"),
         (PLAN, "--train-tokens", "many", "a"),
         (("plan", "tiny"), "--gpus", "0", "a positive integer"),
         (("plan", "tiny"), "--tokens", "0", "a positive integer"),

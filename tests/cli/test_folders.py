@@ -82,7 +82,7 @@ def test_the_source_stays_as_it_is(capsys, saved, tmp_path, writer) -> None:
     few = fails_in_one_line(
         capsys, command, str(source), "--out", str(tmp_path / "a"), *options, "--max-shard-size", "5"
     )
-    assert "--max-shard-size: expected at least 1000 bytes: 5GB; found '5'" in few
+    assert "--max-shard-size: expected at least 1000 bytes, such as 5GB; found '5'" in few
     assert contents(source) == before
 
 

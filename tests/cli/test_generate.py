@@ -123,9 +123,7 @@ def test_stops_of_the_command(capsys, folder):
     assert stopped["token_ids"] == free["token_ids"][: len(stopped["token_ids"])]
     out = run(capsys, "generate", str(folder), *options, "--stop", stop)[1]
     assert out == f"How{stopped['text']}\n"
-    assert "--stop: expected some text; found ('',)" in fails_in_one_line(
-        capsys, "generate", "f", *options, "--stop", ""
-    )
+    assert "--stop: expected some text; found ''" in fails_in_one_line(capsys, "generate", "f", *options, "--stop", "")
     assert "UTF-8" in fails_in_one_line(capsys, "generate", str(folder), *options, "--stop", "\udcff")
 
 

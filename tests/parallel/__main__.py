@@ -1,4 +1,4 @@
-"""Run the cases of `tests.parallel.cases` over gloo: python -m tests.parallel.
+"""Run the cases of `tests.parallel.cases` over gloo.
 
 For each number of ranks, the processes start once and run all cases. After a case fails on any rank, the remaining
 cases are reported as not run, because the ranks may be out of step.
@@ -83,10 +83,16 @@ def run_size(
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.parallel", description=__doc__)
-    parser.add_argument("--ranks", type=int, nargs="+", default=SIZES, help="Numbers of processes; default: 1 2 4 8")
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", metavar="N", default=SIZES, help="Numbers of processes (default: 1 2 4 8)"
+    )
     parser.add_argument("--long", action="store_true", help="Run all cases, not only those of the default test suite")
-    parser.add_argument("--only", nargs="+", help="Run only cases whose names contain one of these words")
-    parser.add_argument("--json", type=Path, help="Write the results to this file instead of printing them")
+    parser.add_argument(
+        "--only", nargs="+", metavar="WORD", help="Run only cases whose names contain one of these words"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="Write the results to this file instead of printing them"
+    )
     args = parser.parse_args()
     results, wrong = {}, 0
     with tempfile.TemporaryDirectory() as shared:

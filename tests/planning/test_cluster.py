@@ -320,7 +320,7 @@ def test_invalid_meshes(mesh: Mesh, message: str) -> None:
             Mesh(8),
             Training(sequence=100, global_batch=24),
             200,
-            "global_batch = 24: expected a multiple of the 16 sequences that the 8 data-parallel ranks take at a time",
+            "global_batch = 24: expected a multiple of the 16 sequences that the 8 data-parallel ranks run at a time",
         ),
         (Mesh(8), Training(global_batch=0), 4096, "global_batch = 0: expected a positive integer"),
         (Mesh(24, pp=3), Training(schedule="dualpipe"), 4096, "pp = 3: expected an even number of stages for dualpipe"),
@@ -335,9 +335,9 @@ def test_invalid_runs(mesh: Mesh, training: Training, tokens: int, message: str)
 @pytest.mark.parametrize(
     ("rates", "message"),
     [
-        (Rates(matmul_share=0), "matmul_share = 0: expected a share above 0, at most 1"),
-        (Rates(overlap=1.5), "overlap = 1.5: expected a share from 0 to 1"),
-        (Rates(latency_us=-1), "latency_us = -1: expected microseconds of at least 0"),
+        (Rates(matmul_share=0), "matmul_share = 0: expected a fraction above 0, at most 1"),
+        (Rates(overlap=1.5), "overlap = 1.5: expected a fraction from 0 to 1"),
+        (Rates(latency_us=-1), "latency_us = -1: expected a finite number of at least 0"),
     ],
 )
 def test_invalid_rates(rates: Rates, message: str) -> None:
@@ -419,7 +419,7 @@ def test_rates_of_a_gpu_as_options(capsys: Any) -> None:
         (("tiny", "--gpu", "h100", "--network", "-1"), "--network: expected a number above 0; found -1.0"),
         (("tiny", "--gpu", "a100", "--dtype", "fp8"), "--dtype: expected bf16 on a GPU without FP8; found 'fp8'"),
         (("tiny", "--gpu", "h100", "--dtype", "fp32"), "--dtype: expected fp8 or bf16 with --gpu; found 'fp32'"),
-        (("tiny", "--gpu", "h100", "--price", "nan"), "--price: expected dollars of at least 0; found nan"),
+        (("tiny", "--gpu", "h100", "--price", "nan"), "--price: expected a finite number of at least 0; found nan"),
         (("tiny", "--gpu", "h100", "--train-tokens", "many"), "found 'many'"),
         (("tiny", "--published"), "--published: expected no other option than --json"),
         ((), "MODEL: expected a folder, or one of the presets"),

@@ -362,7 +362,7 @@ NAN, INF = math.nan, math.inf
         (
             torch.ones(1, 4),
             {"slots": 10},
-            "slots = 10: expected a multiple .* up to 8, where each GPU holds all experts of its node",
+            "slots = 10: expected a multiple .* up to 8, at which each GPU holds all experts of its node",
         ),
         (torch.ones(1, 4), {"slots": 6, "nodes": 2, "groups": 2}, "slots = 6: expected a multiple .* up to 4"),
     ],

@@ -96,7 +96,7 @@ def test_changes_are_json_or_strings_and_checked_together() -> None:
         (["rope_parameters.theta=3"], r"did you mean rope_parameters.rope_theta\?"),
         (["rope_parameters.factor=a"], "factor = 'a'"),
     ):
-        with pytest.raises(moe.ConfigError, match=rf"^--set = .*{expected}"):
+        with pytest.raises(moe.ConfigError, match=rf"^--set.*{expected}"):
             apply_changes(MICRO, changes)
 
 

@@ -159,7 +159,7 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPat
         (["--batch-size", "1000000", "--activation-checkpointing", "--dtype", "bf16"], "fewer sequences"),
         (["--accumulation", "1000000000"], "moesmith train: --accumulation: expected a run that fits"),
         (["--accumulation", "1000000000"], "fewer forward passes per step"),
-        (["--seq-length", "10000000"], "moesmith train: --seq-length: expected at most"),
+        (["--seq-length", "10000000"], "moesmith train: --seq-length: expected at most the model's"),
     ],
 )
 @pytest.mark.parametrize("again", [[], ["--overwrite"], ["--auto-resume"]], ids=lambda words: "".join(words))
@@ -205,7 +205,7 @@ def test_what_is_free_is_the_machines_own_figure() -> None:
             ["--preset", "mixtral_8x7b", "--bias-update-speed", "0.1"],
             "--bias-update-speed: expected the default 0.01: mixtral_8x7b has no correction bias",
         ),
-        (["--dispatch", "fp8"], "--dispatch: expected same where no experts are divided (--ep 1)"),
+        (["--dispatch", "fp8"], "--dispatch: expected same if --ep is 1"),
     ],
 )
 def test_options_without_effect_are_refused(

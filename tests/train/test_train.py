@@ -283,7 +283,7 @@ MISTAKES: dict[str, tuple[Arguments, str]] = {
         lambda text, here: ["--data", *map(str, sorted(text.iterdir())[:2])],
         "--seq-length: expected at most",
     ),
-    "too long windows": (lambda text, here: ["--seq-length", "1025"], "at most 1024"),
+    "too long windows": (lambda text, here: ["--seq-length", "1025"], "at most the model's 1024 positions"),
     "tokenizer not JSON": (lambda text, here: ["--data", str(text), "--tokenizer", f"{here}/empty.txt"], "empty.txt"),
     "resume of nothing": (lambda text, here: ["--resume"], "the folder of a run"),
 }

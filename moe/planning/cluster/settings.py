@@ -91,9 +91,9 @@ class Rates:
 
     def check(self) -> None:
         for name in ("matmul_share", "attention_share", "link_share"):
-            _require(name, getattr(self, name), 0 < getattr(self, name) <= 1, "a share above 0, at most 1")
-        _require("overlap", self.overlap, 0 <= self.overlap <= 1, "a share from 0 to 1")
-        _require("latency_us", self.latency_us, 0 <= self.latency_us < float("inf"), "microseconds of at least 0")
+            _require(name, getattr(self, name), 0 < getattr(self, name) <= 1, "a fraction above 0, at most 1")
+        _require("overlap", self.overlap, 0 <= self.overlap <= 1, "a fraction from 0 to 1")
+        _require("latency_us", self.latency_us, 0 <= self.latency_us < float("inf"), "a finite number of at least 0")
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Run:
         whole = self.tokens >= 1 and self.tokens % training.sequence == 0
         _require("tokens", self.tokens, whole, f"a multiple of the {training.sequence} tokens of a sequence")
         each = self.mesh.dp * self.tokens // training.sequence
-        batch = f"a multiple of the {each} sequences that the {self.mesh.dp} data-parallel ranks take at a time"
+        batch = f"a multiple of the {each} sequences that the {self.mesh.dp} data-parallel ranks run at a time"
         _require("global_batch", training.global_batch, training.global_batch % each == 0, batch)
         if self.folded:
             _require("pp", self.mesh.pp, self.mesh.pp % 2 == 0, "an even number of stages for dualpipe")
