@@ -51,6 +51,7 @@ def main() -> None:
     biases: list[Tensor] = [torch.empty(EXPERTS) for _ in range(dist.get_world_size())]
     dist.all_gather(biases, block.moe.gate.e_score_correction_bias)
     assert all(bias.equal(biases[0]) for bias in biases)
+    dist.barrier()  # Python must not exit while a thread of gloo still frees the tensors of the last collective
     dist.destroy_process_group()
 
 
