@@ -459,4 +459,4 @@ def test_a_full_disk_is_one_line(capsys, monkeypatch):
         raise OSError(28, "No space left on device", "out.json")
 
     monkeypatch.setattr("moe.cli.doctor.run", full)
-    assert "No space left on device: 'out.json'" in fails_in_one_line(capsys, "doctor")
+    assert "out.json: No space left on device" in fails_in_one_line(capsys, "doctor")
