@@ -89,6 +89,8 @@ def run(args: Args) -> int:
     from moe.train.run import Interrupted, train
 
     _check_device(args.device)
+    if args.resume and args.overwrite:
+        raise ConfigError("--overwrite", None, "no --resume, which keeps the run")
     folder = args.out or Path("runs") / args.name
     try:
         with reported_once(Interrupted, NonFiniteError, CheckpointError), _ranks(args) as mesh:

@@ -11,7 +11,7 @@ from rich.console import Console
 import moe
 from moe.cli import COMMANDS
 from moe.cli.options import Field, fields_of
-from moe.train.report import print_scores, print_summary
+from moe.train.report import print_scores, print_summary, print_table
 from tests.support.command_line import fails_in_one_line, run
 
 FIELDS = {name: list(fields_of(importlib.import_module(f"moe.cli.{name}").Args)) for name in COMMANDS}
@@ -198,3 +198,14 @@ def test_tables_of_a_run_fit():
     shown = console.file.getvalue()
     fits(shown)
     assert shown.count("mtp.10.block.mlp") == 2 and shown.count(" 100,000,000,000\n") == 4
+
+
+def test_a_table_folds_a_name_that_is_too_long():
+    name, number = "".join(map(str, range(100))), "9" * 20
+    console = Console(file=io.StringIO(), width=80)
+    print_table(console, "title", ("name", "value"), [(name, number)])
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    fits(shown)
+    rows = "".join(shown.partition("─\n")[2].split())
+    assert rows.replace(number, "", 1) == name

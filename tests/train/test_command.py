@@ -261,6 +261,17 @@ def test_a_longer_run_stopped_early_is_resumed_bit_for_bit_by_its_folder(
     assert_same_state(states[0], states[1])
 
 
+@pytest.mark.parametrize("by_folder", [True, False])
+def test_a_run_is_not_resumed_and_overwritten(
+    by_folder: bool, run: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    words = ["train", "--resume", str(run)] if by_folder else [*options(text, run, "--preset", "micro"), "--resume"]
+    refused = said(capsys, *words, "--overwrite", status=2)
+    assert "moesmith train: --overwrite: expected no --resume, which keeps the run\n" in refused
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
 def test_a_run_of_an_earlier_release_is_resumed(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     shutil.copytree(run, out)
