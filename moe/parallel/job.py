@@ -141,7 +141,7 @@ class _Monitor(threading.Thread):
         self.reports: dict[int, RankReport] | None = None
         self.heartbeat = 0
         self.seen: dict[int, tuple[int, float]] = {}  # by rank: its last heartbeat, and when it was first read
-        self.wake, self.finished = threading.Event(), threading.Event()
+        self.wake = threading.Event()
 
     def leave(self) -> None:
         """Report that this rank has ended without an error."""
@@ -160,10 +160,9 @@ class _Monitor(threading.Thread):
         )
         self.wake.set()
         me = self.log.rank
-        if me == self.store_rank:  # the other ranks need the store until they have finished
-            self.join(2 * REPORT_TIMEOUT)
-        else:
-            self.finished.wait(REPORT_TIMEOUT + HEARTBEAT_TIMEOUT)
+        # Python aborts if it exits while this thread is in the store's C++ code. The rank that keeps the store waits
+        # longer, because the other ranks need it until they have finished.
+        self.join(2 * REPORT_TIMEOUT if me == self.store_rank else REPORT_TIMEOUT + HEARTBEAT_TIMEOUT)
         if self.report.own:
             return None
         if self.reports is not None:
@@ -186,8 +185,6 @@ class _Monitor(threading.Thread):
             self._monitor(PrefixStore(f"{self.attempt}/monitor", store))
         except RuntimeError:
             pass  # the store is gone, and `reports` stays None
-        finally:
-            self.finished.set()
 
     def _monitor(self, store: Store) -> None:
         while self._write(store).state == "running":
@@ -201,7 +198,6 @@ class _Monitor(threading.Thread):
                 self.reports = self._read(store, lambda report: report.state != "running")
         self.report = dataclasses.replace(end, finished=True)
         self._write(store)
-        self.finished.set()
         if self.log.rank == self.store_rank:
             # A rank that was still running when the reports were read hangs, and will not finish.
             has_read = self.reports is not None
