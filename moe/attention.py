@@ -11,15 +11,18 @@ from torch import Tensor, nn
 
 from moe.cache import LayerCache
 from moe.config import ModelConfig
+from moe.linear import Linear
 from moe.norm import RMSNorm
 from moe.ops.library import has_values
+from moe.ops.matmul import prefers_float32
 from moe.rope import apply_rope, mscale
 from moe.uncast import Uncast
 
 # DeepSeek's and Hugging Face's code both use this constant for the norms of latents, independent of rms_norm_eps.
 LATENT_NORM_EPS = 1e-6
 
-QUERY_BLOCK = 128  # queries per block of attention on the CPU
+# Queries per block of attention on the CPU, in float32 or wider and in half precision.
+WIDE_BLOCK, HALF_BLOCK = 64, 128
 
 
 def softmax_scale(config: ModelConfig) -> float:
@@ -64,26 +67,33 @@ def _attend_in_blocks(
     On CPU this takes 0.5 (bf16) to 0.9 (fp32) of the flash kernel's time, forward and backward, at 512 to 1,024 tokens.
     A compiled graph serves all lengths, so it has one block.
     """
-    wide = torch.promote_types(q.dtype, torch.float32)
+    dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    if prefers_float32(q):
+        q, k, v = q.to(wide), k.to(wide), v.to(wide)
+    if q.dtype == wide:
+        q, scale = q * scale, 1.0
     queries, past = q.shape[1], k.shape[1] - q.shape[1]
+    one_block = torch.compiler.is_compiling()
+    block = queries if one_block else WIDE_BLOCK if q.dtype == wide else HALF_BLOCK
+    later = torch.ones(block, block, dtype=torch.bool, device=q.device).triu(1) if mask is None else None
     q, k, v = q.transpose(1, 2), k.permute(0, 2, 3, 1), v.transpose(1, 2)
-    starts = (0,) if torch.compiler.is_compiling() else range(0, queries, QUERY_BLOCK)
     out = []
-    for start in starts:
-        end = min(start + QUERY_BLOCK, queries) if len(starts) > 1 else queries
+    for start in (0,) if one_block else range(0, queries, block):
+        end = queries if one_block else min(start + block, queries)
         keys = past + end if mask is None else k.shape[-1]
-        scores = torch.matmul(q[:, :, start:end], k[..., :keys]).to(wide) * scale
-        if mask is None:
-            later = torch.ones(end - start, keys, dtype=torch.bool, device=q.device).triu(past + start + 1)
-            scores = scores.masked_fill_(later, float("-inf"))
-        else:
+        scores = torch.matmul(q[:, :, start:end], k[..., :keys])
+        if scores.dtype != wide:
+            scores = scores.to(wide) * scale
+        if mask is not None:
             scores = scores.masked_fill(~mask[:, :, start:end], float("-inf"))
+        elif later is not None:  # keys from before the block are visible to all of its queries
+            scores[..., past + start :].masked_fill_(later[: end - start, : end - start], float("-inf"))
         if sinks is not None:
             sink = sinks.to(wide).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
             scores = torch.cat((scores, sink), dim=-1)
         attn = scores.softmax(dim=-1)[..., :keys].to(v.dtype)
-        out.append(torch.matmul(attn, v[:, :, :keys]))
-    return rearrange(torch.cat(out, dim=2) if out else v[:, :, :0], "b h s d -> b s (h d)")
+        out.append(torch.matmul(attn, v[:, :, :keys]).transpose(1, 2))
+    return (torch.cat(out, dim=1) if out else v[:, :, :0].transpose(1, 2)).flatten(2).to(dtype)
 
 
 class MLA(nn.Module):
@@ -108,16 +118,16 @@ class MLA(nn.Module):
 
         width, bias = config.hidden_size, config.attention_bias
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(width, self.heads * config.qk_head_dim, bias=False)
+            self.q_proj = Linear(width, self.heads * config.qk_head_dim, bias=False)
         else:
-            self.q_a_proj = nn.Linear(width, config.q_lora_rank, bias=bias)
+            self.q_a_proj = Linear(width, config.q_lora_rank, bias=bias)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps=LATENT_NORM_EPS)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, self.heads * config.qk_head_dim, bias=False)
+            self.q_b_proj = Linear(config.q_lora_rank, self.heads * config.qk_head_dim, bias=False)
         self.compresses_q = config.q_lora_rank is not None
-        self.kv_a_proj_with_mqa = nn.Linear(width, self.latent + self.rope, bias=bias)
+        self.kv_a_proj_with_mqa = Linear(width, self.latent + self.rope, bias=bias)
         self.kv_a_layernorm = RMSNorm(self.latent, eps=LATENT_NORM_EPS)
-        self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
-        self.o_proj = nn.Linear(self.heads * self.value, width, bias=config.output_bias)
+        self.kv_b_proj = Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
+        self.o_proj = Linear(self.heads * self.value, width, bias=config.output_bias)
 
     def forward(self, x: Tensor, rope: Uncast, mask: Tensor | None, cache: LayerCache | None, past: int) -> Tensor:
         """Attend: x [B, S, D] -> [B, S, D]. `rope` holds the `rope_tables`; `cache` already holds `past` tokens."""
@@ -125,23 +135,24 @@ class MLA(nn.Module):
         q_nope, q_pe = rearrange(q, "b s (h d) -> b s h d", h=self.heads).split((self.nope, self.rope), dim=-1)
         c, k_pe = self.kv_a_proj_with_mqa(x).split((self.latent, self.rope), dim=-1)
         c = self.kv_a_layernorm(c)
-        q_pe = apply_rope(q_pe, *rope.tensors, interleave=self.interleave)
-        k_pe = apply_rope(k_pe.unsqueeze(2), *rope.tensors, interleave=self.interleave).squeeze(2)
+        pe = torch.cat((q_pe, k_pe.unsqueeze(2)), dim=2)
+        q_pe, k_pe = apply_rope(pe, *rope.tensors, interleave=self.interleave).split((self.heads, 1), dim=2)
 
         if cache is not None:
-            (entry,) = cache.append(past, torch.cat((c, k_pe), dim=-1))
+            (entry,) = cache.append(past, torch.cat((c, k_pe.squeeze(2)), dim=-1))
             if past > 0 and self._absorbing_is_cheaper(x.shape[1]):
                 # Backward frees the graph, and an adapter's dropout differs between calls: recompute in either case.
                 recompute = self.training or torch.is_grad_enabled()
                 w = self._absorbed(c) if recompute else cache.memoize(q_pe.dtype, lambda: self._absorbed(c))
                 if w is not None:
                     return self.o_proj(self._attend_absorbed(q_nope, q_pe, entry, mask, *w))
-            c, k_pe = entry.split((self.latent, self.rope), dim=-1)
+            c, k_pe = entry.unsqueeze(2).split((self.latent, self.rope), dim=-1)
+            c = c.squeeze(2)
 
         kv = rearrange(self.kv_b_proj(c), "b s (h d) -> b s h d", h=self.heads)
         k_nope, v = kv.split((self.nope, self.value), dim=-1)
         q = torch.cat((q_nope, q_pe), dim=-1)
-        k = torch.cat((k_nope, k_pe.unsqueeze(2).expand(-1, -1, self.heads, -1)), dim=-1)
+        k = torch.cat((k_nope, k_pe.expand(-1, -1, self.heads, -1)), dim=-1)
         return self.o_proj(attend(q, k, v, mask, self.scale))
 
     def extra_repr(self) -> str:
@@ -188,16 +199,19 @@ class MLA(nn.Module):
         constant: Tensor,
     ) -> Tensor:
         """Compute `attend` from cache entries [B, S_total, C + rope]: score = (q_nope W_UK) c + q_pe k_pe."""
-        q = torch.cat((torch.einsum("bshn,hnc->bshc", q_nope, w_uk), q_pe), dim=-1)
-        batch, queries = q.shape[:2]
-        scores = torch.matmul(q.flatten(1, 2), entry.transpose(1, 2))
+        batch, queries = q_nope.shape[:2]
+        q_latent = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), w_uk).transpose(0, 1)
+        q = torch.cat((q_latent.unflatten(0, (batch, queries)), q_pe), dim=-1)
+        # The entries come first, because CPUs multiply many rows by few columns faster than the reverse.
+        scores = torch.matmul(entry, q.flatten(1, 2).mT).mT.contiguous()
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * self.scale
-        scores = scores.view(batch, queries, self.heads, -1)
         if mask is not None:
-            scores = scores.masked_fill(~mask.transpose(1, 2), float("-inf"))
+            scores = scores.view(batch, queries, self.heads, -1).masked_fill(~mask.transpose(1, 2), float("-inf"))
+            scores = scores.flatten(1, 2)
         attn = scores.softmax(dim=-1).to(q.dtype)
-        o = torch.matmul(attn.flatten(1, 2), entry[..., : self.latent]).view(batch, queries, self.heads, self.latent)
-        return (torch.einsum("bshc,hcv->bshv", o, w_uv) + constant).flatten(2)
+        o = torch.matmul(attn, entry[..., : self.latent]).view(batch * queries, self.heads, self.latent)
+        o = torch.bmm(o.transpose(0, 1), w_uv).transpose(0, 1)
+        return (o + constant).reshape(batch, queries, -1)
 
 
 class GQA(nn.Module):
@@ -219,10 +233,10 @@ class GQA(nn.Module):
         self.rope_dim = config.rope_dim
 
         width, dim, bias = config.hidden_size, self.head_dim, config.attention_bias
-        self.q_proj = nn.Linear(width, self.heads * dim, bias=bias)
-        self.k_proj = nn.Linear(width, self.kv_heads * dim, bias=bias)
-        self.v_proj = nn.Linear(width, self.kv_heads * dim, bias=bias)
-        self.o_proj = nn.Linear(self.heads * dim, width, bias=config.output_bias)
+        self.q_proj = Linear(width, self.heads * dim, bias=bias)
+        self.k_proj = Linear(width, self.kv_heads * dim, bias=bias)
+        self.v_proj = Linear(width, self.kv_heads * dim, bias=bias)
+        self.o_proj = Linear(self.heads * dim, width, bias=config.output_bias)
         if self.qk_norm != "none":
             whole = self.qk_norm == "whole"
             self.q_norm = RMSNorm(dim * (self.heads if whole else 1), eps=config.rms_norm_eps)

@@ -16,6 +16,7 @@ from moe.config import MoEConfig
 from moe.errors import ConfigError
 from moe.global_batch import GlobalBatch
 from moe.init import materialize, skip_init
+from moe.linear import Linear
 from moe.loss import Term
 from moe.ops import Routing, SwiGLU
 from moe.router import LoadCounter, Router
@@ -62,12 +63,12 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(width, hidden, bias=False)
-        self.up_proj = nn.Linear(width, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, width, bias=False)
+        self.gate_proj = Linear(width, hidden, bias=False)
+        self.up_proj = Linear(width, hidden, bias=False)
+        self.down_proj = Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if type(self.gate_proj) is nn.Linear:  # quantised, adapted and FSDP-wrapped modules handle dtypes themselves
+        if type(self.gate_proj) is Linear:  # quantised, adapted and FSDP-wrapped modules handle dtypes themselves
             _check_dtype(x, self.gate_proj.weight)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
@@ -277,9 +278,7 @@ class MoELayer(nn.Module):
                 activation=config.activation,
             )
             self.shared_experts = MLP(config.hidden_size, config.shared_width) if config.shared_width else None
-            self.shared_expert_gate = (
-                nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
-            )
+            self.shared_expert_gate = Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
         materialize(self, std=config.initializer_range, seed=config.seed)
 
     @classmethod

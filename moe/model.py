@@ -26,6 +26,7 @@ from moe.errors import ConfigError
 from moe.global_batch import GlobalBatch
 from moe.init import materialize, skip_init
 from moe.layer import MLP, MoELayer, MoEStats
+from moe.linear import Linear, linear
 from moe.loss import IGNORED, Term, count_key, next_token_loss, targets, valid_positions
 from moe.norm import RMSNorm
 from moe.ops.library import check_device, index_error
@@ -46,7 +47,7 @@ class Embedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         check_device("Embedding", self.weight, input)
-        return F.linear(input, self.weight) if input.is_floating_point() else super().forward(input)
+        return linear(input, self.weight) if input.is_floating_point() else super().forward(input)
 
 
 class Block(nn.Module):
@@ -95,7 +96,7 @@ class MTP(nn.Module):
         width = config.hidden_size
         self.enorm = RMSNorm(width, eps=config.rms_norm_eps)
         self.hnorm = RMSNorm(width, eps=config.rms_norm_eps)
-        self.eh_proj = nn.Linear(2 * width, width, bias=False)
+        self.eh_proj = Linear(2 * width, width, bias=False)
         self.block = Block(config, has_experts=True)
         self.norm = RMSNorm(width, eps=config.rms_norm_eps)
 
@@ -146,7 +147,7 @@ class Transformer(nn.Module):
             self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             self.mtp = nn.ModuleList(MTP(config) for _ in range(config.num_nextn_predict_layers))
             tied = config.tie_word_embeddings
-            self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, bias=False)
         materialize(self, std=config.initializer_range, seed=seed)
         self.join(GlobalBatch())
 

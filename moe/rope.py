@@ -69,11 +69,15 @@ def rope_tables(
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleave: bool) -> Tensor:
     """Rotate x [B, S, H, dim] by cos and sin [B, S, 1, dim / 2]; the result has x's shape and dtype.
 
-    `interleave` pairs dimensions (2i, 2i + 1), otherwise (i, i + dim / 2). The result is in half layout in both cases;
-    dot products do not change, because queries and keys are permuted equally. Computed in fp32 or wider.
+    `interleave` pairs dimensions (2i, 2i + 1), otherwise (i, i + dim / 2). Computed in fp32 or wider.
     """
-    if interleave:
-        a, b = x[..., 0::2], x[..., 1::2]
-    else:
+    if not interleave:
         a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    pairs = x.to(torch.promote_types(x.dtype, cos.dtype)).contiguous().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # Inductor generates no code for complex numbers
+        a, b = pairs.unbind(-1)
+        rotated = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    else:
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+    return rotated.flatten(-2).to(x.dtype)

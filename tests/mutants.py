@@ -72,7 +72,7 @@ class Stage:
 
 
 OPS, CONTRACT, ROUTING = "tests/ops/test_ops.py", "tests/ops/test_contract.py", "tests/ops/test_routing.py"
-QUANTIZATION = "tests/ops/test_quantization.py"
+MATMUL, QUANTIZATION = "tests/ops/test_matmul.py", "tests/ops/test_quantization.py"
 OFFSETS, ANY = "tests/kernels/offsets.py", ""
 WITHOUT_A_GPU = Stage(
     ("tests/kernels/test_kernels.py",), ("launches", "grid", "compiled_for", "waits", "names_no_expert", "refused")
@@ -88,9 +88,12 @@ STAGES: dict[str, tuple[Stage, ...]] = {
     "moe/ops/grouped_gemm.py": (Stage((OPS, CONTRACT), ("grouped_mm", "gradients", ANY)),),
     "moe/ops/mlp.py": (Stage((OPS, CONTRACT), ("test_moe_mlp", ANY)),),
     "moe/ops/permutation.py": (Stage((OPS, CONTRACT), ("permute", "test_moe_mlp", ANY)),),
-    "moe/ops/matmul.py": (Stage((OPS, CONTRACT), ("grouped_mm", "test_moe_mlp", ANY)),),
+    "moe/ops/matmul.py": (Stage((MATMUL, OPS, CONTRACT), ("product", "grouped_mm", "test_moe_mlp", ANY)),),
     "moe/ops/quantization.py": (Stage((QUANTIZATION, CONTRACT)),),
     "moe/ops/routing.py": (Stage((ROUTING, CONTRACT)),),
+    "moe/attention.py": (Stage(("tests/model/test_attention_blocks.py", "tests/model/test_model.py")),),
+    "moe/linear.py": (Stage((MATMUL,)),),
+    "moe/rope.py": (Stage(("tests/model/test_model.py",)),),
     "moe/router.py": (Stage(("tests/layer/test_layer.py", ROUTING, "tests/layer/test_balance.py")),),
     "kernels/moe_triton/activation.py": on_kernels("swiglu", "clamped", "test_moe_mlp["),
     "kernels/moe_triton/grouped_gemm.py": on_kernels("grouped_mm", "offsets.py", "test_moe_mlp["),
@@ -106,7 +109,10 @@ STAGES: dict[str, tuple[Stage, ...]] = {
 SLOW = ("many_experts", "transformers", "compile", "127x129", "257x65", "256x128")  # run last in their stage
 
 # Files of which only some functions compute results.
-PARTS = {"kernels/moe_triton/tiling.py": ("even", "last_stride_one")}
+PARTS = {
+    "kernels/moe_triton/tiling.py": ("even", "last_stride_one"),
+    "moe/attention.py": ("_attend_in_blocks", "_attend_absorbed"),
+}
 SPEED = re.compile(r"num_warps|num_stages|BLOCK\w*|COLUMNS|SLOTS|debug|sanitize_overflow|asserted|_by_onednn")
 REFUSALS = ("device_assert", "_assert_async", "msg")
 DEFINITIONS = ("define", "define_gradient")

@@ -21,7 +21,7 @@ LEVELS = [
     {"moe.checkpoint.format"},
     {"moe.planning"},
     {"moe.ops", "moe.norm", "moe.uncast"},
-    {"moe.router", "moe.init", "moe.rope", "moe.loss", "moe.cache", "moe.output"},
+    {"moe.router", "moe.init", "moe.rope", "moe.loss", "moe.cache", "moe.output", "moe.linear"},
     {"moe.balance", "moe.quantized"},
     {"moe.attention", "moe.layer"},
     {"moe.model"},

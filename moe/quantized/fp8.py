@@ -4,10 +4,10 @@ from functools import partial
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moe import ops
+from moe.linear import linear
 from moe.ops import SwiGLU
 from moe.ops.library import autocast, check_device, differentiable_once
 from moe.ops.quantization import scale_shape
@@ -15,13 +15,13 @@ from moe.quantized.base import Decode, Quantized, QuantizedExperts, bias_paramet
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """F.linear with a weight that has no gradient and is not saved dequantised."""
+    """`linear` with a weight that has no gradient and is not saved dequantised."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Any:
         ctx.save_for_backward(weight, scale)
         ctx.block, ctx.dtype = block, x.dtype
-        return F.linear(x, ops.dequantize_blocks(weight, scale, block, x.dtype), bias)
+        return linear(x, ops.dequantize_blocks(weight, scale, block, x.dtype), bias)
 
     @staticmethod
     @differentiable_once("FP8Linear")
@@ -29,7 +29,7 @@ class _FrozenLinear(torch.autograd.Function):
         weight, scale = saved
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ ops.dequantize_blocks(weight, scale, ctx.block, ctx.dtype)
+            grad_x = linear(grad, ops.dequantize_blocks(weight, scale, ctx.block, ctx.dtype).t())
         if ctx.needs_input_grad[1]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
         return grad_x, grad_bias, None, None, None

@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe.attention import QUERY_BLOCK, attend
+from moe.attention import HALF_BLOCK, WIDE_BLOCK, attend
+from tests.support.bound import against_eager
 
 
-@pytest.mark.parametrize("length", [2, QUERY_BLOCK - 1, QUERY_BLOCK, QUERY_BLOCK + 1, 2 * QUERY_BLOCK + 5])
+@pytest.mark.parametrize("length", [2, WIDE_BLOCK - 1, WIDE_BLOCK, WIDE_BLOCK + 1, 2 * WIDE_BLOCK + 5])
 def test_value_and_gradients(length):
     torch.manual_seed(0)
     q, k = (torch.randn(2, length, 3, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
@@ -22,6 +23,35 @@ def test_value_and_gradients(length):
         *(torch.autograd.grad((y * weight).sum(), (q, k, v)) for y in (found, expected)), strict=True
     ):
         torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("prefers_float32", [False, True], ids=["as they are", "in float32"])
+@pytest.mark.parametrize("length", [2, HALF_BLOCK - 1, HALF_BLOCK + 1, 2 * HALF_BLOCK + 5])
+def test_half_precision(length, prefers_float32, monkeypatch):
+    """Whichever precision the processor multiplies in, the error is at most twice the definition's in bfloat16."""
+    monkeypatch.setattr("moe.attention.prefers_float32", lambda x: prefers_float32 and x.dtype == torch.bfloat16)
+    torch.manual_seed(0)
+    q, k = (torch.randn(2, length, 3, 8).bfloat16().requires_grad_() for _ in range(2))
+    v = torch.randn(2, length, 3, 6).bfloat16().requires_grad_()
+    grad = torch.randn(2, length, 18).bfloat16()
+
+    def definition(q, k, v):
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k).to(torch.promote_types(q.dtype, torch.float32)) * 0.3
+        scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), float("-inf"))
+        return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1).to(v.dtype), v).flatten(2)
+
+    def results(function, dtype):
+        inputs = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
+        y = function(*inputs)
+        return [y.detach(), *torch.autograd.grad(y, inputs, grad.to(dtype))]
+
+    found = results(lambda q, k, v: attend(q, k, v, None, 0.3), torch.bfloat16)
+    eager, exact = results(definition, torch.bfloat16), results(definition, torch.float64)
+    for mine, plain, right in zip(found, eager, exact, strict=True):
+        verdict = against_eager(mine, plain, right, torch.bfloat16)
+        assert verdict.right, verdict
+    with torch.no_grad():
+        assert attend(q, k, v, None, 0.3).equal(found[0])
 
 
 def test_long_sequences_keep_no_probabilities_for_training():

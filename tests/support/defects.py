@@ -53,6 +53,28 @@ NAMED = (
         ),
     ),
     *_in_file(
+        "moe/ops/matmul.py",
+        ("the first columns in every part", "widened_parts", "b[:, columns]", "b[:, : columns.stop - columns.start]"),
+    ),
+    *_in_file(
+        "moe/linear.py",
+        ("bias omitted in float32", "forward", "part.add_(bias[columns])", "part"),
+        (
+            "gradient of the weight transposed",
+            "backward",
+            "linear(grad.t(), x.t())",
+            "linear(x.t(), grad.t()).t().roll(1, 0)",
+        ),
+    ),
+    *_in_file(
+        "moe/attention.py",
+        ("a block sees its later keys", "_attend_in_blocks", ".triu(1)", ".triu(2)"),
+        ("decoding scores without the mask", "_attend_absorbed", "if mask is not None", "if mask is None"),
+    ),
+    *_in_file(
+        "moe/rope.py", ("rotated backwards", "apply_rope", "torch.complex(cos, sin)", "torch.complex(cos, -sin)")
+    ),
+    *_in_file(
         "moe/ops/permutation.py",
         (
             "unstable order",

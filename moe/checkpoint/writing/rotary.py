@@ -5,6 +5,7 @@ from torch import nn
 
 from moe.attention import MLA
 from moe.errors import ConfigError
+from moe.linear import Linear
 from moe.model import Transformer
 
 
@@ -28,7 +29,7 @@ def interleave(model: Transformer) -> None:
         queries = layer.q_b_proj if layer.compresses_q else layer.q_proj
         projections += [(queries, layer.heads, layer.rope), (layer.kv_a_proj_with_mqa, 1, layer.rope)]
     for projection, _, _ in projections:
-        if type(projection) is not nn.Linear or hasattr(projection.weight, "device_mesh"):
+        if type(projection) is not Linear or hasattr(projection.weight, "device_mesh"):
             raise ConfigError("rope_interleave", False, "nn.Linear projections, as moe.load creates by default")
     for projection, heads, rotary in projections:
         for part in projection.parameters():
