@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from moe.errors import ConfigError
 
+SPECULATIVE = ("auto", "on", "off")  # values of `moe.generate(speculative=)`
+
 
 @dataclass(frozen=True)
 class Sampling:

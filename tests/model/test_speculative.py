@@ -1,0 +1,345 @@
+"""Speculative decoding: tokens against plain decoding, drafts against MTP modules without caches, distributions."""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import moe
+from moe import generation, speculative
+from moe.generation import _count, penalize, probabilities
+from moe.model import Transformer
+from moe.rope import rope_tables
+from moe.sampling import Sampling
+from moe.speculative import Draft, Drafter, Statistics, verify
+from moe.uncast import Uncast
+from tests.support.models import GROUPED, SMALL
+
+WINDOWS = dataclasses.replace(
+    GROUPED, sliding_window=4, layer_types=["sliding_attention", "full_attention"] * 1 + ["sliding_attention"]
+)
+SINKS = dataclasses.replace(WINDOWS, attention_sinks=True, qk_norm="none")
+CONFIGS = {
+    "mla": SMALL,
+    "mla, plain queries": dataclasses.replace(SMALL, q_lora_rank=None, rope_interleave=False),
+    "grouped": GROUPED,
+    "windows": WINDOWS,
+    "sinks": SINKS,
+}
+
+
+def agreeing(config: moe.ModelConfig, modules: int, influence: float = 0.04, seed: int = 0) -> Transformer:
+    """A float64 model whose MTP modules often predict its tokens: both depend mostly on the token before.
+
+    The attention and MLPs of all blocks, and the hidden states that a module takes, have only some influence.
+    """
+    model = Transformer(dataclasses.replace(config, num_nextn_predict_layers=modules), seed=seed).double().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")):
+                parameter.mul_(influence)
+        for module in model.mtp:
+            width = config.hidden_size
+            module.eh_proj.weight[:, :width] = torch.eye(width)
+            module.eh_proj.weight[:, width:].mul_(influence)
+    return model
+
+
+def left_padded(lengths: list[int], vocabulary: int) -> tuple[Tensor, Tensor]:
+    ids = torch.randint(0, vocabulary, (len(lengths), max(lengths)))
+    return ids, torch.tensor([[0] * (max(lengths) - n) + [1] * n for n in lengths])
+
+
+@pytest.mark.parametrize(
+    ("name", "modules", "trial"), [*((name, 1 + 2 * (i % 2), 0) for i, name in enumerate(CONFIGS)), ("mla", 3, 8)]
+)
+def test_greedy_tokens_are_those_of_plain_decoding(
+    name: str, modules: int, trial: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speculative, "TRIAL", trial)
+    model = agreeing(CONFIGS[name], modules)
+    statistics = Statistics()
+    for lengths in ([6], [1], [2, 7, 4]):
+        ids, mask = left_padded(lengths, 61)
+        options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 24 + trial}
+        plain = moe.generate(model, ids, speculative="off", **options)
+        found = moe.generate(model, ids, speculative="on", statistics=statistics, **options)
+        assert torch.equal(found, plain)
+    assert 0 < statistics.accepted < statistics.drafted and not statistics.close_calls
+
+
+@pytest.mark.parametrize("modules", [1, 2])
+def test_ends_penalties_and_positions_are_those_of_plain_decoding(
+    modules: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speculative, "TRIAL", 0)
+    model = agreeing(dataclasses.replace(SMALL, max_position_embeddings=40), modules)
+    ids, mask = left_padded([3, 6, 5], 61)
+    free = moe.generate(model, ids, max_new_tokens=20, attention_mask=mask, speculative="off")[:, 6:]
+    accepted = 0
+    for ends in (
+        int(free[0, 4]),
+        [int(free[1, 9]), int(free[2, 2])],
+        [int(free[0, 3]), int(free[1, 5]), int(free[2, 8])],
+    ):
+        for rows in ([0, 1, 2], [1]):
+            for penalty in (1.0, 1.7, 0.8):
+                options: dict[str, Any] = {"max_new_tokens": 20, "eos_token_id": ends, "repetition_penalty": penalty}
+                options["attention_mask"] = mask[rows]
+                statistics = Statistics()
+                plain = moe.generate(model, ids[rows], speculative="off", **options)
+                found = moe.generate(model, ids[rows], speculative="on", statistics=statistics, **options)
+                assert torch.equal(found, plain)
+                accepted += statistics.accepted
+    assert accepted > 10
+    for new in range(1, 7):  # a draft past the last token would be computed for nothing
+        statistics = Statistics()
+        found = moe.generate(model, ids, max_new_tokens=new, speculative="on", statistics=statistics)
+        assert torch.equal(found, moe.generate(model, ids, max_new_tokens=new, speculative="off"))
+        assert statistics.drafted <= max(new - 2, 0) * modules
+    with pytest.warns(
+        UserWarning, match="^generation stopped after 34 of 50 new tokens: with a prompt of 6, all 40 pos"
+    ):
+        found = moe.generate(model, ids, max_new_tokens=50, speculative="on")
+    assert torch.equal(found, moe.generate(model, ids, max_new_tokens=34, speculative="off"))
+
+
+def logits_without_cache(model: Transformer, ids: Tensor, mask: Tensor, drafts: list[Tensor]) -> Tensor:
+    """Logits [B, V] of the next draft by MTP modules that run over whole sequences, one sequence at a time."""
+    found = []
+    for row, real in zip(torch.cat((ids, *drafts), dim=1), mask, strict=True):
+        n = int(real.sum())
+        tokens = row[ids.shape[1] - n :][None]  # without padding: rotary attention depends on distances alone
+        h = model(tokens[:, : n - 1]).hidden
+        for k in range(len(drafts) + 1):
+            rope = Uncast(
+                *rope_tables(model.config.rope_parameters, model.config.rope_dim, torch.arange(n - 1)[None], h.dtype)
+            )
+            h, _ = model.mtp[k](h, model.embed_tokens(tokens[:, k + 1 : n + k]), rope, None, None)
+        found.append(model.head(h[:, -1]))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("name", ["mla", "windows"])
+def test_drafts_are_those_of_modules_over_the_whole_sequence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches that keep what only accepted tokens decided, element by element, after acceptances and rejections."""
+    monkeypatch.setattr(speculative, "TRIAL", 0)
+    model = agreeing(CONFIGS[name], 3)
+    rounds: list[tuple[Tensor, Tensor, list[Tensor], list[Draft]]] = []
+    draft = Drafter.draft
+
+    def record(self: Drafter, ids: Tensor, hidden: Tensor, mask: Tensor, count: int, choose: Callable) -> list[Draft]:
+        logits: list[Tensor] = []
+
+        def keep(found: Tensor) -> Draft:
+            logits.append(found.clone())
+            return choose(found)
+
+        drafts = draft(self, ids, hidden, mask, count, keep)
+        rounds.append((ids, mask, logits, drafts))
+        return drafts
+
+    monkeypatch.setattr(Drafter, "draft", record)
+    statistics = Statistics()
+    for lengths in ([1], [2, 6, 3]):
+        rounds.clear()
+        ids, mask = left_padded(lengths, 61)
+        moe.generate(model, ids, max_new_tokens=20, attention_mask=mask, speculative="on", statistics=statistics)
+        assert len(rounds) > 5
+        for known, real, logits, drafts in rounds:
+            tokens = [draft.token[:, None] for draft in drafts]
+            for k, found in enumerate(logits):
+                expected = logits_without_cache(model, known, real, tokens[:k])
+                torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+    assert 0 < statistics.accepted < statistics.drafted
+
+
+def largest_difference(model: Transformer, ids: Tensor, prompt: int, size: int) -> tuple[Tensor, float]:
+    """Logits of new tokens [B, new, V] from passes for one token, and their largest difference from passes for `size`."""
+    found = []
+    for step in (1, size):
+        cache, parts = moe.cache.Cache(model.config), []
+        with torch.inference_mode():
+            parts.append(model(ids[:, :prompt], cache=cache, logits_to_keep=1).logits)
+            for part in ids[:, prompt:-1].split(step, dim=1):
+                parts.append(model(part, cache=cache).logits)
+        found.append(torch.cat(parts, dim=1).double())
+    return found[0], (found[0] - found[1]).abs().max().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_dtypes_differ_at_close_calls_only(dtype: torch.dtype) -> None:
+    differing = 0
+    for seed in range(4):
+        model = agreeing(SMALL, 1, seed=seed).to(dtype)
+        ids = torch.randint(0, 61, (1, 5))
+        statistics = Statistics()
+        plain = moe.generate(model, ids, max_new_tokens=60, speculative="off")
+        found = moe.generate(model, ids, max_new_tokens=60, speculative="on", statistics=statistics)
+        assert statistics.accepted and 0 < statistics.logit_difference < 40 * torch.finfo(dtype).eps
+        logits, difference = largest_difference(model, plain, 5, 2)
+        if torch.equal(found, plain):
+            continue
+        differing += 1
+        first = int((found != plain)[0, 5:].nonzero()[0])
+        best = logits[0, first].topk(2).values
+        assert best[0] - best[1] < 2 * difference
+        assert (0, first) in statistics.close_calls
+    assert differing or dtype == torch.float32
+
+
+def test_the_rejection_rule_keeps_the_distribution() -> None:
+    """Frequencies of 400,000 tokens, for drafts from a distribution that lacks some tokens and prefers others."""
+    p = torch.tensor([0.35, 0.0, 0.05, 0.4, 0.2])
+    q = torch.tensor([0.1, 0.3, 0.0, 0.45, 0.15])
+    generator = torch.Generator().manual_seed(0)
+    n = 400_000
+    drafted = torch.multinomial(q, n, replacement=True, generator=generator)
+    draft = Draft(drafted, q.expand(n, -1))
+    found = verify(draft, p.expand(n, -1), generator)
+    observed = found.bincount(minlength=5) / n
+    assert observed[1] == 0 and (observed - p).abs().max() < 0.005
+    assert (found == drafted).double().mean().item() == pytest.approx(torch.minimum(p, q).sum().item(), abs=0.005)
+    same = verify(Draft(drafted, q.expand(n, -1)), q.expand(n, -1), generator)
+    assert torch.equal(same, drafted)
+
+
+SHORT = dataclasses.replace(SMALL, vocab_size=3, num_hidden_layers=1, first_k_dense_replace=1, initializer_range=0.5)
+RULES = ({"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.8, "repetition_penalty": 1.5})
+NEW = 4  # tokens of a sample: one from the prompt, two drafts, and one more
+
+
+def exact_distribution(model: Transformer, prompt: Tensor, sampling: Sampling) -> dict[tuple[int, ...], float]:
+    """Probability of each continuation, from the logits of every prefix."""
+    known = {(): 1.0}
+    for _ in range(NEW):
+        ids = torch.tensor([[*prompt[0].tolist(), *prefix] for prefix in known])
+        with torch.no_grad():
+            logits = model(ids).logits[:, -1]
+        if sampling.repetition_penalty != 1:
+            logits = penalize(logits, _count(ids, None, SHORT.vocab_size), sampling.repetition_penalty)
+        p = probabilities(logits, sampling).tolist()
+        known = {
+            (*prefix, token): before * p[row][token]
+            for row, (prefix, before) in enumerate(known.items())
+            for token in range(SHORT.vocab_size)
+        }
+    return known
+
+
+def surprise(model: Transformer, rules: dict[str, float], batch: int, samples: int) -> float:
+    """Chi-square of sampled continuations, in standard deviations above its mean."""
+    prompt = torch.tensor([[0, 2, 1]])
+    expected = exact_distribution(model, prompt, Sampling(**rules))  # pyright: ignore[reportArgumentType]
+    counts: Counter[tuple[int, ...]] = Counter()
+    statistics = Statistics()
+    for seed in range(samples // batch):
+        options: dict[str, Any] = {"max_new_tokens": NEW, "seed": seed, "statistics": statistics, **rules}
+        rows = moe.generate(model, prompt.repeat(batch, 1), speculative="on", **options)
+        counts.update(tuple(row) for row in rows[:, 3:].tolist())
+    total = sum(counts.values())
+    assert 0.2 < statistics.acceptance < 0.8
+    assert all(expected[outcome] > 0 for outcome in counts)
+    frequent = {outcome: p for outcome, p in expected.items() if p * total >= 5}
+    rest = max(1 - sum(frequent.values()), 0.0)
+    cells = [(counts[outcome], p * total) for outcome, p in frequent.items()]
+    if rest * total >= 5:
+        cells.append((total - sum(counts[outcome] for outcome in frequent), rest * total))
+    freedom = len(cells) - 1
+    assert freedom >= 10
+    return (sum((n - m) ** 2 / m for n, m in cells) - freedom) / math.sqrt(2 * freedom)
+
+
+def always_accept(draft: Draft, p: Tensor, generator: torch.Generator) -> Tensor:
+    return draft.token
+
+
+def resample_from_p(draft: Draft, p: Tensor, generator: torch.Generator) -> Tensor:
+    """The rejection rule, except that a rejected draft is replaced by a token from p."""
+    assert draft.probabilities is not None
+    x = draft.token[:, None]
+    u = torch.rand(x.shape, generator=generator)
+    accepted = u * draft.probabilities.gather(1, x) < p.gather(1, x)
+    return torch.where(accepted, x, torch.multinomial(p, 1, generator=generator))[:, 0]
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> Transformer:
+    """A model with three tokens, whose two MTP modules predict badly."""
+    monkeypatch.setattr(speculative, "TRIAL", 0)
+    return Transformer(dataclasses.replace(SHORT, num_nextn_predict_layers=2), seed=3).eval()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("rules", RULES, ids=str)
+def test_samples_have_the_distribution_of_the_model(short: Transformer, rules: dict[str, float], batch: int) -> None:
+    assert abs(surprise(short, rules, batch, 1200)) < 4
+
+
+@pytest.mark.parametrize("wrong", [always_accept, resample_from_p])
+def test_a_wrong_rule_has_another_distribution(
+    short: Transformer, wrong: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "verify", wrong)
+    assert surprise(short, RULES[0], 1, 1200) > 8
+
+
+def test_sampling_with_a_seed_is_reproducible_and_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = agreeing(SMALL, 1)
+    ids = torch.randint(0, 61, (2, 5))
+    options: dict[str, Any] = {"max_new_tokens": 80, "temperature": 0.9, "seed": 4}
+    first, second = (moe.generate(model, ids, speculative="on", **options) for _ in range(2))
+    assert torch.equal(first, second)
+    statistics = Statistics()
+    auto = moe.generate(model, ids, statistics=statistics, **options)
+    assert torch.equal(auto, moe.generate(model, ids, speculative="off", **options)) and statistics == Statistics()
+
+
+@pytest.mark.parametrize("faster", [False, True])
+def test_drafting_continues_only_if_it_is_faster(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock by which a pass takes its number of tokens to the power of 0.1 or 2."""
+    model, now, forward = agreeing(SMALL, 1), [0.0], Transformer.forward
+
+    def timed(self: Transformer, input_ids: Tensor, **options: Any) -> Any:
+        now[0] += input_ids.shape[1] ** (0.1 if faster else 2.0)
+        return forward(self, input_ids, **options)
+
+    monkeypatch.setattr(Transformer, "forward", timed)
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    ids, statistics = torch.randint(0, 61, (1, 5)), Statistics()
+    found = moe.generate(model, ids, max_new_tokens=100, statistics=statistics)
+    assert torch.equal(found, moe.generate(model, ids, max_new_tokens=100, speculative="off"))
+    assert statistics.on == faster == (statistics.passes > 9) and statistics.passes >= 9
+    assert statistics.plain_speed == pytest.approx(1)
+    assert (statistics.speed > 1) == faster and 1 < statistics.tokens_per_pass < 2
+    short = Statistics()
+    moe.generate(model, ids, max_new_tokens=63, statistics=short)
+    assert short == Statistics()
+
+
+def test_unusable_drafts_change_nothing() -> None:
+    model = agreeing(SMALL, 1)
+    ids = torch.randint(0, 61, (2, 5))
+    plain = moe.generate(model, ids, max_new_tokens=30, speculative="off")
+    model.mtp[0].norm.weight.data.fill_(math.nan)
+    assert torch.equal(moe.generate(model, ids, max_new_tokens=30, speculative="on"), plain)
+    assert moe.generate(model, ids, max_new_tokens=30, speculative="on", temperature=0.8).shape == (2, 35)
+
+
+def test_what_is_refused() -> None:
+    ids = torch.zeros(1, 3, dtype=torch.int64)
+    with pytest.raises(moe.ConfigError, match="^speculative = 'on': expected a model with multi-token .* found none$"):
+        moe.generate(Transformer(SMALL), ids, max_new_tokens=2, speculative="on")
+    model = agreeing(SMALL, 1)
+    with pytest.raises(moe.ConfigError, match="^speculative = 'yes': expected 'auto' or 'on' or 'off'$"):
+        moe.generate(model, ids, max_new_tokens=2, speculative="yes")
+    with torch.device("meta"):
+        empty = torch.zeros(1, 3, dtype=torch.int64)
+    with pytest.raises(moe.ConfigError, match="^speculative = 'on': expected 'off' for tensors without values"):
+        moe.generate(model.to("meta"), empty, max_new_tokens=2, speculative="on")
+    assert moe.generate(model, empty, max_new_tokens=70).shape == (1, 73)
