@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from moe.config import ModelConfig
 from moe.errors import ConfigError
 from moe.model import Transformer, check_input_ids
 from moe.ops.library import has_values
-from moe.sampling import SPECULATIVE, Sampling
+from moe.sampling import Sampling, Speculative
 from moe.speculative import TRIAL, Draft, Speculation, Statistics, verify
 
 
@@ -33,7 +34,7 @@ def generate(
     repetition_penalty: float = 1.0,
     seed: int | None = None,
     eos_token_id: int | Sequence[int] | None = None,
-    speculative: str = "auto",
+    speculative: Speculative = "auto",
     statistics: Statistics | None = None,
 ) -> Tensor:
     """Continue each sequence: int64 [B, S] -> [B, S + new], new <= max_new_tokens.
@@ -90,7 +91,7 @@ def stream(
     attention_mask: Tensor | None = None,
     seed: int | None = None,
     eos_token_id: int | Sequence[int] | None = None,
-    speculative: str = "auto",
+    speculative: Speculative = "auto",
     statistics: Statistics | None = None,
 ) -> Iterator[Tensor]:
     """Run `generate` one step at a time: yield int64 [B], the next token of every sequence."""
@@ -124,11 +125,11 @@ def stream(
 
 
 def _speculates(
-    model: Transformer, input_ids: Tensor, sampling: Sampling, new: int, seed: int | None, speculative: str
+    model: Transformer, input_ids: Tensor, sampling: Sampling, new: int, seed: int | None, speculative: Speculative
 ) -> bool:
     """Return whether drafts are to be tried; raise ConfigError if they are requested and impossible."""
-    if speculative not in SPECULATIVE:
-        raise ConfigError("speculative", speculative, " or ".join(map(repr, SPECULATIVE)))
+    if speculative not in get_args(Speculative):
+        raise ConfigError("speculative", speculative, f"one of {', '.join(get_args(Speculative))}")
     if speculative == "off":
         return False
     expected = (
@@ -273,7 +274,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def _draft(logits: Tensor, *, sampling: Sampling, guessed: Tensor | None, generator: torch.Generator | None) -> Draft:
-    """Choose drafts from an MTP module's logits [B, V], and count them in `guessed`, as tokens are counted in `seen`."""
+    """Choose drafts from an MTP module's logits [B, V], and count them in `guessed` [B, V], for `penalize`."""
     if guessed is not None:
         logits = penalize(logits, guessed, sampling.repetition_penalty)
     if sampling.temperature == 0:

@@ -2,10 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from moe.errors import ConfigError
 
-SPECULATIVE = ("auto", "on", "off")  # values of `moe.generate(speculative=)`
+Speculative = Literal["auto", "on", "off"]  # see `moe.generate`
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,13 @@ class Statistics:
             in every sequence that has not ended.
         seconds: time of the passes with drafts but the first, drafting included. The first also drafts for the prompt.
         timed_tokens: new tokens of these passes, in all sequences.
-        plain_seconds: time of the passes without drafts but the first, prompt excluded.
+        plain_seconds: time of the `TRIAL` passes without drafts after that of the prompt, but the first.
         plain_tokens: new tokens of these passes, in all sequences.
         logit_difference: largest difference between the logits of a pass for one token and of a pass that verifies
             drafts, over `TRIAL` positions.
-        close_calls: (sequence, new token, both from 0) of tokens whose lead over the second best logit is below twice
-            `logit_difference`, in greedy decoding. Only these may differ from those of plain decoding.
+        close_calls: (sequence, new token), both from 0, of greedy tokens whose logit exceeds the second largest by at
+            most twice `logit_difference`, or twice the rounding error of the logit's dtype if that is larger. Plain
+            decoding may choose another token there, and after the first such difference another text.
     """
 
     on: bool = False
@@ -151,7 +152,7 @@ class Speculation:
     def draft(
         self, ids: Tensor, mask: Tensor | None, cache: Cache, count: int, choose: Callable[[Tensor], Draft]
     ) -> list[Draft]:
-        """Draft up to `count` tokens that follow `ids` [B, n], whose last token is not in the cache; none in the trial."""
+        """Draft up to `count` tokens after `ids` [B, n], whose last token is not in the cache; none in the trial."""
         if not self.statistics.on or not self.hidden or len(self.logits) < TRIAL:
             return []
         if self.drafter is None:
@@ -175,13 +176,12 @@ class Speculation:
             self.hidden.append(hidden)
         if not self.has_prompt:
             self.has_prompt = True
-        elif not drafted:
+        elif not drafted and len(self.logits) < TRIAL:
             if self.logits:
                 statistics.plain_seconds += seconds
                 statistics.plain_tokens += tokens
-            if len(self.logits) < TRIAL:
-                self.logits.append(logits[:, -1])
-        else:
+            self.logits.append(logits[:, -1])
+        elif drafted:
             statistics.passes += 1
             statistics.drafted += drafted
             statistics.accepted += new - 1
@@ -193,10 +193,13 @@ class Speculation:
 
     def note_close_calls(self, logits: Tensor, ended: Tensor, step: int, scale: float) -> None:
         """Record sequences whose best two logits [B, V] are closer than the logits of two passes can differ."""
-        if self.statistics.logit_difference:
-            best = logits.topk(min(2, logits.shape[1]), dim=1).values.double()
-            close = best[:, 0] - best[:, -1] < 2 * self.statistics.logit_difference * scale
-            self.statistics.close_calls += [(row, step) for row in (close & ~ended).nonzero().flatten().tolist()]
+        if self.drafter is None and self.statistics.on:  # all passes so far were those of plain decoding
+            return
+        best = logits.topk(min(2, logits.shape[1]), dim=1).values
+        rounding = torch.finfo(best.dtype).eps * best[:, 0].double().abs()
+        lead = best[:, 0].double() - best[:, -1].double()
+        close = lead <= 2 * rounding.clamp_min(self.statistics.logit_difference * scale)
+        self.statistics.close_calls += [(row, step) for row in (close & ~ended).nonzero().flatten().tolist()]
 
 
 def measure_logit_difference(

@@ -43,10 +43,9 @@ def agreeing(config: moe.ModelConfig, modules: int, influence: float = 0.04, see
         for name, parameter in model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")):
                 parameter.mul_(influence)
-        for module in model.mtp:
-            width = config.hidden_size
-            module.eh_proj.weight[:, :width] = torch.eye(width)
-            module.eh_proj.weight[:, width:].mul_(influence)
+            if name.endswith("eh_proj.weight"):
+                parameter[:, : config.hidden_size] = torch.eye(config.hidden_size)
+                parameter[:, config.hidden_size :].mul_(influence)
     return model
 
 
@@ -103,7 +102,7 @@ def test_ends_penalties_and_positions_are_those_of_plain_decoding(
         assert torch.equal(found, moe.generate(model, ids, max_new_tokens=new, speculative="off"))
         assert statistics.drafted <= max(new - 2, 0) * modules
     with pytest.warns(
-        UserWarning, match="^generation stopped after 34 of 50 new tokens: with a prompt of 6, all 40 pos"
+        UserWarning, match=r"^generation stopped after 34 of 50 new tokens: with a prompt of 6, all 40 pos"
     ):
         found = moe.generate(model, ids, max_new_tokens=50, speculative="on")
     assert torch.equal(found, moe.generate(model, ids, max_new_tokens=34, speculative="off"))
@@ -159,38 +158,43 @@ def test_drafts_are_those_of_modules_over_the_whole_sequence(name: str, monkeypa
     assert 0 < statistics.accepted < statistics.drafted
 
 
-def largest_difference(model: Transformer, ids: Tensor, prompt: int, size: int) -> tuple[Tensor, float]:
-    """Logits of new tokens [B, new, V] from passes for one token, and their largest difference from passes for `size`."""
-    found = []
-    for step in (1, size):
-        cache, parts = moe.cache.Cache(model.config), []
-        with torch.inference_mode():
-            parts.append(model(ids[:, :prompt], cache=cache, logits_to_keep=1).logits)
-            for part in ids[:, prompt:-1].split(step, dim=1):
-                parts.append(model(part, cache=cache).logits)
-        found.append(torch.cat(parts, dim=1).double())
-    return found[0], (found[0] - found[1]).abs().max().item()
+def steps_and_logits(model: Transformer, ids: Tensor, new: int, **options: Any) -> tuple[Tensor, Tensor]:
+    """New tokens, and the logits [new, V] that decided them."""
+    found: list[Tensor] = []
+    forward = Transformer.forward
+
+    def record(self: Transformer, input_ids: Tensor, **options: Any) -> Any:
+        out = forward(self, input_ids, **options)
+        start = options["cache"].length - out.logits.shape[1] + 1 - ids.shape[1]  # of the first token they decide
+        del found[start:]
+        found.extend(out.logits[0])
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Transformer, "forward", record)
+        tokens = moe.generate(model, ids, max_new_tokens=new, **options)[0, ids.shape[1] :]
+    return tokens, torch.stack(found[:new]).double()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_dtypes_differ_at_close_calls_only(dtype: torch.dtype) -> None:
-    differing = 0
-    for seed in range(4):
-        model = agreeing(SMALL, 1, seed=seed).to(dtype)
-        ids = torch.randint(0, 61, (1, 5))
-        statistics = Statistics()
-        plain = moe.generate(model, ids, max_new_tokens=60, speculative="off")
-        found = moe.generate(model, ids, max_new_tokens=60, speculative="on", statistics=statistics)
-        assert statistics.accepted and 0 < statistics.logit_difference < 40 * torch.finfo(dtype).eps
-        logits, difference = largest_difference(model, plain, 5, 2)
-        if torch.equal(found, plain):
+    """The first difference needs logits that differ by half the gap between the best two. Coarse logits have ties."""
+    differing = calls = accepted = 0
+    for seed in range(6):
+        model = agreeing(GROUPED, 1, influence=0.1 + 0.2 * (seed % 2), seed=seed).to(dtype)
+        ids, statistics = torch.randint(0, 61, (1, 5)), Statistics()
+        plain, logits = steps_and_logits(model, ids, 60, speculative="off")
+        found, others = steps_and_logits(model, ids, 60, speculative="on", statistics=statistics)
+        assert torch.equal(logits.argmax(-1), plain) and torch.equal(others.argmax(-1), found)
+        accepted, calls = accepted + statistics.accepted, calls + len(statistics.close_calls)
+        different = (plain != found).nonzero().flatten().tolist()
+        if not different:
             continue
-        differing += 1
-        first = int((found != plain)[0, 5:].nonzero()[0])
-        best = logits[0, first].topk(2).values
-        assert best[0] - best[1] < 2 * difference
+        differing, first = differing + 1, different[0]
+        best = logits[first].topk(2).values
+        assert best[0] - best[1] <= 2 * (logits[first] - others[first]).abs().max()
         assert (0, first) in statistics.close_calls
-    assert differing or dtype == torch.float32
+    assert accepted and (differing < 6 if calls else not differing)
 
 
 def test_the_rejection_rule_keeps_the_distribution() -> None:
@@ -209,25 +213,52 @@ def test_the_rejection_rule_keeps_the_distribution() -> None:
     assert torch.equal(same, drafted)
 
 
-SHORT = dataclasses.replace(SMALL, vocab_size=3, num_hidden_layers=1, first_k_dense_replace=1, initializer_range=0.5)
 RULES = ({"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.8, "repetition_penalty": 1.5})
 NEW = 4  # tokens of a sample: one from the prompt, two drafts, and one more
+SHORT = dataclasses.replace(SMALL, vocab_size=3, hidden_size=3, num_hidden_layers=1, num_nextn_predict_layers=2)
+
+
+class Guess(torch.nn.Module):
+    """An MTP module that passes the embedding of the last token to the head."""
+
+    def forward(self, h: Tensor, embedding: Tensor, *_: Any) -> tuple[Tensor, None]:
+        return embedding, None
+
+
+class Chain(Transformer):
+    """A Markov chain of three tokens; its MTP modules predict the next token by other probabilities."""
+
+    def __init__(self) -> None:
+        super().__init__(SHORT)
+        assert self.lm_head is not None
+        draw = torch.Generator().manual_seed(1)
+        self.table = 1.5 * torch.randn(3, 3, generator=draw)
+        self.embed_tokens.weight.data = torch.eye(3)
+        self.lm_head.weight.data = (self.table + 3 * torch.randn(3, 3, generator=draw)).T
+        self.mtp = torch.nn.ModuleList([Guess(), Guess()])
+
+    def forward(self, input_ids: Tensor, *, cache: Any = None, logits_to_keep: int = 0, **_: Any) -> moe.output.Output:
+        if cache is not None:
+            cache.advance(input_ids.shape[1])
+        return moe.output.Output(
+            logits=self.table[input_ids[:, -logits_to_keep:]], hidden=torch.zeros(*input_ids.shape, 3)
+        )
 
 
 def exact_distribution(model: Transformer, prompt: Tensor, sampling: Sampling) -> dict[tuple[int, ...], float]:
     """Probability of each continuation, from the logits of every prefix."""
-    known = {(): 1.0}
+    known: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(NEW):
         ids = torch.tensor([[*prompt[0].tolist(), *prefix] for prefix in known])
         with torch.no_grad():
             logits = model(ids).logits[:, -1]
         if sampling.repetition_penalty != 1:
-            logits = penalize(logits, _count(ids, None, SHORT.vocab_size), sampling.repetition_penalty)
+            logits = penalize(logits, _count(ids, None, 3), sampling.repetition_penalty)
         p = probabilities(logits, sampling).tolist()
         known = {
             (*prefix, token): before * p[row][token]
             for row, (prefix, before) in enumerate(known.items())
-            for token in range(SHORT.vocab_size)
+            for token in range(3)
         }
     return known
 
@@ -243,7 +274,7 @@ def surprise(model: Transformer, rules: dict[str, float], batch: int, samples: i
         rows = moe.generate(model, prompt.repeat(batch, 1), speculative="on", **options)
         counts.update(tuple(row) for row in rows[:, 3:].tolist())
     total = sum(counts.values())
-    assert 0.2 < statistics.acceptance < 0.8
+    assert statistics.passes > samples // batch / 2
     assert all(expected[outcome] > 0 for outcome in counts)
     frequent = {outcome: p for outcome, p in expected.items() if p * total >= 5}
     rest = max(1 - sum(frequent.values()), 0.0)
@@ -268,31 +299,32 @@ def resample_from_p(draft: Draft, p: Tensor, generator: torch.Generator) -> Tens
     return torch.where(accepted, x, torch.multinomial(p, 1, generator=generator))[:, 0]
 
 
-@pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> Transformer:
-    """A model with three tokens, whose two MTP modules predict badly."""
-    monkeypatch.setattr(speculative, "TRIAL", 0)
-    return Transformer(dataclasses.replace(SHORT, num_nextn_predict_layers=2), seed=3).eval()
-
-
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("rules", RULES, ids=str)
-def test_samples_have_the_distribution_of_the_model(short: Transformer, rules: dict[str, float], batch: int) -> None:
-    assert abs(surprise(short, rules, batch, 1200)) < 4
+def test_samples_have_the_distribution_of_the_model(
+    rules: dict[str, float], batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speculative, "TRIAL", 0)
+    assert abs(surprise(Chain(), rules, batch, 900)) < 4
+
+
+def test_samples_of_a_transformer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speculative, "TRIAL", 0)
+    model = Transformer(dataclasses.replace(SHORT, hidden_size=24, initializer_range=0.5), seed=4).eval()
+    assert abs(surprise(model, RULES[0], 1, 300)) < 4
 
 
 @pytest.mark.parametrize("wrong", [always_accept, resample_from_p])
-def test_a_wrong_rule_has_another_distribution(
-    short: Transformer, wrong: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_rule_has_another_distribution(wrong: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speculative, "TRIAL", 0)
     monkeypatch.setattr(generation, "verify", wrong)
-    assert surprise(short, RULES[0], 1, 1200) > 8
+    assert surprise(Chain(), RULES[1], 1, 600) > 8
 
 
 def test_sampling_with_a_seed_is_reproducible_and_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = agreeing(SMALL, 1)
+    model = agreeing(dataclasses.replace(SMALL, num_hidden_layers=1), 1)
     ids = torch.randint(0, 61, (2, 5))
-    options: dict[str, Any] = {"max_new_tokens": 80, "temperature": 0.9, "seed": 4}
+    options: dict[str, Any] = {"max_new_tokens": 64, "temperature": 0.9, "seed": 4}
     first, second = (moe.generate(model, ids, speculative="on", **options) for _ in range(2))
     assert torch.equal(first, second)
     statistics = Statistics()
@@ -326,20 +358,20 @@ def test_unusable_drafts_change_nothing() -> None:
     model = agreeing(SMALL, 1)
     ids = torch.randint(0, 61, (2, 5))
     plain = moe.generate(model, ids, max_new_tokens=30, speculative="off")
-    model.mtp[0].norm.weight.data.fill_(math.nan)
+    model.get_submodule("mtp.0.norm").get_parameter("weight").data.fill_(math.nan)
     assert torch.equal(moe.generate(model, ids, max_new_tokens=30, speculative="on"), plain)
     assert moe.generate(model, ids, max_new_tokens=30, speculative="on", temperature=0.8).shape == (2, 35)
 
 
 def test_what_is_refused() -> None:
     ids = torch.zeros(1, 3, dtype=torch.int64)
-    with pytest.raises(moe.ConfigError, match="^speculative = 'on': expected a model with multi-token .* found none$"):
+    with pytest.raises(moe.ConfigError, match=r"^speculative = 'on': expected a model with multi-token .* found none$"):
         moe.generate(Transformer(SMALL), ids, max_new_tokens=2, speculative="on")
-    model = agreeing(SMALL, 1)
-    with pytest.raises(moe.ConfigError, match="^speculative = 'yes': expected 'auto' or 'on' or 'off'$"):
-        moe.generate(model, ids, max_new_tokens=2, speculative="yes")
+    model = agreeing(dataclasses.replace(SMALL, num_hidden_layers=1), 1)
+    with pytest.raises(moe.ConfigError, match=r"^speculative = 'yes': expected one of auto, on, off$"):
+        moe.generate(model, ids, max_new_tokens=2, speculative="yes")  # pyright: ignore[reportArgumentType]
     with torch.device("meta"):
         empty = torch.zeros(1, 3, dtype=torch.int64)
-    with pytest.raises(moe.ConfigError, match="^speculative = 'on': expected 'off' for tensors without values"):
+    with pytest.raises(moe.ConfigError, match=r"^speculative = 'on': expected 'off' for tensors without values"):
         moe.generate(model.to("meta"), empty, max_new_tokens=2, speculative="on")
-    assert moe.generate(model, empty, max_new_tokens=70).shape == (1, 73)
+    assert moe.generate(model, empty, max_new_tokens=64).shape == (1, 67)
