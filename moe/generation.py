@@ -54,14 +54,14 @@ def generate(
         seed: random seed of sampling, for reproducible output; None uses the global generator.
         eos_token_id: one or several ids that end a sequence; later positions repeat the (first) id, and generation
             stops when all sequences have ended. Not supported on a mesh, where ranks must run equally many steps.
-        speculative: "on": the model's MTP modules draft one token each, and one pass of the model verifies them, after
-            eight passes without drafts. Greedy tokens are those of plain decoding, up to rounding; see
-            `Statistics.close_calls`. Sampled tokens have the same distribution, but another order of random numbers.
-            Sequences of a batch advance together, by the drafts that all of them accept. "off": plain decoding. "auto":
-            the first passes of each generation are timed without and with drafts, and the faster way continues. It is
-            off for fewer than 64 new tokens, without MTP modules, on a mesh, and for sampling with a seed, so that
-            tokens do not depend on time.
-        statistics: filled with what speculative decoding measured.
+        speculative: "on" drafts tokens with the MTP modules, one per module, and verifies them in one pass, after eight
+            passes without drafts. Greedy tokens are those of plain decoding, up to rounding (see
+            `moe.speculative.Statistics.close_calls`). Sampled tokens have the same distribution, but use other random
+            numbers. Sequences of a batch advance together, by the drafts that all of them accept. "off" is plain
+            decoding. "auto" times the first passes of each generation without and with drafts, and continues the faster
+            way. It is plain decoding without MTP modules, for fewer than 64 new tokens, for sampling with a seed (whose
+            tokens must not depend on time), and in a distributed job.
+        statistics: a `moe.speculative.Statistics`, to which the measurements of speculative decoding are added.
 
     Raises:
         ValueError: an empty prompt, a prompt that fills all positions, a mask with padding on the right, or a parameter
@@ -145,7 +145,9 @@ def _speculates(
         if expected is not None:
             raise ConfigError("speculative", speculative, expected)
         return True
-    return expected is None and new >= 8 * TRIAL and (sampling.temperature == 0 or seed is None)
+    # Sampled tokens must not depend on time if they have a seed, and ranks of a job must not decide differently.
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    return expected is None and alone and new >= 8 * TRIAL and (sampling.temperature == 0 or seed is None)
 
 
 @torch.inference_mode()
@@ -185,7 +187,7 @@ def _steps(
                 cache=cache,
                 logits_to_keep=len(drafts) + 1,
             )
-        tokens: list[Tensor] = []
+        tokens, accepted = [], 0
         for i in range(len(drafts) + 1):
             logits, step = out.logits[:, i], ids.shape[1] - length + i
             if seen is not None:
@@ -205,7 +207,11 @@ def _steps(
             if seen is not None:
                 seen.scatter_(1, token.unsqueeze(1), 1)
             finished = bool(ends) and known and bool(ended.all())
-            if finished or (i < len(drafts) and not bool(((token == drafts[i].token) | ended).all())):
+            if i < len(drafts):
+                if not bool(((token == drafts[i].token) | ended).all()):
+                    break
+                accepted += 1
+            if finished:
                 break
         cache.truncate(ids.shape[1] + len(tokens) - 1)
         ids = torch.cat((ids, torch.stack(tokens, dim=1)), dim=1)
@@ -214,7 +220,7 @@ def _steps(
         if speculation is not None:
             kept = fed.shape[1] - len(drafts) + len(tokens) - 1
             seconds = time.perf_counter() - begin
-            speculation.record(out.hidden[:, :kept], out.logits, len(drafts), len(tokens), seconds)
+            speculation.record(out.hidden[:, :kept], out.logits, len(drafts), accepted, len(tokens), seconds)
         yield from tokens
     if max_new_tokens > max(room, 0) and not finished:
         problem = f"generation stopped after {room} of {max_new_tokens} new tokens"

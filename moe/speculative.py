@@ -16,18 +16,19 @@ TRIAL = 8  # passes that a generation measures before it decides, without and wi
 
 @dataclass
 class Statistics:
-    """Measurements of one generation with speculative decoding; all zero without it.
+    """Measurements of speculative decoding, summed over the generations that this object is passed to.
 
     Attributes:
-        on: whether drafting was still on at the end.
+        on: whether the last generation used drafts to its end.
         passes: passes that verified drafts.
+        tokens: new tokens of these passes, per sequence.
         drafted: tokens drafted for each sequence.
         accepted: drafts that became tokens. Sequences of a batch advance together, so a draft counts if it was accepted
             in every sequence that has not ended.
         seconds: time of the passes with drafts but the first, drafting included. The first also drafts for the prompt.
-        timed_tokens: new tokens of these passes, in all sequences.
+        timed_tokens: new tokens of the passes that `seconds` includes, in all sequences.
         plain_seconds: time of the `TRIAL` passes without drafts after that of the prompt, but the first.
-        plain_tokens: new tokens of these passes, in all sequences.
+        plain_tokens: new tokens of the passes that `plain_seconds` includes, in all sequences.
         logit_difference: largest difference between the logits of a pass for one token and of a pass that verifies
             drafts, over `TRIAL` positions.
         close_calls: (sequence, new token), both from 0, of greedy tokens whose logit exceeds the second largest by at
@@ -37,6 +38,7 @@ class Statistics:
 
     on: bool = False
     passes: int = 0
+    tokens: int = 0
     drafted: int = 0
     accepted: int = 0
     seconds: float = 0.0
@@ -54,7 +56,7 @@ class Statistics:
     @property
     def tokens_per_pass(self) -> float:
         """New tokens per sequence and pass with drafts; plain decoding has 1."""
-        return (self.accepted + self.passes) / max(self.passes, 1)
+        return self.tokens / max(self.passes, 1)
 
     @property
     def speed(self) -> float:
@@ -146,7 +148,7 @@ class Speculation:
         self.drafter: Drafter | None = None
         self.hidden: list[Tensor] = []  # of positions that the drafter has not had
         self.logits: list[Tensor] = []  # of the passes of the trial
-        self.has_prompt = False
+        self.has_prompt, self.passes = False, 0
         statistics.on = True
 
     def draft(
@@ -160,12 +162,12 @@ class Speculation:
             if self.logits:
                 size, logits = 1 + len(self.model.mtp), torch.stack(self.logits, dim=1)
                 difference = measure_logit_difference(self.model, cache, ids, logits, mask, size)
-                self.statistics.logit_difference = difference
+                self.statistics.logit_difference = max(self.statistics.logit_difference, difference)
         hidden, self.hidden = torch.cat(self.hidden, dim=1), []
         return self.drafter.draft(ids, hidden, mask, count, choose)
 
-    def record(self, hidden: Tensor, logits: Tensor, drafted: int, new: int, seconds: float) -> None:
-        """Count a pass that gave `new` tokens.
+    def record(self, hidden: Tensor, logits: Tensor, drafted: int, accepted: int, new: int, seconds: float) -> None:
+        """Count a pass that gave `new` tokens, of which `accepted` were drafted.
 
         Args:
             hidden: [B, new, D], or [B, S, D] of the prompt.
@@ -182,14 +184,16 @@ class Speculation:
                 statistics.plain_tokens += tokens
             self.logits.append(logits[:, -1])
         elif drafted:
+            self.passes += 1
             statistics.passes += 1
+            statistics.tokens += new
             statistics.drafted += drafted
-            statistics.accepted += new - 1
-            if statistics.passes > 1:
+            statistics.accepted += accepted
+            if self.passes > 1:
                 statistics.seconds += seconds
                 statistics.timed_tokens += tokens
-        if self.auto and statistics.passes == TRIAL + 1 and statistics.speed <= statistics.plain_speed:
-            statistics.on, self.drafter, self.hidden = False, None, []
+            if self.auto and self.passes == TRIAL + 1 and statistics.speed <= statistics.plain_speed:
+                statistics.on, self.drafter, self.hidden = False, None, []
 
     def note_close_calls(self, logits: Tensor, ended: Tensor, step: int, scale: float) -> None:
         """Record sequences whose best two logits [B, V] are closer than the logits of two passes can differ."""

@@ -91,6 +91,7 @@ STAGES: dict[str, tuple[Stage, ...]] = {
     "moe/ops/matmul.py": (Stage((OPS, CONTRACT), ("grouped_mm", "test_moe_mlp", ANY)),),
     "moe/ops/quantization.py": (Stage((QUANTIZATION, CONTRACT)),),
     "moe/ops/routing.py": (Stage((ROUTING, CONTRACT)),),
+    "moe/speculative.py": (Stage(("tests/model/test_speculative.py",), ("drafts_are", "rejection", ANY)),),
     "moe/router.py": (Stage(("tests/layer/test_layer.py", ROUTING, "tests/layer/test_balance.py")),),
     "kernels/moe_triton/activation.py": on_kernels("swiglu", "clamped", "test_moe_mlp["),
     "kernels/moe_triton/grouped_gemm.py": on_kernels("grouped_mm", "offsets.py", "test_moe_mlp["),
