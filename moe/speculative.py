@@ -19,7 +19,7 @@ class Statistics:
     """Measurements of speculative decoding, summed over the generations that this object is passed to.
 
     Attributes:
-        on: whether the last generation used drafts to its end.
+        turned_off: generations with speculative="auto" that continued without drafts, because these were not faster.
         passes: passes that verified drafts.
         tokens: new tokens of these passes, per sequence.
         drafted: tokens drafted for each sequence.
@@ -36,7 +36,7 @@ class Statistics:
             decoding may choose another token there, and after the first such difference another text.
     """
 
-    on: bool = False
+    turned_off: int = 0
     passes: int = 0
     tokens: int = 0
     drafted: int = 0
@@ -47,6 +47,15 @@ class Statistics:
     plain_tokens: int = 0
     logit_difference: float = 0.0
     close_calls: list[tuple[int, int]] = field(default_factory=list)
+
+    def add(self, **amounts: float) -> None:
+        """Add to the attributes with these names."""
+        for name, amount in amounts.items():
+            setattr(self, name, getattr(self, name) + amount)
+
+    def widen(self, difference: float) -> None:
+        """Raise `logit_difference` to this one, if it is larger."""
+        self.logit_difference = max(self.logit_difference, difference)
 
     @property
     def acceptance(self) -> float:
@@ -148,21 +157,20 @@ class Speculation:
         self.drafter: Drafter | None = None
         self.hidden: list[Tensor] = []  # of positions that the drafter has not had
         self.logits: list[Tensor] = []  # of the passes of the trial
-        self.has_prompt, self.passes = False, 0
-        statistics.on = True
+        self.on, self.has_prompt, self.passes = True, False, 0
+        self.eps = 0.0  # of the dtype of logits
 
     def draft(
         self, ids: Tensor, mask: Tensor | None, cache: Cache, count: int, choose: Callable[[Tensor], Draft]
     ) -> list[Draft]:
         """Draft up to `count` tokens after `ids` [B, n], whose last token is not in the cache; none in the trial."""
-        if not self.statistics.on or not self.hidden or len(self.logits) < TRIAL:
+        if not self.on or not self.hidden or len(self.logits) < TRIAL:
             return []
         if self.drafter is None:
             self.drafter = Drafter(self.model)
             if self.logits:
                 size, logits = 1 + len(self.model.mtp), torch.stack(self.logits, dim=1)
-                difference = measure_logit_difference(self.model, cache, ids, logits, mask, size)
-                self.statistics.logit_difference = max(self.statistics.logit_difference, difference)
+                self.statistics.widen(measure_logit_difference(self.model, cache, ids, logits, mask, size))
         hidden, self.hidden = torch.cat(self.hidden, dim=1), []
         return self.drafter.draft(ids, hidden, mask, count, choose)
 
@@ -174,36 +182,36 @@ class Speculation:
             logits: [B, drafted + 1, V].
         """
         statistics, tokens = self.statistics, new * len(hidden)
-        if statistics.on:
+        if self.on:
             self.hidden.append(hidden)
         if not self.has_prompt:
-            self.has_prompt = True
-        elif not drafted and len(self.logits) < TRIAL:
-            if self.logits:
-                statistics.plain_seconds += seconds
-                statistics.plain_tokens += tokens
-            self.logits.append(logits[:, -1])
+            self.has_prompt, self.eps = True, torch.finfo(logits.dtype).eps
         elif drafted:
             self.passes += 1
-            statistics.passes += 1
-            statistics.tokens += new
-            statistics.drafted += drafted
-            statistics.accepted += accepted
+            statistics.add(passes=1, tokens=new, drafted=drafted, accepted=accepted)
             if self.passes > 1:
-                statistics.seconds += seconds
-                statistics.timed_tokens += tokens
+                statistics.add(seconds=seconds, timed_tokens=tokens)
             if self.auto and self.passes == TRIAL + 1 and statistics.speed <= statistics.plain_speed:
-                statistics.on, self.drafter, self.hidden = False, None, []
+                statistics.add(turned_off=1)
+                self.on, self.drafter, self.hidden = False, None, []
+        elif len(self.logits) < TRIAL:
+            if self.logits:
+                statistics.add(plain_seconds=seconds, plain_tokens=tokens)
+            self.logits.append(logits[:, -1])
 
     def note_close_calls(self, logits: Tensor, ended: Tensor, step: int, scale: float) -> None:
-        """Record sequences whose best two logits [B, V] are closer than the logits of two passes can differ."""
-        if self.drafter is None and self.statistics.on:  # all passes so far were those of plain decoding
+        """Record sequences whose best two logits [B, V] are closer than the logits of two passes can differ.
+
+        The repetition penalty, already applied, multiplies a difference by at most `scale`.
+        """
+        if self.drafter is None and self.on:  # all passes so far were those of plain decoding
             return
         best = logits.topk(min(2, logits.shape[1]), dim=1).values
-        rounding = torch.finfo(best.dtype).eps * best[:, 0].double().abs()
-        lead = best[:, 0].double() - best[:, -1].double()
-        close = lead <= 2 * rounding.clamp_min(self.statistics.logit_difference * scale)
-        self.statistics.close_calls += [(row, step) for row in (close & ~ended).nonzero().flatten().tolist()]
+        first, second = best[:, 0].double(), best[:, -1].double()
+        difference = (self.eps * first.abs()).clamp_min(self.statistics.logit_difference) * scale
+        close = first - second <= 2 * difference
+        rows = (close & ~ended).nonzero().flatten().tolist()
+        self.statistics.close_calls.extend((row, step) for row in rows)
 
 
 def measure_logit_difference(

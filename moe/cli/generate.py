@@ -275,7 +275,7 @@ def _speculative(statistics: "Statistics", row: int, new: int) -> dict[str, Any]
     if not statistics.passes:
         return None
     return {
-        "on": statistics.on,
+        "on": not statistics.turned_off,
         "drafted": statistics.drafted,
         "accepted": statistics.accepted,
         "tokens_per_pass": round(statistics.tokens_per_pass, 3),
@@ -293,7 +293,7 @@ def _report(statistics: "Statistics", texts: "list[GrowingText]") -> Iterator[st
     line = f"{statistics.acceptance:.0%} of {statistics.drafted} drafts accepted"
     line += f", {statistics.tokens_per_pass:.2f} tokens per pass"
     line += f", {statistics.speed:.1f} tokens/s; without drafts {statistics.plain_speed:.1f} tokens/s"
-    yield line if statistics.on else f"{line}; turned off"
+    yield f"{line}; turned off" if statistics.turned_off else line
     for i, text in enumerate(texts):
         calls = [token + 1 for row, token in statistics.close_calls if row == i and token < len(text.token_ids)]
         if calls:

@@ -332,6 +332,24 @@ def test_sampling_with_a_seed_is_reproducible_and_never_timed(monkeypatch: pytes
     assert torch.equal(auto, moe.generate(model, ids, speculative="off", **options)) and statistics == Statistics()
 
 
+def test_drafts_that_are_accepted_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of which each module repeats it, so that all drafts are accepted, up to the one that ends the text."""
+    monkeypatch.setattr(speculative, "TRIAL", 0)
+    model = agreeing(SMALL, 3, influence=0.0)
+    ids = torch.randint(0, 61, (1, 5))
+    plain = moe.generate(model, ids, max_new_tokens=21, speculative="off")
+    statistics = Statistics()
+    assert torch.equal(moe.generate(model, ids, max_new_tokens=21, speculative="on", statistics=statistics), plain)
+    assert (statistics.passes, statistics.drafted, statistics.accepted, statistics.tokens) == (5, 15, 15, 20)
+    new = plain[0, 5:].tolist()
+    end = next(token for token in new if 1 <= new.index(token) % 4 < 3)
+    passes, last = 1 + new.index(end) // 4, (new.index(end) - 1) % 4
+    statistics = Statistics()
+    options: dict[str, Any] = {"max_new_tokens": 21, "eos_token_id": end, "statistics": statistics}
+    assert moe.generate(model, ids, speculative="on", **options).tolist() == [plain[0, : 6 + new.index(end)].tolist()]
+    assert (statistics.passes, statistics.accepted) == (passes, 3 * (passes - 1) + last + 1)
+
+
 @pytest.mark.parametrize("faster", [False, True])
 def test_drafting_continues_only_if_it_is_faster(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock by which a pass takes its number of tokens to the power of 0.1 or 2."""
@@ -346,7 +364,7 @@ def test_drafting_continues_only_if_it_is_faster(faster: bool, monkeypatch: pyte
     ids, statistics = torch.randint(0, 61, (1, 5)), Statistics()
     found = moe.generate(model, ids, max_new_tokens=100, statistics=statistics)
     assert torch.equal(found, moe.generate(model, ids, max_new_tokens=100, speculative="off"))
-    assert statistics.on == faster == (statistics.passes > 9) and statistics.passes >= 9
+    assert statistics.turned_off == (not faster) == (statistics.passes == 9) and statistics.passes >= 9
     assert statistics.plain_speed == pytest.approx(1)
     assert (statistics.speed > 1) == faster and 1 < statistics.tokens_per_pass < 2
     short = Statistics()
