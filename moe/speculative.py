@@ -33,7 +33,8 @@ class Statistics:
             drafts, over `TRIAL` positions.
         close_calls: (sequence, new token), both from 0, of greedy tokens whose logit exceeds the second largest by at
             most twice `logit_difference`, or twice the rounding error of the logit's dtype if that is larger. Plain
-            decoding may choose another token there, and after the first such difference another text.
+            decoding may choose another token there, and after the first such difference another text. This is an
+            estimate: where rounding changes the experts of a token, logits differ by more than at `TRIAL` positions.
     """
 
     turned_off: int = 0
