@@ -1,7 +1,7 @@
 """Cache of earlier tokens for attention: keys and values, or the latents of MLA."""
 
 from collections.abc import Callable, Hashable
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,13 @@ class LayerCache:
         self.shapes = shapes
         self.entries: list[Tensor] = []
         self.made: tuple[Hashable, Any] | None = None
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Self:
+        """Return an empty cache for an attention layer of this model."""
+        if config.kv_lora_rank is not None:
+            return cls([(config.kv_lora_rank + config.rope_dim,)])
+        return cls([(config.num_key_value_heads or config.num_attention_heads, config.qk_head_dim)] * 2)
 
     def append(self, start: int, *new: Tensor) -> list[Tensor]:
         """Write `new` (each [B, S, ...]) at rows start to start + S; return views of rows 0 to start + S.
@@ -61,12 +68,7 @@ class Cache:
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        if config.kv_lora_rank is not None:
-            shapes: list[tuple[int, ...]] = [(config.kv_lora_rank + config.rope_dim,)]
-        else:
-            heads = config.num_key_value_heads or config.num_attention_heads
-            shapes = [(heads, config.qk_head_dim), (heads, config.qk_head_dim)]
-        self.layers = [LayerCache(shapes) for _ in range(config.num_hidden_layers)]
+        self.layers = [LayerCache.of(config) for _ in range(config.num_hidden_layers)]
         self.length = 0
 
     @property

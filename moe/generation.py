@@ -1,18 +1,24 @@
 """Text generation: prefill, decode and sampling. The public function is `moe.generate`."""
 
 import math
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe.cache import Cache
 from moe.config import ModelConfig
+from moe.errors import ConfigError
 from moe.model import Transformer, check_input_ids
 from moe.ops.library import has_values
-from moe.sampling import Sampling
+from moe.sampling import Sampling, Speculative
+from moe.speculative import TRIAL, Draft, Speculation, Statistics, verify
 
 
 def generate(
@@ -28,6 +34,8 @@ def generate(
     repetition_penalty: float = 1.0,
     seed: int | None = None,
     eos_token_id: int | Sequence[int] | None = None,
+    speculative: Speculative = "auto",
+    statistics: Statistics | None = None,
 ) -> Tensor:
     """Continue each sequence: int64 [B, S] -> [B, S + new], new <= max_new_tokens.
 
@@ -46,10 +54,18 @@ def generate(
         seed: random seed of sampling, for reproducible output; None uses the global generator.
         eos_token_id: one or several ids that end a sequence; later positions repeat the (first) id, and generation
             stops when all sequences have ended. Not supported on a mesh, where ranks must run equally many steps.
+        speculative: "on" drafts tokens with the MTP modules, one per module, and verifies them in one pass, after eight
+            passes without drafts. Greedy tokens are those of plain decoding, up to rounding (see
+            `moe.speculative.Statistics.close_calls`). Sampled tokens have the same distribution, but use other random
+            numbers. Sequences of a batch advance together, by the drafts that all of them accept. "off" is plain
+            decoding. "auto" times the first passes of each generation without and with drafts, and continues the faster
+            way. It is plain decoding without MTP modules, for fewer than 64 new tokens, for sampling with a seed (whose
+            tokens must not depend on time), and in a distributed job.
+        statistics: a `moe.speculative.Statistics`, to which the measurements of speculative decoding are added.
 
     Raises:
-        ValueError: an empty prompt, a prompt that fills all positions, a mask with padding on the right, or a sampling
-            parameter out of range (ConfigError).
+        ValueError: an empty prompt, a prompt that fills all positions, a mask with padding on the right, or a parameter
+            out of range (ConfigError), such as "on" for a model without MTP modules.
         FloatingPointError: logits contain NaN or inf, or are all -inf; the message gives step (from 1) and sequence.
     """
     steps = stream(
@@ -60,6 +76,8 @@ def generate(
         attention_mask=attention_mask,
         seed=seed,
         eos_token_id=eos_token_id,
+        speculative=speculative,
+        statistics=statistics,
     )
     return torch.cat((input_ids, *(step.unsqueeze(1) for step in steps)), dim=1)
 
@@ -73,6 +91,8 @@ def stream(
     attention_mask: Tensor | None = None,
     seed: int | None = None,
     eos_token_id: int | Sequence[int] | None = None,
+    speculative: Speculative = "auto",
+    statistics: Statistics | None = None,
 ) -> Iterator[Tensor]:
     """Run `generate` one step at a time: yield int64 [B], the next token of every sequence."""
     if not isinstance(getattr(model, "config", None), ModelConfig):
@@ -97,7 +117,37 @@ def stream(
     ends = (
         tuple(eos_token_id) if isinstance(eos_token_id, Sequence) else () if eos_token_id is None else (eos_token_id,)
     )
-    return _steps(model, input_ids, sampling, max_new_tokens, mask, seed, ends)
+    speculation = None
+    if _speculates(model, input_ids, sampling, min(max_new_tokens, positions - length), seed, speculative):
+        statistics = Statistics() if statistics is None else statistics
+        speculation = Speculation(model, statistics, auto=speculative == "auto")
+    return _steps(model, input_ids, sampling, max_new_tokens, mask, seed, ends, speculation)
+
+
+def _speculates(
+    model: Transformer, input_ids: Tensor, sampling: Sampling, new: int, seed: int | None, speculative: Speculative
+) -> bool:
+    """Return whether drafts are to be tried; raise ConfigError if they are requested and impossible."""
+    if speculative not in get_args(Speculative):
+        raise ConfigError("speculative", speculative, f"one of {', '.join(get_args(Speculative))}")
+    if speculative == "off":
+        return False
+    expected = (
+        "a model with multi-token prediction modules; found none"
+        if not model.mtp
+        else "'off' on a mesh, where ranks must run equally many passes"
+        if model.global_batch.lockstep
+        else "'off' for tensors without values"
+        if not has_values(input_ids)
+        else None
+    )
+    if speculative == "on":
+        if expected is not None:
+            raise ConfigError("speculative", speculative, expected)
+        return True
+    # Sampled tokens must not depend on time if they have a seed, and ranks of a job must not decide differently.
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    return expected is None and alone and new >= 8 * TRIAL and (sampling.temperature == 0 or seed is None)
 
 
 @torch.inference_mode()
@@ -109,37 +159,72 @@ def _steps(
     mask: Tensor | None,
     seed: int | None,
     ends: tuple[int, ...],
+    speculation: Speculation | None,
 ) -> Iterator[Tensor]:
+    """Run the model once per token, or per drafted tokens and the one after them. Without drafts, this is decoding."""
     known = has_values(input_ids)
     generator = torch.Generator(input_ids.device).manual_seed(seed) if seed is not None and known else None
     cache = Cache(model.config)
     ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     last = torch.tensor(ends, dtype=torch.int64, device=input_ids.device)
-    seen = _count(input_ids, mask, model.config.vocab_size) if sampling.repetition_penalty != 1 else None
-    room = model.config.max_position_embeddings - input_ids.shape[1]
-    fed = input_ids
-    for step in range(1, min(max_new_tokens, room) + 1):
+    penalty = sampling.repetition_penalty
+    seen = _count(input_ids, mask, model.config.vocab_size) if penalty != 1 else None
+    length, room = input_ids.shape[1], model.config.max_position_embeddings - input_ids.shape[1]
+    limit = min(max_new_tokens, room)
+    ids, finished = input_ids, False
+    while not finished and ids.shape[1] - length < limit:
+        left, drafts = limit - (ids.shape[1] - length), []
+        begin = time.perf_counter()
         with _eval_mode(model):
-            logits = model(fed, attention_mask=mask, cache=cache, logits_to_keep=1).logits[:, -1]
-        if seen is not None:
-            logits = penalize(logits, seen, sampling.repetition_penalty)
-        if known:
-            _check_finite(logits, ended, step)
-        token = sample(logits, sampling, generator)
-        if ends:
-            token = token.masked_fill(ended, ends[0])
-            ended = ended | torch.isin(token, last)
-        yield token
-        if ends and known and bool(ended.all()):
-            return
-        fed = token.unsqueeze(1)
-        if seen is not None:
-            seen.scatter_(1, fed, 1)
+            if speculation is not None:
+                guessed = None if seen is None else seen.clone()
+                choose = partial(_draft, sampling=sampling, guessed=guessed, generator=generator)
+                drafts = speculation.draft(ids, mask, cache, left - 1, choose)
+            fed = torch.cat((ids[:, cache.length :], *(draft.token.unsqueeze(1) for draft in drafts)), dim=1)
+            out = model(
+                fed,
+                attention_mask=None if mask is None else F.pad(mask, (0, len(drafts)), value=True),
+                cache=cache,
+                logits_to_keep=len(drafts) + 1,
+            )
+        tokens, accepted = [], 0
+        for i in range(len(drafts) + 1):
+            logits, step = out.logits[:, i], ids.shape[1] - length + i
+            if seen is not None:
+                logits = penalize(logits, seen, penalty)
+            if known:
+                _check_finite(logits, ended, step + 1)
+            if speculation is not None and sampling.temperature == 0:
+                speculation.note_close_calls(logits, ended, step, max(penalty, 1 / penalty))
+            if i < len(drafts) and sampling.temperature > 0:
+                token = verify(drafts[i], probabilities(logits, sampling), generator)
+            else:
+                token = sample(logits, sampling, generator)
+            if ends:
+                token = token.masked_fill(ended, ends[0])
+                ended = ended | torch.isin(token, last)
+            tokens.append(token)
+            if seen is not None:
+                seen.scatter_(1, token.unsqueeze(1), 1)
+            finished = bool(ends) and known and bool(ended.all())
+            if i < len(drafts):
+                if not bool(((token == drafts[i].token) | ended).all()):
+                    break
+                accepted += 1
+            if finished:
+                break
+        cache.truncate(ids.shape[1] + len(tokens) - 1)
+        ids = torch.cat((ids, torch.stack(tokens, dim=1)), dim=1)
         if mask is not None:
-            mask = torch.cat((mask, torch.ones_like(fed, dtype=torch.bool)), dim=1)
-    if max_new_tokens > max(room, 0):
-        length, positions = input_ids.shape[1], model.config.max_position_embeddings
+            mask = F.pad(mask, (0, len(tokens)), value=True)
+        if speculation is not None:
+            kept = fed.shape[1] - len(drafts) + len(tokens) - 1
+            seconds = time.perf_counter() - begin
+            speculation.record(out.hidden[:, :kept], out.logits, len(drafts), accepted, len(tokens), seconds)
+        yield from tokens
+    if max_new_tokens > max(room, 0) and not finished:
         problem = f"generation stopped after {room} of {max_new_tokens} new tokens"
+        positions = model.config.max_position_embeddings
         warnings.warn(f"{problem}: with a prompt of {length}, all {positions} positions are used", stacklevel=3)
 
 
@@ -186,6 +271,27 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
     ranked, ids = rank(logits, sampling)
     drawn = torch.multinomial(ranked.softmax(dim=-1), 1, generator=generator)
     return ids.gather(-1, drawn).squeeze(-1)
+
+
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Return the probabilities [B, V] of token ids from which `sample` draws, at a temperature above 0."""
+    ranked, ids = rank(logits, sampling)
+    return torch.zeros_like(ranked).scatter_(1, ids, ranked.softmax(dim=-1))
+
+
+def _draft(logits: Tensor, *, sampling: Sampling, guessed: Tensor | None, generator: torch.Generator | None) -> Draft:
+    """Choose drafts from an MTP module's logits [B, V], and count them in `guessed` [B, V], for `penalize`."""
+    if guessed is not None:
+        logits = penalize(logits, guessed, sampling.repetition_penalty)
+    if sampling.temperature == 0:
+        draft = Draft(logits.argmax(dim=-1), None)
+    else:
+        usable = logits.amax(dim=-1, keepdim=True).isfinite()
+        q = probabilities(logits.masked_fill(~usable, 0.0), sampling)  # any q is exact, so a uniform one is, too
+        draft = Draft(torch.multinomial(q, 1, generator=generator).squeeze(1), q)
+    if guessed is not None:
+        guessed.scatter_(1, draft.token.unsqueeze(1), 1)
+    return draft
 
 
 def rank(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
     h = embed(ids);  for each block: h += attention(norm(h)); h += mlp(norm(h));  logits = head(norm(h))
 
 The config decides whether `mlp` is a dense MLP or a `MoELayer`. Multi-token prediction modules (DeepSeek-V3,
-arXiv 2412.19437, section 2.2) follow the last block and run in training only.
+arXiv 2412.19437, section 2.2) follow the last block. They run in training, and draft tokens for `moe.generate`.
 """
 
 import functools
@@ -101,10 +101,17 @@ class MTP(nn.Module):
         self.norm = RMSNorm(width, eps=config.rms_norm_eps)
 
     def forward(
-        self, h: Tensor, embedding: Tensor, rope: Uncast, mask: Tensor | None, token_mask: Tensor | None
+        self,
+        h: Tensor,
+        embedding: Tensor,
+        rope: Uncast,
+        mask: Tensor | None,
+        token_mask: Tensor | None,
+        cache: LayerCache | None = None,
+        past: int = 0,
     ) -> tuple[Tensor, MoEStats | None]:
         x = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(h)), dim=-1))
-        x, stats = self.block(x, rope, mask, token_mask, None, 0)
+        x, stats = self.block(x, rope, mask, token_mask, cache, past)
         return self.norm(x), stats
 
 

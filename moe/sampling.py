@@ -2,8 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from moe.errors import ConfigError
+
+Speculative = Literal["auto", "on", "off"]  # see `moe.generate`
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,7 @@ STAGES: dict[str, tuple[Stage, ...]] = {
     "moe/attention.py": (Stage(("tests/model/test_attention_blocks.py", "tests/model/test_model.py")),),
     "moe/linear.py": (Stage((MATMUL,)),),
     "moe/rope.py": (Stage(("tests/model/test_model.py",)),),
+    "moe/speculative.py": (Stage(("tests/model/test_speculative.py",), ("drafts_are", "rejection", ANY)),),
     "moe/router.py": (Stage(("tests/layer/test_layer.py", ROUTING, "tests/layer/test_balance.py")),),
     "kernels/moe_triton/activation.py": on_kernels("swiglu", "clamped", "test_moe_mlp["),
     "kernels/moe_triton/grouped_gemm.py": on_kernels("grouped_mm", "offsets.py", "test_moe_mlp["),

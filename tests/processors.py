@@ -34,6 +34,7 @@ FILES = (
     "model/test_attention_blocks",
     "model/test_loss",
     "model/test_generation",
+    "model/test_speculative",
     "model/test_quantized",
     "train/test_optimizer",
     "checkpoint/test_quantised",

@@ -29,6 +29,7 @@ LEVELS = [
     {"moe.checkpoint.writing"},
     {"moe.checkpoint"},
     {"moe.parallel"},
+    {"moe.speculative"},
     {"moe.generation"},
     {"moe.train"},
     {"moe.integrations"},

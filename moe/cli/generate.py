@@ -4,10 +4,10 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from moe.checkpoint import read_config
 from moe.checkpoint.format.files import read_bounded
@@ -18,10 +18,12 @@ from moe.cli.chat import ChatTemplate
 from moe.cli.options import COMPUTE_DTYPES, Option, dtype_option, option, read_dtype
 from moe.cli.source import FOLDER
 from moe.errors import CheckpointError, ConfigError
-from moe.sampling import Sampling
+from moe.sampling import Sampling, Speculative
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+    from moe.speculative import Statistics
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Args:
     """Continue prompts with a model, or chat with it.
 
     Each prompt is printed with its continuation, as it is generated. Several prompts run as one batch and are printed
-    in order. Tokens per second go to standard error.
+    in order. Tokens per second and measurements of speculative decoding go to standard error.
 
     With --chat, a prompt is a message, and only the model's answer is printed. Without --prompt, --chat holds a
     conversation: each line of standard input is a message; /quit or Ctrl-D ends it.
@@ -60,8 +62,9 @@ class Args:
     """Sampling seed, for reproducible output. Default: random."""
     dtype: Annotated[str, dtype_option(COMPUTE_DTYPES)] = "auto"
     """Compute dtype; auto uses the checkpoint's."""
-    mtp: bool = True
-    """Load the multi-token prediction modules, which generation does not use; --no-mtp ignores their tensors."""
+    speculative: Speculative = "auto"
+    """Draft tokens with the multi-token prediction modules, and verify several in one pass. auto: if the first passes
+    are faster with drafts; off: do not load the modules."""
     device: str = "auto"
     """Device: cpu, cuda, cuda:1, ...; auto is the GPU if there is one."""
     json: bool = False
@@ -111,11 +114,12 @@ def run(args: Args) -> int:
     model.check(ids, prompts)
     shown = prompts if template is None else [""] * len(prompts)
     printer = None if args.json else _Printer(shown)
-    texts, seconds = model.answer(ids, printer)
+    texts, seconds, statistics = model.answer(ids, printer)
     if printer is None:
-        for prompt, text in zip(prompts, texts, strict=True):
+        for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             result = {"prompt": prompt, "text": text.text, "token_ids": text.token_ids}
             result |= {"finish_reason": text.reason, "seconds": round(seconds, 3)}
+            result |= {"speculative": _speculative(statistics, i, len(text.token_ids))}
             print(json.dumps(result, ensure_ascii=False))
     return 0
 
@@ -130,7 +134,7 @@ def _converse(model: "_Model", template: ChatTemplate, messages: list[dict[str, 
         messages = [*messages, _message("user", line)]
         ids = _render(model.tokenizer, template, messages)
         model.check([ids], [line])
-        (text,), _ = model.answer([ids], _Printer([""]))
+        (text,), *_ = model.answer([ids], _Printer([""]))
         messages = [*messages, _message("assistant", text.text)]
     return 0
 
@@ -192,9 +196,8 @@ class _Model:
         chosen = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
         self.device = usable_device(chosen)
         with explain_cache_misses(args.folder):
-            self.model = moe.load(
-                folder, device=self.device, dtype=read_dtype(args.dtype, COMPUTE_DTYPES), mtp=args.mtp
-            )
+            dtype, mtp = read_dtype(args.dtype, COMPUTE_DTYPES), args.speculative != "off"
+            self.model = moe.load(folder, device=self.device, dtype=dtype, mtp=mtp)
 
     def check(self, ids: list[list[int]], prompts: list[str]) -> None:
         """Raise ConfigError or CheckpointError for prompts that the model cannot process."""
@@ -211,16 +214,20 @@ class _Model:
                 allowed = f"fewer tokens{of} than the model's {positions} positions; found {len(row)}"
                 raise ConfigError(where, prompt, allowed)
 
-    def answer(self, ids: list[list[int]], printer: "_Printer | None") -> tuple[list["GrowingText"], float]:
-        """The continuation of each prompt, and the elapsed seconds."""
+    def answer(
+        self, ids: list[list[int]], printer: "_Printer | None"
+    ) -> tuple[list["GrowingText"], float, "Statistics"]:
+        """The continuation of each prompt, the elapsed seconds, and measurements of speculative decoding."""
         import torch
 
         from moe.generation import stream
+        from moe.speculative import Statistics
 
         longest = max(map(len, ids))
         padded = torch.tensor([[0] * (longest - len(row)) + row for row in ids], device=self.device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=self.device)
         room = self.model.config.max_position_embeddings - longest
+        statistics = Statistics()
         steps = stream(
             self.model,
             padded,
@@ -229,6 +236,8 @@ class _Model:
             attention_mask=mask if len(ids) > 1 else None,  # plain causal attention is faster
             seed=self.args.seed,
             eos_token_id=sorted(self.ends),
+            speculative=self.args.speculative,
+            statistics=statistics,
         )
         texts = [GrowingText(self.tokenizer, row, self.args.stop) for row in ids]
         start = time.perf_counter()
@@ -256,7 +265,41 @@ class _Model:
             printer.show(texts)
             new = sum(len(text.token_ids) for text in texts)
             print(f"{new} tokens in {seconds:.1f} s, {new / seconds:.1f} tokens/s", file=sys.stderr)
-        return texts, seconds
+            for line in _report(statistics, texts):
+                print(f"speculative: {line}", file=sys.stderr)
+        return texts, seconds, statistics
+
+
+def _speculative(statistics: "Statistics", row: int, new: int) -> dict[str, Any] | None:
+    """Measurements of speculative decoding for --json; None if nothing was drafted."""
+    if not statistics.passes:
+        return None
+    return {
+        "on": not statistics.turned_off,
+        "drafted": statistics.drafted,
+        "accepted": statistics.accepted,
+        "tokens_per_pass": round(statistics.tokens_per_pass, 3),
+        "tokens_per_second": round(statistics.speed, 3),
+        "plain_tokens_per_second": round(statistics.plain_speed, 3),
+        "logit_difference": statistics.logit_difference,
+        "close_calls": [token for sequence, token in statistics.close_calls if sequence == row and token < new],
+    }
+
+
+def _report(statistics: "Statistics", texts: "list[GrowingText]") -> Iterator[str]:
+    """Lines about speculative decoding; none if nothing was drafted."""
+    if not statistics.passes:
+        return
+    line = f"{statistics.acceptance:.0%} of {statistics.drafted} drafts accepted"
+    line += f", {statistics.tokens_per_pass:.2f} tokens per pass"
+    line += f", {statistics.speed:.1f} tokens/s; without drafts {statistics.plain_speed:.1f} tokens/s"
+    yield f"{line}; turned off" if statistics.turned_off else line
+    for i, text in enumerate(texts):
+        calls = [token + 1 for row, token in statistics.close_calls if row == i and token < len(text.token_ids)]
+        if calls:
+            of = f" of text {i + 1}" if len(texts) > 1 else ""
+            close = f"the best two logits of tokens {', '.join(map(str, calls))}{of} are equal within rounding"
+            yield f"{close}; there, plain decoding may choose another token"
 
 
 def read_tokenizer(folder: Path) -> "Tokenizer":

@@ -244,7 +244,11 @@ def in_options(error: Exception, args: Any) -> str:
             message = f"{option(found[1])}: {found[3]}; found {found[2]}"
     if isinstance(error, CheckpointError) and "dtype" in names:
         message = re.sub(r"\bdtype=torch\.(?=\w)", "--dtype ", message)
-    return message if "mtp" in names else message.replace(WITHOUT_MTP, "")
+    if "mtp" in names:
+        return message
+    return message.replace(
+        WITHOUT_MTP, WITHOUT_MTP.replace("mtp=False (--no-mtp)", "--speculative off") if "speculative" in names else ""
+    )
 
 
 def option(name: str) -> str:

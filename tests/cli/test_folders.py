@@ -528,6 +528,6 @@ def test_generate_without_mtp_modules(capsys: Any, mixed: Path, tmp_path: Path) 
     words.save(str(tmp_path / "odd" / "tokenizer.json"))
     command = ("generate", str(tmp_path / "odd"), "--prompt", "a", "--max-new-tokens", "2", "--json")
     line = fails_in_one_line(capsys, *command)
-    assert name in line and "--no-mtp" in line
-    status, out, _ = run(capsys, *command, "--no-mtp")
+    assert name in line and "; --speculative off leaves multi-token prediction out" in line
+    status, out, _ = run(capsys, *command, "--speculative", "off")
     assert status == 0 and len(json.loads(out)["token_ids"]) == 2

@@ -133,6 +133,42 @@ def test_speed_is_printed_on_stderr(capsys, folder):
     assert re.fullmatch(r"10 tokens in \d+\.\d s, \d+\.\d tokens/s\n", err)
 
 
+def test_speculative_decoding(capsys, folder, tmp_path):
+    model = moe.load(folder)
+    drafting = moe.Transformer(dataclasses.replace(model.config, num_nextn_predict_layers=2))
+    drafting.carried_files = model.carried_files
+    drafting.save(tmp_path / "drafting")
+    prompts = ["--prompt", "ab", "--prompt", "x", "--max-new-tokens", "30"]
+    for dtype in ("fp64", "bf16"):
+        options = [*prompts, "--dtype", dtype]
+        plain = generate(capsys, tmp_path / "drafting", *options, "--speculative", "off")
+        found = generate(capsys, tmp_path / "drafting", *options, "--speculative", "on")
+        assert [result["speculative"] for result in plain] == [None, None]
+        calls = [call + 1 for call in found[0]["speculative"]["close_calls"]]
+        if dtype == "fp64":
+            assert [result["token_ids"] for result in found] == [result["token_ids"] for result in plain]
+            assert not calls
+        measured = found[1]["speculative"]
+        assert measured["on"] and measured["drafted"] > measured["accepted"] >= 0 <= measured["logit_difference"]
+        status, _, err = run(capsys, "generate", str(tmp_path / "drafting"), *options, "--speculative", "on")
+        lines = err.splitlines()
+        assert status == 0 and "60 tokens in" in lines[0]
+        expected = rf"\d+% of {measured['drafted']} drafts accepted, {measured['tokens_per_pass']:.2f} tokens per pass"
+        assert re.fullmatch(rf"speculative: {expected}, \d+\.\d tokens/s; without drafts \d+\.\d tokens/s", lines[1])
+        close = (
+            "speculative: the best two logits of tokens {} of text 1 are equal within rounding; there, plain decoding"
+        )
+        assert any(line.startswith(close.format(", ".join(map(str, calls)))) for line in lines) == bool(calls)
+    (auto,) = generate(capsys, tmp_path / "drafting", "--prompt", "x", "--max-new-tokens", "64")
+    assert auto["speculative"]["drafted"] and len(auto["token_ids"]) == 64
+    (none,) = generate(capsys, folder, "--prompt", "x", "--max-new-tokens", "64")
+    assert none["speculative"] is None
+    line = fails_in_one_line(capsys, "generate", str(folder), "--prompt", "x", "--speculative", "on")
+    assert "--speculative: expected a model with multi-token prediction modules; found none" in line
+    line = fails_in_one_line(capsys, "generate", str(folder), "--prompt", "x", "--speculative", "yes")
+    assert "--speculative: expected one of auto, on, off; found 'yes'" in line
+
+
 def test_sampling_options_reach_the_model(capsys, folder):
     options = ["--prompt", "ab", "--max-new-tokens", "20"]
     plain = generate(capsys, folder, *options)

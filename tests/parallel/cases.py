@@ -877,6 +877,7 @@ def out_of_order(ranks: Ranks) -> None:
     ids = torch.zeros(1, 1, dtype=torch.int64)
     refused(lambda: model.train()(ids, labels=ids), "2 or more, for mtp.0", kind=ValueError)
     refused(lambda: moe.generate(model, ids, max_new_tokens=1, eos_token_id=0), "eos_token_id", kind=ValueError)
+    refused(lambda: moe.generate(model, ids, max_new_tokens=1, speculative="on"), "on a mesh", kind=ValueError)
     layer = divide_experts(_layer(), mesh.experts["ep"])
     refused(lambda: divide_experts(layer, mesh.experts["ep"]), "already")
     model = built()

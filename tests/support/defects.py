@@ -123,6 +123,13 @@ NAMED = (
         ),
     ),
     *_in_file(
+        "moe/speculative.py",
+        ("drafts always accepted", "verify", "u * q.gather(1, drafted) < p.gather(1, drafted)", "drafted >= 0"),
+        ("rejected drafts replaced by tokens from p", "verify", "(p - q).clamp_min(0)", "p"),
+        ("positions that depend on drafts kept", "draft", "max(n - 1 - k, 0)", "n - 1"),
+        ("positions begin at 0 in each round", "draft", "arange(start, n - 1,", "arange(0, n - 1 - start,"),
+    ),
+    *_in_file(
         "moe/router.py",
         (
             "logits in the dtype of x",
