@@ -29,7 +29,7 @@ LEVELS = [
     {"moe.checkpoint.writing"},
     {"moe.checkpoint"},
     {"moe.parallel"},
-    {"moe.generation"},
+    {"moe.generation", "moe.trace"},
     {"moe.train"},
     {"moe.integrations"},
     {"moe.cli"},
