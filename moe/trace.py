@@ -208,25 +208,24 @@ def co_activation(expert_ids: np.ndarray, experts: int) -> np.ndarray:
     return (chosen.T @ chosen).astype(np.int64)
 
 
-def lift(pairs: np.ndarray, k: int) -> np.ndarray:
-    """Divide how often two experts were chosen together by how often that is expected from their loads.
+def predicted_pairs(load: np.ndarray, k: int) -> np.ndarray:
+    """Predict how many tokens choose both experts of each pair from the loads alone.
 
-        lift(a, b) = P(a and b) / (P(a) P(b)) * K (E - 1) / ((K - 1) E)
+        predicted(a, b) = load(a) load(b) / T * (K - 1) E / (K (E - 1))        # T = sum(load) / K
 
-    The last factor makes it 1 if each token chooses K of the E experts at random: the K of a token are distinct, so
-    pairs are rarer than for independent choices.
+    The last factor makes the prediction exact if each token chooses K of the E experts at random. It is below 1,
+    because the K experts of a token are distinct. The lift of a pair is its co-activation divided by this.
 
     Args:
-        pairs: co-activation of one layer, int64 [E, E].
-        k: K, 2 or more.
+        load: tokens that chose each expert, integers [E].
+        k: K.
 
     Returns:
-        float64 [E, E]. NaN on the diagonal, and for experts without tokens.
+        float64 [E, E], 0 on the diagonal.
     """
-    load, experts = pairs.diagonal().astype(np.float64), len(pairs)
-    expected = np.outer(load, load) * (k - 1) * experts / (max(load.sum(), 1) * max(experts - 1, 1))
-    known = (expected > 0) & ~np.eye(experts, dtype=bool)
-    return np.divide(pairs, expected, out=np.full(pairs.shape, np.nan), where=known)
+    experts = len(load)
+    pairs = np.outer(load, load.astype(np.float64)) * (k - 1) * experts / max(load.sum() * (experts - 1), 1)
+    return np.where(np.eye(experts, dtype=bool), 0, pairs)
 
 
 def _expert_bytes(model: nn.Module) -> int:

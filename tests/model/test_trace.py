@@ -15,7 +15,7 @@ from moe.balance import routers
 from moe.errors import ConfigError
 from moe.planning.expert_cache import POLICIES, simulate
 from moe.router import Router
-from moe.trace import Trace, co_activation, lift, margins, record
+from moe.trace import Trace, co_activation, margins, predicted_pairs, record
 from tests.support.training import MICRO
 
 E, K = 8, 2
@@ -96,20 +96,20 @@ def test_statistics_are_counts() -> None:
     assert found.near_ties == [sum(m < 1 for m in row) / found.tokens for row in found.margins.tolist()]
 
 
-def test_lift_is_one_without_preferences() -> None:
-    """Of random choices each pair has a lift of 1; two experts that are always together have the highest."""
+def test_pairs_are_predicted_from_the_loads() -> None:
+    """Exactly for random choices; two experts that are always together occur together more often than predicted."""
+    load = np.full(6, 100)  # of 200 tokens that choose 3 of 6: each of the 15 pairs occurs 3 * 200 / 15 times
+    assert predicted_pairs(load, 3) == pytest.approx(40 * (1 - np.eye(6)))
     ids = np.random.default_rng(0).random((60_000, 6)).argsort(axis=1)[:, :3]
     pairs = co_activation(ids, 6)
-    found = lift(pairs, 3)
-    assert np.isnan(found.diagonal()).all()
-    assert np.nanmax(abs(found - 1)) < 0.02
+    assert pairs == pytest.approx(predicted_pairs(pairs.diagonal(), 3) + np.diag(pairs.diagonal()), rel=0.02)
 
-    ids = np.array([[0, 1]] * 30 + [[2, 3]] * 10)
-    found = lift(co_activation(ids, 5), 2)
-    # P(0 and 1) = 3/4, P(0) = P(1) = 3/4; the factor is K (E - 1) / ((K - 1) E) = 8 / 5.
-    assert found[0, 1] == pytest.approx(4 / 3 * 8 / 5) and found[2, 3] == pytest.approx(4 * 8 / 5)
-    assert found[0, 2] == 0 and np.isnan(found[4]).all()
-    assert np.isnan(lift(co_activation(np.zeros((3, 1), int), 1), 1)).all()
+    pairs = co_activation(np.array([[0, 1]] * 30 + [[2, 3]] * 10), 5)
+    found = predicted_pairs(pairs.diagonal(), 2)
+    assert pairs[0, 1] == 30 and found[0, 1] == pytest.approx(40 * (30 / 40) ** 2 * 5 / 8)
+    assert pairs[0, 2] == 0 and found[0, 2] == pytest.approx(40 * 30 / 40 * 10 / 40 * 5 / 8)
+    assert not found[4].any() and not found.diagonal().any()
+    assert predicted_pairs(np.array([3]), 1).tolist() == [[0]] and not predicted_pairs(np.array([0, 0]), 2).any()
 
 
 def reference_margin(router: Router, x: Tensor) -> float:
