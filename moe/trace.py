@@ -92,10 +92,10 @@ class Trace:
     def read(file: Path) -> "Trace":
         """Read a file that `save` wrote. Raises ConfigError for another one."""
         try:
-            with np.load(file, allow_pickle=False) as arrays:
-                parts = {field.name: arrays[field.name] for field in fields(Trace)}
-            number = {name: int(parts.pop(name)) for name in ("experts", "expert_bytes")}
-            trace = Trace(**parts, **number)
+            # numpy leaves a file that it opened itself, and could not read, open.
+            with file.open("rb") as content, np.load(content, allow_pickle=False) as arrays:
+                parts: dict[str, Any] = {field.name: arrays[field.name] for field in fields(Trace)}
+            trace = Trace(**parts | {name: int(parts[name]) for name in ("experts", "expert_bytes")})
             layers, tokens, _ = trace.expert_ids.shape
             fits = (len(trace.layers), trace.weights.shape, trace.margins.shape) == (
                 layers,

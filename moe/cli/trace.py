@@ -265,7 +265,7 @@ def _print(facts: dict[str, Any]) -> None:
         ]
         print_table(console, f"cache of experts; all {len(facts['layers'])} layers together", headings, rows)
     if facts["ep"] or facts["cache"]:
-        print_text(console, "Placed for, or cached from, the first half of the tokens; judged on the second half.")
+        print_text(console, "Fitted to the first half of the tokens, judged on the second.")
 
 
 def _print_files(out: Path, plots: list[str] | None) -> None:

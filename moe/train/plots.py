@@ -190,7 +190,7 @@ def plot_co_activation(title: str, trace: Trace) -> Figure:
         # Every lift but zero is on the scale or above it, so that only such pairs get the colour below it.
         exponents = np.log2(values, out=np.full(values.shape, np.nan), where=values > 0).clip(min=-most)
         exponents[values == 0] = -2 * most
-        image = axes.imshow(
+        axes.imshow(
             exponents,
             interpolation="nearest",
             cmap=colormaps["coolwarm"].with_extremes(under="black", over="gold", bad="white"),
@@ -208,6 +208,7 @@ def plot_co_activation(title: str, trace: Trace) -> Figure:
                     axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=6, color=color)
     for axes in all_axes[len(shown) :]:
         axes.set_axis_off()
+    image = all_axes[0].images[0]
     figure.supxlabel("expert", fontsize=9)
     figure.supylabel("expert", fontsize=9)
     extend = _extend(below=(lifts == 0).any(), above=(lifts > 2.0**most).any())

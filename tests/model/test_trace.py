@@ -171,7 +171,7 @@ def test_ties_and_what_has_no_next_expert() -> None:
 
 
 @pytest.mark.parametrize("groups", [{"n_group": 1}, {"n_group": 8, "topk_group": 4}], ids=["one group", "groups"])
-def test_rounding_to_bf16_flips_as_many_selections_as_the_margins_say(groups: dict[str, int]) -> None:
+def test_rounding_to_bf16_flips_as_many_selections_as_the_margins_say(groups: dict[str, Any]) -> None:
     """Rounds float32 activations for real, and compares the selected experts."""
     router = router_of(64, 256, num_experts_per_tok=6, **groups)
     x = torch.randn(20_000, 256, generator=torch.Generator().manual_seed(3))
@@ -242,7 +242,7 @@ def test_a_saved_trace_is_read_again(tmp_path: Path) -> None:
         np.testing.assert_array_equal(arrays["load"], trace.load.load)
         np.testing.assert_array_equal(arrays["co_activation"], trace.co_activation)
     for name, values in (("a", {}), ("b", {"margins": np.ones((1, 3), np.float16)}), ("c", {"experts": 3})):
-        parts = {field.name: getattr(trace, field.name) for field in dataclasses.fields(Trace)}
+        parts: dict[str, Any] = {field.name: getattr(trace, field.name) for field in dataclasses.fields(Trace)}
         np.savez(tmp_path / f"{name}.npz", **(parts | values if values else {"x": np.ones(3)}))
         with pytest.raises(ConfigError, match=rf"{name}.npz = .*expected a file that moesmith trace wrote"):
             Trace.read(tmp_path / f"{name}.npz")
