@@ -221,13 +221,13 @@ def test_a_forced_imbalance_shows_in_every_statistic() -> None:
 
 
 def test_placement_is_judged_on_the_second_half() -> None:
-    ids = np.array([[[0], [0], [0], [1], [2], [2], [2], [3]]], np.uint8)
+    ids = np.array([[[0], [0], [0], [1], [2], [2], [2], [2]]], np.uint8)
     trace = Trace(
         np.array(["a"]), 4, 0, ids, np.ones(ids.shape, np.float16), np.ones((1, 8), np.float16), np.array([0])
     )
     report = trace.placed(2, 0)
-    # For 3, 1, 0 and 0 tokens the GPUs get experts 0 and 3, and 1 and 2. Then there are 0, 0, 3 and 1 tokens.
-    assert (report.mean, report.before, report.after) == ([2], [4], [3])
+    # For 3, 1, 0 and 0 tokens the GPUs get experts 0 and 3, and 1 and 2. Then there are 0, 0, 4 and 0 tokens.
+    assert (report.mean, report.before, report.after) == ([2], [4], [4])
     assert report.layers == ["a"] and (report.experts, report.slots, report.gpus) == (4, 4, 2)
     assert trace.placed(3, 0).slots == 6 and trace.placed(2, 1).slots == 6
 
