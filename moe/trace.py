@@ -95,7 +95,9 @@ class Trace:
             # numpy leaves a file that it opened itself, and could not read, open.
             with file.open("rb") as content, np.load(content, allow_pickle=False) as arrays:
                 parts: dict[str, Any] = {field.name: arrays[field.name] for field in fields(Trace)}
-            trace = Trace(**parts | {name: int(parts[name]) for name in ("experts", "expert_bytes")})
+            for name in ("experts", "expert_bytes"):
+                parts[name] = int(parts[name])
+            trace = Trace(**parts)
             layers, tokens, _ = trace.expert_ids.shape
             fits = (len(trace.layers), trace.weights.shape, trace.margins.shape) == (
                 layers,

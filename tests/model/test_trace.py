@@ -243,7 +243,8 @@ def test_a_saved_trace_is_read_again(tmp_path: Path) -> None:
         np.testing.assert_array_equal(arrays["co_activation"], trace.co_activation)
     for name, values in (("a", {}), ("b", {"margins": np.ones((1, 3), np.float16)}), ("c", {"experts": 3})):
         parts: dict[str, Any] = {field.name: getattr(trace, field.name) for field in dataclasses.fields(Trace)}
-        np.savez(tmp_path / f"{name}.npz", **(parts | values if values else {"x": np.ones(3)}))
+        given: dict[str, Any] = parts | values if values else {"x": np.ones(3)}
+        np.savez(tmp_path / f"{name}.npz", **given)
         with pytest.raises(ConfigError, match=rf"{name}.npz = .*expected a file that moesmith trace wrote"):
             Trace.read(tmp_path / f"{name}.npz")
 

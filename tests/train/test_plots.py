@@ -13,6 +13,7 @@ pytest.importorskip("matplotlib")
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from moe.trace import Trace
 from moe.train.plots import (
@@ -207,7 +208,8 @@ def test_the_balance_of_each_layer_is_drawn(tmp_path: Path) -> None:
     trace = trace_of([[[0], [0], [0], [1]], [[0], [1], [0], [1]]], 3, [[0.5, 2, np.inf, 0], [1, 1, 1, 1]])
     figure = plot_balance(TITLE, trace)
     drawn(figure, tmp_path)
-    vio, dead, ties = ([bar.get_height() for bar in axes.patches] for axes in figure.axes)
+    bars: list[list[Any]] = [list(axes.patches) for axes in figure.axes]
+    vio, dead, ties = ([bar.get_height() for bar in panel] for panel in bars)
     assert vio == pytest.approx([3 / (4 / 3) - 1, 2 / (4 / 3) - 1])
     assert dead == [1, 1] and ties == [50, 0]
     assert [label.get_text() for label in figure.axes[2].get_xticklabels()] == ["layers.1.mlp", "layers.2.mlp"]
@@ -257,8 +259,7 @@ def test_some_layers_have_a_map_of_pairs(tmp_path: Path, layers: int, maps: list
     assert len(maps) <= MOST_MAPS
     assert [axes.get_title() for axes in figure.axes if axes.images] == [f"layers.{i}.mlp" for i in maps]
     assert not any(axes.texts for axes in figure.axes)
-    title = figure._suptitle
-    assert title is not None
+    (title,) = (text for text in figure.findobj(Text) if TITLE.split(",")[0] in text.get_text())
     extent = title.get_window_extent()
     assert extent.x0 >= 0 and extent.x1 <= figure.get_window_extent().x1
 

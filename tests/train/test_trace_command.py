@@ -183,7 +183,7 @@ def test_what_is_refused(run: Path, text: Path, tmp_path: Path, capsys: pytest.C
     (damaged / "trace.npz").write_bytes(b"PK\x03\x04")
     model = moe.load(run)
     with torch.no_grad():
-        model.layers[1].mlp.gate.weight[3] = float("nan")
+        next(routers(model))[1].weight[3] = float("nan")
     model.save(tmp_path / "sick")
     for words, expected in (
         ([str(run), "--tokens", "1"], "--tokens: expected 2 or more; found 1"),
