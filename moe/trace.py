@@ -137,10 +137,9 @@ def record(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Trace:
         if not torch.isfinite(routing.scores).all():
             raise FloatingPointError(f"the scores of {name} are not finite")
         rows = slice(None) if real is None else real.flatten().to(x.device)
-        ids = routing.expert_ids[rows].to("cpu", torch.int32).numpy()
+        ids = routing.expert_ids[rows].cpu().numpy().astype(np.min_scalar_type(router.num_experts - 1))
         ratio = torch.cat([margins(router, part) for part in x[rows].split(ROWS)])
-        kept = ids.astype(np.min_scalar_type(router.num_experts - 1)), routing.weights[rows].half(), ratio.half()
-        parts[name].append(tuple(part if isinstance(part, np.ndarray) else part.cpu().numpy() for part in kept))
+        parts[name].append((ids, routing.weights[rows].half().cpu().numpy(), ratio.half().cpu().numpy()))
 
     was_training = model.training
     with ExitStack() as stack, torch.no_grad():
