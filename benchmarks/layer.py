@@ -331,7 +331,7 @@ def _tokens(args: argparse.Namespace, shape: Shape, op: str, routing: str) -> tu
     own = shape.decode_tokens if op == "decode" else shape.tokens
     if routing in NAMES or routing == "-":
         return own
-    routed = tokens_in(Path(routing))
+    routed = tokens_in(routing)
     return tuple(tokens for tokens in own if tokens <= routed) if op == "decode" else (routed,)
 
 
@@ -402,7 +402,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["uniform"],
         metavar="ROUTING",
-        help=f"{', '.join(NAMES)} or FILE.npz, see benchmarks/routings.py; default: uniform",
+        help=f"{', '.join(NAMES)} or FILE.npz[:LAYER], see benchmarks/routings.py; default: uniform",
     )
     add("--dtype", nargs="+", choices=list(DTYPES), metavar="DTYPE", help=DTYPE_HELP)
     add("--peers", nargs="*", metavar="NAME", help="Peers to time; without a name, only ours; default: all available")

@@ -4,9 +4,11 @@ uniform   K distinct experts for each token, all equally likely
 zipf      K distinct experts for each token, drawn in proportion to 1 / rank, with ranks in random order
 one-hot   the same K experts for every token: the worst balance that distinct experts allow
 FILE.npz  array `expert_ids` [T, K], whose first rows are used for fewer tokens, and optionally `weights` [T, K]
+FILE.npz:LAYER  a layer of a file that `moesmith trace` wrote: `expert_ids` and `weights` [L, T, K], `layers` [L] names
 """
 
 import math
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -35,7 +37,7 @@ def assign(routing: str, tokens: int, experts: int, top_k: int, generator: torch
     weights = torch.rand(tokens, top_k, generator=generator) + 0.05
     weights /= weights.sum(dim=1, keepdim=True)
     if routing not in NAMES:
-        return _read(Path(routing), tokens, experts, top_k, weights)
+        return _read(routing, tokens, experts, top_k, weights)
     if routing == "one-hot":
         return Assignment(torch.randperm(experts, generator=generator)[:top_k].repeat(tokens, 1), weights)
     chances = torch.ones(experts)
@@ -46,9 +48,16 @@ def assign(routing: str, tokens: int, experts: int, top_k: int, generator: torch
     return Assignment((chances.log() - noise).topk(top_k, dim=1).indices, weights)
 
 
-def tokens_in(file: Path) -> int:
+def tokens_in(routing: str) -> int:
     """Number of tokens in the file."""
-    return _array(file, _open(file), "expert_ids").shape[0]
+    file, layer = _split(routing)
+    return _array(file, _open(file), "expert_ids", layer).shape[0]
+
+
+def _split(routing: str) -> tuple[Path, str | None]:
+    """The file, and the name of the layer if there is one."""
+    found = None if Path(routing).exists() else re.fullmatch(r"(.+\.npz):(.*)", routing, re.DOTALL)
+    return (Path(found[1]), found[2]) if found else (Path(routing), None)
 
 
 def _open(file: Path) -> dict[str, Callable[[], np.ndarray]]:
@@ -77,14 +86,17 @@ def _member(file: Path, name: str) -> np.ndarray:
             return np.lib.format.read_array(member, allow_pickle=False)
 
 
-def _array(file: Path, arrays: Mapping[str, Callable[[], np.ndarray]], name: str) -> np.ndarray:
-    if name not in arrays:
-        found = ", ".join(arrays) or "nothing"
-        raise BadInput(f"--routing {file}: array missing; expected {name}; found {found}")
-    try:
-        array = arrays[name]()
-    except Exception as error:
-        raise BadInput(f"--routing {file}: {name}: not readable ({type(error).__name__}: {one_line(error)})") from None
+def _array(
+    file: Path, arrays: Mapping[str, Callable[[], np.ndarray]], name: str, layer: str | None = None
+) -> np.ndarray:
+    """The array [T, K], which is that of the layer if the file has several."""
+    array = _load(file, arrays, name)
+    if array.ndim == 3 or layer is not None:
+        layers = [str(each) for each in _load(file, arrays, "layers").flatten()]
+        if layer not in layers or array.ndim != 3 or len(array) != len(layers):
+            found = file if layer is None else f"{file}:{layer}"
+            raise BadInput(f"--routing {found}: {name}: expected FILE.npz:LAYER with one of {', '.join(layers)}")
+        array = array[layers.index(layer)]
     if array.ndim != 2:
         raise BadInput(f"--routing {file}: {name}: wrong shape; expected [T, K]; found {array.shape}")
     if array.size == 0:
@@ -92,9 +104,20 @@ def _array(file: Path, arrays: Mapping[str, Callable[[], np.ndarray]], name: str
     return array
 
 
-def _read(file: Path, tokens: int, experts: int, top_k: int, weights: Tensor) -> Assignment:
+def _load(file: Path, arrays: Mapping[str, Callable[[], np.ndarray]], name: str) -> np.ndarray:
+    if name not in arrays:
+        found = ", ".join(arrays) or "nothing"
+        raise BadInput(f"--routing {file}: array missing; expected {name}; found {found}")
+    try:
+        return arrays[name]()
+    except Exception as error:
+        raise BadInput(f"--routing {file}: {name}: not readable ({type(error).__name__}: {one_line(error)})") from None
+
+
+def _read(routing: str, tokens: int, experts: int, top_k: int, weights: Tensor) -> Assignment:
+    file, layer = _split(routing)
     arrays = _open(file)
-    ids = _array(file, arrays, "expert_ids")
+    ids = _array(file, arrays, "expert_ids", layer)
     if ids.shape[1] != top_k or ids.shape[0] < tokens:
         raise BadInput(
             f"--routing {file}: expert_ids: wrong shape; expected [{tokens} or more, {top_k}]; found {ids.shape}"
@@ -106,7 +129,7 @@ def _read(file: Path, tokens: int, experts: int, top_k: int, weights: Tensor) ->
             f"--routing {file}: expert_ids: out of range; expected 0 to {experts - 1}; found {ids.min()} to {ids.max()}"
         )
     if "weights" in arrays:
-        given = _array(file, arrays, "weights")
+        given = _array(file, arrays, "weights", layer)
         if given.shape != ids.shape:
             raise BadInput(f"--routing {file}: weights: wrong shape; expected {ids.shape}; found {given.shape}")
         if given.dtype.kind != "f" or not (np.abs(given) <= np.finfo(np.float32).max).all():

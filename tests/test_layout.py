@@ -30,7 +30,7 @@ LEVELS = [
     {"moe.checkpoint"},
     {"moe.parallel"},
     {"moe.speculative"},
-    {"moe.generation"},
+    {"moe.generation", "moe.trace"},
     {"moe.train"},
     {"moe.integrations"},
     {"moe.cli"},

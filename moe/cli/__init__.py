@@ -21,6 +21,7 @@ from moe.train.launcher import MISTAKES, reported_once, shown
 COMMANDS = {
     "train": "train a preset, a configuration or a checkpoint on text",
     "eval": "score a model on text: perplexity, bits per byte, expert load",
+    "trace": "record the experts of each token, draw them, and ask what if",
     "generate": "continue prompts with a model, or chat with it",
     "inspect": "print configuration and parameter counts, or verify the files",
     "plan": "estimate memory per GPU, and the cost of a training run",

@@ -16,6 +16,9 @@ from moe.train.settings import Settings
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from moe.model import Transformer
+    from moe.train.data import Dataset
+
 DEFAULT_SEQ_LENGTH = 2048
 
 
@@ -58,6 +61,28 @@ class Args:
 
 
 def run(args: Args) -> int:
+    folder, model, dataset, settings = prepared(args)
+    from moe.train.loop import NonFiniteError
+    from moe.train.scoring import score
+
+    try:
+        result = {"folder": str(folder)} | score(model, dataset, settings)
+    except NonFiniteError as error:
+        raise CheckpointError(folder, f"the {error.what} is not finite; {error.where}") from None
+    if args.json:
+        print(json.dumps(result))
+        return 0
+
+    from rich.console import Console
+
+    from moe.train.report import print_scores
+
+    print_scores(Console(), result)
+    return 0
+
+
+def prepared(args: Args) -> "tuple[Path, Transformer, Dataset, Settings]":
+    """The folder of the checkpoint, its model, the text as the validation split, and its windows and dtype."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in training
     folder = find(args.folder)
     began = _settings(Path(args.folder))
@@ -67,8 +92,7 @@ def run(args: Args) -> int:
     import moe
     from moe.checkpoint.reading.load import usable_device
     from moe.train.documents import read_files
-    from moe.train.loop import NonFiniteError
-    from moe.train.scoring import pack, score, validation_of
+    from moe.train.scoring import pack, validation_of
 
     device = usable_device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
     if args.data is None:
@@ -88,20 +112,7 @@ def run(args: Args) -> int:
         document_mask=began.document_mask if args.document_mask is None else args.document_mask,
         dtype=began.dtype if args.dtype == "auto" else "fp32",
     )
-    try:
-        result = {"folder": str(folder)} | score(model, dataset, settings)
-    except NonFiniteError as error:
-        raise CheckpointError(folder, f"the {error.what} is not finite; {error.where}") from None
-    if args.json:
-        print(json.dumps(result))
-        return 0
-
-    from rich.console import Console
-
-    from moe.train.report import print_scores
-
-    print_scores(Console(), result)
-    return 0
+    return folder, model, dataset, settings
 
 
 def _tokenizer(folder: Path) -> "tuple[Tokenizer, int]":

@@ -18,6 +18,7 @@ import torch
 from tokenizers import Tokenizer, decoders
 from torch import Tensor
 
+from moe.config import ModelConfig
 from moe.errors import ConfigError
 from moe.train.documents import Document, FileDocuments, python_topics, read_files, split
 from moe.train.tokenizer import (
@@ -56,6 +57,12 @@ class Dataset:
     def validation_bytes(self) -> int:
         """UTF-8 bytes of the held-out documents."""
         return self.facts["validation_bytes"]
+
+    def check_vocabulary(self, config: ModelConfig) -> None:
+        """Raise ConfigError if the model has fewer tokens than the tokenizer."""
+        if self.facts["vocab_size"] > config.vocab_size:
+            allowed = f"at least {self.facts['vocab_size']}, the vocabulary size of the data"
+            raise ConfigError("vocab_size", config.vocab_size, allowed)
 
     def scored(self, *, document_mask: bool) -> np.ndarray:
         """Return the mask of scored tokens in validation[1:], bool [len(validation) - 1]."""

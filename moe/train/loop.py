@@ -111,9 +111,7 @@ class Trainer:
         world: World | None = None,
     ) -> None:
         self.model, self.dataset, self.settings, self.world = model, dataset, settings, world or world_of(mesh)
-        if dataset.facts["vocab_size"] > model.config.vocab_size:
-            allowed = f"at least {dataset.facts['vocab_size']}, the vocabulary size of the data"
-            raise ConfigError("vocab_size", model.config.vocab_size, allowed)
+        dataset.check_vocabulary(model.config)
         if not dataset.scored_bytes(document_mask=settings.document_mask):
             raise ConfigError("--document-mask", True, "a held-out document of more than one token")
         if settings.batch_size % self.world.size:

@@ -11,11 +11,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from moe.trace import Trace, co_activation, predicted_pairs
+
 DPI = 120
 SMOOTHED_SHARE = 0.04  # of the steps, over which noisy lines are averaged
 MOST_RELATIVE_LOAD = 2.0  # at the end of the colour scale
 MOST_TALL_ROWS = 16
 MOST_COLUMNS_WITH_VALUES = 24  # experts in 8 inches: four digits of 6 points in each cell
+MOST_PAIRS_WITH_VALUES = 10  # experts in 2.6 inches
+MOST_BARS_WITH_VALUES = 12
+MOST_LIFT_EXPONENT = 3  # at the end of the colour scale
+MOST_MAPS = 6
+LEAST_PREDICTED = 5  # tokens; below, chance alone decides whether a pair occurs
 
 
 def plot_run(
@@ -83,7 +90,9 @@ def plot_loss(
     return figure
 
 
-def plot_load(title: str, layers: Sequence[str], load: np.ndarray) -> Figure:
+def plot_load(
+    title: str, layers: Sequence[str], load: np.ndarray, text: str = "load of experts on the validation text"
+) -> Figure:
     """Heat map of the load of each expert, integers [layers, E], as a multiple of its layer's mean.
 
     Experts without tokens are black. Values are written into the cells of at most `MOST_COLUMNS_WITH_VALUES` experts.
@@ -105,11 +114,10 @@ def plot_load(title: str, layers: Sequence[str], load: np.ndarray) -> Figure:
         vmax=MOST_RELATIVE_LOAD,
     )
     axes.set(xlabel="expert", ylabel="layer")
-    axes.set_title(f"{title}\nload of experts on the validation text; black: no tokens", fontsize=10)
+    axes.set_title(f"{title}\n{text}; black: no tokens", fontsize=10)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_yticks(range(rows), layers, fontsize=8 if rows <= MOST_TALL_ROWS else 7)
-    clipped = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
-    extend = clipped[bool((relative == 0).any()), bool((relative > MOST_RELATIVE_LOAD).any())]
+    extend = _extend(below=(relative == 0).any(), above=(relative > MOST_RELATIVE_LOAD).any())
     bar = figure.colorbar(image, ax=axes, extend=extend, extendfrac=0.12 / height, aspect=height / 0.16, pad=0.01)
     bar.set_label("load / layer's mean", fontsize=9)
     bar.set_ticks([0, 0.5, 1, 1.5, 2])
@@ -119,6 +127,104 @@ def plot_load(title: str, layers: Sequence[str], load: np.ndarray) -> Figure:
                 color = "white" if value == 0 or 0.7 < abs(value - 1) <= 1 else "black"
                 axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=6, color=color)
     return figure
+
+
+def plot_trace(folder: Path, title: str, trace: Trace) -> list[Path]:
+    """Write load.png, balance.png and, if tokens choose several experts, co-activation.png; returns the files."""
+    title, layers = textwrap.fill(title, 100), trace.layers.tolist()
+    figures = {"load": plot_load(title, layers, trace.load.load.numpy(), "load of experts")}
+    figures["balance"] = plot_balance(title, trace)
+    if trace.expert_ids.shape[2] > 1:
+        figures["co-activation"] = plot_co_activation(title, trace)
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=DPI)
+    return [folder / f"{name}.png" for name in figures]
+
+
+def plot_balance(title: str, trace: Trace) -> Figure:
+    """MaxVio, experts without tokens and tokens near a tie, for each layer."""
+    panels = {
+        "MaxVio\n(max / mean - 1)": trace.load.max_vio,
+        f"experts without tokens\n(of {trace.experts})": trace.load.dead_experts,
+        "tokens near a tie\n(percent)": [100 * share for share in trace.near_ties],
+    }
+    layers = len(trace.layers)
+    figure = Figure(figsize=(float(np.clip(2.0 + 0.2 * layers, 6.0, 14.0)), 6.0), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    all_axes = figure.subplots(len(panels), sharex=True)
+    for axes, color, (label, values) in zip(all_axes, ("C3", "black", "C0"), panels.items(), strict=True):
+        bars = axes.bar(range(layers), values, color=color, width=0.7)
+        axes.set_ylabel(label, fontsize=9)
+        axes.set_ylim(0, 1.15 * max(values) or 1)
+        axes.grid(axis="y", alpha=0.3)
+        if layers <= MOST_BARS_WITH_VALUES:
+            axes.bar_label(bars, fmt="{:.3g}", fontsize=7)
+    all_axes[1].yaxis.set_major_locator(MaxNLocator(integer=True))
+    all_axes[-1].set_xticks(range(layers), trace.layers.tolist(), fontsize=7, rotation=90)
+    all_axes[-1].set_xlim(-0.7, layers - 0.3)
+    figure.align_ylabels()
+    return figure
+
+
+def plot_co_activation(title: str, trace: Trace) -> Figure:
+    """Heat maps of how often experts were chosen together, for at most `MOST_MAPS` layers, from the first to the last.
+
+    The values are lifts, see `moe.trace.predicted_pairs`. They are written into the cells of few experts.
+    """
+    layers, experts, k = len(trace.layers), trace.experts, trace.expert_ids.shape[2]
+    shown = np.linspace(0, layers - 1, min(layers, MOST_MAPS)).round().astype(int).tolist()
+    columns = min(len(shown), 3)
+    rows = -(-len(shown) // columns)
+    side = max(3.2, 0.5 + experts / 50)  # inches, for at least two pixels per expert
+    figure = Figure(figsize=(1.6 + side * columns, 1.0 + side * rows), layout="constrained")
+    about = f"black: never, white: fewer than {LEAST_PREDICTED} predicted"
+    about = f"tokens that chose both experts / number predicted from the loads; {about}"
+    width = int(15 * figure.get_figwidth())
+    figure.suptitle(f"{textwrap.fill(title, width)}\n{textwrap.fill(about, width)}", fontsize=10)
+    all_axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    most, lifts = float(MOST_LIFT_EXPONENT), np.full((len(shown), experts, experts), np.nan)
+    for axes, layer, values in zip(all_axes, shown, lifts, strict=False):
+        pairs = co_activation(trace.expert_ids[layer], experts)
+        predicted = predicted_pairs(pairs.diagonal(), k)
+        np.divide(pairs, predicted, out=values, where=predicted >= LEAST_PREDICTED)
+        # Every lift but zero is on the scale or above it, so that only such pairs get the colour below it.
+        exponents = np.log2(values, out=np.full(values.shape, np.nan), where=values > 0).clip(min=-most)
+        exponents[values == 0] = -2 * most
+        axes.imshow(
+            exponents,
+            interpolation="nearest",
+            cmap=colormaps["coolwarm"].with_extremes(under="black", over="gold", bad="white"),
+            vmin=-most,
+            vmax=most,
+        )
+        axes.set_title(trace.layers[layer], fontsize=9)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.tick_params(labelsize=7)
+        if experts <= MOST_PAIRS_WITH_VALUES:
+            for (y, x), value in np.ndenumerate(values):
+                if not np.isnan(value):
+                    color = "white" if value <= 0.3 or 0.7 * most < exponents[y, x] <= most else "black"
+                    axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=6, color=color)
+    for axes in all_axes[len(shown) :]:
+        axes.set_axis_off()
+    image = all_axes[0].images[0]
+    figure.supxlabel("expert", fontsize=9)
+    figure.supylabel("expert", fontsize=9)
+    extend = _extend(below=(lifts == 0).any(), above=(lifts > 2.0**most).any())
+    bar = figure.colorbar(image, ax=all_axes, extend=extend, aspect=30, shrink=0.8, pad=0.01)
+    bar.set_label("chosen together / predicted", fontsize=9)
+    ticks = range(-MOST_LIFT_EXPONENT, MOST_LIFT_EXPONENT + 1)
+    labels = [f"{2**e}" if e >= 0 else f"1/{2**-e}" for e in ticks]
+    bar.set_ticks([*ticks], labels=[f"\u2264 {labels[0]}", *labels[1:]])
+    return figure
+
+
+def _extend(*, below: Any, above: Any) -> str:
+    """The ends of a colour bar that stand for values outside it."""
+    return {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[
+        bool(below), bool(above)
+    ]
 
 
 def smoothed(values: Sequence[float], reach: int) -> np.ndarray:

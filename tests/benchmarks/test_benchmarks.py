@@ -29,6 +29,7 @@ from moe import Transformer, preset
 from moe.counts import count_parameters
 from moe.ops import grouped_mm, moe_mlp
 from moe.ops.library import why_no_kernels
+from moe.trace import Trace
 
 SIZES = dataclasses.replace(cpu.SMALL, train=16, prefill=24, decode=3, rounds=1)
 
@@ -265,6 +266,40 @@ def test_a_routing_file_that_does_not_fit(tmp_path, capsys, arrays, says):
     assert says in error and str(file) in error and error.count("\n") == 1
 
 
+def test_a_layer_of_a_trace_is_taken_as_it_is(tmp_path, capsys):
+    rng, layers = np.random.default_rng(0), np.array(["layers.1.mlp", "layers.2.mlp"])
+    ids = rng.random((2, 20, 8)).argsort(axis=2)[:, :, :2].astype(np.uint8)
+    weights = rng.random((2, 20, 2)).astype(np.float16)
+    one = np.array(["layers.0.mlp"])
+    file = str(tmp_path / "trace.npz")
+    Trace(layers, 8, 0, ids, weights, weights[:, :, 0], np.array([0])).save(Path(file))
+    np.savez(tmp_path / "flat.npz", expert_ids=ids[0])
+    np.savez(tmp_path / "wrong.npz", expert_ids=ids, layers=one)
+    for i, name in enumerate(layers):
+        found = routings.assign(f"{file}:{name}", 15, 8, 2, torch.Generator())
+        assert found.expert_ids.dtype == torch.int64 and found.expert_ids.tolist() == ids[i, :15].tolist()
+        assert found.weights.dtype == torch.float32 and found.weights.tolist() == weights[i, :15].tolist()
+        assert routings.tokens_in(f"{file}:{name}") == 20
+    out = tmp_path / "out.jsonl"
+    options = ("--shape", LAYER, "--op", "forward", "--peers", "loop", "--json", str(out))
+    assert layer_run(*options, "--routing", f"{file}:layers.2.mlp") == 0
+    record = records_of(out)[0]
+    assert record["tokens"] == 20 and record["activated_experts"] == len(set(ids[1].flatten().tolist()))
+    capsys.readouterr()
+    names = "expected FILE.npz:LAYER with one of layers.1.mlp, layers.2.mlp"
+    for wrong, says in (
+        (file, f"{file}: expert_ids: {names}"),
+        (f"{file}:", f"{file}:: expert_ids: {names}"),
+        (f"{file}:layers.3.mlp", f"{file}:layers.3.mlp: expert_ids: {names}"),
+        (f"{tmp_path / 'flat.npz'}:layers.1.mlp", "array missing; expected layers; found expert_ids"),
+        (f"{tmp_path / 'wrong.npz'}:layers.0.mlp", "wrong.npz:layers.0.mlp: expert_ids: expected FILE.npz:LAYER"),
+        (f"{tmp_path / 'no.npz'}:layers.0.mlp", "no.npz: no such file"),
+    ):
+        assert layer_run(*options, "--routing", wrong) == 2
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1
+
+
 def npy(shape: str, size: int = 64, version: bytes = b"\x01\x00") -> bytes:
     header = f"{{'descr': '<i8', 'fortran_order': False, 'shape': {shape}}}\n".encode()
     return b"\x93NUMPY" + version + len(header).to_bytes(2, "little") + header + bytes(size)
@@ -304,7 +339,7 @@ def test_a_routing_file_that_is_damaged(tmp_path, capsys):
         for damaged in (whole[:at], whole[:at] + bytes([whole[at] ^ 0x5A]) + whole[at + 1 :]):
             file.write_bytes(damaged)
             try:
-                assert routings.tokens_in(file) == 2000
+                assert routings.tokens_in(str(file)) == 2000
             except BadInput as error:
                 assert "\n" not in str(error) and str(file) in str(error)
     file.unlink()

@@ -142,6 +142,30 @@ NAMED = (
         ("absent experts have weights", "replay", "0)).masked_fill(absent, 0)", "0))"),
     ),
     *_in_file(
+        "moe/planning/expert_cache.py",
+        ("LRU keeps the last expert of a token longest", "_lru_places", "(t + 1) * k - np", "t * k + 1 + np"),
+        ("the oracle keeps only what it holds", "_oracle_hits", "np.put_along_axis(cached, now, True, axis=1)", "pass"),
+        (
+            "the oracle forgets later uses",
+            "_oracle_hits",
+            "np.put_along_axis(uses, now, following[:, t], axis=1)",
+            "pass",
+        ),
+    ),
+    *_in_file(
+        "moe/trace.py",
+        (
+            "correction bias ignored",
+            "margins",
+            "routing.scores if bias is None else routing.scores + bias",
+            "routing.scores",
+        ),
+        ("noise of one bit less", "margins", "- 1 - BF16_FRACTION_BITS", "- BF16_FRACTION_BITS"),
+        ("padding recorded", "keep", "if real is None", "if True"),
+        ("independent choices", "predicted_pairs", "(k - 1) * experts", "k * (experts - 1)"),
+        ("placed and judged on the same tokens", "placed", "report(after.load", "report(before.load"),
+    ),
+    *_in_file(
         "kernels/moe_triton/grouped_gemm.py",
         (
             "mask of K omitted",

@@ -13,8 +13,22 @@ pytest.importorskip("matplotlib")
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
-from moe.train.plots import MOST_COLUMNS_WITH_VALUES, plot_load, plot_loss, plot_run, smoothed
+from moe.trace import Trace
+from moe.train.plots import (
+    MOST_BARS_WITH_VALUES,
+    MOST_COLUMNS_WITH_VALUES,
+    MOST_MAPS,
+    MOST_PAIRS_WITH_VALUES,
+    plot_balance,
+    plot_co_activation,
+    plot_load,
+    plot_loss,
+    plot_run,
+    plot_trace,
+    smoothed,
+)
 
 TITLE = "tiny, 1,000 parameters, 100 activated, 100 steps"
 BASELINES = {"unigram": 6.0, "bigram": 5.0}
@@ -176,3 +190,103 @@ def test_the_files_of_a_run(tmp_path: Path) -> None:
     assert plot_run(alone, TITLE, train_records(5, layers=0), validation, {}, [], np.zeros((0, 4), np.int64)) == [
         alone / "loss.png"
     ]
+
+
+def trace_of(ids: Any, experts: int, margins: Any = None) -> Trace:
+    ids = np.asarray(ids, np.uint8)
+    found = np.ones(ids.shape[:2]) if margins is None else np.asarray(margins)
+    layers = np.array([f"layers.{i}.mlp" for i in range(1, len(ids) + 1)])
+    return Trace(layers, experts, 0, ids, np.ones(ids.shape), found, np.array([0]))
+
+
+def random_trace(layers: int, experts: int, tokens: int = 200) -> Trace:
+    rng = np.random.default_rng(0)
+    return trace_of(rng.random((layers, tokens, experts)).argsort(axis=2)[:, :, :2], experts)
+
+
+def test_the_balance_of_each_layer_is_drawn(tmp_path: Path) -> None:
+    trace = trace_of([[[0], [0], [0], [1]], [[0], [1], [0], [1]]], 3, [[0.5, 2, np.inf, 0], [1, 1, 1, 1]])
+    figure = plot_balance(TITLE, trace)
+    drawn(figure, tmp_path)
+    bars: list[list[Any]] = [list(axes.patches) for axes in figure.axes]
+    vio, dead, ties = ([bar.get_height() for bar in panel] for panel in bars)
+    assert vio == pytest.approx([3 / (4 / 3) - 1, 2 / (4 / 3) - 1])
+    assert dead == [1, 1] and ties == [50, 0]
+    assert [label.get_text() for label in figure.axes[2].get_xticklabels()] == ["layers.1.mlp", "layers.2.mlp"]
+    labels = [axes.get_ylabel() for axes in figure.axes]
+    assert labels[1:] == ["experts without tokens\n(of 3)", "tokens near a tie\n(percent)"]
+    assert [text.get_text() for text in figure.axes[2].texts] == ["50", "0"]
+    for axes in figure.axes:
+        top = axes.get_window_extent().y1
+        assert all(text.get_window_extent().y1 < top for text in axes.texts), "a value overlaps the frame"
+    many = plot_balance(TITLE, random_trace(MOST_BARS_WITH_VALUES + 1, 4))
+    drawn(many, tmp_path)
+    assert not any(axes.texts for axes in many.axes)
+
+
+def test_experts_that_are_chosen_together_are_drawn(tmp_path: Path) -> None:
+    tokens = [[0, 1]] * 64 + [[2, 3]] * 64 + [[0, 2]] * 2 + [[3, 4]]
+    figure = plot_co_activation(TITLE, trace_of([tokens], 6))
+    drawn(figure, tmp_path)
+    axes, bar = figure.axes
+    (image,) = axes.images
+    values: Any = image.get_array()
+    load = [66, 64, 66, 65, 1, 0]
+    for a, b in itertools.product(range(6), repeat=2):
+        predicted = load[a] * load[b] / 131 * 6 / (2 * 5)
+        together = sum({a, b} == set(token) for token in tokens)
+        if a == b or predicted < 5:
+            assert values.mask[a, b]
+        elif together == 0:
+            assert values[a, b] < -3
+        else:
+            assert values[a, b] == pytest.approx(max(math.log2(together / predicted), -3))
+    assert values[0, 2] == -3 and values[0, 3] < -3  # rare is not never
+    colors: Any = image.cmap(image.norm(np.ma.array([-6, -3, 4, 0], mask=[False, False, False, True])))
+    never, rare, much, unknown = colors
+    assert never == pytest.approx(to_rgba("black")) and rare != pytest.approx(to_rgba("black"))
+    assert much == pytest.approx(to_rgba("gold")) and unknown == pytest.approx(to_rgba("white"))
+    assert image.colorbar is not None and image.colorbar.extend == "min"
+    assert [label.get_text() for label in bar.get_yticklabels()] == ["≤ 1/8", "1/4", "1/2", "1", "2", "4", "8"]
+    shown = {text.get_position(): text.get_text() for text in axes.texts}
+    assert len(shown) == 12 and shown[1, 0] == f"{64 / (66 * 64 / 131 * 0.6):.2f}" and shown[3, 0] == "0.00"
+
+
+@pytest.mark.parametrize(("layers", "maps"), [(1, [1]), (6, [1, 2, 3, 4, 5, 6]), (58, [1, 12, 24, 35, 47, 58])])
+def test_some_layers_have_a_map_of_pairs(tmp_path: Path, layers: int, maps: list[int]) -> None:
+    figure = plot_co_activation(TITLE, random_trace(layers, 12, tokens=50))
+    drawn(figure, tmp_path)
+    assert len(maps) <= MOST_MAPS
+    assert [axes.get_title() for axes in figure.axes if axes.images] == [f"layers.{i}.mlp" for i in maps]
+    assert not any(axes.texts for axes in figure.axes)
+    (title,) = (text for text in figure.findobj(Text) if TITLE.split(",")[0] in text.get_text())
+    extent = title.get_window_extent()
+    assert extent.x0 >= 0 and extent.x1 <= figure.get_window_extent().x1
+
+
+def test_the_map_of_pairs_of_256_experts(tmp_path: Path) -> None:
+    figure = plot_co_activation(TITLE, random_trace(2, 256, tokens=20))
+    drawn(figure, tmp_path)
+    assert figure.axes[0].get_window_extent().width / figure.dpi * 120 / 256 >= 2, "pixels of a cell"
+
+
+@pytest.mark.parametrize("experts", [MOST_PAIRS_WITH_VALUES, MOST_PAIRS_WITH_VALUES + 1])
+def test_values_of_pairs_can_be_read(tmp_path: Path, experts: int) -> None:
+    figure = plot_co_activation(TITLE, random_trace(3, experts, tokens=2000))
+    drawn(figure, tmp_path)
+    texts = figure.axes[0].texts
+    assert len(texts) == (experts * (experts - 1) if experts == MOST_PAIRS_WITH_VALUES else 0)
+    extents = [text.get_window_extent() for text in texts]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(extents, 2)), "texts overlap"
+
+
+def test_the_files_of_a_trace(tmp_path: Path) -> None:
+    names = ["load.png", "balance.png", "co-activation.png"]
+    files = plot_trace(tmp_path, "name " * 60, random_trace(2, 4))
+    assert files == [tmp_path / name for name in names]
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+    one = trace_of(np.zeros((1, 3, 1)), 1)  # K = 1: no pairs
+    assert plot_trace(tmp_path, TITLE, one) == files[:2]
+    assert (
+        plot_load(TITLE, LAYERS, np.ones((2, 2)), "a text").axes[0].get_title() == f"{TITLE}\na text; black: no tokens"
+    )
