@@ -3,9 +3,11 @@
 import json
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
+from moe.checkpoint import read_config
 from moe.checkpoint.reading.hub import explain_cache_misses, find
 from moe.cli.generate import read_tokenizer
 from moe.cli.options import COMPUTE_DTYPES, Option, dtype_option, option, read_dtype
@@ -26,6 +28,10 @@ class Args:
     The text is tokenized with the folder's tokenizer.json and scored in windows, as in validation by `moesmith train`:
     each token is predicted from those before it in its window. Perplexities are comparable only between models with the
     same tokenizer; bits per byte are comparable between all models.
+
+    With --quantize, the same text is also scored with the stored weights in fp32 and in bf16. The logits of its first
+    512 tokens are compared with those in fp32: relative error (Frobenius norm), KL divergence of the next token in
+    nats, and how often the most likely token is the same.
     """
 
     folder: Annotated[str, Option("FOLDER", positional=True, text=FOLDER)]
@@ -41,6 +47,9 @@ class Args:
     """Restrict attention to tokens of the same document. Default: that of the run, otherwise off."""
     dtype: Annotated[str, dtype_option(COMPUTE_DTYPES)] = "auto"
     """Compute dtype; auto uses the checkpoint's."""
+    quantize: Literal["int8"] | None = None
+    """Score the model with int8 weights, and print its error beside that of bf16: both against the stored weights in
+    fp32, in which the model must fit into memory."""
     device: str = "auto"
     """Device: cpu, cuda, cuda:1, ...; auto is the GPU if there is one."""
     json: bool = False
@@ -68,7 +77,7 @@ def run(args: Args) -> int:
     from moe.checkpoint.reading.load import usable_device
     from moe.train.documents import read_files
     from moe.train.loop import NonFiniteError
-    from moe.train.scoring import pack, score, validation_of
+    from moe.train.scoring import compare, pack, score, validation_of
 
     device = usable_device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
     if args.data is None:
@@ -78,20 +87,31 @@ def run(args: Args) -> int:
         with explain_cache_misses(args.folder):
             dataset = pack(documents, *_tokenizer(folder))
     with explain_cache_misses(args.folder):
-        model = moe.load(folder, device=device, dtype=read_dtype(args.dtype, COMPUTE_DTYPES))
-    limit = model.config.max_position_embeddings
+        limit = read_config(folder).max_position_embeddings
     if (args.seq_length or 0) > limit:
         raise ConfigError("--seq-length", args.seq_length, f"at most the model's {limit} positions")
     settings = Settings(
         seq_length=min(args.seq_length or began.seq_length, limit, len(dataset.validation)),
         batch_size=args.batch_size or began.batch_size,
         document_mask=began.document_mask if args.document_mask is None else args.document_mask,
-        dtype=began.dtype if args.dtype == "auto" else "fp32",
+        dtype=began.dtype if args.dtype == "auto" and args.quantize is None else "fp32",  # bf16 is autocast
     )
+    load = partial(moe.load, folder, device=device)
+    chosen = partial(load, dtype=read_dtype(args.dtype, COMPUTE_DTYPES), quantize=args.quantize)
     try:
-        result = {"folder": str(folder)} | score(model, dataset, settings)
+        with explain_cache_misses(args.folder):
+            if args.quantize is None:
+                scores = score(chosen(), dataset, settings)
+            else:
+                models = {
+                    "fp32": partial(load, dtype="fp32"),
+                    "bf16": partial(load, dtype="bf16"),
+                    args.quantize: chosen,
+                }
+                scores = compare(models, dataset, settings)
     except NonFiniteError as error:
         raise CheckpointError(folder, f"the {error.what} is not finite; {error.where}") from None
+    result = {"folder": str(folder)} | scores
     if args.json:
         print(json.dumps(result))
         return 0

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from moe.checkpoint import read_config
 from moe.checkpoint.format.files import read_bounded
@@ -60,6 +60,9 @@ class Args:
     """Sampling seed, for reproducible output. Default: random."""
     dtype: Annotated[str, dtype_option(COMPUTE_DTYPES)] = "auto"
     """Compute dtype; auto uses the checkpoint's."""
+    quantize: Literal["int8"] | None = None
+    """Convert weights to int8 while they are loaded. Needs half of the memory of bf16, and decodes faster in bf16; see
+    `moesmith eval --quantize` for the error."""
     mtp: bool = True
     """Load the multi-token prediction modules, which generation does not use; --no-mtp ignores their tensors."""
     device: str = "auto"
@@ -193,7 +196,11 @@ class _Model:
         self.device = usable_device(chosen)
         with explain_cache_misses(args.folder):
             self.model = moe.load(
-                folder, device=self.device, dtype=read_dtype(args.dtype, COMPUTE_DTYPES), mtp=args.mtp
+                folder,
+                device=self.device,
+                dtype=read_dtype(args.dtype, COMPUTE_DTYPES),
+                mtp=args.mtp,
+                quantize=args.quantize,
             )
 
     def check(self, ids: list[list[int]], prompts: list[str]) -> None:

@@ -13,4 +13,6 @@ from moe.quantized.base import Quantized as Quantized
 from moe.quantized.base import QuantizedExperts as QuantizedExperts
 from moe.quantized.fp8 import FP8Experts as FP8Experts
 from moe.quantized.fp8 import FP8Linear as FP8Linear
+from moe.quantized.int8 import Int8Experts as Int8Experts
+from moe.quantized.int8 import Int8Linear as Int8Linear
 from moe.quantized.mxfp4 import MXFP4Experts as MXFP4Experts
