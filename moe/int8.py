@@ -1,7 +1,7 @@
 """Conversion of a model to int8 weights."""
 
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -46,7 +46,8 @@ def check_kind(name: str, kind: str | None) -> None:
         raise ConfigError(name, kind, " or ".join(map(repr, get_args(Quantization))))
 
 
-def _targets(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Experts]]:
+def _targets(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the modules that are converted, `nn.Linear` and `Experts`, by name."""
     for name, module in model.named_modules():
         linear = type(module) is nn.Linear and not name.endswith(_EXCLUDED)
         if type(module) is Experts or (linear and role_of(f"{name}.weight").name in _ROLES):

@@ -72,7 +72,7 @@ class Stage:
 
 
 OPS, CONTRACT, ROUTING = "tests/ops/test_ops.py", "tests/ops/test_contract.py", "tests/ops/test_routing.py"
-QUANTIZATION = "tests/ops/test_quantization.py"
+QUANTIZATION, INT8 = "tests/ops/test_quantization.py", "tests/ops/test_int8.py"
 OFFSETS, ANY = "tests/kernels/offsets.py", ""
 WITHOUT_A_GPU = Stage(
     ("tests/kernels/test_kernels.py",), ("launches", "grid", "compiled_for", "waits", "names_no_expert", "refused")
@@ -86,6 +86,7 @@ def on_kernels(*first: str, files: tuple[str, ...] = (OPS, OFFSETS)) -> tuple[St
 STAGES: dict[str, tuple[Stage, ...]] = {
     "moe/ops/activation.py": (Stage((OPS, CONTRACT), ("swiglu", "test_moe_mlp", "gradients", ANY)),),
     "moe/ops/grouped_gemm.py": (Stage((OPS, CONTRACT), ("grouped_mm", "gradients", ANY)),),
+    "moe/ops/int8.py": (Stage((INT8, CONTRACT)),),
     "moe/ops/mlp.py": (Stage((OPS, CONTRACT), ("test_moe_mlp", ANY)),),
     "moe/ops/permutation.py": (Stage((OPS, CONTRACT), ("permute", "test_moe_mlp", ANY)),),
     "moe/ops/matmul.py": (Stage((OPS, CONTRACT), ("grouped_mm", "test_moe_mlp", ANY)),),

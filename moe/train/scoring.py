@@ -91,7 +91,7 @@ def compare(models: Mapping[str, Callable[[], Transformer]], dataset: Dataset, s
         scores = score(model, dataset, settings)
         device, dtype = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
         with torch.no_grad():
-            logits = model(ids.to(device)).logits[0].cpu()
+            logits: Tensor = model(ids.to(device)).logits[0].cpu()
         exact = logits if exact is None else exact
         rows.append(
             {

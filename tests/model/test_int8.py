@@ -142,10 +142,11 @@ def test_loaded_from_quantised_files_and_stacked_ones(tmp_path: Path) -> None:
 def test_refusals(tmp_path: Path) -> None:
     model = build(V3_MTP)
     model.save(tmp_path / "model")
-    for options, message in (
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"quantize": "int4"}, "quantize = 'int4': expected 'int8'"),
         ({"quantize": "int8", "dtype": "keep"}, "dtype = 'keep': expected 'auto' or a floating dtype"),
-    ):
+    )
+    for options, message in wrong:
         with pytest.raises(ConfigError, match=message):
             moe.load(tmp_path / "model", **options)
     with pytest.raises(ConfigError, match="kind = 'int4': expected 'int8'"):
