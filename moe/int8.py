@@ -13,8 +13,7 @@ from moe.roles import role_of
 
 Quantization = Literal["int8"]
 
-# kv_b is excluded: decoding reads copies of it in x's dtype, so int8 would save no time and little memory.
-_ROLES, _EXCLUDED = ("projection", "MTP projection", "head"), "kv_b_proj"
+_ROLES = ("experts", "projection", "MTP projection", "head")
 
 
 def quantize(model: Transformer, kind: Quantization) -> Transformer:
@@ -46,11 +45,17 @@ def check_kind(name: str, kind: str | None) -> None:
         raise ConfigError(name, kind, " or ".join(map(repr, get_args(Quantization))))
 
 
-def _targets(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the modules that are converted, `nn.Linear` and `Experts`, by name."""
+def is_converted(parameter: str) -> bool:
+    """Whether `quantize` converts the parameter of a Transformer.
+
+    kv_b is not: decoding reads copies of it in x's dtype, so int8 would save no time and little memory.
+    """
+    return role_of(parameter).name in _ROLES and "kv_b_proj" not in parameter
+
+
+def _targets(model: Transformer) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
-        linear = type(module) is nn.Linear and not name.endswith(_EXCLUDED)
-        if type(module) is Experts or (linear and role_of(f"{name}.weight").name in _ROLES):
+        if type(module) is Experts or (type(module) is nn.Linear and is_converted(f"{name}.weight")):
             yield name, module
 
 

@@ -1,5 +1,6 @@
 """`load`: safetensors files read directly into the parameters of a new model."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -33,7 +34,7 @@ from moe.checkpoint.reading.values import (
 )
 from moe.counts import Shape, parameter_shapes
 from moe.errors import CheckpointError, ConfigError
-from moe.int8 import Quantization, check_kind
+from moe.int8 import Quantization, check_kind, is_converted
 from moe.int8 import quantize as quantize_model
 from moe.layer import Experts
 from moe.model import Transformer
@@ -111,14 +112,16 @@ def load(
         if dtype == "keep":
             raise ConfigError("dtype", dtype, "'auto' or a floating dtype with quantize='int8'")
     source = examine(folder, dtype, revision=revision, mtp=mtp, experts=experts, max_header_bytes=max_header_bytes)
-    contents = source.contents
-    with torch.device("meta"):
-        model = Transformer(contents.config)
-        tensors = _tensors(source, quantize_model(model, quantize).state_dict() if quantize else {})
-    check_fits(contents.folder, sum(tensor.nbytes for tensor in tensors.values()), device)
+    contents, tensors = source.contents, _tensors(source, quantize)
+    needed = sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
+    check_fits(contents.folder, needed, device)
     auxiliary = read_auxiliary(contents.folder)
 
-    state = {name: torch.empty_like(tensor, device=device) for name, tensor in tensors.items()}
+    with torch.device("meta"):
+        model = Transformer(contents.config)
+    if quantize is not None:
+        quantize_model(model, quantize)
+    state = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in tensors.items()}
     if device.type != "meta":
         check_repeats(contents)
         _read(source, state, progress)
@@ -138,14 +141,14 @@ def usable_device(device: Any) -> torch.device:
         raise ConfigError("device", device, f"a device of this machine ({reason})") from None
 
 
-def _tensors(source: "Source", quantised: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of the model on the current device; `quantised` has those of the int8 model."""
-    tensors: dict[str, Tensor] = {}
+def _tensors(source: "Source", quantize: str | None) -> dict[str, tuple[Shape, torch.dtype]]:
+    """Return shape and dtype of each tensor of the model."""
+    tensors: dict[str, tuple[Shape, torch.dtype]] = {}
     for name, shape in source.shapes.items():
-        is_int8 = name in quantised and quantised[name].dtype == torch.int8
-        tensors[name] = torch.empty(shape, dtype=torch.int8 if is_int8 else source.dtypes[name])
+        is_int8 = quantize is not None and is_converted(name)
+        tensors[name] = shape, torch.int8 if is_int8 else source.dtypes[name]
         if is_int8:
-            tensors[f"{name}_scale"] = torch.empty(shape[:-1], dtype=torch.bfloat16)
+            tensors[f"{name}_scale"] = shape[:-1], torch.bfloat16
     return tensors
 
 
