@@ -86,7 +86,7 @@ def on_kernels(*first: str, files: tuple[str, ...] = (OPS, OFFSETS)) -> tuple[St
 STAGES: dict[str, tuple[Stage, ...]] = {
     "moe/ops/activation.py": (Stage((OPS, CONTRACT), ("swiglu", "test_moe_mlp", "gradients", ANY)),),
     "moe/ops/grouped_gemm.py": (Stage((OPS, CONTRACT), ("grouped_mm", "gradients", ANY)),),
-    "moe/ops/int8.py": (Stage((INT8, CONTRACT)),),
+    "moe/ops/int8.py": (Stage((INT8, CONTRACT, "tests/ops/test_flops.py")),),
     "moe/ops/mlp.py": (Stage((OPS, CONTRACT), ("test_moe_mlp", ANY)),),
     "moe/ops/permutation.py": (Stage((OPS, CONTRACT), ("permute", "test_moe_mlp", ANY)),),
     "moe/ops/matmul.py": (Stage((OPS, CONTRACT), ("grouped_mm", "test_moe_mlp", ANY)),),
@@ -108,7 +108,7 @@ SLOW = ("many_experts", "transformers", "compile", "127x129", "257x65", "256x128
 
 # Files of which only some functions compute results.
 PARTS = {"kernels/moe_triton/tiling.py": ("even", "last_stride_one")}
-SPEED = re.compile(r"num_warps|num_stages|BLOCK\w*|COLUMNS|SLOTS|debug|sanitize_overflow|asserted|_by_onednn")
+SPEED = re.compile(r"num_warps|num_stages|BLOCK\w*|COLUMNS|SLOTS|debug|sanitize_overflow|asserted|_by_onednn|_CHUNK")
 REFUSALS = ("device_assert", "_assert_async", "msg")
 DEFINITIONS = ("define", "define_gradient")
 OTHER = {

@@ -76,8 +76,6 @@ def dequantize_int8(
         out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     if out.dtype not in _DTYPES:
         raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16; found {out.dtype}")
-    if out.dtype == torch.float16:  # cannot represent small scales
-        return out.copy_(codes.to(torch.float32).mul_(scale.unsqueeze(-1)))
     return out.copy_(codes).mul_(scale.unsqueeze(-1))
 
 
@@ -140,8 +138,7 @@ def _product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
         return torch.ops.aten._weight_int8pack_mm.default(x, codes, scale)
     wide = torch.float32 if x.dtype == torch.float16 else x.dtype  # unscaled sums may exceed float16
     count = max(1, _CHUNK // max(codes.shape[1], 1))
-    parts = [product(x.to(wide), part.to(wide).t()) for part in codes.split(count)]
-    y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    y = torch.cat([product(x.to(wide), part.to(wide).t()) for part in codes.split(count)], dim=1)
     return y.mul_(scale).to(x.dtype)
 
 
