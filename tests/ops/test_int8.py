@@ -207,6 +207,13 @@ def test_torchs_operator_runs_where_it_is_safe(why: str, x: tuple[Any, int], cod
     assert ("_weight_int8pack_mm" in called.names) == (not why)
 
 
+def test_torchs_operator_has_offsets_of_32_bits() -> None:
+    with torch.device("meta"):
+        x = torch.empty(1, 2**16, dtype=torch.bfloat16)
+        assert int8._can_pack(x, torch.empty(2**15 - 4, 2**16, dtype=torch.int8))
+        assert not int8._can_pack(x, torch.empty(2**15, 2**16, dtype=torch.int8))
+
+
 def quantised(i: Inputs) -> tuple[tuple[Tensor, ...], Inputs]:
     """(codes and scales of gate_up and down, inputs with the dequantised weights in float64)"""
     parts = (*ops.quantize_int8(i.gate_up), *ops.quantize_int8(i.down))

@@ -42,6 +42,7 @@ NAMED = (
             "factor[:, None]).trunc_()",
         ),
         ("int8 scales of another expert", "_mlp", "down_scale[expert]", "down_scale[expert - 1]"),
+        ("int8 offsets beyond 32 bits", "_can_pack", "codes.numel() < 2**31", "codes.numel() < 2**32"),
         ("int8 sums scaled twice", "_product", "y.mul_(scale)", "y.mul_(scale).mul_(scale)"),
     ),
     *_in_file(
