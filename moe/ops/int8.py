@@ -1,7 +1,7 @@
 """Int8 weights with one scale per output row: quantisation, and products that read the codes.
 
-The products are operators without a gradient, for inference on a CPU. Decoding reads every weight that is used once per
-token, so one byte per weight halves the time of bfloat16.
+The products are operators without a gradient, for inference on a CPU. Decoding one token reads each weight that it uses
+once, so its time is that of reading them: one byte per weight instead of two.
 """
 
 import math
@@ -85,7 +85,8 @@ def int8_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
         y = (x @ codes.T) * scale        codes int8 [N, K], scale bfloat16 [N]
 
     Sums accumulate in float32 or wider. They are rounded to x's dtype before and after the multiplication by the scale;
-    for up to 16 rows in bfloat16 once, afterwards. No gradient.
+    for up to 16 rows in bfloat16, and in float16, only afterwards. In other cases the sum must not overflow before it
+    is scaled. No gradient.
 
     Raises TypeError for wrong dtypes, ValueError for wrong shapes.
     """
