@@ -29,6 +29,7 @@ _HOME = {
     "Transformer": "moe.model",
     "generate": "moe.generation",
     "load": "moe.checkpoint",
+    "quantize": "moe.int8",
     "save": "moe.checkpoint",
     "family_problems": "moe.checkpoint.format.config_json",
 }
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from moe.errors import ConfigError as ConfigError
     from moe.errors import ParallelError as ParallelError
     from moe.generation import generate as generate
+    from moe.int8 import quantize as quantize
     from moe.layer import MoELayer as MoELayer
     from moe.layer import MoEStats as MoEStats
     from moe.model import Transformer as Transformer

@@ -54,8 +54,8 @@ _NAMES: dict[Role, tuple[str, ...]] = {
     Role("sink", 1): ("sinks",),
     Role("codes", None): ("gate_up_proj_blocks", "down_proj_blocks"),
     Role("scales", None): (
-        *(f"{name}_proj_{kind}" for name in ("gate_up", "down") for kind in ("scales", "scale_inv")),
-        "weight_scale_inv",
+        *(f"{name}_proj_{kind}" for name in ("gate_up", "down") for kind in ("scale", "scales", "scale_inv")),
+        *("weight_scale", "weight_scale_inv"),
     ),
 }
 ROLES: dict[str, Role] = {name: role for role, names in _NAMES.items() for name in names}

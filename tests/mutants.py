@@ -72,7 +72,7 @@ class Stage:
 
 
 OPS, CONTRACT, ROUTING = "tests/ops/test_ops.py", "tests/ops/test_contract.py", "tests/ops/test_routing.py"
-MATMUL, QUANTIZATION = "tests/ops/test_matmul.py", "tests/ops/test_quantization.py"
+MATMUL, QUANTIZATION, INT8 = "tests/ops/test_matmul.py", "tests/ops/test_quantization.py", "tests/ops/test_int8.py"
 OFFSETS, ANY = "tests/kernels/offsets.py", ""
 WITHOUT_A_GPU = Stage(
     ("tests/kernels/test_kernels.py",), ("launches", "grid", "compiled_for", "waits", "names_no_expert", "refused")
@@ -86,6 +86,7 @@ def on_kernels(*first: str, files: tuple[str, ...] = (OPS, OFFSETS)) -> tuple[St
 STAGES: dict[str, tuple[Stage, ...]] = {
     "moe/ops/activation.py": (Stage((OPS, CONTRACT), ("swiglu", "test_moe_mlp", "gradients", ANY)),),
     "moe/ops/grouped_gemm.py": (Stage((OPS, CONTRACT), ("grouped_mm", "gradients", ANY)),),
+    "moe/ops/int8.py": (Stage((INT8, CONTRACT, "tests/ops/test_flops.py")),),
     "moe/ops/mlp.py": (Stage((OPS, CONTRACT), ("test_moe_mlp", ANY)),),
     "moe/ops/permutation.py": (Stage((OPS, CONTRACT), ("permute", "test_moe_mlp", ANY)),),
     "moe/ops/matmul.py": (Stage((MATMUL, OPS, CONTRACT), ("product", "grouped_mm", "test_moe_mlp", ANY)),),
@@ -116,7 +117,7 @@ PARTS = {
     "kernels/moe_triton/tiling.py": ("even", "last_stride_one"),
     "moe/attention.py": ("_attend_in_blocks", "_attend_absorbed"),
 }
-SPEED = re.compile(r"num_warps|num_stages|BLOCK\w*|COLUMNS|SLOTS|debug|sanitize_overflow|asserted|_by_onednn")
+SPEED = re.compile(r"num_warps|num_stages|BLOCK\w*|COLUMNS|SLOTS|debug|sanitize_overflow|asserted|_by_onednn|_CHUNK")
 REFUSALS = ("device_assert", "_assert_async", "msg")
 DEFINITIONS = ("define", "define_gradient")
 OTHER = {

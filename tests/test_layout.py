@@ -25,6 +25,7 @@ LEVELS = [
     {"moe.balance", "moe.quantized"},
     {"moe.attention", "moe.layer"},
     {"moe.model"},
+    {"moe.int8"},
     {"moe.checkpoint.reading"},
     {"moe.checkpoint.writing"},
     {"moe.checkpoint"},

@@ -30,8 +30,10 @@ _OPERATORS = {
     "grouped_mm": "oneDNN, one product per group",
     "moe_mlp": "oneDNN, one product per expert",
     "dequantize_blocks": "PyTorch",
+    "dequantize_int8": "PyTorch",
     "dequantize_mxfp4": "PyTorch",
     "quantize_blocks": "PyTorch",
+    "quantize_int8": "PyTorch",
     "quantize_mxfp4": "PyTorch",
 }
 

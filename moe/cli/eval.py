@@ -2,10 +2,12 @@
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
+from moe.checkpoint import read_config
 from moe.checkpoint.reading.hub import explain_cache_misses, find
 from moe.cli.generate import read_tokenizer
 from moe.cli.options import COMPUTE_DTYPES, Option, dtype_option, option, read_dtype
@@ -14,6 +16,8 @@ from moe.errors import CheckpointError, ConfigError
 from moe.train.settings import Settings
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tokenizers import Tokenizer
 
     from moe.model import Transformer
@@ -23,13 +27,8 @@ DEFAULT_SEQ_LENGTH = 2048
 
 
 @dataclass(frozen=True)
-class Args:
-    """Score a model on text: perplexity, nats per token, bits per byte, and the load of its experts.
-
-    The text is tokenized with the folder's tokenizer.json and scored in windows, as in validation by `moesmith train`:
-    each token is predicted from those before it in its window. Perplexities are comparable only between models with the
-    same tokenizer; bits per byte are comparable between all models.
-    """
+class TextArgs:
+    """A model and a text for it, in windows."""
 
     folder: Annotated[str, Option("FOLDER", positional=True, text=FOLDER)]
     data: tuple[Path, ...] | None = None
@@ -60,15 +59,41 @@ class Args:
         read_dtype(self.dtype, COMPUTE_DTYPES)
 
 
-def run(args: Args) -> int:
-    folder, model, dataset, settings = prepared(args)
-    from moe.train.loop import NonFiniteError
-    from moe.train.scoring import score
+@dataclass(frozen=True)
+class Args(TextArgs):
+    """Score a model on text: perplexity, nats per token, bits per byte, and the load of its experts.
 
+    The text is tokenized with the folder's tokenizer.json and scored in windows, as in validation by `moesmith train`:
+    each token is predicted from those before it in its window. Perplexities are comparable only between models with the
+    same tokenizer; bits per byte are comparable between all models.
+
+    With --quantize, the same text is also scored with the stored weights in fp32 and in bf16. The logits of its first
+    512 tokens are compared with those in fp32: relative error (Frobenius norm), KL divergence of the next token in
+    nats, and how often the most likely token is the same.
+    """
+
+    quantize: Literal["int8"] | None = None
+    """Score the model with int8 weights, and print its error beside that of bf16: both against the stored weights in
+    fp32, in which the model must fit into memory."""
+
+
+def run(args: Args) -> int:
+    folder, load, dataset, settings = prepared(args)
+    from moe.train.loop import NonFiniteError
+    from moe.train.scoring import compare, score
+
+    chosen = partial(load, dtype=read_dtype(args.dtype, COMPUTE_DTYPES), quantize=args.quantize)
     try:
-        result = {"folder": str(folder)} | score(model, dataset, settings)
+        with explain_cache_misses(args.folder):
+            if args.quantize is None:
+                scores = score(chosen(), dataset, settings)
+            else:
+                models = {"fp32": partial(load, dtype="fp32"), "bf16": partial(load, dtype="bf16")}
+                # Not the run's bf16, which is autocast.
+                scores = compare(models | {args.quantize: chosen}, dataset, replace(settings, dtype="fp32"))
     except NonFiniteError as error:
         raise CheckpointError(folder, f"the {error.what} is not finite; {error.where}") from None
+    result = {"folder": str(folder)} | scores
     if args.json:
         print(json.dumps(result))
         return 0
@@ -81,8 +106,8 @@ def run(args: Args) -> int:
     return 0
 
 
-def prepared(args: Args) -> "tuple[Path, Transformer, Dataset, Settings]":
-    """The folder of the checkpoint, its model, the text as the validation split, and its windows and dtype."""
+def prepared(args: TextArgs) -> "tuple[Path, Callable[..., Transformer], Dataset, Settings]":
+    """The folder of the checkpoint, `moe.load` for it, the text as the validation split, its windows and dtype."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in training
     folder = find(args.folder)
     began = _settings(Path(args.folder))
@@ -102,8 +127,7 @@ def prepared(args: Args) -> "tuple[Path, Transformer, Dataset, Settings]":
         with explain_cache_misses(args.folder):
             dataset = pack(documents, *_tokenizer(folder))
     with explain_cache_misses(args.folder):
-        model = moe.load(folder, device=device, dtype=read_dtype(args.dtype, COMPUTE_DTYPES))
-    limit = model.config.max_position_embeddings
+        limit = read_config(folder).max_position_embeddings
     if (args.seq_length or 0) > limit:
         raise ConfigError("--seq-length", args.seq_length, f"at most the model's {limit} positions")
     settings = Settings(
@@ -112,7 +136,7 @@ def prepared(args: Args) -> "tuple[Path, Transformer, Dataset, Settings]":
         document_mask=began.document_mask if args.document_mask is None else args.document_mask,
         dtype=began.dtype if args.dtype == "auto" else "fp32",
     )
-    return folder, model, dataset, settings
+    return folder, partial(moe.load, folder, device=device), dataset, settings
 
 
 def _tokenizer(folder: Path) -> "tuple[Tokenizer, int]":

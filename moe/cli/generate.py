@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from moe.checkpoint import read_config
 from moe.checkpoint.format.files import read_bounded
@@ -65,6 +65,9 @@ class Args:
     speculative: Speculative = "auto"
     """Draft tokens with the multi-token prediction modules, and verify several in one pass. auto: if the first passes
     are faster with drafts; off: do not load the modules."""
+    quantize: Literal["int8"] | None = None
+    """Convert weights to int8 while they are loaded. Needs half of the memory of bf16, and decodes faster in bf16; see
+    `moesmith eval --quantize` for the error."""
     device: str = "auto"
     """Device: cpu, cuda, cuda:1, ...; auto is the GPU if there is one."""
     json: bool = False
@@ -196,8 +199,13 @@ class _Model:
         chosen = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
         self.device = usable_device(chosen)
         with explain_cache_misses(args.folder):
-            dtype, mtp = read_dtype(args.dtype, COMPUTE_DTYPES), args.speculative != "off"
-            self.model = moe.load(folder, device=self.device, dtype=dtype, mtp=mtp)
+            self.model = moe.load(
+                folder,
+                device=self.device,
+                dtype=read_dtype(args.dtype, COMPUTE_DTYPES),
+                mtp=args.speculative != "off",
+                quantize=args.quantize,
+            )
 
     def check(self, ids: list[list[int]], prompts: list[str]) -> None:
         """Raise ConfigError or CheckpointError for prompts that the model cannot process."""

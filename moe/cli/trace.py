@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe.checkpoint.reading.hub import explain_cache_misses
 from moe.cli import eval as scoring
-from moe.cli.options import option
+from moe.cli.options import COMPUTE_DTYPES, option, read_dtype
 from moe.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class WhatIf:
 
 
 @dataclass(frozen=True)
-class Args(scoring.Args):
+class Args(scoring.TextArgs):
     """Record which experts each token of a text chooses, draw it, and answer what-if questions.
 
     Writes trace.json (summary: load per layer and expert, MaxVio, experts without tokens, experts chosen together),
@@ -101,7 +102,9 @@ def run(args: Args) -> int:
 
 
 def _record(args: Args) -> "Trace":
-    folder, model, dataset, settings = scoring.prepared(args)
+    folder, load, dataset, settings = scoring.prepared(args)
+    with explain_cache_misses(args.folder):
+        model = load(dtype=read_dtype(args.dtype, COMPUTE_DTYPES))
 
     import numpy as np
     import torch

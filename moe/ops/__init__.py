@@ -7,6 +7,7 @@ implementation, the fake and the gradient. The device of the tensors selects the
 from moe.config import SwiGLU
 from moe.ops.activation import swiglu
 from moe.ops.grouped_gemm import grouped_mm
+from moe.ops.int8 import dequantize_int8, quantize_int8
 from moe.ops.mlp import moe_mlp
 from moe.ops.permutation import Permuted, permute, unpermute
 from moe.ops.quantization import dequantize_blocks, dequantize_mxfp4, quantize_blocks, quantize_mxfp4
@@ -17,11 +18,13 @@ __all__ = [
     "Routing",
     "SwiGLU",
     "dequantize_blocks",
+    "dequantize_int8",
     "dequantize_mxfp4",
     "grouped_mm",
     "moe_mlp",
     "permute",
     "quantize_blocks",
+    "quantize_int8",
     "quantize_mxfp4",
     "route",
     "swiglu",

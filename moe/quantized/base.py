@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moe import ops
+from moe.linear import linear
 from moe.ops import SwiGLU
 from moe.ops.library import autocast, differentiable_once, has_values
 from moe.ops.permutation import check_ids, check_weights
@@ -91,6 +92,27 @@ def bias_parameter(bias: Tensor | None, shape: tuple[int, ...], name: str) -> nn
     return nn.Parameter(bias.detach())
 
 
+class FrozenLinear(torch.autograd.Function):
+    """`linear` with a weight that has no gradient and is not saved dequantised."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Tensor, scale: Tensor, decode: Decode) -> Any:
+        ctx.save_for_backward(weight, scale)
+        ctx.decode, ctx.dtype = decode, x.dtype
+        return linear(x, decode(weight, scale, dtype=x.dtype), bias)
+
+    @staticmethod
+    @differentiable_once("QuantizedLinear")
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> Any:
+        weight, scale = saved
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = linear(grad, ctx.decode(weight, scale, dtype=ctx.dtype).t())
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
+        return grad_x, grad_bias, None, None, None
+
+
 class _FrozenMLP(torch.autograd.Function):
     """`ops.moe_mlp` with expert weights that have no gradient and are not saved.
 
@@ -171,7 +193,7 @@ def _decode(decode: Decode, codes: Tensor, scale: Tensor, dtype: torch.dtype, ch
 
 
 class QuantizedExperts(Quantized):
-    """Base of FP8Experts and MXFP4Experts, with the interface of `moe.layer.Experts`.
+    """Base of FP8Experts, Int8Experts and MXFP4Experts, with the interface of `moe.layer.Experts`.
 
     Under autocast x and the biases are cast, as in `ops.moe_mlp`, and the weights are dequantised to autocast's dtype;
     otherwise to x's.
@@ -229,14 +251,7 @@ class QuantizedExperts(Quantized):
 
     def forward(self, x: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
         """Apply `ops.moe_mlp`: x [T, D], weights [T, K] and expert_ids [T, K] -> [T, D]. Raises the same errors."""
-        (x,) = autocast(x)  # pyright: ignore[reportAssignmentType]
-        check_ids(x, expert_ids)
-        check_weights(weights, expert_ids)
-        if x.shape[1] != self.width:
-            raise ValueError(f"x: expected [T, {self.width}]; found {tuple(x.shape)}")
-        gate_up_bias, down_bias = (
-            None if bias is None else bias.to(x.dtype) for bias in (self.gate_up_proj_bias, self.down_proj_bias)
-        )
+        x, gate_up_bias, down_bias = self._operands(x, weights, expert_ids)
         chosen: list[int] | None = None
         if x.device.type == "cpu" and has_values(x) and not torch.compiler.is_compiling():
             chosen, expert_ids = self._choose(expert_ids)
@@ -261,6 +276,17 @@ class QuantizedExperts(Quantized):
             down_bias=down_bias,
             activation=self.activation,
         )
+
+    def _operands(self, x: Tensor, weights: Tensor, expert_ids: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Check the arguments of `forward`; return x and the biases in the compute dtype."""
+        (x,) = autocast(x)  # pyright: ignore[reportAssignmentType]
+        check_ids(x, expert_ids)
+        check_weights(weights, expert_ids)
+        if x.shape[1] != self.width:
+            raise ValueError(f"x: expected [T, {self.width}]; found {tuple(x.shape)}")
+        biases = (self.gate_up_proj_bias, self.down_proj_bias)
+        gate_up_bias, down_bias = (None if bias is None else bias.to(x.dtype) for bias in biases)
+        return x, gate_up_bias, down_bias
 
     def _choose(self, expert_ids: Tensor) -> tuple[list[int], Tensor]:
         """Return the used experts in order, and expert_ids as indices into them; -1 is kept."""

@@ -1,38 +1,16 @@
 """Linear layers and experts with weights in FP8 blocks."""
 
 from functools import partial
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from moe import ops
-from moe.linear import linear
 from moe.ops import SwiGLU
-from moe.ops.library import autocast, check_device, differentiable_once
+from moe.ops.library import autocast, check_device
 from moe.ops.quantization import scale_shape
-from moe.quantized.base import Decode, Quantized, QuantizedExperts, bias_parameter, frozen, new_bias
-
-
-class _FrozenLinear(torch.autograd.Function):
-    """`linear` with a weight that has no gradient and is not saved dequantised."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Any:
-        ctx.save_for_backward(weight, scale)
-        ctx.block, ctx.dtype = block, x.dtype
-        return linear(x, ops.dequantize_blocks(weight, scale, block, x.dtype), bias)
-
-    @staticmethod
-    @differentiable_once("FP8Linear")
-    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> Any:
-        weight, scale = saved
-        grad_x = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = linear(grad, ops.dequantize_blocks(weight, scale, ctx.block, ctx.dtype).t())
-        if ctx.needs_input_grad[1]:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
-        return grad_x, grad_bias, None, None, None
+from moe.quantized.base import Decode, FrozenLinear, Quantized, QuantizedExperts, bias_parameter, frozen, new_bias
 
 
 class FP8Linear(Quantized):
@@ -73,7 +51,8 @@ class FP8Linear(Quantized):
         check_device("FP8Linear", self.weight, x)
         (x,) = autocast(x)  # pyright: ignore[reportAssignmentType]
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return _FrozenLinear.apply(x, bias, self.weight, self.weight_scale_inv, self.block_size)  # pyright: ignore
+        decode = partial(ops.dequantize_blocks, block_size=self.block_size)
+        return FrozenLinear.apply(x, bias, self.weight, self.weight_scale_inv, decode)  # pyright: ignore
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -116,11 +116,30 @@ def print_summary(console: Console, summary: dict[str, Any], command: str | None
 
 
 def print_scores(console: Console, result: dict[str, Any]) -> None:
-    """Print the result of `moe.train.scoring.score` as tables."""
+    """Print the result of `moe.train.scoring.score`, and the rows of `compare` under "precisions", as tables."""
     scored = f"{result['tokens']:,} tokens of {result['documents']:,} documents"
     row = f"{result['perplexity']:,.4f}", f"{result['nats_per_token']:.4f}", f"{result['bits_per_byte']:.4f}"
     title = f"{result['folder']}: {scored}, in windows of {result['seq_length']:,} tokens"
     print_table(console, title, ("perplexity", "nats/token", "bits/byte"), [row], text_columns=0)
+    if precisions := result.get("precisions"):
+        print_table(
+            console,
+            "error of the logits against fp32",
+            ("weights", "dtype", "bytes", "nats/token", "relative", "KL", "same top-1"),
+            [
+                (
+                    row["weights"],
+                    row["dtype"],
+                    f"{row['bytes']:,}",
+                    f"{row['nats_per_token']:.4f}",
+                    f"{row['logits_error']:.2e}",
+                    f"{row['kl_divergence']:.2e}",
+                    f"{row['top1_agreement']:.1%}",
+                )
+                for row in precisions
+            ],
+            text_columns=2,
+        )
     _print_load(console, result["load"], "expert load")
 
 

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models
 
 import moe
@@ -204,6 +205,16 @@ def generate_with_note(capsys, folder: Path, room: int, *options: str) -> list[d
     status, out, err = run(capsys, "generate", str(folder), "--json", *options)
     assert status == 0 and err == f"note: stopped after {room} new tokens, at the last of the model's 96 positions\n"
     return [json.loads(line) for line in out.splitlines()]
+
+
+def test_with_int8_weights(capsys, folder):
+    (found,) = generate(capsys, folder, "--prompt", "abc", "--max-new-tokens", "6", "--quantize", "int8")
+    model = moe.quantize(moe.load(folder), "int8")
+    ids = torch.tensor([read_tokenizer(folder).encode("abc").ids])
+    expected = moe.generate(model, ids, max_new_tokens=6)[0, ids.shape[1] :].tolist()
+    assert found["token_ids"] == expected[: len(found["token_ids"])]
+    line = fails_in_one_line(capsys, "generate", str(folder), "--prompt", "a", "--quantize", "int4")
+    assert line == "moesmith generate: --quantize: expected one of int8; found 'int4'; did you mean int8?\n"
 
 
 def test_logits_that_are_not_numbers(capsys, folder, tmp_path):

@@ -12,8 +12,7 @@ import moe
 from moe import balance, ops
 from moe.cache import Cache
 from moe.ops.grouped_gemm import grouped_mm
-from moe.quantized.fp8 import FP8Experts, FP8Linear
-from moe.quantized.mxfp4 import MXFP4Experts
+from moe.quantized import FP8Experts, FP8Linear, Int8Experts, Int8Linear, MXFP4Experts
 from tests.support.cases import Case, RoutingCase
 from tests.support.models import GQA, MLA, small_model
 from tests.support.operators import whole_layer
@@ -95,16 +94,18 @@ QUANTISED: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: FP8Linear(32, 64, True),
     "fp8": lambda: FP8Experts(8, 32, 64, bias=True),
     "mxfp4": lambda: MXFP4Experts(8, 32, 64, bias=True),
+    "int8 linear": lambda: Int8Linear(32, 64),
+    "int8": lambda: Int8Experts(8, 32, 64),
 }
 
 
 def run_quantised(kind: str, tokens: int) -> None:
     x = torch.randn(tokens, 32, requires_grad=True)
-    routed = () if kind == "linear" else (torch.rand(tokens, 2), torch.zeros(tokens, 2, dtype=torch.int64))
+    routed = () if "linear" in kind else (torch.rand(tokens, 2), torch.zeros(tokens, 2, dtype=torch.int64))
     module = QUANTISED[kind]()
     y = module(x, *routed)
     y.sum().backward()
-    assert x.grad is not None and y.shape == (tokens, 64 if kind == "linear" else 32)
+    assert x.grad is not None and y.shape == (tokens, 64 if "linear" in kind else 32)
     with torch.no_grad():
         assert module(x, *routed).shape == y.shape
 

@@ -39,6 +39,7 @@ def samples(case: Case, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
     mlp_plain = (plain.x, *experts, plain.weights, plain.expert_ids)
     codes, scale_inv = ops.quantize_blocks(plain.gate_up, (2, 3), halves=2)
     packed = ops.quantize_mxfp4(plain.x.repeat(1, 8))
+    int8 = (*ops.quantize_int8(plain.gate_up), *ops.quantize_int8(plain.down))
     return {
         "swiglu": [(leaves.gate_up, None, 1.0, 0.0), (leaves.gate_up, 0.5, 1.702, 1.0)],
         "swiglu_backward": [(plain.gate_up[..., : case.hidden, :].mT, plain.gate_up.mT, 0.5, 1.0, 0.5)],
@@ -78,6 +79,11 @@ def samples(case: Case, dtype: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
         ],
         "dequantize_blocks": [(codes.view(torch.uint8), scale_inv, [2, 3], 2, torch.bfloat16)],
         "dequantize_mxfp4": [(*packed, dtype)],
+        "int8_linear": [(plain.x, int8[0][0], int8[1][0]), (plain.x[:, None], int8[0][0], int8[1][0])],
+        "int8_mlp": [
+            (plain.x, *int8, plain.weights, plain.expert_ids, None, None, None, 1.0, 0.0),
+            (plain.x, *int8, plain.weights, plain.expert_ids, *biases, 0.5, 1.702, 1.0),
+        ],
     }
 
 

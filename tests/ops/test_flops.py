@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import moe
 from moe import ops
 from moe.counts import count_parameters
-from moe.quantized.fp8 import FP8Experts
+from moe.quantized import FP8Experts, Int8Experts, Int8Linear
 
 T, D, F, E, K = 12, 8, 6, 4, 2
 
@@ -136,6 +136,11 @@ def test_without_values_and_quantised() -> None:
     ids = torch.randint(0, E, (T, K))
     assert flops(lambda: quantised(x, weights, ids)) == 6 * T * K * D * F
     assert flops(lambda: quantised(x.clone().requires_grad_(), weights, ids).sum().backward()) == 12 * T * K * D * F
+    for dtype in (torch.float32, torch.bfloat16):
+        int8 = Int8Experts.from_weights(layer.experts.gate_up_proj, layer.experts.down_proj)
+        assert flops(lambda: int8(x.to(dtype), weights, ids)) == 6 * T * K * D * F  # noqa: B023
+        linear = Int8Linear.from_weights(torch.randn(F, D))
+        assert flops(lambda: linear(x.to(dtype))) == 2 * T * D * F  # noqa: B023
 
 
 def test_the_counter_gets_the_formulas_when_it_is_imported() -> None:
@@ -148,5 +153,6 @@ from torch.utils.flop_counter import flop_registry
 print(*sorted(str(op) for op in flop_registry if "moesmith" in str(op)))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    expected = "moesmith.grouped_mm moesmith.moe_mlp_backward moesmith.moe_mlp_forward"
+    names = ("grouped_mm", "int8_linear", "int8_mlp", "moe_mlp_backward", "moe_mlp_forward")
+    expected = " ".join(f"moesmith.{name}" for name in names)
     assert done.stdout.splitlines() == ["False", expected]

@@ -33,6 +33,19 @@ NAMED = (
         ("gradient passes the limit", "swiglu_backward_into", "slope.masked_fill_(~inside[0], 0)", "pass"),
     ),
     *_in_file(
+        "moe/ops/int8.py",
+        ("int8 scale of a row of zeros is zero", "quantize_int8", "amax == 0, 1.0", "amax == 0, 0.0"),
+        (
+            "int8 truncated instead of rounded",
+            "quantize_int8",
+            "factor[:, None]).round_()",
+            "factor[:, None]).trunc_()",
+        ),
+        ("int8 scales of another expert", "_mlp", "down_scale[expert]", "down_scale[expert - 1]"),
+        ("int8 offsets beyond 32 bits", "_can_pack", "codes.numel() < 2**31", "codes.numel() < 2**32"),
+        ("int8 sums scaled twice", "_product", "y.mul_(scale)", "y.mul_(scale).mul_(scale)"),
+    ),
+    *_in_file(
         "moe/ops/mlp.py",
         ("last expert skipped", "_forward", "in batches:", "in batches[:-1]:"),
         ("zeros returned", "_forward", "combine(rows, order.position, weights)", "torch.zeros_like(x)"),

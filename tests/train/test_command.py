@@ -19,11 +19,12 @@ import moe
 from moe.cli import main
 from moe.presets import PRESETS
 from moe.train.architecture import apply_changes
+from moe.train.data import open_dataset
 from moe.train.documents import read_files
 from moe.train.loop import NonFiniteError, Trainer
 from moe.train.run import train
 from moe.train.schedule import learning_rate_factor
-from moe.train.scoring import pack
+from moe.train.scoring import logits_difference, pack
 from moe.train.settings import Settings
 from moe.train.state import load_latest_state
 from tests.support.training import MICRO, MICRO_SETTINGS, QUIET, assert_same_state
@@ -518,6 +519,52 @@ def test_eval_equals_a_trainers_evaluation_and_transformers(
     assert [row["tokens"] for row in found["load"]] == expected.load.tolist()
 
 
+def test_eval_in_int8_prints_the_error_beside_that_of_bf16(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = evaluated(capsys, str(run), "--quantize", "int8")
+    exact, bf16, int8 = found["precisions"]
+    assert [row["weights"] for row in (exact, bf16, int8)] == ["fp32", "bf16", "int8"]
+    assert [row["dtype"] for row in (exact, bf16, int8)] == ["float32", "bfloat16", "float32"]
+    plain = evaluated(capsys, str(run), "--dtype", "fp32")
+    assert exact["nats_per_token"] == plain["nats_per_token"]
+    assert int8["nats_per_token"] == found["nats_per_token"] != plain["nats_per_token"]
+    assert bf16["nats_per_token"] == evaluated(capsys, str(run), "--dtype", "bf16")["nats_per_token"]
+    assert (exact["logits_error"], exact["kl_divergence"], exact["top1_agreement"]) == (0, 0, 1)
+
+    ids = torch.from_numpy(open_dataset(run / "data").validation[:16].astype("int64"))[None]
+    models = {
+        "fp32": moe.load(run),
+        "bf16": moe.load(run, dtype="bf16"),
+        "int8": moe.quantize(moe.load(run), "int8"),
+    }
+    with torch.no_grad():
+        logits = {name: model(ids).logits[0].double() for name, model in models.items()}
+    log_p = logits["fp32"].log_softmax(-1)
+    for row, (name, model) in zip((exact, bf16, int8), models.items(), strict=True):
+        assert row["bytes"] == sum(tensor.nbytes for tensor in model.state_dict().values())
+        error = (logits[name] - logits["fp32"]).norm() / logits["fp32"].norm()
+        assert row["logits_error"] == pytest.approx(error.item(), rel=1e-6)
+        divergence = torch.nn.functional.kl_div(logits[name].log_softmax(-1), log_p, reduction="sum", log_target=True)
+        assert row["kl_divergence"] == pytest.approx(divergence.item() / 16, rel=1e-6, abs=1e-15)
+        same = (logits[name].argmax(-1) == logits["fp32"].argmax(-1)).double().mean().item()
+        assert row["top1_agreement"] == same
+    assert 0 < int8["logits_error"] < 0.1 and 0 < bf16["logits_error"] < 0.1
+    assert int8["bytes"] < bf16["bytes"] < exact["bytes"]
+
+    assert main(["eval", str(run), "--quantize", "int8", "--dtype", "bf16"]) == 0
+    out = capsys.readouterr().out
+    assert "error of the logits against fp32" in out and re.search(r"int8 +bfloat16 +[\d,]+", out)
+
+
+def test_the_difference_of_logits_by_hand() -> None:
+    exact = torch.tensor([[0.0, 2.0], [1.0, -2.0]])
+    found = logits_difference(exact, torch.tensor([[0.0, 2.0], [-2.0, 2.0]]))
+    assert found["top1_agreement"] == 0.5 and found["logits_error"] == pytest.approx(5 / 3)
+    p, q = 1 / (1 + math.exp(-3)), 1 / (1 + math.exp(4))
+    expected = (p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))) / 2
+    assert found["kl_divergence"] == pytest.approx(expected)
+    assert logits_difference(exact * 0, exact * 0)["logits_error"] == 0
+
+
 def test_eval_refuses_in_one_line(text: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mute, endless, none, short = (tmp_path / name for name in ("mute", "endless", "none.txt", "short.txt"))
     for folder in (mute, endless):
@@ -539,6 +586,7 @@ def test_eval_refuses_in_one_line(text: Path, run: Path, tmp_path: Path, capsys:
         ),
         ([str(run), "--seq-length", "3"], "--seq-length: expected 4 or more; found 3"),
         ([str(run), "--dtype", "int8"], "--dtype"),
+        ([str(run), "--quantize", "int4"], "--quantize: expected one of int8; found 'int4'"),
         ([str(run), "--device", "abacus"], "--device: expected a device of this machine"),
         ([str(mute), "--data", str(text)], "tokenizer.json: no such file"),
         ([str(endless), "--data", str(text)], "tokenizer.json: expected a tokenizer with an end-of-text token"),

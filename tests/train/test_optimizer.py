@@ -15,7 +15,7 @@ from moe.counts import parameter_shapes
 from moe.layer import MLP, Experts, MoELayer
 from moe.model import MTP
 from moe.presets import PRESETS
-from moe.quantized import FP8Experts, FP8Linear, MXFP4Experts
+from moe.quantized import FP8Experts, FP8Linear, Int8Experts, Int8Linear, MXFP4Experts
 from moe.roles import role_of
 from moe.router import Router
 from moe.train.optimizer import BatchedMuon, build_optimizers, orthogonalize
@@ -310,12 +310,14 @@ def test_a_parameter_without_a_role_is_named() -> None:
         build_optimizers(model, "muon", 0.1, 0.1)
 
 
-@pytest.mark.parametrize("kind", [FP8Experts, MXFP4Experts])
-def test_quantised_weights_are_frozen_and_left_out(kind: Any) -> None:
+@pytest.mark.parametrize(
+    ("kind", "linear"), [(FP8Experts, FP8Linear), (MXFP4Experts, FP8Linear), (Int8Experts, Int8Linear)]
+)
+def test_quantised_weights_are_frozen_and_left_out(kind: Any, linear: Any) -> None:
     layer = MoELayer(32, 32, 4, 2, n_shared_experts=1, expert_bias=True)
     layer.experts = kind(4, 32, 32, bias=True)
     assert layer.shared_experts is not None
-    layer.shared_experts.up_proj = FP8Linear(32, 32)  # pyright: ignore[reportAttributeAccessIssue]
+    layer.shared_experts.up_proj = linear(32, 32)
     names = {parameter: name for name, parameter in layer.named_parameters()}
     assert all(role_of(name) for name, _ in layer.named_buffers())
     groups = {type(o).__name__: o.param_groups for o in build_optimizers(layer, "muon", 0.1, 0.1)}

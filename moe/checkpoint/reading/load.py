@@ -34,9 +34,12 @@ from moe.checkpoint.reading.values import (
 )
 from moe.counts import Shape, parameter_shapes
 from moe.errors import CheckpointError, ConfigError
+from moe.int8 import Quantization, check_kind, is_converted
+from moe.int8 import quantize as quantize_model
 from moe.layer import Experts
 from moe.model import Transformer
-from moe.quantized import FP8Experts, FP8Linear, MXFP4Experts
+from moe.ops import quantize_int8
+from moe.quantized import FP8Experts, FP8Linear, Int8Experts, MXFP4Experts
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ def load(
     revision: str | None = None,
     mtp: bool = True,
     experts: range | None = None,
+    quantize: Quantization | None = None,
     max_header_bytes: int = MAX_HEADER_BYTES,
     progress: bool | None = None,
 ) -> Transformer:
@@ -90,26 +94,34 @@ def load(
             not count are always left out, with a warning.
         experts: read and hold only these routed experts of each layer, the share of one rank; such a model requires a
             dispatcher for the other ones.
+        quantize: "int8" converts weights while they are read, one tensor at a time; see `moe.quantize`. `dtype` is then
+            the dtype of all other tensors, and the one in which the model computes; it cannot be "keep".
         max_header_bytes: maximum header size of a file, at most 100 MiB; released files are below the default, 16 MiB.
         progress: whether to show a progress bar on stderr; None: if it is a terminal.
 
     Raises:
         CheckpointError: names file, tensor, and what was expected and found. A tensor is missing, unexpected or
             mis-shaped; it has an unsupported dtype, or one that "auto" cannot combine with the others; a repeated
-            embedding or head differs from the original; the family or quantisation format is unknown; the model does
-            not fit into memory; or a file is malformed.
+            embedding or head differs from the original; a weight to be quantised is not finite; the family or
+            quantisation format is unknown; the model does not fit into memory; or a file is malformed.
         ConfigError: an argument has an invalid value.
     """
     device = usable_device(device)
+    if quantize is not None:
+        check_kind("quantize", quantize)
+        if dtype == "keep":
+            raise ConfigError("dtype", dtype, "'auto' or a floating dtype with quantize='int8'")
     source = examine(folder, dtype, revision=revision, mtp=mtp, experts=experts, max_header_bytes=max_header_bytes)
-    contents, shapes, dtypes = source.contents, source.shapes, source.dtypes
-    needed = sum(math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items())
+    contents, tensors = source.contents, _tensors(source, quantize)
+    needed = sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
     check_fits(contents.folder, needed, device)
     auxiliary = read_auxiliary(contents.folder)
 
     with torch.device("meta"):
         model = Transformer(contents.config)
-    state = {name: torch.empty(shape, dtype=dtypes[name], device=device) for name, shape in shapes.items()}
+    if quantize is not None:
+        quantize_model(model, quantize)
+    state = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in tensors.items()}
     if device.type != "meta":
         check_repeats(contents)
         _read(source, state, progress)
@@ -129,15 +141,40 @@ def usable_device(device: Any) -> torch.device:
         raise ConfigError("device", device, f"a device of this machine ({reason})") from None
 
 
+def _tensors(source: "Source", quantize: str | None) -> dict[str, tuple[Shape, torch.dtype]]:
+    """Return shape and dtype of each tensor of the model."""
+    tensors: dict[str, tuple[Shape, torch.dtype]] = {}
+    for name, shape in source.shapes.items():
+        is_int8 = quantize is not None and is_converted(name)
+        tensors[name] = shape, torch.int8 if is_int8 else source.dtypes[name]
+        if is_int8:
+            tensors[f"{name}_scale"] = shape[:-1], torch.bfloat16
+    return tensors
+
+
 def _read(source: "Source", state: Mapping[str, Tensor], progress: bool | None) -> None:
     """Fill the parameters from the files."""
     total = sum(piece.row_bytes * len(piece.rows) for piece in source.pieces)
     with Progress("loading", total, progress) as bar, Files(bar) as files:
         for piece in source.pieces:
             destination = state[piece.parameter][piece.index]
+            if destination.dtype == torch.int8:
+                weight = torch.empty_like(destination, dtype=source.dtypes[piece.parameter])
+                fill(files, piece, weight, source.contents)
+                _quantize_into(destination, state[f"{piece.parameter}_scale"][piece.index], weight, piece, source)
+                continue
             fill(files, piece, destination, source.contents)
             if piece.spec.scale_of is not None:
                 check_scales(piece.info, destination)
+
+
+def _quantize_into(codes: Tensor, scale: Tensor, weight: Tensor, piece: Piece, source: "Source") -> None:
+    try:
+        for destination, values in zip((codes, scale), quantize_int8(weight), strict=True):
+            destination.copy_(values)
+    except ValueError as error:
+        problem = "int8 cannot hold its values"
+        raise source.contents.error(piece.info.name, problem, expected="finite values", found=error) from None
 
 
 @dataclass(frozen=True)
@@ -332,10 +369,12 @@ def _assign(model: Transformer, state: dict[str, Tensor], contents: Contents) ->
             )
         elif leaf in ("gate_up_proj_scale_inv", "gate_up_proj_scales"):
             made = _quantized_experts(module, parent, state, biases, contents)
-        elif type(module) is Experts and leaf == "gate_up_proj" and len(state[name]) < contents.config.n_routed_experts:
+        elif leaf == "gate_up_proj" and isinstance(module, Experts | Int8Experts):
+            if len(state[name]) == contents.config.n_routed_experts:
+                continue
             (count, twice, width), bias = state[name].shape, module.gate_up_proj_bias is not None
             with torch.device("meta"):
-                made = Experts(count, width, twice // 2, bias=bias, activation=module.activation)
+                made = type(module)(count, width, twice // 2, bias=bias, activation=module.activation)
         else:
             continue
         model.set_submodule(parent, made)

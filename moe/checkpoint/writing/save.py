@@ -83,6 +83,10 @@ def _checked_state(model: Transformer, target: Path) -> tuple[dict[str, Tensor],
     """Return the model's tensors and those of the files; raises `CheckpointError` if a reader would refuse them."""
     state: dict[str, Tensor] = dict(model.state_dict())
     check_dense(state, target)
+    for name, tensor in state.items():
+        if tensor.dtype == torch.int8:
+            problem = "int8 weights cannot be saved; save the model before it is quantised"
+            raise CheckpointError(target, problem, tensor=name, expected="a floating-point dtype", found=tensor.dtype)
     origin: Origin | None = model.origin
     config = as_written(model.config, target)
     family = family_of(config.model_type, target)
