@@ -6,11 +6,11 @@ import sys
 from typing import NoReturn
 
 COMMANDS = {
-    "layer": "one MoE layer and its operations beside peers, on a GPU or a CPU",
-    "cpu": "a whole model beside transformers' on the CPU",
-    "load": "loading a checkpoint beside other readers of the same files",
+    "layer": "one MoE layer and its operations, on a GPU or a CPU",
+    "cpu": "a whole model on the CPU, compared with transformers",
+    "load": "loading a checkpoint, compared with other readers",
     "parallel": "packing, bytes and scaling of expert parallelism",
-    "qualify": "staged checks that everything works on a machine with a GPU",
+    "qualify": "tests and benchmarks on a machine with a GPU, in stages",
 }
 
 
@@ -37,7 +37,7 @@ def _main(argv: list[str] | None) -> int:
 
     parser = Parser(
         prog="python -m benchmarks",
-        description="Benchmarks beside other implementations (peers). Only correct results are timed.",
+        description="Compare moesmith with other libraries (peers). Only correct results are timed.",
         epilog="smoke test:\n  python -m benchmarks layer --small\n"
         "one model's layer:\n  python -m benchmarks layer --shape olmoe --op forward train decode",
         formatter_class=argparse.RawDescriptionHelpFormatter,

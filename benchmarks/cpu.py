@@ -1,17 +1,17 @@
-"""Times a whole model on the CPU beside transformers' model: same weights, same
-process, taking turns.
+"""Times a whole model on the CPU, and transformers' model with the same weights.
+The two take turns in one process.
 
 Work, batch size 1:
   train    forward and backward of S = 512 tokens, both models in train mode,
            loss from all logits in float32; parameters and gradients in --dtype,
            gradients allocated and freed within the timing, no optimizer
   prefill  1,024 tokens into an empty cache, logits of the last one
-  decode   tokens one at a time after that prefill, logits of each
+  decode   one token at a time after that prefill, logits of each
 
 The peer is DeepseekV3ForCausalLM with SDPA attention and the fastest of its
 expert backends for that work (eager, batched_mm, grouped_mm). A ratio is
-printed only if each of our errors is at most twice the peer's. The reference of
-the errors is the peer's model in float64 (whose norms, router and RoPE still
+printed only if each of moesmith's errors is at most twice the peer's. Errors
+are relative to the peer's model in float64 (whose norms, router and RoPE still
 compute in float32):
 
   logits     ||found - exact|| / ||exact|| of each token, its median and upper
@@ -21,9 +21,10 @@ compute in float32):
              and maximum
 
 In bfloat16 a token may be routed differently than in float64. Such tokens
-dominate the largest errors, the peer's included, so these say little about the
-other tokens. The medians do: they are also limited to 64 roundings of the dtype
-for logits and 128 for gradients, however wrong the peer is.
+dominate the largest errors of both models, so the largest errors say little
+about the other tokens. The medians are therefore also limited to 64 roundings
+of the dtype for logits and 128 for gradients, whatever the errors of the peer
+are.
 
 The limit, from ceilings measured in the same run:
   train    3 x forward FLOPs / dense matmul rate

@@ -1,5 +1,5 @@
-"""Times one MoE layer and its operations beside peers, for any shape, routing
-and device.
+"""Times one MoE layer and its operations, compared with peers, for any shape,
+routing and device.
 
 Operations:
   route    softmax, top-k and normalised weights, from float32 logits
@@ -11,12 +11,13 @@ Operations:
            weights
   decode   forward of 1, 4, 16 and 64 tokens (--small: 1 and 4)
 
-Inputs are normally distributed random numbers. The candidates take turns in one
-process, and times are medians. On a GPU they are measured by events with a cold
-cache, eagerly and, if a CUDA graph can be captured, as its replay. Only correct
-results are timed (benchmarks/correctness.py). The limit of each result
-(benchmarks/roofline.py) is based on the rates of a large matrix product and a
-large copy, measured in the same run.
+Inputs are normally distributed random numbers. The candidates (moesmith and the
+peers) take turns in one process, and times are medians. On a GPU they are
+measured by events with a cold cache, eagerly and, if a CUDA graph can be
+captured, as its replay. Only correct results are timed
+(benchmarks/correctness.py). The limit of each result (benchmarks/roofline.py)
+is based on the rates of a large matrix product and a large copy, measured in
+the same run.
 
 A shape T,d,n,E,K is T tokens, model width d, expert width n, and E experts, K
 of them per token.
@@ -29,10 +30,10 @@ prints no times. Its JSON lines have times and "small": true.
 "disturbed: other processes used X of N cores" at the end of a run describes
 the most disturbed measurement; JSON lines have "other_cores" and "disturbed".
 
-Exit status: 0; 1 if ours is wrong, fails, runs out of memory, or is slower than
---compare allows; 2 for bad input; 3 if a candidate left the device unusable (by
-an illegal access, for example), so that this process can measure nothing more;
-130 after Ctrl-C.
+Exit status: 0; 1 if moesmith is wrong, fails, runs out of memory, or is slower
+than --compare allows; 2 for bad input; 3 if a candidate left the device
+unusable (by an illegal access, for example), so that this process can measure
+nothing more; 130 after Ctrl-C.
 """
 
 import argparse
@@ -405,8 +406,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(NAMES)} or FILE.npz[:LAYER], see benchmarks/routings.py; default: uniform",
     )
     add("--dtype", nargs="+", choices=list(DTYPES), metavar="DTYPE", help=DTYPE_HELP)
-    add("--peers", nargs="*", metavar="NAME", help="Peers to time; without a name, only ours; default: all available")
-    add("--peer", action="append", default=[], metavar="FILE.py:FUNCTION", help="Your own peer, from LayerInputs to y")
+    add("--peers", nargs="*", metavar="NAME", help="Peers to time; without a name, none; default: all available")
+    add(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="FILE.py:FUNCTION",
+        help="Your own peer, a function of LayerInputs that returns y; repeatable",
+    )
     add("--device", choices=("cpu", "cuda"), help="Device; default: cuda if there is one, otherwise cpu")
     add("--small", action="store_true", help="Smoke test with shrunk shapes; always on for named shapes on a CPU")
     add(
@@ -428,7 +435,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compare",
         type=Path,
         metavar="OLD.jsonl",
-        help="Exit with status 1 if ours is wrong or slower than in this file",
+        help="Exit with status 1 if moesmith is wrong or slower than in this file",
     )
     add(
         "--tolerance",
@@ -438,7 +445,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Relative slowdown that --compare allows; default: 0.1",
     )
     add("--plot", type=Path, metavar="FILE.png", help="Write a bar chart of each result's share of its limit")
-    add("--profile", action="store_true", help="Print which kernels take our time")
+    add("--profile", action="store_true", help="Print the time of each of moesmith's kernels")
 
 
 def _positive(text: str) -> int:

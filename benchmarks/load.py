@@ -1,8 +1,8 @@
-"""Times loading a checkpoint that is in the page cache, beside other readers of
-the same bytes: seconds and peak memory.
+"""Compares moe.load with other readers of a checkpoint that is in the page cache:
+seconds and peak memory.
 
 The checkpoint has random weights, by default 2 GiB in bfloat16, in the layout
-of Qwen3-MoE, in several shards. Each load is a process of its own, and the
+of Qwen3-MoE, in several shards. Each load runs in its own process, and the
 readers take turns. The timing includes touching every page of the loaded
 tensors. Memory is the peak growth of the process's anonymous pages.
 
@@ -23,8 +23,8 @@ prints no times. Its JSON lines have times and "small": true. "disturbed: other
 processes used X of N cores" describes the whole run; JSON lines have
 "other_cores" and "disturbed".
 
-Exit status: 0; 1 if a tensor differs or ours fails; 2 for bad input; 130 after
-Ctrl-C.
+Exit status: 0; 1 if a tensor differs or moe.load fails; 2 for bad input; 130
+after Ctrl-C.
 """
 
 import argparse

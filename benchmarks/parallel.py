@@ -1,26 +1,27 @@
-"""Measures expert parallelism: packing, bytes and scaling of a dispatch, beside
-torch's operators, theory and one process.
+"""Measures expert parallelism: packing, bytes and scaling of a dispatch, compared
+with PyTorch's operators, the expected bytes, and one process.
 
 Parts:
-  pack     Work of one rank among 8, 16 and 64 for a dispatch, without
-           communication: destinations, rows in their order, routing as bytes,
-           rows as fp8, sums of results; and the experts' work on rows that
-           arrive. Runs on a GPU, too. Shares are relative to the time that
-           the bytes take at the rate of a large copy, measured in the same run.
-  bytes    Bytes that leave a rank per token and layer, forward: a dispatch over
-           gloo, one process per rank, beside the expectation of `moesmith plan
-           --gpu` for balanced routing, and beside a naive dispatch with a copy
-           for each expert. Counts are checked against sets, and against the
-           bytes passed to collectives.
+  pack     Work of one rank out of 8, 16 and 64 for a dispatch, without
+           communication: finding destinations, sorting rows, packing routing,
+           converting rows to FP8, summing results; and the experts' work on
+           received rows. Runs on a CPU or a GPU. Percentages are relative to
+           the time that the bytes take at the rate of a large copy, measured
+           in the same run.
+  bytes    Bytes that a rank sends per token and layer in the forward pass: a
+           dispatch over gloo, one process per rank, compared with the bytes
+           that `moesmith plan --gpu` expects for balanced routing, and with a
+           naive dispatch that sends a copy for each expert. Counts are checked
+           against sets of ranks, and against the bytes passed to collectives.
   scaling  A layer forward and backward, one process and one thread per rank,
            with fixed tokens per rank and with a fixed total, taking turns with
-           the undivided layer on one thread. Shares are of its speed times the
-           number of cores that the ranks can use. Outputs and gradients are
-           compared with float64 first. Time in collectives includes waiting
-           for other ranks.
+           the undivided layer on one thread. Percentages are relative to its
+           speed times the number of cores that the ranks can use. Outputs and
+           gradients are compared with float64 first. Time in collectives
+           includes waiting for other ranks.
 
-More ranks than cores share the cores: speed does not grow further, and more
-bytes are sent.
+If there are more ranks than cores, ranks share cores: the speed does not grow
+further, but more bytes are sent.
 
 A shape T,d,n,E,K is T tokens per rank, model width d, expert width n, and E
 experts, K of them per token.
@@ -34,7 +35,8 @@ prints no times or ratios. Its JSON lines have times and "small": true.
 "disturbed: other processes used X of N cores" describes the most disturbed
 measurement; JSON lines of pack and scaling have "other_cores" and "disturbed".
 
-Exit status: 0; 1 if ours is wrong or fails; 2 for bad input; 130 after Ctrl-C.
+Exit status: 0; 1 if moesmith is wrong or fails; 2 for bad input; 130 after
+Ctrl-C.
 """
 
 import argparse

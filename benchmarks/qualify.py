@@ -1,40 +1,43 @@
-"""Checks in stages with time limits that everything works on this machine.
+"""Tests and times everything on this machine, in stages with time limits.
 
 Stages, in this order:
-  environment  the kernels run; optional packages and tools, by probes
+  environment  whether the kernels run, and which optional packages and tools
+               work
   kernels      the operators' tests on the Triton kernels, in many processes
                (on a CPU: a few of them, in Triton's interpreter)
   cuda         tests/kernels/test_cuda.py: no synchronisation, CUDA
                graphs, bit-identical repeats, more than 2^31 elements
   model        training, loading, generation, transformers, torch.compile, one
-               rank of NCCL; each beside the CPU
+               rank of NCCL; each compared with the CPU
   sanitizer    compute-sanitizer on ten small cases: memcheck, racecheck,
                initcheck
-  benchmark    forward, training and decode beside peers, one process per shape
+  benchmark    forward, training and decode, compared with peers; one process
+               per shape
   profile      Nsight Compute on the kernels of a training step: L2 throughput,
                use of the tensor cores
 
-Each task is a process of its own with a limit. A crash, a lost GPU or a hung
-compilation ends that process and is recorded; the other tasks go on. Warnings
-are listed in the log and fail nothing, except the warning that torch's
-operators run instead of the kernels.
+Each task runs in its own process with a time limit. A crash, a lost GPU or a
+hung compilation ends that process and is recorded; the other tasks continue.
+Warnings are written to the log and fail no task, with one exception: the
+warning that torch's operators run instead of the kernels.
 
---resume skips tasks that have passed, failed or were not usable, if the device,
-the program and the packages are the same. To repeat them, use a new folder.
+--resume skips tasks that passed, failed or were not usable, if the device, the
+sources and the packages are the same. To repeat them, use a new folder.
 
-The folder --out gets report.md (rewritten after each stage), results.jsonl
+The folder --out receives report.md (rewritten after each stage), results.jsonl
 (appended line by line), log.txt, and a PNG for each of forward, train and
 decode.
 
 --small, and any run on a CPU, is a smoke test of the benchmark stage: it prints
 no times.
 
-Needs torch, triton, numpy, pytest, rich, einops and safetensors. moesmith need
-not be installed. A task that needs more is "not usable" if that is missing.
+Requires torch, triton, numpy, pytest, rich, einops and safetensors. moesmith
+need not be installed. A task that requires more is "not usable" if that is
+missing.
 
 Exit status: 0 if nothing failed, even if tasks are left or not usable; 1 if a
-stage failed; 2 for bad input; 130 after Ctrl-C or SIGTERM; the report is
-written.
+task failed; 2 for bad input; 130 after Ctrl-C or SIGTERM. The report is written
+in every case except bad input.
 """
 
 import argparse
@@ -538,7 +541,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--minutes",
         type=_minutes,
         metavar="M",
-        help="Stop within M minutes (at least 0.5) and list what is left; default: no limit",
+        help="Stop within M minutes (at least 0.5) and list the remaining tasks; default: no limit",
     )
     add("--resume", type=Path, metavar="RESULTS", help="Continue an earlier run: its folder or results.jsonl")
     add("--device", choices=("cpu", "cuda"), help="Device; default: cuda if there is one, otherwise cpu")

@@ -21,14 +21,14 @@ from moe.train.launcher import MISTAKES, reported_once, shown
 COMMANDS = {
     "train": "train a preset, a configuration or a checkpoint on text",
     "eval": "score a model on text: perplexity, bits per byte, expert load",
-    "trace": "record the experts of each token, draw them, and ask what if",
+    "trace": "record the experts of each token; compute balance and cache hits",
     "generate": "continue prompts with a model, or chat with it",
     "inspect": "print configuration and parameter counts, or verify the files",
     "plan": "estimate memory per GPU, and the cost of a training run",
-    "place": "assign experts to GPUs from the loads that a run recorded",
+    "place": "assign experts to GPUs, based on the loads that a run recorded",
     "convert": "rewrite a checkpoint in another dtype or layout",
     "cut": "write a small checkpoint of some layers and experts",
-    "doctor": "print the hardware, the packages and the kernels in use",
+    "doctor": "print hardware, packages, and the implementation of each operator",
 }
 
 

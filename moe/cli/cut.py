@@ -15,7 +15,7 @@ class Args:
     """Write a small checkpoint of some layers and experts, reading only their bytes.
 
     Prints a record, which is also saved in OUT as cut.json: the layers and experts that were kept, and how far the
-    logits are from the source's. That comparison loads the whole source if it fits in memory; --no-compare skips it.
+    logits are from the source's. That comparison loads the whole source if it fits into memory; --no-compare skips it.
     """
 
     folder: Annotated[str, Option("FOLDER", positional=True, text=FOLDER)]
@@ -27,7 +27,7 @@ class Args:
     """Experts to keep in each layer, for example 0-7. With group-limited routing, keep the same number from every group
     used."""
     compare: bool = True
-    """Run the result and, if it fits in memory, the source on a fixed input."""
+    """Compare the result with the source on a fixed input, if the source fits into memory."""
     overwrite: bool = False
     """Replace the checkpoint in OUT."""
     max_shard_size: Annotated[str, Option("SIZE")] = "5GB"

@@ -40,7 +40,7 @@ _OPERATORS = {
 
 @dataclass(frozen=True)
 class Args:
-    """Print the hardware and packages of this machine, and the kernels that the operators use on it."""
+    """Print the hardware and packages of this machine, and which implementation each operator uses."""
 
     json: bool = False
     """Print one JSON object instead of text."""

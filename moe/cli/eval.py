@@ -36,7 +36,7 @@ class TextArgs:
     field: str = "text"
     """Name of the text field in JSON Lines, JSON and Parquet files."""
     seq_length: int | None = None
-    """Window length in tokens. Default: that of the run, otherwise 2048, at most the model's maximum."""
+    """Window length in tokens. Default: that of the run, otherwise 2048, or the model's maximum if that is less."""
     batch_size: int | None = None
     """Windows per forward pass. Default: that of the run, otherwise 4."""
     document_mask: bool | None = None
@@ -44,7 +44,7 @@ class TextArgs:
     dtype: Annotated[str, dtype_option(COMPUTE_DTYPES)] = "auto"
     """Compute dtype; auto uses the checkpoint's."""
     device: str = "auto"
-    """Device: cpu, cuda, cuda:1, ...; auto is the GPU if there is one."""
+    """Device: cpu, cuda, cuda:1, ...; auto uses a GPU if there is one."""
     json: bool = False
     """Print one JSON object instead of tables."""
 
@@ -67,14 +67,14 @@ class Args(TextArgs):
     each token is predicted from those before it in its window. Perplexities are comparable only between models with the
     same tokenizer; bits per byte are comparable between all models.
 
-    With --quantize, the same text is also scored with the stored weights in fp32 and in bf16. The logits of its first
-    512 tokens are compared with those in fp32: relative error (Frobenius norm), KL divergence of the next token in
-    nats, and how often the most likely token is the same.
+    With --quantize, the text is scored with int8 weights, and also with the stored weights in fp32 and in bf16. For the
+    first 512 tokens, the logits of int8 and bf16 are compared with those of fp32: relative error (Frobenius norm), KL
+    divergence of the next token in nats, and how often the most likely token is the same.
     """
 
     quantize: Literal["int8"] | None = None
-    """Score the model with int8 weights, and print its error beside that of bf16: both against the stored weights in
-    fp32, in which the model must fit into memory."""
+    """Score the model with int8 weights, and print the errors of int8 and of bf16, relative to the stored weights in
+    fp32. The model must fit into memory in fp32."""
 
 
 def run(args: Args) -> int:

@@ -39,7 +39,7 @@ class Args:
 
     folder: Annotated[str, Option("FOLDER", positional=True, text=FOLDER)]
     prompt: Annotated[tuple[str, ...], Option(repeated=True)] = ()
-    """Text to continue; - reads it from standard input. Repeatable."""
+    """Text to continue, or - to read it from standard input. Repeatable."""
     chat: bool = False
     """Apply the checkpoint's chat template. Without --prompt, hold a conversation."""
     system: str | None = None
@@ -53,9 +53,9 @@ class Args:
     top_k: int = 0
     """Sample from the K most likely tokens; 0 means all."""
     top_p: float = 1.0
-    """Sample from the most likely tokens that together have this probability."""
+    """Sample from the most likely tokens whose total probability reaches this value."""
     min_p: float = 0.0
-    """Sample from the tokens that have at least this fraction of the highest probability; 0 means all."""
+    """Sample from the tokens whose probability is at least this fraction of the highest one; 0 means all."""
     repetition_penalty: float = 1.0
     """Penalty for tokens that are in the prompt or the new text; values above 1 make them less likely."""
     seed: int | None = None
@@ -63,13 +63,13 @@ class Args:
     dtype: Annotated[str, dtype_option(COMPUTE_DTYPES)] = "auto"
     """Compute dtype; auto uses the checkpoint's."""
     speculative: Speculative = "auto"
-    """Draft tokens with the multi-token prediction modules, and verify several in one pass. auto: if the first passes
-    are faster with drafts; off: do not load the modules."""
+    """Draft tokens with the multi-token prediction modules, and verify several in one pass. auto: only if
+    this makes the first passes faster; off: never, and do not load the modules."""
     quantize: Literal["int8"] | None = None
-    """Convert weights to int8 while they are loaded. Needs half of the memory of bf16, and decodes faster in bf16; see
-    `moesmith eval --quantize` for the error."""
+    """Convert weights to int8 while they are loaded. Halves the memory of bf16 weights and, on a CPU, decodes
+    faster with --dtype bf16. `moesmith eval --quantize` prints the error."""
     device: str = "auto"
-    """Device: cpu, cuda, cuda:1, ...; auto is the GPU if there is one."""
+    """Device: cpu, cuda, cuda:1, ...; auto uses a GPU if there is one."""
     json: bool = False
     """Print one JSON object per prompt, once all are finished, instead of streaming text."""
 

@@ -41,7 +41,7 @@ class Args:
     """Print one JSON object instead of tables."""
     verify: bool = False
     """Check instead that every byte of a folder is unchanged since it was saved, according to its manifest. Prints one
-    line per difference. Exit status 2 if there is a difference or no manifest."""
+    line per difference. The exit status is 2 if there is a difference or no manifest."""
 
 
 def run(args: Args) -> int:

@@ -19,21 +19,21 @@ METRICS, SETTINGS = "metrics.jsonl", "settings.json"
 
 @dataclass(frozen=True)
 class Args:
-    """Assign experts to GPUs, with replicas of hot experts, to minimise the load of the busiest GPU; print the gain.
+    """Assign experts to GPUs, and replicate those with a high load, to minimise the load of the busiest GPU.
 
     For each layer, prints the load of the busiest GPU divided by the mean, before (experts in order) and after, and a
     lower bound for any placement with that many slots.
     """
 
     file: Annotated[Path, Option("FOLDER-OR-FILE", positional=True)]
-    """Run folder or metrics.jsonl of `moesmith train`, whose last validation is used; or a JSON file with
-    {"load": [[tokens per expert] per layer]}."""
+    """Run folder or metrics.jsonl of `moesmith train`, of which the last validation is used; or a JSON file that
+    contains {"load": [[tokens per expert] per layer]}."""
     gpus: int
     """Number of GPUs that divide the experts of each layer."""
     slots: int
     """Number of expert slots on all GPUs together, per layer: a multiple of --gpus, at least the number of experts."""
     nodes: int = 1
-    """Number of nodes. If it divides --groups, each group stays on one node."""
+    """Number of nodes. If it divides --groups, the experts of a group stay on one node."""
     groups: int = 1
     """Number of groups of the model's group-limited router (n_group)."""
     json: bool = False

@@ -40,18 +40,18 @@ from moe.train.report import print_table, print_text
 class Args:
     """Print the memory that a model takes on each GPU, for inference and for training, and whether it fits.
 
-    Weights are counted from the headers of the files, also on the Hub. If there are no files, or --dtype differs from
-    theirs, weights are computed from config.json, in the layout of any files. The numbers are those of the GPU that
-    needs the most memory; the assumptions are printed.
+    Sizes of weights are read from the headers of the files, also on the Hub. If there are no files, or if --dtype
+    differs from theirs, they are computed from the configuration. The numbers are those of the GPU that needs the most
+    memory. The assumptions are printed.
 
     With --gpu, plan a training run on a cluster: memory per rank, all-to-all bytes, time per step, days and cost.
     """
 
     model: Annotated[str | None, Option("MODEL", positional=True, text=MODEL)] = None
     gpus: int = 1
-    """Number of GPUs that share one copy of the model."""
+    """Number of GPUs: those that share one copy of the model; with --gpu, those of the whole cluster."""
     gpu: Annotated[str | None, Option("NAME")] = None
-    """Plan a training run on a cluster of this GPU: a100, h100, h800, h200, b200 or mi300x."""
+    """Plan a training run on a cluster of GPUs of this type: a100, h100, h800, h200, b200 or mi300x."""
     memory: Annotated[str | None, Option("SIZE")] = None
     """Memory per GPU. Default: that of --gpu, otherwise 80GiB."""
     ep: int = 1

@@ -25,31 +25,32 @@ PAIRS = 3  # per layer, in the summary
 
 @dataclass(frozen=True)
 class WhatIf:
-    """What if."""
+    """Balance and caches on other hardware."""
 
     ep: tuple[int, ...] = ()
-    """Numbers of GPUs that divide the experts of each layer. Prints the load of the busiest GPU divided by the mean,
-    for experts in order and as placed by `moesmith place`. Experts are placed for the first half of the tokens; the
-    load is that of the second half."""
+    """Numbers of GPUs that divide the experts of each layer. For each, prints the load of the busiest GPU divided by
+    the mean, for experts in order and as placed by `moesmith place`. Experts are placed for the first half of the
+    tokens; the load is that of the second half."""
     replicas: tuple[int, ...] = ()
     """With --ep: numbers of additional expert slots per GPU, for replicas of experts with a high load. Default: 0."""
     cache_experts: tuple[int, ...] = ()
     """Sizes of a cache in fast memory, in experts per layer, while tokens are decoded one after the other. Prints hit
-    rate and misses for three policies: least recently used (lru), the most frequent experts of the first half of the
-    tokens (frequency), and the best possible (oracle). All begin with the most frequent ones; hits are those of the
-    second half."""
+    rate and misses for three policies: keep the experts used last (lru), keep the most frequent experts of the first
+    half of the tokens (frequency), and the best possible (oracle). All begin with those most frequent experts; hits are
+    those of the second half."""
 
 
 @dataclass(frozen=True)
 class Args(scoring.TextArgs):
-    """Record which experts each token of a text chooses, draw it, and answer what-if questions.
+    """Record and plot which experts each token of a text chooses; compute balance and cache hits on other hardware.
 
-    Writes trace.json (summary: load per layer and expert, MaxVio, experts without tokens, experts chosen together),
-    trace.npz (every choice) and heat maps. The text is read as by `moesmith eval`, in windows that do not overlap. If
-    FOLDER is one that this command wrote, the questions are answered from its record, without the model.
+    Writes trace.json (summary: load per layer and expert, MaxVio, experts without tokens, tokens near a tie, experts
+    chosen together), trace.npz (every choice) and plots. The text is divided into windows that do not overlap, as by
+    `moesmith eval`. If FOLDER is a trace that this command wrote, --ep and --cache-experts use its record, and no model
+    is loaded.
 
-    A token is near a tie if one rounding of the router's input to bf16 typically changes the gap between its last
-    expert and the next one by more than that gap, so that other hardware or kernels may choose another expert.
+    A token is near a tie if rounding the router's input to bf16 once typically changes the gap between its last expert
+    and the next one by more than the gap itself. Other hardware or kernels may then choose another expert.
     """
 
     out: Path | None = None

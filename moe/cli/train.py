@@ -38,10 +38,10 @@ class Args(Settings):
     out: Path | None = None
     """Folder of the run: saved states, metrics, plots and checkpoint. Default: runs/MODEL."""
     resume: Annotated[bool, Option("[RUN]")] = False
-    """Resume the run in --out; repeat the original options. With RUN, take them from that folder. --steps may
-    differ."""
+    """Resume the run in --out; the original options must be given again. With RUN, resume the run in that folder, with
+    its options. --steps may differ."""
     auto_resume: bool = False
-    """Resume if --out holds a run, otherwise start one; for jobs that are requeued."""
+    """Resume the run in --out if there is one, otherwise start it; for jobs that are requeued."""
     overwrite: bool = False
     """Delete an earlier run in --out and start over."""
     json: bool = False

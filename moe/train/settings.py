@@ -79,13 +79,14 @@ class Settings:
     keep: int = 2
     """Number of saved states to keep."""
     log: Literal["tensorboard", "wandb"] | None = None
-    """Also log to TensorBoard or Weights & Biases, in the run's folder. Under torchrun, write --log-to."""
+    """Also log to TensorBoard or Weights & Biases, in the run's folder. Under torchrun, which has options that begin
+    with --log, write --log-to."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Device to compute on. Under torchrun, each process uses the GPU of its local rank."""
     ep: int = 1
     """Under torchrun: number of ranks that divide the experts of each layer."""
     dp_shard: int | None = None
-    """Under torchrun: number of ranks that shard all other parameters. Default: all, divided by --dp-replicate."""
+    """Under torchrun: number of ranks that shard all other parameters. Default: number of ranks / --dp-replicate."""
     dp_replicate: int = 1
     """Under torchrun: number of replicas of the sharded parameters."""
     dispatch: Literal["same", "fp8"] = "same"

@@ -59,7 +59,7 @@ class Training:
     global_batch: int = 15360
     """Sequences per optimizer step."""
     schedule: Literal["1f1b", "zb1p", "dualpipe"] = "1f1b"
-    """Pipeline schedule; bubbles and copies as in table 2 of the DeepSeek-V3 report."""
+    """Pipeline schedule; bubbles and copies of parameters are those of table 2 of the DeepSeek-V3 report."""
     sharding: Literal["zero1", "fsdp"] = "zero1"
     """Sharding over data-parallel ranks. zero1: optimizer state; fsdp: also parameters and gradients."""
     recompute: Literal["none", "selective", "full"] = "selective"
@@ -69,8 +69,8 @@ class Training:
     dispatch: Precision = "bf16"
     """Dtype of tokens on their way to experts; fp8 adds an fp32 scale per 128 values. Tokens return in bf16."""
     transport: Literal["node", "rank"] = "node"
-    """Path of dispatched tokens. node: one copy per node, forwarded over NVLink; rank: one copy per rank, across the
-    network."""
+    """Path of dispatched tokens. node: one copy per node over the network, forwarded over NVLink; rank: one copy per
+    rank over the network."""
 
 
 @dataclass(frozen=True)
