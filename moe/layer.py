@@ -235,7 +235,7 @@ class MoELayer(nn.Module):
         num_experts_per_tok: K, the number of routed experts per token.
         n_shared_experts: number of experts that every token uses; one MLP of n_shared_experts * moe_intermediate_size.
         shared_expert_intermediate_size: overrides the width of that MLP; requires n_shared_experts = 1.
-        shared_expert_gate: multiply its output by a sigmoid of a linear function of the token.
+        shared_expert_gate: multiply the output of that MLP by the sigmoid of a linear function of the token.
         expert_bias: biases in the projections of routed experts.
         swiglu_limit, swiglu_alpha, swiglu_beta: the activation of routed experts is
             u * sigmoid(swiglu_alpha * u) * (v + swiglu_beta). u is the gate half, clamped to at most swiglu_limit; v is

@@ -11,7 +11,7 @@ from moe.ops.matmul import is_widened, widened_parts
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`; on a CPU that computes bfloat16 or float16 slowly, the products of many rows are float32.
+    """`nn.Linear` that multiplies many rows in float32 on a CPU that computes bfloat16 or float16 slowly.
 
     The weights keep their dtype, and the result is rounded once, with the bias added before.
     """

@@ -19,22 +19,24 @@ class Statistics:
     """Measurements of speculative decoding, summed over the generations that this object is passed to.
 
     Attributes:
-        turned_off: generations with speculative="auto" that continued without drafts, because these were not faster.
+        turned_off: generations with speculative="auto" that stopped drafting because it was not faster.
         passes: passes that verified drafts.
         tokens: new tokens of these passes, per sequence.
         drafted: tokens drafted for each sequence.
         accepted: drafts that became tokens. Sequences of a batch advance together, so a draft counts if it was accepted
             in every sequence that has not ended.
-        seconds: time of the passes with drafts but the first, drafting included. The first also drafts for the prompt.
+        seconds: time of all passes with drafts except the first, including drafting. (The first also runs the MTP
+            modules on the prompt.)
         timed_tokens: new tokens of the passes that `seconds` includes, in all sequences.
-        plain_seconds: time of the `TRIAL` passes without drafts after that of the prompt, but the first.
+        plain_seconds: time of the `TRIAL` passes without drafts that follow the prompt's pass, except the first.
         plain_tokens: new tokens of the passes that `plain_seconds` includes, in all sequences.
         logit_difference: largest difference between the logits of a pass for one token and of a pass that verifies
             drafts, over `TRIAL` positions.
         close_calls: (sequence, new token), both from 0, of greedy tokens whose logit exceeds the second largest by at
             most twice `logit_difference`, or twice the rounding error of the logit's dtype if that is larger. Plain
-            decoding may choose another token there, and after the first such difference another text. This is an
-            estimate: where rounding changes the experts of a token, logits differ by more than at `TRIAL` positions.
+            decoding may choose another token there; after the first different token, the texts differ. The list is an
+            estimate: where rounding changes the experts of a token, logits can differ by more than was measured at
+            `TRIAL` positions.
     """
 
     turned_off: int = 0
@@ -104,10 +106,10 @@ def verify(draft: Draft, p: Tensor, generator: torch.Generator | None) -> Tensor
 
 
 class Drafter:
-    """Drafts tokens with the MTP modules; each has its own attention cache, as a layer of the model has.
+    """Drafts tokens with the MTP modules; each has its own attention cache, like a layer of the model.
 
     Module k at position i depends on tokens up to i + k + 1. So of n known tokens, its first n - 1 - k positions are
-    final. The other k depend on drafts, and are computed again in the next round, from the accepted tokens.
+    final. The other k depend on drafts, and are computed again from the accepted tokens in the next round.
     """
 
     def __init__(self, model: Transformer) -> None:
@@ -123,7 +125,7 @@ class Drafter:
 
         Args:
             ids: known tokens [B, n].
-            hidden: the model's `Output.hidden` [B, new, D] of the positions up to n - 2 that this object has not had.
+            hidden: the model's `Output.hidden` [B, new, D] at the positions up to n - 2 that were not in earlier calls.
             mask: bool [B, n], False for padding.
             choose: called with the logits [B, V] of each draft.
         """

@@ -1,4 +1,4 @@
-"""Trace of a model's routing: which experts each token chose in each layer, and statistics of that.
+"""Trace of a model's routing: which experts each token chose in each layer, with statistics.
 
 L layers, T tokens, E experts, K experts per token.
 """
@@ -90,7 +90,7 @@ class Trace:
 
     @staticmethod
     def read(file: Path) -> "Trace":
-        """Read a file that `save` wrote. Raises ConfigError for another one."""
+        """Read a file that `save` wrote. Raises ConfigError for any other file."""
         try:
             # numpy leaves a file that it opened itself, and could not read, open.
             with file.open("rb") as content, np.load(content, allow_pickle=False) as arrays:

@@ -1,4 +1,4 @@
-"""Save random models of every family and load them in transformers: `python -m tests.exports`.
+"""Save random models of every family, load them in transformers and compare logits: `python -m tests.exports`.
 
 A model without `family_problems` must load in transformers without a warning and give the same logits. For any other
 model, the save must raise the first problem.

@@ -1,4 +1,4 @@
-"""Read full-size skeletons of released checkpoints, with complete headers and holes instead of data.
+"""Build released checkpoints at full size, with complete headers and sparse files, and read them.
 
     python -m tests.skeletons                     DeepSeek-V3 and Kimi-K2-Instruct; exit status 1 if a value is wrong
     python -m tests.skeletons --only kimi_k2      one of them

@@ -315,9 +315,9 @@ def _placement(parameter: nn.Parameter, mesh: DeviceMesh, layer: str) -> Shard:
 
 @torch.no_grad()
 def materialize(model: Transformer, *, seed: int = 0) -> Transformer:
-    """Initialize a parallel model on the meta device, in place; returns the model.
+    """Initialise a parallel model on the meta device, in place; returns the model.
 
-    On any mesh, values are those of `Transformer(config, seed=seed)`. Each rank initializes its own part, one tensor at
+    On any mesh, values are those of `Transformer(config, seed=seed)`. Each rank initialises its own part, one tensor at
     a time.
     """
     device = next(model.parameters()).device

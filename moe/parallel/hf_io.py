@@ -31,14 +31,14 @@ _Region = tuple[slice, ...]
 
 
 def export(model: Transformer, folder: str | PathLike[str], *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write a parallel model to a folder, with the same bytes as `moe.checkpoint.save` of the whole model.
+    """Write a parallel model to a folder, with the same bytes as `moe.save` of the whole model.
 
     A collective call; rank 0 writes. It receives one tensor of the files at a time, which is one projection of one
     expert in most families, and all experts of a layer if the family stacks them. Nothing else is in memory in addition
     to the model. Under HSDP, each part is sent by the first rank that holds it.
 
     Raises:
-        CheckpointError: on all ranks, the error of `moe.checkpoint.save` on rank 0.
+        CheckpointError: on all ranks, the error of `moe.save` on rank 0.
     """
     # A separate gloo group, because the tensors sent are on the CPU.
     group: Any = dist.new_group(backend="gloo", timeout=group_timeout(mesh_of(model).device_type))

@@ -1,4 +1,4 @@
-"""Parts of distributed tensors: which part a rank holds, and how it is initialized."""
+"""Parts of distributed tensors: which part a rank holds, and how it is initialised."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -21,7 +21,7 @@ def mesh_of(model: nn.Module) -> DeviceMesh:
 
 
 def fill_part(tensor: Tensor, name: str, **how: Any) -> None:
-    """Initialize this rank's part of a tensor, as `moe.init.fill` initializes the whole tensor."""
+    """Initialise this rank's part of a tensor, as `moe.init.fill` initialises the whole tensor."""
     if not isinstance(tensor, DTensor):
         fill(tensor, name, **how)
         return
@@ -60,7 +60,7 @@ def region(tensor: DTensor, coordinate: Iterable[int] | None = None) -> tuple[sl
 
 
 def part_like(tensor: Tensor, example: Tensor) -> Tensor:
-    """This rank's part of a whole tensor, distributed like `example`, without communication."""
+    """Return this rank's part of a whole tensor, distributed like `example`, without communication."""
     if not isinstance(example, DTensor):
         return tensor
     part = tensor[region(example)].contiguous()

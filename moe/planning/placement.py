@@ -202,7 +202,7 @@ def _place_node(load: list[float], gpus: int, slots: int) -> list[list[int]]:
 
 
 def _replicate(load: list[float], slots: int, most: int) -> list[int]:
-    """Number of replicas of each expert, at most `most`, that minimizes the largest load per replica."""
+    """Number of replicas of each expert, at most `most`, that minimises the largest load per replica."""
     replicas = [1] * len(load)
     hottest = [(-value, expert) for expert, value in enumerate(load) if most > 1]
     heapq.heapify(hottest)

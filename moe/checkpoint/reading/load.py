@@ -81,7 +81,7 @@ def load(
 
     Args:
         folder: folder with config.json and safetensors files; pickles are never read. For a run of `moesmith train`,
-            its checkpoint is loaded. A name such as "org/model" or "org/model@revision" that no folder has is looked up
+            its checkpoint is loaded. If there is no such folder, "org/model" or "org/model@revision" is looked up
             with huggingface_hub, if installed: online, or in its cache if the Hub cannot be reached.
         device: device of the parameters. On "meta" no weights are read: parameters have only shapes and dtypes.
         dtype: "auto" keeps each tensor as stored. Norms, routers and sinks may have any dtype; all other tensors must

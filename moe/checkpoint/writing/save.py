@@ -39,9 +39,9 @@ def save(model: Transformer, folder: str | PathLike[str], *, max_shard_bytes: in
     the folder, such as a tokenizer, are kept unless `model.carried_files` replaces them. Entries of `auto_map` whose
     files are missing are left out with a warning. `moesmith inspect --verify` checks a saved folder.
 
-    Raises `CheckpointError`, before writing anything, for the first of `config.family_problems()`, a tensor that is not
-    dense (such as torchao's quantised ones), a folder that holds anything but a checkpoint's files, and a mount point;
-    and for errors of the system, such as a full disk.
+    Raises `CheckpointError`, before writing anything, if there are `config.family_problems()` (it states the first), if
+    a tensor is not dense (such as torchao's quantised ones), or if the folder is a mount point or holds anything but a
+    checkpoint's files. System errors while writing, such as a full disk, also raise `CheckpointError`.
     """
     if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
         raise CheckpointError(folder, "the model is on a mesh", expected="moe.parallel.export, called on every rank")

@@ -114,7 +114,7 @@ class Rank:
 def ranks(run: Run, bf16_per_fp8: float) -> list[Rank]:
     """Distinct ranks in pipeline order: pp, or pp / 2 with dualpipe, where ranks i and pp - 1 - i hold the same blocks.
 
-    Blocks are not split. The division minimizes the sum of squares of the ranks' FLOPs, and among equal sums the
+    Blocks are not split. The division minimises the sum of squares of the ranks' FLOPs, and among equal sums the
     difference between the two stages of a rank. FP8 products are weighted by `bf16_per_fp8`, the ratio of the peaks.
     """
     made = blocks(run.config, run.training.sequence)
