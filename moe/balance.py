@@ -243,8 +243,8 @@ def attach(
 
     Raises:
         ValueError: the model has no router; `group` is None and the speed is above 0, but no router has a correction
-            bias; the model is already attached; the speed is negative or not finite; `group` does not contain this rank;
-            the optimizer has no step hooks and does not wrap exactly one that has. Nothing is changed then.
+            bias; the model is already attached; the speed is negative or not finite; `group` does not contain this
+            rank; the optimizer has no step hooks and does not wrap exactly one that has. Nothing is changed then.
 
     Source: arXiv 2408.15664; DeepSeek-V3 (arXiv 2412.19437), section 2.1.2 (speed 0.001, 0 at the end of training).
     """

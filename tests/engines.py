@@ -1,8 +1,8 @@
 """Save models of every family, convert them for llama.cpp and compare logits.
 
 Requires llama-cpp-python and the converter of the llama.cpp that it is built from. Each config without
-`family_problems` is saved, converted to GGUF in fp32 and evaluated, and the logits are compared with moesmith's. The configs
-of a family are its first preset with small sizes, that preset with each value in
+`family_problems` is saved, converted to GGUF in fp32 and evaluated, and the logits are compared with moesmith's. The
+configs of a family are its first preset with small sizes, that preset with each value in
 `tests.support.export_cases.OTHERS`, and random configs of `tests.exports`. A control, with another norm_topk_prob in
 the files, must differ.
 
