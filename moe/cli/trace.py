@@ -44,8 +44,8 @@ class WhatIf:
 class Args(scoring.TextArgs):
     """Record and plot which experts each token of a text chooses; compute balance and cache hits on other hardware.
 
-    Writes trace.json (summary: load per layer and expert, MaxVio, dead experts (without tokens), tokens near a tie,
-    experts chosen together), trace.npz (every choice) and plots. The text is divided into windows that do not overlap, as by
+    Writes trace.json (summary: load per layer and expert, MaxVio, dead experts, tokens near a tie, experts chosen
+    together), trace.npz (every choice) and plots. The text is divided into windows that do not overlap, as by
     `moesmith eval`. If FOLDER is a trace that this command wrote, --ep and --cache-experts use its record, and no model
     is loaded.
 
@@ -269,7 +269,7 @@ def _print(facts: dict[str, Any]) -> None:
         ]
         print_table(console, f"cache of experts; all {len(facts['layers'])} layers together", headings, rows)
     if facts["ep"] or facts["cache"]:
-        print_text(console, "Placements and caches are based on the first half of the tokens, results on the second.")
+        print_text(console, "Placements and caches: first half of the tokens. Results: second half.")
 
 
 def _print_files(out: Path, plots: list[str] | None) -> None:

@@ -33,8 +33,8 @@ class BatchTrainer:
         for report in BatchTrainer(model, batches, torch.optim.AdamW(model.parameters(), lr=1e-3), accumulation=4):
             print(report.step, report.loss)
 
-    Without `loss`, a batch is a dict of model arguments (for `moe.Transformer` input_ids, labels and document_ids, for
-    example), or int64 token ids [B, S], which are also the labels; the loss is `model(**batch).loss`. For a
+    Without `loss`, a batch is a dict of model arguments (for `moe.Transformer`, for example, input_ids, labels and
+    document_ids), or int64 token ids [B, S], which are also the labels; the loss is `model(**batch).loss`. For a
     `moe.Transformer` it is the mean over the predicted tokens of all micro-batches of a step.
 
     Args:

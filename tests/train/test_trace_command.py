@@ -108,7 +108,7 @@ def test_questions_about_a_record_need_no_model(run: Path, tmp_path: Path, capsy
     assert main(["trace", out, *asked]) == 0
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines()[1:])) <= 80 and "trace.json" not in shown  # nothing is written
-    for each in ("layers.1.mlp", "near ties", "slots per GPU", "oracle", "100.00%", "results on the second"):
+    for each in ("layers.1.mlp", "near ties", "slots per GPU", "oracle", "100.00%", "Results: second half"):
         assert each in shown
     assert main(["trace", out, "--out", str(tmp_path / "copy")]) == 0
     assert f"record       {tmp_path / 'copy' / 'trace.npz'}, trace.json" in capsys.readouterr().out
