@@ -1,4 +1,4 @@
-"""Benchmarks beside peers, run from a clone: `python -m benchmarks`. Only correct results are timed."""
+"""Comparisons with peers, run from a clone: `python -m benchmarks`. Only correct results are timed."""
 
 import sys
 from pathlib import Path

@@ -318,7 +318,7 @@ def compare(ours: Ours, theirs: Theirs, ids: Tensor, exact: Reference, sizes: Si
         record: dict[str, Any] = {"work": work, "backend": backend}
         record |= {"errors": our_errors[work], "peer_errors": peer_errors[backend][work]}
         if acceptable(record["errors"], record["peer_errors"], dtype):
-            say(f"{work}: {sizes.rounds} rounds beside {backend}")
+            say(f"{work}: {sizes.rounds} rounds, compared with {backend}")
             others = OtherProcesses()
             seconds = interleave({"ours": mine[work], "peer": other[work]}, sizes.rounds)
             record |= others.record()

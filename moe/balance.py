@@ -63,8 +63,8 @@ def balance_loss(
         expert_ids: int64 [B, S, K].
         token_mask: bool [B, S], True for real tokens; padding is excluded from f, P and T.
         seq_aux: compute the loss per sequence and average over sequences with a real token. Otherwise T is the whole
-            batch, and counts are summed over the ranks of `batch`.
-        batch: the global batch; None for that of the default process group, if there is one.
+            batch of this call, and counts and T of f are summed over the ranks of `batch`.
+        batch: sums over the ranks; None for those of the default process group, if there is one.
 
     Returns:
         scalar in the dtype of `scores`; 1 if the load is balanced, 0 if there is no real token.
@@ -112,7 +112,7 @@ def loss_terms(
         shape: (B, S).
         token_mask: bool [B, S], True for real tokens.
         tokens: int64 [B], number of real tokens of each sequence.
-        batch: global batch over which the balance loss is computed without `seq_aux`.
+        batch: sums over the ranks, for the balance loss without `seq_aux`.
     """
     terms, counts = [], loss_counts(config, tokens)
     if config.aux_loss_alpha:

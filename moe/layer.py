@@ -253,7 +253,7 @@ class MoELayer(nn.Module):
         router_bias: add a bias to the router's logits.
         moe_norm_min: lower limit of the sum by which weights are divided.
         aux_loss_alpha: coefficient of the balance loss, `moe.balance.balance_loss`; 0 for none.
-        seq_aux: compute the balance loss per sequence, otherwise over the global batch.
+        seq_aux: compute the balance loss per sequence; otherwise per micro-batch, with expert counts of all ranks.
         router_z_loss_coef: coefficient of the mean squared logsumexp of the router's logits; 0 for none.
         initializer_range: standard deviation of initial weights. Initial biases are 0.
         seed: random seed of the initial weights, see `moe.init.initialize`; None draws one from torch's generator.
