@@ -58,7 +58,7 @@ class Args:
     """Number of GPUs that divide the experts of each layer."""
     dtype: Annotated[str | None, dtype_option(DTYPES)] = None
     """Dtype of the weights; with --gpu, of the matrix products (fp8 or bf16). Default: that of the files, otherwise
-    bf16."""
+    bf16; with --gpu, bf16."""
     tokens: int | None = None
     """Tokens per GPU: in the KV cache (inference) or in a micro-batch (training). Default: 8192; with --gpu, one
     sequence."""
