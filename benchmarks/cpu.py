@@ -1,12 +1,16 @@
 """Times a whole model on the CPU, and transformers' model with the same weights.
 The two take turns in one process.
 
-Work, batch size 1:
-  train    forward and backward of S = 512 tokens, both models in train mode,
-           loss from all logits in float32; parameters and gradients in --dtype,
-           gradients allocated and freed within the timing, no optimizer
-  prefill  1,024 tokens into an empty cache, logits of the last one
-  decode   one token at a time after that prefill, logits of each
+Work:
+  train     forward and backward of S = 512 tokens, both models in train mode,
+            loss from all logits in float32; parameters and gradients in
+            --dtype, gradients allocated and freed within the timing, no
+            optimizer
+  prefill   1,024 tokens into an empty cache, logits of the last one
+  decode    one token at a time after that prefill, logits of each
+  short     the same after a prefill of 64 tokens
+  batch B   the same for B sequences at once, after a prefill of 256 tokens
+            each; errors are those of the first three sequences
 
 The peer is DeepseekV3ForCausalLM with SDPA attention and the fastest of its
 expert backends for that work (eager, batched_mm, grouped_mm). A ratio is
@@ -29,8 +33,9 @@ are.
 The limit, from ceilings measured in the same run:
   train    3 x forward FLOPs / dense matmul rate
   prefill  forward FLOPs / dense matmul rate
-  decode   bytes of the activated parameters (without the input embedding) and
-           of the cache / memory read rate
+  decode   bytes of the activated parameters (without the input embedding;
+           of a batch, those that uniform routing activates) and of the cache
+           / memory read rate, or forward FLOPs / dense matmul rate if longer
 with forward FLOPs = 2 x activated parameters without embeddings x S
 + S^2 H (qk_head_dim + v_head_dim) (causal) + 2 D V x positions with logits
 (H heads, model width D, vocabulary size V).
@@ -81,18 +86,44 @@ BATCHED_MM_LIMIT = 2**32  # bytes of weights that it may copy: it gathers an exp
 
 
 @dataclass(frozen=True)
+class Decoding:
+    """Decoding of `batch` sequences after a prefill of `context` tokens each."""
+
+    batch: int
+    context: int
+
+
+@dataclass(frozen=True)
 class Sizes:
     """Amount of work: tokens of each kind, timed rounds, and sizes for the ceilings (matrix width, bytes)."""
 
     train: int = 512
     prefill: int = 1024
     decode: int = 16
+    short: int = 64
+    batches: tuple[int, ...] = (8, 32)
+    batch_context: int = 256
     rounds: int = 7
     matmul: int = 4096
     read: int = 2**29
 
+    @property
+    def decodings(self) -> dict[str, Decoding]:
+        batches = {f"batch {batch}": Decoding(batch, self.batch_context) for batch in self.batches}
+        return {"decode": Decoding(1, self.prefill), "short": Decoding(1, self.short), **batches}
 
-SMALL = Sizes(train=32, prefill=48, decode=4, rounds=2, matmul=512, read=2**22)
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Tokens of each kind of work."""
+        decoded = {work: decoding.batch * self.decode for work, decoding in self.decodings.items()}
+        return {"train": self.train, "prefill": self.prefill, **decoded}
+
+
+SMALL = Sizes(
+    train=32, prefill=48, decode=4, short=16, batches=(3,), batch_context=24, rounds=2, matmul=512, read=2**22
+)
+
+JUDGED = 3  # sequences of a batch whose logits are compared with the reference
 
 
 class Ours:
@@ -115,7 +146,7 @@ class Ours:
 
     @torch.inference_mode()
     def decode(self, ids: Tensor, cache: Cache) -> Tensor:
-        """Logits of ids [1, n], a token at a time; afterwards the cache is restored."""
+        """Logits of ids [B, n], a token at a time; afterwards the cache is restored."""
         length = cache.length
         logits = [self.model(ids[:, i : i + 1], cache=cache).logits for i in range(ids.shape[1])]
         cache.truncate(length)
@@ -172,10 +203,31 @@ def peer(model: Transformer, dtype: torch.dtype) -> Theirs:
 
 @dataclass(frozen=True)
 class Reference:
-    """Results in float64: logits [1, prefill + decode, V], and gradients of the training work by parameter."""
+    """Results in float64.
+
+    logits [1, prefill + decode, V]; those of the decoded tokens of the first sequences of a batch, [3, decode, V]; and
+    gradients of the training work by parameter.
+    """
 
     logits: Tensor
+    batch: Tensor
     gradients: dict[str, Tensor]
+
+
+def batch_of(ids: Tensor, sizes: Sizes) -> Tensor:
+    """Different sequences for batches, [B, batch_context + decode], from ids [1, prefill + decode]."""
+    length, most = sizes.batch_context + sizes.decode, max(sizes.batches)
+    return torch.stack([ids[0].roll(-5 * row)[:length] for row in range(most)])
+
+
+def texts(ids: Tensor, sizes: Sizes) -> dict[str, tuple[Tensor, Tensor]]:
+    """(Prompt, tokens to decode after it) of each decoding."""
+    many, texts = batch_of(ids, sizes), {}
+    for work, decoding in sizes.decodings.items():
+        text = ids if decoding.batch == 1 else many[: decoding.batch]
+        end = decoding.context + sizes.decode
+        texts[work] = text[:, : decoding.context], text[:, decoding.context : end]
+    return texts
 
 
 def reference(model: Transformer, ids: Tensor, sizes: Sizes) -> Reference:
@@ -183,6 +235,7 @@ def reference(model: Transformer, ids: Tensor, sizes: Sizes) -> Reference:
     exact = peer(model, torch.float64)
     exact.use("eager")
     logits = exact.prefill(ids, logits_to_keep=0)[0]
+    batch = exact.prefill(batch_of(ids, sizes)[:JUDGED], logits_to_keep=sizes.decode)[0]
     # The eager backend slices one expert at a time out of the stacked parameter, and the gradient of each slice is as
     # large as the whole. A list of parameters is indexed alike, and 64 times cheaper.
     for module in list(exact.model.modules()):
@@ -202,7 +255,7 @@ def reference(model: Transformer, ids: Tensor, sizes: Sizes) -> Reference:
             for leaf, p in module.named_parameters(recurse=False):
                 assert p.grad is not None
                 gradients[f"{name}.{leaf}".removeprefix("model.")] = p.grad.float()
-    return Reference(logits, gradients)
+    return Reference(logits, batch, gradients)
 
 
 Errors = dict[str, float]
@@ -232,14 +285,18 @@ def gradient_errors(model: nn.Module, exact: dict[str, Tensor]) -> Errors:
 
 def errors(side: Ours | Theirs, ids: Tensor, exact: Reference, sizes: Sizes) -> dict[str, Errors]:
     """Errors of each kind of work: of the logits, for training also of the gradients."""
-    prompt, following = ids[:, : sizes.prefill], ids[:, sizes.prefill :]
-    logits, cache = side.prefill(prompt, logits_to_keep=0)
+    logits, _ = side.prefill(ids[:, : sizes.prefill], logits_to_keep=0)
     prefill = logit_errors(logits, exact.logits[:, : sizes.prefill])
-    decode = logit_errors(side.decode(following, cache), exact.logits[:, sizes.prefill :])
-    side.train(prompt[:, : sizes.train])
+    decodings = {}
+    for work, (prompt, following) in texts(ids, sizes).items():
+        start, end = prompt.shape[1], prompt.shape[1] + sizes.decode
+        expected = exact.logits[:, start:end] if len(prompt) == 1 else exact.batch
+        _, cache = side.prefill(prompt)
+        decodings[work] = logit_errors(side.decode(following, cache)[:JUDGED], expected)
+    side.train(ids[:, : sizes.train])
     gradients = gradient_errors(side.model, exact.gradients)
     side.model.zero_grad()
-    return {"train": prefill | gradients, "prefill": prefill, "decode": decode}
+    return {"train": prefill | gradients, "prefill": prefill, **decodings}
 
 
 ROUNDINGS = {"logits": 64, "gradients": 128}
@@ -262,26 +319,35 @@ def limits(config: ModelConfig, sizes: Sizes, itemsize: int, matmul: float, read
     def forward(tokens: int, positions: int) -> int:
         return 2 * active * tokens + per_pair * tokens**2 + 2 * vocabulary * positions
 
-    cached = (
-        ((config.kv_lora_rank or 0) + config.rope_dim) * config.num_hidden_layers * (sizes.prefill + sizes.decode / 2)
-    )
+    experts, k = counts.routed_experts, config.num_experts_per_tok / config.n_routed_experts
+    per_token = ((config.kv_lora_rank or 0) + config.rope_dim) * config.num_hidden_layers
+
+    def decoding(batch: int, context: int) -> float:
+        used = active + experts * ((1 - (1 - k) ** batch) - k)
+        values = used + vocabulary + batch * per_token * (context + sizes.decode / 2)
+        flops = 2 * (active + vocabulary) + 2 * per_pair * context
+        return sizes.decode * max(itemsize * values / read, batch * flops / matmul)
+
     return {
         "train": 3 * forward(sizes.train, sizes.train) / matmul,
         "prefill": forward(sizes.prefill, 1) / matmul,
-        "decode": sizes.decode * itemsize * (active + vocabulary + cached) / read,
+        **{work: decoding(d.batch, d.context) for work, d in sizes.decodings.items()},
     }
 
 
 def works(side: Ours | Theirs, ids: Tensor, sizes: Sizes) -> dict[str, Callable[[], Any]]:
     """The calls to time, by name."""
-    prompt, following = ids[:, : sizes.prefill], ids[:, sizes.prefill :]
-    _, cache = side.prefill(prompt)
 
     def train() -> None:
-        side.train(prompt[:, : sizes.train])
+        side.train(ids[:, : sizes.train])
         side.model.zero_grad()
 
-    return {"train": train, "prefill": lambda: side.prefill(prompt), "decode": lambda: side.decode(following, cache)}
+    def decoding(prompt: Tensor, following: Tensor) -> Callable[[], Any]:
+        _, cache = side.prefill(prompt)
+        return lambda: side.decode(following, cache)
+
+    decodings = {work: decoding(*text) for work, text in texts(ids, sizes).items()}
+    return {"train": train, "prefill": lambda: side.prefill(ids[:, : sizes.prefill]), **decodings}
 
 
 def fastest_backend(theirs: Theirs, call: Callable[[], Any], work: str, sizes: Sizes) -> str:
@@ -290,7 +356,8 @@ def fastest_backend(theirs: Theirs, call: Callable[[], Any], work: str, sizes: S
     batched_mm is left out if its copies of the weights would exceed `BATCHED_MM_LIMIT`.
     """
     config = theirs.model.config
-    rows = {"train": sizes.train, "prefill": sizes.prefill, "decode": 1}[work] * config.num_experts_per_tok
+    tokens = sizes.decodings[work].batch if work in sizes.decodings else sizes.tokens[work]
+    rows = tokens * config.num_experts_per_tok
     copied = rows * 3 * config.hidden_size * config.moe_intermediate_size * 4
     seconds: dict[str, float] = {}
     for backend in BACKENDS:
@@ -339,11 +406,10 @@ def measure(name: str, dtype: str, sizes: Sizes) -> list[dict[str, Any]]:
     exact = reference(model, ids, sizes)
     matmul, read = matmul_rate(DTYPES[dtype], sizes.matmul), read_rate(DTYPES[dtype], sizes.read)
     at_limit = limits(config, sizes, DTYPES[dtype].itemsize, matmul, read)
-    tokens = {"train": sizes.train, "prefill": sizes.prefill, "decode": sizes.decode}
     about = {"preset": name, "dtype": dtype, "matmul_flops": matmul, "read_bytes": read}
     about |= environment(small=sizes is SMALL)
     records = compare(Ours(model), peer(model, DTYPES[dtype]), ids, exact, sizes)
-    return [{**about, "tokens": tokens[r["work"]], "limit_s": at_limit[r["work"]], **r} for r in records]
+    return [{**about, "tokens": sizes.tokens[r["work"]], "limit_s": at_limit[r["work"]], **r} for r in records]
 
 
 def show(records: list[dict[str, Any]]) -> None:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from moe.ops import matmul
 from moe.ops.matmul import is_widened, widened_parts
 
 
@@ -22,9 +23,13 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute `F.linear`: x [..., K], weight [N, K] and bias [N] -> [..., N]; see `Linear`."""
-    if _is_plain(x, weight) and is_widened(rows := x.reshape(-1, x.shape[-1]), weight.t()):
-        return _Widened.apply(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
-    return F.linear(x, weight, bias)
+    # Cheap tests first: this is called many times for each token that is decoded.
+    least = None if torch.compiler.is_compiling() else matmul.least_widened(x.dtype)
+    if least is None or x.numel() < least * weight.shape[-1] or not _is_plain(x, weight):
+        return F.linear(x, weight, bias)
+    if not is_widened(x.reshape(-1, x.shape[-1]), weight.t()):
+        return F.linear(x, weight, bias)
+    return _Widened.apply(x, weight, bias)
 
 
 def _is_plain(x: Tensor, weight: Tensor) -> bool:
@@ -36,7 +41,6 @@ def _is_plain(x: Tensor, weight: Tensor) -> bool:
         and x.shape[-1] == weight.shape[1]
         and type(x) in (Tensor, nn.Parameter)
         and type(weight) in (Tensor, nn.Parameter)  # not of a library that shards or quantises
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
@@ -44,22 +48,23 @@ def _is_plain(x: Tensor, weight: Tensor) -> bool:
 
 
 class _Widened(torch.autograd.Function):
-    """`F.linear` in float32 of half-precision tensors, x [M, K]; differentiable any number of times."""
+    """`F.linear` in float32 of half-precision tensors; differentiable any number of times."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        out = x.new_empty(x.shape[0], weight.shape[0])
-        for columns, part in widened_parts(x, weight.t()):
-            out[:, columns] = part if bias is None else part.add_(bias[columns])
+        out = x.new_empty(*x.shape[:-1], weight.shape[0])
+        for columns, part in widened_parts(x.reshape(-1, x.shape[-1]), weight.t()):
+            out.view(-1, weight.shape[0])[:, columns] = part if bias is None else part.add_(bias[columns])
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,), (x, weight) = grads, ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1])
         return (
             linear(grad, weight.t()) if needs_x else None,
-            linear(grad.t(), x.t()) if needs_weight else None,
-            grad.sum(dim=0) if needs_bias else None,
+            linear(rows.t(), x.reshape(-1, x.shape[-1]).t()) if needs_weight else None,
+            rows.sum(dim=0) if needs_bias else None,
         )

@@ -30,8 +30,8 @@ _on_intel = _is_intel()
 
 
 @cache
-def _least_widened(dtype: torch.dtype) -> int | None:
-    """Return the least size of a half-precision product that this processor computes faster in float32; None if none.
+def least_widened(dtype: torch.dtype) -> int | None:
+    """Return the least size of a product in `dtype` that this processor computes faster in float32; None if none.
 
     Time in bfloat16 / time in float32, conversions included, for weights of 4096 x 1024 on one core of an Intel Xeon
     with AVX-512 BF16: 0.56 with 16 rows, 0.98 with 64, 1.21 with 128, 1.44 with 256. The same processor limited to
@@ -39,7 +39,7 @@ def _least_widened(dtype: torch.dtype) -> int | None:
     on AMD processors with AVX-512 BF16, products are faster in bfloat16.
     """
     known = getattr(torch.cpu, "get_capabilities", dict)()
-    if known.get("architecture") != "x86_64" or not known.get("avx2"):
+    if dtype not in _HALF or known.get("architecture") != "x86_64" or not known.get("avx2"):
         return None
     if dtype == torch.bfloat16:
         if known.get("amx_bf16") or (known.get("avx512_bf16") and not _on_intel):
@@ -51,14 +51,14 @@ def _least_widened(dtype: torch.dtype) -> int | None:
 def prefers_float32(x: Tensor) -> bool:
     """Return whether x is half-precision on a processor that computes large products of its dtype faster in float32."""
     known = x.dtype in _HALF and x.device.type == "cpu" and not torch.compiler.is_compiling()
-    return known and not torch.is_autocast_enabled("cpu") and _least_widened(x.dtype) is not None
+    return known and not torch.is_autocast_enabled("cpu") and least_widened(x.dtype) is not None
 
 
 def is_widened(a: Tensor, b: Tensor) -> bool:
     """Return whether a [M, K] @ b [K, N] is computed in float32, because that is faster here than in their dtype."""
     if a.dtype not in _HALF or a.device.type != "cpu":
         return False
-    least = _least_widened(a.dtype)
+    least = least_widened(a.dtype)
     return least is not None and min(*a.shape, b.shape[1]) >= least
 
 

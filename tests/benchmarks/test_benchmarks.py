@@ -31,7 +31,8 @@ from moe.ops import grouped_mm, moe_mlp
 from moe.ops.library import why_no_kernels
 from moe.trace import Trace
 
-SIZES = dataclasses.replace(cpu.SMALL, train=16, prefill=24, decode=3, rounds=1)
+SIZES = dataclasses.replace(cpu.SMALL, train=16, prefill=24, decode=3, short=7, batch_context=11, rounds=1)
+WORK = ("train", "prefill", "decode", "short", "batch 3")
 
 
 def test_small_run_prints_and_appends(capsys, tmp_path):
@@ -39,10 +40,10 @@ def test_small_run_prints_and_appends(capsys, tmp_path):
     for _ in range(2):
         assert main(["cpu", "--small", "--dtype", "fp32", "--json", str(file)]) == 0
     shown = capsys.readouterr().out
-    assert report.SMOKE_TEST in shown and shown.count(" right ") == 6
+    assert report.SMOKE_TEST in shown and shown.count(" right ") == 2 * len(WORK)
     assert not any(word in shown for word in ("FLOP/s", "tokens/s", "ratio", "%", "disturbed"))
     records = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [r["work"] for r in records] == ["train", "prefill", "decode"] * 2
+    assert [r["work"] for r in records] == [*WORK] * 2
     for r in records:
         assert r["ratio"] == r["peer"]["median_s"] / r["ours"]["median_s"]
         assert r["small"] is True and r["cores"] and r["disturbed"] in (False, True)
@@ -81,7 +82,7 @@ def test_wrong_gradients_refuse_training_only(exact):
             gate.grad *= 2
 
     records = cpu.compare(Doubled(model), cpu.peer(model, torch.float32), ids, reference, SIZES)
-    assert {r["work"]: "ratio" in r for r in records} == {"train": False, "prefill": True, "decode": True}
+    assert {r["work"]: "ratio" in r for r in records} == {work: work != "train" for work in WORK}
 
 
 def test_what_is_acceptable():
@@ -124,19 +125,26 @@ def test_a_wrong_layer_gets_no_ratio_in_bf16_either(in_bf16, wrong, monkeypatch)
     if wrong is not None:
         monkeypatch.setattr("moe.ops.moe_mlp", wrong)
     found = {r["work"]: "ratio" in r for r in cpu.compare(cpu.Ours(model), theirs, ids, reference, SIZES)}
-    assert found == dict.fromkeys(("train", "prefill", "decode"), wrong is None)
+    assert found == dict.fromkeys(WORK, wrong is None)
 
 
 def test_limits_count_what_the_docstring_says():
     config = preset("bench_400m")
-    sizes = cpu.Sizes(train=10, prefill=20, decode=2)
+    sizes = cpu.Sizes(train=10, prefill=20, decode=2, short=5, batches=(3,), batch_context=7)
     at_limit = cpu.limits(config, sizes, itemsize=2, matmul=1.0, read=1.0)
     counts = count_parameters(config)
     active = counts.activated - 2 * 32000 * 1024
     attention, head = 16 * (96 + 64) * 4, 2 * 32000 * 1024
     assert at_limit["prefill"] == 2 * active * 20 + attention * 20**2 + head
     assert at_limit["train"] == 3 * (2 * active * 10 + attention * 10**2 + head * 10)
+    at_limit = cpu.limits(config, sizes, itemsize=2, matmul=1e30, read=1.0)  # reading takes longer than products
     assert at_limit["decode"] == 2 * 2 * (active + 32000 * 1024 + (256 + 32) * 4 * 21)
+    assert at_limit["short"] == 2 * 2 * (active + 32000 * 1024 + (256 + 32) * 4 * 6)
+    experts = 3 * 64 * 3 * 1024 * 512  # three layers of 64 experts, of which a token uses 6
+    used = active - experts * 6 / 64 + experts * (1 - (58 / 64) ** 3)
+    assert at_limit["batch 3"] == pytest.approx(2 * 2 * (used + 32000 * 1024 + 3 * (256 + 32) * 4 * 8), rel=1e-12)
+    slow = cpu.limits(config, sizes, itemsize=2, matmul=1.0, read=1e30)
+    assert slow["batch 3"] == 2 * 3 * (2 * (active + 32000 * 1024) + 2 * attention * 7)
 
 
 def test_interleaving_alternates_and_drops_the_first_round():

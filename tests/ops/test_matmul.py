@@ -11,7 +11,7 @@ from torch import Tensor
 
 import moe
 from moe.linear import Linear, linear
-from moe.ops.matmul import _least_widened, is_widened, prefers_float32, product, product_into
+from moe.ops.matmul import is_widened, least_widened, prefers_float32, product, product_into
 from tests.support.bound import DTYPES, UNIT, excess, product_limit
 from tests.support.cases import CASES, Case
 from tests.support.operators import eager_experts, fused, gradients
@@ -24,7 +24,7 @@ SHAPES = [(1, 1, 1), (5, 7, 3), (33, 70, 40), (0, 4, 3), (4, 0, 3), (4, 3, 0)]
 @pytest.fixture
 def least(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int | None:
     """The size from which half precision is multiplied in float32, whatever this processor is."""
-    monkeypatch.setattr("moe.ops.matmul._least_widened", lambda dtype: request.param)
+    monkeypatch.setattr("moe.ops.matmul.least_widened", lambda dtype: request.param if dtype in HALF else None)
     monkeypatch.setattr("moe.ops.matmul._CONVERTED", 7 * 11)  # so that small matrices are converted in several parts
     return request.param
 
@@ -82,7 +82,7 @@ def test_linear(with_bias: bool, dtype: torch.dtype, least: int | None) -> None:
     x = torch.randn(3, 11, 70).to(dtype).requires_grad_()
     grad = torch.randn(3, 11, 40).to(dtype)
     y = layer(x)
-    assert y.shape == (3, 11, 40)
+    assert y.shape == (3, 11, 40) and not (least and dtype in HALF and y._is_view())
     flat, rows = x.detach().flatten(0, 1), grad.flatten(0, 1)
     assert_product(y.detach().flatten(0, 1), flat, layer.weight.detach().t(), layer.bias)
     y.backward(grad)
@@ -164,7 +164,8 @@ def test_which_processors(
     known = {"architecture": "x86_64"} | known if known else {}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
     monkeypatch.setattr("moe.ops.matmul._on_intel", on_intel)
-    assert tuple(_least_widened.__wrapped__(dtype) for dtype in HALF) == expected
+    assert tuple(least_widened.__wrapped__(dtype) for dtype in HALF) == expected
+    assert least_widened.__wrapped__(torch.float32) is None
 
 
 @pytest.mark.parametrize("least", [4], indirect=True)
