@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe import ops
 from moe.layer import MoELayer
+from moe.linear import Linear
 from moe.quantized import (
     FP8Experts,
     FP8Linear,
@@ -42,8 +43,8 @@ def int8_linear(bias: bool, out: int = 9, width: int = 20) -> Int8Linear:
     return Int8Linear.from_weights(torch.randn(out, width), torch.randn(out) if bias else None)
 
 
-def plain_linear(module: FP8Linear | Int8Linear, dtype: torch.dtype) -> nn.Linear:
-    plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, dtype=dtype)
+def plain_linear(module: FP8Linear | Int8Linear, dtype: torch.dtype) -> Linear:
+    plain = Linear(module.in_features, module.out_features, bias=module.bias is not None, dtype=dtype)
     if isinstance(module, Int8Linear):
         weight = ops.dequantize_int8(module.weight, module.weight_scale, dtype)
     else:

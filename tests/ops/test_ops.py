@@ -90,6 +90,7 @@ def test_moe_mlp_does_not_depend_on_its_batches(rows: int, monkeypatch: pytest.M
     monkeypatch.setattr("moe.ops.mlp._BATCH_ROWS", rows)
     for most in (2**20, 25 * 24 * 80):
         monkeypatch.setattr("moe.ops.mlp._SMALL_PRODUCT", most)
+        monkeypatch.setattr("moe.ops.mlp._SMALL_GRADIENT", most)
         assert not beyond(gradients(fused, inputs, grad), errors), most
 
 

@@ -31,7 +31,8 @@ from moe.ops.library import LIBRARY
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 GUARD = 256  # elements, which keeps the alignment that kernels may count on
-WITHOUT_KERNELS = {"dequantize_blocks", "dequantize_mxfp4"}  # torch's operators on every device
+# Torch's operators on every device.
+WITHOUT_KERNELS = {"dequantize_blocks", "dequantize_mxfp4", "int8_linear", "int8_mlp"}
 POISON = 2**30  # for integers, which would lead outside every buffer
 
 
