@@ -22,23 +22,27 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute `F.linear`: x [..., K], weight [N, K] and bias [N] -> [..., N]; see `Linear`."""
-    if _is_plain(x, weight) and is_widened(rows := x.reshape(-1, x.shape[-1]), weight.t()):
+    if _is_plain(x, weight, bias) and is_widened(rows := x.reshape(-1, x.shape[-1]), weight.t()):
         return _Widened.apply(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
     return F.linear(x, weight, bias)
 
 
-def _is_plain(x: Tensor, weight: Tensor) -> bool:
-    """Return whether nothing but this call decides how x and the weight are multiplied."""
+def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Return whether the operands are valid, and nothing but this call decides how they are multiplied."""
+    operands = (x, weight) if bias is None else (x, weight, bias)
     return (
-        x.dtype == weight.dtype
-        and weight.dim() == 2
+        x.dtype.itemsize == 2  # the others need no further checks
+        and x.numel() > 0
         and x.dim() > 0
+        and weight.dim() == 2
         and x.shape[-1] == weight.shape[1]
-        and type(x) in (Tensor, nn.Parameter)
-        and type(weight) in (Tensor, nn.Parameter)  # not of a library that shards or quantises
+        and (bias is None or bias.shape == weight.shape[:1])
+        and all(each.dtype == weight.dtype and each.device == x.device for each in operands)
+        and all(type(each) in (Tensor, nn.Parameter) for each in operands)  # not of a library that shards or quantises
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
+        and not torch._C._functorch.is_legacy_batchedtensor(x)  # of is_grads_batched
         and forward_ad._current_level < 0
     )
 

@@ -72,6 +72,8 @@ NAMED = (
     *_in_file(
         "moe/linear.py",
         ("bias omitted in float32", "forward", "part.add_(bias[columns])", "part"),
+        ("a bias of any size", "_is_plain", "bias.shape == weight.shape[:1]", "True"),
+        ("no rows in float32", "_is_plain", "x.numel() > 0", "x.numel() >= 0"),
         (
             "gradient of the weight transposed",
             "backward",
