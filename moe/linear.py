@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from moe.ops.matmul import is_widened, widened_parts
@@ -42,7 +43,7 @@ def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
-        and not torch._C._functorch.is_legacy_batchedtensor(x)  # of is_grads_batched
+        and not is_legacy_batchedtensor(x)  # of is_grads_batched
         and forward_ad._current_level < 0
     )
 
