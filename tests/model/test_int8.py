@@ -211,7 +211,8 @@ def test_trained_parameters_are_the_others() -> None:
 def test_a_sharded_model_is_refused() -> None:
     """Plain FSDP keeps the classes of the modules that it does not wrap; only the weights show it."""
     model = build(V3_MTP)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
         with pytest.raises(ConfigError, match="expected a model that is neither quantised nor sharded"):
