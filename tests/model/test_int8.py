@@ -89,7 +89,7 @@ def test_which_weights_are_converted() -> None:
     for name, tensor in model.state_dict().items():
         dtypes.setdefault(tensor.dtype, set()).add(name)
     converted = {name for name, m in model.named_modules() if isinstance(m, Int8Linear | Int8Experts)}
-    rest = {name for name, m in model.named_modules() if type(m) is nn.Linear}
+    rest = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     assert {name.rpartition(".")[2] for name in rest} == {"kv_b_proj", "shared_expert_gate"}
     assert {name.rpartition(".")[2] for name in converted} == {
         *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj", "gate_proj", "up_proj", "down_proj"),
