@@ -30,7 +30,8 @@ def quantize(model: Transformer, kind: Quantization) -> Transformer:
     """
     check_kind("kind", kind)
     targets = dict(_targets(model))
-    if not targets or any(isinstance(module, Quantized) for module in model.modules()):
+    quantised = any(isinstance(module, Quantized) for module in model.modules())
+    if not targets or quantised or any(hasattr(weight, "device_mesh") for weight in model.parameters()):
         raise ConfigError("model", type(model).__name__, "a model that is neither quantised nor sharded")
     for name in list(targets):
         try:

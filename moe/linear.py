@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from moe.ops import matmul
@@ -25,24 +26,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute `F.linear`: x [..., K], weight [N, K] and bias [N] -> [..., N]; see `Linear`."""
     # Cheap tests first: this is called many times for each token that is decoded.
     least = None if torch.compiler.is_compiling() else matmul.least_widened(x.dtype)
-    if least is None or x.numel() < least * weight.shape[-1] or not _is_plain(x, weight):
+    if least is None or x.numel() < least * weight.shape[-1] or not _is_plain(x, weight, bias):
         return F.linear(x, weight, bias)
     if not is_widened(x.reshape(-1, x.shape[-1]), weight.t()):
         return F.linear(x, weight, bias)
     return _Widened.apply(x, weight, bias)
 
 
-def _is_plain(x: Tensor, weight: Tensor) -> bool:
-    """Return whether nothing but this call decides how x and the weight are multiplied."""
+def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Return whether the operands are valid, and nothing but this call decides how they are multiplied."""
+    operands = (x, weight) if bias is None else (x, weight, bias)
     return (
-        x.dtype == weight.dtype
-        and weight.dim() == 2
+        x.numel() > 0
         and x.dim() > 0
+        and weight.dim() == 2
         and x.shape[-1] == weight.shape[1]
-        and type(x) in (Tensor, nn.Parameter)
-        and type(weight) in (Tensor, nn.Parameter)  # not of a library that shards or quantises
+        and (bias is None or bias.shape == weight.shape[:1])
+        and all(each.dtype == weight.dtype and each.device == x.device for each in operands)
+        and all(type(each) in (Tensor, nn.Parameter) for each in operands)  # not of a library that shards or quantises
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
+        and not is_legacy_batchedtensor(x)  # of is_grads_batched
         and forward_ad._current_level < 0
     )
 

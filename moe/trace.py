@@ -23,6 +23,7 @@ from moe.router import Router
 
 BF16_FRACTION_BITS = 7
 ROWS = 1024  # tokens whose margins are computed at once
+MAX_EXPERTS = 2**16  # of the ids of a file
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,18 +99,22 @@ class Trace:
             for name in ("experts", "expert_bytes"):
                 parts[name] = int(parts[name])
             trace = Trace(**parts)
-            layers, tokens, _ = trace.expert_ids.shape
-            fits = (len(trace.layers), trace.weights.shape, trace.margins.shape) == (
-                layers,
-                trace.expert_ids.shape,
-                (layers, tokens),
-            )
-            ids = trace.expert_ids
-            if not fits or ids.dtype.kind != "u" or not ids.size or ids.max() >= trace.experts:
-                raise ValueError("the arrays do not fit together")
+            trace._check()
         except Exception as error:  # zipfile, its decompressors and numpy fail in many ways
             raise ConfigError(str(file), one_line(error), "a file that moesmith trace wrote") from None
         return trace
+
+    def _check(self) -> None:
+        """Raise ValueError if the arrays do not fit together."""
+        ids = self.expert_ids
+        shapes = (self.layers.shape, self.weights.shape, self.margins.shape)
+        kinds = (self.layers.dtype.kind, self.weights.dtype.kind, self.margins.dtype.kind, self.starts.dtype.kind)
+        fits = ids.ndim == 3 and shapes == (ids.shape[:1], ids.shape, ids.shape[:2]) and self.starts.ndim == 1
+        fits = fits and ids.dtype.kind == "u" and kinds == ("U", "f", "f", "i") and ids.size > 0
+        if not fits or self.experts > MAX_EXPERTS or ids.max() >= self.experts or self.expert_bytes < 0:
+            raise ValueError("the arrays do not fit together")
+        if (np.diff(np.sort(ids, axis=2), axis=2) == 0).any():
+            raise ValueError("a token chose an expert twice")
 
     def _load(self, expert_ids: np.ndarray) -> LoadReport:
         counts = [expert_load(torch.from_numpy(ids.astype(np.int64)), self.experts) for ids in expert_ids]

@@ -116,6 +116,7 @@ def _record(args: Args) -> "Trace":
     from moe.train.loop import deterministic
 
     check_experts(model.config)
+    _check_sizes(args.what_if, model.config.n_routed_experts)  # before the tokens are recorded
     dataset.check_vocabulary(model.config)
     device = next(model.parameters()).device
     tokens = torch.from_numpy(dataset.validation[: args.tokens].astype(np.int64)).to(device)
@@ -140,6 +141,18 @@ def _refuse_options_of_a_model(args: Args) -> None:
         changed = getattr(args, each.name) != each.default
         if changed and each.name not in ("folder", "json", "out", "overwrite", "what_if"):
             raise ConfigError(option(each.name), None, f"no such option, because {args.folder} is a trace")
+
+
+def _check_sizes(asked: WhatIf, experts: int) -> None:
+    """Raise ConfigError for a size that layers with this many experts do not have."""
+    for size in asked.cache_experts:
+        if size > experts:
+            raise ConfigError("--cache-experts", size, f"at most the {experts} experts of a layer")
+    for gpus in asked.ep:
+        room = experts - -(-experts // gpus)
+        for replicas in asked.replicas:
+            if replicas > room:
+                raise ConfigError("--replicas", replicas, f"at most {room}, with which each GPU holds all experts")
 
 
 def _summary(trace: "Trace") -> dict[str, Any]:
@@ -174,16 +187,11 @@ def _summary(trace: "Trace") -> dict[str, Any]:
 def _answers(trace: "Trace", asked: WhatIf) -> dict[str, Any]:
     from moe.planning.expert_cache import POLICIES, simulate
 
-    for size in asked.cache_experts:
-        if size > trace.experts:
-            raise ConfigError("--cache-experts", size, f"at most the {trace.experts} experts of a layer")
+    _check_sizes(asked, trace.experts)
     k = trace.expert_ids.shape[2]
     placed = []
     for gpus in asked.ep:
         for replicas in asked.replicas or (0,):
-            room = trace.experts - -(-trace.experts // gpus)
-            if replicas > room:
-                raise ConfigError("--replicas", replicas, f"at most {room}, with which each GPU holds all experts")
             report = trace.placed(gpus, replicas)
             overall = {
                 name: None if values is None else report.overall(values)

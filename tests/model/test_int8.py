@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import moe
 from moe import CheckpointError, ConfigError
@@ -204,3 +207,16 @@ def test_trained_parameters_are_the_others() -> None:
     plain(IDS, labels=IDS).loss.backward()
     torch.testing.assert_close(model.embed_tokens.weight.grad, plain.embed_tokens.weight.grad, rtol=1e-4, atol=1e-6)
     assert all(p.grad is None for p in model.parameters() if p.dtype == torch.int8)
+
+
+def test_a_sharded_model_is_refused() -> None:
+    """Plain FSDP keeps the classes of the modules that it does not wrap; only the weights show it."""
+    model = build(V3_MTP)
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ConfigError, match="expected a model that is neither quantised nor sharded"):
+            moe.quantize(model, "int8")
+    finally:
+        dist.destroy_process_group()

@@ -241,7 +241,22 @@ def test_a_saved_trace_is_read_again(tmp_path: Path) -> None:
     with np.load(tmp_path / "trace.npz") as arrays:
         np.testing.assert_array_equal(arrays["load"], trace.load.load)
         np.testing.assert_array_equal(arrays["co_activation"], trace.co_activation)
-    for name, values in (("a", {}), ("b", {"margins": np.ones((1, 3), np.float16)}), ("c", {"experts": 3})):
+    twice = trace.expert_ids.copy()
+    twice[0, 0, 1] = twice[0, 0, 0]
+    refused: dict[str, dict[str, Any]] = {
+        "other": {},
+        "short": {"margins": np.ones((1, 3), np.float16)},
+        "few": {"experts": 3},
+        "many": {"experts": 2**40},
+        "signed": {"expert_ids": trace.expert_ids.astype(np.int64) - 1},
+        "twice": {"expert_ids": twice},
+        "words": {"margins": trace.margins.astype(str)},
+        "numbers": {"layers": np.arange(len(trace.layers))},
+        "starts": {"starts": np.array(0)},
+        "bytes": {"expert_bytes": -1},
+        "objects": {"layers": trace.layers.astype(object)},
+    }
+    for name, values in refused.items():
         parts: dict[str, Any] = {field.name: getattr(trace, field.name) for field in dataclasses.fields(Trace)}
         given: dict[str, Any] = parts | values if values else {"x": np.ones(3)}
         np.savez(tmp_path / f"{name}.npz", **given)

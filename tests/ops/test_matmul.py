@@ -129,8 +129,44 @@ def test_who_else_decides_how_a_linear_layer_multiplies(least: int, monkeypatch:
     torch.testing.assert_close(per_row.squeeze(1), expected)
     with pytest.raises(RuntimeError, match="dtype"):
         layer(x.float())
+    shared: dict[str, Tensor] = {"bias": layer.bias.detach().as_subclass(Wrapped)}
+    assert torch.func.functional_call(layer, shared, (x,)).equal(expected)
     assert layer.to("meta")(x.to("meta")).shape == (4, 8)
     assert copy.deepcopy(layer).weight.is_meta
+
+
+@either_way
+@each_half
+def test_linear_accepts_and_refuses_the_operands_of_torch(dtype: torch.dtype, least: int | None) -> None:
+    def both(*operands: Tensor) -> list[Tensor | str]:
+        found: list[Tensor | str] = []
+        for multiply in (linear, F.linear):
+            try:
+                found.append(multiply(*operands))
+            except RuntimeError as error:
+                found.append(str(error))
+        return found
+
+    x, weight = torch.randn(3, 8).to(dtype), torch.randn(6, 8).to(dtype)
+    for bias in (torch.zeros(9), torch.zeros(5), torch.zeros(6, 1)):
+        found, expected = both(x, weight, bias.to(dtype))
+        assert isinstance(found, str) and found == expected
+    for bias in (torch.ones(()), torch.ones(1)):
+        torch.testing.assert_close(*both(x, weight, bias.to(dtype)))
+    found, expected = both(x, weight, torch.zeros(6))
+    assert isinstance(found, str) and found == expected
+    for shape in ((0, 8), (2, 0, 8), (3, 0), (0, 3, 0)):  # no rows, and no columns
+        torch.testing.assert_close(*both(torch.ones(shape, dtype=dtype), torch.ones(6, shape[-1], dtype=dtype)))
+
+
+@in_float32
+def test_linear_under_batched_gradients(least: int) -> None:
+    """`is_grads_batched` uses tensors that neither their type nor functorch's state distinguishes from others."""
+    layer, x = Linear(8, 6).bfloat16(), torch.randn(3, 8).bfloat16().requires_grad_()
+    (found,) = torch.autograd.grad(layer(x), x, torch.eye(18).bfloat16().view(18, 3, 6), is_grads_batched=True)
+    for i in range(3):
+        for j in range(6):
+            assert found[6 * i + j, i].equal(layer.weight[j].detach())
 
 
 @in_float32

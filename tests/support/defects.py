@@ -73,6 +73,8 @@ NAMED = (
         "moe/linear.py",
         ("bias omitted in float32", "forward", "part.add_(bias[columns])", "part"),
         ("gradient of the weight in other rows", "backward", "linear(rows.t()", "linear(rows.t().roll(1, 0)"),
+        ("a bias of any size", "_is_plain", "bias.shape == weight.shape[:1]", "True"),
+        ("no rows in float32", "_is_plain", "x.numel() > 0", "x.numel() >= 0"),
     ),
     *_in_file(
         "moe/attention.py",

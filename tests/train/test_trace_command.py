@@ -202,6 +202,15 @@ def test_what_is_refused(run: Path, text: Path, tmp_path: Path, capsys: pytest.C
             [str(tmp_path / "sick"), "--data", str(text)],
             "sick: the scores of layers.1.mlp.gate are not finite",
         ),
+        # Refused before anything is recorded, which may take long.
+        (
+            [str(tmp_path / "sick"), "--data", str(text), "--cache-experts", "9"],
+            "--cache-experts: expected at most the 8 experts of a layer; found 9",
+        ),
+        (
+            [str(tmp_path / "sick"), "--data", str(text), "--ep", "8", "2", "--replicas", "0", "7"],
+            "--replicas: expected at most 4, with which each GPU holds all",
+        ),
     ):
         assert expected in refused(capsys, *words, "--out", str(tmp_path / "new")), words
     assert not (tmp_path / "new").exists()
