@@ -101,6 +101,17 @@ def can_group(*weights: Tensor) -> bool:
     )
 
 
+def most_grouped(dtype: torch.dtype, small: int, few: int) -> int:
+    """Return up to how many rows a group is multiplied by `mm` with others: `small` if its product is, otherwise `few`.
+
+    Fewer if `product` is faster than `mm`: in half precision that is widened, and in float32 by oneDNN.
+    """
+    if dtype == torch.float32 and _has_onednn and not _on_intel:
+        return small
+    least = least_widened(dtype)
+    return max(small, few) if least is None else min(max(small, few), least - 1)
+
+
 def grouped_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     """Multiply each group of rows of a [R, K] by its matrix of b [G, K, N] -> [R, N]; `ends` [G] ends each group."""
     if len(b) == 1:

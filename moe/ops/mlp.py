@@ -10,7 +10,14 @@ from torch import Tensor
 from moe.config import SwiGLU
 from moe.ops.activation import swiglu_backward_into, swiglu_into, swiglu_reference
 from moe.ops.library import Tier, autocast, check_tier, define, define_gradient, has_values
-from moe.ops.matmul import can_group, group_products_into, grouped_product, grouped_product_into, product
+from moe.ops.matmul import (
+    can_group,
+    group_products_into,
+    grouped_product,
+    grouped_product_into,
+    most_grouped,
+    product,
+)
 from moe.ops.permutation import check_ids, check_weights, combine, count_slots, sort_slots
 
 
@@ -137,10 +144,10 @@ def _check(
             raise TypeError(f"{name}: expected {x.dtype}, the dtype of x; found {tensor.dtype}")
 
 
-# Products with fewer multiplications are small: calls and the work between them take longer than is saved by keeping
-# rows in cache. In the backward pass, batches of experts also cost a copy of their gradients. Small experts are batched
-# up to _BATCH_ROWS rows, which fit into the cache.
-_SMALL_PRODUCT, _SMALL_GRADIENT, _BATCH_ROWS = 2**24, 2**20, 1024
+# Products with fewer multiplications are small: the call takes longer than the multiplication. Small experts are
+# batched up to _BATCH_ROWS rows, which fit into the cache. In the forward pass, so are experts with few rows, for which
+# the calls take a tenth of the time. Gradients would have to be copied out of the batch.
+_SMALL_PRODUCT, _FEW_ROWS, _BATCH_ROWS = 2**20, 4, 1024
 
 
 @dataclass(frozen=True)
@@ -154,9 +161,12 @@ class _Batch:
     ends: Tensor
 
 
-def _batches(offsets: Tensor, gate_up: Tensor, down: Tensor, small: int) -> list[_Batch]:
-    """Split all rows into batches: one per large expert, and one per run of experts with `small` products."""
-    most = small // max(gate_up[0].numel(), 1) if len(gate_up) and can_group(gate_up, down) else 0
+def _batches(offsets: Tensor, gate_up: Tensor, down: Tensor, few_rows: int) -> list[_Batch]:
+    """Split all rows into batches: one per large expert, and one per run of small ones and those with `few_rows`."""
+    most = 0
+    if len(gate_up) and can_group(gate_up, down):
+        small = _SMALL_PRODUCT // max(gate_up[0].numel(), 1)
+        most = most_grouped(gate_up.dtype, small, few_rows)
     batches: list[_Batch] = []
     first = start = 0
     ends = offsets.tolist()
@@ -217,7 +227,7 @@ def _forward(
         y = _one_token(x, gate_up, down, weights, expert_ids, gate_up_bias, down_bias, limit, alpha, beta)
         return y, x.new_empty(0, gate_up.shape[1])
     order = sort_slots(expert_ids, gate_up.shape[0])
-    batches = _batches(order.offsets, gate_up, down, _SMALL_PRODUCT)
+    batches = _batches(order.offsets, gate_up, down, _FEW_ROWS)
     routed = batches[-1].end if batches else 0
     tokens = order.slots // expert_ids.shape[1]
     rows = x.new_empty(order.slots.shape[0], x.shape[1])
@@ -311,7 +321,7 @@ def _backward(
     sorted_weights = weights.reshape(-1, 1).index_select(0, order.slots)
     sorted_dots = torch.zeros_like(sorted_weights)
     wide = torch.promote_types(x.dtype, torch.float32)
-    for batch in _batches(order.offsets, gate_up, down, _SMALL_GRADIENT):
+    for batch in _batches(order.offsets, gate_up, down, 0):
         experts, here = slice(batch.first, batch.last), slice(batch.start, batch.end)
         token, weight, part = tokens[here], sorted_weights[here], pre[here]
         grad_y = grad.index_select(0, token)

@@ -1,7 +1,8 @@
 """Modules that keep quantised weights in memory and dequantise them on use.
 
-Results are bit-identical to those of `nn.Linear` and `moe.layer.Experts` with the dequantised weights in x's dtype,
-except that Int8 modules without gradients on a CPU read the codes, which rounds less. Quantised weights are frozen.
+Results are bit-identical to those of `moe.linear.Linear` and `moe.layer.Experts` with the dequantised weights in x's
+dtype, except that Int8 modules without gradients on a CPU read the codes, which rounds less. Quantised weights are
+frozen.
 Results are differentiable once in x, routing weights and biases; a second differentiation raises RuntimeError, except
 that of a linear function, which is zero. Dequantised weights are not saved for the backward pass but recomputed.
 

@@ -28,7 +28,7 @@ class Int8Linear(Quantized):
     dtype. y has autocast's dtype if it is on, otherwise x's.
 
     Without gradients, the CPU reads the codes and computes in W exactly; see `moe.ops.int8.int8_linear`. Otherwise W is
-    dequantised to the dtype of y, and results are bit-identical to those of `nn.Linear` with that W.
+    dequantised to the dtype of y, and results are bit-identical to those of `moe.linear.Linear` with it.
     """
 
     quantized = ("weight", "weight_scale")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import moe
 from moe.linear import Linear, linear
-from moe.ops.matmul import is_widened, least_widened, prefers_float32, product, product_into
+from moe.ops.matmul import is_widened, least_widened, most_grouped, prefers_float32, product, product_into
 from tests.support.bound import DTYPES, UNIT, excess, product_limit
 from tests.support.cases import CASES, Case
 from tests.support.operators import eager_experts, fused, gradients
@@ -214,9 +214,17 @@ def test_small_and_wide_products_stay_as_they_are(least: int) -> None:
     assert not halves(4, 4, 4, torch.float32) and not halves(4, 4, 4, torch.float64)
 
 
+@pytest.mark.parametrize("least", [None, 16], indirect=True)
+@pytest.mark.parametrize("on_intel", [False, True])
+def test_groups_that_are_multiplied_in_one_call(on_intel: bool, least: int | None, monkeypatch: Any) -> None:
+    monkeypatch.setattr("moe.ops.matmul._on_intel", on_intel)
+    assert most_grouped(torch.float32, 1, 4) == (4 if on_intel else 1)
+    assert most_grouped(torch.bfloat16, 1, 4) == 4
+    assert most_grouped(torch.bfloat16, 256, 4) == (least or 257) - 1  # 256, or less than what is widened
+
+
 @in_float32
-def test_a_model_in_bfloat16_is_nearer_to_float64(least: int) -> None:
-    """The whole model either way, beside itself in float64: logits within the roundings of its layers."""
+def test_a_model_in_bfloat16_is_near_itself_in_float64(least: int) -> None:
     model = moe.Transformer(moe.preset("tiny"), seed=1).bfloat16().eval()
     ids = torch.randint(model.config.vocab_size, (1, 96), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

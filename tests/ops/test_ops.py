@@ -88,10 +88,11 @@ def test_moe_mlp_does_not_depend_on_its_batches(rows: int, monkeypatch: pytest.M
     inputs, grad = BY_NAME["ragged"].inputs(torch.float32), torch.randn(61, 24)
     errors = moe_mlp_errors(inputs, grad)
     monkeypatch.setattr("moe.ops.mlp._BATCH_ROWS", rows)
-    for most in (2**20, 25 * 24 * 80):
-        monkeypatch.setattr("moe.ops.mlp._SMALL_PRODUCT", most)
-        monkeypatch.setattr("moe.ops.mlp._SMALL_GRADIENT", most)
-        assert not beyond(gradients(fused, inputs, grad), errors), most
+    for most in (2**20, 25 * 24 * 80, 0):
+        for few in (0, 4):
+            monkeypatch.setattr("moe.ops.mlp._SMALL_PRODUCT", most)
+            monkeypatch.setattr("moe.ops.mlp._FEW_ROWS", few)
+            assert not beyond(gradients(fused, inputs, grad), errors), (most, few)
 
 
 @each_case

@@ -74,7 +74,6 @@ NAMED = (
         ("bias omitted in float32", "forward", "part.add_(bias[columns])", "part"),
         ("gradient of the weight in other rows", "backward", "linear(rows.t()", "linear(rows.t().roll(1, 0)"),
         ("a bias of any size", "_is_plain", "bias.shape == weight.shape[:1]", "True"),
-        ("no rows in float32", "_is_plain", "x.numel() > 0", "x.numel() >= 0"),
     ),
     *_in_file(
         "moe/attention.py",
@@ -371,8 +370,8 @@ EQUIVALENT = (
         (
             "affects speed only: which experts share a batch",
             "_batches",
-            "small // max(gate_up[0].numel(), 1)",
-            "small * max(gate_up[0].numel(), 1)",
+            "_SMALL_PRODUCT // max(gate_up[0].numel(), 1)",
+            "_SMALL_PRODUCT * max(gate_up[0].numel(), 1)",
         ),
         (
             "affects speed only: a repeated bias adds up to the same",
