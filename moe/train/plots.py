@@ -42,12 +42,17 @@ def plot_run(
         baselines: validation loss of simple models, in nats per token.
         load: tokens of the validation text that chose each expert, integers [layers, E].
     """
-    files, title = [folder / "loss.png"], textwrap.fill(title, 100)
+    files = [folder / "loss.png"]
     plot_loss(title, train, validation, baselines).savefig(files[0], dpi=DPI)
     if len(layers):
         files.append(folder / "load.png")
         plot_load(title, layers, load).savefig(files[1], dpi=DPI)
     return files
+
+
+def _wrapped(figure: Figure, *paragraphs: str) -> str:
+    """Break paragraphs of 10 points into lines that the figure is wide enough for, whatever their letters."""
+    return "\n".join(textwrap.fill(text, int(10 * figure.get_figwidth())) for text in paragraphs)
 
 
 def plot_loss(
@@ -67,7 +72,7 @@ def plot_loss(
     for axes, (_, label) in zip(all_axes, panels, strict=True):
         axes.set_ylabel(label, fontsize=9)
         axes.grid(alpha=0.3)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(_wrapped(figure, title), fontsize=10)
     figure.align_ylabels()
 
     loss = all_axes[0]
@@ -114,7 +119,7 @@ def plot_load(
         vmax=MOST_RELATIVE_LOAD,
     )
     axes.set(xlabel="expert", ylabel="layer")
-    axes.set_title(f"{title}\n{text}; black: no tokens", fontsize=10)
+    axes.set_title(_wrapped(figure, title, f"{text}; black: no tokens"), fontsize=10)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_yticks(range(rows), layers, fontsize=8 if rows <= MOST_TALL_ROWS else 7)
     extend = _extend(below=(relative == 0).any(), above=(relative > MOST_RELATIVE_LOAD).any())
@@ -131,7 +136,7 @@ def plot_load(
 
 def plot_trace(folder: Path, title: str, trace: Trace) -> list[Path]:
     """Write load.png, balance.png and, if tokens choose several experts, co-activation.png; returns the files."""
-    title, layers = textwrap.fill(title, 100), trace.layers.tolist()
+    layers = trace.layers.tolist()
     figures = {"load": plot_load(title, layers, trace.load.load.numpy(), "load of experts")}
     figures["balance"] = plot_balance(title, trace)
     if trace.expert_ids.shape[2] > 1:
@@ -150,7 +155,7 @@ def plot_balance(title: str, trace: Trace) -> Figure:
     }
     layers = len(trace.layers)
     figure = Figure(figsize=(float(np.clip(2.0 + 0.2 * layers, 6.0, 14.0)), 6.0), layout="constrained")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(_wrapped(figure, title), fontsize=10)
     all_axes = figure.subplots(len(panels), sharex=True)
     for axes, color, (label, values) in zip(all_axes, ("C3", "black", "C0"), panels.items(), strict=True):
         bars = axes.bar(range(layers), values, color=color, width=0.7)
@@ -179,8 +184,7 @@ def plot_co_activation(title: str, trace: Trace) -> Figure:
     figure = Figure(figsize=(1.6 + side * columns, 1.0 + side * rows), layout="constrained")
     about = f"black: never, white: fewer than {LEAST_PREDICTED} predicted"
     about = f"tokens that chose both experts / number predicted from the loads; {about}"
-    width = int(15 * figure.get_figwidth())
-    figure.suptitle(f"{textwrap.fill(title, width)}\n{textwrap.fill(about, width)}", fontsize=10)
+    figure.suptitle(_wrapped(figure, title, about), fontsize=10)
     all_axes = figure.subplots(rows, columns, squeeze=False).flatten()
     most, lifts = float(MOST_LIFT_EXPONENT), np.full((len(shown), experts, experts), np.nan)
     for axes, layer, values in zip(all_axes, shown, lifts, strict=False):

@@ -17,6 +17,7 @@ from matplotlib.text import Text
 
 from moe.trace import Trace
 from moe.train.plots import (
+    DPI,
     MOST_BARS_WITH_VALUES,
     MOST_COLUMNS_WITH_VALUES,
     MOST_MAPS,
@@ -57,8 +58,19 @@ def points(drawn: Any) -> list[tuple[float, float]]:
 
 
 def drawn(figure: Figure, tmp_path: Path) -> None:
-    """Warnings of the layout and of values that cannot be drawn come with the drawing, and are errors here."""
-    figure.savefig(tmp_path / "figure.png", dpi=40)
+    """Warnings of the layout and of values that cannot be drawn come with the drawing, and are errors here.
+
+    At the resolution of the files, to which extents of texts refer afterwards.
+    """
+    figure.set_dpi(DPI)
+    figure.savefig(tmp_path / "figure.png", dpi=DPI)
+
+
+def assert_inside(figure: Figure, beginning: str) -> None:
+    """The text that begins so is inside the figure, which was drawn."""
+    (text,) = (text for text in figure.findobj(Text) if text.get_text().startswith(beginning))
+    extent, whole = text.get_window_extent(), figure.get_window_extent()
+    assert extent.x0 >= 0 and extent.x1 <= whole.x1 and extent.y1 <= whole.y1
 
 
 @pytest.mark.parametrize("reach", [0, 1, 3, 50])
@@ -259,9 +271,7 @@ def test_some_layers_have_a_map_of_pairs(tmp_path: Path, layers: int, maps: list
     assert len(maps) <= MOST_MAPS
     assert [axes.get_title() for axes in figure.axes if axes.images] == [f"layers.{i}.mlp" for i in maps]
     assert not any(axes.texts for axes in figure.axes)
-    (title,) = (text for text in figure.findobj(Text) if TITLE.split(",")[0] in text.get_text())
-    extent = title.get_window_extent()
-    assert extent.x0 >= 0 and extent.x1 <= figure.get_window_extent().x1
+    assert_inside(figure, TITLE[:10])
 
 
 def test_the_map_of_pairs_of_256_experts(tmp_path: Path) -> None:
@@ -278,6 +288,14 @@ def test_values_of_pairs_can_be_read(tmp_path: Path, experts: int) -> None:
     assert len(texts) == (experts * (experts - 1) if experts == MOST_PAIRS_WITH_VALUES else 0)
     extents = [text.get_window_extent() for text in texts]
     assert not any(a.overlaps(b) for a, b in itertools.combinations(extents, 2)), "texts overlap"
+
+
+@pytest.mark.parametrize("title", ["/Wide_Name" * 20, "Window " * 20, TITLE])
+@pytest.mark.parametrize("plot", [plot_balance, plot_co_activation, plot_load])
+def test_a_long_title_is_inside_the_figure(plot: Any, title: str, tmp_path: Path) -> None:
+    figure = plot_load(title, LAYERS, np.ones((2, 8))) if plot is plot_load else plot(title, random_trace(2, 4))
+    drawn(figure, tmp_path)
+    assert_inside(figure, title[:5])
 
 
 def test_the_files_of_a_trace(tmp_path: Path) -> None:
