@@ -153,14 +153,15 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The commit checked out, followed by + if tracked files differ from it."""
+    """The commit checked out, followed by + if tracked files other than results differ from it."""
 
     def git(*args: str) -> str:
         done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        differs = git("status", "--porcelain", "-uno", "--", ".", f":!{RESULTS}")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if differs else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

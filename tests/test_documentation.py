@@ -300,10 +300,18 @@ def test_the_speeds_of_a_model() -> None:
         assert each["commit"][:12] in RESULTS and each["versions"]["transformers"] in RESULTS
         ours, theirs = (each["tokens"] / each[who]["median_s"] for who in ("ours", "peer"))
         share, ratio = each["limit_s"] / each["ours"]["median_s"], ours / theirs
-        digits = 1 if each["work"] == "decode" else 0
-        cells = f"{ours:,.{digits}f} ({share:.0%}) | {theirs:,.{digits}f} | {ratio:.2f}"
+        one_decimal = each["work"] not in ("train", "prefill")
+        mine, other = (f"{rate:,.{1 if one_decimal and rate < 100 else 0}f}" for rate in (ours, theirs))
+        cells = f"{mine} ({share:.0%}) | {other} | {ratio:.2f}"
         found.setdefault((each["device"].split("(")[0].split()[0], each["work"]), {})[each["dtype"]] = cells
-    names = {"train": "training step, 512 tokens", "prefill": "prefill, 1,024 tokens", "decode": "decode"}
+    names = {
+        "train": "training step, 512 tokens",
+        "prefill": "prefill, 1,024 tokens",
+        "decode": "decode after 1,024 tokens",
+        "short": "decode after 64 tokens",
+        "batch 8": "decode, batch of 8 after 256 tokens",
+        "batch 32": "decode, batch of 32 after 256 tokens",
+    }
     for (device, work), cells in found.items():
         assert f"| {device}: {names[work]} | {cells['fp32']} | {cells['bf16']} |\n" in RESULTS
 
