@@ -1,4 +1,4 @@
-"""Linear layer that multiplies half precision as fast as the processor can."""
+"""Linear layer that multiplies by the library that is fastest for the dtype, the size and the processor."""
 
 from typing import Any
 
@@ -8,14 +8,17 @@ from torch import Tensor, nn
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
-from moe.ops import matmul
-from moe.ops.matmul import is_widened, widened_parts
+from moe.ops.matmul import is_faster, is_widened, product, widened_parts
+
+# With fewer rows, `F.linear` is the fastest.
+_LEAST_ROWS = 8
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` that multiplies many rows in float32 on a CPU that computes bfloat16 or float16 slowly.
+    """`nn.Linear` that chooses how a CPU multiplies many rows.
 
-    The weights keep their dtype, and the result is rounded once, with the bias added before.
+    On a CPU that computes bfloat16 or float16 slowly, they are multiplied in float32: the weights keep their dtype, and
+    the result is rounded once, with the bias added before.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -24,13 +27,12 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute `F.linear`: x [..., K], weight [N, K] and bias [N] -> [..., N]; see `Linear`."""
-    # Cheap tests first: this is called many times for each token that is decoded.
-    least = None if torch.compiler.is_compiling() else matmul.least_widened(x.dtype)
-    if least is None or x.numel() < least * weight.shape[-1] or not _is_plain(x, weight, bias):
+    # The cheapest test first: this is called many times for each token that is decoded.
+    if x.numel() < _LEAST_ROWS * weight.shape[-1] or torch.compiler.is_compiling() or not _is_plain(x, weight, bias):
         return F.linear(x, weight, bias)
-    if not is_widened(x.reshape(-1, x.shape[-1]), weight.t()):
+    if not is_faster(x.reshape(-1, x.shape[-1]), weight.t()):
         return F.linear(x, weight, bias)
-    return _Widened.apply(x, weight, bias)
+    return _Linear.apply(x, weight, bias)
 
 
 def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -51,14 +53,19 @@ def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-class _Widened(torch.autograd.Function):
-    """`F.linear` in float32 of half-precision tensors; differentiable any number of times."""
+class _Linear(torch.autograd.Function):
+    """`F.linear` by `product`; differentiable any number of times."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        out = x.new_empty(*x.shape[:-1], weight.shape[0])
-        for columns, part in widened_parts(x.reshape(-1, x.shape[-1]), weight.t()):
+        rows, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], weight.shape[0])
+        if not is_widened(rows, weight.t()):
+            out = product(rows, weight.t())
+            # Not a view, because a view made without gradients cannot be modified in place later.
+            return torch.ops.aten._unsafe_view.default(out if bias is None else out.add_(bias), shape)
+        out = x.new_empty(shape)
+        for columns, part in widened_parts(rows, weight.t()):
             out.view(-1, weight.shape[0])[:, columns] = part if bias is None else part.add_(bias[columns])
         return out
 

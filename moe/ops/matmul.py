@@ -10,12 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moe.ops.flops import register_formula
+
 _HALF = (torch.bfloat16, torch.float16)
 
 # Elements of a matrix that are converted to float32 at a time, so that they stay in cache.
 _CONVERTED = 2**20
 
 _has_onednn = torch.backends.mkldnn.is_available()
+
+if _has_onednn:
+    register_formula(torch.ops.mkldnn._linear_pointwise, lambda x, weight, *_: 2 * x.numel() * weight.shape[0])
 
 
 def _is_intel() -> bool:
@@ -70,8 +75,15 @@ def widened_parts(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield columns, product(a, b[:, columns].float())
 
 
+def is_faster(a: Tensor, b: Tensor) -> bool:
+    """Return whether `product` of a [M, K] and b [K, N] is faster here than `F.linear`."""
+    return is_widened(a, b) or _is_transposed(a, b) or (not _on_intel and _by_onednn(a, b))
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """Multiply a [M, K] @ b [K, N] -> [M, N] in the dtype of `a`, any strides, accumulating in float32 or wider."""
+    if _is_transposed(a, b):
+        return torch.mm(b.t(), a.t().contiguous()).t().contiguous()
     if _by_onednn(a, b):
         return torch.ops.mkldnn._linear_pointwise.default(a, b.t(), None, "none", [], "")
     return product_into(a.new_empty(a.shape[0], b.shape[1]), a, b)
@@ -79,7 +91,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 def product_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Write `product` to `out` [M, N]; K = 0 gives zeros."""
-    if _by_onednn(a, b):
+    if _is_transposed(a, b) or _by_onednn(a, b):
         return out.copy_(product(a, b))
     # On most processors, float16 products of layouts other than x @ W.T are a hundred times slower than in float32.
     if is_widened(a, b) or (a.dtype == torch.float16 and a.device.type == "cpu"):
@@ -139,6 +151,22 @@ def group_products_into(out: Tensor, a: Tensor, b: Tensor, ends: Tensor) -> None
         product_into(out[0], a.t(), b)
     else:
         out.copy_(_without_autocast(a.t(), b, ends))
+
+
+def _is_transposed(a: Tensor, b: Tensor) -> bool:
+    """Return whether MKL multiplies x W^T faster as (W x^T)^T: float32 on Intel, a few rows by a large matrix.
+
+    With 8 to 48 rows it takes 0.54 to 0.85 of the time for weights of 8192 x 1024, and 0.60 to 0.85 for 1024 x 2048;
+    twice the time with 2 or 3 rows.
+    """
+    return (
+        8 <= a.shape[0] < 64
+        and a.dtype == torch.float32
+        and a.device.type == "cpu"
+        and _on_intel
+        and b.stride(0) == 1
+        and b.shape[0] * b.shape[1] >= 2**20
+    )
 
 
 def _by_onednn(a: Tensor, b: Tensor) -> bool:

@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import moe
 from moe.linear import Linear, linear
-from moe.ops.matmul import is_widened, least_widened, most_grouped, prefers_float32, product, product_into
+from moe.ops.matmul import is_faster, is_widened, least_widened, most_grouped, prefers_float32, product, product_into
 from tests.support.bound import DTYPES, UNIT, excess, product_limit
 from tests.support.cases import CASES, Case
 from tests.support.operators import eager_experts, fused, gradients
@@ -26,6 +27,7 @@ def least(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
     """The size from which half precision is multiplied in float32, whatever this processor is."""
     monkeypatch.setattr("moe.ops.matmul.least_widened", lambda dtype: request.param if dtype in HALF else None)
     monkeypatch.setattr("moe.ops.matmul._CONVERTED", 7 * 11)  # so that small matrices are converted in several parts
+    monkeypatch.setattr("moe.linear._LEAST_ROWS", 1)
     return request.param
 
 
@@ -93,6 +95,43 @@ def test_linear(with_bias: bool, dtype: torch.dtype, least: int | None) -> None:
         assert layer.bias.grad is not None
         exact = rows.double().sum(0)
         assert excess(layer.bias.grad, exact, product_limit(exact, rows.double().abs().sum(0), 33, dtype)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("on_intel", "shape"), [(True, (16, 1024, 1024)), (True, (63, 1025, 1030)), (False, (16, 300, 256))], ids=str
+)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_linear_by_another_library(
+    with_bias: bool, shape: tuple[int, int, int], on_intel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32 by oneDNN on AMD processors, and on Intel's with a few rows as (W x^T)^T."""
+    monkeypatch.setattr("moe.ops.matmul._on_intel", on_intel)
+    torch.manual_seed(0)
+    rows, inner, columns = shape
+    layer = Linear(inner, columns, bias=with_bias)
+    x, grad = torch.randn(rows, inner, requires_grad=True), torch.randn(rows, columns)
+    assert is_faster(x, layer.weight.t())
+    y = layer(x.unsqueeze(0))
+    assert y.is_contiguous() and y.grad_fn is not None and "_Linear" in y.grad_fn.name()
+    with FlopCounterMode(display=False) as counted:
+        layer(x)
+    assert counted.get_total_flops() == 2 * rows * inner * columns
+    assert_product(y[0].detach(), x.detach(), layer.weight.detach().t(), layer.bias)
+    y.mul_(1)  # may be modified in place
+    y[0].backward(grad)
+    assert x.grad is not None and layer.weight.grad is not None
+    assert_product(x.grad, grad, layer.weight.detach())
+    assert_product(layer.weight.grad, grad.t(), x.detach())
+
+
+def test_which_products_in_float32_are_faster_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.ones(1024, 1024).t()
+    for on_intel, rows in ((True, range(8, 64)), (False, range(1, 66))):
+        monkeypatch.setattr("moe.ops.matmul._on_intel", on_intel)
+        assert [n for n in range(66) if is_faster(torch.ones(n, 1024), weight)] == list(rows)
+        assert not is_faster(torch.ones(16, 1024).double(), weight.double())
+        assert not is_faster(torch.ones(16, 1024, device="meta"), weight.to("meta"))
+        assert not is_faster(torch.ones(16, 32), weight[:32, :32])
 
 
 @in_float32
