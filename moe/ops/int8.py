@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from moe.config import SwiGLU
-from moe.ops.activation import swiglu_into
 from moe.ops.library import define, has_values
 from moe.ops.matmul import product
-from moe.ops.permutation import combine, count_slots, sort_slots
+from moe.ops.mlp import Products, mlp_by_expert
+from moe.ops.permutation import count_slots
 
 INT8_MAX = 127
 
@@ -189,22 +189,13 @@ def _mlp(
     alpha: float,
     beta: float,
 ) -> Tensor:
-    order = sort_slots(expert_ids, gate_up.shape[0])
-    tokens = order.slots // expert_ids.shape[1]
-    rows = x.new_empty(order.slots.shape[0], x.shape[1])
-    start = 0
-    for expert, end in enumerate(order.offsets.tolist()):
-        if end == start:
-            continue
-        part = _product(x.index_select(0, tokens[start:end]), gate_up[expert], gate_up_scale[expert])
-        if gate_up_bias is not None:
-            part.add_(gate_up_bias[expert])
-        hidden = swiglu_into(part.new_empty(end - start, down.shape[2]), part, limit, alpha, beta)
-        rows[start:end] = _product(hidden, down[expert], down_scale[expert])
-        if down_bias is not None:
-            rows[start:end].add_(down_bias[expert])
-        start = end
-    return combine(rows, order.position, weights)
+    experts = Products(
+        len(gate_up),
+        down.shape[2],
+        lambda rows, expert: _product(rows, gate_up[expert], gate_up_scale[expert]),
+        lambda rows, expert: _product(rows, down[expert], down_scale[expert]),
+    )
+    return mlp_by_expert(x, experts, weights, expert_ids, gate_up_bias, down_bias, limit, alpha, beta)
 
 
 def _mlp_fake(x: Tensor, *_: object) -> Tensor:

@@ -1,6 +1,6 @@
 """Expert MLP of a Mixture-of-Experts layer, as one operator."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -224,7 +224,13 @@ def _forward(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     if expert_ids.shape[0] == 1 and not save and x.device.type == "cpu":
-        y = _one_token(x, gate_up, down, weights, expert_ids, gate_up_bias, down_bias, limit, alpha, beta)
+        experts = Products(
+            len(gate_up),
+            down.shape[2],
+            lambda rows, expert: product(rows, gate_up[expert].t()),
+            lambda rows, expert: product(rows, down[expert].t()),
+        )
+        y = _one_token(x, experts, weights, expert_ids, gate_up_bias, down_bias, limit, alpha, beta)
         return y, x.new_empty(0, gate_up.shape[1])
     order = sort_slots(expert_ids, gate_up.shape[0])
     batches = _batches(order.offsets, gate_up, down, _FEW_ROWS)
@@ -249,10 +255,22 @@ def _forward(
     return combine(rows, order.position, weights), pre
 
 
-def _one_token(
+@dataclass(frozen=True)
+class Products:
+    """Products of `count` experts of width `hidden`, F, with their weights.
+
+    up(rows [R, D], expert) -> [R, 2F] and down(rows [R, F], expert) -> [R, D].
+    """
+
+    count: int
+    hidden: int
+    up: Callable[[Tensor, int], Tensor]
+    down: Callable[[Tensor, int], Tensor]
+
+
+def mlp_by_expert(
     x: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    experts: Products,
     weights: Tensor,
     expert_ids: Tensor,
     gate_up_bias: Tensor | None,
@@ -261,19 +279,51 @@ def _one_token(
     alpha: float,
     beta: float,
 ) -> Tensor:
-    """`_forward` for T = 1, which needs no sorting or gathering: rows are in order of k."""
+    """Compute `moe_mlp` of checked arguments, one expert after the other, without gradients."""
+    if len(x) == 1:
+        return _one_token(x, experts, weights, expert_ids, gate_up_bias, down_bias, limit, alpha, beta)
+    order = sort_slots(expert_ids, experts.count)
+    tokens = order.slots // expert_ids.shape[1]
+    rows = x.new_empty(order.slots.shape[0], x.shape[1])
+    start = 0
+    for expert, end in enumerate(order.offsets.tolist()):
+        if end == start:
+            continue
+        part = experts.up(x.index_select(0, tokens[start:end]), expert)
+        if gate_up_bias is not None:
+            part.add_(gate_up_bias[expert])
+        hidden = swiglu_into(part.new_empty(end - start, experts.hidden), part, limit, alpha, beta)
+        rows[start:end] = experts.down(hidden, expert)
+        if down_bias is not None:
+            rows[start:end].add_(down_bias[expert])
+        start = end
+    return combine(rows, order.position, weights)
+
+
+def _one_token(
+    x: Tensor,
+    experts: Products,
+    weights: Tensor,
+    expert_ids: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    limit: float | None,
+    alpha: float,
+    beta: float,
+) -> Tensor:
+    """`mlp_by_expert` for T = 1, which needs no sorting or gathering: rows are in order of k."""
     ids = expert_ids[0].tolist()
     here = [k for k, expert in enumerate(ids) if expert != -1]
     for k in here:
-        if not 0 <= ids[k] < gate_up.shape[0]:
-            raise IndexError(f"expert_ids: {ids[k]} is neither -1 nor in [0, {gate_up.shape[0]})")
+        if not 0 <= ids[k] < experts.count:
+            raise IndexError(f"expert_ids: {ids[k]} is neither -1 nor in [0, {experts.count})")
     if not here:
         return torch.zeros_like(x)
-    pre = torch.cat([product(x, gate_up[ids[k]].t()) for k in here])
+    pre = torch.cat([experts.up(x, ids[k]) for k in here])
     if gate_up_bias is not None:
         pre += gate_up_bias.index_select(0, expert_ids[0, here])
-    hidden = swiglu_into(pre.new_empty(len(here), down.shape[2]), pre, limit, alpha, beta)
-    rows = torch.cat([product(hidden[i : i + 1], down[ids[k]].t()) for i, k in enumerate(here)])
+    hidden = swiglu_into(pre.new_empty(len(here), experts.hidden), pre, limit, alpha, beta)
+    rows = torch.cat([experts.down(hidden[i : i + 1], ids[k]) for i, k in enumerate(here)])
     if down_bias is not None:
         rows += down_bias.index_select(0, expert_ids[0, here])
     weight = weights[0] if len(here) == len(ids) else weights[0, here]
