@@ -211,14 +211,23 @@ import json, sys
 sys.modules["transformers"] = None  # every import of it fails
 import torch
 from safetensors.torch import load_file, save_file
-import moe
+import moe, moe.router
 
 root = sys.argv[1]
 ids = load_file(root + "/ids.safetensors")["ids"]
-logits, refused = {}, {}
+logits, refused, gaps = {}, {}, {}
+
+def measure(router, _, routing):
+    bias, k = router.e_score_correction_bias, routing.expert_ids.shape[1]
+    best = (routing.scores if bias is None else routing.scores + bias).sort(dim=1, descending=True).values
+    gaps[name] = min([gaps.get(name, 1.0), *(best[:, k - 1 : k] - best[:, k : k + 1]).flatten().tolist()])
+
 for name in json.loads(sys.argv[2]):
     model = moe.load(f"{root}/{name}")
     assert not model.training
+    for module in model.modules():
+        if isinstance(module, moe.router.Router):
+            module.register_forward_hook(measure)
     with torch.no_grad():
         logits[name] = model(ids).logits
     try:
@@ -231,8 +240,12 @@ with torch.no_grad():
     model = moe.load(root + "/mtp")
     logits["mtp"] = model(ids).logits
 save_file(logits, root + "/here.safetensors")
-print(json.dumps(refused))
+print(json.dumps([refused, gaps]))
 """
+
+
+# With their first seeds, two experts of some token have scores that differ by less than rounding.
+SEEDS = {"qwen2_moe": 101}
 
 
 def as_configured(model: Any) -> Any:
@@ -282,6 +295,7 @@ class World:
     there: dict[str, torch.Tensor]
     here: dict[str, torch.Tensor]
     refused: dict[str, str]
+    gaps: dict[str, float]
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +306,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     save_file({"ids": ids}, root / "ids.safetensors")
     there = {}
     for seed, (name, (kind, values)) in enumerate(CASES.items()):
-        model = build(kind, values, seed)
+        model = build(kind, values, SEEDS.get(name, seed))
         model.save_pretrained(root / name)
         with torch.no_grad():
             there[name] = model(ids).logits
@@ -310,7 +324,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     command = [sys.executable, "-W", "error", "-c", HERE, str(root), json.dumps(list(FOLDERS))]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(moe.__file__).parents[1])
     assert done.returncode == 0, done.stderr
-    yield World(root, ids, there, load_file(root / "here.safetensors"), json.loads(done.stdout))
+    yield World(root, ids, there, load_file(root / "here.safetensors"), *json.loads(done.stdout))
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -326,6 +340,12 @@ def test_what_other_engines_compute_otherwise_is_refused_by_name(world: World) -
     for name, field in REFUSED.items():
         assert f"config.json: {field}: " in world.refused[name] and "; expected " in world.refused[name]
         assert not (world.root / f"{name}.saved").exists()
+
+
+def test_no_choice_of_an_expert_is_a_near_tie(world: World) -> None:
+    """Otherwise rounding decides it, and with it these tests, on each processor differently."""
+    assert world.gaps.keys() == set(FOLDERS)
+    assert min(world.gaps.values()) > 4e-6, min(world.gaps, key=lambda name: world.gaps[name])
 
 
 @pytest.mark.parametrize("name", FOLDERS)
