@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from os import PathLike
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ from moe.loss import IGNORED, Term, count_key, next_token_loss, targets, valid_p
 from moe.norm import RMSNorm
 from moe.ops.library import check_device, index_error
 from moe.output import Output
+from moe.packed import Packed, pack, unpack
 from moe.quantized import Quantized
 from moe.rope import rope_tables
 from moe.uncast import Uncast
@@ -325,14 +326,34 @@ class Transformer(nn.Module):
 
         moe.save(self, folder)
 
+    def pack(self) -> Self:
+        """Convert bfloat16 weights to oneDNN's layout, for inference on a CPU, in place; return the model.
+
+        Decoding then reads weights faster. Experts, projections and an untied head are packed. Results are rounded once
+        from float32 sums, as before. A packed model computes no gradients and cannot be saved, cast or moved; `unpack`
+        restores the same weights. Needs no more memory, except for one layer's experts while they are converted.
+
+        Raises:
+            ConfigError: weights that are not bfloat16 on a CPU, no weights to pack, or a processor without AVX-512 or
+                AVX-NE-CONVERT.
+        """
+        pack(self)
+        return self
+
+    def unpack(self) -> Self:
+        """Undo `pack`, in place; return the model. Without packed weights, nothing changes."""
+        unpack(self)
+        return self
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
         for module in self.modules():  # all before the first cast, so that a refused cast changes nothing
-            if isinstance(module, Quantized):
+            if isinstance(module, Quantized | Packed):
                 module.refuse_cast(fn)
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
-        count = sum(parameter.numel() for parameter in self.parameters())
+        packed = [matrix for module in self.modules() if isinstance(module, Packed) for matrix in module.packed]
+        count = sum(weight.numel() for weight in (*self.parameters(), *packed))
         return f"{self.config.model_type}, {count:,} parameters"
 
     def set_activation_checkpointing(self, on: bool) -> None:

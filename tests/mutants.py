@@ -73,7 +73,7 @@ class Stage:
 
 OPS, CONTRACT, ROUTING = "tests/ops/test_ops.py", "tests/ops/test_contract.py", "tests/ops/test_routing.py"
 MATMUL, QUANTIZATION, INT8 = "tests/ops/test_matmul.py", "tests/ops/test_quantization.py", "tests/ops/test_int8.py"
-OFFSETS, ANY = "tests/kernels/offsets.py", ""
+OFFSETS, PACKED, ANY = "tests/kernels/offsets.py", "tests/model/test_packed.py", ""
 WITHOUT_A_GPU = Stage(
     ("tests/kernels/test_kernels.py",), ("launches", "grid", "compiled_for", "waits", "names_no_expert", "refused")
 )
@@ -94,6 +94,8 @@ STAGES: dict[str, tuple[Stage, ...]] = {
     "moe/ops/routing.py": (Stage((ROUTING, CONTRACT)),),
     "moe/attention.py": (Stage(("tests/model/test_attention_blocks.py", "tests/model/test_model.py")),),
     "moe/linear.py": (Stage((MATMUL,)),),
+    "moe/ops/packed.py": (Stage((PACKED,)),),
+    "moe/packed.py": (Stage((PACKED,)),),
     "moe/rope.py": (Stage(("tests/model/test_model.py",)),),
     "moe/speculative.py": (Stage(("tests/model/test_speculative.py",), ("drafts_are", "rejection", ANY)),),
     "moe/router.py": (Stage(("tests/layer/test_layer.py", ROUTING, "tests/layer/test_balance.py")),),

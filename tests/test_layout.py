@@ -24,6 +24,7 @@ LEVELS = [
     {"moe.router", "moe.init", "moe.rope", "moe.loss", "moe.cache", "moe.output", "moe.linear"},
     {"moe.balance", "moe.quantized"},
     {"moe.attention", "moe.layer"},
+    {"moe.packed"},
     {"moe.model"},
     {"moe.int8"},
     {"moe.checkpoint.reading"},

@@ -68,6 +68,9 @@ class Args:
     quantize: Literal["int8"] | None = None
     """Convert weights to int8 while they are loaded. Halves the memory of bf16 weights and, on a CPU, decodes
     faster with --dtype bf16. `moesmith eval --quantize` prints the error."""
+    pack: bool = False
+    """Store bf16 weights in the layout that a CPU reads fastest, for faster decoding. Requires AVX-512 or
+    AVX-NE-CONVERT, and bf16 weights or --dtype bf16."""
     device: str = "auto"
     """Device: cpu, cuda, cuda:1, ...; auto uses a GPU if there is one."""
     json: bool = False
@@ -80,10 +83,11 @@ class Args:
             ("json", bool(self.prompt) or not self.json, "a --prompt as well; found --json alone"),
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
             ("stop", all(self.stop), "some text"),
+            ("pack", not (self.pack and self.quantize), f"no --quantize; found --quantize {self.quantize} as well"),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "an integer from 0 to 2^63 - 1"),
         ):
             if not ok:
-                raise ConfigError(option(name), "" if name == "stop" else getattr(self, name), allowed)
+                raise ConfigError(option(name), "" if name in ("stop", "pack") else getattr(self, name), allowed)
         try:
             _ = self.sampling
         except ConfigError as error:
@@ -206,6 +210,11 @@ class _Model:
                 mtp=args.speculative != "off",
                 quantize=args.quantize,
             )
+        if args.pack:
+            try:
+                self.model.pack()
+            except ConfigError as error:
+                raise ConfigError("--pack", error.value, error.allowed) from None
 
     def check(self, ids: list[list[int]], prompts: list[str]) -> None:
         """Raise ConfigError or CheckpointError for prompts that the model cannot process."""

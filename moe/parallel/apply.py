@@ -20,6 +20,7 @@ from moe.errors import ParallelError
 from moe.global_batch import GlobalBatch
 from moe.layer import Experts, MoELayer
 from moe.model import Block, Transformer
+from moe.packed import Packed
 from moe.parallel.collective_log import CollectiveLog, format_ranks
 from moe.parallel.dispatch import AllToAllDispatcher, Payload
 from moe.parallel.mesh import Mesh, device_of
@@ -287,6 +288,8 @@ def _check(model: Transformer, mesh: Mesh) -> None:
     for name, module in model.named_modules():
         if isinstance(module, Quantized):
             raise ParallelError("quantised weights cannot be sharded; load with dtype='auto'", layer=name)
+        if isinstance(module, Packed):
+            raise ParallelError("packed weights cannot be sharded; call model.unpack() first", layer=name)
         if isinstance(module, FSDPModule):
             raise ParallelError("the model is already on a mesh", layer=name or "the model")
         if isinstance(module, DividedExperts):

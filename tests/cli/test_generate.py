@@ -24,6 +24,7 @@ import moe
 from moe.cli.generate import Args, GrowingText, read_tokenizer
 from moe.cli.options import parse
 from moe.cli.train import _generate
+from moe.ops.packed import can_pack
 from moe.sampling import Sampling
 from moe.train.run import SAMPLING
 from tests.support.command_line import NAMES, SETTINGS, TEMPLATES, fails_in_one_line, run, variant, write_tokenizer
@@ -215,6 +216,20 @@ def test_with_int8_weights(capsys, folder):
     assert found["token_ids"] == expected[: len(found["token_ids"])]
     line = fails_in_one_line(capsys, "generate", str(folder), "--prompt", "a", "--quantize", "int4")
     assert line == "moesmith generate: --quantize: expected one of int8; found 'int4'; did you mean int8?\n"
+
+
+def test_with_packed_weights(capsys, folder):
+    line = fails_in_one_line(capsys, "generate", str(folder), "--prompt", "a", "--pack", "--quantize", "int8")
+    assert line == "moesmith generate: --pack: expected no --quantize; found --quantize int8 as well\n"
+    line = fails_in_one_line(capsys, "generate", str(folder), "--prompt", "a", "--pack")
+    assert line.startswith("moesmith generate: --pack: expected torch.bfloat16 on a CPU" if can_pack() else "moesmith")
+    if can_pack():
+        options = ("--prompt", "abc", "--max-new-tokens", "6", "--dtype", "bf16")
+        (found,) = generate(capsys, folder, *options, "--pack")
+        model = moe.load(folder, dtype=torch.bfloat16).pack()
+        ids = torch.tensor([read_tokenizer(folder).encode("abc").ids])
+        expected = moe.generate(model, ids, max_new_tokens=6)[0, ids.shape[1] :].tolist()
+        assert found["token_ids"] == expected[: len(found["token_ids"])]
 
 
 def test_logits_that_are_not_numbers(capsys, folder, tmp_path):

@@ -70,6 +70,21 @@ NAMED = (
         ("the first columns in every part", "widened_parts", "b[:, columns]", "b[:, : columns.stop - columns.start]"),
     ),
     *_in_file(
+        "moe/ops/packed.py",
+        ("packed: bias omitted in float32", "packed_linear", "y.add_(bias)", "y"),
+    ),
+    *_in_file(
+        "moe/packed.py",
+        ("packed: down of another expert", "forward", "self.packed[count + expert]", "self.packed[count + expert - 1]"),
+        (
+            "packed: weights train after unpacking",
+            "unpacked",
+            "=self.weights_require_grad)\n        made.bias",
+            "=True)\n        made.bias",
+        ),
+        ("packed: cast without an error", "_apply", "self.refuse_cast(fn)", "pass"),
+    ),
+    *_in_file(
         "moe/linear.py",
         ("bias omitted in float32", "forward", "part.add_(bias[columns])", "part"),
         ("gradient of the weight in other rows", "backward", "linear(rows.t()", "linear(rows.t().roll(1, 0)"),
