@@ -115,7 +115,7 @@ class OtherCommit:
             raise BadInput(f"--against {self.name}: {file}: {one_line(error)}") from None
         threads, values = torch.get_num_threads(), {"ids": ids.tolist(), "sizes": dataclasses.asdict(sizes)}
         built = self._ask(
-            "build", dtype=dtype, config=model.config.to_dict(), weights=str(file), threads=threads, **values
+            "build", dtype=dtype, config=cpu_work.settings(model.config), weights=str(file), threads=threads, **values
         )
         file.unlink()
         found, tree = Path(built["moe"]).resolve(), (self._root / "tree").resolve()

@@ -21,6 +21,7 @@ from torch import Tensor
 import moe
 from moe import Transformer
 from moe.cache import Cache
+from moe.config import ModelConfig, RopeParameters
 
 KINDS = ("train", "prefill", "decode", "short", "batch")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -150,20 +151,34 @@ class Task:
 PAUSE = 0.02  # seconds in which threads that wait actively for work fall asleep
 
 
-def rebuild(config: dict[str, Any], dtype: str, weights: str) -> Transformer:
-    """A model with the weights of a safetensors file, from the fields of a configuration as JSON values.
+def settings(config: Any) -> dict[str, Any]:
+    """Fields of a configuration that have other values than by default, as JSON values."""
+    found = {}
+    for field in dataclasses.fields(config):
+        made = field.default_factory
+        default = field.default if made is dataclasses.MISSING else made()
+        value = getattr(config, field.name)
+        if value != default:
+            found[field.name] = settings(value) if dataclasses.is_dataclass(value) else value
+    return found
+
+
+def rebuild(values: dict[str, Any], dtype: str, weights: str) -> Transformer:
+    """A model with these `settings` and the weights of a safetensors file.
 
     Fields that this commit does not have are ignored: the comparison of logits shows if they have an effect.
     """
     from safetensors.torch import load_file
 
-    base = moe.preset("tiny")
-    rope = dataclasses.replace(base.rope_parameters, **config.pop("rope_parameters"))
-    known = {field.name for field in dataclasses.fields(base)}
-    fields = {name: tuple(v) if isinstance(v, list) else v for name, v in config.items() if name in known}
-    model = Transformer(dataclasses.replace(base, rope_parameters=rope, **fields)).to(DTYPES[dtype])
+    values = {**values, "rope_parameters": RopeParameters(**_known(RopeParameters, values.get("rope_parameters", {})))}
+    model = Transformer(ModelConfig(**_known(ModelConfig, values))).to(DTYPES[dtype])
     model.load_state_dict(load_file(weights))
     return model
+
+
+def _known(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(kind)}
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in names}
 
 
 def serve() -> None:
