@@ -42,6 +42,12 @@ repository, in the same rounds, in a process that only computes while this one
 waits. Its weights are equal, its errors are subject to the same limits, and
 the difference of its logits from those of this checkout is printed.
 
+--llama FILE also times llama.cpp's model of the same weights, converted to
+float32 or bfloat16, at prefill, decode and short, with a cache in float32 or
+float16 and as many threads. It needs llama-cpp-python and the
+convert_hf_to_gguf.py of the llama.cpp that it is built from. Its errors are
+subject to the same limits.
+
 The limit, from ceilings measured in the same run:
   train    3 x forward FLOPs / dense matmul rate
   prefill  forward FLOPs / dense matmul rate
@@ -101,6 +107,7 @@ from benchmarks.harness import (
     say,
     summary,
 )
+from benchmarks.llama_cpp_model import LlamaCpp, find
 from benchmarks.report import SMOKE_TEST, print_line, print_table
 from moe import Transformer
 from moe.config import ModelConfig
@@ -174,7 +181,7 @@ def compare(
     ids: Tensor,
     exact: Reference,
     sizes: Sizes,
-    others: Sequence[OtherCommit] = (),
+    others: Sequence[OtherCommit | LlamaCpp] = (),
 ) -> Iterator[dict[str, Any]]:
     """One record for each work, variant and peer: errors, and times if the errors of both are acceptable.
 
@@ -194,7 +201,9 @@ def compare(
         decoding = sizes.decodings.get(work)
         backend = fastest_backend(theirs, peer_call, decoding.batch if decoding else tokens)
         theirs.use(backend)
-        peer_errors = {name: errors(task, work, exact, sizes) for name, task in peers.items()}
+        present = [other for other in others if work.partition(" ")[0] in other.kinds]
+        names = ["transformers", *(other.name for other in present)]
+        peer_errors = {name: errors(peers[name], work, exact, sizes) for name in names}
         allowed = peer_errors["transformers"]
         variants = [variant for variant in tasks if work != "train" or variant == "plain"]
         our_errors = {variant: errors(tasks[variant], work, exact, sizes) for variant in variants}
@@ -207,7 +216,7 @@ def compare(
             calls["transformers"] = peer_call
             calls |= {
                 other.name: other.call(work)
-                for other in others
+                for other in present
                 if _is_right(other.name, peer_errors[other.name], allowed, dtype)
             }
             say(f"{work}: {sizes.rounds} rounds, compared with {backend}")
@@ -242,7 +251,14 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 
 def measure(
-    name: str, dtype: str, sizes: Sizes, variants: Sequence[str], other: OtherCommit | None, small: bool
+    name: str,
+    dtype: str,
+    sizes: Sizes,
+    variants: Sequence[str],
+    other: OtherCommit | None,
+    converter: Path | None,
+    *,
+    small: bool,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Records of the work with the preset's model in one dtype, and notes."""
     config = config_of(name)
@@ -260,10 +276,17 @@ def measure(
             notes.append(f"{variant} {dtype} is left out: {one_line(error)}")
     if not ours:
         return [], notes
-    others = [] if other is None else [other]
-    for each in others:
-        say(f"{name} {dtype}: building the model of {each.name}")
-        each.build(model, dtype, ids, sizes)
+    others: list[OtherCommit | LlamaCpp] = []
+    if other is not None:
+        say(f"{name} {dtype}: building the model of {other.name}")
+        other.build(model, dtype, ids, sizes)
+        others.append(other)
+    if converter is not None:
+        say(f"{name} {dtype}: converting for llama.cpp")
+        try:
+            others.append(LlamaCpp(model, ids, sizes, converter, dtype))
+        except RuntimeError as error:
+            notes.append(f"llama.cpp {dtype} is left out: {one_line(error)}")
     theirs = peer(model)
     matmul, read = matmul_rate(DTYPES[dtype], sizes.matmul), read_rate(DTYPES[dtype], sizes.read)
     itemsize = DTYPES[dtype].itemsize
@@ -288,18 +311,17 @@ def config_of(name: str) -> ModelConfig:
     return dataclasses.replace(preset(name), num_nextn_predict_layers=0, aux_loss_alpha=0.0)
 
 
-def memory_needed(config: ModelConfig, dtype: str, sizes: Sizes, variants: Sequence[str], processes: int) -> int:
-    """Estimate of the bytes that the run needs at once, with so many processes that have a model of ours."""
+def memory_needed(config: ModelConfig, dtype: str, sizes: Sizes, variants: Sequence[str], others: int) -> int:
+    """Estimate of the bytes that the run needs at once, with so many older commits and llama.cpp."""
     parameters, size, trains = count_parameters(config).total, DTYPES[dtype].itemsize, "train" in sizes.kinds
     # Gradients in float64 and float32 beside the reference; these and those of one model beside the timed models.
     exact = parameters * (8 + 12 * trains)
-    models = (
-        2 + processes + ("packed" in variants and dtype == "bf16")
-    )  # the first two are the plain one and the peer's
+    # The plain model, from which the others are made, and the peer's are always there.
+    models = 2 + others + ("packed" in variants and dtype == "bf16")
     timed = parameters * (size * models + ("int8" in variants) + (4 + size) * trains)
     logits = 3 * 8 * sizes.judged * config.vocab_size  # exact, found and their difference, in float64
     lengths = [sizes.decodings[work].batch if work in sizes.decodings else n for work, n in sizes.tokens.items()]
-    return max(exact, timed) + logits + max(bytes_copied(config, n) for n in lengths) + processes * 2**29
+    return max(exact, timed) + logits + max(bytes_copied(config, n) for n in lengths) + others * 2**29
 
 
 def available_memory() -> int | None:
@@ -311,12 +333,12 @@ def available_memory() -> int | None:
     return None
 
 
-def check_memory(name: str, dtypes: Sequence[str], sizes: Sizes, variants: Sequence[str], processes: int) -> None:
+def check_memory(name: str, dtypes: Sequence[str], sizes: Sizes, variants: Sequence[str], others: int) -> None:
     """Raise BadInput if the run probably needs more memory than is available."""
     config, available = config_of(name), available_memory()
 
     def needed(sizes: Sizes) -> int:
-        return max(memory_needed(config, dtype, sizes, variants, processes) for dtype in dtypes)
+        return max(memory_needed(config, dtype, sizes, variants, others) for dtype in dtypes)
 
     most = needed(sizes)
     if available is None or most <= available:
@@ -419,6 +441,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"Variants of our model, one or more of {', '.join(VARIANTS)}; default: plain",
     )
     add("--against", metavar="COMMIT", help="Also time the model of this older commit")
+    add("--llama", type=Path, metavar="FILE", help="Also time llama.cpp, with its convert_hf_to_gguf.py at this path")
     add("--small", action="store_true", help="Smoke test with the tiny preset and few tokens")
     add(
         "--json",
@@ -444,13 +467,15 @@ def run(args: argparse.Namespace) -> int:
         raise BadInput(f"--work train: only plain is trained; expected --variant plain; found {' '.join(variants)}")
     commit = None if args.against is None else resolve(args.against)
     sizes = dataclasses.replace(SMALL if args.small else Sizes(), kinds=kinds)
-    check_memory(name, dtypes, sizes, variants, processes=int(commit is not None))
+    if args.llama is not None and (missing := find(args.llama)):
+        raise BadInput(missing)
+    check_memory(name, dtypes, sizes, variants, others=(commit is not None) + (args.llama is not None))
     if args.json:
         append(args.json, [])
     records, notes = [], []
     with contextlib.nullcontext() if commit is None else other_commit(commit) as other:
         for dtype in dtypes:
-            measured, more = measure(name, dtype, sizes, variants, other, args.small)
+            measured, more = measure(name, dtype, sizes, variants, other, args.llama, small=args.small)
             records += measured
             notes += more
     show(records, notes)

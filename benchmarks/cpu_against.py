@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks import cpu_work
-from benchmarks.cpu_work import Sizes
+from benchmarks.cpu_work import KINDS, Sizes
 from benchmarks.harness import ROOT, BadInput, one_line
 from moe import Transformer
 
@@ -68,6 +68,8 @@ class OtherCommit:
 
     Attributes: name (the shortened commit), process, cpu (seconds of CPU time that it has used).
     """
+
+    kinds = KINDS
 
     def __init__(self, commit: str, root: Path) -> None:
         self.name, self.cpu = commit[:8], 0.0

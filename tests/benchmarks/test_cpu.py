@@ -232,9 +232,9 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_built(capsys, monkeyp
         "--work prefill decode short batch needs 15.4 GB\n"
     )
     sizes = dataclasses.replace(cpu_work.Sizes(), kinds=cpu_work.KINDS[1:])
-    cpu.check_memory("bench_1500m", ["fp32", "bf16"], sizes, ["plain"], processes=0)
+    cpu.check_memory("bench_1500m", ["fp32", "bf16"], sizes, ["plain"], others=0)
     monkeypatch.setattr(cpu, "available_memory", lambda: None)
-    cpu.check_memory("bench_1500m", ["fp32"], cpu_work.Sizes(), ["plain"], processes=0)
+    cpu.check_memory("bench_1500m", ["fp32"], cpu_work.Sizes(), ["plain"], others=0)
 
 
 def test_available_memory(monkeypatch):
@@ -249,7 +249,7 @@ def test_available_memory(monkeypatch):
 class Other:
     """Stands for the process of another commit: the same model, with logits that are `factor` times as large."""
 
-    cpu = 0.0
+    cpu, kinds = 0.0, cpu_work.KINDS
 
     def __init__(self, name: str, model: Transformer, ids: torch.Tensor, sizes: Any, factor: float) -> None:
         self.name, self.task, self.factor = name, cpu_work.Task(cpu_work.Ours(model), ids, sizes), factor
@@ -266,15 +266,30 @@ def test_another_commit_is_checked_as_this_one(exact):
     model, ids, reference = exact
     sizes = dataclasses.replace(SIZES, kinds=("train", "short"))
     others: Any = [Other("right", model, ids, sizes, 1.0), Other("bad", model, ids, sizes, 1.001)]
+    others[1].kinds = ("short",)
     records = [*cpu.compare({"plain": cpu_work.Ours(model)}, cpu_peers.peer(model), ids, reference, sizes, others)]
-    names = ("transformers", "right", "bad")
-    assert [(r["work"], r["beside"]) for r in records] == [(work, name) for work in sizes.kinds for name in names]
+    rows = [("train", "transformers"), ("train", "right")]
+    assert [(r["work"], r["beside"]) for r in records] == rows + [
+        ("short", n) for n in ("transformers", "right", "bad")
+    ]
     for r in records:
         assert ("ratio" in r) == (r["beside"] != "bad") and r.get("wrong") == (None if "ratio" in r else "bad")
         if r["beside"] != "transformers":
             difference = 0 if r["beside"] == "right" else 1e-3
             assert r["difference"]["logits"] == pytest.approx(difference, abs=1e-6) and "backend" not in r
     assert all(r["ratio"] == 1e-3 / r["ours"]["median_s"] for r in records if r["beside"] == "right")
+
+
+def test_a_model_that_llama_cpp_refuses_is_left_out(capsys, monkeypatch):
+    def refused(*_: Any) -> Any:
+        raise RuntimeError("ValueError: no such\nmodel")
+
+    monkeypatch.setattr(cpu, "find", lambda _: None)
+    monkeypatch.setattr(cpu, "LlamaCpp", refused)
+    assert main(["cpu", "--small", "--work", "short", "--dtype", "fp32", "--llama", "converter.py"]) == 0
+    shown = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "llama.cpp fp32 is left out: ValueError: no such model" in shown
+    assert sum(line.startswith("short plain ") and " right " in line for line in shown) == 1
 
 
 @pytest.fixture
@@ -341,6 +356,8 @@ def test_ctrl_c_leaves_no_process_and_no_folder(temporary, monkeypatch, capsys):
         (["--variant", "int4"], "argument --variant: invalid choice: 'int4' (choose from "),
         (["--work", "train", "--variant", "int8"], "--work train: only plain is trained; expected --variant plain; "),
         (["--against", "no-such"], f"--against: unknown commit; expected a commit of {ROOT}; found no-such"),
+        (["--llama", "/no/file.py"], "--llama: expected convert_hf_to_gguf.py of llama.cpp; found /no/file.py"),
+        (["--llama", __file__], "--llama: expected a folder named conversion beside it; found none"),
         (["--against", ""], "--against: unknown commit; "),
         (["--small", "--json", "/proc/none.jsonl"], "--json /proc/none.jsonl: "),
         (["--small", "--json", "/proc"], "--json /proc: Is a directory"),
