@@ -171,7 +171,8 @@ def rebuild(values: dict[str, Any], dtype: str, weights: str) -> Transformer:
     from safetensors.torch import load_file
 
     values = {**values, "rope_parameters": RopeParameters(**_known(RopeParameters, values.get("rope_parameters", {})))}
-    model = Transformer(ModelConfig(**_known(ModelConfig, values))).to(DTYPES[dtype])
+    # Another seed, so that weights that are not loaded are noticed.
+    model = Transformer(ModelConfig(**_known(ModelConfig, values)), seed=1).to(DTYPES[dtype])
     model.load_state_dict(load_file(weights))
     return model
 

@@ -336,7 +336,7 @@ def test_a_process_that_ends_is_one_line(temporary, monkeypatch):
 def test_ctrl_c_leaves_no_process_and_no_folder(temporary, monkeypatch, capsys):
     started: list[Any] = []
 
-    def interrupted(*args: Any) -> Any:
+    def interrupted(*args: Any, **_: Any) -> Any:
         started.append(args[4])
         assert started[0].process.poll() is None and [*temporary.glob("moesmith-against-*/tree/moe")]
         raise KeyboardInterrupt
