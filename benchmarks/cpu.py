@@ -9,8 +9,8 @@ Work:
   prefill   1,024 tokens into an empty cache, logits of the last one
   decode    one token at a time after that prefill, logits of each
   short     the same after a prefill of 64 tokens
-  batch B   the same for B sequences at once, after a prefill of 256 tokens
-            each; errors are those of the first three sequences
+  batch     the same for B = 8 and 32 sequences at once, after a prefill of
+            256 tokens each; errors are those of the first three sequences
 
 The peer is DeepseekV3ForCausalLM with SDPA attention and the fastest of its
 expert backends for that work (eager, batched_mm, grouped_mm). A ratio is
@@ -30,6 +30,24 @@ about the other tokens. The medians are therefore also limited to 64 roundings
 of the dtype for logits and 128 for gradients, whatever the errors of the peer
 are.
 
+Variants of moesmith's model, timed in the same rounds:
+  plain   as it is
+  packed  after model.pack(); not trained
+  int8    after moe.quantize(model, "int8"); not trained. Its errors are mostly
+          those of rounding the weights to int8, so twice the peer's is no
+          limit for them. It is timed if the median is below 0.2.
+
+--against COMMIT also times the plain model of an older commit of this
+repository, in the same rounds, in a process that only computes while this one
+waits. Its weights are equal, its errors are subject to the same limits, and
+the difference of its logits from those of this checkout is printed.
+
+--llama FILE also times llama.cpp's model of the same weights, converted to
+float32 or bfloat16, at prefill, decode and short, with a cache in float32 or
+float16 and as many threads. It needs llama-cpp-python and the
+convert_hf_to_gguf.py of the llama.cpp that it is built from. Its errors are
+subject to the same limits.
+
 The limit, from ceilings measured in the same run:
   train    3 x forward FLOPs / dense matmul rate
   prefill  forward FLOPs / dense matmul rate
@@ -47,17 +65,34 @@ measurement; JSON lines have "other_cores" and "disturbed".
 """
 
 import argparse
+import contextlib
+import copy
 import dataclasses
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from inspect import signature
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+import moe
+from benchmarks.cpu_against import OtherCommit, other_commit, resolve
+from benchmarks.cpu_peers import (
+    ROUNDINGS,
+    Errors,
+    Reference,
+    Theirs,
+    acceptable,
+    bytes_copied,
+    errors,
+    fastest_backend,
+    logit_errors,
+    peer,
+    reference,
+)
+from benchmarks.cpu_work import DTYPES, KINDS, Ours, Sizes, Task
 from benchmarks.harness import (
     RESULTS,
     BadInput,
@@ -67,250 +102,53 @@ from benchmarks.harness import (
     environment,
     interleave,
     matmul_rate,
-    once,
+    one_line,
     read_rate,
     say,
     summary,
 )
+from benchmarks.llama_cpp_model import LlamaCpp, find
 from benchmarks.report import SMOKE_TEST, print_line, print_table
 from moe import Transformer
-from moe.cache import Cache
-from moe.checkpoint.format.config_json import render_config
 from moe.config import ModelConfig
 from moe.counts import count_parameters
 from moe.presets import preset
 
-BACKENDS = ("grouped_mm", "batched_mm", "eager")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-BATCHED_MM_LIMIT = 2**32  # bytes of weights that it may copy: it gathers an expert's weights for every routed row
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """Decoding of `batch` sequences after a prefill of `context` tokens each."""
-
-    batch: int
-    context: int
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Amount of work: tokens of each kind, timed rounds, and sizes for the ceilings (matrix width, bytes)."""
-
-    train: int = 512
-    prefill: int = 1024
-    decode: int = 16
-    short: int = 64
-    batches: tuple[int, ...] = (8, 32)
-    batch_context: int = 256
-    rounds: int = 7
-    matmul: int = 4096
-    read: int = 2**29
-
-    @property
-    def decodings(self) -> dict[str, Decoding]:
-        batches = {f"batch {batch}": Decoding(batch, self.batch_context) for batch in self.batches}
-        return {"decode": Decoding(1, self.prefill), "short": Decoding(1, self.short), **batches}
-
-    @property
-    def tokens(self) -> dict[str, int]:
-        """Tokens of each kind of work."""
-        decoded = {work: decoding.batch * self.decode for work, decoding in self.decodings.items()}
-        return {"train": self.train, "prefill": self.prefill, **decoded}
-
-
 SMALL = Sizes(
     train=32, prefill=48, decode=4, short=16, batches=(3,), batch_context=24, rounds=2, matmul=512, read=2**22
 )
-
-JUDGED = 3  # sequences of a batch whose logits are compared with the reference
-
-
-class Ours:
-    """The timed work on a `moe.Transformer`."""
-
-    def __init__(self, model: Transformer) -> None:
-        self.model = model
-
-    def train(self, ids: Tensor) -> None:
-        self.model.train()
-        loss = self.model(ids, labels=ids).loss
-        assert loss is not None
-        loss.backward()
-
-    @torch.inference_mode()
-    def prefill(self, ids: Tensor, logits_to_keep: int = 1) -> tuple[Tensor, Cache]:
-        self.model.eval()
-        cache = Cache(self.model.config)
-        return self.model(ids, cache=cache, logits_to_keep=logits_to_keep).logits, cache
-
-    @torch.inference_mode()
-    def decode(self, ids: Tensor, cache: Cache) -> Tensor:
-        """Logits of ids [B, n], a token at a time; afterwards the cache is restored."""
-        length = cache.length
-        logits = [self.model(ids[:, i : i + 1], cache=cache).logits for i in range(ids.shape[1])]
-        cache.truncate(length)
-        return torch.cat(logits, dim=1)
+VARIANTS = ("plain", "packed", "int8")
+INT8_MOST = 0.2  # median error of logits; a wrong layer causes more
 
 
-class Theirs:
-    """The same work on a transformers model."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        # transformers 5.24 renames past_key_values.
-        self.cache = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
-
-    def use(self, backend: str) -> None:
-        self.model.set_experts_implementation(backend)
-
-    def train(self, ids: Tensor) -> None:
-        self.model.train()
-        self.model(ids, labels=ids, use_cache=False).loss.backward()
-
-    @torch.inference_mode()
-    def prefill(self, ids: Tensor, logits_to_keep: int = 1) -> tuple[Tensor, Any]:
-        from transformers import DynamicCache
-
-        self.model.eval()
-        cache = DynamicCache(config=self.model.config)
-        return self.model(ids, **{self.cache: cache}, logits_to_keep=logits_to_keep).logits, cache
-
-    @torch.inference_mode()
-    def decode(self, ids: Tensor, cache: Any) -> Tensor:
-        logits = [self.model(ids[:, i : i + 1], **{self.cache: cache}).logits for i in range(ids.shape[1])]
-        cache.crop(-ids.shape[1])
-        return torch.cat(logits, dim=1)
+def variant_of(model: Transformer, variant: str) -> Transformer:
+    """The model itself if plain, otherwise a converted copy. Raises RuntimeError or ValueError if unsupported."""
+    if variant == "plain":
+        return model
+    converted: Any = copy.deepcopy(model).eval()
+    if variant == "packed":
+        converted.pack()
+        return converted
+    return moe.quantize(converted, "int8")
 
 
-def peer(model: Transformer, dtype: torch.dtype) -> Theirs:
-    """transformers' model of the same configuration, with a copy of the weights in `dtype`."""
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
-
-    config = DeepseekV3Config.from_dict(render_config(model.config, Path("config.json")))
-    config._attn_implementation = "sdpa"
-    theirs: Any = DeepseekV3ForCausalLM(config)
-    theirs.to(dtype)
-    state = {name if name.startswith("lm_head") else f"model.{name}": t for name, t in model.state_dict().items()}
-    if model.lm_head is None:
-        state["lm_head.weight"] = model.embed_tokens.weight
-    theirs.load_state_dict(state)
-    for name, buffer in theirs.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            buffer.data = buffer.float()  # as from_pretrained leaves it
-    return Theirs(theirs)
+def stored_bytes(model: Transformer) -> tuple[int, int]:
+    """Bytes of the routed experts, and of all other parameters that a token may use."""
+    state = {name: t.nbytes for name, t in model.state_dict().items()}
+    experts = sum(size for name, size in state.items() if ".experts." in name)
+    embedding = state["embed_tokens.weight"] if model.lm_head is not None else 0
+    return experts, sum(state.values()) - experts - embedding
 
 
-@dataclass(frozen=True)
-class Reference:
-    """Results in float64.
-
-    logits [1, prefill + decode, V]; those of the decoded tokens of the first sequences of a batch, [3, decode, V]; and
-    gradients of the training work by parameter.
-    """
-
-    logits: Tensor
-    batch: Tensor
-    gradients: dict[str, Tensor]
-
-
-def batch_of(ids: Tensor, sizes: Sizes) -> Tensor:
-    """Different sequences for batches, [B, batch_context + decode], from ids [1, prefill + decode]."""
-    length, most = sizes.batch_context + sizes.decode, max(sizes.batches)
-    return torch.stack([ids[0].roll(-5 * row)[:length] for row in range(most)])
-
-
-def texts(ids: Tensor, sizes: Sizes) -> dict[str, tuple[Tensor, Tensor]]:
-    """(Prompt, tokens to decode after it) of each decoding."""
-    many, texts = batch_of(ids, sizes), {}
-    for work, decoding in sizes.decodings.items():
-        text = ids if decoding.batch == 1 else many[: decoding.batch]
-        end = decoding.context + sizes.decode
-        texts[work] = text[:, : decoding.context], text[:, decoding.context : end]
-    return texts
-
-
-def reference(model: Transformer, ids: Tensor, sizes: Sizes) -> Reference:
-    """Run transformers' model in float64 with its eager backend over ids [1, prefill + decode]."""
-    exact = peer(model, torch.float64)
-    exact.use("eager")
-    logits = exact.prefill(ids, logits_to_keep=0)[0]
-    batch = exact.prefill(batch_of(ids, sizes)[:JUDGED], logits_to_keep=sizes.decode)[0]
-    # The eager backend slices one expert at a time out of the stacked parameter, and the gradient of each slice is as
-    # large as the whole. A list of parameters is indexed alike, and 64 times cheaper.
-    for module in list(exact.model.modules()):
-        for name in ("gate_up_proj", "down_proj"):
-            stacked = getattr(module, name, None)
-            if isinstance(stacked, nn.Parameter):
-                delattr(module, name)
-                setattr(module, name, nn.ParameterList(stacked.detach().unbind()))
-    exact.train(ids[:, : sizes.train])
-    gradients = {}
-    for name, module in exact.model.named_modules():
-        parts = list(module.parameters(recurse=False))
-        if isinstance(module, nn.ParameterList):
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parts]
-            gradients[name.removeprefix("model.")] = torch.stack(grads).float()
-        else:
-            for leaf, p in module.named_parameters(recurse=False):
-                assert p.grad is not None
-                gradients[f"{name}.{leaf}".removeprefix("model.")] = p.grad.float()
-    return Reference(logits, batch, gradients)
-
-
-Errors = dict[str, float]
-
-
-def logit_errors(found: Tensor, exact: Tensor) -> Errors:
-    """Errors of logits [1, S, V], see the module's docstring."""
-    difference, exact = found.double() - exact.double(), exact.double()
-    tokens = (difference.norm(dim=-1) / exact.norm(dim=-1)).flatten()
-    return {
-        "logits": float(tokens.quantile(0.5)),
-        "logits, quartile": float(tokens.quantile(0.75)),
-        "logits, largest": float(difference.abs().max() / exact.abs().max()),
-    }
-
-
-def gradient_errors(model: nn.Module, exact: dict[str, Tensor]) -> Errors:
-    """Norm of the difference over the norm, of each parameter: median and largest."""
-    each = []
-    for name, p in model.named_parameters():
-        g = exact[name.removeprefix("model.")]
-        assert p.grad is not None
-        each.append((p.grad.float() - g).norm() / g.norm().clamp_min(1e-30))
-    errors = torch.stack(each)
-    return {"gradients": float(errors.quantile(0.5)), "gradients, largest": float(errors.max())}
-
-
-def errors(side: Ours | Theirs, ids: Tensor, exact: Reference, sizes: Sizes) -> dict[str, Errors]:
-    """Errors of each kind of work: of the logits, for training also of the gradients."""
-    logits, _ = side.prefill(ids[:, : sizes.prefill], logits_to_keep=0)
-    prefill = logit_errors(logits, exact.logits[:, : sizes.prefill])
-    decodings = {}
-    for work, (prompt, following) in texts(ids, sizes).items():
-        start, end = prompt.shape[1], prompt.shape[1] + sizes.decode
-        expected = exact.logits[:, start:end] if len(prompt) == 1 else exact.batch
-        _, cache = side.prefill(prompt)
-        decodings[work] = logit_errors(side.decode(following, cache)[:JUDGED], expected)
-    side.train(ids[:, : sizes.train])
-    gradients = gradient_errors(side.model, exact.gradients)
-    side.model.zero_grad()
-    return {"train": prefill | gradients, "prefill": prefill, **decodings}
-
-
-ROUNDINGS = {"logits": 64, "gradients": 128}
-
-
-def acceptable(ours: Errors, theirs: Errors, dtype: torch.dtype) -> bool:
-    """Whether no error of ours is NaN, above twice theirs, or, for a median, above its number of roundings."""
-    unit = torch.finfo(dtype).eps / 2
-    most = {name: min(2 * theirs[name], ROUNDINGS.get(name, math.inf) * unit) for name in ours}
-    return all(ours[name] <= most[name] for name in ours)
-
-
-def limits(config: ModelConfig, sizes: Sizes, itemsize: int, matmul: float, read: float) -> dict[str, float]:
-    """Seconds of each kind of work at the ceilings, see the module's docstring."""
+def limits(
+    config: ModelConfig,
+    sizes: Sizes,
+    itemsize: int,
+    matmul: float,
+    read: float,
+    stored: tuple[int, int] | None = None,
+) -> dict[str, float]:
+    """Seconds of each work at the ceilings, see the module's docstring; `stored` as of `stored_bytes`, if converted."""
     counts = count_parameters(config)
     vocabulary = config.vocab_size * config.hidden_size
     active = counts.activated - counts.embedding - counts.head
@@ -322,11 +160,13 @@ def limits(config: ModelConfig, sizes: Sizes, itemsize: int, matmul: float, read
     experts, k = counts.routed_experts, config.num_experts_per_tok / config.n_routed_experts
     per_token = ((config.kv_lora_rank or 0) + config.rope_dim) * config.num_hidden_layers
 
+    stored = stored or (itemsize * experts, itemsize * round(active - k * experts + vocabulary))
+
     def decoding(batch: int, context: int) -> float:
-        used = active + experts * ((1 - (1 - k) ** batch) - k)
-        values = used + vocabulary + batch * per_token * (context + sizes.decode / 2)
+        used = stored[1] + stored[0] * (1 - (1 - k) ** batch)
+        cached = itemsize * batch * per_token * (context + sizes.decode / 2)
         flops = 2 * (active + vocabulary) + 2 * per_pair * context
-        return sizes.decode * max(itemsize * values / read, batch * flops / matmul)
+        return sizes.decode * max((used + cached) / read, batch * flops / matmul)
 
     return {
         "train": 3 * forward(sizes.train, sizes.train) / matmul,
@@ -335,109 +175,198 @@ def limits(config: ModelConfig, sizes: Sizes, itemsize: int, matmul: float, read
     }
 
 
-def works(side: Ours | Theirs, ids: Tensor, sizes: Sizes) -> dict[str, Callable[[], Any]]:
-    """The calls to time, by name."""
+def compare(
+    ours: Mapping[str, Ours],
+    theirs: Theirs,
+    ids: Tensor,
+    exact: Reference,
+    sizes: Sizes,
+    others: Sequence[OtherCommit | LlamaCpp] = (),
+) -> Iterator[dict[str, Any]]:
+    """One record for each work, variant and peer: errors, and times if the errors of both are acceptable.
 
-    def train() -> None:
-        side.train(ids[:, : sizes.train])
-        side.model.zero_grad()
-
-    def decoding(prompt: Tensor, following: Tensor) -> Callable[[], Any]:
-        _, cache = side.prefill(prompt)
-        return lambda: side.decode(following, cache)
-
-    decodings = {work: decoding(*text) for work, text in texts(ids, sizes).items()}
-    return {"train": train, "prefill": lambda: side.prefill(ids[:, : sizes.prefill]), **decodings}
-
-
-def fastest_backend(theirs: Theirs, call: Callable[[], Any], work: str, sizes: Sizes) -> str:
-    """The backend with the fastest of two calls; of one call if that takes three times as long as another's best.
-
-    batched_mm is left out if its copies of the weights would exceed `BATCHED_MM_LIMIT`.
+    The peers are transformers' model and `others`.
     """
-    config = theirs.model.config
-    tokens = sizes.decodings[work].batch if work in sizes.decodings else sizes.tokens[work]
-    rows = tokens * config.num_experts_per_tok
-    copied = rows * 3 * config.hidden_size * config.moe_intermediate_size * 4
-    seconds: dict[str, float] = {}
-    for backend in BACKENDS:
-        if backend == "batched_mm" and copied > BATCHED_MM_LIMIT:
-            continue
-        theirs.use(backend)
-        seconds[backend] = once(call)
-        if seconds[backend] < 3 * min(seconds.values()):
-            seconds[backend] = min(seconds[backend], once(call))
-    return min(seconds, key=lambda backend: seconds[backend])
+    tasks = {variant: Task(side, ids, sizes) for variant, side in ours.items()}
+    peers = {"transformers": Task(theirs, ids, sizes)} | {other.name: other for other in others}
+    dtype = theirs.model.dtype
 
+    def cpu_seconds() -> float:
+        """CPU time of the benchmark: of this process, its ended children, and the processes of `others`."""
+        return sum(os.times()[:4]) + sum(other.cpu for other in others)
 
-def compare(ours: Ours, theirs: Theirs, ids: Tensor, exact: Reference, sizes: Sizes) -> Iterator[dict[str, Any]]:
-    """One record for each kind of work: errors, and times if ours are acceptable."""
-    mine, other = works(ours, ids, sizes), works(theirs, ids, sizes)
-    our_errors = errors(ours, ids, exact, sizes)
-    dtype = next(ours.model.parameters()).dtype
-    peer_errors: dict[str, dict[str, Errors]] = {}
-    for work in mine:
+    for work, tokens in sizes.tokens.items():
         say(f"{work}: looking for the fastest backend")
-        backend = fastest_backend(theirs, other[work], work, sizes)
+        peer_call = peers["transformers"].call(work)
+        decoding = sizes.decodings.get(work)
+        backend = fastest_backend(theirs, peer_call, decoding.batch if decoding else tokens)
         theirs.use(backend)
-        if backend not in peer_errors:
-            peer_errors[backend] = errors(theirs, ids, exact, sizes)
-        record: dict[str, Any] = {"work": work, "backend": backend}
-        record |= {"errors": our_errors[work], "peer_errors": peer_errors[backend][work]}
-        if acceptable(record["errors"], record["peer_errors"], dtype):
+        present = [other for other in others if work.partition(" ")[0] in other.kinds]
+        names = ["transformers", *(other.name for other in present)]
+        peer_errors = {name: errors(peers[name], work, exact, sizes) for name in names}
+        allowed = peer_errors["transformers"]
+        variants = [variant for variant in tasks if work != "train" or variant == "plain"]
+        our_errors = {variant: errors(tasks[variant], work, exact, sizes) for variant in variants}
+
+        calls: dict[str, Callable[[], Any]] = {
+            v: tasks[v].call(work) for v in variants if _is_right(v, our_errors[v], allowed, dtype)
+        }
+        timed, seconds = {}, {}
+        if calls:
+            calls["transformers"] = peer_call
+            calls |= {
+                other.name: other.call(work)
+                for other in present
+                if _is_right(other.name, peer_errors[other.name], allowed, dtype)
+            }
             say(f"{work}: {sizes.rounds} rounds, compared with {backend}")
-            others = OtherProcesses()
-            seconds = interleave({"ours": mine[work], "peer": other[work]}, sizes.rounds)
-            record |= others.record()
-            record["ours"], record["peer"] = summary(seconds["ours"]), summary(seconds["peer"])
-            record["ratio"] = record["peer"]["median_s"] / record["ours"]["median_s"]
-        yield record
+            load, begun = OtherProcesses(), cpu_seconds()
+            seconds = interleave(calls, sizes.rounds, _seconds)
+            timed = load.record(cpu_seconds() - begun)
+        for variant in variants:
+            for name, peer_error in peer_errors.items():
+                record: dict[str, Any] = {"work": work, "variant": variant, "beside": name}
+                record |= {"backend": backend} if name == "transformers" else {}
+                record |= {"errors": our_errors[variant], "peer_errors": peer_error}
+                if name != "transformers" and variant == "plain":
+                    record["difference"] = logit_errors(peers[name].logits(work), tasks["plain"].logits(work))
+                wrong = [each for each in (variant, name) if each not in calls]
+                if wrong:
+                    record["wrong"] = wrong[0]
+                else:
+                    record |= timed | {"ours": summary(seconds[variant]), "peer": summary(seconds[name])}
+                    record["ratio"] = record["peer"]["median_s"] / record["ours"]["median_s"]
+                yield record
 
 
-def measure(name: str, dtype: str, sizes: Sizes) -> list[dict[str, Any]]:
-    """Records of all work with the preset's model in one dtype."""
-    # Without parts that transformers' model does not have in training.
-    config = dataclasses.replace(preset(name), num_nextn_predict_layers=0, aux_loss_alpha=0.0)
+def _is_right(name: str, found: Errors, theirs: Errors, dtype: torch.dtype) -> bool:
+    return found["logits"] <= INT8_MOST if name == "int8" else acceptable(found, theirs, dtype)
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    """Seconds of a call, which may have measured them itself in another process."""
+    start = time.perf_counter()
+    found = call()
+    return found if isinstance(found, float) else time.perf_counter() - start
+
+
+def measure(
+    name: str,
+    dtype: str,
+    sizes: Sizes,
+    variants: Sequence[str],
+    other: OtherCommit | None,
+    converter: Path | None,
+    *,
+    small: bool,
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Records of the work with the preset's model in one dtype, and notes."""
+    config = config_of(name)
     model = Transformer(config).to(DTYPES[dtype])
     ids = torch.randint(
         config.vocab_size, (1, sizes.prefill + sizes.decode), generator=torch.Generator().manual_seed(0)
     )
     say(f"{name} {dtype}: float64 reference")
     exact = reference(model, ids, sizes)
+    ours, notes = {}, []
+    for variant in variants:
+        try:
+            ours[variant] = Ours(variant_of(model, variant))
+        except (RuntimeError, ValueError) as error:
+            notes.append(f"{variant} {dtype} is left out: {one_line(error)}")
+    if not ours:
+        return [], notes
+    others: list[OtherCommit | LlamaCpp] = []
+    if other is not None:
+        say(f"{name} {dtype}: building the model of {other.name}")
+        other.build(model, dtype, ids, sizes)
+        others.append(other)
+    if converter is not None:
+        say(f"{name} {dtype}: converting for llama.cpp")
+        try:
+            others.append(LlamaCpp(model, ids, sizes, converter, dtype))
+        except RuntimeError as error:
+            notes.append(f"llama.cpp {dtype} is left out: {one_line(error)}")
+    theirs = peer(model)
     matmul, read = matmul_rate(DTYPES[dtype], sizes.matmul), read_rate(DTYPES[dtype], sizes.read)
-    at_limit = limits(config, sizes, DTYPES[dtype].itemsize, matmul, read)
-    about = {"preset": name, "dtype": dtype, "matmul_flops": matmul, "read_bytes": read}
-    about |= environment(small=sizes is SMALL)
-    records = compare(Ours(model), peer(model, DTYPES[dtype]), ids, exact, sizes)
-    return [{**about, "tokens": sizes.tokens[r["work"]], "limit_s": at_limit[r["work"]], **r} for r in records]
-
-
-def show(records: list[dict[str, Any]]) -> None:
-    first = records[0]
-    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    print_line(f"{first['device']}; {versions}; commit {first['commit']}, load average {first['load']}")
-    headings = ("work", "dtype", "backend", *(("result",) if first["small"] else RATES), "errors\nours", "theirs")
-    rows, notes = [], []
-    for r in records:
-        found, theirs = (
-            "\n".join(f"{r[key][name]:.1e}" for name in ROUNDINGS if name in r[key])
-            for key in ("errors", "peer_errors")
+    itemsize = DTYPES[dtype].itemsize
+    at_limit = {
+        variant: limits(config, sizes, itemsize, matmul, read, stored_bytes(side.model) if variant == "int8" else None)
+        for variant, side in ours.items()
+    }
+    plain = limits(config, sizes, itemsize, matmul, read)
+    del model  # of no use any more if it is not to be timed
+    about = {"preset": name, "dtype": dtype, "matmul_flops": matmul, "read_bytes": read, **environment(small)}
+    records = []
+    for r in compare(ours, theirs, ids, exact, sizes, others):
+        work, at_most = r["work"], at_limit[r["variant"]]
+        records.append(
+            {**about, "tokens": sizes.tokens[work], "limit_s": at_most[work], "peer_limit_s": plain[work], **r}
         )
-        if "ratio" not in r:
-            worse = [name for name, error in r["errors"].items() if not error <= 2 * r["peer_errors"][name]]
-            notes.append(f"{r['work']} {r['dtype']} is wrong: error of {'; '.join(worse) or 'both'}")
-            cells = ["wrong"] + [""] * (0 if first["small"] else len(RATES) - 1)
-        elif first["small"]:
-            cells = ["right"]
-        else:
-            cells = [cell for side in ("ours", "peer") for cell in _rate(r, r[side]["median_s"])]
-            cells.append(f"{r['ratio']:.2f}")
-        rows.append((r["work"], r["dtype"], r["backend"], *cells, found, theirs))
-    print_table(f"{first['preset']} beside transformers", headings, rows, names=3)
+    return records, notes
+
+
+def config_of(name: str) -> ModelConfig:
+    """The preset's configuration, without parts that transformers' model does not have in training."""
+    return dataclasses.replace(preset(name), num_nextn_predict_layers=0, aux_loss_alpha=0.0)
+
+
+def memory_needed(config: ModelConfig, dtype: str, sizes: Sizes, variants: Sequence[str], others: int) -> int:
+    """Estimate of the bytes that the run needs at once, with so many older commits and llama.cpp."""
+    parameters, size, trains = count_parameters(config).total, DTYPES[dtype].itemsize, "train" in sizes.kinds
+    # Gradients in float64 and float32 beside the reference; these and those of one model beside the timed models.
+    exact = parameters * (8 + 12 * trains)
+    # The plain model, from which the others are made, and the peer's are always there.
+    models = 2 + others + ("packed" in variants and dtype == "bf16")
+    timed = parameters * (size * models + ("int8" in variants) + (4 + size) * trains)
+    logits = 3 * 8 * sizes.judged * config.vocab_size  # exact, found and their difference, in float64
+    lengths = [sizes.decodings[work].batch if work in sizes.decodings else n for work, n in sizes.tokens.items()]
+    return max(exact, timed) + logits + max(bytes_copied(config, n) for n in lengths) + others * 2**29
+
+
+def available_memory() -> int | None:
+    """Bytes that can be allocated without swapping; None if unknown."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def check_memory(name: str, dtypes: Sequence[str], sizes: Sizes, variants: Sequence[str], others: int) -> None:
+    """Raise BadInput if the run probably needs more memory than is available."""
+    config, available = config_of(name), available_memory()
+
+    def needed(sizes: Sizes) -> int:
+        return max(memory_needed(config, dtype, sizes, variants, others) for dtype in dtypes)
+
+    most = needed(sizes)
+    if available is None or most <= available:
+        return
+    hint = ""
+    if "train" in sizes.kinds and len(sizes.kinds) > 1:
+        rest = tuple(kind for kind in sizes.kinds if kind != "train")
+        hint = f"; --work {' '.join(rest)} needs {needed(dataclasses.replace(sizes, kinds=rest)) / 1e9:.1f} GB"
+    raise BadInput(
+        f"--preset {name}: not enough memory; expected about {most / 1e9:.1f} GB; "
+        f"found {available / 1e9:.1f} GB available{hint}"
+    )
+
+
+def show(records: list[dict[str, Any]], notes: Sequence[str] = ()) -> None:
+    notes = list(notes)
+    if records:
+        first = records[0]
+        versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+        print_line(f"{first['device']}; {versions}; commit {first['commit']}, load average {first['load']}")
+    for dtype in dict.fromkeys(r["dtype"] for r in records):
+        _show_dtype([r for r in records if r["dtype"] == dtype], notes)
     for note in notes:
         print_line(note)
+    if not records:
+        return
     print_line("errors are medians: of logits, and for train below them of gradients")
-    if first["small"]:
+    if records[0]["small"]:
         print_line(SMOKE_TEST)
         return
     print_line("tokens/s are medians; ratio: our tokens/s over theirs (higher is better)")
@@ -451,15 +380,68 @@ def show(records: list[dict[str, Any]]) -> None:
 RATES = ("tokens/s\nours", "% of\nlimit", "tokens/s\ntheirs", "% of\nlimit", "ratio")
 
 
-def _rate(record: dict[str, Any], seconds: float) -> tuple[str, str]:
+def _show_dtype(records: Sequence[Mapping[str, Any]], notes: list[str]) -> None:
+    """Print a table, and add notes to be printed below it."""
+    small, dtype, rows = records[0]["small"], records[0]["dtype"], []
+    for r in records:
+        found, theirs = (
+            "\n".join(f"{r[key][name]:.1e}" for name in ROUNDINGS if name in r[key])
+            for key in ("errors", "peer_errors")
+        )
+        if "ratio" not in r:
+            notes += _fault(r)
+            cells = ["wrong"] + [""] * (0 if small else len(RATES) - 1)
+        elif small:
+            cells = ["right"]
+        else:
+            cells = [*_rate(r, "ours", "limit_s"), *_rate(r, "peer", "peer_limit_s"), f"{r['ratio']:.2f}"]
+        rows.append((r["work"], r["variant"], r.get("backend", r["beside"]), *cells, found, theirs))
+    headings = ("work", "model", "beside", *(("result",) if small else RATES), "errors\nours", "theirs")
+    print_table(f"{records[0]['preset']} in {dtype}", headings, rows, names=3)
+    for name in dict.fromkeys(r["beside"] for r in records if "difference" in r):
+        most = max(r["difference"]["logits"] for r in records if r["beside"] == name and "difference" in r)
+        notes.append(f"{dtype}: logits of {name} differ from ours by at most {most:.1e}, median of each work")
+
+
+def _fault(record: Mapping[str, Any]) -> list[str]:
+    """A line on a record without a ratio; none if the reason is in the record of transformers."""
+    where = f"{record['work']} {record['dtype']}"
+    if record["wrong"] != record["variant"]:
+        return [f"{where}: {record['wrong']} is wrong"]
+    if record["beside"] != "transformers":
+        return []
+    worse = [name for name, error in record["errors"].items() if not error <= 2 * record["peer_errors"][name]]
+    return [f"{where}: {record['variant']} is wrong: error of {'; '.join(worse) or 'both'}"]
+
+
+def _rate(record: Mapping[str, Any], side: str, limit: str) -> tuple[str, str]:
     """Tokens/s, and % of the limit."""
-    return f"{record['tokens'] / seconds:.1f}", f"{100 * record['limit_s'] / seconds:.0f}"
+    seconds = record[side]["median_s"]
+    return f"{record['tokens'] / seconds:.1f}", f"{100 * record[limit] / seconds:.0f}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--preset", metavar="NAME", help="Preset of family deepseek_v3; default: bench_400m; with --small: tiny")
     add("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="Parameter dtypes; default: both")
+    add(
+        "--work",
+        nargs="+",
+        choices=KINDS,
+        default=KINDS,
+        metavar="NAME",
+        help=f"Work to do, one or more of {', '.join(KINDS)}; default: all",
+    )
+    add(
+        "--variant",
+        nargs="+",
+        choices=VARIANTS,
+        default=VARIANTS[:1],
+        metavar="NAME",
+        help=f"Variants of our model, one or more of {', '.join(VARIANTS)}; default: plain",
+    )
+    add("--against", metavar="COMMIT", help="Also time the model of this older commit")
+    add("--llama", type=Path, metavar="FILE", help="Also time llama.cpp, with its convert_hf_to_gguf.py at this path")
     add("--small", action="store_true", help="Smoke test with the tiny preset and few tokens")
     add(
         "--json",
@@ -472,7 +454,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    sizes = SMALL if args.small else Sizes()
     name = args.preset or ("tiny" if args.small else "bench_400m")
     try:
         family = preset(name).model_type
@@ -480,12 +461,24 @@ def run(args: argparse.Namespace) -> int:
         raise BadInput(f"--preset: {error}") from None
     if family != "deepseek_v3":
         raise BadInput(f"--preset {name}: wrong family; expected deepseek_v3; found {family}")
+    variants, dtypes = list(dict.fromkeys(args.variant)), list(dict.fromkeys(args.dtype))
+    kinds = tuple(kind for kind in KINDS if kind in args.work and (kind != "train" or "plain" in variants))
+    if not kinds:
+        raise BadInput(f"--work train: only plain is trained; expected --variant plain; found {' '.join(variants)}")
+    commit = None if args.against is None else resolve(args.against)
+    sizes = dataclasses.replace(SMALL if args.small else Sizes(), kinds=kinds)
+    if args.llama is not None and (missing := find(args.llama)):
+        raise BadInput(missing)
+    check_memory(name, dtypes, sizes, variants, others=(commit is not None) + (args.llama is not None))
     if args.json:
         append(args.json, [])
-    records = []
-    for dtype in dict.fromkeys(args.dtype):
-        records += measure(name, dtype, sizes)
-    show(records)
+    records, notes = [], []
+    with contextlib.nullcontext() if commit is None else other_commit(commit) as other:
+        for dtype in dtypes:
+            measured, more = measure(name, dtype, sizes, variants, other, args.llama, small=args.small)
+            records += measured
+            notes += more
+    show(records, notes)
     if args.json:
         append(args.json, records)
     return 0

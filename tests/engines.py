@@ -13,11 +13,9 @@ computed differently. The exit status is 1 if a difference exceeds the bound.
 
 import argparse
 import dataclasses
-import importlib.util
 import logging
 import multiprocessing
 import os
-import runpy
 import sys
 import tempfile
 from collections import Counter
@@ -28,6 +26,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import llama_cpp_model
 from moe import ModelConfig
 from moe.checkpoint.format.config_json import render_config
 from moe.checkpoint.format.families import FAMILIES
@@ -37,7 +36,6 @@ from tests.support.export_cases import BASE, OTHERS, changed
 BOUND = 1e-3  # relative to the largest logit; rounding reaches 3e-4, a wrong setting causes at least 2e-2
 LENGTH = 24
 SECONDS = 300
-F32 = 0  # GGML_TYPE_F32
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 FAILED = "failed here"  # an error in this program, not in llama.cpp
 TRAINING = ("initializer_range", "aux_loss_alpha", "seq_aux", "router_z_loss_coef", "mtp_loss_weight")
@@ -136,34 +134,9 @@ def _short(value: Any) -> str:
     return ", ".join(f"{name} {given}" for name, given, default in fields if given != default) or "default"
 
 
-def convert(folder: Path, file: Path, converter: Path, vocabulary: bool) -> None:
-    """Run the converter in this process."""
-    import conversion  # pyright: ignore[reportMissingImports]
-
-    find = conversion.get_model_class
-
-    def without_vocabulary(*args: Any, **options: Any) -> Any:
-        def set_vocab(self: Any) -> None:
-            self._set_vocab_none()
-            self.gguf_writer.add_vocab_size(self.hparams["vocab_size"])
-
-        found = find(*args, **options)
-        found.set_vocab = set_vocab
-        return found
-
-    if not vocabulary:
-        conversion.get_model_class = without_vocabulary
-    sys.argv = [str(converter), str(folder), "--outfile", str(file), "--outtype", "f32"]
-    runpy.run_path(str(converter), run_name="__main__")
-
-
 def evaluate(file: Path, ids: list[int]) -> torch.Tensor:
     """Return llama.cpp's logits [T, V]."""
-    from llama_cpp import Llama  # pyright: ignore[reportMissingImports]
-
-    # Its cache is in fp16 by default. The package's defaults for YaRN replace the file's values; negative ones do not.
-    more = dict(type_k=F32, type_v=F32, yarn_attn_factor=-1.0, yarn_beta_fast=-1.0, yarn_beta_slow=-1.0)
-    model = Llama(str(file), n_ctx=64, n_threads=1, n_threads_batch=1, logits_all=True, **more)
+    model = llama_cpp_model.load(file, 64, threads=1, logits_all=True)
     model.eval(ids)
     return torch.tensor(model.scores[: len(ids)])
 
@@ -179,7 +152,7 @@ def compare(config: ModelConfig, saved: ModelConfig, seed: int, folder: Path, op
         ours = build(config, seed).eval()(ids).logits[0]
     file = folder.with_suffix(".gguf")
     try:
-        convert(folder, file, options.llama, vocabulary=options.tokenizer is not None)
+        llama_cpp_model.convert(folder, file, options.llama, vocabulary=options.tokenizer is not None)
         theirs = evaluate(file, ids[0].tolist())
     except (Exception, SystemExit) as error:
         raise RefusedError(f"{type(error).__name__}: {error}") from error
@@ -226,16 +199,11 @@ def run(config: ModelConfig, saved: ModelConfig, seed: int, options: argparse.Na
 def prepare(options: argparse.Namespace) -> None:
     """Import the modules that llama.cpp needs before the first fork; raises SystemExit if one is missing."""
     prog = "python -m tests.engines"
-    if options.llama is None or not options.llama.is_file():
-        raise SystemExit(f"{prog}: --llama: expected convert_hf_to_gguf.py of llama.cpp; found {options.llama}")
-    sys.path[:0] = [str(options.llama.parent), str(options.llama.parent / "gguf-py")]
-    if not (options.llama.parent / "conversion").is_dir():
-        raise SystemExit(f"{prog}: --llama: expected a folder named conversion beside it; found none")
+    if missing := llama_cpp_model.find(options.llama):
+        raise SystemExit(f"{prog}: {missing}")
     if options.tokenizer is not None and not all((options.tokenizer / name).is_file() for name in TOKENIZER):
         names = " and ".join(TOKENIZER)
         raise SystemExit(f"{prog}: --tokenizer: expected a folder with {names}; found {options.tokenizer}")
-    if importlib.util.find_spec("llama_cpp") is None:
-        raise SystemExit(f"{prog}: no module named llama_cpp; expected llama-cpp-python")
     logging.getLogger().setLevel(logging.ERROR)
     import conversion  # pyright: ignore[reportMissingImports]
     import llama_cpp  # pyright: ignore[reportMissingImports]

@@ -25,126 +25,9 @@ from benchmarks.harness import ROOT, BadInput, interleave
 from benchmarks.peers import OURS, PEERS, LayerInputs, Peer, RouteInputs
 from benchmarks.roofline import Ceilings, Phase, activated, work
 from benchmarks.shapes import SHAPES, Shape, shrink
-from moe import Transformer, preset
-from moe.counts import count_parameters
 from moe.ops import grouped_mm, moe_mlp
 from moe.ops.library import why_no_kernels
 from moe.trace import Trace
-
-SIZES = dataclasses.replace(cpu.SMALL, train=16, prefill=24, decode=3, short=7, batch_context=11, rounds=1)
-WORK = ("train", "prefill", "decode", "short", "batch 3")
-
-
-def test_small_run_prints_and_appends(capsys, tmp_path):
-    file = tmp_path / "new" / "cpu.jsonl"
-    for _ in range(2):
-        assert main(["cpu", "--small", "--dtype", "fp32", "--json", str(file)]) == 0
-    shown = capsys.readouterr().out
-    assert report.SMOKE_TEST in shown and shown.count(" right ") == 2 * len(WORK)
-    assert not any(word in shown for word in ("FLOP/s", "tokens/s", "ratio", "%", "disturbed"))
-    records = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [r["work"] for r in records] == [*WORK] * 2
-    for r in records:
-        assert r["ratio"] == r["peer"]["median_s"] / r["ours"]["median_s"]
-        assert r["small"] is True and r["cores"] and r["disturbed"] in (False, True)
-        assert r["backend"] in cpu.BACKENDS and r["commit"] and r["versions"]["torch"] == torch.__version__
-
-
-@pytest.fixture(scope="module")
-def exact() -> tuple[Transformer, torch.Tensor, cpu.Reference]:
-    model = Transformer(dataclasses.replace(preset("tiny"), num_nextn_predict_layers=0, aux_loss_alpha=0.0))
-    ids = torch.randint(2048, (1, SIZES.prefill + SIZES.decode), generator=torch.Generator().manual_seed(1))
-    return model, ids, cpu.reference(model, ids, SIZES)
-
-
-@pytest.mark.parametrize(
-    "wrong", ["layers.2.mlp.experts.down_proj", "norm.weight", "layers.0.self_attn.kv_b_proj.weight"]
-)
-def test_a_wrong_model_gets_no_ratio(exact, wrong):
-    model, ids, reference = exact
-    theirs = cpu.peer(model, torch.float32)
-    ours = Transformer(model.config)
-    with torch.no_grad():
-        ours.get_parameter(wrong).mul_(1 + 1e-4)
-    for record in cpu.compare(cpu.Ours(ours), theirs, ids, reference, SIZES):
-        assert "ratio" not in record and "ours" not in record
-    assert all("ratio" in r for r in cpu.compare(cpu.Ours(model), theirs, ids, reference, SIZES))
-
-
-def test_wrong_gradients_refuse_training_only(exact):
-    model, ids, reference = exact
-
-    class Doubled(cpu.Ours):
-        def train(self, ids: torch.Tensor) -> None:
-            super().train(ids)
-            gate = self.model.get_parameter("layers.1.mlp.gate.weight")
-            assert gate.grad is not None
-            gate.grad *= 2
-
-    records = cpu.compare(Doubled(model), cpu.peer(model, torch.float32), ids, reference, SIZES)
-    assert {r["work"]: "ratio" in r for r in records} == {work: work != "train" for work in WORK}
-
-
-def test_what_is_acceptable():
-    theirs = {"logits": 0.1, "logits, quartile": 0.2, "logits, largest": 0.5, "gradients": 0.2}
-    assert cpu.acceptable(theirs, theirs, torch.bfloat16)
-    for name, error in theirs.items():
-        assert cpu.acceptable({name: 2 * error}, theirs, torch.bfloat16)
-        for wrong in (2.01 * error, float("nan"), float("inf")):
-            assert not cpu.acceptable({**theirs, name: wrong}, theirs, torch.bfloat16)
-    for name, most in (("logits", 64 * 2**-8), ("gradients", 128 * 2**-8)):  # whatever theirs is
-        assert cpu.acceptable({name: most}, {name: 1e9}, torch.bfloat16)
-        assert not cpu.acceptable({name: most * 1.01}, {name: 1e9}, torch.bfloat16)
-        assert not cpu.acceptable({name: most}, {name: 1e9}, torch.float32)
-
-
-@pytest.fixture(scope="module")
-def in_bf16() -> tuple[Transformer, torch.Tensor, cpu.Reference]:
-    """One token of these is routed otherwise in bfloat16 than in float64."""
-    model = Transformer(dataclasses.replace(preset("tiny"), num_nextn_predict_layers=0, aux_loss_alpha=0.0)).bfloat16()
-    ids = torch.randint(2048, (1, SIZES.prefill + SIZES.decode), generator=torch.Generator().manual_seed(0))
-    return model, ids, cpu.reference(model, ids, SIZES)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        None,
-        lambda x, up, down, w, ids, **settings: moe_mlp(x, up, down, w * 0, ids, **settings),
-        lambda x, up, down, w, ids, **settings: moe_mlp(x, up, down, w * 0.5, ids, **settings),
-        lambda x, up, down, w, ids, **settings: moe_mlp(x, up, down, w, (ids + 1) % len(up), **settings),
-        lambda x, up, down, w, ids, **settings: moe_mlp(x, up.roll(up.shape[1] // 2, 1), down, w, ids, **settings),
-    ],
-    ids=["right", "no weights", "half the weights", "the next expert", "gate and up swapped"],
-)
-def test_a_wrong_layer_gets_no_ratio_in_bf16_either(in_bf16, wrong, monkeypatch):
-    """Beside a token that is routed otherwise, whose error is as large as a wrong layer's."""
-    model, ids, reference = in_bf16
-    theirs = cpu.peer(model, torch.bfloat16)
-    assert cpu.errors(theirs, ids, reference, SIZES)["prefill"]["logits, largest"] > 0.3
-    if wrong is not None:
-        monkeypatch.setattr("moe.ops.moe_mlp", wrong)
-    found = {r["work"]: "ratio" in r for r in cpu.compare(cpu.Ours(model), theirs, ids, reference, SIZES)}
-    assert found == dict.fromkeys(WORK, wrong is None)
-
-
-def test_limits_count_what_the_docstring_says():
-    config = preset("bench_400m")
-    sizes = cpu.Sizes(train=10, prefill=20, decode=2, short=5, batches=(3,), batch_context=7)
-    at_limit = cpu.limits(config, sizes, itemsize=2, matmul=1.0, read=1.0)
-    counts = count_parameters(config)
-    active = counts.activated - 2 * 32000 * 1024
-    attention, head = 16 * (96 + 64) * 4, 2 * 32000 * 1024
-    assert at_limit["prefill"] == 2 * active * 20 + attention * 20**2 + head
-    assert at_limit["train"] == 3 * (2 * active * 10 + attention * 10**2 + head * 10)
-    at_limit = cpu.limits(config, sizes, itemsize=2, matmul=1e30, read=1.0)  # reading takes longer than products
-    assert at_limit["decode"] == 2 * 2 * (active + 32000 * 1024 + (256 + 32) * 4 * 21)
-    assert at_limit["short"] == 2 * 2 * (active + 32000 * 1024 + (256 + 32) * 4 * 6)
-    experts = 3 * 64 * 3 * 1024 * 512  # three layers of 64 experts, of which a token uses 6
-    used = active - experts * 6 / 64 + experts * (1 - (58 / 64) ** 3)
-    assert at_limit["batch 3"] == pytest.approx(2 * 2 * (used + 32000 * 1024 + 3 * (256 + 32) * 4 * 8), rel=1e-12)
-    slow = cpu.limits(config, sizes, itemsize=2, matmul=1.0, read=1e30)
-    assert slow["batch 3"] == 2 * 3 * (2 * (active + 32000 * 1024) + 2 * attention * 7)
 
 
 def test_interleaving_alternates_and_drops_the_first_round():
@@ -819,8 +702,9 @@ def test_the_other_tables_fit_80_columns_with_every_name(capsys):
     scaled = {"shape": "x", "ranks": 64, "fixed": "per rank", "tokens": 32768, "together": {"median_s": 1.2345}}
     report.print_scaling("scaling", [{**base, **scaled, **rates, "share": 0.98, "in_collectives": 0.5}])
     errors = {"logits": 1e-6, "gradients": 2e-5}
-    timed = {"work": "prefill", "dtype": "bf16", "backend": "batched_mm", "tokens": 1024, "limit_s": 0.5, "load": 1.0}
+    timed = {"work": "batch 32", "dtype": "bf16", "backend": "batched_mm", "tokens": 1024, "limit_s": 0.5, "load": 1.0}
     timed |= {"errors": errors, "peer_errors": errors, "ours": {"median_s": 0.8}, "peer": {"median_s": 1.1}}
+    timed |= {"variant": "packed", "beside": "transformers", "peer_limit_s": 0.5}
     about = {"preset": "bench_400m", "device": "d", "versions": {}, "commit": "c", "small": False, "ratio": 1.375}
     cpu.show([{**timed, **about, "matmul_flops": 1e12, "read_bytes": 1e10}])
     loaded = {"reader": "fastsafetensors", "median_s": 12.34, "gbytes_per_s": 12.35, "times_readinto": 12.36}
@@ -831,7 +715,7 @@ def test_the_other_tables_fit_80_columns_with_every_name(capsys):
         "destinations torch: grouped_mm, -1 removed 12.35 1.00 123.5 1234 99.9",
         "deepseek_v2_lite uniform bf16 5.123 5.123 123,456 234,567 1.000 1.56 x",
         "64 per rank 32,768 1234 1,234,567 1,234,567 1,234,567 98.0 50.0",
-        "prefill bf16 batched_mm 1280.0 62 930.9 45 1.38 1.0e-06 1.0e-06",
+        "batch 32 packed batched_mm 1280.0 62 930.9 45 1.38 1.0e-06 1.0e-06",
         "fastsafetensors 12.34 12.35 12.36 2,048 1.01",
     ):
         assert row in [" ".join(line.split()) for line in shown.splitlines()], shown
@@ -1319,22 +1203,6 @@ def test_ctrl_c_at_any_time_is_one_line(capsys, monkeypatch):
             patch.setattr(module, name, interrupted)
             assert main(arguments) == 130
         assert capsys.readouterr().err.splitlines()[-1] == "benchmarks: interrupted"
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        (["--preset", "tinny"], "--preset: preset = 'tinny': expected one of tiny, "),
-        (["--preset", "mixtral_8x7b"], "--preset mixtral_8x7b: wrong family; expected deepseek_v3; found mixtral"),
-        (["--small", "--json", "/proc/none.jsonl"], "--json /proc/none.jsonl: "),
-        (["--small", "--json", "/proc"], "--json /proc: Is a directory"),
-    ],
-)
-def test_bad_input_of_cpu_is_one_line(capsys, monkeypatch, options, says):
-    monkeypatch.setattr(cpu, "Transformer", None)  # nothing is built
-    assert main(["cpu", *options]) == 2
-    shown = capsys.readouterr()
-    assert f"benchmarks cpu: {says}" in shown.err and shown.err.count("\n") == 1 and not shown.out
 
 
 def test_list_tells_what_is_here_and_what_is_not(capsys, monkeypatch):

@@ -58,7 +58,7 @@ def test_round_trip(config: ModelConfig) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("deepseek_v3", "deepseek_v2", "deepseek_v2_lite", "tiny", "bench_400m"),
+        *("deepseek_v3", "deepseek_v2", "deepseek_v2_lite", "tiny", "bench_400m", "bench_1500m"),
         *("dots_llm1", "glm_4_7_flash", "ernie_4_5_21b_a3b", "ernie_4_5_300b_a47b"),
     ],
 )
