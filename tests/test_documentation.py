@@ -295,15 +295,18 @@ def recorded(name: str) -> list[dict[str, Any]]:
 
 
 def test_the_speeds_of_a_model() -> None:
-    found: dict[tuple[str, str], dict[str, str]] = {}
+    found: dict[tuple[str, str, str], dict[str, str]] = {}
     for each in recorded("cpu.jsonl"):
         assert each["commit"][:12] in RESULTS and each["versions"]["transformers"] in RESULTS
+        if each.get("beside", "transformers") != "transformers" or each["preset"] != "bench_400m":
+            continue
         ours, theirs = (each["tokens"] / each[who]["median_s"] for who in ("ours", "peer"))
         share, ratio = each["limit_s"] / each["ours"]["median_s"], ours / theirs
         one_decimal = each["work"] not in ("train", "prefill")
         mine, other = (f"{rate:,.{1 if one_decimal and rate < 100 else 0}f}" for rate in (ours, theirs))
         cells = f"{mine} ({share:.0%}) | {other} | {ratio:.2f}"
-        found.setdefault((each["device"].split("(")[0].split()[0], each["work"]), {})[each["dtype"]] = cells
+        row = each["device"].split("(")[0].split()[0], each["work"], each.get("variant", "plain")
+        found.setdefault(row, {})[each["dtype"]] = cells
     names = {
         "train": "training step, 512 tokens",
         "prefill": "prefill, 1,024 tokens",
@@ -312,8 +315,9 @@ def test_the_speeds_of_a_model() -> None:
         "batch 8": "decode, batch of 8 after 256 tokens",
         "batch 32": "decode, batch of 32 after 256 tokens",
     }
-    for (device, work), cells in found.items():
-        assert f"| {device}: {names[work]} | {cells['fp32']} | {cells['bf16']} |\n" in RESULTS
+    for (device, work, variant), cells in found.items():
+        name = names[work] + ("" if variant == "plain" else f", {variant}")
+        assert f"| {device}: {name} | {cells.get('fp32', '| |')} | {cells['bf16']} |\n" in RESULTS
 
 
 def test_the_seconds_of_loading() -> None:
