@@ -420,7 +420,8 @@ class Transformer(nn.Module):
         load = load.detach()
         if self._load is None or self._load.device != load.device:
             self._load = load.new_zeros(self.config.num_moe_layers + len(self.mtp), load.shape[1])
-        self._load = self._load + F.pad(load, (0, 0, 0, len(self._load) - len(load)))
+        missing = len(self._load) - len(load)
+        self._load = self._load + (F.pad(load, (0, 0, 0, missing)) if missing else load)
 
     def _check(
         self,

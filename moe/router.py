@@ -204,15 +204,15 @@ class Router(nn.Module):
     def forward(self, x: Tensor, expert_ids: Tensor | None = None) -> Routing:
         """Route x [T, D]; `expert_ids` [T, K], if given, replace the selection. The result includes the logits."""
         logits = self.logits(x)
-        if not torch.compiler.is_compiling() and self._trains_unattached():
+        if self._trains_unattached() and not torch.compiler.is_compiling():
             _watch.add(self)
         routing = self.route(logits) if expert_ids is None else self.replay(logits, expert_ids)
         return routing._replace(logits=logits, counter=self.load_counter)
 
     def _trains_unattached(self) -> bool:
         """Return whether this looks like training without a prior `moe.balance.attach`."""
-        has_bias = self.e_score_correction_bias is not None and not self.load_counter.ever_counted
-        return has_bias and self.training and self.weight.requires_grad and torch.is_grad_enabled()
+        learns = self.training and torch.is_grad_enabled() and self.weight.requires_grad
+        return learns and self.e_score_correction_bias is not None and not self.load_counter.ever_counted
 
     def extra_repr(self) -> str:
         rules = ", ".join(

@@ -83,12 +83,16 @@ def define(
         with torch.cuda.device_of(tensors[0]):
             return getattr(kernels, name)(*args)
 
+    def on_cpu(*args: Any) -> Any:
+        # Any other device takes precedence in dispatch, so all tensors are on the CPU.
+        return implementation(*args) if args[-1] == "triton" else cpu(*args[:-1])
+
     def without_values(*args: Any) -> Any:
         _check_device([arg for arg in args if isinstance(arg, Tensor)])
         return fake(*args)
 
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, implementation if tiered else cpu, "CPU")
+    LIBRARY.impl(name, on_cpu if tiered else cpu, "CPU")
     LIBRARY.impl(name, implementation, "CUDA")
     torch.library.register_fake(f"moesmith::{name}", without_values, lib=LIBRARY)
     if flops is not None:
@@ -244,14 +248,24 @@ def index_error(name: str, ids: Tensor, size: int, ignored: int | None, error: E
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Return a context without autocast on this device type. Some types, such as "meta", have no autocast."""
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    """Return a context without autocast on this device type.
+
+    Entering torch's context takes as long as a small product. A graph that is traced without autocast may run with it.
+    """
+    if is_autocast_on(device) or (torch.compiler.is_compiling() and torch.amp.is_autocast_available(device)):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def is_autocast_on(device: str) -> bool:
+    """Return whether autocast is on for this device type. Some types, such as "meta", have no autocast."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Cast the tensors as autocast does for a matrix product: only if it is on, and except float64."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not is_autocast_on(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
