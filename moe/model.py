@@ -32,7 +32,7 @@ from moe.norm import RMSNorm
 from moe.ops.library import check_device, index_error
 from moe.output import Output
 from moe.quantized import Quantized
-from moe.rope import rope_tables
+from moe.rope import rope_tables, rotation
 from moe.uncast import Uncast
 
 ID_DTYPES = (torch.int64, torch.int32)
@@ -210,7 +210,8 @@ class Transformer(nn.Module):
             for reason in self._idle:
                 warnings.warn(f"parameters that do not learn: {reason}", stacklevel=2)
         h = self._embed(input_ids)
-        rope = Uncast(*rope_tables(self.config.rope_parameters, self.config.rope_dim, position_ids, h.dtype))
+        tables = rope_tables(self.config.rope_parameters, self.config.rope_dim, position_ids, h.dtype)
+        rope = Uncast(*tables, *(rotation(*tables) if self.config.rope_interleave else ()))
         stats: list[MoEStats] = []
         for i, block in enumerate(self.layers):
             layer_cache = cache.layers[i] if cache is not None else None
