@@ -13,7 +13,7 @@ from moe.cache import LayerCache
 from moe.config import ModelConfig
 from moe.linear import Linear
 from moe.norm import RMSNorm
-from moe.ops.library import has_values
+from moe.ops.library import cast, has_values
 from moe.ops.matmul import prefers_float32
 from moe.rope import apply_rope, mscale
 from moe.uncast import Uncast
@@ -206,14 +206,12 @@ class MLA(nn.Module):
         q_latent = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), w_uk).transpose(0, 1)
         q = torch.cat((q_latent, q_pe.flatten(0, 1)), dim=-1).view(batch, queries * self.heads, entry.shape[-1])
         # The entries come first, because CPUs multiply many rows by few columns faster than the reverse.
-        scores = torch.bmm(entry, q.mT).mT.contiguous()
-        wide = torch.promote_types(scores.dtype, torch.float32)
-        scores = (scores if scores.dtype == wide else scores.to(wide)) * self.scale
+        scores = torch.bmm(entry, q.mT).mT
+        scores = cast(scores, torch.promote_types(scores.dtype, torch.float32)) * self.scale
         if mask is not None:
-            scores = scores.view(batch, queries, self.heads, -1).masked_fill(~mask.transpose(1, 2), float("-inf"))
+            scores = scores.reshape(batch, queries, self.heads, -1).masked_fill(~mask.transpose(1, 2), float("-inf"))
             scores = scores.flatten(1, 2)
-        attn = scores.softmax(dim=-1)
-        attn = attn if attn.dtype == q.dtype else attn.to(q.dtype)
+        attn = cast(scores.softmax(dim=-1), q.dtype)
         o = torch.bmm(attn, entry.narrow(-1, 0, self.latent)).view(batch * queries, self.heads, self.latent)
         o = torch.bmm(o.transpose(0, 1), w_uv).transpose(0, 1)
         return (o + constant).reshape(batch, queries, -1)

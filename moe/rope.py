@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe.config import RopeParameters
+from moe.ops.library import cast
 
 
 def mscale(factor: float, m: float) -> float:
@@ -61,9 +62,9 @@ def rope_tables(
 ) -> tuple[Tensor, Tensor]:
     """Return cos, sin [B, S, 1, dim / 2] (1 for heads) of position_ids [B, S], in promote_types(dtype, float32)."""
     frequencies = inverse_frequencies(rope, dim, position_ids.device)
-    angle = position_ids[..., None] * frequencies.to(torch.promote_types(dtype, torch.float32))
+    angle = position_ids[..., None, None] * cast(frequencies, torch.promote_types(dtype, torch.float32))
     factor = attention_factor(rope)
-    return (angle.cos() * factor).unsqueeze(-2), (angle.sin() * factor).unsqueeze(-2)
+    return (angle.cos(), angle.sin()) if factor == 1.0 else (angle.cos() * factor, angle.sin() * factor)
 
 
 def rotation(cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
@@ -80,13 +81,11 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, rotation: Tensor | None = No
     if not interleave:
         a, b = x.chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-    wide = x if x.dtype == cos.dtype else x.to(torch.promote_types(x.dtype, cos.dtype))
-    pairs = wide.contiguous().view(*x.shape[:-1], cos.shape[-1], 2)
+    pairs = cast(x, torch.promote_types(x.dtype, cos.dtype)).contiguous().view(*x.shape[:-1], cos.shape[-1], 2)
     if torch.compiler.is_compiling():  # Inductor generates no code for complex numbers
         a, b = pairs.unbind(-1)
         rotated = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1)
     else:
         rotation = torch.complex(cos, sin) if rotation is None else rotation
         rotated = torch.view_as_real(torch.view_as_complex(pairs) * rotation)
-    rotated = rotated.flatten(-2)
-    return rotated if rotated.dtype == x.dtype else rotated.to(x.dtype)
+    return cast(rotated.flatten(-2), x.dtype)

@@ -17,7 +17,7 @@ from moe import ops
 from moe.config import RouterConfig
 from moe.global_batch import GlobalBatch
 from moe.ops import Routing
-from moe.ops.library import check_device, index_error, without_autocast
+from moe.ops.library import cast, check_device, index_error, without_autocast
 from moe.ops.permutation import check_ids
 
 COUNTER_DTYPE = torch.float64  # gradients must be floating point; counts are exact up to 2^53
@@ -176,9 +176,9 @@ class Router(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Compute logits [T, E] of x [T, D]."""
         check_device("Router", self.weight, x)
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype, bias = torch.promote_types(x.dtype, torch.float32), self.bias
         with without_autocast(x.device.type):
-            return F.linear(x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+            return F.linear(cast(x, dtype), cast(self.weight, dtype), bias if bias is None else cast(bias, dtype))
 
     def route(self, logits: Tensor) -> Routing:
         self.keep_bias_float32()

@@ -51,6 +51,11 @@ def check_device(module: str, weight: Tensor, x: Tensor) -> None:
         )
 
 
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `tensor.to(dtype)`, without the cost of calling it if the dtype is right."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def check_tier(tier: str) -> None:
     if tier not in get_args(Tier):
         raise ValueError(f"tier = {tier!r}: expected 'auto', 'triton' or 'reference'")

@@ -206,11 +206,14 @@ def _select_for_one(choice: Tensor, top_k: int, n_group: int, topk_group: int, g
         return torch.from_numpy(values.argsort(kind="stable")[None, :top_k])
     members = values.reshape(n_group, -1)
     size = members.shape[1]
+    ranked = np.fmin(members, np.inf)  # without NaN
+    ranked.sort(axis=1)
     with np.errstate(all="ignore"):  # the sum may overflow, or be inf - inf
-        best = np.sort(np.fmin(members, np.inf), axis=1)[:, : 1 if group_score == "max" else 2].sum(axis=1)
-    groups = np.sort(best.argsort(kind="stable")[:topk_group])
-    first = members[groups].reshape(-1).argsort(kind="stable")[None, :top_k]
-    return torch.from_numpy(groups[first // size] * size + first % size)
+        scores = ranked[:, : 1 if group_score == "max" else 2].sum(axis=1)
+    groups = scores.argsort(kind="stable")[:topk_group]
+    groups.sort()
+    first = members.take(groups, axis=0).reshape(-1).argsort(kind="stable")[None, :top_k]
+    return torch.from_numpy(groups.take(first // size) * size + first % size)
 
 
 def _forward(

@@ -80,9 +80,7 @@ NAMED = (
         ("a block sees its later keys", "_attend_in_blocks", ".triu(1)", ".triu(2)"),
         ("decoding scores without the mask", "_attend_absorbed", "if mask is not None", "if mask is None"),
     ),
-    *_in_file(
-        "moe/rope.py", ("rotated backwards", "apply_rope", "torch.complex(cos, sin)", "torch.complex(cos, -sin)")
-    ),
+    *_in_file("moe/rope.py", ("rotated backwards", "rotation", "torch.complex(cos, sin)", "torch.complex(cos, -sin)")),
     *_in_file(
         "moe/ops/permutation.py",
         (
@@ -112,7 +110,15 @@ NAMED = (
             "weights *= routed_scaling_factor",
             "weights *= 1 if norm_topk_prob else routed_scaling_factor",
         ),
-        ("normalised without epsilon", "_forward", " + 1e-20", ""),
+        ("normalised without epsilon", "_forward", ".add_(1e-20)", ""),
+        ("one token: NaN in the score of a group", "_select_for_one", "np.fmin(members, np.inf)", "members.copy()"),
+        ("one token: groups in order of score", "_select_for_one", "groups.sort()", "pass"),
+        (
+            "one token: experts in an unstable order",
+            "_select_for_one",
+            'reshape(-1).argsort(kind="stable")',
+            "reshape(-1)[::-1].argsort()",
+        ),
         ("gradient passes a clamped sum", "_backward", "through_total.masked_fill(raised, 0)", "through_total"),
     ),
     *_in_file(
