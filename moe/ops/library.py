@@ -88,16 +88,12 @@ def define(
         with torch.cuda.device_of(tensors[0]):
             return getattr(kernels, name)(*args)
 
-    def on_cpu(*args: Any) -> Any:
-        # Any other device takes precedence in dispatch, so all tensors are on the CPU.
-        return implementation(*args) if args[-1] == "triton" else cpu(*args[:-1])
-
     def without_values(*args: Any) -> Any:
         _check_device([arg for arg in args if isinstance(arg, Tensor)])
         return fake(*args)
 
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, on_cpu if tiered else cpu, "CPU")
+    LIBRARY.impl(name, implementation if tiered else cpu, "CPU")
     LIBRARY.impl(name, implementation, "CUDA")
     torch.library.register_fake(f"moesmith::{name}", without_values, lib=LIBRARY)
     if flops is not None:

@@ -30,9 +30,10 @@ def operators(config: moe.ModelConfig, dtype: torch.dtype) -> int:
     with torch.inference_mode():
         cache = Cache(config)
         model(ids, cache=cache)
-        for _ in range(2):  # the first one prepares weights
-            with Count() as count:
-                model(ids[:, :1], cache=cache, logits_to_keep=1)
+        model(ids[:, :1], cache=cache)  # prepares weights for the next ones
+        count = Count()
+        with count:
+            model(ids[:, :1], cache=cache, logits_to_keep=1)
     return count.number
 
 

@@ -66,7 +66,7 @@ def test_an_exported_layer_is_the_layer(way: str, layer: nn.Module, exported: Ex
 class RouterLogits(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer: Any = layer
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer.gate.logits(x)
