@@ -149,8 +149,8 @@ NAMED = (
         (
             "logits in the dtype of x",
             "logits",
-            "x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))",
-            "x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)).to(dtype)",
+            "cast(x, dtype), cast(self.weight, dtype), bias if bias is None else cast(bias, dtype))",
+            "x, self.weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)).to(dtype)",
         ),
         ("correction bias rounded by a cast", "_apply", "bias.to(moved.device)", "moved.to(bias.dtype)"),
         ("router bias omitted", "logits", ", None if self.bias is None else self.bias.to(dtype)", ""),
