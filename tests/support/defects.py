@@ -153,7 +153,7 @@ NAMED = (
             "x, self.weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)).to(dtype)",
         ),
         ("correction bias rounded by a cast", "_apply", "bias.to(moved.device)", "moved.to(bias.dtype)"),
-        ("router bias omitted", "logits", ", None if self.bias is None else self.bias.to(dtype)", ""),
+        ("router bias omitted", "logits", ", bias if bias is None else cast(bias, dtype)", ""),
         ("absent experts have weights", "replay", "0)).masked_fill(absent, 0)", "0))"),
     ),
     *_in_file(
