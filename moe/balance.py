@@ -38,12 +38,13 @@ def expert_load(expert_ids: Tensor, num_experts: int, token_mask: Tensor | None 
 
     Raises IndexError for an id that is neither -1 nor in [0, E) (on CPU; a device assertion on CUDA).
     """
-    absent = expert_ids == -1
-    counted = ~absent if token_mask is None else ~absent & token_mask.unsqueeze(-1)
-    load = torch.zeros(*expert_ids.shape[:-2], num_experts, dtype=torch.int64, device=expert_ids.device)
+    chosen = (expert_ids + 1).flatten(-2)  # absent ones in column 0
+    counted = torch.ones_like(chosen)
+    if token_mask is not None:
+        counted = token_mask.unsqueeze(-1).expand_as(expert_ids).flatten(-2).to(torch.int64)
+    load = torch.zeros(*expert_ids.shape[:-2], 1 + num_experts, dtype=torch.int64, device=expert_ids.device)
     try:
-        chosen = expert_ids.masked_fill(absent, 0).flatten(-2)
-        return load.scatter_add_(-1, chosen, counted.to(torch.int64).flatten(-2))
+        return load.scatter_add_(-1, chosen, counted)[..., 1:]
     except (IndexError, RuntimeError) as error:
         raise index_error("expert_ids", expert_ids, num_experts, -1, error) from None
 

@@ -19,6 +19,7 @@ from moe.init import materialize, skip_init
 from moe.linear import Linear
 from moe.loss import Term
 from moe.ops import Routing, SwiGLU
+from moe.ops.library import is_autocast_on
 from moe.router import LoadCounter, Router
 from moe.uncast import Uncast
 
@@ -28,9 +29,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _check_dtype(x: Tensor, weight: Tensor) -> None:
-    device = x.device.type  # some types, such as "meta", have no autocast
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if x.dtype != weight.dtype and not autocast:
+    if x.dtype != weight.dtype and not is_autocast_on(x.device.type):
         raise TypeError(f"x is {x.dtype}: expected {weight.dtype}, the dtype of the weights")
 
 

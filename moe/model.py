@@ -33,7 +33,7 @@ from moe.ops.library import check_device, index_error
 from moe.output import Output
 from moe.packed import Packed, pack, unpack
 from moe.quantized import Quantized
-from moe.rope import rope_tables
+from moe.rope import rope_tables, rotation
 from moe.uncast import Uncast
 
 ID_DTYPES = (torch.int64, torch.int32)
@@ -211,7 +211,8 @@ class Transformer(nn.Module):
             for reason in self._idle:
                 warnings.warn(f"parameters that do not learn: {reason}", stacklevel=2)
         h = self._embed(input_ids)
-        rope = Uncast(*rope_tables(self.config.rope_parameters, self.config.rope_dim, position_ids, h.dtype))
+        tables = rope_tables(self.config.rope_parameters, self.config.rope_dim, position_ids, h.dtype)
+        rope = Uncast(*tables, *(rotation(*tables) if self.config.rope_interleave else ()))
         stats: list[MoEStats] = []
         for i, block in enumerate(self.layers):
             layer_cache = cache.layers[i] if cache is not None else None
@@ -441,7 +442,8 @@ class Transformer(nn.Module):
         load = load.detach()
         if self._load is None or self._load.device != load.device:
             self._load = load.new_zeros(self.config.num_moe_layers + len(self.mtp), load.shape[1])
-        self._load = self._load + F.pad(load, (0, 0, 0, len(self._load) - len(load)))
+        missing = len(self._load) - len(load)
+        self._load = self._load + (F.pad(load, (0, 0, 0, missing)) if missing else load)
 
     def _check(
         self,

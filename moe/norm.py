@@ -13,8 +13,11 @@ class RMSNorm(nn.RMSNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, self.weight.dtype)
-        y = F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps)
+        weight = self.weight
+        if x.dtype == weight.dtype:
+            return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+        dtype = torch.promote_types(x.dtype, weight.dtype)
+        y = F.rms_norm(x.to(dtype), self.normalized_shape, weight.to(dtype), self.eps)
         if y.dtype == x.dtype:
             return y
         device = x.device.type  # some types, such as "meta", have no autocast

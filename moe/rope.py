@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe.config import RopeParameters
+from moe.ops.library import cast
 
 
 def mscale(factor: float, m: float) -> float:
@@ -61,23 +62,30 @@ def rope_tables(
 ) -> tuple[Tensor, Tensor]:
     """Return cos, sin [B, S, 1, dim / 2] (1 for heads) of position_ids [B, S], in promote_types(dtype, float32)."""
     frequencies = inverse_frequencies(rope, dim, position_ids.device)
-    angle = position_ids[..., None] * frequencies.to(torch.promote_types(dtype, torch.float32))
+    angle = position_ids[..., None, None] * cast(frequencies, torch.promote_types(dtype, torch.float32))
     factor = attention_factor(rope)
-    return (angle.cos() * factor).unsqueeze(-2), (angle.sin() * factor).unsqueeze(-2)
+    return (angle.cos(), angle.sin()) if factor == 1.0 else (angle.cos() * factor, angle.sin() * factor)
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleave: bool) -> Tensor:
+def rotation(cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """Return the argument `rotation` of `apply_rope`, for several calls with the same tables; empty if compiling."""
+    return () if torch.compiler.is_compiling() else (torch.complex(cos, sin),)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, rotation: Tensor | None = None, *, interleave: bool) -> Tensor:
     """Rotate x [B, S, H, dim] by cos and sin [B, S, 1, dim / 2]; the result has x's shape and dtype.
 
-    `interleave` pairs dimensions (2i, 2i + 1), otherwise (i, i + dim / 2). Computed in fp32 or wider.
+    `interleave` pairs dimensions (2i, 2i + 1), otherwise (i, i + dim / 2). Computed in fp32 or wider. `rotation` is
+    cos + i sin, computed if None.
     """
     if not interleave:
         a, b = x.chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-    pairs = x.to(torch.promote_types(x.dtype, cos.dtype)).contiguous().unflatten(-1, (-1, 2))
+    pairs = cast(x, torch.promote_types(x.dtype, cos.dtype)).contiguous().view(*x.shape[:-1], cos.shape[-1], 2)
     if torch.compiler.is_compiling():  # Inductor generates no code for complex numbers
         a, b = pairs.unbind(-1)
         rotated = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1)
     else:
-        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
-    return rotated.flatten(-2).to(x.dtype)
+        rotation = torch.complex(cos, sin) if rotation is None else rotation
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * rotation)
+    return cast(rotated.flatten(-2), x.dtype)

@@ -17,7 +17,7 @@ from moe import ops
 from moe.config import RouterConfig
 from moe.global_batch import GlobalBatch
 from moe.ops import Routing
-from moe.ops.library import check_device, index_error, without_autocast
+from moe.ops.library import cast, check_device, index_error, without_autocast
 from moe.ops.permutation import check_ids
 
 COUNTER_DTYPE = torch.float64  # gradients must be floating point; counts are exact up to 2^53
@@ -176,9 +176,9 @@ class Router(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Compute logits [T, E] of x [T, D]."""
         check_device("Router", self.weight, x)
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype, bias = torch.promote_types(x.dtype, torch.float32), self.bias
         with without_autocast(x.device.type):
-            return F.linear(x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+            return F.linear(cast(x, dtype), cast(self.weight, dtype), bias if bias is None else cast(bias, dtype))
 
     def route(self, logits: Tensor) -> Routing:
         self.keep_bias_float32()
@@ -204,15 +204,15 @@ class Router(nn.Module):
     def forward(self, x: Tensor, expert_ids: Tensor | None = None) -> Routing:
         """Route x [T, D]; `expert_ids` [T, K], if given, replace the selection. The result includes the logits."""
         logits = self.logits(x)
-        if not torch.compiler.is_compiling() and self._trains_unattached():
+        if self._trains_unattached() and not torch.compiler.is_compiling():
             _watch.add(self)
         routing = self.route(logits) if expert_ids is None else self.replay(logits, expert_ids)
         return routing._replace(logits=logits, counter=self.load_counter)
 
     def _trains_unattached(self) -> bool:
         """Return whether this looks like training without a prior `moe.balance.attach`."""
-        has_bias = self.e_score_correction_bias is not None and not self.load_counter.ever_counted
-        return has_bias and self.training and self.weight.requires_grad and torch.is_grad_enabled()
+        learns = self.training and torch.is_grad_enabled() and self.weight.requires_grad
+        return learns and self.e_score_correction_bias is not None and not self.load_counter.ever_counted
 
     def extra_repr(self) -> str:
         rules = ", ".join(

@@ -51,6 +51,11 @@ def check_device(module: str, weight: Tensor, x: Tensor) -> None:
         )
 
 
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `tensor.to(dtype)`, without the cost of calling it if the dtype is right."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def check_tier(tier: str) -> None:
     if tier not in get_args(Tier):
         raise ValueError(f"tier = {tier!r}: expected 'auto', 'triton' or 'reference'")
@@ -244,14 +249,24 @@ def index_error(name: str, ids: Tensor, size: int, ignored: int | None, error: E
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Return a context without autocast on this device type. Some types, such as "meta", have no autocast."""
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    """Return a context without autocast on this device type.
+
+    Entering torch's context takes as long as a small product. A graph that is traced without autocast may run with it.
+    """
+    if is_autocast_on(device) or (torch.compiler.is_compiling() and torch.amp.is_autocast_available(device)):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def is_autocast_on(device: str) -> bool:
+    """Return whether autocast is on for this device type. Some types, such as "meta", have no autocast."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Cast the tensors as autocast does for a matrix product: only if it is on, and except float64."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not is_autocast_on(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

@@ -63,6 +63,28 @@ def test_an_exported_layer_is_the_layer(way: str, layer: nn.Module, exported: Ex
             close(a, b)
 
 
+class RouterLogits(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer: Any = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer.gate.logits(x)
+
+
+@pytest.mark.parametrize("way", ["exported", "compiled"])
+def test_a_graph_made_without_autocast_routes_in_float32_under_it(way: str, layer: nn.Module) -> None:
+    logits, x = RouterLogits(layer), torch.randn(5, WIDTH)
+    if way == "exported":
+        run = export(logits, (x,), strict=False).module()
+    else:
+        torch._dynamo.reset()
+        run = torch.compile(logits, backend="aot_eager", fullgraph=True)
+        run(x)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(run(x), logits(x)) and logits(x).dtype == torch.float32
+
+
 def test_a_training_layer_with_losses_is_refused() -> None:
     """Their gradients would be lost, and under no_grad there are none."""
     training, x = moe.MoELayer(WIDTH, 8, 4, 2, aux_loss_alpha=0.1), torch.randn(2, 5, WIDTH)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe import ops
-from moe.ops.routing import route_reference
+from moe.ops.routing import _first_by_sorting, _select, _select_for_one, route_reference
 from tests.support.bound import excess
 from tests.support.cases import ROUTING_CASES, RoutingCase
 
@@ -66,6 +66,40 @@ def test_route(case: RoutingCase, dtype: torch.dtype) -> None:
     reference = route_reference(logits, bias, **case.settings)
     assert torch.equal(reference.expert_ids, routing.expert_ids)
     assert torch.allclose(reference.weights, routing.weights, rtol=2**-20, atol=0, equal_nan=True)
+
+
+@each_dtype
+@each_case
+def test_route_of_one_token(case: RoutingCase, dtype: torch.dtype) -> None:
+    logits, bias = case.inputs(dtype)
+    for token in logits.split(1):
+        routing = ops.route(token, bias, **case.settings)
+        choice = routing.scores if bias is None else routing.scores + bias
+        assert routing.expert_ids.dtype == torch.int64 and routing.expert_ids.is_contiguous()
+        assert routing.expert_ids.tolist() == expected_ids(case, choice)
+        reference = route_reference(token, bias, **case.settings)
+        assert torch.equal(routing.expert_ids, reference.expert_ids)
+        assert torch.allclose(routing.scores, reference.scores, rtol=0, atol=0, equal_nan=True)
+        assert torch.allclose(routing.weights, reference.weights, rtol=2**-20, atol=0, equal_nan=True)
+
+
+@each_dtype
+def test_selection_for_one_token(dtype: torch.dtype) -> None:
+    """Ties, NaN, infinities, zeros of both signs and sums that overflow, in all sizes of groups."""
+    g = torch.Generator().manual_seed(0)
+    largest = torch.finfo(dtype).max
+    special = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, largest, -largest], dtype=dtype)
+    for n_group in (1, 2, 3, 8):
+        for size in (1, 2, 3, 16):
+            for topk_group in {1, (n_group + 1) // 2, n_group}:
+                for top_k in {1, topk_group * size // 2 or 1, topk_group * size}:
+                    for group_score in ("top2", "max"):
+                        choice = torch.randn(1, n_group * size, dtype=dtype, generator=g)
+                        at = torch.rand(choice.shape, generator=g) < torch.rand((), generator=g)
+                        choice[at] = special[torch.randint(len(special), (int(at.sum()),), generator=g)]
+                        settings = top_k, n_group, topk_group, group_score
+                        expected = _select(_first_by_sorting, choice, *settings)
+                        assert torch.equal(_select_for_one(choice, *settings), expected), (choice, settings)
 
 
 @each_case

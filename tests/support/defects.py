@@ -95,9 +95,7 @@ NAMED = (
         ("a block sees its later keys", "_attend_in_blocks", ".triu(1)", ".triu(2)"),
         ("decoding scores without the mask", "_attend_absorbed", "if mask is not None", "if mask is None"),
     ),
-    *_in_file(
-        "moe/rope.py", ("rotated backwards", "apply_rope", "torch.complex(cos, sin)", "torch.complex(cos, -sin)")
-    ),
+    *_in_file("moe/rope.py", ("rotated backwards", "rotation", "torch.complex(cos, sin)", "torch.complex(cos, -sin)")),
     *_in_file(
         "moe/ops/permutation.py",
         (
@@ -127,7 +125,15 @@ NAMED = (
             "weights *= routed_scaling_factor",
             "weights *= 1 if norm_topk_prob else routed_scaling_factor",
         ),
-        ("normalised without epsilon", "_forward", " + 1e-20", ""),
+        ("normalised without epsilon", "_forward", ".add_(1e-20)", ""),
+        ("one token: NaN in the score of a group", "_select_for_one", "np.fmin(members, np.inf)", "members.copy()"),
+        ("one token: groups in order of score", "_select_for_one", "groups.sort()", "pass"),
+        (
+            "one token: experts in an unstable order",
+            "_select_for_one",
+            'reshape(-1).argsort(kind="stable")',
+            "reshape(-1)[::-1].argsort()",
+        ),
         ("gradient passes a clamped sum", "_backward", "through_total.masked_fill(raised, 0)", "through_total"),
     ),
     *_in_file(
@@ -158,11 +164,11 @@ NAMED = (
         (
             "logits in the dtype of x",
             "logits",
-            "x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))",
-            "x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)).to(dtype)",
+            "cast(x, dtype), cast(self.weight, dtype), bias if bias is None else cast(bias, dtype))",
+            "x, self.weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)).to(dtype)",
         ),
         ("correction bias rounded by a cast", "_apply", "bias.to(moved.device)", "moved.to(bias.dtype)"),
-        ("router bias omitted", "logits", ", None if self.bias is None else self.bias.to(dtype)", ""),
+        ("router bias omitted", "logits", ", bias if bias is None else cast(bias, dtype)", ""),
         ("absent experts have weights", "replay", "0)).masked_fill(absent, 0)", "0))"),
     ),
     *_in_file(
