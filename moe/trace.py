@@ -76,11 +76,11 @@ class Trace:
     def placed(self, gpus: int, replicas: int) -> PlacementReport:
         """Balance of the second half on GPUs whose experts were placed for the first half.
 
-        Each GPU has E / G slots, rounded up, and `replicas` more. Raises ConfigError as `moe.planning.placement.place`.
+        Each GPU holds E / G experts, rounded up, and `replicas` more. Raises ConfigError as `place`.
         """
         before, after = (self._load(half) for half in self.halves)
-        slots = gpus * (-(-self.experts // gpus) + replicas)
-        return place(before.load, gpus=gpus, slots=slots).report(after.load, after.layers)
+        physical = gpus * (-(-self.experts // gpus) + replicas)
+        return place(before.load, gpus=gpus, physical_experts=physical).report(after.load, after.layers)
 
     def save(self, file: Path) -> None:
         """Write a compressed .npz file with the attributes, and with `load` and `co_activation`."""

@@ -22,7 +22,7 @@ class Args:
     """Assign experts to GPUs, and replicate those with a high load, to minimise the load of the busiest GPU.
 
     For each layer, prints the load of the busiest GPU divided by the mean, before (experts in order) and after, and a
-    lower bound for any placement with that many slots.
+    lower bound for any placement of that many physical experts.
     """
 
     file: Annotated[Path, Option("FOLDER-OR-FILE", positional=True)]
@@ -30,8 +30,9 @@ class Args:
     contains {"load": [[tokens per expert] per layer]}."""
     gpus: int
     """Number of GPUs that divide the experts of each layer."""
-    slots: int
-    """Number of expert slots on all GPUs together, per layer: a multiple of --gpus, at least the number of experts."""
+    physical_experts: int
+    """Number of experts that all GPUs together hold per layer, replicas included: a multiple of --gpus, at least the
+    number of experts."""
     nodes: int = 1
     """Number of nodes. If it divides --groups, the experts of a group stay on one node."""
     groups: int = 1
@@ -47,7 +48,8 @@ def run(args: Args) -> int:
 
     from moe.planning.placement import place
 
-    placement = place(load, gpus=args.gpus, slots=args.slots, nodes=args.nodes, groups=args.groups)
+    sizes = {name: getattr(args, name) for name in ("gpus", "physical_experts", "nodes", "groups")}
+    placement = place(load, **sizes)
     report = placement.report(load, layers if layers is not None and len(layers) == len(load) else None)
     overall = {name: getattr(report, name) for name in ("before", "after", "bound")}
     facts: dict[str, Any] = {
@@ -81,8 +83,8 @@ def _print(report: "PlacementReport") -> None:
     console, experts, gpus = Console(), report.experts, report.gpus
     title = "load of the busiest GPU / mean load"
     print_table(console, title, ("layer", "before", "after", "lower bound"), list(rows))
-    each = f"{report.slots / gpus:g} slots per GPU, {report.extra_slots_per_gpu:g} of them for replicas"
-    print_text(console, f"{experts} experts in {report.slots} slots on {gpus} GPUs: {each}.")
+    each = f"{report.physical_experts / gpus:g} per GPU, {report.redundant_experts_per_gpu:g} of them redundant"
+    print_text(console, f"{experts} experts, {report.physical_experts} physical experts on {gpus} GPUs: {each}.")
     if report.before is None:
         print_text(console, f"before: unknown, because {gpus} GPUs do not divide {experts} experts.")
 

@@ -32,7 +32,7 @@ class WhatIf:
     the mean, for experts in order and as placed by `moesmith place`. Experts are placed for the first half of the
     tokens; the load is that of the second half."""
     replicas: tuple[int, ...] = ()
-    """With --ep: numbers of additional expert slots per GPU, for replicas of experts with a high load. Default: 0."""
+    """With --ep: numbers of additional physical experts per GPU, replicas of experts with a high load. Default: 0."""
     cache_experts: tuple[int, ...] = ()
     """Sizes of a cache in fast memory, in experts per layer, while tokens are decoded one after the other. Prints hit
     rate and misses for three policies: keep the experts used last (lru), keep the most frequent experts of the first
@@ -145,14 +145,20 @@ def _refuse_options_of_a_model(args: Args) -> None:
 
 def _check_sizes(asked: WhatIf, experts: int) -> None:
     """Raise ConfigError for a size that layers with this many experts do not have."""
+    from moe.planning.placement import MAX_PHYSICAL_EXPERTS
+
     for size in asked.cache_experts:
         if size > experts:
             raise ConfigError("--cache-experts", size, f"at most the {experts} experts of a layer")
     for gpus in asked.ep:
-        room = experts - -(-experts // gpus)
+        if gpus > experts:
+            raise ConfigError("--ep", gpus, f"at most the {experts} experts of a layer")
+        own = -(-experts // gpus)
+        room = experts - own, "with which each GPU holds all experts"
+        room = min(room, (MAX_PHYSICAL_EXPERTS // gpus - own, f"for {MAX_PHYSICAL_EXPERTS:,} experts on {gpus} GPUs"))
         for replicas in asked.replicas:
-            if replicas > room:
-                raise ConfigError("--replicas", replicas, f"at most {room}, with which each GPU holds all experts")
+            if replicas > room[0]:
+                raise ConfigError("--replicas", replicas, f"at most {room[0]}, {room[1]}")
 
 
 def _summary(trace: "Trace") -> dict[str, Any]:
@@ -260,8 +266,8 @@ def _print(facts: dict[str, Any]) -> None:
             report, overall = each["report"], each["overall"]
             worst = max(a / mean if mean else 1.0 for a, mean in zip(report["after"], report["mean"], strict=True))
             ratios = ("-" if value is None else f"{value:.3f}" for value in (*overall.values(), worst))
-            rows.append((str(each["gpus"]), f"{report['slots'] / each['gpus']:g}", *ratios))
-        headings = ("GPUs", "slots per GPU", "in order", "placed", "lower bound", "worst layer, placed")
+            rows.append((str(each["gpus"]), f"{report['physical_experts'] / each['gpus']:g}", *ratios))
+        headings = ("GPUs", "experts per GPU", "in order", "placed", "lower bound", "worst layer, placed")
         print_table(console, "load of the busiest GPU / mean load", headings, rows, text_columns=0)
     if facts["cache"]:
         headings = ("policy", "experts per layer", "hit rate", "misses per token", "MiB per token")

@@ -228,8 +228,8 @@ def test_placement_is_judged_on_the_second_half() -> None:
     report = trace.placed(2, 0)
     # For 3, 1, 0 and 0 tokens the GPUs get experts 0 and 3, and 1 and 2. Then there are 0, 0, 4 and 0 tokens.
     assert (report.mean, report.before, report.after) == ([2], [4], [4])
-    assert report.layers == ["a"] and (report.experts, report.slots, report.gpus) == (4, 4, 2)
-    assert trace.placed(3, 0).slots == 6 and trace.placed(2, 1).slots == 6
+    assert report.layers == ["a"] and (report.experts, report.physical_experts, report.gpus) == (4, 4, 2)
+    assert trace.placed(3, 0).physical_experts == 6 and trace.placed(2, 1).physical_experts == 6
 
 
 def test_a_saved_trace_is_read_again(tmp_path: Path) -> None:

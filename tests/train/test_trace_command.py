@@ -86,7 +86,7 @@ def test_questions_about_a_record_need_no_model(run: Path, tmp_path: Path, capsy
     again = traced(capsys, out, *asked)
     assert again == found | {"folder": out}
     assert traced(capsys, out)["ep"] == []
-    assert [(each["gpus"], each["replicas"], each["report"]["slots"]) for each in found["ep"]] == [
+    assert [(each["gpus"], each["replicas"], each["report"]["physical_experts"]) for each in found["ep"]] == [
         (2, 0, 8),
         (2, 2, 12),
         (3, 0, 9),
@@ -108,7 +108,7 @@ def test_questions_about_a_record_need_no_model(run: Path, tmp_path: Path, capsy
     assert main(["trace", out, *asked]) == 0
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines()[1:])) <= 80 and "trace.json" not in shown  # nothing is written
-    for each in ("layers.1.mlp", "near ties", "slots per GPU", "oracle", "100.00%", "Results: second half"):
+    for each in ("layers.1.mlp", "near ties", "experts per GPU", "oracle", "100.00%", "Results: second half"):
         assert each in shown
     assert main(["trace", out, "--out", str(tmp_path / "copy")]) == 0
     assert f"record       {tmp_path / 'copy' / 'trace.npz'}, trace.json" in capsys.readouterr().out
@@ -211,6 +211,11 @@ def test_what_is_refused(run: Path, text: Path, tmp_path: Path, capsys: pytest.C
             [str(tmp_path / "sick"), "--data", str(text), "--ep", "8", "2", "--replicas", "0", "7"],
             "--replicas: expected at most 4, with which each GPU holds all",
         ),
+        (
+            [str(tmp_path / "sick"), "--data", str(text), "--ep", "2", "100000"],
+            "--ep: expected at most the 8 experts of a layer; found 100000",
+        ),
+        ([out, "--ep", "100000"], "--ep: expected at most the 8 experts of a layer; found 100000"),
     ):
         assert expected in refused(capsys, *words, "--out", str(tmp_path / "new")), words
     assert not (tmp_path / "new").exists()
