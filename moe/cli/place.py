@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 from moe.cli.options import Option
 from moe.config import ModelConfig
@@ -45,29 +47,39 @@ class Args:
 
 def run(args: Args) -> int:
     layers, load = _read(args.file)
-
     from moe.planning.placement import place
 
     sizes = {name: getattr(args, name) for name in ("gpus", "physical_experts", "nodes", "groups")}
-    placement = place(load, **sizes)
-    report = placement.report(load, layers if layers is not None and len(layers) == len(load) else None)
-    overall = {name: getattr(report, name) for name in ("before", "after", "bound")}
-    facts: dict[str, Any] = {
-        "file": str(args.file),
-        "nodes": args.nodes,
-        "groups": args.groups,
-        "report": dataclasses.asdict(report),
-        "overall": {name: report.overall(values) if values else None for name, values in overall.items()},
-        "physical_to_logical": placement.physical_to_logical.tolist(),
-        "replicas": placement.replicas.tolist(),
-        "logical_to_physical": placement.logical_to_physical.tolist(),
-    }
-    text = json.dumps(facts)
-    if args.out is not None:
-        with args.out.open("x", encoding="utf-8") as file:
+    with nullcontext() if args.out is None else _new_file(args.out) as file:
+        placement = place(load, **sizes)
+        report = placement.report(load, layers if layers is not None and len(layers) == len(load) else None)
+        overall = {name: getattr(report, name) for name in ("before", "after", "bound")}
+        facts: dict[str, Any] = {
+            "file": str(args.file),
+            "nodes": args.nodes,
+            "groups": args.groups,
+            "report": dataclasses.asdict(report),
+            "overall": {name: report.overall(values) if values else None for name, values in overall.items()},
+            "physical_to_logical": placement.physical_to_logical.tolist(),
+            "replicas": placement.replicas.tolist(),
+            "logical_to_physical": placement.logical_to_physical.tolist(),
+        }
+        text = json.dumps(facts)
+        if file is not None:
             file.write(text + "\n")
     print(text) if args.json else _print(report)
     return 0
+
+
+@contextmanager
+def _new_file(path: Path) -> "Iterator[TextIO]":
+    """A new file, which is removed after an exception."""
+    with path.open("x", encoding="utf-8") as file:
+        try:
+            yield file
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
 
 
 def _print(report: "PlacementReport") -> None:

@@ -429,7 +429,9 @@ def test_layer_names_match_the_routers(name: str) -> None:
     assert layer_names(moe.preset(name)) == [router.removesuffix(".gate") for router, _ in routers(model)]
 
 
-def test_the_command_reads_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_command_reads_a_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     load = [[8, 2, 1, 1], [1, 1, 1, 1], [1, 2, 3, 4]]
     records = [
         {"kind": "validation", "step": 0, "load": [[1, 1, 1, 1]] * 3},
@@ -467,6 +469,12 @@ def test_the_command_reads_a_run(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert facts["replicas"][0] == [2, 2, 1, 1] and facts["logical_to_physical"][0][:2] == [[0, 3], [1, 4]]
     status, out, err = run(capsys, str(file), *options, "--out", str(file))
     assert (status, out) == (2, "") and "File exists" in err and err.count("\n") == 1
+    monkeypatch.setattr("moe.planning.placement.place", None)  # an --out that cannot be written is refused before
+    status, out, err = run(capsys, str(file), *options, "--out", str(file / "out"))
+    assert (status, out) == (2, "") and "Not a directory" in err and err.count("\n") == 1
+    monkeypatch.undo()
+    assert run(capsys, str(file), "--gpus", "2", "--physical-experts", "5", "--out", str(tmp_path / "no"))[0] == 2
+    assert not (tmp_path / "no").exists()
     uneven = (str(file), "--gpus", "3", "--physical-experts", "6")
     assert json.loads(run(capsys, *uneven, "--json")[1])["overall"]["before"] is None
     out = run(capsys, *uneven)[1]
