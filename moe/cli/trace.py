@@ -129,7 +129,8 @@ def _record(args: Args) -> "Trace":
     def batches() -> Iterator[dict[str, Any]]:
         whole = len(tokens) // settings.seq_length * settings.seq_length
         windows = tokens[:whole].view(-1, settings.seq_length)
-        for ids in (*windows.split(settings.batch_size), tokens[None, whole:]):
+        at_once = min(settings.batch_size, max(len(windows), 1))
+        for ids in (*windows.split(at_once), tokens[None, whole:]):
             if ids.numel():
                 documents = document_ids(ids, dataset.end_of_text) if settings.document_mask else None
                 yield {"input_ids": ids, "document_ids": documents, "logits_to_keep": 1}

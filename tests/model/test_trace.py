@@ -249,8 +249,8 @@ def test_ties_and_what_has_no_next_expert() -> None:
     router = router_of(8, 16, n_group=1, bias=False)
     assert margins(router, torch.zeros(3, 16)).tolist() == [0, 0, 0]  # all scores are equal
     assert margins(router, torch.zeros(0, 16)).shape == (0,)
-    for settings in ({"n_group": 1, "num_experts_per_tok": 4}, {"n_group": 2, "topk_group": 2}):
-        everything = router_of(4, 16, **({"num_experts_per_tok": 4} | settings))
+    for groups in (1, 2):
+        everything = router_of(4, 16, n_group=groups, topk_group=groups, num_experts_per_tok=4)
         assert margins(everything, torch.randn(3, 16)).tolist() == [math.inf] * 3
     one = router_of(1, 16, n_group=1, num_experts_per_tok=1)
     assert margins(one, torch.randn(3, 16)).tolist() == [math.inf] * 3
@@ -279,12 +279,12 @@ def test_groups_that_are_almost_tied(method: str, shape: tuple[int, int, int, in
         return members.topk(best, dim=-1).values.sum(-1)
 
     near = 0
-    for _ in range(40):
+    for _ in range(12):
         logits = torch.randn(1, experts, generator=rng, dtype=torch.float64)
         first, second = scores(logits)[0].argsort(descending=True)[kept - 1 : kept + 1].tolist()
         size = experts // groups
         low, high = 0.0, 10.0  # added to the logits of the second group, until it is almost the first
-        for _ in range(60):
+        for _ in range(40):
             middle = (low + high) / 2
             moved = logits.clone()
             moved[0, second * size : (second + 1) * size] += middle
@@ -299,7 +299,7 @@ def test_groups_that_are_almost_tied(method: str, shape: tuple[int, int, int, in
         flips = bool((router.route(changed).expert_ids.sort(1).values != before).any())
         assert (margins(router, moved).item() < 0.1) == flips
         near += flips
-    assert near > 3
+    assert near > 1
 
 
 def test_an_exchange_of_groups_may_select_the_same_experts() -> None:
@@ -413,9 +413,9 @@ def test_a_saved_trace_is_read_again(tmp_path: Path) -> None:
 class Routers(torch.nn.Module):
     """A model of others: layers with experts, one after the other."""
 
-    def __init__(self, layers: torch.nn.Sequential) -> None:
+    def __init__(self, *layers: torch.nn.Module) -> None:
         super().__init__()
-        self.layers = layers
+        self.layers = torch.nn.Sequential(*layers)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.layers(torch.nn.functional.one_hot(input_ids % 32, 32).float())
@@ -433,12 +433,12 @@ def test_what_cannot_be_recorded() -> None:
     dict(routers(biased))["layers.2.mlp.gate"].move_bias(torch.full((E,), math.nan))
     with pytest.raises(FloatingPointError, match=r"the correction bias of layers.2.mlp.gate is not finite"):
         record(biased, [{"input_ids": text()}])
-    mixed = torch.nn.Sequential(*(moe.MoELayer.from_config(MICRO) for _ in range(2)))
+    mixed: list[Any] = [moe.MoELayer.from_config(MICRO) for _ in range(2)]
     mixed[1].gate.selection["top_k"] = 1
     with pytest.raises(ConfigError, match=r"\[\(8, 1\), \(8, 2\)\]: expected layers with experts, all with the same"):
-        record(Routers(mixed), [{"input_ids": text()}])
+        record(Routers(*mixed), [{"input_ids": text()}])
     with pytest.raises(
         ConfigError, match=r"1.gate: 192 rows, again': expected a model whose layers route each of the 192"
     ):
-        record(Routers(torch.nn.Sequential(mixed[0], mixed[1], mixed[1])), [{"input_ids": text()}])
+        record(Routers(mixed[0], mixed[1], mixed[1]), [{"input_ids": text()}])
     assert not any(router._forward_hooks for _, router in routers(net))

@@ -48,7 +48,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 def test_the_text_held_out_is_traced(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "deep" / "out"
-    found = traced(capsys, str(run), "--tokens", "100", "--out", str(out))
+    found = traced(capsys, str(run), "--tokens", "100", "--out", str(out), "--batch-size", str(10**30))
     assert {path.name for path in out.iterdir()} == {"trace.json", "trace.npz"} | PLOTS
     assert list(out.parent.iterdir()) == [out]  # no temporary folder is left
     assert json.loads((out / "trace.json").read_text()) == found
@@ -82,7 +82,9 @@ def test_the_text_held_out_is_traced(run: Path, tmp_path: Path, capsys: pytest.C
         assert len(beyond) == 3 and beyond == sorted(beyond, reverse=True) and beyond[-1] > 0
 
 
-def test_questions_about_a_record_need_no_model(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_questions_about_a_record_need_no_model(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = ["--ep", "2", "3", "--replicas", "0", "2", "--cache-experts", "1", "8"]
     out = str(tmp_path / "out")
     found = traced(capsys, str(run), "--out", out, *asked)
@@ -111,6 +113,12 @@ def test_questions_about_a_record_need_no_model(run: Path, tmp_path: Path, capsy
     assert main(["trace", out, *asked]) == 0
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines()[1:])) <= 80 and "trace.json" not in shown  # nothing is written
+    words = shown.split()
+    monkeypatch.setenv("COLUMNS", "40")  # too few for the tables, which stay complete
+    assert main(["trace", out, *asked]) == 0
+    narrow = capsys.readouterr().out
+    assert {each for each in words if each not in narrow and not each.startswith("─")} == {"mtp.0.block.mlp"}
+    assert "mtp.0.block." in narrow  # continued on the next line
     for each in (
         "layers.1.mlp",
         "mtp.0.block.mlp",
