@@ -4,7 +4,8 @@ uniform   K distinct experts for each token, all equally likely
 zipf      K distinct experts for each token, drawn in proportion to 1 / rank, with ranks in random order
 one-hot   the same K experts for every token: the worst balance that distinct experts allow
 FILE.npz  array `expert_ids` [T, K], whose first rows are used for fewer tokens, and optionally `weights` [T, K]
-FILE.npz:LAYER  a layer of a file that `moesmith trace` wrote: `expert_ids` and `weights` [L, T, K], `layers` [L] names
+FILE.npz:LAYER  a layer of a file that `moesmith trace` wrote: `expert_ids` and `weights` [L, T, K], `layers` [L] names,
+    and `routed` [L, T]: only these tokens are used, which are fewer in MTP modules
 """
 
 import math
@@ -97,6 +98,12 @@ def _array(
             found = file if layer is None else f"{file}:{layer}"
             raise BadInput(f"--routing {found}: {name}: expected FILE.npz:LAYER with one of {', '.join(layers)}")
         array = array[layers.index(layer)]
+        if "routed" in arrays:
+            routed = _load(file, arrays, "routed")
+            if routed.dtype.kind != "b" or routed.shape != (len(layers), len(array)):
+                allowed = f"bool {(len(layers), len(array))}"
+                raise BadInput(f"--routing {file}: routed: expected {allowed}; found {routed.dtype} {routed.shape}")
+            array = array[routed[layers.index(layer)]]
     if array.ndim != 2:
         raise BadInput(f"--routing {file}: {name}: wrong shape; expected [T, K]; found {array.shape}")
     if array.size == 0:

@@ -25,10 +25,13 @@ def quantize(model: Transformer, kind: Quantization) -> Transformer:
     converted one after the other, so at most one is in memory in both forms.
 
     Raises:
-        ConfigError: another kind, or a model that has quantised weights or is sharded.
+        ConfigError: another kind, or anything but a Transformer without quantised and sharded weights.
         ValueError: a weight that is NaN or infinite, with its name. The modules before it are converted.
     """
     check_kind("kind", kind)
+    if not isinstance(model, Transformer):
+        kind_of = f"{type(model).__module__}.{type(model).__qualname__}"
+        raise ConfigError("model", kind_of, "a moe.Transformer, such as moe.load returns, which is not wrapped")
     targets = dict(_targets(model))
     quantised = any(isinstance(module, Quantized) for module in model.modules())
     if not targets or quantised or any(hasattr(weight, "device_mesh") for weight in model.parameters()):

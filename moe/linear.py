@@ -27,8 +27,10 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute `F.linear`: x [..., K], weight [N, K] and bias [N] -> [..., N]; see `Linear`."""
-    # The cheapest test first: this is called many times for each token that is decoded.
-    if x.numel() < _LEAST_ROWS * weight.shape[-1] or torch.compiler.is_compiling() or not _is_plain(x, weight, bias):
+    # The cheapest tests first: this is called many times for each token that is decoded.
+    if type(x) is not Tensor or x.numel() < _LEAST_ROWS * weight.shape[-1]:  # such as a proxy of torch.fx
+        return F.linear(x, weight, bias)
+    if torch.compiler.is_compiling() or not _is_plain(x, weight, bias):
         return F.linear(x, weight, bias)
     if not is_faster(x.reshape(-1, x.shape[-1]), weight.t()):
         return F.linear(x, weight, bias)

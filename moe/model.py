@@ -199,10 +199,10 @@ class Transformer(nn.Module):
             IndexError: an id or a predicted label out of range (on CPU; a device assertion on CUDA).
         """
         self._check(input_ids, labels, attention_mask, position_ids, document_ids, cache, logits_to_keep)
-        batch, length = input_ids.shape
+        length = input_ids.shape[1]
         past = cache.length if cache is not None else 0
         if position_ids is None:
-            position_ids = torch.arange(past, past + length, device=input_ids.device).expand(batch, length)
+            position_ids = _positions(input_ids, past)
         real = attention_mask.bool() if attention_mask is not None else None
         masks = self._masks(length, past, real, document_ids, input_ids.device)
         token_mask = real[:, past:] if real is not None else None
@@ -211,8 +211,7 @@ class Transformer(nn.Module):
             for reason in self._idle:
                 warnings.warn(f"parameters that do not learn: {reason}", stacklevel=2)
         h = self._embed(input_ids)
-        tables = rope_tables(self.config.rope_parameters, self.config.rope_dim, position_ids, h.dtype)
-        rope = Uncast(*tables, *(rotation(*tables) if self.config.rope_interleave else ()))
+        rope = self._rope(position_ids, h.dtype)
         stats: list[MoEStats] = []
         for i, block in enumerate(self.layers):
             layer_cache = cache.layers[i] if cache is not None else None
@@ -250,6 +249,35 @@ class Transformer(nn.Module):
             share = (next_token.mean.count.double() / items).to(loss.dtype)
             loss, losses = loss * share, {name: part * share for name, part in losses.items()}
         return Output(logits=logits, hidden=h, loss=loss, losses=losses, load=load)
+
+    def run_mtp(
+        self,
+        hidden: Tensor,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Run the MTP modules with the inputs that they have in training, in any mode and without losses.
+
+        Args:
+            hidden: [B, S, D], the `hidden` of the output of `forward` for the other arguments, without a cache.
+
+        Returns:
+            Outputs [B, S - k - 1, D] of each module k, normalised for `head`; only of those with S - k - 1 > 0.
+            Position i is meaningful if tokens i to i + k + 1 are real and of one document.
+
+        Raises TypeError and ValueError as `forward` does.
+        """
+        self._check(input_ids, None, attention_mask, position_ids, document_ids, None, 0)
+        rope = self._rope(_positions(input_ids) if position_ids is None else position_ids, hidden.dtype)
+        real = attention_mask.bool() if attention_mask is not None else None
+        return [h for h, *_ in self._run_mtp(hidden, input_ids, rope, real, document_ids)]
+
+    def _rope(self, position_ids: Tensor, dtype: torch.dtype) -> Uncast:
+        tables = rope_tables(self.config.rope_parameters, self.config.rope_dim, position_ids, dtype)
+        return Uncast(*tables, *(rotation(*tables) if self.config.rope_interleave else ()))
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         try:
@@ -414,10 +442,25 @@ class Transformer(nn.Module):
         real: Tensor | None,
         document_ids: Tensor | None,
     ) -> tuple[list[Term], list[MoEStats]]:
-        """Return the losses and statistics of the MTP modules. Module k drops the last k + 1 positions."""
+        """Return the losses and statistics of the MTP modules."""
         terms: list[Term] = []
         stats: list[MoEStats] = []
         modules = min(len(self.mtp), input_ids.shape[1] - 1)
+        ran = self._run_mtp(h, input_ids, rope, real, document_ids)
+        for k, (y, token_mask, block_stats) in enumerate(ran):
+            mean = next_token_loss(self.head(y), labels, k + 2, document_ids, token_mask)
+            mean = replace(mean, value=mean.value / modules)
+            terms.append(Term("mtp", mean, self.config.mtp_loss_weight, depth=k + 1))
+            if block_stats is not None:
+                own = tuple(replace(term, depth=k + 1) for term in block_stats.terms)
+                stats.append(replace(block_stats, terms=own))
+        return terms, stats
+
+    def _run_mtp(
+        self, h: Tensor, input_ids: Tensor, rope: Uncast, real: Tensor | None, document_ids: Tensor | None
+    ) -> list[tuple[Tensor, Tensor | None, MoEStats | None]]:
+        """Return output, token mask and statistics of each MTP module. Module k drops the last k + 1 positions."""
+        found: list[tuple[Tensor, Tensor | None, MoEStats | None]] = []
         for k, module in enumerate(self.mtp):
             keep = input_ids.shape[1] - (k + 1)
             if keep < 1:
@@ -429,14 +472,9 @@ class Transformer(nn.Module):
             token_mask = valid_positions(k + 1, real, document_ids)
             mask = make_attention_mask(keep, 0, token_mask, documents, input_ids.device)
             args = (embedding, Uncast(*(table[:, :keep] for table in rope.tensors)), mask, token_mask)
-            h, block_stats = self._run(module, h[:, :keep], *args)
-            mean = next_token_loss(self.head(h), labels, k + 2, document_ids, token_mask)
-            mean = replace(mean, value=mean.value / modules)
-            terms.append(Term("mtp", mean, self.config.mtp_loss_weight, depth=k + 1))
-            if block_stats is not None:
-                own = tuple(replace(term, depth=k + 1) for term in block_stats.terms)
-                stats.append(replace(block_stats, terms=own))
-        return terms, stats
+            h, stats = self._run(module, h[:, :keep], *args)
+            found.append((h, token_mask, stats))
+        return found
 
     def _count(self, load: Tensor) -> None:
         load = load.detach()
@@ -483,6 +521,12 @@ class Transformer(nn.Module):
             raise ValueError("document_ids: not supported with a cache")
         if labels is not None and (logits_to_keep or cache is not None):
             raise ValueError("labels need the logits of all positions; expected no cache and logits_to_keep = 0")
+
+
+def _positions(input_ids: Tensor, past: int = 0) -> Tensor:
+    """Return the positions [B, S] of tokens that follow `past` others."""
+    batch, length = input_ids.shape
+    return torch.arange(past, past + length, device=input_ids.device).expand(batch, length)
 
 
 def check_input_ids(input_ids: Any) -> None:

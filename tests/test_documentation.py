@@ -277,8 +277,8 @@ def test_the_figures_of_placement(workplace: Path, capsys: pytest.CaptureFixture
     file = workplace / "zipf.json"
     file.write_text(done.stdout)
     figures = []
-    for slots in ("256", "288"):
-        assert main(["place", str(file), "--gpus", "32", "--slots", slots]) == 0
+    for physical in ("256", "288"):
+        assert main(["place", str(file), "--gpus", "32", "--physical-experts", physical]) == 0
         figures += re.findall(r"^all layers +(\S+) +(\S+)", capsys.readouterr().out, re.MULTILINE)
     (before, moved), (_, replicated) = figures
     text = " ".join(PLANNING.split())

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 from moe.cli.options import Option
 from moe.config import ModelConfig
@@ -22,7 +24,7 @@ class Args:
     """Assign experts to GPUs, and replicate those with a high load, to minimise the load of the busiest GPU.
 
     For each layer, prints the load of the busiest GPU divided by the mean, before (experts in order) and after, and a
-    lower bound for any placement with that many slots.
+    lower bound for any placement of that many physical experts.
     """
 
     file: Annotated[Path, Option("FOLDER-OR-FILE", positional=True)]
@@ -30,8 +32,9 @@ class Args:
     contains {"load": [[tokens per expert] per layer]}."""
     gpus: int
     """Number of GPUs that divide the experts of each layer."""
-    slots: int
-    """Number of expert slots on all GPUs together, per layer: a multiple of --gpus, at least the number of experts."""
+    physical_experts: int
+    """Number of experts that all GPUs together hold per layer, replicas included: a multiple of --gpus, at least the
+    number of experts."""
     nodes: int = 1
     """Number of nodes. If it divides --groups, the experts of a group stay on one node."""
     groups: int = 1
@@ -44,28 +47,39 @@ class Args:
 
 def run(args: Args) -> int:
     layers, load = _read(args.file)
-
     from moe.planning.placement import place
 
-    placement = place(load, gpus=args.gpus, slots=args.slots, nodes=args.nodes, groups=args.groups)
-    report = placement.report(load, layers if layers is not None and len(layers) == len(load) else None)
-    overall = {name: getattr(report, name) for name in ("before", "after", "bound")}
-    facts: dict[str, Any] = {
-        "file": str(args.file),
-        "nodes": args.nodes,
-        "groups": args.groups,
-        "report": dataclasses.asdict(report),
-        "overall": {name: report.overall(values) if values else None for name, values in overall.items()},
-        "physical_to_logical": placement.physical_to_logical.tolist(),
-        "replicas": placement.replicas.tolist(),
-        "logical_to_physical": placement.logical_to_physical.tolist(),
-    }
-    text = json.dumps(facts)
-    if args.out is not None:
-        with args.out.open("x", encoding="utf-8") as file:
+    sizes = {name: getattr(args, name) for name in ("gpus", "physical_experts", "nodes", "groups")}
+    with nullcontext() if args.out is None else _new_file(args.out) as file:
+        placement = place(load, **sizes)
+        report = placement.report(load, layers if layers is not None and len(layers) == len(load) else None)
+        overall = {name: getattr(report, name) for name in ("before", "after", "bound")}
+        facts: dict[str, Any] = {
+            "file": str(args.file),
+            "nodes": args.nodes,
+            "groups": args.groups,
+            "report": dataclasses.asdict(report),
+            "overall": {name: report.overall(values) if values else None for name, values in overall.items()},
+            "physical_to_logical": placement.physical_to_logical.tolist(),
+            "replicas": placement.replicas.tolist(),
+            "logical_to_physical": placement.logical_to_physical.tolist(),
+        }
+        text = json.dumps(facts)
+        if file is not None:
             file.write(text + "\n")
     print(text) if args.json else _print(report)
     return 0
+
+
+@contextmanager
+def _new_file(path: Path) -> "Iterator[TextIO]":
+    """A new file, which is removed after an exception."""
+    with path.open("x", encoding="utf-8") as file:
+        try:
+            yield file
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
 
 
 def _print(report: "PlacementReport") -> None:
@@ -81,8 +95,8 @@ def _print(report: "PlacementReport") -> None:
     console, experts, gpus = Console(), report.experts, report.gpus
     title = "load of the busiest GPU / mean load"
     print_table(console, title, ("layer", "before", "after", "lower bound"), list(rows))
-    each = f"{report.slots / gpus:g} slots per GPU, {report.extra_slots_per_gpu:g} of them for replicas"
-    print_text(console, f"{experts} experts in {report.slots} slots on {gpus} GPUs: {each}.")
+    each = f"{report.physical_experts / gpus:g} per GPU, {report.redundant_experts_per_gpu:g} of them redundant"
+    print_text(console, f"{experts} experts, {report.physical_experts} physical experts on {gpus} GPUs: {each}.")
     if report.before is None:
         print_text(console, f"before: unknown, because {gpus} GPUs do not divide {experts} experts.")
 

@@ -5,12 +5,13 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe.checkpoint.reading.hub import explain_cache_misses
+from moe.checkpoint import read_config
+from moe.checkpoint.reading.hub import explain_cache_misses, find
 from moe.cli import eval as scoring
 from moe.cli.options import COMPUTE_DTYPES, option, read_dtype
 from moe.errors import CheckpointError, ConfigError
@@ -32,12 +33,12 @@ class WhatIf:
     the mean, for experts in order and as placed by `moesmith place`. Experts are placed for the first half of the
     tokens; the load is that of the second half."""
     replicas: tuple[int, ...] = ()
-    """With --ep: numbers of additional expert slots per GPU, for replicas of experts with a high load. Default: 0."""
+    """With --ep: numbers of additional physical experts per GPU, replicas of experts with a high load. Default: 0."""
     cache_experts: tuple[int, ...] = ()
     """Sizes of a cache in fast memory, in experts per layer, while tokens are decoded one after the other. Prints hit
-    rate and misses for three policies: keep the experts used last (lru), keep the most frequent experts of the first
-    half of the tokens (frequency), and the best possible (oracle). All begin with those most frequent experts; hits are
-    those of the second half."""
+    rate and misses, without MTP modules, for three policies: keep the experts used last (lru), keep the most frequent
+    experts of the first half of the tokens (frequency), and the best possible (oracle). All begin with those most
+    frequent experts; hits are those of the second half."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,10 @@ class Args(scoring.TextArgs):
     is loaded.
 
     A token is near a tie if rounding the router's input to bf16 once typically changes the gap between its last expert
-    and the next one by more than the gap itself. Other hardware or kernels may then choose another expert.
+    and the next one, or between the groups of experts, by more than the gap itself. Other hardware or kernels may then
+    choose another expert.
+
+    MTP modules are recorded with the inputs that they have in training. The last tokens of a window have none.
     """
 
     out: Path | None = None
@@ -80,16 +84,14 @@ def run(args: Args) -> int:
         _refuse_options_of_a_model(args)
     elif out is None:
         out = Path("traces") / Path(os.path.abspath(args.folder)).name
-    if out is not None:
-        _check_target(out, args.overwrite)
 
     from moe.trace import Trace
 
-    trace = Trace.read(recorded) if recorded.is_file() else _record(args)
-    facts = {"folder": args.folder, **_summary(trace), **_answers(trace, args.what_if)}
     plots = None
-    if out is not None:
-        with _replacing(out, args.overwrite) as new:
+    with nullcontext() if out is None else _replacing(out, args.overwrite) as new:
+        trace = Trace.read(recorded) if recorded.is_file() else _record(args)
+        facts = {"folder": args.folder, **_summary(trace), **_answers(trace, args.what_if)}
+        if new is not None:
             trace.save(new / RECORD)
             plots = _plot(new, facts, trace)
             (new / SUMMARY).write_text(json.dumps(facts) + "\n", encoding="utf-8")
@@ -103,6 +105,12 @@ def run(args: Args) -> int:
 
 
 def _record(args: Args) -> "Trace":
+    with explain_cache_misses(args.folder):
+        config = read_config(find(args.folder))
+    if not config.num_moe_layers + config.num_nextn_predict_layers:
+        found = f"{config.num_hidden_layers} dense layers"
+        raise CheckpointError(args.folder, "no routing to record", expected="a model with experts", found=found)
+    _check_sizes(args.what_if, config.n_routed_experts, decoded=config.num_moe_layers)
     folder, load, dataset, settings = scoring.prepared(args)
     with explain_cache_misses(args.folder):
         model = load(dtype=read_dtype(args.dtype, COMPUTE_DTYPES))
@@ -111,12 +119,9 @@ def _record(args: Args) -> "Trace":
     import torch
 
     from moe.trace import record
-    from moe.train.architecture import check_experts
     from moe.train.data import document_ids
     from moe.train.loop import deterministic
 
-    check_experts(model.config)
-    _check_sizes(args.what_if, model.config.n_routed_experts)  # before the tokens are recorded
     dataset.check_vocabulary(model.config)
     device = next(model.parameters()).device
     tokens = torch.from_numpy(dataset.validation[: args.tokens].astype(np.int64)).to(device)
@@ -124,7 +129,8 @@ def _record(args: Args) -> "Trace":
     def batches() -> Iterator[dict[str, Any]]:
         whole = len(tokens) // settings.seq_length * settings.seq_length
         windows = tokens[:whole].view(-1, settings.seq_length)
-        for ids in (*windows.split(settings.batch_size), tokens[None, whole:]):
+        at_once = min(settings.batch_size, max(len(windows), 1))
+        for ids in (*windows.split(at_once), tokens[None, whole:]):
             if ids.numel():
                 documents = document_ids(ids, dataset.end_of_text) if settings.document_mask else None
                 yield {"input_ids": ids, "document_ids": documents, "logits_to_keep": 1}
@@ -143,16 +149,27 @@ def _refuse_options_of_a_model(args: Args) -> None:
             raise ConfigError(option(each.name), None, f"no such option, because {args.folder} is a trace")
 
 
-def _check_sizes(asked: WhatIf, experts: int) -> None:
-    """Raise ConfigError for a size that layers with this many experts do not have."""
+def _check_sizes(asked: WhatIf, experts: int, *, decoded: int) -> None:
+    """Raise ConfigError for a size that layers with this many experts do not have.
+
+    `decoded` is the number of layers with experts that are not those of MTP modules.
+    """
+    from moe.planning.placement import MAX_PHYSICAL_EXPERTS
+
     for size in asked.cache_experts:
+        if not decoded:
+            raise ConfigError("--cache-experts", size, "none for a model with experts in MTP modules only")
         if size > experts:
             raise ConfigError("--cache-experts", size, f"at most the {experts} experts of a layer")
     for gpus in asked.ep:
-        room = experts - -(-experts // gpus)
+        if gpus > experts:
+            raise ConfigError("--ep", gpus, f"at most the {experts} experts of a layer")
+        own = -(-experts // gpus)
+        room = experts - own, "with which each GPU holds all experts"
+        room = min(room, (MAX_PHYSICAL_EXPERTS // gpus - own, f"for {MAX_PHYSICAL_EXPERTS:,} experts on {gpus} GPUs"))
         for replicas in asked.replicas:
-            if replicas > room:
-                raise ConfigError("--replicas", replicas, f"at most {room}, with which each GPU holds all experts")
+            if replicas > room[0]:
+                raise ConfigError("--replicas", replicas, f"at most {room[0]}, {room[1]}")
 
 
 def _summary(trace: "Trace") -> dict[str, Any]:
@@ -187,7 +204,7 @@ def _summary(trace: "Trace") -> dict[str, Any]:
 def _answers(trace: "Trace", asked: WhatIf) -> dict[str, Any]:
     from moe.planning.expert_cache import POLICIES, simulate
 
-    _check_sizes(asked, trace.experts)
+    _check_sizes(asked, trace.experts, decoded=int(trace.routed.all(axis=1).sum()))
     k = trace.expert_ids.shape[2]
     placed = []
     for gpus in asked.ep:
@@ -260,8 +277,8 @@ def _print(facts: dict[str, Any]) -> None:
             report, overall = each["report"], each["overall"]
             worst = max(a / mean if mean else 1.0 for a, mean in zip(report["after"], report["mean"], strict=True))
             ratios = ("-" if value is None else f"{value:.3f}" for value in (*overall.values(), worst))
-            rows.append((str(each["gpus"]), f"{report['slots'] / each['gpus']:g}", *ratios))
-        headings = ("GPUs", "slots per GPU", "in order", "placed", "lower bound", "worst layer, placed")
+            rows.append((str(each["gpus"]), f"{report['physical_experts'] / each['gpus']:g}", *ratios))
+        headings = ("GPUs", "experts per GPU", "in order", "placed", "lower bound", "worst layer, placed")
         print_table(console, "load of the busiest GPU / mean load", headings, rows, text_columns=0)
     if facts["cache"]:
         headings = ("policy", "experts per layer", "hit rate", "misses per token", "MiB per token")
@@ -275,7 +292,8 @@ def _print(facts: dict[str, Any]) -> None:
             )
             for each in facts["cache"]
         ]
-        print_table(console, f"cache of experts; all {len(facts['layers'])} layers together", headings, rows)
+        layers = len(facts["cache"][0]["hits"])
+        print_table(console, f"cache of experts; all {layers} layers together", headings, rows)
     if facts["ep"] or facts["cache"]:
         print_text(console, "Placements and caches: first half of the tokens. Results: second half.")
 
@@ -300,18 +318,40 @@ def _check_target(folder: Path, overwrite: bool) -> None:
         raise ConfigError("--out", str(folder), "a new or empty folder, or a trace with --overwrite")
     if names and not overwrite:
         raise ConfigError("--out", str(folder), "a new folder, or --overwrite to replace the trace")
+    if folder.is_mount() or not os.access(folder, os.W_OK):  # renaming needs both
+        raise ConfigError("--out", str(folder), "a folder that may be replaced; found a mount point or read-only one")
 
 
 @contextmanager
 def _replacing(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder that takes the place of `folder` at the end of the block; after an exception nothing has changed."""
+    """A folder that takes the place of `folder` at the end of the block; after an exception nothing has changed.
+
+    Raises ConfigError, before the block, if `folder` cannot be replaced or created.
+    """
     target = Path(os.path.realpath(folder))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as place:
-        new = Path(place) / "new"
+    missing = [parent for parent in target.parents if not os.path.lexists(parent)]
+    with ExitStack() as stack:
+        try:
+            _check_target(target, overwrite)
+            if not target.exists():
+                for parent in reversed(missing):
+                    parent.mkdir()
+                    stack.callback(_remove_if_empty, parent)
+                target.mkdir()  # tests the name
+                target.rmdir()
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".trace.", dir=target.parent)))
+        except OSError as error:
+            where = str(folder) if error.filename is None else error.filename
+            raise ConfigError("--out", f"{where}: {error.strerror}", "a folder that can be written") from None
+        new = place / "new"
         new.mkdir()
         yield new
         _check_target(target, overwrite)
         if target.exists():
-            os.replace(target, Path(place) / "old")
+            os.replace(target, place / "old")
         os.replace(new, target)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()

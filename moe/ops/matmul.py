@@ -86,13 +86,17 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         return torch.mm(b.t(), a.t().contiguous()).t().contiguous()
     if _by_onednn(a, b):
         return torch.ops.mkldnn._linear_pointwise.default(a, b.t(), None, "none", [], "")
-    return product_into(a.new_empty(a.shape[0], b.shape[1]), a, b)
+    return _mm_into(a.new_empty(a.shape[0], b.shape[1]), a, b)
 
 
 def product_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Write `product` to `out` [M, N]; K = 0 gives zeros."""
     if _is_transposed(a, b) or _by_onednn(a, b):
         return out.copy_(product(a, b))
+    return _mm_into(out, a, b)
+
+
+def _mm_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     # On most processors, float16 products of layouts other than x @ W.T are a hundred times slower than in float32.
     if is_widened(a, b) or (a.dtype == torch.float16 and a.device.type == "cpu"):
         for columns, part in widened_parts(a, b):

@@ -102,7 +102,7 @@ def route_reference(
     scores = logits.sigmoid() if scoring_func == "sigmoid" else logits.softmax(dim=-1)
     with torch.no_grad():
         choice = scores if correction_bias is None else scores + correction_bias
-        expert_ids = _select(_first_by_sorting, choice, top_k, n_group, topk_group, group_score)
+        expert_ids = _select(first_by_sorting, choice, top_k, n_group, topk_group, group_score)
     weights = scores.gather(1, expert_ids)
     if norm_topk_prob:
         weights = weights / (weights.sum(dim=-1, keepdim=True).clamp_min(norm_min) + 1e-20)
@@ -146,7 +146,7 @@ def _check(
         raise ValueError(f"norm_min = {norm_min}: expected a number of at least 0")
 
 
-def _group_scores(choice: Tensor, n_group: int, group_score: str) -> Tensor:
+def group_scores(choice: Tensor, n_group: int, group_score: str) -> Tensor:
     """Compute group scores [T, n_group] of choice [T, E]."""
     members = choice.view(choice.shape[0], n_group, choice.shape[1] // n_group)
     members = members.masked_fill(members.isnan(), -torch.inf)
@@ -155,13 +155,13 @@ def _group_scores(choice: Tensor, n_group: int, group_score: str) -> Tensor:
     return members.topk(min(2, members.shape[-1]), dim=-1).values.sum(dim=-1)
 
 
-def _members_of(groups: Tensor, n_group: int, experts: int) -> Tensor:
+def members_of(groups: Tensor, n_group: int, experts: int) -> Tensor:
     """Return the mask [T, E] of the experts in groups [T, topk_group]."""
     mask = torch.zeros(groups.shape[0], n_group, dtype=torch.bool, device=groups.device).scatter_(1, groups, True)
     return mask.repeat_interleave(experts // n_group, dim=1)
 
 
-def _first_by_sorting(values: Tensor, excluded: Tensor | None, k: int) -> Tensor:
+def first_by_sorting(values: Tensor, excluded: Tensor | None, k: int) -> Tensor:
     """Return the indices [T, k] of the first k columns in the order of `route`; `excluded` columns come after NaN."""
     last = values.isnan().to(torch.int8)
     order = values.masked_fill(last.bool(), -torch.inf).sort(dim=1, descending=True, stable=True).indices
@@ -171,7 +171,7 @@ def _first_by_sorting(values: Tensor, excluded: Tensor | None, k: int) -> Tensor
 
 
 def _first_by_key(values: Tensor, excluded: Tensor | None, k: int) -> Tensor:
-    """Compute `_first_by_sorting` for float32 by one top-k over distinct integers instead of two full sorts.
+    """Compute `first_by_sorting` for float32 by one top-k over distinct integers instead of two full sorts.
 
     The upper half of a key is the value, as the integer with the same order; the lower half is the reversed index.
     Values are sums with a score >= +0, so -0 does not occur and equal floats have equal bits. The reversed index is at
@@ -188,11 +188,11 @@ def _first_by_key(values: Tensor, excluded: Tensor | None, k: int) -> Tensor:
 
 
 def _select(first: Any, choice: Tensor, top_k: int, n_group: int, topk_group: int, group_score: str) -> Tensor:
-    """Select expert ids [T, top_k] with `first`: `_first_by_sorting` or, for float32, `_first_by_key`."""
+    """Select expert ids [T, top_k] with `first`: `first_by_sorting` or, for float32, `_first_by_key`."""
     excluded = None
     if n_group > 1:
-        groups = first(_group_scores(choice, n_group, group_score), None, topk_group)
-        excluded = ~_members_of(groups, n_group, choice.shape[1])
+        groups = first(group_scores(choice, n_group, group_score), None, topk_group)
+        excluded = ~members_of(groups, n_group, choice.shape[1])
     return first(choice, excluded, top_k)
 
 
@@ -234,7 +234,7 @@ def _forward(
     if len(choice) == 1 and choice.device.type == "cpu":
         expert_ids = _select_for_one(*selection)
     else:
-        expert_ids = _select(_first_by_key if choice.dtype == torch.float32 else _first_by_sorting, *selection)
+        expert_ids = _select(_first_by_key if choice.dtype == torch.float32 else first_by_sorting, *selection)
     weights = scores.gather(1, expert_ids)
     if norm_topk_prob:
         total = weights.sum(dim=-1, keepdim=True)  # never negative

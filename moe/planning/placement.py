@@ -1,6 +1,7 @@
 """Replication and placement of experts on GPUs from recorded loads, as in EPLB.
 
-L layers, E experts, G GPUs, S expert slots: the number of experts that all GPUs together hold per layer, S / G on each.
+L layers, E experts, G GPUs, P physical experts: the number of experts that all GPUs together hold per layer, replicas
+included, P / G on each.
 The load of an expert is divided evenly among its replicas.
 """
 
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from moe.errors import ConfigError
 
+MAX_PHYSICAL_EXPERTS = 2**16  # per layer, so that a placement takes seconds
+PAIRS_AT_ONCE = 2**16  # of items whose swap is considered
+
 
 @dataclass(frozen=True)
 class PlacementReport:
@@ -21,17 +25,17 @@ class PlacementReport:
 
     Attributes:
         layers: L names.
-        experts, slots, gpus: E, S, G.
+        experts, physical_experts, gpus: E, P, G.
         mean: mean load of the GPUs.
         before: load with the experts in order, E / G on each GPU without replicas; None if G does not divide E.
         after: load with the placement.
-        bound: lower bound for any placement with S slots: the maximum of the mean and of the smallest possible load of
-            the hottest replica. It may not be attainable.
+        bound: lower bound for any placement of P physical experts: the maximum of the mean and of the smallest possible
+            load of the hottest replica. It may not be attainable.
     """
 
     layers: list[str]
     experts: int
-    slots: int
+    physical_experts: int
     gpus: int
     mean: list[float]
     before: list[float] | None
@@ -39,9 +43,9 @@ class PlacementReport:
     bound: list[float]
 
     @property
-    def extra_slots_per_gpu(self) -> float:
+    def redundant_experts_per_gpu(self) -> float:
         """Additional experts per GPU and layer that the replicas need, beyond E / G."""
-        return (self.slots - self.experts) / self.gpus
+        return (self.physical_experts - self.experts) / self.gpus
 
     def ratios(self, load: list[float]) -> list[float]:
         """`before`, `after` or `bound` divided by the mean: from 1 (balanced) to G. 1 for a layer without load."""
@@ -57,12 +61,13 @@ class PlacementReport:
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Assignment of experts to slots; GPU g holds slots g S / G to (g + 1) S / G - 1.
+    """Assignment of physical experts, of which GPU g holds g P / G to (g + 1) P / G - 1.
 
     Attributes:
-        physical_to_logical: int64 [L, S], expert in each slot, ascending within a GPU.
-        replicas: int64 [L, E], number of slots of each expert, at least 1.
-        logical_to_physical: int64 [L, E, maximum of replicas], slots of each expert, ascending, padded with -1.
+        physical_to_logical: int64 [L, P], expert of which each physical one is a replica, ascending within a GPU.
+        replicas: int64 [L, E], number of physical experts of each expert, at least 1.
+        logical_to_physical: int64 [L, E, maximum of replicas], physical experts of each expert, ascending, padded with
+            -1.
         gpus: G.
     """
 
@@ -80,8 +85,8 @@ class Placement:
         load = _checked(load)
         if load.shape != self.replicas.shape:
             raise ConfigError("load", list(load.shape), f"the placement's layers and experts, {[*self.replicas.shape]}")
-        slots = (load / self.replicas).gather(1, self.physical_to_logical)
-        return slots.unflatten(1, (self.gpus, -1)).sum(-1)
+        share = (load / self.replicas).gather(1, self.physical_to_logical)
+        return share.unflatten(1, (self.gpus, -1)).sum(-1)
 
     def report(self, load: Tensor, layers: Sequence[str] | None = None) -> PlacementReport:
         """Compare the placement with the experts in order for load [L, E]; layers are named load[0], ... by default.
@@ -91,7 +96,7 @@ class Placement:
         """
         after = self.gpu_load(load).amax(1)
         load = _checked(load)
-        experts, slots = load.shape[1], self.physical_to_logical.shape[1]
+        experts, physical = load.shape[1], self.physical_to_logical.shape[1]
         names = [f"load[{i}]" for i in range(len(load))] if layers is None else list(layers)
         if len(names) != len(load):
             raise ConfigError("layers", names, f"{len(load)} names")
@@ -99,12 +104,13 @@ class Placement:
         before = None
         if experts % self.gpus == 0:
             before = load.unflatten(1, (self.gpus, -1)).sum(-1).amax(1).tolist()
-        hottest = [max(_share(row, _replicate(row, slots, self.gpus))) for row in load.tolist()]
+        hottest = [max(_share(row, _replicate(row, physical, self.gpus))) for row in load.tolist()]
         bound = torch.maximum(mean, mean.new_tensor(hottest))
-        return PlacementReport(names, experts, slots, self.gpus, mean.tolist(), before, after.tolist(), bound.tolist())
+        loads = mean.tolist(), before, after.tolist(), bound.tolist()
+        return PlacementReport(names, experts, physical, self.gpus, *loads)
 
 
-def place(load: Tensor, *, gpus: int, slots: int, nodes: int = 1, groups: int = 1) -> Placement:
+def place(load: Tensor, *, gpus: int, physical_experts: int, nodes: int = 1, groups: int = 1) -> Placement:
     """Replicate and place the experts of every layer to minimise the load of the busiest GPU.
 
     If nodes divides groups, each group of E / groups consecutive experts is placed on one node: heaviest group first,
@@ -112,14 +118,15 @@ def place(load: Tensor, *, gpus: int, slots: int, nodes: int = 1, groups: int = 
     all GPUs count as one node. The next replica goes to the expert with the highest load per replica. Packing places
     the heaviest replica first, on the least loaded GPU with room. Ties go to the lowest index.
 
-    This policy of EPLB is improved in three ways. A GPU holds two replicas of one expert only if that is better. Slots
-    of the busiest GPU and of others are swapped while its load decreases. Experts stay in order if that is better than
-    the result. The load of the busiest GPU is therefore at most that of the policy, and of the experts in order.
+    This policy of EPLB is improved in three ways. A GPU holds two replicas of one expert only if that is better. The
+    busiest GPU swaps physical experts with others while its load decreases. Experts stay in order if that is better
+    than the result. The load of the busiest GPU is therefore at most that of the policy, and of the experts in order.
 
     Args:
         load: [L, E], of any real dtype: counts, or an average of counts. A layer may be without load.
         gpus: G, a multiple of nodes.
-        slots: S, a multiple of G from E to E * G / nodes; at the maximum, every GPU holds all experts of its node.
+        physical_experts: P, a multiple of G from E to E * G / nodes; at the maximum, every GPU holds all experts of its
+            node.
         nodes: number of nodes.
         groups: n_group of the router, a divisor of E.
 
@@ -133,7 +140,7 @@ def place(load: Tensor, *, gpus: int, slots: int, nodes: int = 1, groups: int = 
     """
     load = _checked(load)
     experts = load.shape[1]
-    for name, value in (("gpus", gpus), ("slots", slots), ("nodes", nodes), ("groups", groups)):
+    for name, value in (("gpus", gpus), ("physical_experts", physical_experts), ("nodes", nodes), ("groups", groups)):
         if type(value) is not int or value < 1:
             raise ConfigError(name, value, "a positive integer")
     if gpus % nodes:
@@ -142,16 +149,19 @@ def place(load: Tensor, *, gpus: int, slots: int, nodes: int = 1, groups: int = 
         raise ConfigError("groups", groups, f"a divisor of the {experts} experts")
     if groups % nodes:
         nodes = groups = 1
-    if not experts <= slots <= experts * gpus // nodes or slots % gpus:
+    if not experts <= physical_experts <= experts * gpus // nodes or physical_experts % gpus:
         most = f"{experts * gpus // nodes}, at which each GPU holds all experts of its node"
-        raise ConfigError("slots", slots, f"a multiple of the {gpus} GPUs from the {experts} experts up to {most}")
-    placed = [_place_layer(row, gpus, slots, nodes, groups) for row in load.tolist()]
+        allowed = f"a multiple of the {gpus} GPUs from the {experts} experts up to {most}"
+        raise ConfigError("physical_experts", physical_experts, allowed)
+    if physical_experts > MAX_PHYSICAL_EXPERTS:
+        raise ConfigError("physical_experts", physical_experts, f"at most {MAX_PHYSICAL_EXPERTS:,}")
+    placed = [_place_layer(row, gpus, physical_experts, nodes, groups) for row in load.tolist()]
     physical = torch.tensor([[e for gpu in layer for e in sorted(gpu)] for layer in placed])
     replicas = torch.zeros(load.shape, dtype=torch.int64).scatter_add_(1, physical, torch.ones_like(physical))
 
     by_expert = physical.argsort(dim=1, stable=True)
     expert = physical.gather(1, by_expert)
-    rank = torch.arange(slots) - (replicas.cumsum(1) - replicas).gather(1, expert)
+    rank = torch.arange(physical_experts) - (replicas.cumsum(1) - replicas).gather(1, expert)
     logical = torch.full((*load.shape, int(replicas.max())), -1)
     logical[torch.arange(len(load))[:, None], expert, rank] = by_expert
     return Placement(physical, replicas, logical, gpus)
@@ -173,40 +183,40 @@ def _checked(load: Tensor) -> Tensor:
     return load
 
 
-def _place_layer(load: list[float], gpus: int, slots: int, nodes: int, groups: int) -> list[list[int]]:
+def _place_layer(load: list[float], gpus: int, physical: int, nodes: int, groups: int) -> list[list[int]]:
     """Place the experts of one layer; returns those of each GPU."""
     size = len(load) // groups
     members = [range(group * size, (group + 1) * size) for group in range(groups)]
     placed = []
     for node in _pack([math.fsum(load[e] for e in group) for group in members], [1] * groups, nodes, apart=False):
         experts = sorted(e for group in node for e in members[group])
-        local = _place_node([load[e] for e in experts], gpus // nodes, slots // nodes)
+        local = _place_node([load[e] for e in experts], gpus // nodes, physical // nodes)
         placed += [[experts[i] for i in gpu] for gpu in local]
     own = len(load) // gpus
     if own * gpus == len(load):
         # A replica on the same GPU does not change its load, so this is the load of the experts in order.
-        in_order = [[gpu * own + i % own for i in range(slots // gpus)] for gpu in range(gpus)]
+        in_order = [[gpu * own + i % own for i in range(physical // gpus)] for gpu in range(gpus)]
         return min(placed, in_order, key=lambda experts: _max_load(experts, load))
     return placed
 
 
-def _place_node(load: list[float], gpus: int, slots: int) -> list[list[int]]:
+def _place_node(load: list[float], gpus: int, physical: int) -> list[list[int]]:
     """Replicate and place the experts of one node; returns those of each GPU."""
-    replicas = _replicate(load, slots, slots)
+    replicas = _replicate(load, physical, physical)
     share = _share(load, replicas)
     policy = _pack(share, replicas, gpus, apart=False)
-    replicas_apart = _replicate(load, slots, gpus)
+    replicas_apart = _replicate(load, physical, gpus)
     share_apart = _share(load, replicas_apart)
     placed = _swap(_pack(share_apart, replicas_apart, gpus, apart=True), share_apart)
     return placed if _max_load(placed, load) <= _max_load(policy, load) else _swap(policy, share)
 
 
-def _replicate(load: list[float], slots: int, most: int) -> list[int]:
+def _replicate(load: list[float], physical: int, most: int) -> list[int]:
     """Number of replicas of each expert, at most `most`, that minimises the largest load per replica."""
     replicas = [1] * len(load)
     hottest = [(-value, expert) for expert, value in enumerate(load) if most > 1]
     heapq.heapify(hottest)
-    for _ in range(slots - len(load)):
+    for _ in range(physical - len(load)):
         _, expert = heapq.heappop(hottest)
         replicas[expert] += 1
         if replicas[expert] < most:
@@ -223,14 +233,19 @@ def _pack(share: list[float], replicas: list[int], packs: int, *, apart: bool) -
     """Pack the same number of items into each pack; with `apart`, avoid packs that already contain the item."""
     size = sum(replicas) // packs
     packed: list[list[int]] = [[] for _ in range(packs)]
-    weight = [0.0] * packs
+    room = [(0.0, pack) for pack in range(packs)]  # a heap of the weights of packs that are not full
     for item in sorted(range(len(share)), key=lambda item: (-share[item], item)):
+        filled: list[tuple[float, int]] = []  # a heap of packs that contain the item
+        avoided = apart
         for _ in range(replicas[item]):
-            room = [pack for pack in range(packs) if len(packed[pack]) < size]
-            new = [pack for pack in room if item not in packed[pack]] if apart else []
-            pack = min(new or room, key=weight.__getitem__)
+            if not room:
+                room, filled, avoided = filled, [], False
+            weight, pack = heapq.heappop(room)
             packed[pack].append(item)
-            weight[pack] += share[item]
+            if len(packed[pack]) < size:
+                heapq.heappush(filled if avoided else room, (weight + share[item], pack))
+        for entry in filled:
+            heapq.heappush(room, entry)
     return packed
 
 
@@ -242,24 +257,37 @@ def _swap(packed: list[list[int]], share: list[float]) -> list[list[int]]:
     """
     item, weight = torch.tensor(packed), torch.tensor(share, dtype=torch.float64)
     held = torch.zeros(len(packed), len(share), dtype=torch.bool).scatter_(1, item, True)
+    total = weight[item].sum(1)
     while True:
-        total = weight[item].sum(1)
         heaviest = int(total.argmax())
-        # [item of the heaviest pack, pack, item of that pack]
-        moved = weight[item[heaviest]][:, None, None] - weight[item]
-        heavier = torch.maximum(total[heaviest] - moved, total[:, None] + moved)
-        heavier.masked_fill_(held[:, item[heaviest]].T[:, :, None] | held[heaviest, item], torch.inf)
-        best = int(heavier.argmin())
+        least, i, pack, j = _best_swap(item, weight, held, total, heaviest)
         # The margin exceeds the rounding error of a sum, so that no two swaps undo each other.
-        if not heavier.flatten()[best] < total[heaviest] * (1 - 1e-9):
+        if not least < total[heaviest] * (1 - 1e-9):
             return item.tolist()
-        i, rest = divmod(best, item.numel())
-        pack, j = divmod(rest, item.shape[1])
         out, into = int(item[heaviest, i]), int(item[pack, j])
         item[heaviest, i], item[pack, j] = into, out
         for changed in (heaviest, pack):
             held[changed] = False
             held[changed, item[changed]] = True
+            total[changed] = weight[item[changed]].sum()
+
+
+def _best_swap(item: Tensor, weight: Tensor, held: Tensor, total: Tensor, heaviest: int) -> tuple[float, int, int, int]:
+    """Find the best swap: the weight of the heavier pack after it, and its item i, the other pack and its item j."""
+    best, own = (math.inf, 0, 0, 0), item[heaviest]
+    for packs in total.argsort(stable=True).split(max(PAIRS_AT_ONCE // len(own) ** 2, 1)):
+        # No swap makes both packs lighter than their mean.
+        if (total[heaviest] + total[packs[0]]) / 2 > best[0]:
+            break
+        # [item of the heaviest pack, pack, item of that pack]
+        moved = weight[own][:, None, None] - weight[item[packs]]
+        heavier = torch.maximum(total[heaviest] - moved, total[packs, None] + moved)
+        refused = held[packs][:, own].T[:, :, None] | held[heaviest, item[packs]]
+        values, at = heavier.masked_fill_(refused, torch.inf).flatten().min(0)
+        if values < best[0]:
+            i, rest = divmod(int(at), len(packs) * len(own))
+            best = float(values), i, int(packs[rest // len(own)]), rest % len(own)
+    return best
 
 
 def _max_load(packed: list[list[int]], load: list[float]) -> float:

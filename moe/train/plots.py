@@ -188,7 +188,7 @@ def plot_co_activation(title: str, trace: Trace) -> Figure:
     all_axes = figure.subplots(rows, columns, squeeze=False).flatten()
     most, lifts = float(MOST_LIFT_EXPONENT), np.full((len(shown), experts, experts), np.nan)
     for axes, layer, values in zip(all_axes, shown, lifts, strict=False):
-        pairs = co_activation(trace.expert_ids[layer], experts)
+        pairs = co_activation(trace.chosen(layer), experts)
         predicted = predicted_pairs(pairs.diagonal(), k)
         np.divide(pairs, predicted, out=values, where=predicted >= LEAST_PREDICTED)
         # Every lift but zero is on the scale or above it, so that only such pairs get the colour below it.

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 5.0
+LEAST_TEXT_WIDTH = 12  # of the text columns of a table
 
 
 class ProgressDisplay:
@@ -68,9 +69,17 @@ def print_text(console: Console, text: str, indent: str = "") -> None:
 def print_table(
     console: Console, title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1
 ) -> None:
-    """Print a table without a frame: `text_columns` on the left, which continue on the next line, then numbers."""
+    """Print a table without a frame: `text_columns` on the left, which continue on the next line, then numbers.
+
+    A table that is too wide for the terminal is printed beyond its edge, because rich would leave out columns.
+    """
     say(console, title)  # rich would wrap a title to the width of its table
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    rows, least = list(rows), 0
+    for number in range(len(headings)):
+        longest = max(len(row[number]) for row in [headings, *rows] if number < len(row))
+        least += (min(longest, LEAST_TEXT_WIDTH) if number < text_columns else longest) + 3 * (number > 0)
+    width = least if least > console.width else None
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, width=width)
     for number, heading in enumerate(headings):
         if number < text_columns:
             table.add_column(heading, overflow="fold")
@@ -78,7 +87,7 @@ def print_table(
             table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*map(Text, row))  # names of untrusted files are not markup
-    console.print(table)
+    console.print(table, crop=False)
     console.print()
 
 

@@ -158,26 +158,29 @@ def test_a_routing_file_that_does_not_fit(tmp_path, capsys, arrays, says):
 
 
 def test_a_layer_of_a_trace_is_taken_as_it_is(tmp_path, capsys):
-    rng, layers = np.random.default_rng(0), np.array(["layers.1.mlp", "layers.2.mlp"])
+    rng, layers = np.random.default_rng(0), np.array(["layers.1.mlp", "mtp.0.block.mlp"])
     ids = rng.random((2, 20, 8)).argsort(axis=2)[:, :, :2].astype(np.uint8)
     weights = rng.random((2, 20, 2)).astype(np.float16)
+    routed = np.arange(40).reshape(2, 20) % 40 != 30  # one token of the MTP module has no next token
+    kept = [np.flatnonzero(row) for row in routed]
     one = np.array(["layers.0.mlp"])
     file = str(tmp_path / "trace.npz")
-    Trace(layers, 8, 0, ids, weights, weights[:, :, 0], np.array([0])).save(Path(file))
+    Trace(layers, 8, 0, ids, weights, weights[:, :, 0], np.array([0]), routed).save(Path(file))
     np.savez(tmp_path / "flat.npz", expert_ids=ids[0])
+    np.savez(tmp_path / "mask.npz", expert_ids=ids, layers=layers, routed=routed[:, :3])
     np.savez(tmp_path / "wrong.npz", expert_ids=ids, layers=one)
     for i, name in enumerate(layers):
         found = routings.assign(f"{file}:{name}", 15, 8, 2, torch.Generator())
-        assert found.expert_ids.dtype == torch.int64 and found.expert_ids.tolist() == ids[i, :15].tolist()
-        assert found.weights.dtype == torch.float32 and found.weights.tolist() == weights[i, :15].tolist()
-        assert routings.tokens_in(f"{file}:{name}") == 20
+        assert found.expert_ids.dtype == torch.int64 and found.expert_ids.tolist() == ids[i, kept[i][:15]].tolist()
+        assert found.weights.dtype == torch.float32 and found.weights.tolist() == weights[i, kept[i][:15]].tolist()
+        assert routings.tokens_in(f"{file}:{name}") == (20, 19)[i]
     out = tmp_path / "out.jsonl"
     options = ("--shape", LAYER, "--op", "forward", "--peers", "loop", "--json", str(out))
-    assert layer_run(*options, "--routing", f"{file}:layers.2.mlp") == 0
+    assert layer_run(*options, "--routing", f"{file}:mtp.0.block.mlp") == 0
     record = records_of(out)[0]
-    assert record["tokens"] == 20 and record["activated_experts"] == len(set(ids[1].flatten().tolist()))
+    assert record["tokens"] == 19 and record["activated_experts"] == len(set(ids[1, kept[1]].flatten().tolist()))
     capsys.readouterr()
-    names = "expected FILE.npz:LAYER with one of layers.1.mlp, layers.2.mlp"
+    names = "expected FILE.npz:LAYER with one of layers.1.mlp, mtp.0.block.mlp"
     for wrong, says in (
         (file, f"{file}: expert_ids: {names}"),
         (f"{file}:", f"{file}:: expert_ids: {names}"),
@@ -185,6 +188,7 @@ def test_a_layer_of_a_trace_is_taken_as_it_is(tmp_path, capsys):
         (f"{tmp_path / 'flat.npz'}:layers.1.mlp", "array missing; expected layers; found expert_ids"),
         (f"{tmp_path / 'wrong.npz'}:layers.0.mlp", "wrong.npz:layers.0.mlp: expert_ids: expected FILE.npz:LAYER"),
         (f"{tmp_path / 'no.npz'}:layers.0.mlp", "no.npz: no such file"),
+        (f"{tmp_path / 'mask.npz'}:layers.1.mlp", "mask.npz: routed: expected bool (2, 20); found bool (2, 3)"),
     ):
         assert layer_run(*options, "--routing", wrong) == 2
         error = capsys.readouterr().err

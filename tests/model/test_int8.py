@@ -143,6 +143,22 @@ def test_loaded_from_quantised_files_and_stacked_ones(tmp_path: Path) -> None:
             moe.quantize(moe.load(folder, dtype="keep"), "int8")
 
 
+def test_models_that_are_not_transformers() -> None:
+    linear = torch.nn.Linear(2, 2)
+    for wrong, name in (
+        (linear, "torch.nn.modules.linear.Linear"),
+        (torch.nn.DataParallel(build(V3_MTP)), "torch.nn.parallel.data_parallel.DataParallel"),
+        (build(V3_MTP).layers[-1].mlp, "moe.layer.MoELayer"),
+        (None, "builtins.NoneType"),
+        ("checkpoint", "builtins.str"),
+    ):
+        with pytest.raises(
+            ConfigError, match=f"^model = '{name}': expected a moe.Transformer, such as moe.load returns"
+        ):
+            moe.quantize(wrong, "int8")  # pyright: ignore[reportArgumentType]
+    assert type(linear) is torch.nn.Linear
+
+
 def test_refusals(tmp_path: Path) -> None:
     model = build(V3_MTP)
     model.save(tmp_path / "model")

@@ -162,6 +162,7 @@ def test_who_else_decides_how_a_linear_layer_multiplies(least: int, monkeypatch:
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).equal(expected)
     assert torch.compile(layer, backend="eager", fullgraph=True)(x).equal(expected)
+    assert torch.fx.symbolic_trace(layer)(x).equal(expected)
     wrapped: dict[str, Tensor] = {"weight": layer.weight.detach().as_subclass(Wrapped)}
     assert torch.func.functional_call(layer, wrapped, (x,)).equal(expected)
     per_row = torch.vmap(lambda row: linear(row, layer.weight, layer.bias))(x.unsqueeze(1))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe import ops
-from moe.ops.routing import _first_by_sorting, _select, _select_for_one, route_reference
+from moe.ops.routing import _select, _select_for_one, first_by_sorting, route_reference
 from tests.support.bound import excess
 from tests.support.cases import ROUTING_CASES, RoutingCase
 
@@ -98,7 +98,7 @@ def test_selection_for_one_token(dtype: torch.dtype) -> None:
                         at = torch.rand(choice.shape, generator=g) < torch.rand((), generator=g)
                         choice[at] = special[torch.randint(len(special), (int(at.sum()),), generator=g)]
                         settings = top_k, n_group, topk_group, group_score
-                        expected = _select(_first_by_sorting, choice, *settings)
+                        expected = _select(first_by_sorting, choice, *settings)
                         assert torch.equal(_select_for_one(choice, *settings), expected), (choice, settings)
 
 

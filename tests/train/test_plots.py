@@ -208,7 +208,7 @@ def trace_of(ids: Any, experts: int, margins: Any = None) -> Trace:
     ids = np.asarray(ids, np.uint8)
     found = np.ones(ids.shape[:2]) if margins is None else np.asarray(margins)
     layers = np.array([f"layers.{i}.mlp" for i in range(1, len(ids) + 1)])
-    return Trace(layers, experts, 0, ids, np.ones(ids.shape), found, np.array([0]))
+    return Trace(layers, experts, 0, ids, np.ones(ids.shape), found, np.array([0]), np.ones(ids.shape[:2], bool))
 
 
 def random_trace(layers: int, experts: int, tokens: int = 200) -> Trace:
