@@ -27,12 +27,11 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute `F.linear`: x [..., K], weight [N, K] and bias [N] -> [..., N]; see `Linear`."""
-    # The cheapest tests first: this is called many times for each token that is decoded.
-    if type(x) is not Tensor or x.numel() < _LEAST_ROWS * weight.shape[-1]:  # such as a proxy of torch.fx
+    # Cheap tests first, because this is called many times for each token that is decoded. A compiled graph must not
+    # depend on the number of rows, and x may be a proxy of torch.fx.
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.numel() < _LEAST_ROWS * weight.shape[-1]:
         return F.linear(x, weight, bias)
-    if torch.compiler.is_compiling() or not _is_plain(x, weight, bias):
-        return F.linear(x, weight, bias)
-    if not is_faster(x.reshape(-1, x.shape[-1]), weight.t()):
+    if not _is_plain(x, weight, bias) or not is_faster(x.reshape(-1, x.shape[-1]), weight.t()):
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias)
 

@@ -594,6 +594,9 @@ def mixed_precision(ranks: Ranks) -> None:
     balance.attach(model, torch.optim.AdamW(model.parameters()), bias_update_speed=0.01)
     seen: dict[str, set[torch.dtype]] = {"logits": set(), "weights": set(), "rows": set(), "rotations": set()}
 
+    def rotations(_: Any, args: tuple[Any, ...]) -> None:
+        seen["rotations"].update(table.dtype.to_real() for table in args[1].tensors)  # one is complex
+
     def spy(layer: MoELayer) -> None:
         logits, experts = layer.gate.logits, layer.experts
 
@@ -613,7 +616,7 @@ def mixed_precision(ranks: Ranks) -> None:
         if isinstance(layer, MoELayer):
             spy(layer)
         if isinstance(layer, MLA):
-            layer.register_forward_pre_hook(lambda _, args: seen["rotations"].update(t.dtype for t in args[1].tensors))
+            layer.register_forward_pre_hook(rotations)
     ids = torch.randint(0, 40, (2, LENGTH), generator=torch.Generator().manual_seed(3))
     out = model(ids, labels=ids)
     assert out.loss is not None
