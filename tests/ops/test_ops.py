@@ -96,6 +96,25 @@ def test_moe_mlp_does_not_depend_on_its_batches(rows: int, monkeypatch: pytest.M
 
 
 @each_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_moe_mlp_writes_into_memory_that_is_zero(case: Case, dtype: torch.dtype, monkeypatch: Any) -> None:
+    """On the CPU, large gradients of which a part remains zero: with few rows, and with an expert without rows."""
+    inputs, grad = case.inputs(dtype), torch.randn(case.tokens, case.width).to(dtype)
+    for most in (2**20, 0):
+        monkeypatch.setattr("moe.ops.mlp._SMALL_PRODUCT", most)
+        monkeypatch.setattr("moe.ops.mlp._ZERO_BYTES", 2**25)
+        filled = gradients(fused, inputs, grad)
+        monkeypatch.setattr("moe.ops.mlp._ZERO_BYTES", 0)
+        for name, found in gradients(fused, inputs, grad).items():
+            assert found.equal(filled[name]) and found.data_ptr() % 64 == 0, name
+            assert found.is_contiguous()
+    leaves = inputs.leaves()
+    for _ in range(2):  # accumulated in place
+        fused(leaves).backward(grad)
+    assert leaves.gate_up.grad is not None and leaves.gate_up.grad.equal(2 * filled["gate_up"])
+
+
+@each_case
 def test_moe_mlp_reference_is_the_definition(case: Case) -> None:
     i = case.inputs(torch.float64)
     expected = torch.zeros_like(i.x)
