@@ -43,8 +43,8 @@ def reference_value(text: str, numbers: tuple[int, ...]) -> Fraction | None:
 
 
 def _evaluate(node: ast.expr) -> Fraction:
-    if isinstance(node, ast.Constant):
-        return Fraction(node.value)  # pyright: ignore[reportArgumentType]
+    if isinstance(node, ast.Constant) and isinstance(node.value, int):
+        return Fraction(node.value)
     if not isinstance(node, ast.BinOp):
         raise TypeError
     left, right = _evaluate(node.left), _evaluate(node.right)
