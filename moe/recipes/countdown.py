@@ -24,7 +24,7 @@ from typing import Any, Literal
 from moe.errors import ConfigError
 
 MAX_NUMBER, MAX_TARGET = 99, 999
-MAX_PROBLEMS = 100_000  # of one list. About 137,000 exist with 3 numbers in the smaller split, and more with more numbers
+MAX_PROBLEMS = 100_000  # of one list; about 137,000 of 3 numbers exist in the smaller split
 MAX_ANSWER = 200  # characters
 _SPACE = " \t\n"
 _DIGITS = "0123456789"
