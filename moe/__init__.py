@@ -45,6 +45,7 @@ _MODULES = (
     "planning",
     "presets",
     "quantized",
+    "recipes",
     "train",
 )
 
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from moe import planning as planning
     from moe import presets as presets
     from moe import quantized as quantized
+    from moe import recipes as recipes
     from moe import train as train
     from moe.checkpoint import load as load
     from moe.checkpoint import save as save

@@ -101,6 +101,7 @@ STAGES: dict[str, tuple[Stage, ...]] = {
     "moe/router.py": (Stage(("tests/layer/test_layer.py", ROUTING, "tests/layer/test_balance.py")),),
     "moe/planning/expert_cache.py": (Stage(("tests/planning/test_expert_cache.py",)),),
     "moe/planning/placement.py": (Stage(("tests/planning/test_placement.py",)),),
+    "moe/recipes/countdown.py": (Stage(("tests/recipes/test_countdown.py",)),),
     "moe/trace.py": (Stage(("tests/model/test_trace.py",)),),
     "kernels/moe_triton/activation.py": on_kernels("swiglu", "clamped", "test_moe_mlp["),
     "kernels/moe_triton/grouped_gemm.py": on_kernels("grouped_mm", "offsets.py", "test_moe_mlp["),

@@ -326,6 +326,24 @@ NAMED = (
         ("last slot of a token omitted", "combine_kernel", "tl.static_range(TOP_K)", "tl.static_range(TOP_K - 1)"),
         ("column mask off by one", "permute_kernel", "column < width", "column <= width"),
     ),
+    *_in_file(
+        "moe/recipes/countdown.py",
+        ("a number may be used any number of times", "_value", "unused.remove(number)", "pass"),
+        ("a repeated number may be used once", "_value", "for number in numbers]", "for number in {*numbers}]"),
+        ("operators apply from the right", "apply_from", ">= precedence", "> precedence"),
+        ("an unclosed parenthesis is accepted", "_value", "None if waiting else", "None if not values else"),
+        ("operands of an operator are swapped", "apply_from", "right, left =", "left, right ="),
+        (
+            "results are rounded to integers",
+            "score",
+            "_value(parts[2], problem.numbers) ==",
+            "int(_value(parts[2], problem.numbers) or 0) ==",
+        ),
+        ("the length of an answer is not limited", "_value", "> MAX_ANSWER", "> MAX_ANSWER + 1"),
+        ("text between the elements is well-formed", "score", "outside[::4]", "outside[::8]"),
+        ("the first of two answers is scored", "score", "parts[1::2] ==", "parts[-4::2] =="),
+        ("numbers in another order are another problem", "generate", "tuple(sorted(drawn))", "drawn"),
+    ),
 )
 
 # Random mutants that no test can kill, named by the reason. Every occurrence of `old` in the function counts.
