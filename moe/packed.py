@@ -49,12 +49,12 @@ class Packed(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:  # pyright: ignore
         raise ConfigError("model", f"{prefix}packed", f"no packed weights when a state_dict is loaded; {_UNDO}")
 
-    def _checked(self, x: Tensor, *others: Tensor) -> Tensor:
+    def _checked(self, x: Tensor, *others: Tensor | None) -> Tensor:
         """Return x in the compute dtype. Raise TypeError for a wrong dtype, RuntimeError if a gradient is needed."""
         (x,) = autocast(x)  # pyright: ignore[reportAssignmentType]
         if x.dtype != torch.bfloat16:
             raise TypeError(f"x is {x.dtype}: expected torch.bfloat16, the dtype of the packed weights")
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *others)):
+        if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, *others)):
             raise RuntimeError(
                 "packed weights compute no gradients: run the model under torch.no_grad() or torch.inference_mode(), "
                 "or call model.unpack()"
@@ -77,7 +77,7 @@ class PackedLinear(Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in] to [..., out]."""
-        x, (weight,) = self._checked(x), self.packed
+        x, (weight,) = self._checked(x, self.bias), self.packed
         if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
             raise ValueError(f"x: expected [..., {weight.shape[1]}]; found {tuple(x.shape)}")
         return packed_linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
@@ -108,7 +108,7 @@ class PackedExperts(Packed):
 
     def forward(self, x: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
         """Apply `ops.moe_mlp`: x [T, D], weights [T, K] and expert_ids [T, K] -> [T, D]. Raises the same errors."""
-        x = self._checked(x, weights)
+        x = self._checked(x, weights, self.gate_up_proj_bias, self.down_proj_bias)
         check_ids(x, expert_ids)
         check_weights(weights, expert_ids)
         count, (width, hidden) = len(self.packed) // 2, self.packed[-1].shape

@@ -156,6 +156,8 @@ def test_what_packed_weights_cannot_do_says_how_to_undo_it(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
     with pytest.raises(RuntimeError, match=r"no gradients: .* torch\.no_grad\(\) .* model\.unpack\(\)$"):
         model(IDS)
+    with pytest.raises(RuntimeError, match="no gradients"):  # of the bias
+        PackedLinear(Linear(8, 6).bfloat16())(torch.ones(2, 8).bfloat16())
     with torch.no_grad():
         layer, experts = model.layers[0].self_attn.o_proj, model.layers[1].mlp.experts
         width, ids = experts.packed[0].shape[1], torch.zeros(2, 1, dtype=torch.int64)
