@@ -32,10 +32,10 @@ are.
 
 Variants of moesmith's model, timed in the same rounds:
   plain   as it is
-  packed  after model.pack(); not trained
+  packed  after model.pack(), in bfloat16; not trained
   int8    after moe.quantize(model, "int8"); not trained. Its errors are mostly
-          those of rounding the weights to int8, so twice the peer's is no
-          limit for them. It is timed if the median is below 0.2.
+          those of rounding the weights to int8, so they may be more than
+          twice the peer's. It is timed if their median is at most 0.2.
 
 --against COMMIT also times the plain model of an older commit of this
 repository, in the same rounds, in a process that only computes while this one
@@ -44,9 +44,9 @@ the difference of its logits from those of this checkout is printed.
 
 --llama FILE also times llama.cpp's model of the same weights, converted to
 float32 or bfloat16, at prefill, decode and short, with a cache in float32 or
-float16 and as many threads. It needs llama-cpp-python and the
-convert_hf_to_gguf.py of the llama.cpp that it is built from. Its errors are
-subject to the same limits.
+float16 and the same number of threads. It needs llama-cpp-python, and FILE is
+the convert_hf_to_gguf.py of the llama.cpp version that it contains. Its errors
+are subject to the same limits.
 
 The limit, from ceilings measured in the same run:
   train    3 x forward FLOPs / dense matmul rate

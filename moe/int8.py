@@ -9,6 +9,7 @@ from moe.errors import ConfigError
 from moe.layer import Experts
 from moe.linear import Linear
 from moe.model import Transformer
+from moe.packed import Packed
 from moe.quantized import Int8Experts, Int8Linear, Quantized
 from moe.roles import role_of
 
@@ -25,13 +26,15 @@ def quantize(model: Transformer, kind: Quantization) -> Transformer:
     converted one after the other, so at most one is in memory in both forms.
 
     Raises:
-        ConfigError: another kind, or anything but a Transformer without quantised and sharded weights.
+        ConfigError: another kind, or anything but a Transformer without quantised, packed and sharded weights.
         ValueError: a weight that is NaN or infinite, with its name. The modules before it are converted.
     """
     check_kind("kind", kind)
     if not isinstance(model, Transformer):
         kind_of = f"{type(model).__module__}.{type(model).__qualname__}"
         raise ConfigError("model", kind_of, "a moe.Transformer, such as moe.load returns, which is not wrapped")
+    if any(isinstance(module, Packed) for module in model.modules()):
+        raise ConfigError("model", type(model).__name__, "no packed weights; call model.unpack() first")
     targets = dict(_targets(model))
     quantised = any(isinstance(module, Quantized) for module in model.modules())
     if not targets or quantised or any(hasattr(weight, "device_mesh") for weight in model.parameters()):

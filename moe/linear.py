@@ -51,6 +51,7 @@ def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and not is_legacy_batchedtensor(x)  # of is_grads_batched
         and forward_ad._current_level < 0
+        and not torch._C._is_tracing()  # of torch.jit, which cannot record oneDNN's operator
     )
 
 
@@ -59,7 +60,8 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         rows, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], weight.shape[0])
         if not is_widened(rows, weight.t()):
             out = product(rows, weight.t())

@@ -361,6 +361,7 @@ class Transformer(nn.Module):
         Decoding then reads weights faster. Experts, projections and an untied head are packed. Results are rounded once
         from float32 sums, as before. A packed model computes no gradients and cannot be saved, cast or moved; `unpack`
         restores the same weights. Needs no more memory, except for one layer's experts while they are converted.
+        Modules that have hooks, share a weight, or have been replaced, for example by adapters, remain as they are.
 
         Raises:
             ConfigError: weights that are not bfloat16 on a CPU, no weights to pack, or a processor without AVX-512 or
@@ -370,7 +371,10 @@ class Transformer(nn.Module):
         return self
 
     def unpack(self) -> Self:
-        """Undo `pack`, in place; return the model. Without packed weights, nothing changes."""
+        """Undo `pack`, in place; return the model. Without packed weights, nothing changes.
+
+        The weights are new parameters, so optimizers must be built afterwards.
+        """
         unpack(self)
         return self
 

@@ -1,6 +1,7 @@
 """Linear layers and experts with bfloat16 weights in oneDNN's layout, for inference on a CPU."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import torch
@@ -24,7 +25,7 @@ class Packed(nn.Module):
     moves to other devices raise an error, because they would lose the weights.
     """
 
-    def __init__(self, packed: list[Tensor], training: bool, requires_grad: bool) -> None:
+    def __init__(self, packed: list[Tensor], training: bool, requires_grad: tuple[bool, ...]) -> None:
         super().__init__()
         self.packed = packed
         self.weights_require_grad = requires_grad
@@ -48,12 +49,12 @@ class Packed(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:  # pyright: ignore
         raise ConfigError("model", f"{prefix}packed", f"no packed weights when a state_dict is loaded; {_UNDO}")
 
-    def _checked(self, x: Tensor, *others: Tensor) -> Tensor:
+    def _checked(self, x: Tensor, *others: Tensor | None) -> Tensor:
         """Return x in the compute dtype. Raise TypeError for a wrong dtype, RuntimeError if a gradient is needed."""
         (x,) = autocast(x)  # pyright: ignore[reportAssignmentType]
         if x.dtype != torch.bfloat16:
             raise TypeError(f"x is {x.dtype}: expected torch.bfloat16, the dtype of the packed weights")
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *others)):
+        if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, *others)):
             raise RuntimeError(
                 "packed weights compute no gradients: run the model under torch.no_grad() or torch.inference_mode(), "
                 "or call model.unpack()"
@@ -71,22 +72,22 @@ class PackedLinear(Packed):
     """`moe.linear.Linear` with a packed weight: y = x @ W.T + bias. x and y are bfloat16."""
 
     def __init__(self, linear: Linear) -> None:
-        super().__init__([pack_weight(linear.weight)], linear.training, linear.weight.requires_grad)
+        super().__init__([pack_weight(linear.weight)], linear.training, (linear.weight.requires_grad,))
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in] to [..., out]."""
-        x, (weight,) = self._checked(x), self.packed
+        x, (weight,) = self._checked(x, self.bias), self.packed
         if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
             raise ValueError(f"x: expected [..., {weight.shape[1]}]; found {tuple(x.shape)}")
         return packed_linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
 
     def unpacked(self) -> Linear:
         """Return the layer with an ordinary weight."""
-        (weight,) = self.packed
+        (weight,), (requires_grad,) = self.packed, self.weights_require_grad
         with torch.device("meta"):
             made = Linear(weight.shape[1], weight.shape[0], bias=False)
-        made.weight = nn.Parameter(weight.to_dense(), requires_grad=self.weights_require_grad)
+        made.weight = nn.Parameter(weight.to_dense(), requires_grad=requires_grad)
         made.bias = self.bias
         return made.train(self.training)
 
@@ -101,13 +102,13 @@ class PackedExperts(Packed):
     def __init__(self, experts: Experts) -> None:
         stacks = experts.gate_up_proj, experts.down_proj
         matrices = [pack_weight(matrix) for stacked in stacks for matrix in stacked]
-        super().__init__(matrices, experts.training, experts.gate_up_proj.requires_grad)
+        super().__init__(matrices, experts.training, tuple(stacked.requires_grad for stacked in stacks))
         self.gate_up_proj_bias, self.down_proj_bias = experts.gate_up_proj_bias, experts.down_proj_bias
         self.activation = experts.activation
 
     def forward(self, x: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
         """Apply `ops.moe_mlp`: x [T, D], weights [T, K] and expert_ids [T, K] -> [T, D]. Raises the same errors."""
-        x = self._checked(x, weights)
+        x = self._checked(x, weights, self.gate_up_proj_bias, self.down_proj_bias)
         check_ids(x, expert_ids)
         check_weights(weights, expert_ids)
         count, (width, hidden) = len(self.packed) // 2, self.packed[-1].shape
@@ -129,11 +130,12 @@ class PackedExperts(Packed):
         count, (width, hidden) = len(self.packed) // 2, self.packed[-1].shape
         with torch.device("meta"):
             made = Experts(count, width, hidden, activation=self.activation)
-        for name, matrices in (("gate_up_proj", self.packed[:count]), ("down_proj", self.packed[count:])):
+        names, stacks = ("gate_up_proj", "down_proj"), (self.packed[:count], self.packed[count:])
+        for name, matrices, requires_grad in zip(names, stacks, self.weights_require_grad, strict=True):
             stacked = torch.empty(count, *matrices[0].shape, dtype=torch.bfloat16)
             for matrix, destination in zip(matrices, stacked, strict=True):
                 destination.copy_(matrix.to_dense())
-            made.register_parameter(name, nn.Parameter(stacked, requires_grad=self.weights_require_grad))
+            made.register_parameter(name, nn.Parameter(stacked, requires_grad=requires_grad))
         made.gate_up_proj_bias, made.down_proj_bias = self.gate_up_proj_bias, self.down_proj_bias
         return made.train(self.training)
 
@@ -145,8 +147,8 @@ class PackedExperts(Packed):
 def pack(model: nn.Module) -> None:
     """Convert the weights of linear layers and experts inside `model` to oneDNN's layout, in place.
 
-    Modules that have hooks, or another class than `Linear` and `Experts`, such as adapters, remain as they are. Modules
-    are converted one after the other, so at most one is in memory in both forms.
+    Modules that have hooks, share a weight, or have another class than `Linear` and `Experts`, such as adapters, remain
+    as they are. Modules are converted one after the other, so at most one is in memory in both forms.
 
     Raises ConfigError if oneDNN cannot pack on this processor, if a weight is not bfloat16 on a CPU, or if there is
     nothing to pack. Then nothing is converted.
@@ -154,13 +156,14 @@ def pack(model: nn.Module) -> None:
     if not can_pack():
         found = torch.backends.cpu.get_cpu_capability()
         raise ConfigError("CPU", found, "AVX-512 or AVX-NE-CONVERT and a torch with oneDNN, for packed weights")
-    targets = {name: module for name, module in model.named_modules() if name and _is_target(module)}
+    targets = dict(_targets(model))
     if not targets:
         raise ConfigError("model", type(model).__name__, "linear layers or experts to pack; is it packed or quantised?")
     for name, module in targets.items():
         for weight in module.parameters(recurse=False):
-            if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or hasattr(weight, "device_mesh"):
-                found = "sharded" if hasattr(weight, "device_mesh") else f"{weight.dtype} on {weight.device}"
+            is_plain = type(weight) is nn.Parameter  # not of a library that shards or quantises
+            if not is_plain or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
+                found = f"{weight.dtype} on {weight.device}" if is_plain else type(weight).__name__
                 raise ConfigError(name, found, "torch.bfloat16 on a CPU, for packed weights")
     for name in list(targets):
         module: Any = targets.pop(name)
@@ -168,13 +171,20 @@ def pack(model: nn.Module) -> None:
 
 
 def unpack(model: nn.Module) -> None:
-    """Undo `pack`: the modules have ordinary weights again, with the same values."""
-    for name in [name for name, module in model.named_modules() if isinstance(module, Packed)]:
-        module: Any = model.get_submodule(name)
-        model.set_submodule(name, module.unpacked())
+    """Undo `pack`: the modules have ordinary weights again, with the same values, in new parameters."""
+    with torch.inference_mode(False):  # otherwise these parameters could never be trained
+        for name in [name for name, module in model.named_modules() if isinstance(module, Packed)]:
+            module: Any = model.get_submodule(name)
+            model.set_submodule(name, module.unpacked())
 
 
-def _is_target(module: nn.Module) -> bool:
-    is_hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    has_weights = all(parameter.numel() for parameter in module.parameters(recurse=False))
-    return type(module) in (Linear, Experts) and not is_hooked and has_weights
+def _targets(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules to convert, with their names."""
+    modules = list(model.named_modules(remove_duplicate=False))
+    uses = Counter(id(weight) for _, module in modules for weight in module.parameters(recurse=False))
+    for name, module in modules:
+        weights = list(module.parameters(recurse=False))
+        is_hooked = "forward" in vars(module) or any(hooks for kind, hooks in vars(module).items() if "_hooks" in kind)
+        is_own = all(weight.numel() and uses[id(weight)] == 1 for weight in weights)
+        if name and type(module) in (Linear, Experts) and is_own and not is_hooked:
+            yield name, module

@@ -28,7 +28,7 @@ class Args:
     """
 
     file: Annotated[Path, Option("FOLDER-OR-FILE", positional=True)]
-    """Run folder or metrics.jsonl of `moesmith train`, of which the last validation is used; or a JSON file that
+    """Run folder or metrics.jsonl of `moesmith train`, whose last validation is used; or a JSON file that
     contains {"load": [[tokens per expert] per layer]}."""
     gpus: int
     """Number of GPUs that divide the experts of each layer."""

@@ -156,6 +156,8 @@ def test_what_packed_weights_cannot_do_says_how_to_undo_it(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
     with pytest.raises(RuntimeError, match=r"no gradients: .* torch\.no_grad\(\) .* model\.unpack\(\)$"):
         model(IDS)
+    with pytest.raises(RuntimeError, match="no gradients"):  # of the bias
+        PackedLinear(Linear(8, 6).bfloat16())(torch.ones(2, 8).bfloat16())
     with torch.no_grad():
         layer, experts = model.layers[0].self_attn.o_proj, model.layers[1].mlp.experts
         width, ids = experts.packed[0].shape[1], torch.zeros(2, 1, dtype=torch.int64)
@@ -201,3 +203,50 @@ def test_modules_of_other_libraries_stay() -> None:
         model(IDS)
     assert seen == [hooked] and isinstance(model.layers[0].self_attn.q_a_proj, PackedLinear)
     assert [model.layers[1].self_attn.o_proj, model.layers[1].self_attn.q_a_proj] == replaced
+
+
+@needs_packing
+def test_no_hook_and_no_sharing_is_lost() -> None:
+    model: Any = noisy(SMALL)
+    first, second = (layer.self_attn for layer in model.layers[:2])
+    first.q_a_proj.register_full_backward_hook(lambda *_: None)
+    first.q_b_proj.register_state_dict_post_hook(lambda *_: None)
+    second.q_a_proj.weight = first.q_a_proj.weight
+    second.o_proj = first.o_proj
+    before = dict(model.named_modules(remove_duplicate=False))
+    model.pack()
+    for name in ("q_a_proj", "q_b_proj", "o_proj"):
+        assert getattr(first, name) is before[f"layers.0.self_attn.{name}"]
+    assert second.q_a_proj.weight is first.q_a_proj.weight and second.o_proj is first.o_proj
+    assert isinstance(second.q_b_proj, PackedLinear)
+    with pytest.raises(ConfigError, match=r"expected no packed weights; call model\.unpack\(\) first$"):
+        moe.quantize(model, "int8")
+
+
+@needs_packing
+def test_weights_that_were_packed_train_as_before() -> None:
+    """Also if inference mode, whose tensors never have gradients, was on."""
+    model: Any = noisy(SMALL)
+    experts = model.layers[1].mlp.experts
+    experts.down_proj.requires_grad_(False)
+    with torch.inference_mode():
+        model.pack().unpack()
+    found = model.layers[1].mlp.experts
+    assert found is not experts and not found.down_proj.requires_grad
+    model(IDS, labels=IDS).loss.backward()
+    assert found.gate_up_proj.grad.any() and found.down_proj.grad is None
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    assert not found.gate_up_proj.equal(experts.gate_up_proj) and found.down_proj.equal(experts.down_proj)
+
+
+@needs_packing
+def test_weights_of_other_libraries_are_refused() -> None:
+    class Wrapped(Tensor):
+        pass
+
+    model: Any = noisy(SMALL)
+    layer = model.layers[1].self_attn.o_proj
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Wrapped))
+    with pytest.raises(ConfigError, match=r"^layers\.1\.self_attn\.o_proj = 'Wrapped': expected torch\.bfloat16"):
+        model.pack()
+    assert not any(isinstance(module, Packed) for module in model.modules())

@@ -1,6 +1,8 @@
 """Products on the CPU: in the dtype of their operands, and those of half precision in float32."""
 
 import copy
+import itertools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -124,6 +126,30 @@ def test_linear_by_another_library(
     assert_product(layer.weight.grad, grad.t(), x.detach())
 
 
+@pytest.mark.parametrize("on_intel", [True, False])
+def test_linear_keeps_for_backward_what_torch_keeps(on_intel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as no input of a frozen layer, whose memory adapters save."""
+    monkeypatch.setattr("moe.ops.matmul._on_intel", on_intel)
+    torch.manual_seed(0)
+    for needs in itertools.product([False, True], repeat=3):
+        shapes = (8, 1024), (1024, 1024), (1024,)
+        given = [torch.randn(shape, requires_grad=need) for shape, need in zip(shapes, needs, strict=True)]
+        kept: dict[Callable[..., Tensor], list[torch.Size]] = {linear: [], F.linear: []}
+        for multiply, sizes in kept.items():
+            with torch.autograd.graph.saved_tensors_hooks(lambda t, to=sizes: (to.append(t.shape), t)[1], lambda t: t):
+                y = multiply(*given)
+            assert y.requires_grad == any(needs)
+        assert sorted(kept[linear]) == sorted(kept[F.linear])
+        if any(needs):
+            asked = [tensor for tensor in given if tensor.requires_grad]
+            exact = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in given]
+            wanted = [tensor for tensor in exact if tensor.requires_grad]
+            found = torch.autograd.grad(linear(*given).square().sum(), asked)
+            expected = torch.autograd.grad(F.linear(*exact).square().sum(), wanted)
+            for one, other in zip(found, expected, strict=True):
+                assert (one - other).norm() <= 1e-5 * other.norm()
+
+
 def test_which_products_in_float32_are_faster_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.ones(1024, 1024).t()
     for on_intel, rows in ((True, range(8, 64)), (False, range(1, 66))):
@@ -163,6 +189,9 @@ def test_who_else_decides_how_a_linear_layer_multiplies(least: int, monkeypatch:
         assert layer(x).equal(expected)
     assert torch.compile(layer, backend="eager", fullgraph=True)(x).equal(expected)
     assert torch.fx.symbolic_trace(layer)(x).equal(expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit.trace is deprecated
+        assert torch.jit.trace(layer, (x,), check_trace=False)(x).equal(expected)
     wrapped: dict[str, Tensor] = {"weight": layer.weight.detach().as_subclass(Wrapped)}
     assert torch.func.functional_call(layer, wrapped, (x,)).equal(expected)
     per_row = torch.vmap(lambda row: linear(row, layer.weight, layer.bias))(x.unsqueeze(1))

@@ -79,15 +79,18 @@ NAMED = (
         (
             "packed: weights train after unpacking",
             "unpacked",
-            "=self.weights_require_grad)\n        made.bias",
+            "=requires_grad)\n        made.bias",
             "=True)\n        made.bias",
         ),
+        ("packed: weights that no optimizer can change", "unpack", "inference_mode(False)", "inference_mode(True)"),
+        ("packed: a shared weight is copied", "_targets", "uses[id(weight)] == 1", "True"),
         ("packed: cast without an error", "_apply", "self.refuse_cast(fn)", "pass"),
     ),
     *_in_file(
         "moe/linear.py",
         ("bias omitted in float32", "forward", "part.add_(bias[columns])", "part"),
         ("gradient of the weight in other rows", "backward", "linear(rows.t()", "linear(rows.t().roll(1, 0)"),
+        ("frozen layers keep their inputs", "forward", "x if needs_weight else None", "x"),
         ("a bias of any size", "_is_plain", "bias.shape == weight.shape[:1]", "True"),
     ),
     *_in_file(
