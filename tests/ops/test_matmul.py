@@ -191,7 +191,8 @@ def test_who_else_decides_how_a_linear_layer_multiplies(least: int, monkeypatch:
     assert torch.fx.symbolic_trace(layer)(x).equal(expected)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit.trace is deprecated
-        assert torch.jit.trace(layer, (x,), check_trace=False)(x).equal(expected)
+        traced: Any = torch.jit.trace(layer, (x,), check_trace=False)
+    assert traced(x).equal(expected)
     wrapped: dict[str, Tensor] = {"weight": layer.weight.detach().as_subclass(Wrapped)}
     assert torch.func.functional_call(layer, wrapped, (x,)).equal(expected)
     per_row = torch.vmap(lambda row: linear(row, layer.weight, layer.bias))(x.unsqueeze(1))
