@@ -296,9 +296,12 @@ def recorded(name: str) -> list[dict[str, Any]]:
 
 def test_the_speeds_of_a_model() -> None:
     found: dict[tuple[str, str, str], dict[str, str]] = {}
+    older: dict[str, dict[str, float]] = {}
     for each in recorded("cpu.jsonl"):
         assert each["commit"][:12] in RESULTS and each["versions"]["transformers"] in RESULTS
-        if each.get("beside", "transformers") != "transformers" or each["preset"] != "bench_400m":
+        if each.get("beside", "transformers") != "transformers":
+            assert each["beside"] == "4565dc56" and each["preset"] == "bench_400m" and each["dtype"] == "bf16"
+            older.setdefault(each["work"], {})[each["variant"]] = each["peer"]["median_s"] / each["ours"]["median_s"]
             continue
         ours, theirs = (each["tokens"] / each[who]["median_s"] for who in ("ours", "peer"))
         share, ratio = each["limit_s"] / each["ours"]["median_s"], ours / theirs
@@ -318,6 +321,9 @@ def test_the_speeds_of_a_model() -> None:
     for (device, work, variant), cells in found.items():
         name = names[work] + ("" if variant == "plain" else f", {variant}")
         assert f"| {device}: {name} | {cells.get('fp32', '| |')} | {cells['bf16']} |\n" in RESULTS
+    for work, ratios in older.items():
+        cells = " | ".join(f"{ratios[each]:.2f}" if each in ratios else "" for each in ("plain", "packed", "int8"))
+        assert f"| {names[work]} | {cells} |\n" in RESULTS
 
 
 def test_the_seconds_of_loading() -> None:
