@@ -49,7 +49,7 @@ NAMED = (
         "moe/ops/mlp.py",
         ("last expert skipped", "_forward", "in batches:", "in batches[:-1]:"),
         ("zeros returned", "_forward", "combine(rows, order.position, weights)", "torch.zeros_like(x)"),
-        ("unused expert's gradient not written", "_backward", "per_expert[unused].zero_()", "pass"),
+        ("unused expert's gradient not written", "_backward", "per_expert[run].zero_()", "pass"),
         ("bias of the wrong expert", "_rows_of", "bias[batch.first]", "bias[batch.first - 1]"),
         ("down bias omitted", "_forward", "rows[here].add_(_rows_of(down_bias, batch))", "pass"),
         (
