@@ -82,9 +82,7 @@ NAMED = (
             "=requires_grad)\n        made.bias",
             "=True)\n        made.bias",
         ),
-        ("packed: weights that no optimizer can change", "unpack", "inference_mode(False)", "inference_mode(True)"),
         ("packed: a shared weight is copied", "_targets", "uses[id(weight)] == 1", "True"),
-        ("packed: cast without an error", "_apply", "self.refuse_cast(fn)", "pass"),
     ),
     *_in_file(
         "moe/linear.py",
