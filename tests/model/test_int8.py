@@ -19,7 +19,7 @@ from moe.cache import Cache
 from moe.linear import Linear
 from moe.quantized import Int8Experts, Int8Linear
 from tests.support.checkpoint_cases import BY_FAMILY, V3_MTP, build
-from tests.support.models import GQA, GROUPED, MLA, SMALL, small_model
+from tests.support.models import GQA, GROUPED, MLA, SMALL, distance, noisy, small_model
 from tests.support.quantised_checkpoints import make_fp8, make_mxfp4
 
 IDS = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -64,20 +64,6 @@ def test_logits_are_those_of_the_dequantised_weights(family: str, dtype: torch.d
             else:
                 assert distance(found, exact) < (1e-12 if dtype == torch.float64 else 1e-4)
         assert distance(original(IDS).logits, exact) > 1e-3
-
-
-def distance(found: Tensor, exact: Tensor) -> float:
-    return ((found.double() - exact).norm() / exact.norm()).item()
-
-
-def noisy(config: moe.ModelConfig) -> moe.Transformer:
-    """A model whose norms, biases and sinks are not the initial ones."""
-    model = moe.Transformer(config, seed=1).eval()
-    g = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            tensor.add_(torch.randn(tensor.shape, generator=g) * 0.2)
-    return model
 
 
 def test_which_weights_are_converted() -> None:

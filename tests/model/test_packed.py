@@ -20,7 +20,7 @@ from moe.packed import Packed, PackedExperts, PackedLinear
 from tests.support.bound import excess, product_limit
 from tests.support.cases import CASES, Case
 from tests.support.checkpoint_cases import BY_FAMILY, V3_MTP
-from tests.support.models import GROUPED, SMALL
+from tests.support.models import GROUPED, SMALL, distance, noisy
 from tests.support.operators import eager_experts, fused
 from tests.support.running_error import complaints, moe_mlp_errors
 
@@ -35,20 +35,6 @@ def least(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
     for module in ("packed", "matmul"):
         monkeypatch.setattr(f"moe.ops.{module}.least_widened", lambda dtype: request.param)
     return request.param
-
-
-def noisy(config: moe.ModelConfig) -> moe.Transformer:
-    """A model in bfloat16 whose norms, biases and sinks are not the initial ones."""
-    model = moe.Transformer(config, seed=1).bfloat16().eval()
-    g = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            tensor.add_(torch.randn(tensor.shape, generator=g) * 0.2)
-    return model
-
-
-def distance(found: Tensor, exact: Tensor) -> float:
-    return ((found.double() - exact).norm() / exact.norm()).item()
 
 
 def same(one: nn.Module, two: nn.Module) -> None:
@@ -104,7 +90,7 @@ def test_logits_are_those_of_the_same_weights(family: str, least: int | None) ->
     config = {"mla": SMALL, "gqa": GROUPED}.get(family) or BY_FAMILY[family]
     every: dict[str, Any] = {"num_experts_per_tok": config.n_routed_experts, "topk_group": config.n_group}
     config = dataclasses.replace(config, **every)  # all experts, because its roundings would choose others
-    plain: Any = noisy(config)
+    plain: Any = noisy(config).bfloat16()
     packed = copy.deepcopy(plain)
     assert packed.pack() is packed
     with torch.no_grad():
@@ -119,7 +105,7 @@ def test_logits_are_those_of_the_same_weights(family: str, least: int | None) ->
 @needs_packing
 @pytest.mark.parametrize("config", [V3_MTP, BY_FAMILY["gpt_oss"]], ids=["deepseek_v3", "gpt_oss"])
 def test_there_and_back(config: moe.ModelConfig) -> None:
-    model: Any = noisy(config)
+    model: Any = noisy(config).bfloat16()
     model.layers[0].mlp.requires_grad_(False)
     original = copy.deepcopy(model)
     packed = model.pack()
@@ -138,7 +124,7 @@ def test_there_and_back(config: moe.ModelConfig) -> None:
 
 @needs_packing
 def test_what_packed_weights_cannot_do_says_how_to_undo_it(tmp_path: Path) -> None:
-    model: Any = noisy(SMALL)
+    model: Any = noisy(SMALL).bfloat16()
     state = model.state_dict()
     model.pack()
     before = list(map(type, model.modules()))
@@ -176,7 +162,7 @@ def test_what_packed_weights_cannot_do_says_how_to_undo_it(tmp_path: Path) -> No
 
 
 def test_what_cannot_be_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    model: Any = noisy(SMALL)
+    model: Any = noisy(SMALL).bfloat16()
     model.layers[1].float()
     with monkeypatch.context() as patched:
         patched.setattr("moe.packed.can_pack", lambda: True)
@@ -190,7 +176,7 @@ def test_what_cannot_be_packed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_packing
 def test_modules_of_other_libraries_stay() -> None:
-    model: Any = noisy(SMALL)
+    model: Any = noisy(SMALL).bfloat16()
     seen: list[nn.Module] = []
     hooked = model.layers[0].self_attn.o_proj
     hooked.register_forward_hook(lambda module, *_: seen.append(module))
@@ -207,7 +193,7 @@ def test_modules_of_other_libraries_stay() -> None:
 
 @needs_packing
 def test_no_hook_and_no_sharing_is_lost() -> None:
-    model: Any = noisy(SMALL)
+    model: Any = noisy(SMALL).bfloat16()
     first, second = (layer.self_attn for layer in model.layers[:2])
     first.q_a_proj.register_full_backward_hook(lambda *_: None)
     first.q_b_proj.register_state_dict_post_hook(lambda *_: None)
@@ -226,7 +212,7 @@ def test_no_hook_and_no_sharing_is_lost() -> None:
 @needs_packing
 def test_weights_that_were_packed_train_as_before() -> None:
     """Also if inference mode, whose tensors never have gradients, was on."""
-    model: Any = noisy(SMALL)
+    model: Any = noisy(SMALL).bfloat16()
     experts = model.layers[1].mlp.experts
     experts.down_proj.requires_grad_(False)
     with torch.inference_mode():
@@ -244,7 +230,7 @@ def test_weights_of_other_libraries_are_refused() -> None:
     class Wrapped(Tensor):
         pass
 
-    model: Any = noisy(SMALL)
+    model: Any = noisy(SMALL).bfloat16()
     layer = model.layers[1].self_attn.o_proj
     layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Wrapped))
     with pytest.raises(ConfigError, match=r"^layers\.1\.self_attn\.o_proj = 'Wrapped': expected torch\.bfloat16"):

@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Any
 
+import torch
+from torch import Tensor
+
 import moe
 
 SMALL = moe.ModelConfig(
@@ -52,3 +55,17 @@ def small_model(attention: dict[str, Any], **more: Any) -> moe.Transformer:
     settings |= dict(intermediate_size=24, moe_intermediate_size=12, n_routed_experts=8, num_experts_per_tok=3)
     settings |= dict(first_k_dense_replace=1, aux_loss_alpha=0.1, router_z_loss_coef=0.01, initializer_range=0.2)
     return moe.Transformer(moe.ModelConfig(**settings | attention | more))
+
+
+def distance(found: Tensor, exact: Tensor) -> float:
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+def noisy(config: moe.ModelConfig) -> moe.Transformer:
+    """A model whose norms, biases and sinks are not the initial ones."""
+    model = moe.Transformer(config, seed=1).eval()
+    g = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.add_(torch.randn(tensor.shape, generator=g) * 0.2)
+    return model
