@@ -297,19 +297,6 @@ def recorded(name: str) -> list[dict[str, Any]]:
 def test_the_speeds_of_a_model() -> None:
     found: dict[tuple[str, str, str], dict[str, str]] = {}
     older: dict[str, dict[str, float]] = {}
-    for each in recorded("cpu.jsonl"):
-        assert each["commit"][:12] in RESULTS and each["versions"]["transformers"] in RESULTS
-        if each.get("beside", "transformers") != "transformers":
-            assert each["beside"] == "4565dc56" and each["preset"] == "bench_400m" and each["dtype"] == "bf16"
-            older.setdefault(each["work"], {})[each["variant"]] = each["peer"]["median_s"] / each["ours"]["median_s"]
-            continue
-        ours, theirs = (each["tokens"] / each[who]["median_s"] for who in ("ours", "peer"))
-        share, ratio = each["limit_s"] / each["ours"]["median_s"], ours / theirs
-        one_decimal = each["work"] not in ("train", "prefill")
-        mine, other = (f"{rate:,.{1 if one_decimal and rate < 100 else 0}f}" for rate in (ours, theirs))
-        cells = f"{mine} ({share:.0%}) | {other} | {ratio:.2f}"
-        row = each["device"].split("(")[0].split()[0], each["work"], each.get("variant", "plain")
-        found.setdefault(row, {})[each["dtype"]] = cells
     names = {
         "train": "training step, 512 tokens",
         "prefill": "prefill, 1,024 tokens",
@@ -318,12 +305,46 @@ def test_the_speeds_of_a_model() -> None:
         "batch 8": "decode, batch of 8 after 256 tokens",
         "batch 32": "decode, batch of 32 after 256 tokens",
     }
+
+    def name_of(work: str, variant: str) -> str:
+        return names[work] + ("" if variant == "plain" else f", {variant}")
+
+    for each in recorded("cpu.jsonl"):
+        assert each["commit"][:12] in RESULTS and each["versions"]["transformers"] in RESULTS
+        beside, variant = each.get("beside", "transformers"), each.get("variant", "plain")
+        ours, theirs = (each["tokens"] / each[who]["median_s"] for who in ("ours", "peer"))
+        share, ratio = each["limit_s"] / each["ours"]["median_s"], ours / theirs
+        one_decimal = each["work"] not in ("train", "prefill")
+        mine, other = (f"{rate:,.{1 if one_decimal and rate < 100 else 0}f}" for rate in (ours, theirs))
+        cells = f"{mine} ({share:.0%}) | {other} | {ratio:.2f}"
+        if beside == "4565dc56" and each["dtype"] == "fp32":
+            assert f"{ratio:.2f}" in RESULTS.partition("**In fp32**")[2].partition("**llama.cpp**")[0]
+        elif beside == "4565dc56":
+            older.setdefault(each["work"], {})[variant] = ratio
+        elif beside == "llama.cpp" or each["preset"] == "bench_1500m":
+            assert f"| {name_of(each['work'], variant)} | {cells} |\n" in RESULTS
+        else:
+            row = each["device"].split("(")[0].split()[0], each["work"], variant
+            found.setdefault(row, {})[each["dtype"]] = cells
     for (device, work, variant), cells in found.items():
-        name = names[work] + ("" if variant == "plain" else f", {variant}")
+        name = name_of(work, variant)
         assert f"| {device}: {name} | {cells.get('fp32', '| |')} | {cells['bf16']} |\n" in RESULTS
     for work, ratios in older.items():
         cells = " | ".join(f"{ratios[each]:.2f}" if each in ratios else "" for each in ("plain", "packed", "int8"))
         assert f"| {names[work]} | {cells} |\n" in RESULTS
+
+
+def test_the_times_of_a_layer() -> None:
+    times: dict[tuple[str, str, int], dict[str, float]] = {}
+    for each in recorded("layer.jsonl"):
+        assert each["commit"] in RESULTS and each["status"] == "right" and each["other_cores"] < 0.2
+        cell = each["shape"], each["op"], each["tokens"]
+        times.setdefault(cell, {})[each["candidate"]] = 1000 * each["eager"]["median_s"]
+    names = {"2048x1408x64x6": "V2-Lite", "2048x1024x64x8": "OLMoE"}
+    for (shape, op, tokens), found in times.items():
+        ours, theirs = found["moesmith"], found["transformers-grouped_mm"]
+        mine, other = (f"{ms:,.{0 if ms >= 1000 else 1}f}" for ms in (ours, theirs))
+        assert f"| {names[shape]}, {op} | {tokens:,} | {mine} | {other} | {theirs / ours:.2f} |\n" in RESULTS
 
 
 def test_the_seconds_of_loading() -> None:
