@@ -111,7 +111,7 @@ def generate(n: int, *, seed: int, split: Literal["train", "test"], numbers: int
         values = list(drawn)
         while len(values) > 1:
             a, b = (values.pop(below(len(values))) for _ in range(2))
-            results = _results(max(a, b), min(a, b))
+            results = operations(max(a, b), min(a, b))
             values.append(results[below(len(results))][1])
         target, ordered = values[0], tuple(sorted(drawn))
         if target not in drawn and _split(ordered, target) == split:
@@ -119,7 +119,7 @@ def generate(n: int, *, seed: int, split: Literal["train", "test"], numbers: int
     return list(problems.values())
 
 
-def _results(a: int, b: int) -> list[tuple[str, int]]:
+def operations(a: int, b: int) -> list[tuple[str, int]]:
     """Return operators and results from 1 to MAX_TARGET, for a >= b >= 1. There is at least one: a - b or a / b."""
     results = [("+", a + b), ("-", a - b), ("*", a * b)]
     if a % b == 0:
@@ -148,7 +148,7 @@ def solve(problem: Problem) -> str | None:
             for a, left in found[part].items():
                 for b, right in found[subset ^ part].items():
                     if a >= b:
-                        for symbol, value in _results(a, b):
+                        for symbol, value in operations(a, b):
                             if value not in values:
                                 values[value] = f"({left} {symbol} {right})"
             part = (part - 1) & subset
