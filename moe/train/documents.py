@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 
 from moe.checkpoint.format.strict_json import parse_json
-from moe.errors import CheckpointError, ConfigError, did_you_mean, one_line
+from moe.errors import CheckpointError, ConfigError, Place, did_you_mean, one_line
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".tex")
 LINES_SUFFIXES = (".jsonl", ".ndjson")
@@ -87,7 +87,7 @@ class _File:
     def error(self, expected: str, found: Any = None, *, record: int | None = None) -> ConfigError:
         """Return a ConfigError with the file and, if given, the line or record number (from 1)."""
         unit = {"lines": "line", "parquet": "row"}.get(self.kind, "record")
-        where = str(self.path) if record is None else f"{self.path}, {unit} {record}"
+        where = Place(self.path if record is None else f"{self.path}, {unit} {record}")
         return ConfigError(self.option, where, expected if found is None else f"{expected}; found {one_line(found)}")
 
     @contextlib.contextmanager

@@ -235,15 +235,15 @@ def test_a_run_and_its_continuation(files: Path, tmp_path: Path, capsys: pytest.
     assert main(["train", "--resume", str(whole)]) == 2
     refused = "moesmith train: --resume: expected a run of moesmith train; found a run of moesmith sft\n"
     assert capsys.readouterr().err == refused
-    assert main(["train", "--resume", "--out", str(whole)]) == 2
+    assert main(["train", "--resume", "--seq-length", "32", "--out", str(whole)]) == 2
     assert capsys.readouterr().err == refused
     assert main(["eval", str(whole)]) == 2
     assert "is not the folder of a training run" in capsys.readouterr().err
 
     # From the weights, the tokenizer and the template of the run.
-    assert main(command(files, tmp_path / "more", "--init", str(whole), "--lr", "1e-9")[:3] + [
-        "--init", str(whole), "--steps", "1", "--seq-length", "32", "--lr", "1e-9", "--out", str(tmp_path / "more")
-    ]) == 0  # fmt: skip
+    few = ["--steps", "1", "--seq-length", "32", "--lr", "1e-9"]
+    argv = ["sft", "--data", str(files / "sums.jsonl"), "--init", str(whole), *few, "--out", str(tmp_path / "more")]
+    assert main(argv) == 0
     capsys.readouterr()
     names = {path.name for path in (whole / "checkpoint").iterdir()}
     assert names == {path.name for path in (tmp_path / "more" / "checkpoint").iterdir()}
@@ -257,7 +257,10 @@ def test_a_run_and_its_continuation(files: Path, tmp_path: Path, capsys: pytest.
         (["--data", "x.jsonl"], "--init: expected a checkpoint to fine-tune, or --tokenizer for a new model"),
         (["--data", "x.jsonl", "--init", "x", "--epochs", "-1"], "--epochs: expected 0 or more; found -1"),
         (["--data", "x.jsonl", "--init", "x", "--epochs", "1", "--steps", "2"], "--epochs: expected no --steps"),
-        (["--data", "x.jsonl", "--preset", "micro", "--tokenizer", "x"], "--tokenizer: expected a readable"),
+        (
+            ["--data", "x.jsonl", "--preset", "micro", "--tokenizer", "x", "--seq-length", "32"],
+            "--tokenizer: expected a readable tokenizer.json",
+        ),
     ],
 )
 def test_options_that_are_refused(
@@ -276,7 +279,7 @@ def test_a_wrong_line_is_one_line(files: Path, tmp_path: Path, capsys: pytest.Ca
     argv[2] = str(file)
     assert main(argv) == 2
     shown = capsys.readouterr().err
-    assert shown.count("\n") == 1 and f"{file}, line 3" in shown and "found prompt" in shown
+    assert shown.count("\n") == 1 and f"--data: {file}, line 3: expected " in shown and "found prompt" in shown
     assert not (tmp_path / "run").exists()
 
 
