@@ -262,14 +262,14 @@ def prepare_examples(
 def open_examples(folder: Path) -> ExampleData:
     """Open what `prepare_examples` wrote to `folder`. Raises ConfigError if a file has changed."""
     facts = json.loads((folder / "examples.json").read_text(encoding="utf-8"))
-    parts = []
+    parts = {}
     for part in ("train", "validation"):
         file = folder / f"{part}.safetensors"
         if hashlib.sha256(file.read_bytes()).hexdigest() != facts[part]["sha256"]:
             raise ConfigError("--data", str(file), "the examples with which the run started; found a changed file")
-        parts.append(Examples(**load_file(file)))
+        parts[part] = Examples(**load_file(file))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    return ExampleData(tokenizer, facts["end_of_text"], *parts, facts)
+    return ExampleData(tokenizer, facts["end_of_text"], facts=facts, **parts)
 
 
 def _read(encoder: Encoder, paths: Sequence[Path], length: int, option: str) -> tuple[list[Example], list[int]]:
