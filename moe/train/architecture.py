@@ -14,13 +14,13 @@ from moe.checkpoint.reading.hub import find
 from moe.config import ModelConfig, RopeParameters
 from moe.errors import CheckpointError, ConfigError, did_you_mean
 from moe.presets import preset
-from moe.train.settings import DEFAULT_PRESET, Settings
+from moe.train.settings import DEFAULT_PRESET, RunSettings
 
 # Keys that occur only in Hugging Face's files.
 _HUGGING_FACE = ("architectures", "transformers_version")
 
 
-def read_architecture(settings: Settings) -> ModelConfig:
+def read_architecture(settings: RunSettings) -> ModelConfig:
     """Return the configuration given by --preset, --config or --init, with the changes of --set.
 
     Raises:

@@ -41,8 +41,7 @@ class ProgressDisplay:
         if self._console.is_terminal:  # before rich 14.3 a disabled bar ends with an empty line
             self._bar.stop()
 
-    def update(self, step: int, loss: float, tokens_per_second: float, max_vio: float) -> None:
-        text = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  highest MaxVio {max_vio:.2f}"
+    def update(self, step: int, text: str) -> None:
         self._bar.update(self._task, completed=step, text=text)
         now = time.monotonic()
         if not self._console.is_terminal and (now - self._last_line >= SECONDS_BETWEEN_LINES or step == self._steps):

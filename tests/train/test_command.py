@@ -421,7 +421,7 @@ def test_wandb_gets_the_same_and_continues_its_run(text: Path, tmp_path: Path, m
         init=init,
     )
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setattr("moe.train.run.check_log", lambda name: None)
+    monkeypatch.setattr("moe.train.lifecycle.check_log", lambda name: None)
     settings = dataclasses.replace(MICRO_SETTINGS, data=(text,), steps=1, log="wandb")
     train(settings, tmp_path / "run", console=QUIET)
     train(dataclasses.replace(settings, steps=2), tmp_path / "run", resume=True, console=QUIET)
