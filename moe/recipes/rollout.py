@@ -59,6 +59,11 @@ class Rollout:
         return self.input_ids.shape[1] - self.completion_mask.shape[1]
 
     @property
+    def inputs(self) -> dict[str, Tensor]:
+        """Arguments of the model that give the logits of all sampled tokens at its last T positions."""
+        return {"input_ids": self.input_ids[:, :-1], "attention_mask": self.attention_mask}
+
+    @property
     def lengths(self) -> Tensor:
         """Number of sampled tokens of each completion, the end-of-text token included, int64 [N]."""
         return self.completion_mask.sum(1)
@@ -156,7 +161,9 @@ def rollout(
     tokens = torch.zeros(count, limit, dtype=torch.int64, device=device)
     scores = [torch.zeros(count, limit, dtype=_wide(model), device=device) for _ in range(2)]
     read: list[tuple[Tensor, Routing]] = []  # rows and routing of each decoding pass
-    with torch.inference_mode(), eval_mode(model), recording(model) if record else nullcontext({}) as found:
+    # FSDP keeps the tensors of its first pass for later ones, in which autograd needs them.
+    without_gradients = torch.no_grad() if lockstep else torch.inference_mode()
+    with without_gradients, eval_mode(model), recording(model) if record else nullcontext({}) as found:
         cache = Cache(model.config)
         logits = model(ids, attention_mask=mask, cache=cache, logits_to_keep=1).logits[:, -1].index_select(0, origin)
         names, prefilled = tuple(found), _stacked(found)
@@ -221,13 +228,16 @@ def draw(p: Tensor, uniform: Tensor) -> Tensor:
     return (total <= at[:, None]).sum(-1)
 
 
-def sampled_logprobs(model: Transformer, batch: Rollout) -> Tensor:
-    """Compute the log-probabilities [N, T] of the sampled tokens in one pass over whole sequences; see `Rollout`."""
-    width = batch.completion_mask.shape[1]
-    out = model(batch.input_ids[:, :-1], attention_mask=batch.attention_mask, logits_to_keep=width)
-    log_p = log_probabilities(out.logits, batch.temperature)
-    sampled = log_p.gather(-1, batch.input_ids[:, -width:, None]).squeeze(-1)
-    return sampled.masked_fill(~batch.completion_mask, 0)
+def sampled_logprobs(logits: Tensor, batch: Rollout) -> Tensor:
+    """Return the log-probabilities [N, T] of the sampled tokens, 0 for padding, like `batch.logprobs`.
+
+    Args:
+        logits: [N, T, V], those of `model(**batch.inputs, logits_to_keep=T)`.
+    """
+    mask = batch.completion_mask
+    sampled = batch.input_ids[:, batch.prompt_length :, None]
+    log_p = log_probabilities(logits, batch.temperature).gather(-1, sampled).squeeze(-1)
+    return log_p.masked_fill(~mask, 0)
 
 
 def _wide(model: Transformer) -> torch.dtype:

@@ -1,6 +1,5 @@
 """Tasks for reinforcement learning: prompts for training and testing, and a reward. Imports no torch."""
 
-import importlib.util
 import inspect
 import math
 import sys
@@ -8,6 +7,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from moe.errors import ConfigError, one_line
@@ -112,13 +112,10 @@ class _OwnTask:
     def _load(self) -> Any:
         if not self.file.is_file():
             raise self._mistake(f"a Python file; found no file {one_line(self.file)}")
-        module_name = f"moesmith_task_{self.file.stem}"
-        spec = importlib.util.spec_from_file_location(module_name, self.file)
-        assert spec is not None and spec.loader is not None  # the name ends in .py
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module  # dataclasses and pickle look it up
+        module = ModuleType(f"moesmith_task_{self.file.stem}")
+        sys.modules[module.__name__] = module  # dataclasses and pickle look it up
         try:
-            spec.loader.exec_module(module)
+            exec(compile(self.file.read_bytes(), str(self.file), "exec"), vars(module))
         except (Exception, SystemExit) as error:
             raise self._mistake(f"a file that runs; found {self._where(error)}") from error
         if not hasattr(module, self.name):
