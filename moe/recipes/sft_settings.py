@@ -42,14 +42,22 @@ class SftSettings(RunSettings, ExampleSettings):
     def check(self) -> None:
         for name in ("data", "validation_data"):
             self._require(name, getattr(self, name) != (), "one or more files or folders")
-        self._require("data", self.data is not None, "files or folders of examples")
+        self._check_data()
         self._require("epochs", self.epochs >= 0, "0 or more")
         if self.epochs and self.steps != RunSettings.steps:
             raise ConfigError("--epochs", self.epochs, f"no --steps as well; found --steps {self.steps}")
         super().check()
-        if self.init is None and self.tokenizer is None:
+        if self.tokenizer_path is None:
             allowed = "a checkpoint to fine-tune, or --tokenizer for a new model"
             raise ConfigError("--init", None, f"{allowed}; found neither")
+
+    def _check_data(self) -> None:
+        self._require("data", self.data is not None, "files or folders of examples")
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """Path of the tokenizer, for `find_tokenizer`."""
+        return self.tokenizer or self.init
 
     @property
     def attention_masks(self) -> bool:

@@ -128,6 +128,26 @@ def print_files(console: Console, summary: dict[str, Any], command: str | None) 
         say(console, f"try          {command}")
 
 
+def print_policy_summary(console: Console, summary: dict[str, Any]) -> None:
+    """Print the summary of a run of `moesmith grpo`."""
+    scored = summary["validation"]
+    labels = {"before": "before training", "after": "after training"}
+    rows = ((label, *(f"{value:.4g}" for value in scored[key].values())) for key, label in labels.items())
+    title = f"{summary['task']}: {scored['prompts']:,} held-out prompts, most likely tokens"
+    print_table(console, title, ("", *scored["after"]), rows)
+    say(console, f"sample (the prompt {summary['sample']['prompt']!r} and its completion):")
+    say(console, summary["sample"]["text"])
+    say(console, "")
+    print_files(console, summary, None)
+
+
+def print_task_scores(console: Console, result: dict[str, Any]) -> None:
+    """Print the result of `moesmith eval --task`."""
+    title = f"{result['folder']}: {result['task']}, {result['prompts']:,} held-out prompts"
+    names = [name for name in result if name not in ("folder", "task", "prompts", "temperature")]
+    print_table(console, title, names, [[f"{result[name]:.4g}" for name in names]], text_columns=0)
+
+
 def print_completions(console: Console, summary: dict[str, Any], command: str | None) -> None:
     """Print the tables, the sample and the files of a run on examples."""
     scored, sample = summary["validation"], summary["sample"]
