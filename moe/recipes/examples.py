@@ -239,6 +239,8 @@ def prepare_examples(
     """
     file = find_tokenizer(tokenizer)
     encoder = Encoder(*load_tokenizer(file), file.parent)
+    encoder.tokenizer.no_truncation()
+    encoder.tokenizer.no_padding()
     training, longest = _read(encoder, data, length, "--data")
     if validation_data is None:
         training, held_out = _hold_out(training)

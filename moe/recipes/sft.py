@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,12 +16,12 @@ from torch import Tensor
 from moe.balance import LoadReport
 from moe.generation import generate
 from moe.loss import IGNORED
-from moe.model import Output, Transformer
+from moe.model import Transformer
 from moe.recipes.examples import ExampleData, Examples, open_examples, prepare_examples
 from moe.recipes.packing import pack
 from moe.recipes.sft_settings import SftSettings
 from moe.train.lifecycle import Run, describe_model, run_in_folder
-from moe.train.loop import BaseTrainer, StepReport
+from moe.train.loop import BaseTrainer, BatchLoss, StepReport
 from moe.train.metrics import Metrics
 from moe.train.scoring import load_rows
 from moe.train.tokenizer import token_ids, tokenizer_files
@@ -179,7 +179,7 @@ class SftTrainer(BaseTrainer):
         super().load_position(values)
         self.order.load_state_dict(values["order"])
 
-    def _loss(self, batch: Batch) -> Output:
+    def _loss(self, batch: Batch) -> BatchLoss:
         return self._call(batch)
 
     def _evaluation_batches(self) -> Iterator[tuple[Batch, int]]:
@@ -198,39 +198,44 @@ class SftTrainer(BaseTrainer):
         return {name: self._local_rows(tensor) for name, tensor in batch.items()}
 
 
-class SftRun(Run[SftSettings, SftTrainer]):
-    """Run of `moesmith sft`."""
+_Settings = TypeVar("_Settings", bound=SftSettings)
+_Trainer = TypeVar("_Trainer", bound=SftTrainer)
+
+
+class ExampleRun(Run[_Settings, _Trainer]):
+    """Run on examples."""
 
     def prepare(self) -> None:
-        self._data()
+        self.data()
 
-    def _data(self) -> ExampleData:
+    def data(self) -> ExampleData:
+        """Prepare the examples, or open them if they are complete already."""
         settings, folder = self.settings, self.folder / "data"
         if (folder / "examples.json").exists():
             return open_examples(folder)
         self.write_architecture()
-        tokenizer = settings.tokenizer or settings.init
-        assert settings.data is not None and tokenizer is not None  # `check` has refused that
-        return prepare_examples(
-            folder, settings.data, tokenizer, settings.seq_length, validation_data=settings.validation_data
-        )
+        assert settings.tokenizer_path is not None  # checked by the settings
+        files, others = self.example_files(), settings.validation_data
+        return prepare_examples(folder, files, settings.tokenizer_path, settings.seq_length, validation_data=others)
 
-    def build(self, world: World, device: torch.device) -> SftTrainer:
-        data = self._data()
-        return SftTrainer(self._model(data, world, device), data, self.settings, world=world)
+    def example_files(self) -> Sequence[Path]:
+        """Return files or folders of the examples to train on."""
+        assert self.settings.data is not None  # checked by the settings
+        return self.settings.data
 
-    def _model(self, data: ExampleData, world: World, device: torch.device) -> Transformer:
+    def model_for(self, data: ExampleData, world: World, device: torch.device) -> Transformer:
+        """Build the model to train, with the tokenizer of the examples."""
         settings, config = self.settings, self.architecture()
         own = data.tokenizer, data.end_of_text, data.facts["tokenizer"]
         if settings.init is None:
             extra = {**config.extra, **token_ids(*own)}
             config = replace(config, vocab_size=data.facts["vocab_size"], extra=extra)
         model = self.build_model(config, world, device)
-        if settings.tokenizer is not None:
+        if settings.init is None or settings.tokenizer is not None:
             model.carried_files = tokenizer_files(*own)
         return model
 
-    def describe(self, trainer: SftTrainer) -> Iterator[str]:
+    def describe(self, trainer: _Trainer) -> Iterator[str]:
         facts, rows = trainer.data.facts, len(trainer.rows)
         train, held_out = (
             f"{facts[part]['examples']:,} {name} examples ({facts[part]['trained']:,} of "
@@ -243,7 +248,7 @@ class SftRun(Run[SftSettings, SftTrainer]):
             longest = facts["left_out"]["longest"]
             yield f"data: {left_out:,} examples of more than {length:,} tokens left out, the longest has {longest:,}"
 
-    def summary(self, trainer: SftTrainer, metrics: Metrics, model: Transformer) -> dict[str, Any]:
+    def summary(self, trainer: _Trainer, metrics: Metrics, model: Transformer) -> dict[str, Any]:
         facts, validation = trainer.data.facts["validation"], metrics.of("validation")
         scores = (("before", validation[0]), ("after", validation[-1]))
         load = LoadReport(trainer.layer_names, torch.tensor(validation[-1]["load"]))
@@ -258,6 +263,14 @@ class SftRun(Run[SftSettings, SftTrainer]):
             "plots": _plot(trainer, metrics, self.folder, load),
             "sample": _sample(trainer.data, model),
         }
+
+
+class SftRun(ExampleRun[SftSettings, SftTrainer]):
+    """Run of `moesmith sft`."""
+
+    def build(self, world: World, device: torch.device) -> SftTrainer:
+        data = self.data()
+        return SftTrainer(self.model_for(data, world, device), data, self.settings, world=world)
 
 
 def _plot(trainer: BaseTrainer, metrics: Metrics, folder: Path, load: LoadReport) -> list[str]:
