@@ -308,6 +308,8 @@ class LoadReport:
     @property
     def max_vio(self) -> list[float]:
         """max(load) / mean(load) - 1 per layer: 0 is perfect balance, E / K - 1 the worst. 0 if no token was routed."""
+        if not self.layers:  # torch has no maximum over an empty dimension
+            return []
         mean = self.load.double().mean(-1).clamp_min(torch.finfo(torch.float64).tiny)
         vio = self.load.double().amax(-1) / mean - 1
         return torch.where(self.load.sum(-1) > 0, vio, 0.0).tolist()
