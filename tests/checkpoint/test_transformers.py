@@ -397,7 +397,7 @@ def test_gradients_and_greedy_tokens_of_a_dense_model(world: World, name: str) -
     there, _ = read_there(world.root / name, "Qwen3")
     here = moe.load(world.root / name)
     prompt = world.ids[:, :16]
-    options = dict(max_new_tokens=24, do_sample=False, pad_token_id=0)
+    options: dict[str, Any] = dict(attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=24)
     assert torch.equal(moe.generate(here, prompt, max_new_tokens=24), there.generate(prompt, **options))
     losses = [model.double()(world.ids, labels=world.ids).loss for model in (here, there)]
     for loss in losses:

@@ -64,7 +64,7 @@ def test_there_are_no_experts_to_choose(folder: Path, tmp_path: Path, capsys: py
     error = said(capsys, "trace", str(folder), "--data", str(folder / "config.json"), status=2)
     assert error.startswith("moesmith trace: ") and error.count("\n") == 1
     assert "no routing to record; expected a model with experts; found 3 dense layers" in error
-    error = said(capsys, "convert", str(folder), str(tmp_path / "out"), "--layout", "stacked", status=2)
+    error = said(capsys, "convert", str(folder), "--out", str(tmp_path / "out"), "--layout", "stacked", status=2)
     assert error == "moesmith convert: --layout: expected one of dense, the layouts of qwen3; found 'stacked'\n"
     (tmp_path / "load.json").write_text('{"load": []}')
     error = said(capsys, "place", str(tmp_path / "load.json"), "--gpus", "1", "--physical-experts", "1", status=2)
@@ -72,7 +72,7 @@ def test_there_are_no_experts_to_choose(folder: Path, tmp_path: Path, capsys: py
 
 
 def test_layers_are_cut(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    record = json.loads(said(capsys, "cut", str(folder), str(tmp_path / "cut"), "--layers", "0,2"))
+    record = json.loads(said(capsys, "cut", str(folder), "--out", str(tmp_path / "cut"), "--layers", "0,2"))
     assert (record["layers"], record["experts"], record["of_experts"]) == ([0, 2], [], 0)
     whole, part = moe.load(folder).state_dict(), moe.load(tmp_path / "cut").state_dict()
     assert part.keys() == {name for name in whole if not name.startswith("layers.2.")}
@@ -85,7 +85,7 @@ def test_fp8_files(folder: Path, tmp_path: Path) -> None:
     kept, wide = moe.load(tmp_path / "fp8", dtype="keep"), moe.load(tmp_path / "fp8", dtype="fp32")
     exact = moe.load(folder)
     with torch.no_grad():
-        found, expected, original = (model(IDS).logits for model in (kept.float(), wide, exact))
+        found, expected, original = (model(IDS).logits for model in (kept, wide, exact))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
     assert not torch.equal(expected, original)
     kept.save(tmp_path / "again")

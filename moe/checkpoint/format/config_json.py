@@ -149,9 +149,8 @@ def family_problems(config: ModelConfig) -> tuple[str, ...]:
 def _problems(config: ModelConfig, family: Family, path: Path) -> Iterator[CheckpointError]:
     """Yield an error for each setting that the family's files cannot express or an engine would misread."""
     plain = _normalized(config, family)
-    if config.has_experts and "n_routed_experts" not in family.keys:
-        problem = f"n_routed_experts: {config.model_type} is a family without experts"
-        yield CheckpointError(path, problem, expected=0, found=config.n_routed_experts)
+    if error := _wrong_experts(config, family, path):
+        yield error
         return
     for rule in family.rules:
         if not rule.holds(plain):
@@ -169,6 +168,18 @@ def _problems(config: ModelConfig, family: Family, path: Path) -> Iterator[Check
             name = f.name if f.name != "mlp_only_layers" else _name_of_dense_layers(plain, family)
             problem = f"{name}: {config.model_type} cannot express it"
             yield CheckpointError(path, problem, expected=str(theirs), found=str(ours))
+
+
+def _wrong_experts(config: ModelConfig, family: Family, path: Path) -> CheckpointError | None:
+    """Return an error if the family has experts and the model has none, or the reverse."""
+    name, found = "n_routed_experts", config.n_routed_experts
+    if name in family.keys and not found:
+        problem = f"{family.keys_of(name)[0]}: {family.model_type} is a family with experts"
+        return CheckpointError(path, problem, expected="1 or more", found=0)
+    if name not in family.keys and config.has_experts:
+        problem = f"{name}: {family.model_type} is a family without experts"
+        return CheckpointError(path, problem, expected=0, found=found)
+    return None
 
 
 # Fields that determine which layers are dense, with their neutral values.
@@ -316,10 +327,8 @@ def _parse_fields(values: Mapping[str, Any], path: Path) -> ModelConfig:
         config = ModelConfig.from_dict({**fields, "rope_parameters": _parse_rope(family, values, path)})
     except ConfigError as error:
         raise CheckpointError(path, str(error)) from error
-    if "n_routed_experts" in family.keys and not config.n_routed_experts:
-        key = family.keys_of("n_routed_experts")[0]
-        problem = f"{key}: {family.model_type} is a family with experts"
-        raise CheckpointError(path, problem, expected="1 or more", found=0)
+    if error := _wrong_experts(config, family, path):
+        raise error
     for key, derive in family.derived.items():
         if values.get(key) is not None and values[key] != derive(config):
             problem = f"{key} disagrees with the sizes from which it is derived"
