@@ -60,11 +60,11 @@ class DistillSettings(SftSettings, TeacherSettings):
         self._require("prompts", self.prompts is None or self.prompts >= 1, "1 or more")
         for name in ("samples", "max_new_tokens"):
             self._require(name, getattr(self, name) >= 1, "1 or more")
-        other = {
-            "logits": ("task", "prompts", "samples", "max_new_tokens", "temperature"),
-            "traces": ("kl_weight", "kl_temperature"),
+        options = {
+            "logits": ("kl_weight", "kl_temperature"),
+            "traces": ("task", "prompts", "samples", "max_new_tokens", "temperature"),
         }
-        for by, names in other.items():
+        for by, names in options.items():
             for name in names:
                 unchanged = getattr(self, name) == getattr(TeacherSettings, name)
                 self._require(name, by == self.by or unchanged, f"this option only with --by {by}")

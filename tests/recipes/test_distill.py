@@ -231,6 +231,7 @@ def test_options_that_are_refused(
     }
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(other))
+    (tmp_path / "other" / "tokenizer_config.json").write_text((files / "tokenizer_config.json").read_text())
     places = {"T": str(files / "teacher"), "O": str(tmp_path / "other")}
     common = ["--preset", "micro", "--data", str(files / "sums.jsonl"), "--seq-length", "32"]
     assert main(["distill", *common, *(places.get(word, word) for word in words), "--out", str(tmp_path / "run")]) == 2
