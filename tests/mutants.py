@@ -92,6 +92,9 @@ STAGES: dict[str, tuple[Stage, ...]] = {
     "moe/ops/matmul.py": (Stage((MATMUL, OPS, CONTRACT), ("product", "grouped_mm", "test_moe_mlp", ANY)),),
     "moe/ops/quantization.py": (Stage((QUANTIZATION, CONTRACT)),),
     "moe/ops/routing.py": (Stage((ROUTING, CONTRACT)),),
+    "moe/checkpoint/format/families.py": (Stage(("tests/checkpoint/test_config.py",)),),
+    "moe/config.py": (Stage(("tests/checkpoint/test_exports.py",)),),
+    "moe/counts.py": (Stage(("tests/model/test_counts.py",)),),
     "moe/attention.py": (Stage(("tests/model/test_attention_blocks.py", "tests/model/test_model.py")),),
     "moe/linear.py": (Stage((MATMUL,)),),
     "moe/ops/packed.py": (Stage((PACKED,)),),
@@ -120,6 +123,9 @@ SLOW = ("many_experts", "transformers", "compile", "127x129", "257x65", "256x128
 PARTS = {
     "kernels/moe_triton/tiling.py": ("even", "last_stride_one"),
     "moe/attention.py": ("_attend_in_blocks", "_attend_absorbed"),
+    "moe/checkpoint/format/families.py": ("_late_windows_read",),
+    "moe/config.py": ("has_experts",),
+    "moe/counts.py": ("activated",),
 }
 SPEED = re.compile(r"num_warps|num_stages|BLOCK\w*|COLUMNS|SLOTS|debug|sanitize_overflow|asserted|_by_onednn|_CHUNK")
 REFUSALS = ("device_assert", "_assert_async", "msg")

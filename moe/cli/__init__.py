@@ -20,6 +20,8 @@ from moe.train.launcher import MISTAKES, reported_once, shown
 
 COMMANDS = {
     "train": "train a preset, a configuration or a checkpoint on text",
+    "sft": "fine-tune a model on prompts and completions, or messages",
+    "distill": "train a student on the logits or completions of a teacher",
     "grpo": "train a model on a task by reinforcement learning",
     "eval": "score a model on text, or on a task",
     "trace": "record the experts of each token; compute balance and cache hits",

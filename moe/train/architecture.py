@@ -33,13 +33,6 @@ def read_architecture(settings: RunSettings) -> ModelConfig:
     return apply_changes(config, settings.set)
 
 
-def check_experts(config: ModelConfig) -> None:
-    """Raise ConfigError if no layer has experts."""
-    if not config.num_moe_layers + config.num_nextn_predict_layers:
-        layers = config.num_hidden_layers
-        raise ConfigError("num_hidden_layers", layers, "a layer with experts; found dense layers only")
-
-
 def _read(path: Path) -> ModelConfig:
     """Read a config.json, the one in a folder, or a JSON object with fields of `ModelConfig`."""
     if path.is_dir():

@@ -20,7 +20,7 @@ from moe.config import ModelConfig
 from moe.counts import count_parameters
 from moe.errors import CheckpointError, ConfigError
 from moe.model import Block, Transformer
-from moe.train.architecture import check_experts, read_architecture
+from moe.train.architecture import read_architecture
 from moe.train.data import write_json
 from moe.train.logs import check_log, open_log
 from moe.train.loop import BaseTrainer, check_savable, deterministic, uncompiled
@@ -85,7 +85,6 @@ class Run(ABC, Generic[_Settings, _Trainer]):
     def check(self, config: ModelConfig, world: World, device: torch.device) -> None:
         """Raise ConfigError if the run cannot work, before anything is written."""
         settings = self.settings
-        check_experts(config)
         check_savable(config)
         if settings.seq_length > config.max_position_embeddings:
             limit = config.max_position_embeddings

@@ -9,7 +9,7 @@ global batch, so steps, losses and the position in the data equal those of a sin
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -289,6 +289,35 @@ class BaseTrainer:
     def _autocast(self) -> Any:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.dtype == "bf16")
 
+    def _call(self, arguments: dict[str, Any]) -> Output:
+        """Call the model in the compute precision of the settings."""
+        with self._autocast():
+            return self.model(**arguments)
+
+    @torch.no_grad()
+    def _score(self, batches: Iterable[tuple[dict[str, Any], int]]) -> tuple[float, int, Tensor]:
+        """Sum the cross entropy of held-out data.
+
+        Args:
+            batches: this rank's model arguments, and the number of tokens that all ranks predict in this batch.
+
+        Returns (nats, predicted tokens, load [layers, E]). Raises `NonFiniteError`.
+        """
+        # Training mode runs the MTP modules too, whose load is reported. No layer has dropout.
+        self.model.train()
+        nats, tokens, load = 0.0, 0, self._no_load()
+        for arguments, count in batches:
+            output = self._call(arguments)
+            mean = self._mean({"ce": output.losses["ce"]})["ce"]
+            if not mean < float("inf"):
+                where = self._first_non_finite(self._call, arguments)
+                raise NonFiniteError(self.step_number, "validation loss", where)
+            nats += mean * count
+            tokens += count
+            if output.load is not None:
+                load = load + output.load.cpu()
+        return nats, tokens, self.world.sum(load)
+
     def _no_load(self) -> Tensor:
         """Return a load [layers, E] of zeros, on the CPU."""
         experts = self.model.config.n_routed_experts if self.layer_names else 0
@@ -371,32 +400,24 @@ class Trainer(BaseTrainer):
         rate = tokens / (time.perf_counter() - started)
         return StepReport(found.losses, found.grad_norm, found.load, lr, rate)
 
-    @torch.no_grad()
     def evaluate(self) -> Evaluation:
         """Score every validation token but the first, given the preceding tokens of its window of packed text.
 
         With `document_mask` the first token of each document, which training does not predict either, is left out, and
         the others are given what precedes them in their document. Raises `NonFiniteError`.
         """
-        # Training mode runs the MTP modules too, whose load is reported. No layer has dropout.
-        self.model.train()
-        nats, tokens, load = 0.0, 0, self._no_load()
+        scored_bytes = self.dataset.scored_bytes(document_mask=self.document_mask)
+        nats, tokens, load = self._score(self._evaluation_batches())
+        return Evaluation(tokens, nats, scored_bytes, load)
+
+    def _evaluation_batches(self) -> Iterator[tuple[dict[str, Any], int]]:
         for batch in evaluation_batches(self.dataset.validation, self.settings.seq_length, self.settings.batch_size):
             count = int(self.model.loss_counts(**self._arguments(batch))["ce.0"])
             # Padded to a multiple of the ranks, because every rank must call the model.
             rows = nn.functional.pad(batch, (0, 0, 0, -len(batch) % self.world.size))
             input_ids, real = self._local_rows(rows), torch.arange(len(rows))[:, None].expand_as(rows) < len(batch)
-            output = self._forward(input_ids, self._local_rows(real) if self.world.size > 1 else None)
-            mean = self._mean({"ce": output.losses["ce"]})["ce"]
-            if not mean < float("inf"):
-                where = self._first_non_finite(self._forward, input_ids)
-                raise NonFiniteError(self.step_number, "validation loss", where)
-            nats += mean * count
-            tokens += count
-            if output.load is not None:
-                load = load + output.load.cpu()
-        scored_bytes = self.dataset.scored_bytes(document_mask=self.document_mask)
-        return Evaluation(tokens, nats, scored_bytes, self.world.sum(load))
+            mask = self._local_rows(real) if self.world.size > 1 else None
+            yield {**self._arguments(input_ids), "attention_mask": mask}, count
 
     def position(self) -> dict[str, Any]:
         return {**super().position(), "sampler": self.sampler.state_dict()}
@@ -410,9 +431,8 @@ class Trainer(BaseTrainer):
         documents = document_ids(input_ids, self.dataset.end_of_text) if self.document_mask else None
         return {"input_ids": input_ids, "labels": input_ids, "document_ids": documents}
 
-    def _forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Output:
-        with self._autocast():
-            return self.model(**self._arguments(input_ids), attention_mask=attention_mask)
+    def _forward(self, input_ids: Tensor) -> Output:
+        return self._call(self._arguments(input_ids))
 
 
 def _part(tensor: Any) -> Tensor:

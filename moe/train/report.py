@@ -108,24 +108,24 @@ def print_summary(console: Console, summary: dict[str, Any], command: str | None
             for key, label in labels.items()
         ],
     )
-    _print_load(console, summary["load"], "expert load on the validation text")
+    print_load(console, summary["load"], "expert load on the validation text")
 
     say(console, f"sample (the prompt {summary['sample']['prompt']!r} and its continuation):")
     say(console, summary["sample"]["text"])
     say(console, "")
-    _print_files(console, summary)
-    if command is not None:
-        say(console, f"try          {command}")
+    print_files(console, summary, command)
 
 
-def _print_files(console: Console, summary: dict[str, Any]) -> None:
-    """Print the speed and the files of a run."""
+def print_files(console: Console, summary: dict[str, Any], command: str | None) -> None:
+    """Print the duration and the files of a run, and a `command` to try the model."""
     rate, seconds = summary["tokens_per_second"], summary["seconds"]
     say(console, f"{summary['steps']} steps at {rate:,.0f} tokens/s, {seconds:.0f} s in total")
     plots = "  ".join(summary["plots"]) or 'none: matplotlib is not installed; pip install -e ".[plot]"'
     say(console, f"plots        {plots}")
     say(console, f"metrics      {summary['metrics']}")
     say(console, f"checkpoint   {summary['checkpoint']}")
+    if command is not None:
+        say(console, f"try          {command}")
 
 
 def print_policy_summary(console: Console, summary: dict[str, Any]) -> None:
@@ -138,7 +138,7 @@ def print_policy_summary(console: Console, summary: dict[str, Any]) -> None:
     say(console, f"sample (the prompt {summary['sample']['prompt']!r} and its completion):")
     say(console, summary["sample"]["text"])
     say(console, "")
-    _print_files(console, summary)
+    print_files(console, summary, None)
 
 
 def print_task_scores(console: Console, result: dict[str, Any]) -> None:
@@ -146,6 +146,22 @@ def print_task_scores(console: Console, result: dict[str, Any]) -> None:
     title = f"{result['folder']}: {result['task']}, {result['prompts']:,} held-out prompts"
     names = [name for name in result if name not in ("folder", "task", "prompts", "temperature")]
     print_table(console, title, names, [[f"{result[name]:.4g}" for name in names]], text_columns=0)
+
+
+def print_completions(console: Console, summary: dict[str, Any], command: str | None) -> None:
+    """Print the tables, the sample and the files of a run on examples."""
+    scored, sample = summary["validation"], summary["sample"]
+    print_table(
+        console,
+        f"validation on {scored['tokens']:,} completion tokens of {scored['examples']:,} held-out examples",
+        ("", "nats/token"),
+        [(f"{name} training", f"{scored[name]['nats_per_token']:.4f}") for name in ("before", "after")],
+    )
+    print_load(console, summary["load"], "expert load on the held-out examples")
+    say(console, f"sample (the prompt {sample['prompt']!r} and its completion):")
+    say(console, sample["text"])
+    say(console, "")
+    print_files(console, summary, command)
 
 
 def print_scores(console: Console, result: dict[str, Any]) -> None:
@@ -173,10 +189,11 @@ def print_scores(console: Console, result: dict[str, Any]) -> None:
             ],
             text_columns=2,
         )
-    _print_load(console, result["load"], "expert load")
+    print_load(console, result["load"], "expert load")
 
 
-def _print_load(console: Console, load: list[dict[str, Any]], title: str) -> None:
+def print_load(console: Console, load: list[dict[str, Any]], title: str) -> None:
+    """Print the rows of `moe.train.scoring.load_rows`, if there are any."""
     if load:
         headings = ("layer", "MaxVio", "dead experts", "fewest tokens", "most tokens")
         rows = (

@@ -328,6 +328,18 @@ NAMED = (
         ("column mask off by one", "permute_kernel", "column < width", "column <= width"),
     ),
     *_in_file(
+        "moe/checkpoint/format/families.py",
+        ("windows begin a layer later", "_late_windows_read", "i >= first", "i > first"),
+    ),
+    *_in_file(
+        "moe/config.py",
+        ("a dense model has experts", "has_experts", "> 0", ">= 0"),
+    ),
+    *_in_file(
+        "moe/counts.py",
+        ("a token uses all experts", "activated", "config.num_experts_per_tok", "config.n_routed_experts"),
+    ),
+    *_in_file(
         "moe/recipes/countdown.py",
         ("a number may be used any number of times", "_value", "unused.remove(number)", "pass"),
         ("a repeated number may be used once", "_value", "for number in numbers]", "for number in {*numbers}]"),

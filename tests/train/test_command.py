@@ -154,7 +154,6 @@ def test_a_wrong_configuration_file_is_one_line(
         (["--preset", "tiny", "--init", "x"], "--init: .*found --preset and --init"),
         (["--init", "x", "--set", "hidden_size=3"], "--set: .*found --init and --set"),
         (["--init", "x"], "x: no such folder"),
-        (["--set", "first_k_dense_replace=3", "--set", "num_nextn_predict_layers=0"], "a layer with experts"),
         (["--log", "file"], "--log: expected one of tensorboard, wandb; found 'file'"),
         (["--resume", "nowhere"], "--resume: expected the folder of a run; found 'nowhere'"),
         (["--resume=nowhere", "--out", "x"], "no folder together with --out"),
