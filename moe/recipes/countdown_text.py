@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from moe.errors import ConfigError
-from moe.recipes.countdown import MAX_NUMBER, MAX_TARGET, Problem, operations
+from moe.recipes.countdown import MAX_NUMBER, MAX_TARGET, Problem, generate, operations
 from moe.train.tokenizer import END_OF_TEXT
 
 LINES = 32  # equations of a document
@@ -39,6 +39,13 @@ def _equation(rng: random.Random) -> str:
     a = rng.randint(1, min(most, MAX_NUMBER) if rng.random() < 0.5 else most)
     a, b = rng.sample((a, b), 2)
     return {"+": f"{a}+{b}={a + b}", "-": f"{a + b}-{b}={a}", "*": f"{a}*{b}={a * b}", "/": f"{a * b}/{b}={a}"}[symbol]
+
+
+def cold_start(n: int, *, seed: int) -> Iterator[dict[str, str]]:
+    """Yield examples for `moesmith sft`, {"prompt": ..., "completion": ...}, of n problems of split "train"."""
+    rng = random.Random(seed)
+    for problem in generate(n, seed=seed, split="train"):
+        yield {"prompt": problem.prompt, "completion": chain_of_thought(problem, rng)}
 
 
 def chain_of_thought(problem: Problem, rng: random.Random) -> str:

@@ -1,7 +1,7 @@
 """PNG plots of a run. The only part of the package that needs matplotlib."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,38 @@ def plot_policy(
     all_axes[-1].set_xlabel("step")
     all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.align_ylabels()
+    return figure
+
+
+def plot_accuracy(
+    title: str, curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]], levels: Mapping[str, float]
+) -> Figure:
+    """Accuracy over steps: a line per run and, thicker, the mean of the runs of each name.
+
+    Args:
+        title: long ones are wrapped.
+        curves: name -> runs, each a list of (step, accuracy); runs of one name have the same steps.
+        levels: name -> accuracy, drawn as a dashed line.
+    """
+    figure = Figure(figsize=(8.0, 4.5), layout="constrained")
+    axes = figure.subplots()
+    figure.suptitle(_wrapped(figure, title), fontsize=10)
+    for number, (name, runs) in enumerate(curves.items()):
+        steps = [step for step, _ in runs[0]]
+        values = np.array([[value for _, value in run] for run in runs])
+        for run in values if len(runs) > 1 else ():
+            axes.plot(steps, run, color=f"C{number}", alpha=0.35, linewidth=1)
+        mean = values.mean(axis=0)
+        label = f"{name}: {mean[0]:.3f} to {mean[-1]:.3f}" + (f", mean of {len(runs)} runs" if len(runs) > 1 else "")
+        axes.plot(steps, mean, "o-", color=f"C{number}", markersize=4, label=label)
+    for number, (name, value) in enumerate(levels.items(), start=len(curves)):
+        axes.axhline(value, color=f"C{number}", linestyle="--", label=f"{name}: {value:.3f}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("accuracy (fraction right)")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     return figure
 
 
