@@ -186,7 +186,7 @@ def test_completions_end_at_the_last_position() -> None:
 )
 def test_wrong_arguments(changes: dict[str, Any], message: str) -> None:
     model = moe.Transformer(dataclasses.replace(SMALL, max_position_embeddings=8))
-    arguments = dict(prompts=[[1]], max_new_tokens=2, end_of_text=(0,)) | changes
+    arguments: dict[str, Any] = dict(prompts=[[1]], max_new_tokens=2, end_of_text=(0,)) | changes
     with pytest.raises(ConfigError) as caught:
         rollout(model, arguments.pop("prompts"), **arguments)
     assert str(caught.value) == message
