@@ -120,6 +120,19 @@ def test_a_configuration_file_is_hugging_faces_or_ours(text: Path, tmp_path: Pat
         assert config.extra.get("mine") == (1 if number else None)
 
 
+def test_a_model_without_experts_is_trained_and_scored(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense = ["--preset", "micro", "--set", "first_k_dense_replace=3", "--set", "num_nextn_predict_layers=0"]
+    out = tmp_path / "run"
+    assert main([*options(text, out, *dense), "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["load"] == [] and "MaxVio" not in shown.err
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [record.get("max_vio", record.get("load")) for record in records] == [[]] * 4
+    assert evaluated(capsys, str(out))["load"] == []
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -576,7 +589,7 @@ def test_eval_refuses_in_one_line(text: Path, run: Path, tmp_path: Path, capsys:
         ([str(run), "--data"], "--data: expected at least one value"),
         ([str(run / "checkpoint")], "--data: expected files or folders"),
         ([str(run), "--data", str(tmp_path / "nowhere")], "--data: expected an existing file or folder; found"),
-        ([str(run), "--data", str(none)], "--data: expected documents; found none"),
+        ([str(run), "--data", str(none)], f"--data: {none}: expected documents; found none"),
         ([str(run), "--data", str(short)], "--data: expected text of 4 tokens or more; found 3"),
         ([str(run), "--data", str(text), "--field", ""], "--field: expected the name of a field; found ''"),
         (
