@@ -31,7 +31,7 @@ LEVELS = [
     {"moe.checkpoint.writing"},
     {"moe.checkpoint"},
     {"moe.parallel"},
-    {"moe.speculative"},
+    {"moe.speculative", "moe.replay"},
     {"moe.generation", "moe.trace"},
     {"moe.train"},
     {"moe.integrations", "moe.recipes"},

@@ -95,6 +95,45 @@ def plot_loss(
     return figure
 
 
+def plot_policy(
+    title: str, train: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]], parts: Sequence[str]
+) -> Figure:
+    """Reward and its parts, length and entropy, and the difference between sampling and training, over steps.
+
+    Args:
+        title: names the run; long ones are wrapped.
+        train, validation: records of metrics.jsonl of a run of `moesmith grpo`.
+        parts: names of the parts of the reward.
+    """
+    steps = [r["step"] for r in train]
+    panels = [
+        ("reward", [*dict.fromkeys((*parts, "reward"))]),
+        ("length (tokens)", ["length"]),
+        ("entropy (nats/token)", ["entropy"]),
+        ("largest difference\nof log-probabilities", ["logprob_difference"]),
+        ("equal expert ids", ["router_agreement"]),
+    ]
+    figure = Figure(figsize=(8.0, 11.0), layout="constrained")
+    all_axes = figure.subplots(len(panels), sharex=True, height_ratios=[2.6, 1, 1, 1, 1])
+    figure.suptitle(_wrapped(figure, title), fontsize=10)
+    for axes, (label, names) in zip(all_axes, panels, strict=True):
+        axes.set_ylabel(label, fontsize=9)
+        axes.grid(alpha=0.3)
+        for number, name in enumerate(names):
+            values = [np.nan if r[name] is None else r[name] for r in train]
+            if values:
+                _noisy_line(axes, steps, values, f"{name.replace('_', ' ')}, sampled", f"C{number}", digits=3)
+            if held_out := [r[name] for r in validation if name in r]:
+                text = f"{name}, held out, at the end: {held_out[-1]:.3f}"
+                axes.plot([r["step"] for r in validation], held_out, "o-", color=f"C{number}", markersize=4, label=text)
+        axes.legend(fontsize=8)
+    all_axes[3].set_yscale("log")
+    all_axes[-1].set_xlabel("step")
+    all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.align_ylabels()
+    return figure
+
+
 def plot_load(
     title: str, layers: Sequence[str], load: np.ndarray, text: str = "load of experts on the validation text"
 ) -> Figure:

@@ -154,7 +154,6 @@ def test_a_wrong_configuration_file_is_one_line(
         (["--preset", "tiny", "--init", "x"], "--init: .*found --preset and --init"),
         (["--init", "x", "--set", "hidden_size=3"], "--set: .*found --init and --set"),
         (["--init", "x"], "x: no such folder"),
-        (["--set", "first_k_dense_replace=3", "--set", "num_nextn_predict_layers=0"], "a layer with experts"),
         (["--log", "file"], "--log: expected one of tensorboard, wandb; found 'file'"),
         (["--resume", "nowhere"], "--resume: expected the folder of a run; found 'nowhere'"),
         (["--resume=nowhere", "--out", "x"], "no folder together with --out"),
@@ -421,7 +420,7 @@ def test_wandb_gets_the_same_and_continues_its_run(text: Path, tmp_path: Path, m
         init=init,
     )
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setattr("moe.train.run.check_log", lambda name: None)
+    monkeypatch.setattr("moe.train.lifecycle.check_log", lambda name: None)
     settings = dataclasses.replace(MICRO_SETTINGS, data=(text,), steps=1, log="wandb")
     train(settings, tmp_path / "run", console=QUIET)
     train(dataclasses.replace(settings, steps=2), tmp_path / "run", resume=True, console=QUIET)
