@@ -155,7 +155,9 @@ class GrpoTrainer(BaseTrainer):
     """Trainer of one model on a task. See the module for the algorithm, and `GrpoSettings` for its choices.
 
     On a mesh each rank samples and trains on the completions of its share of the prompts. Advantages need no
-    communication, because a group is on one rank. MTP modules are not run, so they do not learn.
+    communication, because a group is on one rank. Losses are those of a single process, up to the order of sums, unless
+    a pass has several updates, for each of which a rank uses a part of its own completions. MTP modules are not run, so
+    they do not learn.
 
     Args:
         model: the policy.
@@ -220,9 +222,9 @@ class GrpoTrainer(BaseTrainer):
         seconds = time.perf_counter() - started
         measured |= {name: fmean(each.losses[name] for each in done) for name in sorted(names)}
         measured |= {
-            "logprob_difference": max(each[0] for each in most),
+            "logprob_difference": max(each[0] for each in most) if done else None,
             "router_agreement": sums["same"] / sums["slots"] if sums["slots"] else None,
-            "weight_difference": max(each[1] for each in most),
+            "weight_difference": max(each[1] for each in most) if sums["slots"] else None,
             "grad_norm": fmean(each.grad_norm for each in done) if done else 0.0,
             "lr": lr,
             "max_vio": load.max_vio,

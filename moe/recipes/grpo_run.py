@@ -1,10 +1,12 @@
-"""Run of `moesmith grpo` in one folder: task, summary, plots. `moe.train.lifecycle` documents the folder."""
+"""Run of `moesmith grpo` in one folder: task, summary, plot. `grpo` documents the folder."""
 
 import importlib.util
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.console import Console
 
 from moe.model import Transformer
 from moe.recipes.answers import encode_prompt
@@ -12,14 +14,34 @@ from moe.recipes.grpo import GrpoTrainer
 from moe.recipes.grpo_settings import GrpoSettings
 from moe.recipes.rollout import rollout
 from moe.recipes.task import load_task
-from moe.train.lifecycle import Run, describe_model
+from moe.train.lifecycle import Run, describe_model, run_in_folder
 from moe.train.metrics import Metrics
 from moe.train.tokenizer import find_tokenizer, load_tokenizer
 from moe.train.world import World
 
+if TYPE_CHECKING:  # importing it takes half a second
+    from moe.parallel import Mesh
+
+
+def grpo(
+    settings: GrpoSettings,
+    folder: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console,
+    mesh: "Mesh | None" = None,
+) -> dict[str, Any] | None:
+    """Train a model on a task, and return the summary that is also written to summary.json.
+
+    Writes to the folder what `moe.train.lifecycle.run_in_folder` writes, and grpo.png (with matplotlib). That function
+    documents resuming, meshes and errors. A resumed run needs the folder of --init and the file of the task again.
+    """
+    return run_in_folder(GrpoRun(settings, folder), resume=resume, overwrite=overwrite, console=console, mesh=mesh)
+
 
 class GrpoRun(Run[GrpoSettings, GrpoTrainer]):
-    """Run of `moesmith grpo`. The folder also gets grpo.png, with matplotlib."""
+    """Run of `moesmith grpo`."""
 
     def prepare(self) -> None:
         self.write_architecture()

@@ -147,7 +147,8 @@ def rollout(
     ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in prompts], dtype=torch.int64)
     mask = torch.tensor([[False] * (longest - len(row)) + [True] * len(row) for row in prompts])
     if int(ids.max()) >= model.config.vocab_size or int(ids.min()) < 0:
-        raise ConfigError("prompts", f"token {int(ids.max())}", f"ids from 0 to {model.config.vocab_size - 1}")
+        wrong = min(int(ids.min()), 0) or int(ids.max())
+        raise ConfigError("prompts", f"token {wrong}", f"ids from 0 to {model.config.vocab_size - 1}")
     limit, lockstep = min(max_new_tokens, positions - longest), model.global_batch.lockstep
     if lockstep and limit < max_new_tokens:
         raise ConfigError("max_new_tokens", max_new_tokens, f"at most {limit} after {longest} prompt tokens, on a mesh")

@@ -81,7 +81,8 @@ def countdown_task(*, numbers: int = 3, format_weight: float = FORMAT_WEIGHT) ->
         return {"accuracy": score.accuracy, "format": score.format}
 
     weights = {"accuracy": 1.0, "format": format_weight}
-    return Task("countdown", *(tuple(each.prompt for each in split) for split in (train, test)), parts, weights)
+    train_prompts, test_prompts = (tuple(problem.prompt for problem in split) for split in (train, test))
+    return Task("countdown", train_prompts, test_prompts, parts, weights)
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,8 @@ class _OwnTask:
         def parts(prompt: str, completion: str) -> Mapping[str, float]:
             return {"reward": self._number(reward, prompt, completion)}
 
-        prompts = [self._prompts(found, split) for split in ("train", "test")]
-        return Task(f"{self.file}:{self.name}", *prompts, parts, {"reward": 1.0})
+        train, test = (self._prompts(found, split) for split in ("train", "test"))
+        return Task(f"{self.file}:{self.name}", train, test, parts, {"reward": 1.0})
 
     def _mistake(self, problem: str) -> ConfigError:
         return ConfigError("--task", f"{self.file}:{self.name}", problem)

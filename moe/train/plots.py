@@ -127,7 +127,8 @@ def plot_policy(
                 text = f"{name}, held out, at the end: {held_out[-1]:.3f}"
                 axes.plot([r["step"] for r in validation], held_out, "o-", color=f"C{number}", markersize=4, label=text)
         axes.legend(fontsize=8)
-    all_axes[3].set_yscale("log")
+    if any(r["logprob_difference"] for r in train):
+        all_axes[3].set_yscale("log")
     all_axes[-1].set_xlabel("step")
     all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.align_ylabels()

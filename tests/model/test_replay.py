@@ -23,7 +23,8 @@ def model(request: Any) -> moe.Transformer:
 def routes_of(model: nn.Module, shape: tuple[int, int], **inputs: Tensor) -> Routes:
     with recording(model) as found, torch.no_grad():
         model(**inputs)
-    ids, weights = (torch.stack([routing[i] for routing in found.values()]).unflatten(1, shape) for i in (1, 0))
+    ids = torch.stack([routing.expert_ids for routing in found.values()]).unflatten(1, shape)
+    weights = torch.stack([routing.weights for routing in found.values()]).unflatten(1, shape)
     return Routes(tuple(found), ids, weights)
 
 

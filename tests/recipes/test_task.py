@@ -22,6 +22,7 @@ class Length:
 
 task = Length()
 """
+FUNCTION = "task with a function reward(prompt, completion)"
 
 
 def write(folder: Path, text: str) -> str:
@@ -65,8 +66,8 @@ def test_numbers_that_a_reward_may_be(tmp_path: Path, value: object) -> None:
         ("import math\nx = 1 / 0", "a file that runs; found ZeroDivisionError: division by zero (own.py, line 2)"),
         ("import sys\n\nsys.exit('no')", "a file that runs; found SystemExit: no (own.py, line 3)"),
         ("other = 1", "an object task in own.py; found none"),
-        ("task = 1", "task with a function reward(prompt, completion); found no reward"),
-        (OWN.replace("def reward", "reward = 3\n    def f"), "task with a function reward(prompt, completion); found reward = 3"),
+        ("task = 1", f"{FUNCTION}; found no reward"),
+        (OWN.replace("def reward", "reward = 3\n    def f"), f"{FUNCTION}; found reward = 3"),
         (OWN.replace("prompt, completion", "prompt"), "reward(prompt, completion) of task; found reward(prompt)"),
         (OWN.replace("prompt, completion", "a, b, c"), "reward(prompt, completion) of task; found reward(a, b, c)"),
         (OWN.replace('["a", "b"]', "[]"), "a list task.train of one or more prompts, non-empty str; found []"),
