@@ -120,19 +120,6 @@ def test_a_configuration_file_is_hugging_faces_or_ours(text: Path, tmp_path: Pat
         assert config.extra.get("mine") == (1 if number else None)
 
 
-def test_a_model_without_experts_is_trained_and_scored(
-    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    dense = ["--preset", "micro", "--set", "first_k_dense_replace=3", "--set", "num_nextn_predict_layers=0"]
-    out = tmp_path / "run"
-    assert main([*options(text, out, *dense), "--json"]) == 0
-    shown = capsys.readouterr()
-    assert json.loads(shown.out)["load"] == [] and "MaxVio" not in shown.err
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [record.get("max_vio", record.get("load")) for record in records] == [[]] * 4
-    assert evaluated(capsys, str(out))["load"] == []
-
-
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
