@@ -74,6 +74,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "more.json").write_text(
         json.dumps([{"text": "A number that is not followed by another is the last one."}])
     )
+    pairs = [{"prompt": f"After {i} comes", "completion": f" {i + 1}."} for i in range(20)]
+    (folder / "examples.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     (folder / "notes").mkdir()
     (folder / "notes" / "a.txt").write_text("Numbers are written from left to right.\n" * 20)
     (folder / "model.json").write_text(json.dumps(moe.preset("tiny").to_dict()))
@@ -90,10 +92,11 @@ QUICK = "--steps 2 --batch-size 2 --seq-length 32 --warmup 1 --optimizer adamw"
 def run_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A `moesmith` command in this process, in the working folder. Training takes two small steps and draws nothing."""
     words = shlex.split(line)[1:]
-    if words[0] == "train":
+    if words[0] in ("train", "sft"):
         words += QUICK.split()
-        monkeypatch.setattr("moe.train.run._plot", lambda *_: [])
-        monkeypatch.setattr("moe.train.run.SAMPLE_NEW_TOKENS", 2)
+        for module in ("moe.train.run", "moe.recipes.sft"):
+            monkeypatch.setattr(f"{module}._plot", lambda *_: [])
+            monkeypatch.setattr(f"{module}.SAMPLE_NEW_TOKENS", 2)
         monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # set by the command otherwise, and for good
     assert main(words) == 0
 
@@ -119,6 +122,8 @@ def check_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
             check_command(each, monkeypatch)
     elif words[:2] == ["moesmith", "train"] and ("--preset" in words or "--resume" in words):
         parse_training(words[2:])
+    elif words[:2] == ["moesmith", "distill"]:
+        parse(importlib.import_module("moe.cli.distill").Args, "distill", words[2:])
     elif words[0] == "moesmith":
         run_command(line, monkeypatch)
     elif words[0] == "torchrun":

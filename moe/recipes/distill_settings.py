@@ -17,24 +17,24 @@ class TeacherSettings(ModelSettings):
     teacher: Path | None = None
     """Model to distill, which is not changed: a folder, a run, or a Hugging Face Hub name. Required."""
     by: Literal["logits", "traces"] = "logits"
-    """logits: train on the completions of --data, and on the teacher's probabilities of each of their tokens. traces:
-    train on completions that the teacher samples; only the prompts of --data are used, or those of --task."""
+    """Way of distillation. logits: train on the completions of --data and on the teacher's probabilities of each of
+    their tokens. traces: train on completions that the teacher samples for the prompts of --data or --task."""
     kl_weight: float = 0.5
-    """logits: weight of the KL divergence of the student from the teacher; the cross entropy has the rest. With 0 the
-    run is that of `moesmith sft`."""
+    """Weight of the KL divergence of the student from the teacher, by logits; the cross entropy has the rest. With 0,
+    the run equals that of `moesmith sft`."""
     kl_temperature: float = 1.0
-    """logits: divides the logits of both models in the KL divergence, which is multiplied by its square."""
+    """Divisor of the logits of both models in the KL divergence, which is multiplied by its square."""
     task: str | None = None
-    """traces: task whose training prompts are used, and whose reward selects completions: countdown, or FILE.py:NAME,
+    """Task whose training prompts are used by traces, and whose reward selects completions: countdown, or FILE.py:NAME,
     as in `moesmith grpo`. A completion is kept if the first part of its reward is 1 or more."""
     prompts: int | None = None
-    """traces: number of prompts, the first ones. Default: all."""
+    """Number of prompts, by traces: the first ones. Default: all."""
     samples: int = 1
-    """traces: completions sampled per prompt."""
+    """Completions that the teacher samples for each prompt, by traces."""
     max_new_tokens: int = 128
-    """traces: longest completion in tokens. Completions that do not end by then are dropped."""
+    """Longest completion in tokens, by traces. Completions that do not end by then are dropped."""
     temperature: float = 1.0
-    """traces: sampling temperature; 0 always selects the most likely token."""
+    """Sampling temperature, by traces; 0 always selects the most likely token."""
 
 
 @dataclass(frozen=True)

@@ -90,9 +90,12 @@ class Run(ABC, Generic[_Settings, _Trainer]):
             limit = config.max_position_embeddings
             raise ConfigError("--seq-length", settings.seq_length, f"at most the model's {limit} positions")
         default = type(settings).bias_update_speed
-        if config.topk_method != "noaux_tc" and settings.bias_update_speed != default:
+        biased = config.has_experts and config.topk_method == "noaux_tc"
+        if not biased and settings.bias_update_speed != default:
             problem = f"the default {default}: {settings.name} has no correction bias"
             raise ConfigError("--bias-update-speed", settings.bias_update_speed, problem)
+        if settings.ep > 1 and not config.has_experts:
+            raise ConfigError("--ep", settings.ep, "1 for a model without experts")
         if settings.dispatch != "same" and settings.ep == 1:
             raise ConfigError("--dispatch", settings.dispatch, "same if --ep is 1")
         if settings.init is not None:

@@ -177,7 +177,7 @@ class BaseTrainer:
         self.step_number = 0
         self.optimizers = build_optimizers(model, settings.optimizer, settings.peak_lr, settings.weight_decay)
         self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
-        if model.config.topk_method == "noaux_tc" and model.config.num_moe_layers + len(model.mtp):
+        if model.config.topk_method == "noaux_tc" and model.config.has_experts:
             balance.attach(model, self.optimizers[-1], bias_update_speed=settings.bias_update_speed)
         model.set_activation_checkpointing(settings.activation_checkpointing)
         self.layer_names = [name.removesuffix(".gate") for name, _ in balance.routers(model)]

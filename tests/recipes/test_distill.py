@@ -79,15 +79,15 @@ def test_the_divergence_by_hand() -> None:
     labels = torch.tensor([[-100, 1, 0]])
     expected = 0.0
     for q_logits, p_logits in zip(student[:2], teacher[:2], strict=True):
-        q, p = ([math.exp(x / 2) for x in logits] for logits in (q_logits, p_logits))
-        q, p = ([x / sum(each) for x in each] for each in (q, p))
-        expected += 4 * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)) / 2
-    tensors = [torch.tensor([rows], dtype=torch.float64) for rows in (student, teacher)]
-    found = kl_divergence(*tensors, labels, None, temperature=2.0, vocab=2)
+        powers = [[math.exp(x / 2) for x in logits] for logits in (p_logits, q_logits)]
+        shares = [[x / sum(each) for x in each] for each in powers]
+        expected += 4 * sum(a * math.log(a / b) for a, b in zip(*shares, strict=True)) / 2
+    q, p = (torch.tensor([rows], dtype=torch.float64) for rows in (student, teacher))
+    found = kl_divergence(q, p, labels, None, temperature=2.0, vocab=2)
     assert found.count == 2 and found.value.item() == pytest.approx(expected, rel=1e-14)
-    padded = [F.pad(each, (0, extra), value=50.0) for each, extra in zip(tensors, (1, 3), strict=True)]
-    assert kl_divergence(*padded, labels, None, temperature=2.0, vocab=2).value == found.value
-    nothing = kl_divergence(*tensors, labels * 0 - 100, None, temperature=1.0, vocab=2)
+    q, p = F.pad(q, (0, 1), value=50.0), F.pad(p, (0, 3), value=50.0)  # logits of no token
+    assert kl_divergence(q, p, labels, None, temperature=2.0, vocab=2).value == found.value
+    nothing = kl_divergence(q, p, labels * 0 - 100, None, temperature=1.0, vocab=2)
     assert (nothing.value, nothing.count) == (0, 0)
 
 

@@ -576,7 +576,7 @@ def test_eval_refuses_in_one_line(text: Path, run: Path, tmp_path: Path, capsys:
         ([str(run), "--data"], "--data: expected at least one value"),
         ([str(run / "checkpoint")], "--data: expected files or folders"),
         ([str(run), "--data", str(tmp_path / "nowhere")], "--data: expected an existing file or folder; found"),
-        ([str(run), "--data", str(none)], "--data: expected documents; found none"),
+        ([str(run), "--data", str(none)], f"--data: {none}: expected documents; found none"),
         ([str(run), "--data", str(short)], "--data: expected text of 4 tokens or more; found 3"),
         ([str(run), "--data", str(text), "--field", ""], "--field: expected the name of a field; found ''"),
         (

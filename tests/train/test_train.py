@@ -277,7 +277,7 @@ Arguments = Callable[[Path, Path], list[str]]
 MISTAKES: dict[str, tuple[Arguments, str]] = {
     "no such preset": (lambda text, here: ["--preset", "tinny"], "did you mean tiny"),
     "no such file": (lambda text, here: ["--data", f"{here}/none.txt"], "none.txt"),
-    "empty text": (lambda text, here: ["--data", f"{here}/empty.txt"], "--data: expected documents"),
+    "empty text": (lambda text, here: ["--data", f"{here}/empty.txt"], "/empty.txt: expected documents; found none"),
     "not UTF-8": (lambda text, here: ["--data", f"{here}/latin.txt"], "UTF-8"),
     "too little text": (
         lambda text, here: ["--data", *map(str, sorted(text.iterdir())[:2])],
