@@ -106,6 +106,7 @@ def runs(settings: RecipeSettings, home: Path, seed: int) -> Iterator[tuple[str,
     rows: dict[str, Any] = {"batch_size": ROWS, "seq_length": ROW, "seed": seed, "save_every": 100}
     policy: dict[str, Any] = {
         "steps": settings.grpo_steps,
+        "test_prompts": settings.problems,
         "max_new_tokens": COMPLETION,
         "eval_every": max(settings.grpo_steps // 5, 1),
         "seed": seed,

@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,7 @@ class GrpoRun(Run[GrpoSettings, GrpoTrainer]):
         settings, config = self.settings, self.architecture()
         assert settings.init is not None  # checked by the settings
         task = load_task(settings.task, format_weight=settings.format_weight)
+        task = replace(task, test=task.test[: settings.test_prompts])
         tokenizer, name = load_tokenizer(find_tokenizer(settings.init))
         tokenizer.no_truncation()
         tokenizer.no_padding()

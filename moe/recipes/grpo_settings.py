@@ -23,6 +23,8 @@ class PolicySettings(ModelSettings):
     task: str = "countdown"
     """Task: countdown, or FILE.py:NAME, an object with lists of prompts `train` and `test` and a function
     reward(prompt, completion). The file is executed."""
+    test_prompts: int | None = None
+    """Number of held-out prompts to answer, the first ones. Default: all."""
     format_weight: float = FORMAT_WEIGHT
     """Weight of the format in the reward of countdown. Accuracy has weight 1."""
     group_size: int = 8
@@ -91,6 +93,7 @@ class GrpoSettings(RunSettings, PolicySettings):
         self._require("tokenizer", self.tokenizer is None, "no tokenizer but that of --init")
         self._require("compile", not self.compile, "no compilation, which would hide the routing")
         self._require("group_size", self.group_size >= 2, "2 or more")
+        self._require("test_prompts", self.test_prompts is None or self.test_prompts >= 1, "1 or more")
         for name in ("max_new_tokens", "updates", "passes"):
             self._require(name, getattr(self, name) >= 1, "1 or more")
         self._require("temperature", 0 < self.temperature < math.inf, "a finite number above 0")
