@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from moe.cli import main
-from moe.errors import ConfigError
 from moe.recipes.countdown import Problem, score
 from moe.recipes.countdown_settings import NEEDS, STAGES, RecipeSettings
 
