@@ -76,6 +76,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     pairs = [{"prompt": f"After {i} comes", "completion": f" {i + 1}."} for i in range(20)]
     (folder / "examples.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    (folder / "vowels.py").write_text(next(program for _, program in PROGRAMS if program.startswith("class Vowels")))
     (folder / "notes").mkdir()
     (folder / "notes" / "a.txt").write_text("Numbers are written from left to right.\n" * 20)
     (folder / "model.json").write_text(json.dumps(moe.preset("tiny").to_dict()))
@@ -97,7 +98,11 @@ def run_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         for module in ("moe.train.run", "moe.recipes.sft"):
             monkeypatch.setattr(f"{module}._plot", lambda *_: [])
             monkeypatch.setattr(f"{module}.SAMPLE_NEW_TOKENS", 2)
-        monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # set by the command otherwise, and for good
+    if words[0] == "grpo":
+        few = "--steps 1 --batch-size 4 --accumulation 1 --group-size 2 --max-new-tokens 4 --seq-length 128"
+        words += few.split()
+        monkeypatch.setattr("moe.recipes.grpo_run.GrpoRun._plot", lambda *_: [])
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # set by the commands otherwise, and for good
     assert main(words) == 0
 
 

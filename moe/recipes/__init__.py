@@ -1,6 +1,7 @@
-"""Reinforcement learning with accuracy rewards.
+"""Fine-tuning, reinforcement learning and distillation.
 
-`countdown` is a task: it generates problems and scores completions. This package does not import torch.
+`countdown` is a task: it generates problems and scores completions; `task` loads others. `rollout` samples completions
+and `grpo` trains on them. The package itself, the tasks and the settings do not import torch.
 """
 
 from moe.lazy import attributes

@@ -340,6 +340,51 @@ NAMED = (
         ("a token uses all experts", "activated", "config.num_experts_per_tok", "config.n_routed_experts"),
     ),
     *_in_file(
+        "moe/recipes/grpo.py",
+        (
+            "equal rewards have an advantage",
+            "advantages",
+            ".masked_fill((rewards == rewards[:, :1]).all(1, keepdim=True), 0)",
+            "",
+        ),
+        (
+            "the deviation divides by G",
+            "advantages",
+            "rewards.std(1, keepdim=True)",
+            "rewards.std(1, False, keepdim=True)",
+        ),
+        ("only positive advantages are clipped", "clipped_loss", "w.clamp(1 - low, 1 + high)", "w.clamp(max=1 + high)"),
+        (
+            "padding is in the mean of a sequence",
+            "clipped_loss",
+            "mask.sum(1, keepdim=True).clamp_min(1)",
+            "mask.shape[1]",
+        ),
+        ("k3 without the ratio", "_loss", "ratio * k3(", "k3("),
+        ("a micro-batch's mean is not weighted", "_count", "part.mask.sum()", "part.mask.sum().clamp(1, 1)"),
+    ),
+    *_in_file(
+        "moe/recipes/rollout.py",
+        ("the end-of-text token is read", "rollout", "(completion & ~over)[:, :-1]", "completion[:, :-1]"),
+        ("sequences take the cache of others", "rollout", "cache.select(kept)", "cache.select(kept.flip(0))"),
+        ("the temperature is left out", "log_probabilities", "wide / temperature", "wide"),
+        (
+            "a completion is cut at the prompt's end",
+            "select",
+            "end = self.prompt_length + longest",
+            "end = start + longest",
+        ),
+    ),
+    *_in_file(
+        "moe/replay.py",
+        ("the router chooses again", "_replace", "if replays else None", "if not replays else None"),
+        ("padding is compared", "_measure", "real = ids >= 0", "real = ids >= -1"),
+    ),
+    *_in_file(
+        "moe/recipes/task.py",
+        ("a reward may be infinite", "_number", "not math.isfinite(number)", "math.isnan(number)"),
+    ),
+    *_in_file(
         "moe/recipes/countdown.py",
         ("a number may be used any number of times", "_value", "unused.remove(number)", "pass"),
         ("a repeated number may be used once", "_value", "for number in numbers]", "for number in {*numbers}]"),
