@@ -16,10 +16,14 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports]
 
 import moe
-from moe.integrations.transformers import register
 from moe.integrations.trl import ReplayCallback
 from moe.recipes.countdown import Problem, generate, score, solve
 from moe.train.tokenizer import END_OF_TEXT, train_tokenizer
+
+
+def row(problem: Problem) -> dict[str, Any]:
+    text = f" <think></think> <answer>{solve(problem)}</answer>"
+    return {"prompt": problem.prompt, "completion": text, "numbers": problem.numbers, "target": problem.target}
 
 
 def reward(numbers: list[list[int]], target: list[int], completions: list[str], **_: Any) -> list[float]:
@@ -28,36 +32,30 @@ def reward(numbers: list[list[int]], target: list[int], completions: list[str], 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train a small MoE with TRL on the Countdown game.")
+    parser = argparse.ArgumentParser(description="Train a small MoE with TRL.")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=10, help="steps of each trainer")
+    parser.add_argument("--steps", type=int, default=10)
     args = parser.parse_args()
 
-    problems = generate(256, seed=0, split="train")
-    texts = [f" <think></think> <answer>{solve(each)}</answer>" for each in problems]
-    words = train_tokenizer((each.prompt + text for each, text in zip(problems, texts, strict=True)), 400)
+    rows = [row(problem) for problem in generate(256, seed=0, split="train")]
+    words = train_tokenizer((each["prompt"] + each["completion"] for each in rows), 400)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
     moe.save(moe.Transformer(moe.preset("tiny")), args.out / "base")
     tokenizer.save_pretrained(args.out / "base")
 
-    register()
+    moe.integrations.transformers.register()
     model = AutoModelForCausalLM.from_pretrained(args.out / "base", experts_implementation="moesmith")
     settings: Any = dict(max_steps=args.steps, learning_rate=1e-3, logging_steps=1, use_cpu=True, bf16=False)
     settings |= dict(save_strategy="no", report_to=[], disable_tqdm=True, per_device_train_batch_size=8)
-    rows = [
-        {"prompt": each.prompt, "completion": text, "numbers": list(each.numbers), "target": each.target}
-        for each, text in zip(problems, texts, strict=True)
-    ]
-    shared: Any = dict(train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-    SFTTrainer(model, args=SFTConfig(str(args.out / "sft"), **settings), callbacks=[ReplayCallback()], **shared).train()
+    shared: Any = dict(train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[ReplayCallback()])
+    SFTTrainer(model, args=SFTConfig(str(args.out / "sft"), **settings), **shared).train()
 
     settings |= dict(num_generations=8, num_iterations=2, max_completion_length=48)
-    grpo = GRPOConfig(str(args.out / "grpo"), **settings)
-    trainer = GRPOTrainer(model, reward, args=grpo, callbacks=[ReplayCallback()], **shared)
+    trainer = GRPOTrainer(model, reward, args=GRPOConfig(str(args.out / "grpo"), **settings), **shared)
     trainer.train()
     trainer.save_model(str(args.out / "trained"))
     for entry in trainer.state.log_history[:-1]:
-        print({name: entry[name] for name in ("reward", "moe_recorded", "moe_router_agreement", "moe_max_vio")})
+        print({name: entry[name] for name in ("moe_recorded", "moe_router_agreement", "moe_max_vio")})
 
 
 if __name__ == "__main__":

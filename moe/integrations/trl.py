@@ -88,8 +88,8 @@ class ReplayCallback(TrainerCallback):
 
     Raises ConfigError at the start of training if the experts do not run on "moesmith", for routers that are not in
     `ROUTERS`, and for settings under which routing cannot be recorded: `use_vllm`, continuous batching,
-    `torch_compile`, beam search, generation without a KV cache. Caches other than the dynamic one raise ConfigError
-    during generation.
+    `torch_compile`, beam search, generation without a KV cache. Assisted generation, and caches other than the
+    dynamic one, raise ConfigError during generation.
     """
 
     def __init__(self, replay: bool = True) -> None:
@@ -146,8 +146,9 @@ class ReplayCallback(TrainerCallback):
         if not isinstance(tokens, Tensor):
             return
         # The name of the argument depends on the version of transformers.
-        if kwargs.get("cache") is not None or kwargs.get("past_key_values") is not None:
-            self._record_tokens(tokens, mask)
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        if cache is not None:
+            self._record_tokens(tokens, mask, int(cache.get_seq_length()))
             return
         self._finish()
         self._used = True
@@ -160,22 +161,22 @@ class ReplayCallback(TrainerCallback):
     def _after(self, *_: Any) -> None:
         self._inside = False
 
-    def _record_tokens(self, tokens: Tensor, mask: Any) -> None:
+    def _record_tokens(self, tokens: Tensor, mask: Any, cached: int) -> None:
         """Record the tokens [R, S] of a pass with a KV cache, which begins or continues a generation."""
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             raise ConfigError("attention_mask of generate", type(mask).__name__, "2-D, as with the dynamic cache")
-        columns, new = mask.shape[1], tokens.shape[1]
-        if columns == new:  # nothing is cached yet
+        if cached == 0:
             self._finish()
             if self._used:
                 self._records, self._used = _Records(), False
             self._generation = _Generation()
         before = 0 if self._generation is None else sum(each.shape[1] for each in self._generation.tokens)
-        if self._generation is None or columns != before + new:
-            expected = f"{before + new}, one per processed token (assisted generation discards some)"
-            raise ConfigError("columns of generate's attention_mask", columns, expected)
+        if self._generation is None or cached != before:
+            expected = f"{before}, because as many were processed; assisted generation is not supported"
+            raise ConfigError("tokens in the cache of generate", cached, expected)
         self._generation.tokens.append(tokens)
-        self._generation.masks.append(mask[:, -new:])
+        # transformers omits the mask if there is no padding.
+        self._generation.masks.append(torch.ones_like(tokens) if mask is None else mask[:, -tokens.shape[1] :])
         self._recording = True
 
     def _finish(self) -> None:

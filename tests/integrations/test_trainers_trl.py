@@ -13,7 +13,15 @@ import torch
 pytest.importorskip("trl", reason="trl is not installed")
 
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import moe
 import moe.integrations.transformers as integration
@@ -24,7 +32,7 @@ from tests.support.routed import Seen
 trl: Any = pytest.importorskip("trl")
 datasets: Any = pytest.importorskip("datasets")
 # TRL's own: it sets an option by the name that transformers has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`\\w*gradient_checkpointing\\w*` is deprecated:FutureWarning")
 integration.register()
 WORDS = ["the", "expert", "that", "a", "token", "chooses", "is", "of", "no", "other", "than", "it"]
 
@@ -103,14 +111,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def grpo(folder: Path, out: Path, callback: ReplayCallback, model: Any = None, **options: Any) -> Any:
     model = model or AutoModelForCausalLM.from_pretrained(folder, experts_implementation="moesmith")
+    peft_config = options.pop("peft_config", None)
     settings: Any = dict(max_steps=4, learning_rate=0.02, per_device_train_batch_size=4, report_to=[], logging_steps=1)
     settings |= dict(num_generations=4, max_completion_length=8, save_strategy="no", disable_tqdm=True, bf16=False)
     arguments = trl.GRPOConfig(str(out), use_cpu=True, **settings | options)
     data = datasets.Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS])
     words = AutoTokenizer.from_pretrained(folder)
-    return trl.GRPOTrainer(
-        model, REWARDS, arguments, train_dataset=data, eval_dataset=data, processing_class=words, callbacks=[callback]
-    )
+    sets: Any = dict(train_dataset=data, eval_dataset=data, processing_class=words, callbacks=[callback])
+    return trl.GRPOTrainer(model, REWARDS, arguments, peft_config=peft_config, **sets)
+
+
+def qwen3_moe() -> Any:
+    sizes: Any = dict.fromkeys(("hidden_size", "moe_intermediate_size", "vocab_size"), 16) | {"num_experts": 8}
+    sizes |= dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_experts_per_tok"), 2)
+    config = Qwen3MoeConfig(**sizes, num_hidden_layers=3, mlp_only_layers=[0], intermediate_size=16, head_dim=8)
+    model = Qwen3MoeForCausalLM(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.set_experts_implementation("moesmith")
+    return model
 
 
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -128,14 +147,19 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 def test_grpo_trains_with_the_experts_of_generation(folder: Path, tmp_path: Path, schedule: str) -> None:
     """Element by element at the experts; the routers learn; values are logged; nothing is left."""
     callback = ReplayCallback()
-    run = grpo(folder, tmp_path, callback, **SCHEDULES[schedule])
+    # TRL's balance loss requires a config of which DeepSeek-V3's has no part.
+    model = qwen3_moe() if schedule == "balance loss" else None
+    run = grpo(folder, tmp_path, callback, model, **SCHEDULES[schedule])
     seen = Seen(run.model)
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     run.train()
     assert seen.trained and not seen.wrong
     logs = [entry for entry in run.state.log_history if "loss" in entry]
     assert len(logs) == 4 and all(entry["moe_recorded"] == 1 for entry in logs)
-    assert any(entry["moe_router_agreement"] < 1 and entry["moe_weight_difference"] > 1e-3 for entry in logs[1:])
+    changed = [entry["moe_router_agreement"] < 1 and entry["moe_weight_difference"] > 1e-3 for entry in logs]
+    # The policy differs from the one that generated, but not in the first step of each batch.
+    every = run.args.steps_per_generation * run.num_iterations // run.args.gradient_accumulation_steps
+    assert changed == [step % every > 0 for step in range(4)]
     names = {f"moe_max_vio/model.layers.{i}.mlp.gate" for i in (1, 2)} | {"moe_max_vio", "moe_dead_experts"}
     assert all(names <= entry.keys() and 0 <= entry["moe_max_vio"] <= 3 for entry in logs)
     json.dumps(logs)
@@ -154,35 +178,41 @@ def test_grpo_without_replay_trains_other_experts(folder: Path, tmp_path: Path) 
     assert any(entry.get("moe_router_agreement", 1) < 1 for entry in run.state.log_history)
 
 
-def test_an_adapter_is_replayed_and_its_reference_is_not(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("existing", [False, True])
+def test_an_adapter_is_replayed_and_its_reference_is_not(folder: Path, tmp_path: Path, existing: bool) -> None:
+    """The reference is the model without adapters, or with a copy of the adapter that the trainer was given."""
     peft = pytest.importorskip("peft")
+    given = config = peft.LoraConfig(r=2, target_modules=["q_proj", "o_proj"])
     model: Any = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="moesmith")
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "o_proj"])).train()
-    run = grpo(folder, tmp_path / "run", ReplayCallback(), adapted, num_iterations=2, beta=0.1)
-    seen = Seen(model)
-    reference: list[int] = []
-    use = run._get_per_token_logps_and_entropies
+    if existing:
+        model, given = peft.get_peft_model(model, config), None
+    run = grpo(folder, tmp_path, ReplayCallback(), model, peft_config=given, num_iterations=2, beta=0.1)
+    inner = run.model.get_base_model()
+    seen, layer = Seen(inner), inner.model.layers[0].self_attn.o_proj
+    compute, passes = run._get_per_token_logps_and_entropies, []
+
+    def negated() -> None:
+        for name, module in inner.named_modules():
+            if name.endswith("mlp.gate"):
+                module.weight.data.neg_()
 
     def spied(*args: Any, **kwargs: Any) -> Any:
-        if model.model.layers[0].self_attn.o_proj.disable_adapters:
-            reference.append(len(seen.wrong))
-            for _, gate in gates(model):
-                gate.weight.data.neg_()
-            found = use(*args, **kwargs)
-            for _, gate in gates(model):
-                gate.weight.data.neg_()
-            assert len(seen.wrong) > reference[-1]
-            seen.wrong.clear()
-            return found
-        return use(*args, **kwargs)
+        reference = layer.active_adapters == ["ref"] if existing else layer.disable_adapters
+        passes.append(reference)
+        if not reference:
+            return compute(*args, **kwargs)
+        assert not seen.wrong
+        negated()
+        found = compute(*args, **kwargs)
+        negated()
+        assert seen.wrong
+        seen.wrong.clear()
+        return found
 
     run._get_per_token_logps_and_entropies = spied
     run.train()
-    assert len(reference) >= 2 and not seen.wrong
-
-
-def gates(model: Any) -> list[tuple[str, Any]]:
-    return [(name, module) for name, module in model.named_modules() if name.endswith("mlp.gate")]
+    assert passes.count(True) == 2 and passes.count(False) >= 4 and not seen.wrong
+    assert all(entry["moe_recorded"] == 1 for entry in run.state.log_history if "loss" in entry)
 
 
 def test_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from moe.integrations.transformers import register
 from moe.integrations.trl import ROUTERS, ReplayCallback, choose
 from tests.support.routed import Seen
 
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 register()
 SPEC = find_spec("transformers")
 assert SPEC is not None and SPEC.origin is not None
@@ -146,7 +147,7 @@ EOS = 1
 
 
 def tiny(kind: str = "Mixtral", **changes: Any) -> Any:
-    config = getattr(transformers, f"{kind}Config")(**HEADS, **MODELS[kind], **changes)
+    config = getattr(transformers, f"{kind}Config")(**HEADS | MODELS[kind] | changes)
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -454,10 +455,22 @@ def test_what_cannot_be_recorded_is_refused() -> None:
         ConfigError, match=r"^attention_mask of generate = '\w+': expected 2-D, as with the dynamic cache$"
     ):
         rollout(model, cache_implementation="static")
-    with pytest.raises(
-        ConfigError, match=r"^columns of generate's attention_mask = \d+: expected \d+, one per processed"
-    ):
-        rollout(model, PROMPTS[2:3], prompt_lookup_num_tokens=3, new=30)
+    cache = transformers.DynamicCache()
+    tokens = torch.full((1, 5), 3)
+    with torch.no_grad():
+        model(input_ids=tokens, **cached(cache))
+        model(input_ids=tokens[:, :1], **cached(cache))
+        cache.crop(-2)
+        with pytest.raises(
+            ConfigError, match=r"^tokens in the cache of generate = 4: expected 6, because as many were"
+        ):
+            model(input_ids=tokens[:, :1], **cached(cache))
+
+
+def cached(cache: Any) -> dict[str, Any]:
+    """The argument for a KV cache, by its name in the installed transformers."""
+    names = inspect.signature(transformers.MixtralModel.forward).parameters
+    return {"cache" if "cache" in names else "past_key_values": cache}
 
 
 def test_a_router_whose_weights_do_not_follow_from_its_ids_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

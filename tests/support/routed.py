@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Text = tuple[int, ...]  # a token and those before it
@@ -31,13 +32,14 @@ class Seen:
 
     def _tokens(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         tokens, mask = kwargs["input_ids"], kwargs["attention_mask"]
-        cached = any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        cached, mask = cache is not None, torch.ones_like(tokens) if mask is None else mask
         self._training, self._now_cached = module.training, cached
         if self._training:
             if cached and not self._cached:
                 self.generated = {}
             self._cached = cached
-        if not cached or mask.shape[1] == tokens.shape[1]:
+        if not cached or cache.get_seq_length() == 0:
             self._rows = [()] * len(tokens)
         self._texts = []
         for row, (new, real) in enumerate(zip(tokens.tolist(), mask[:, -tokens.shape[1] :].tolist(), strict=True)):
