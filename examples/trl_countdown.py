@@ -11,9 +11,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset  # pyright: ignore[reportMissingImports]
+from datasets import Dataset  # pyright: ignore
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports]
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer  # pyright: ignore
 
 import moe
 from moe.integrations.trl import ReplayCallback
@@ -26,7 +26,7 @@ def row(problem: Problem) -> dict[str, Any]:
     return {"prompt": problem.prompt, "completion": text, "numbers": problem.numbers, "target": problem.target}
 
 
-def reward(numbers: list[list[int]], target: list[int], completions: list[str], **_: Any) -> list[float]:
+def reward(numbers: list[list[int]], target: list[int], completions: list[str], **_: Any) -> Any:
     scores = [score(Problem(tuple(n), t), text) for n, t, text in zip(numbers, target, completions, strict=True)]
     return [each.accuracy + 0.1 * each.format for each in scores]
 
@@ -36,7 +36,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=10)
     args = parser.parse_args()
-
     rows = [row(problem) for problem in generate(256, seed=0, split="train")]
     words = train_tokenizer((each["prompt"] + each["completion"] for each in rows), 400)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
@@ -49,7 +48,6 @@ def main() -> None:
     settings |= dict(save_strategy="no", report_to=[], disable_tqdm=True, per_device_train_batch_size=8)
     shared: Any = dict(train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[ReplayCallback()])
     SFTTrainer(model, args=SFTConfig(str(args.out / "sft"), **settings), **shared).train()
-
     settings |= dict(num_generations=8, num_iterations=2, max_completion_length=48)
     trainer = GRPOTrainer(model, reward, args=GRPOConfig(str(args.out / "grpo"), **settings), **shared)
     trainer.train()

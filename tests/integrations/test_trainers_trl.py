@@ -123,8 +123,8 @@ def grpo(folder: Path, out: Path, callback: ReplayCallback, model: Any = None, *
 
 def qwen3_moe() -> Any:
     sizes: Any = dict.fromkeys(("hidden_size", "moe_intermediate_size", "vocab_size"), 16) | {"num_experts": 8}
-    sizes |= dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_experts_per_tok"), 2)
-    config = Qwen3MoeConfig(**sizes, num_hidden_layers=3, mlp_only_layers=[0], intermediate_size=16, head_dim=8)
+    sizes |= dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_experts_per_tok"), 2) | {"head_dim": 8}
+    config = Qwen3MoeConfig(**sizes, num_hidden_layers=3, mlp_only_layers=[0], intermediate_size=16)
     model = Qwen3MoeForCausalLM(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)

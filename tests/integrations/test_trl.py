@@ -395,7 +395,8 @@ def test_evaluation_is_left_alone() -> None:
     model.eval()
     evaluated = rollout(model)
     with torch.no_grad():
-        train(model, evaluated), train(model, rows)
+        train(model, evaluated)
+        train(model, rows)
     assert callback.metrics() == {}
     plain = {(layer, text): ids for layer, text, ids, _ in seen.trained}
     model.train()

@@ -39,7 +39,7 @@ class Seen:
             if cached and not self._cached:
                 self.generated = {}
             self._cached = cached
-        if not cached or cache.get_seq_length() == 0:
+        if cache is None or cache.get_seq_length() == 0:
             self._rows = [()] * len(tokens)
         self._texts = []
         for row, (new, real) in enumerate(zip(tokens.tolist(), mask[:, -tokens.shape[1] :].tolist(), strict=True)):
