@@ -103,6 +103,7 @@ STAGES: dict[str, tuple[Stage, ...]] = {
     "moe/planning/placement.py": (Stage(("tests/planning/test_placement.py",)),),
     "moe/recipes/countdown.py": (Stage(("tests/recipes/test_countdown.py",)),),
     "moe/trace.py": (Stage(("tests/model/test_trace.py",)),),
+    "moe/integrations/trl.py": (Stage(("tests/integrations/test_trl.py",), ("DeepseekV", "passes", ANY)),),
     "kernels/moe_triton/activation.py": on_kernels("swiglu", "clamped", "test_moe_mlp["),
     "kernels/moe_triton/grouped_gemm.py": on_kernels("grouped_mm", "offsets.py", "test_moe_mlp["),
     "kernels/moe_triton/mlp.py": on_kernels(
@@ -120,6 +121,7 @@ SLOW = ("many_experts", "transformers", "compile", "127x129", "257x65", "256x128
 PARTS = {
     "kernels/moe_triton/tiling.py": ("even", "last_stride_one"),
     "moe/attention.py": ("_attend_in_blocks", "_attend_absorbed"),
+    "moe/integrations/trl.py": ("_Chosen", "_Records"),
 }
 SPEED = re.compile(r"num_warps|num_stages|BLOCK\w*|COLUMNS|SLOTS|debug|sanitize_overflow|asserted|_by_onednn|_CHUNK")
 REFUSALS = ("device_assert", "_assert_async", "msg")

@@ -44,7 +44,6 @@ ROUTERS = frozenset(
         "JambaTopKRouter",
         "Lfm2MoeTopKRouter",
         "MiniMaxM2TopKRouter",
-        "MiniMaxTopKRouter",
         "MixtralTopKRouter",
         "NemotronHTopkRouter",
         "OlmoeTopKRouter",

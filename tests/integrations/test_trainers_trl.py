@@ -138,6 +138,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "iterations": dict(
         num_iterations=2, steps_per_generation=4, gradient_accumulation_steps=2, eval_strategy="steps", eval_steps=1
     ),
+    "autocast": dict(num_iterations=2, bf16=True),
     "reference": dict(num_iterations=2, beta=0.1, gradient_checkpointing=False, generation_batch_size=16),
     "balance loss": dict(num_iterations=2, router_aux_loss_coef=0.01),
 }

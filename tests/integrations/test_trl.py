@@ -35,10 +35,10 @@ SIZES = {
     "use_expert_bias": True,
 }
 CHOSEN = {"GptOssTopKRouter", *(f"GraniteMoe{kind}TopKRouter" for kind in ("", "Shared", "Hybrid"))}
-SOFTMAX = {"DeepseekV2TopkRouter", "JambaTopKRouter", "MixtralTopKRouter", "MiniMaxTopKRouter", "HunYuanMoEV1Gate"}
+SOFTMAX = {"DeepseekV2TopkRouter", "JambaTopKRouter", "MixtralTopKRouter", "HunYuanMoEV1Gate"}
 SOFTMAX |= {"OlmoeTopKRouter", "FlexOlmoTopKRouter", "Ernie4_5_MoeTopKRouter"}
 SOFTMAX |= {f"{qwen}TopKRouter" for qwen in ("Qwen2Moe", "Qwen3Moe", "Qwen3Next", "Qwen3_5Moe")}
-NORMALISED = {"MixtralTopKRouter", "MiniMaxTopKRouter", "HunYuanMoEV1Gate", "Ernie4_5_MoeTopKRouter"}
+NORMALISED = {"MixtralTopKRouter", "HunYuanMoEV1Gate", "Ernie4_5_MoeTopKRouter"}
 NORMALISED |= {"Qwen3_5MoeTopKRouter", "MiniMaxM2TopKRouter"}
 
 
@@ -93,6 +93,10 @@ def test_weights_follow_the_rule_of_the_router(name: str, normalised: bool) -> N
     router, beside = build(name, normalised)
     x, factors = torch.randn(40, D, requires_grad=True), torch.rand(40, K)
     output = router(x, *beside)
+    if output[2].is_floating_point():
+        pytest.skip(
+            f"{name} of transformers {transformers.__version__} returns (ids, weights, logits), which is refused"
+        )
     again = choose(router, output[2], (x, *beside), {}, output)
     for given, expected in zip(again, output, strict=True):
         assert torch.equal(given, expected)
@@ -142,12 +146,22 @@ MODELS: dict[str, dict[str, Any]] = {
     "DeepseekV3": {"n_routed_experts": E, "moe_intermediate_size": 12, "first_k_dense_replace": 0, "n_group": 4}
     | {"topk_group": 2, "n_shared_experts": 1, "head_dim": 4, **LATENT},
 }
+# In generation only: groups whose scores are masked, another bias argument, recurrent layers.
+MORE: dict[str, dict[str, Any]] = {
+    "DeepseekV2": MODELS["DeepseekV3"] | {"topk_method": "group_limited_greedy"},
+    "MiniMaxM2": {"num_local_experts": E, "head_dim": 8},
+    "Lfm2Moe": {"num_experts": E, "moe_intermediate_size": 12, "num_dense_layers": 0}
+    | {"layer_types": ["full_attention", "conv"]},
+    "Qwen3Next": {"num_experts": E, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 12, "head_dim": 8}
+    | {"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4, "linear_num_key_heads": 2}
+    | {"linear_key_head_dim": 8, "linear_value_head_dim": 8},
+}
 PROMPTS = torch.tensor([[0, 0, 5, 6, 7], [0, 8, 9, 10, 11], [12, 13, 14, 15, 16], [0, 0, 5, 6, 7]])
 EOS = 1
 
 
 def tiny(kind: str = "Mixtral", **changes: Any) -> Any:
-    config = getattr(transformers, f"{kind}Config")(**HEADS | MODELS[kind] | changes)
+    config = getattr(transformers, f"{kind}Config")(**HEADS | (MODELS | MORE)[kind] | changes)
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -205,7 +219,7 @@ def changed(model: Any) -> None:
     """Change all routers, as optimizer steps do, so that many tokens would get other experts."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("gate.weight", "router.weight")):
+            if ".gate." in name or ".router." in name:
                 parameter += 0.3 * torch.randn_like(parameter)
 
 
@@ -213,7 +227,7 @@ def grads(model: Any) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", MODELS | MORE)
 def test_training_passes_have_the_experts_of_generation(kind: str) -> None:
     """Element by element at the experts, for shuffled and split rows, with and without gradient, after changes."""
     model = tiny(kind)
@@ -308,6 +322,7 @@ def test_replay_of_equal_routing_changes_no_bit(kind: str) -> None:
     callback.detach()
     model.zero_grad()
     assert torch.equal(found[0], train(model, rows))
+    assert found[1].keys() == grads(model).keys()
     for name, grad in grads(model).items():
         assert torch.equal(found[1][name], grad), name
         assert (grad != 0).any()
