@@ -110,6 +110,7 @@ STAGES: dict[str, tuple[Stage, ...]] = {
     "moe/recipes/task.py": (Stage(("tests/recipes/test_task.py",)),),
     "moe/recipes/countdown.py": (Stage(("tests/recipes/test_countdown.py",)),),
     "moe/trace.py": (Stage(("tests/model/test_trace.py",)),),
+    "moe/integrations/trl.py": (Stage(("tests/integrations/test_trl.py",), ("DeepseekV", "passes", ANY)),),
     "kernels/moe_triton/activation.py": on_kernels("swiglu", "clamped", "test_moe_mlp["),
     "kernels/moe_triton/grouped_gemm.py": on_kernels("grouped_mm", "offsets.py", "test_moe_mlp["),
     "kernels/moe_triton/mlp.py": on_kernels(
@@ -130,6 +131,7 @@ PARTS = {
     "moe/checkpoint/format/families.py": ("_late_windows_read",),
     "moe/config.py": ("has_experts",),
     "moe/counts.py": ("activated",),
+    "moe/integrations/trl.py": ("_Chosen", "_Records"),
 }
 SPEED = re.compile(r"num_warps|num_stages|BLOCK\w*|COLUMNS|SLOTS|debug|sanitize_overflow|asserted|_by_onednn|_CHUNK")
 REFUSALS = ("device_assert", "_assert_async", "msg")

@@ -364,7 +364,7 @@ def test_the_seconds_of_loading() -> None:
 
 
 def test_an_example_is_short_and_says_how_it_is_run() -> None:
-    assert set(EXAMPLES) == {"custom_kernel.py", "ddp_layer.py", "finetune.py", "hf_trainer.py"}
+    assert set(EXAMPLES) == {"custom_kernel.py", "ddp_layer.py", "finetune.py", "hf_trainer.py", "trl_countdown.py"}
     for name, path in EXAMPLES.items():
         text = path.read_text()
         assert 20 <= len(text.splitlines()) <= 60

@@ -206,6 +206,21 @@ NAMED = (
         ("placed and judged on the same tokens", "placed", "report(after.load", "report(before.load"),
     ),
     *_in_file(
+        "moe/integrations/trl.py",
+        ("routing recorded, not replayed", "_routed", "output = replayed if self._replay else output", "pass"),
+        (
+            "router without gradient",
+            "__torch_function__",
+            "(scores.gather(1, self.ids)",
+            "(scores.detach().gather(1, self.ids)",
+        ),
+        ("groups not chosen with their experts", "__torch_function__", "call == self._over_groups", "False"),
+        ("places without padding", "add", "first + rows + columns", "first + rows + columns.sort(1).values"),
+        ("records never removed", "_record_tokens", "if self._used:", "if False:"),
+        ("evaluation replayed", "_before", "not backbone.training or ", ""),
+        ("recomputation counted", "_routed", "given.counted and self._inside", "given.counted"),
+    ),
+    *_in_file(
         "kernels/moe_triton/grouped_gemm.py",
         (
             "mask of K omitted",
