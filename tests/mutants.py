@@ -109,6 +109,10 @@ STAGES: dict[str, tuple[Stage, ...]] = {
     "moe/recipes/rollout.py": (Stage(("tests/recipes/test_rollout.py",)),),
     "moe/recipes/task.py": (Stage(("tests/recipes/test_task.py",)),),
     "moe/recipes/countdown.py": (Stage(("tests/recipes/test_countdown.py",)),),
+    "moe/recipes/distill.py": (Stage(("tests/recipes/test_distill.py",), ("divergence", "loss_of_a_step")),),
+    "moe/recipes/examples.py": (Stage(("tests/recipes/test_examples.py",), ("completion", "boundary", "messages")),),
+    "moe/recipes/packing.py": (Stage(("tests/recipes/test_examples.py",), ("packing", "rows")),),
+    "moe/recipes/sft.py": (Stage(("tests/recipes/test_sft.py",), ("batch", "packed", "masked")),),
     "moe/trace.py": (Stage(("tests/model/test_trace.py",)),),
     "kernels/moe_triton/activation.py": on_kernels("swiglu", "clamped", "test_moe_mlp["),
     "kernels/moe_triton/grouped_gemm.py": on_kernels("grouped_mm", "offsets.py", "test_moe_mlp["),
@@ -130,6 +134,9 @@ PARTS = {
     "moe/checkpoint/format/families.py": ("_late_windows_read",),
     "moe/config.py": ("has_experts",),
     "moe/counts.py": ("activated",),
+    "moe/recipes/distill.py": ("kl_divergence",),
+    "moe/recipes/examples.py": ("encode_completion", "_encode_parts"),
+    "moe/recipes/sft.py": ("batch_of",),
 }
 SPEED = re.compile(r"num_warps|num_stages|BLOCK\w*|COLUMNS|SLOTS|debug|sanitize_overflow|asserted|_by_onednn|_CHUNK")
 REFUSALS = ("device_assert", "_assert_async", "msg")

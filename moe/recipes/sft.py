@@ -30,7 +30,7 @@ from moe.train.world import World
 if TYPE_CHECKING:  # importing it takes half a second
     from moe.parallel import Mesh
 
-SAMPLE_NEW_TOKENS = 256
+SAMPLE_NEW_TOKENS = 128
 PADDING = -1  # document id of the end of a row
 
 Batch = dict[str, Tensor]

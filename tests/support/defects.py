@@ -385,6 +385,38 @@ NAMED = (
         ("a reward may be infinite", "_number", "not math.isfinite(number)", "math.isnan(number)"),
     ),
     *_in_file(
+        "moe/recipes/distill.py",
+        (
+            "the divergence of the teacher from the student",
+            "kl_divergence",
+            "log_probabilities(teacher), log_probabilities(student)",
+            "log_probabilities(student), log_probabilities(teacher)",
+        ),
+        ("the gradient shrinks with the temperature", "kl_divergence", " * temperature**2", ""),
+        ("the cross entropy keeps its whole weight", "_loss", "(kl - ce)", "kl"),
+    ),
+    *_in_file(
+        "moe/recipes/examples.py",
+        (
+            "the end of a completion is not trained on",
+            "encode_completion",
+            "* len(after))",
+            "* (len(after) - 1) + [False])",
+        ),
+        ("a token spans prompt and completion", "_encode_parts", "whole[: len(ids)] != ids", "False"),
+        ("messages of the prompt are trained on", "encode_messages", " or number < first", ""),
+    ),
+    *_in_file(
+        "moe/recipes/packing.py",
+        ("a row is overfull", "pack", "room - lengths[example]", "room - 1"),
+    ),
+    *_in_file(
+        "moe/recipes/sft.py",
+        ("packed examples see each other", "batch_of", "= document, torch", "= 0, torch"),
+        ("positions continue in the next example", "batch_of", "torch.arange(b - a)", "torch.arange(at - (b - a), at)"),
+        ("padding reaches experts", "batch_of", "documents != PADDING", "documents == documents"),
+    ),
+    *_in_file(
         "moe/recipes/countdown.py",
         ("a number may be used any number of times", "_value", "unused.remove(number)", "pass"),
         ("a repeated number may be used once", "_value", "for number in numbers]", "for number in {*numbers}]"),
