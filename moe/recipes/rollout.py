@@ -172,8 +172,10 @@ def rollout(
         seen, rows = mask.index_select(0, origin), torch.arange(count, device=device)
         ended = torch.zeros(count, dtype=torch.bool, device=device)
         ends = torch.tensor(list(end_of_text), dtype=torch.int64, device=device)
+        length = 0
         for step in range(limit):
-            check_finite(logits, ended, step + 1)
+            length = step + 1
+            check_finite(logits, ended, length)
             log_p = log_probabilities(logits, temperature)
             p = log_p.exp()
             chosen = log_p.argmax(-1) if temperature == 0 else draw(p, uniform[rows, step])
@@ -184,7 +186,7 @@ def rollout(
             going = left = len(ended) - int(ended.sum())
             if lockstep:
                 left = int(model.global_batch.sum(torch.tensor([going], device=device), "end of sampling"))
-            if left == 0 or step + 1 == limit:
+            if left == 0 or length == limit:
                 break
             if 0 < going <= len(ended) * (1 - 1 / SHRINK):
                 kept = (~ended).nonzero().squeeze(1)
@@ -194,7 +196,6 @@ def rollout(
             logits = model(chosen[:, None], attention_mask=seen, cache=cache).logits[:, -1]
             if found:
                 read.append((rows, _stacked(found)))
-    length = step + 1
     tokens, scores = tokens[:, :length], [each[:, :length] for each in scores]
     over = torch.isin(tokens, ends)
     before = over.cumsum(1) - over.long()  # end-of-text tokens before each position
