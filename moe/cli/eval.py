@@ -126,7 +126,7 @@ def _task_scores(args: Args, name: str) -> dict[str, Any]:
     folder = find(args.folder)
 
     import moe
-    from moe.recipes.answers import answer
+    from moe.recipes.answers import complete, score_completions
     from moe.recipes.task import load_task
 
     task = load_task(name)
@@ -135,9 +135,8 @@ def _task_scores(args: Args, name: str) -> dict[str, Any]:
         dtype = read_dtype(args.dtype, COMPUTE_DTYPES)
         model = moe.load(folder, device=_device(args), dtype=dtype, quantize=args.quantize, mtp=False)
     try:
-        scores = answer(
+        batches = complete(
             model,
-            task,
             task.test,
             tokenizer,
             end_of_text,
@@ -148,6 +147,7 @@ def _task_scores(args: Args, name: str) -> dict[str, Any]:
         )
     except FloatingPointError as error:
         raise CheckpointError(folder, str(error)) from None
+    scores = score_completions(task, task.test, batches, tokenizer)
     facts = {"folder": str(folder), "task": task.name, "prompts": len(task.test), "temperature": args.temperature}
     return facts | {name: sum(values) / len(values) for name, values in scores.items()}
 

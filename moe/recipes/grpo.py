@@ -38,7 +38,7 @@ from torch import Tensor
 from moe.balance import LoadReport
 from moe.errors import ConfigError
 from moe.model import Transformer
-from moe.recipes.answers import answer, encode_prompt, score_completions
+from moe.recipes.answers import complete, encode_prompt, score_completions
 from moe.recipes.grpo_settings import GrpoSettings
 from moe.recipes.rollout import Rollout, rollout, sampled_logprobs
 from moe.recipes.task import Task
@@ -217,7 +217,8 @@ class GrpoTrainer(BaseTrainer):
         sums = self._sum({"slots": slots, "same": same, "trained_tokens": trained})
         furthest = torch.stack(differences).amax().item() if differences else 0.0
         most = self.world.gather((furthest, largest))
-        load = LoadReport(self.layer_names, sum((each.load for each in done), self._no_load()))
+        layers = self.model.config.num_moe_layers  # without MTP modules, which have not run
+        load = LoadReport(self.layer_names[:layers], sum((each.load for each in done), self._no_load())[:layers])
         names = {name for each in done for name in each.losses}
         seconds = time.perf_counter() - started
         measured |= {name: fmean(each.losses[name] for each in done) for name in sorted(names)}
@@ -257,7 +258,7 @@ class GrpoTrainer(BaseTrainer):
             raise NonFiniteError(number, "sampled distribution", str(error)) from None
         repeated = [prompt for prompt in prompts for _ in range(settings.group_size)]
         with self.world.together():
-            scores = score_completions(self.task, repeated, batch, self.tokenizer)
+            scores = score_completions(self.task, repeated, [batch], self.tokenizer)
         rewards = torch.tensor(scores["reward"], dtype=torch.float64).view(each, -1)
         advantage = advantages(rewards, divide=settings.advantage == "normalized").flatten().to(self.device)
         chosen = torch.ones(len(advantage), dtype=torch.bool, device=self.device)
@@ -282,9 +283,8 @@ class GrpoTrainer(BaseTrainer):
         padded = (*mine, *prompts[: each - len(mine)])  # all ranks make equally many calls of the model
         try:
             with self._autocast():
-                scores = answer(
+                batches = complete(
                     self.model,
-                    self.task,
                     padded,
                     self.tokenizer,
                     self.end_of_text,
@@ -293,6 +293,8 @@ class GrpoTrainer(BaseTrainer):
                 )
         except FloatingPointError as error:
             raise NonFiniteError(self.step_number, "held-out distribution", str(error)) from None
+        with self.world.together():
+            scores = score_completions(self.task, padded, batches, self.tokenizer)
         sums = self._sum({name: sum(values[: len(mine)]) for name, values in scores.items()})
         measured = {"prompts": len(prompts), **{name: value / len(prompts) for name, value in sums.items()}}
         return GrpoReport(measured, (*self.task.weights, "reward", "length"))

@@ -107,24 +107,25 @@ def plot_policy(
     """
     steps = [r["step"] for r in train]
     panels = [
-        ("reward", [*dict.fromkeys((*parts, "reward"))]),
-        ("length (tokens)", ["length"]),
-        ("entropy (nats/token)", ["entropy"]),
-        ("largest difference\nof log-probabilities", ["logprob_difference"]),
-        ("equal expert ids", ["router_agreement"]),
+        ("reward", [*dict.fromkeys((*parts, "reward"))], 3),
+        ("length (tokens)", ["length"], 1),
+        ("entropy (nats/token)", ["entropy"], 3),
+        ("largest difference\nof log-probabilities", ["logprob_difference"], 7),
+        ("equal expert ids", ["router_agreement"], 5),
     ]
     figure = Figure(figsize=(8.0, 11.0), layout="constrained")
     all_axes = figure.subplots(len(panels), sharex=True, height_ratios=[2.6, 1, 1, 1, 1])
     figure.suptitle(_wrapped(figure, title), fontsize=10)
-    for axes, (label, names) in zip(all_axes, panels, strict=True):
+    for axes, (label, names, digits) in zip(all_axes, panels, strict=True):
         axes.set_ylabel(label, fontsize=9)
+        axes.ticklabel_format(axis="y", useOffset=False)
         axes.grid(alpha=0.3)
         for number, name in enumerate(names):
             values = [np.nan if r[name] is None else r[name] for r in train]
             if values:
-                _noisy_line(axes, steps, values, f"{name.replace('_', ' ')}, sampled", f"C{number}", digits=3)
+                _noisy_line(axes, steps, values, f"{name.replace('_', ' ')}, sampled", f"C{number}", digits=digits)
             if held_out := [r[name] for r in validation if name in r]:
-                text = f"{name}, held out, at the end: {held_out[-1]:.3f}"
+                text = f"{name}, held out, at the end: {held_out[-1]:.{digits}f}"
                 axes.plot([r["step"] for r in validation], held_out, "o-", color=f"C{number}", markersize=4, label=text)
         axes.legend(fontsize=8)
     if any(r["logprob_difference"] for r in train):
