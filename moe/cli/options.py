@@ -119,6 +119,7 @@ class Field:
         if self.default in (MISSING, None, ()) or self.default is False or "Default: " in text:
             return text
         shown = "on" if self.default is True else f"{self.default:g}" if self.kind is float else self.default
+        shown = " ".join(map(str, shown)) if isinstance(shown, tuple) else shown
         return f"{text} Default: {shown}."
 
     def read(self, word: str) -> Any:

@@ -5,9 +5,9 @@ import os
 import shlex
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from moe.cli.options import Option
 from moe.errors import ConfigError
@@ -31,13 +31,19 @@ class Args(RecipeSettings):
     would. The same command continues an interrupted recipe.
     """
 
-    task: Annotated[Literal["countdown"], Option("countdown", positional=True, text="The game.")] = "countdown"
+    recipe: Annotated[str, Option("RECIPE", positional=True)] = field(kw_only=True)
+    """Recipe to run: countdown."""
     out: Path = Path("runs/countdown")
     """Folder of the recipe: texts, runs and models of each seed, summary.json and accuracy.png."""
     overwrite: bool = False
     """Delete an earlier recipe in --out and start over."""
     json: bool = False
     """Print one JSON object on standard output instead of a table; everything else goes to standard error."""
+
+    def check(self) -> None:
+        if self.recipe != "countdown":
+            raise ConfigError("RECIPE", self.recipe, "countdown")
+        super().check()
 
 
 def run(args: Args) -> int:

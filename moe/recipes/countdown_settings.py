@@ -29,13 +29,13 @@ class RecipeSettings:
     """Stages: some of pretrain, sft, grpo, distill, rejection, zero and scratch. Stages that they need are added."""
     seeds: tuple[int, ...] = (0,)
     """Random seeds. Each gives its own texts and models; the held-out problems are the same."""
-    pretrain_steps: int = 700
+    pretrain_steps: int = 800
     """Steps of pretrain."""
-    sft_steps: int = 300
+    sft_steps: int = 2600
     """Steps of sft."""
     grpo_steps: int = 60
     """Steps of grpo, rejection and zero."""
-    distill_steps: int = 300
+    distill_steps: int = 1200
     """Steps of distill and scratch."""
     traces: int = 4000
     """Problems for which the teacher of distill samples a completion; the right ones are kept."""
@@ -43,7 +43,7 @@ class RecipeSettings:
     """Completions of each problem in a step of grpo, rejection and zero."""
     completions: int = 256
     """Completions of a step of grpo, rejection and zero, trained on in two updates."""
-    sft_lr: float = 0.01
+    sft_lr: float = 0.02
     """Peak learning rate of sft."""
     grpo_lr: float = 0.002
     """Peak learning rate of grpo, rejection and zero."""
