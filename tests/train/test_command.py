@@ -124,7 +124,7 @@ def test_a_configuration_file_is_hugging_faces_or_ours(text: Path, tmp_path: Pat
     ("content", "expected"),
     [
         ('{"hidden": 3}', r"hidden = 3: expected no such field; did you mean hidden_size\?"),
-        ('{"hidden_size": 32}', "moe_intermediate_size = None: expected a value"),
+        ('{"hidden_size": 32}', "vocab_size = None: expected a value"),
         ("[]", "not a configuration; expected a JSON object; found list"),
         ("{", "not valid JSON"),
         ('{"architectures": [], "model_type": "llama"}', "llama"),

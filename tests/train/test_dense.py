@@ -110,6 +110,39 @@ def test_another_run_begins_with_its_weights(text: Path, run: Path, tmp_path: Pa
         torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-6, msg=name)
 
 
+TASK = """
+class Vowels:
+    train = test = ["the", "a"]
+
+    def reward(self, prompt, completion):
+        return sum(letter in "aeiou" for letter in completion) / 9
+
+
+vowels = Vowels()
+"""
+
+
+def test_it_is_fine_tuned_and_rewarded(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    examples = [json.dumps({"prompt": f"the {i}", "completion": " token"}) for i in range(20)]
+    (tmp_path / "examples.jsonl").write_text("\n".join(examples))
+    (tmp_path / "own.py").write_text(TASK)
+    few = ("--steps", "2", "--batch-size", "2", "--seq-length", "32", "--warmup", "0")
+    tuned, rewarded = tmp_path / "tuned", tmp_path / "rewarded"
+    told = said(
+        capsys, "sft", "--init", str(run), "--data", str(tmp_path / "examples.jsonl"), *few, "--out", str(tuned)
+    )
+    sampling = ("--task", f"{tmp_path / 'own.py'}:vowels", "--group-size", "2", "--accumulation", "1")
+    sampling += ("--max-new-tokens", "4")
+    told += said(capsys, "grpo", "--init", str(tuned), *sampling, *few, "--out", str(rewarded))
+    assert told.count("after training") == 2 and "MaxVio" not in told and "dead experts" not in told
+    steps = [record for record in records(rewarded) if record["kind"] == "train"]
+    assert [(record["max_vio"], record["router_agreement"]) for record in steps] == [([], None)] * 2
+    assert all(record["logprob_difference"] < 1e-4 for record in steps)
+    for out in (tuned, rewarded):
+        assert moe.load(out / "checkpoint").config.model_type == "qwen3"
+        assert not (out / "load.png").exists()
+
+
 def test_options_of_experts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PRESETS, "micro", MICRO)
     for settings, message in (
