@@ -25,7 +25,7 @@ from rich.console import Console
 
 from moe.checkpoint import load
 from moe.errors import ConfigError
-from moe.recipes.answers import answer
+from moe.recipes.answers import complete, score_completions
 from moe.recipes.countdown_settings import RecipeSettings
 from moe.recipes.countdown_text import LINES, arithmetic, cold_start, tokenizer
 from moe.recipes.distill import DistillRun
@@ -209,9 +209,9 @@ def _result(stage: str, run: Run[Any, Any], summary: dict[str, Any], settings: R
         words = tokenizer()
         end = words.token_to_id(END_OF_TEXT)
         assert end is not None
-        found = answer(
-            model, task, task.test[: settings.problems], words, end, max_new_tokens=COMPLETION, batch_size=AT_ONCE
-        )
+        prompts = task.test[: settings.problems]
+        batches = complete(model, prompts, words, end, max_new_tokens=COMPLETION, batch_size=AT_ONCE)
+        found = score_completions(task, prompts, batches, words)
         write_json(file, {name: fmean(found[name]) for name in ("accuracy", "format", "length")})
     names = ("seconds", "sampled_tokens", "trained_tokens", "parameters")
     return {**json.loads(file.read_text()), **{name: summary[name] for name in names if name in summary}}
