@@ -160,7 +160,7 @@ PRESETS: dict[str, ModelConfig] = {
         aux_loss_alpha=1e-4,
         rms_norm_eps=1e-6,
     ),
-    # Dense, with half as many parameters as "tiny" activates.
+    # Dense, with about half as many parameters as "tiny" activates.
     "tiny_dense": ModelConfig(
         model_type="qwen3",
         vocab_size=2048,
