@@ -99,7 +99,6 @@ class ReplayCallback(TrainerCallback):
     def _forget(self) -> None:
         self._adapter_layer: Any = None
         self._trained_adapter: Any = None
-        self._inside = False  # a pass of the model; recomputation for the backward pass is outside
         self._generation: _Generation | None = None
         self._recording = False
         self._records = _Records()
@@ -115,10 +114,7 @@ class ReplayCallback(TrainerCallback):
         inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
         # TRL replaces the forward of the causal model, and PEFT may call it without hooks, but both call the backbone.
         backbone: nn.Module = inner.base_model
-        self._hooks = [
-            backbone.register_forward_pre_hook(self._before, with_kwargs=True),
-            backbone.register_forward_hook(self._after, always_call=True),
-        ]
+        self._hooks = [backbone.register_forward_pre_hook(self._before, with_kwargs=True)]
         for name, router in found.items():
             self._hooks.append(router.register_forward_hook(partial(self._route, name), with_kwargs=True))
         # PEFT switches all of its layers at once, so one shows whether adapters are disabled, and which is active.
@@ -138,7 +134,7 @@ class ReplayCallback(TrainerCallback):
         return None if layer is None else (layer.disable_adapters, list(layer.active_adapters))
 
     def _before(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._inside, self._recording, self._pass = True, False, None
+        self._recording, self._pass = False, None
         if not backbone.training or self._adapter() != self._trained_adapter:
             return
         tokens, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
@@ -156,9 +152,6 @@ class ReplayCallback(TrainerCallback):
         if self._pass.counted and self._pass.places is not None:
             self._tokens = self._tokens + self._pass.scored.sum()
             self._found = self._found + (self._pass.scored & (self._pass.places >= 0)).sum()
-
-    def _after(self, *_: Any) -> None:
-        self._inside = False
 
     def _record_tokens(self, tokens: Tensor, mask: Any, cached: int) -> None:
         """Record the tokens [R, S] of a pass with a KV cache, which begins or continues a generation."""
@@ -186,7 +179,7 @@ class ReplayCallback(TrainerCallback):
 
     def _route(self, name: str, router: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Record or replay the output of a router. This is a forward hook: None keeps the output."""
-        if self._recording and self._inside and self._generation is not None:
+        if self._recording and self._generation is not None:
             _, weights, ids = output
             if name not in self._checked:
                 if not torch.equal(choose(router, ids, args, kwargs, output)[1], weights):
@@ -204,19 +197,20 @@ class ReplayCallback(TrainerCallback):
         own = output[2]
         if len(own) != len(given.real):
             raise ValueError(f"{name}: expected {len(given.real)} tokens, those of the last pass; found {len(own)}")
-        counted = given.counted and self._inside
+        # Gradient checkpointing runs layers again in the backward pass, which counts all of their tokens twice. The values
+        # are shares and maxima, so this does not change them.
         if given.places is not None:
             places = given.places.to(own.device)
             known, at = (places >= 0)[:, None], places.clamp_min(0)
             recorded = self._records.ids[name][at].to(own.dtype)
             replayed = choose(router, torch.where(known, recorded, own), args, kwargs, output)
-            if counted:
+            if given.counted:
                 self._agreed[name] += ((own[:, :, None] == recorded[:, None, :]).any(1) & known).sum()
                 self._slots[name] += known.sum() * own.shape[1]
                 change = replayed[1].detach().float() - self._records.weights[name][at].float()
                 self._change[name] = change.abs().masked_fill(~known, 0).amax().clamp_min(self._change[name])
             output = replayed if self._replay else output
-        if counted:
+        if given.counted:
             logits, _, ids = output
             load = self._loads.setdefault(name, logits.new_zeros(logits.shape[-1], dtype=torch.int64))
             real = given.real.to(ids.device)[:, None].expand_as(ids)

@@ -330,7 +330,7 @@ def test_replay_of_equal_routing_changes_no_bit(kind: str) -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_recomputation_replays_too(reentrant: bool) -> None:
-    """Gradient checkpointing gives the gradients of the whole graph, and counts tokens once."""
+    """Gradient checkpointing gives the gradients of the whole graph, and changes no metric."""
     model = tiny()
     callback = attached(model)
     rows = rollout(model)
@@ -430,11 +430,6 @@ def test_nothing_is_left_after_detaching() -> None:
     callback.detach()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert not callback._records.ids and callback._generation is None
-    with pytest.raises(ValueError, match="no such"):  # an exception within a pass does not make it endless
-        callback.attach(model)
-        model.model.layers[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(ValueError("no such")))
-        train(model, [[3, 4, 5]])
-    assert not callback._inside
 
 
 def test_what_cannot_be_recorded_is_refused() -> None:

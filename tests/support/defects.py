@@ -218,7 +218,7 @@ NAMED = (
         ("places without padding", "add", "first + rows + columns", "first + rows + columns.sort(1).values"),
         ("records never removed", "_record_tokens", "if self._used:", "if False:"),
         ("evaluation replayed", "_before", "not backbone.training or ", ""),
-        ("recomputation counted", "_routed", "given.counted and self._inside", "given.counted"),
+        ("padding counted", "_routed", "real.flatten().long())", "torch.ones_like(ids).flatten())"),
     ),
     *_in_file(
         "kernels/moe_triton/grouped_gemm.py",
