@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from moe.errors import ConfigError
+from moe.presets import preset
 
 STAGES = ("pretrain", "sft", "grpo", "distill", "rejection", "zero", "scratch")
 DEFAULT_STAGES = STAGES[:4]
@@ -56,6 +57,11 @@ class RecipeSettings:
         unknown = [name for name in self.stages if name not in STAGES]
         if unknown or not self.stages:
             raise ConfigError("--stages", " ".join(unknown) or None, f"some of {', '.join(STAGES)}")
+        for name in ("preset", "student"):
+            try:
+                preset(getattr(self, name))
+            except ConfigError as error:
+                raise ConfigError(f"--{name}", getattr(self, name), error.allowed) from None
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or not all(0 <= s < 2**31 for s in self.seeds):
             raise ConfigError("--seeds", " ".join(map(str, self.seeds)), "different integers from 0 to 2^31 - 1")
         for name in ("pretrain_steps", "sft_steps", "grpo_steps", "distill_steps", "traces"):

@@ -83,7 +83,7 @@ def test_finished_stages_are_kept_and_others_may_be_added(
         (["--seeds", "1", "1"], "--seeds: expected different integers"),
         (["--problems", "501"], "--problems: expected an integer from 1 to 500; found 501"),
         (["--grpo-steps", "0"], "--grpo-steps: expected 1 or more; found 0"),
-        (["--preset", "nonsense"], "nonsense"),
+        (["--student", "tiny_dens"], "did you mean tiny_dense?"),
     ],
 )
 def test_bad_input_is_one_line(
