@@ -197,8 +197,8 @@ class ReplayCallback(TrainerCallback):
         own = output[2]
         if len(own) != len(given.real):
             raise ValueError(f"{name}: expected {len(given.real)} tokens, those of the last pass; found {len(own)}")
-        # Gradient checkpointing runs layers again in the backward pass, which counts all of their tokens twice. The values
-        # are shares and maxima, so this does not change them.
+        # With gradient checkpointing, layers run again in the backward pass and count all of their tokens twice. The
+        # values do not change, because they are shares and maxima.
         if given.places is not None:
             places = given.places.to(own.device)
             known, at = (places >= 0)[:, None], places.clamp_min(0)
