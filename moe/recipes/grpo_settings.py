@@ -36,7 +36,7 @@ class PolicySettings(ModelSettings):
     passes: int = 1
     """Passes over the completions of a step."""
     algorithm: Literal["grpo", "rejection"] = "grpo"
-    """grpo: policy gradient with group-normalised advantages. rejection: cross entropy on the right completions,
+    """Loss. grpo: policy gradient with group-normalised advantages. rejection: cross entropy on the right completions,
     repeated until they are as many as grpo trains on."""
     level: Literal["token", "sequence"] = "token"
     """Probability ratio. token: clipped per token, mean over all tokens of an update (as in DAPO). sequence: clipped
@@ -48,8 +48,8 @@ class PolicySettings(ModelSettings):
     kl: float = 0.0
     """Coefficient of the KL divergence from the initial model, of which a copy is kept; 0 for none."""
     advantage: Literal["normalized", "centered"] = "normalized"
-    """normalized: reward minus the group's mean, divided by its standard deviation. centered: not divided, as in Dr.
-    GRPO."""
+    """Advantage of a completion. normalized: its reward minus the group's mean, divided by the standard deviation.
+    centered: not divided, as in Dr. GRPO."""
     replay: Literal["on", "off"] = "on"
     """Train with the experts that were chosen while sampling. off: the router chooses again."""
 

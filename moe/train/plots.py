@@ -127,7 +127,8 @@ def plot_policy(
             if held_out := [r[name] for r in validation if name in r]:
                 text = f"{name}, held out, at the end: {held_out[-1]:.{digits}f}"
                 axes.plot([r["step"] for r in validation], held_out, "o-", color=f"C{number}", markersize=4, label=text)
-        axes.legend(fontsize=8)
+        if axes.lines:
+            axes.legend(fontsize=8)
     if any(r["logprob_difference"] for r in train):
         all_axes[3].set_yscale("log")
     all_axes[-1].set_xlabel("step")

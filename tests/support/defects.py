@@ -382,7 +382,7 @@ NAMED = (
     ),
     *_in_file(
         "moe/recipes/task.py",
-        ("a reward may be infinite", "_number", "not math.isfinite(number)", "math.isnan(number)"),
+        ("weights of the reward are ignored", "score", "self.weights[name] * value", "value"),
     ),
     *_in_file(
         "moe/recipes/distill.py",
