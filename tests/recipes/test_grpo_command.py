@@ -107,7 +107,7 @@ def test_the_function_is_the_command(files: Path, tmp_path: Path, capsys: pytest
 
 
 def test_two_ranks_do_what_one_process_does(files: Path, tmp_path: Path) -> None:
-    chosen = settings(files, steps=2, kl=0.01, passes=2)
+    chosen = settings(files, steps=1, kl=0.01, passes=2, eval_every=0)
     grpo(chosen, tmp_path / "one", console=QUIET)
     launcher = ["-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moe"]
     words = [sys.executable, *launcher, "grpo", *chosen.options(), "--out", str(tmp_path / "two")]
