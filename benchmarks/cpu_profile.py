@@ -30,7 +30,7 @@ def parts(call: Callable[[], Any], seconds: float) -> dict[str, float]:
     """
     with profile(activities=[ProfilerActivity.CPU]) as found:
         call()
-    times = dict.fromkeys(PARTS, 0.0)
+    times: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     for event in found.key_averages():
         if "::" in event.key:
             times[kind_of(event.key)] += event.self_cpu_time_total / 1e6

@@ -299,7 +299,7 @@ class LoadReport:
 
     Attributes:
         layers: names of the routers.
-        load: int64 [layers, E] on the CPU: tokens that chose each expert.
+        load: int64 [layers, E] on the CPU: tokens that chose each expert. Empty, of any shape, without experts.
     """
 
     layers: list[str]
@@ -308,6 +308,8 @@ class LoadReport:
     @property
     def max_vio(self) -> list[float]:
         """max(load) / mean(load) - 1 per layer: 0 is perfect balance, E / K - 1 the worst. 0 if no token was routed."""
+        if not self.load.numel():  # torch has no maximum over an empty dimension
+            return []
         mean = self.load.double().mean(-1).clamp_min(torch.finfo(torch.float64).tiny)
         vio = self.load.double().amax(-1) / mean - 1
         return torch.where(self.load.sum(-1) > 0, vio, 0.0).tolist()
@@ -315,7 +317,7 @@ class LoadReport:
     @property
     def dead_experts(self) -> list[int]:
         """Number of experts per layer that no token chose."""
-        return (self.load == 0).sum(-1).tolist()
+        return (self.load == 0).sum(-1).tolist() if self.load.numel() else []
 
     def __str__(self) -> str:
         rows = zip(self.layers, self.max_vio, self.dead_experts, strict=True)

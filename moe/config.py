@@ -272,9 +272,18 @@ class MoEConfig(RouterConfig, ExpertsConfig):
         self._require(name, count <= MAX_PARAMETERS, f"a size with at most 2^46 parameters; found {count:.3g}")
 
 
+_EXPERT_SIZES = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")  # 0 in a model without experts
+EXPERT_FIELDS = tuple(
+    f.name for f in dataclasses.fields(MoEConfig) if f.name not in ("hidden_size", "initializer_range")
+)  # without effect in a model without experts
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(MoEConfig):
-    """Transformer with Mixture-of-Experts layers.
+    """Transformer, with or without Mixture-of-Experts layers.
+
+    A model without experts has none of n_routed_experts, num_experts_per_tok and moe_intermediate_size, and the other
+    fields of its routers and experts have no effect.
 
     `moe.MoELayer` documents the fields of these layers: hidden_size, moe_intermediate_size, n_routed_experts,
     num_experts_per_tok, n_shared_experts, shared_expert_intermediate_size, shared_expert_gate, expert_bias,
@@ -314,6 +323,10 @@ class ModelConfig(MoEConfig):
         model_type: Hugging Face's model type; affects the layout of checkpoints only.
         extra: values of config.json that this library does not use; they are written back on save.
     """
+
+    n_routed_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
 
     vocab_size: int
     num_hidden_layers: int
@@ -390,9 +403,14 @@ class ModelConfig(MoEConfig):
         """Number of layers with routed experts, MTP modules excluded."""
         return sum(self.is_moe_layer(i) for i in range(self.num_hidden_layers))
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether a layer or an MTP module has routed experts."""
+        return self.num_moe_layers + self.num_nextn_predict_layers > 0
+
     def is_moe_layer(self, index: int) -> bool:
         dense = index < self.first_k_dense_replace or index in self.mlp_only_layers
-        return not dense and (index + 1) % self.decoder_sparse_step == 0
+        return self.n_routed_experts > 0 and not dense and (index + 1) % self.decoder_sparse_step == 0
 
     def is_sliding_layer(self, index: int) -> bool:
         types = self.layer_types
@@ -433,6 +451,7 @@ class ModelConfig(MoEConfig):
         self._require_sizes(*optional, "sliding_window", optional=True)
         mtp, layers, dense = self.num_nextn_predict_layers, self.num_hidden_layers, self.first_k_dense_replace
         self._require("num_nextn_predict_layers", 0 <= mtp <= 1024, "an integer from 0 to 1024")
+        self._require("num_nextn_predict_layers", not mtp or self.n_routed_experts > 0, "0 without n_routed_experts")
         self._require("num_hidden_layers", layers <= 10_000, "at most 10000 layers")
         self._require(
             "max_position_embeddings",
@@ -452,6 +471,11 @@ class ModelConfig(MoEConfig):
         self._limit_parameters("vocab_size", self.vocab_size)
         self._limit_parameters("intermediate_size", 3 * layers * self.intermediate_size)
         self._limit_parameters("n_routed_experts", 3 * layers * self.moe_intermediate_size * self.n_routed_experts)
+
+    def _require_sizes(self, *names: str, optional: bool = False) -> None:
+        if not any(getattr(self, name) for name in _EXPERT_SIZES):
+            names = tuple(name for name in names if name not in _EXPERT_SIZES)
+        super()._require_sizes(*names, optional=optional)
 
     def _validate_attention(self) -> None:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads

@@ -81,7 +81,7 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     parts["norms"] += config.hidden_size
 
     rest = sum(parts.values()) - parts["routed_experts"] + embedding + head
-    used = parts["routed_experts"] * config.num_experts_per_tok // config.n_routed_experts
+    used = activated(parts["routed_experts"], config)
     return ParameterCounts(
         embedding=embedding,
         head=head,
@@ -92,6 +92,11 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
         released=rest + parts["routed_experts"] + modules * (mtp + 2 * embedding),
         **parts,
     )
+
+
+def activated(experts: int, config: ModelConfig) -> int:
+    """Return how many of the parameters of routed experts one token uses."""
+    return experts * config.num_experts_per_tok // max(config.n_routed_experts, 1)
 
 
 _COMPONENTS = {

@@ -43,6 +43,12 @@ def did_you_mean(name: Any, known: Iterable[str]) -> str:
     return "" if near is None else f"; did you mean {near}?"
 
 
+class Place(str):
+    """File, with the line or record if there is one: the value of a ConfigError about its content."""
+
+    __slots__ = ()
+
+
 class ConfigError(ValueError):
     """Invalid configuration value. Raised before anything is allocated.
 

@@ -175,7 +175,7 @@ def _steps(
     while not finished and ids.shape[1] - length < limit:
         left, drafts = limit - (ids.shape[1] - length), []
         begin = time.perf_counter()
-        with _eval_mode(model):
+        with eval_mode(model):
             if speculation is not None:
                 guessed = None if seen is None else seen.clone()
                 choose = partial(_draft, sampling=sampling, guessed=guessed, generator=generator)
@@ -193,7 +193,7 @@ def _steps(
             if seen is not None:
                 logits = penalize(logits, seen, penalty)
             if known:
-                _check_finite(logits, ended, step + 1)
+                check_finite(logits, ended, step + 1)
             if speculation is not None and sampling.temperature == 0:
                 speculation.note_close_calls(logits, ended, step, max(penalty, 1 / penalty))
             if i < len(drafts) and sampling.temperature > 0:
@@ -229,7 +229,7 @@ def _steps(
 
 
 @contextmanager
-def _eval_mode(model: Transformer) -> Iterator[None]:
+def eval_mode(model: Transformer) -> Iterator[None]:
     """Set eval mode for one forward pass, then restore each module, because a stream may be suspended between steps."""
     modules: list[nn.Module] = [model]
     for module in modules:  # `model.modules()` takes four times as long, for every token
@@ -244,7 +244,7 @@ def _eval_mode(model: Transformer) -> Iterator[None]:
             module.training = True
 
 
-def _check_finite(logits: Tensor, ended: Tensor, step: int) -> None:
+def check_finite(logits: Tensor, ended: Tensor, step: int) -> None:
     """Raise FloatingPointError if logits [B, V] are unusable (see `generate`) in a row that has not ended."""
     largest = logits.amax(dim=-1)  # propagates NaN
     if all(map(math.isfinite, largest.tolist())):

@@ -108,6 +108,24 @@ _KIMI_K2 = ModelConfig(
     aux_loss_alpha=0.001,
 )
 
+
+def _qwen3(width: int, layers: int, heads: int, hidden: int, *, tied: bool) -> ModelConfig:
+    return ModelConfig(
+        model_type="qwen3",
+        vocab_size=151936,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        qk_norm="head",
+        intermediate_size=hidden,
+        rope_parameters=RopeParameters(rope_theta=1e6),
+        max_position_embeddings=40960,
+        tie_word_embeddings=tied,
+    )
+
+
 PRESETS: dict[str, ModelConfig] = {
     # Trains in two to three minutes on two CPU cores, and has every part of DeepSeek-V3.
     "tiny": ModelConfig(
@@ -141,6 +159,67 @@ PRESETS: dict[str, ModelConfig] = {
         num_nextn_predict_layers=1,
         aux_loss_alpha=1e-4,
         rms_norm_eps=1e-6,
+    ),
+    # Dense, with about half as many parameters as "tiny" activates.
+    "tiny_dense": ModelConfig(
+        model_type="qwen3",
+        vocab_size=2048,
+        hidden_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        qk_norm="head",
+        intermediate_size=192,
+        tie_word_embeddings=True,
+        initializer_range=0.06,
+        max_position_embeddings=1024,
+    ),
+    # Of `moesmith recipe countdown`; the vocabulary is that of `moe.recipes.countdown_text.tokenizer`. Without MTP,
+    # because reinforcement learning does not train it.
+    "countdown-tiny": ModelConfig(
+        model_type="deepseek_v3",
+        vocab_size=263,
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=256,
+        moe_intermediate_size=128,
+        n_routed_experts=8,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        tie_word_embeddings=True,
+        initializer_range=0.06,
+        first_k_dense_replace=1,
+        kv_lora_rank=64,
+        q_lora_rank=96,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        rope_interleave=True,
+        max_position_embeddings=512,
+        scoring_func="sigmoid",
+        topk_method="noaux_tc",
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=2.5,
+        aux_loss_alpha=1e-4,
+        rms_norm_eps=1e-6,
+    ),
+    # Dense student of the same recipe, with half as many parameters as its teacher activates.
+    "countdown-student": ModelConfig(
+        model_type="qwen3",
+        vocab_size=263,
+        hidden_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        qk_norm="head",
+        intermediate_size=256,
+        tie_word_embeddings=True,
+        initializer_range=0.06,
+        max_position_embeddings=512,
     ),
     # DeepSeek-V3 with 400M parameters, for benchmarks.
     "bench_400m": ModelConfig(
@@ -310,6 +389,12 @@ PRESETS: dict[str, ModelConfig] = {
         aux_loss_alpha=0.001,
         seq_aux=False,
     ),
+    "qwen3_0_6b": _qwen3(1024, 28, 16, 3072, tied=True),
+    "qwen3_1_7b": _qwen3(2048, 28, 16, 6144, tied=True),
+    "qwen3_4b": _qwen3(2560, 36, 32, 9728, tied=True),
+    "qwen3_8b": _qwen3(4096, 36, 32, 12288, tied=False),
+    "qwen3_14b": _qwen3(5120, 40, 40, 17408, tied=False),
+    "qwen3_32b": _qwen3(5120, 64, 64, 25600, tied=False),
     "qwen1_5_moe_a2_7b": ModelConfig(
         model_type="qwen2_moe",
         vocab_size=151936,

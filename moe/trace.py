@@ -23,6 +23,7 @@ from moe.model import Transformer
 from moe.ops import Routing
 from moe.ops.routing import first_by_sorting, group_scores, members_of
 from moe.planning.placement import PlacementReport, place
+from moe.replay import observing
 from moe.router import Router
 
 BF16_FRACTION_BITS = 7
@@ -183,9 +184,7 @@ def record(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Trace:
 
     was_training = model.training
     with ExitStack() as stack, torch.no_grad():
-        for name, router in found.items():
-            hook = lambda module, args, routing, name=name: keep(name, module, args[0], routing)  # noqa: E731
-            stack.callback(router.register_forward_hook(hook).remove)
+        stack.enter_context(observing(model, keep))
         stack.callback(model.train, was_training)
         model.eval()
         for batch in batches:

@@ -65,14 +65,13 @@ def tiny(preset: ModelConfig) -> ModelConfig:
         num_hidden_layers=4,
         num_attention_heads=4,
         intermediate_size=48,
-        moe_intermediate_size=32,
-        n_routed_experts=16,
-        num_experts_per_tok=4,
         first_k_dense_replace=min(preset.first_k_dense_replace, 1),
         layer_types=preset.layer_types and preset.layer_types[:4],
         sliding_window=preset.sliding_window and 5,
         shared_expert_intermediate_size=preset.shared_expert_intermediate_size and 24,
     )
+    if preset.n_routed_experts:
+        sizes |= dict(moe_intermediate_size=32, n_routed_experts=16, num_experts_per_tok=4)
     if preset.n_group > 1:
         sizes |= dict(n_group=4, topk_group=2)
     if preset.is_mla:

@@ -103,6 +103,9 @@ def draw(rng: random.Random, model_type: str) -> ModelConfig | None:
             values |= softmax | dict(topk_method="noaux_tc", rope_interleave=True, moe_norm_min=1e-12)
             values |= dict(first_k_dense_replace=rng.randint(0, layers), decoder_sparse_step=pick((1, 2)))
             values |= dict(n_shared_experts=rng.randint(0, 2), tie_word_embeddings=pick((True, False)))
+        case "qwen3":
+            values |= dict(qk_norm="head", tie_word_embeddings=pick((True, False)), n_group=1, topk_group=1)
+            values |= dict(n_routed_experts=0, num_experts_per_tok=0, moe_intermediate_size=0)
         case _:
             values |= dict(qk_norm="whole", n_group=groups, topk_group=groups)
             values["num_experts_per_tok"] = rng.randint(1, groups * each)

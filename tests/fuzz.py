@@ -248,15 +248,10 @@ class Lab:
 
         torch.set_num_threads(1)
         config = BY_FAMILY[family]
-        self.config = dataclasses.replace(
-            config,
-            num_hidden_layers=2,
-            layer_types=config.layer_types and config.layer_types[:2],
-            n_routed_experts=4,
-            n_group=min(config.n_group, 2),
-            topk_group=1,
-            num_experts_per_tok=2,
-        )
+        few: dict[str, Any] = dict(num_hidden_layers=2, layer_types=config.layer_types and config.layer_types[:2])
+        if config.n_routed_experts:
+            few |= dict(n_routed_experts=4, n_group=min(config.n_group, 2), topk_group=1, num_experts_per_tok=2)
+        self.config = dataclasses.replace(config, **few)
         model = moe.Transformer(self.config)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():

@@ -92,6 +92,9 @@ STAGES: dict[str, tuple[Stage, ...]] = {
     "moe/ops/matmul.py": (Stage((MATMUL, OPS, CONTRACT), ("product", "grouped_mm", "test_moe_mlp", ANY)),),
     "moe/ops/quantization.py": (Stage((QUANTIZATION, CONTRACT)),),
     "moe/ops/routing.py": (Stage((ROUTING, CONTRACT)),),
+    "moe/checkpoint/format/families.py": (Stage(("tests/checkpoint/test_config.py",)),),
+    "moe/config.py": (Stage(("tests/checkpoint/test_exports.py",)),),
+    "moe/counts.py": (Stage(("tests/model/test_counts.py",)),),
     "moe/attention.py": (Stage(("tests/model/test_attention_blocks.py", "tests/model/test_model.py")),),
     "moe/linear.py": (Stage((MATMUL,)),),
     "moe/ops/packed.py": (Stage((PACKED,)),),
@@ -101,8 +104,17 @@ STAGES: dict[str, tuple[Stage, ...]] = {
     "moe/router.py": (Stage(("tests/layer/test_layer.py", ROUTING, "tests/layer/test_balance.py")),),
     "moe/planning/expert_cache.py": (Stage(("tests/planning/test_expert_cache.py",)),),
     "moe/planning/placement.py": (Stage(("tests/planning/test_placement.py",)),),
+    "moe/replay.py": (Stage(("tests/model/test_replay.py",)),),
+    "moe/recipes/grpo.py": (Stage(("tests/recipes/test_grpo.py",)),),
+    "moe/recipes/rollout.py": (Stage(("tests/recipes/test_rollout.py",)),),
+    "moe/recipes/task.py": (Stage(("tests/recipes/test_task.py",)),),
     "moe/recipes/countdown.py": (Stage(("tests/recipes/test_countdown.py",)),),
+    "moe/recipes/distill.py": (Stage(("tests/recipes/test_distill.py",), ("divergence", "loss_of_a_step")),),
+    "moe/recipes/examples.py": (Stage(("tests/recipes/test_examples.py",), ("completion", "boundary", "messages")),),
+    "moe/recipes/packing.py": (Stage(("tests/recipes/test_examples.py",), ("packing", "rows")),),
+    "moe/recipes/sft.py": (Stage(("tests/recipes/test_sft.py",), ("batch", "packed", "masked")),),
     "moe/trace.py": (Stage(("tests/model/test_trace.py",)),),
+    "moe/integrations/trl.py": (Stage(("tests/integrations/test_trl.py",), ("DeepseekV", "passes", ANY)),),
     "kernels/moe_triton/activation.py": on_kernels("swiglu", "clamped", "test_moe_mlp["),
     "kernels/moe_triton/grouped_gemm.py": on_kernels("grouped_mm", "offsets.py", "test_moe_mlp["),
     "kernels/moe_triton/mlp.py": on_kernels(
@@ -120,6 +132,13 @@ SLOW = ("many_experts", "transformers", "compile", "127x129", "257x65", "256x128
 PARTS = {
     "kernels/moe_triton/tiling.py": ("even", "last_stride_one"),
     "moe/attention.py": ("_attend_in_blocks", "_attend_absorbed"),
+    "moe/checkpoint/format/families.py": ("_late_windows_read",),
+    "moe/config.py": ("has_experts",),
+    "moe/counts.py": ("activated",),
+    "moe/integrations/trl.py": ("_Chosen", "_Records"),
+    "moe/recipes/distill.py": ("kl_divergence",),
+    "moe/recipes/examples.py": ("encode_completion", "_encode_parts"),
+    "moe/recipes/sft.py": ("batch_of",),
 }
 SPEED = re.compile(r"num_warps|num_stages|BLOCK\w*|COLUMNS|SLOTS|debug|sanitize_overflow|asserted|_by_onednn|_CHUNK")
 REFUSALS = ("device_assert", "_assert_async", "msg")

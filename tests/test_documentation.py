@@ -74,6 +74,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "more.json").write_text(
         json.dumps([{"text": "A number that is not followed by another is the last one."}])
     )
+    pairs = [{"prompt": f"After {i} comes", "completion": f" {i + 1}."} for i in range(20)]
+    (folder / "examples.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    (folder / "vowels.py").write_text(next(program for _, program in PROGRAMS if program.startswith("class Vowels")))
     (folder / "notes").mkdir()
     (folder / "notes" / "a.txt").write_text("Numbers are written from left to right.\n" * 20)
     (folder / "model.json").write_text(json.dumps(moe.preset("tiny").to_dict()))
@@ -90,11 +93,16 @@ QUICK = "--steps 2 --batch-size 2 --seq-length 32 --warmup 1 --optimizer adamw"
 def run_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A `moesmith` command in this process, in the working folder. Training takes two small steps and draws nothing."""
     words = shlex.split(line)[1:]
-    if words[0] == "train":
+    if words[0] in ("train", "sft"):
         words += QUICK.split()
-        monkeypatch.setattr("moe.train.run._plot", lambda *_: [])
-        monkeypatch.setattr("moe.train.run.SAMPLE_NEW_TOKENS", 2)
-        monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # set by the command otherwise, and for good
+        for module in ("moe.train.run", "moe.recipes.sft"):
+            monkeypatch.setattr(f"{module}._plot", lambda *_: [])
+            monkeypatch.setattr(f"{module}.SAMPLE_NEW_TOKENS", 2)
+    if words[0] == "grpo":
+        few = "--steps 1 --batch-size 4 --accumulation 1 --group-size 2 --max-new-tokens 4 --seq-length 128"
+        words += few.split()
+        monkeypatch.setattr("moe.recipes.grpo_run.GrpoRun._plot", lambda *_: [])
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # set by the commands otherwise, and for good
     assert main(words) == 0
 
 
@@ -119,6 +127,8 @@ def check_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
             check_command(each, monkeypatch)
     elif words[:2] == ["moesmith", "train"] and ("--preset" in words or "--resume" in words):
         parse_training(words[2:])
+    elif words[:2] == ["moesmith", "distill"]:
+        parse(importlib.import_module("moe.cli.distill").Args, "distill", words[2:])
     elif words[0] == "moesmith":
         run_command(line, monkeypatch)
     elif words[0] == "torchrun":
@@ -354,7 +364,7 @@ def test_the_seconds_of_loading() -> None:
 
 
 def test_an_example_is_short_and_says_how_it_is_run() -> None:
-    assert set(EXAMPLES) == {"custom_kernel.py", "ddp_layer.py", "finetune.py", "hf_trainer.py"}
+    assert set(EXAMPLES) == {"custom_kernel.py", "ddp_layer.py", "finetune.py", "hf_trainer.py", "trl_countdown.py"}
     for name, path in EXAMPLES.items():
         text = path.read_text()
         assert 20 <= len(text.splitlines()) <= 60

@@ -31,7 +31,7 @@ LEVELS = [
     {"moe.checkpoint.writing"},
     {"moe.checkpoint"},
     {"moe.parallel"},
-    {"moe.speculative"},
+    {"moe.speculative", "moe.replay"},
     {"moe.generation", "moe.trace"},
     {"moe.train"},
     {"moe.integrations", "moe.recipes"},
@@ -215,7 +215,7 @@ def test_children_of_tests_find_the_kernels_of_their_checkout(tmp_path: Path) ->
 def test_import_moe_does_not_import_torch() -> None:
     run("import moe, sys; assert 'torch' not in sys.modules; assert 'MoELayer' in dir(moe)", ROOT)
     formats = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sources("moe/checkpoint/format")]
-    names = ", ".join(("moe.cli.plan", "moe.planning.published", "moe.recipes.countdown", *formats))
+    names = ", ".join(("moe.cli.plan", "moe.planning.published", "moe.recipes.task", "moe.cli.grpo", *formats))
     run(f"import {names}, sys; assert 'torch' not in sys.modules", ROOT)
 
 

@@ -6,6 +6,7 @@
     save(model, folder)
     interleave(model)                             reorder rotary rows, which DeepSeek's families require
     convert.convert, convert.cut                  derive a checkpoint from another one
+    chat.ChatTemplate                             messages as the text that a model was trained on
 
 Three packages, each of which imports only those before it:
 

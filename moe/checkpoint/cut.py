@@ -33,7 +33,7 @@ def cut(
     target: str | PathLike[str],
     *,
     layers: Sequence[int],
-    experts: Sequence[int],
+    experts: Sequence[int] | None = None,
     compare: bool = True,
     overwrite: bool = False,
     revision: str | None = None,
@@ -47,7 +47,7 @@ def cut(
 
     Args:
         layers: ascending numbers of the layers to keep.
-        experts: ascending numbers of the experts to keep in each layer.
+        experts: ascending numbers of the experts to keep in each layer; None for all.
         compare: load the source and the result, if both fit into memory, and compare their logits on a fixed input.
 
     Returns:
@@ -58,9 +58,10 @@ def cut(
         CheckpointError: `convert` would refuse the source or the target; or routing is limited to groups, and the
             groups that are used do not have equally many of the experts.
     """
-    layers, experts = _numbers("layers", layers), _numbers("experts", experts)
+    layers, chosen = _numbers("layers", layers), None if experts is None else _numbers("experts", experts)
     contents = read_source(source, target, overwrite, revision, mtp=False)
     check_source(contents)
+    experts = list(range(contents.config.n_routed_experts)) if chosen is None else chosen
     config = cut_config(as_written(contents.config, contents.folder), layers, experts, contents.folder)
     family = family_of(config.model_type, contents.folder)
     table = table_for(contents, family)
@@ -152,20 +153,7 @@ _PER_LAYER = ("layer_types", "mlp_layer_types", "attn_type_list")
 
 def cut_config(config: ModelConfig, layers: Sequence[int], experts: Sequence[int], folder: Path) -> ModelConfig:
     """Return the configuration of some layers and experts of `config`; `folder` is for messages."""
-    for name, chosen, count in (
-        ("layers", layers, config.num_hidden_layers),
-        ("experts", experts, config.n_routed_experts),
-    ):
-        if not chosen or list(chosen) != sorted(set(chosen)) or not 0 <= chosen[0] <= chosen[-1] < count:
-            raise ConfigError(name, list(chosen), f"ascending numbers from 0 to {count - 1}, without repeats")
-    size = config.n_routed_experts // config.n_group
-    groups = [sum(expert // size == group for expert in experts) for group in range(config.n_group)]
-    kept = [count for count in groups if count]
-    if len(set(kept)) > 1:
-        problem = "experts: routing is limited to groups, which must keep equal sizes"
-        found = " ".join(map(str, groups))
-        raise CheckpointError(folder, problem, expected="the same number of experts from every group used", found=found)
-    topk_group = min(config.topk_group, len(kept))
+    _check_numbers("layers", layers, config.num_hidden_layers)
     dense = [not config.is_moe_layer(layer) for layer in layers]
     leading = next((i for i, d in enumerate(dense) if not d), len(dense))
     others = tuple(i for i, d in enumerate(dense) if d and i >= leading)
@@ -180,16 +168,41 @@ def cut_config(config: ModelConfig, layers: Sequence[int], experts: Sequence[int
         config,
         extra=extra,
         num_hidden_layers=len(layers),
-        n_routed_experts=len(experts),
-        n_group=len(kept),
-        topk_group=topk_group,
-        num_experts_per_tok=min(config.num_experts_per_tok, topk_group * kept[0]),
+        **_kept_experts(config, experts, folder),
         num_nextn_predict_layers=0,
         decoder_sparse_step=1,
         first_k_dense_replace=leading if config.first_k_dense_replace else 0,
         mlp_only_layers=others if config.first_k_dense_replace else tuple(i for i, d in enumerate(dense) if d),
         layer_types=None if types is None else tuple(types[layer] for layer in layers),
     )
+
+
+def _kept_experts(config: ModelConfig, experts: Sequence[int], folder: Path) -> dict[str, int]:
+    """Return the fields that the number of experts determines."""
+    if not config.n_routed_experts:
+        if experts:
+            raise ConfigError("experts", list(experts), "none, because the model has no experts")
+        return {}
+    _check_numbers("experts", experts, config.n_routed_experts)
+    size = config.n_routed_experts // config.n_group
+    groups = [sum(expert // size == group for expert in experts) for group in range(config.n_group)]
+    kept = [count for count in groups if count]
+    if len(set(kept)) > 1:
+        problem = "experts: routing is limited to groups, which must keep equal sizes"
+        found = " ".join(map(str, groups))
+        raise CheckpointError(folder, problem, expected="the same number of experts from every group used", found=found)
+    topk_group = min(config.topk_group, len(kept))
+    return {
+        "n_routed_experts": len(experts),
+        "n_group": len(kept),
+        "topk_group": topk_group,
+        "num_experts_per_tok": min(config.num_experts_per_tok, topk_group * kept[0]),
+    }
+
+
+def _check_numbers(name: str, chosen: Sequence[int], count: int) -> None:
+    if not chosen or list(chosen) != sorted(set(chosen)) or not 0 <= chosen[0] <= chosen[-1] < count:
+        raise ConfigError(name, list(chosen), f"ascending numbers from 0 to {count - 1}, without repeats")
 
 
 def _numbers(name: str, chosen: Any) -> list[int]:

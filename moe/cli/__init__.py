@@ -20,7 +20,11 @@ from moe.train.launcher import MISTAKES, reported_once, shown
 
 COMMANDS = {
     "train": "train a preset, a configuration or a checkpoint on text",
-    "eval": "score a model on text: perplexity, bits per byte, expert load",
+    "sft": "fine-tune a model on prompts and completions, or messages",
+    "distill": "train a student on the logits or completions of a teacher",
+    "grpo": "train a model on a task by reinforcement learning",
+    "recipe": "run DeepSeek-R1's recipe, from pre-training to distillation",
+    "eval": "score a model on text, or on a task",
     "trace": "record the experts of each token; compute balance and cache hits",
     "generate": "continue prompts with a model, or chat with it",
     "inspect": "print configuration and parameter counts, or verify the files",

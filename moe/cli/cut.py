@@ -23,9 +23,9 @@ class Args:
     """Folder to write, new or empty."""
     layers: Annotated[str, Option("LIST")]
     """Layers to keep, for example 0,1,3 or 0-2,60."""
-    experts: Annotated[str, Option("LIST")]
+    experts: Annotated[str | None, Option("LIST")] = None
     """Experts to keep in each layer, for example 0-7. With group-limited routing, keep the same number from every group
-    used."""
+    used. Default: all."""
     compare: bool = True
     """Compare the result with the source on a fixed input, if the source fits into memory."""
     overwrite: bool = False
@@ -37,7 +37,8 @@ class Args:
 
 
 def run(args: Args) -> int:
-    layers, experts = parse_ranges(args.layers, "--layers"), parse_ranges(args.experts, "--experts")
+    layers = parse_ranges(args.layers, "--layers")
+    experts = None if args.experts is None else parse_ranges(args.experts, "--experts")
     limit = parse_size(args.max_shard_size, "--max-shard-size", least=1000)
     from moe.checkpoint.convert import cut
 

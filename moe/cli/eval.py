@@ -1,11 +1,12 @@
-"""`moesmith eval`: score a model on text."""
+"""`moesmith eval`: score a model on text or on a task."""
 
 import json
+import math
 import os
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from moe.checkpoint import read_config
 from moe.checkpoint.reading.hub import explain_cache_misses, find
@@ -18,12 +19,14 @@ from moe.train.settings import Settings
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
     from tokenizers import Tokenizer
 
     from moe.model import Transformer
     from moe.train.data import Dataset
 
 DEFAULT_SEQ_LENGTH = 2048
+DEFAULT_PROMPTS = 128
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ class TextArgs:
 
 @dataclass(frozen=True)
 class Args(TextArgs):
-    """Score a model on text: perplexity, nats per token, bits per byte, and the load of its experts.
+    """Score a model on text: perplexity, nats per token, bits per byte, and the load of its experts. With --task, on
+    the prompts that a task holds out: the mean reward of its completions, with its parts, such as accuracy.
 
     The text is tokenized with the folder's tokenizer.json and scored in windows, as in validation by `moesmith train`:
     each token is predicted from those before it in its window. Perplexities are comparable only between models with the
@@ -72,12 +76,83 @@ class Args(TextArgs):
     divergence of the next token in nats, and how often the most likely token is the same.
     """
 
+    batch_size: int | None = None
+    """Windows per forward pass. Default: that of the run, otherwise 4. With --task, prompts, by default 128."""
+    task: str | None = None
+    """Task to score: countdown, or FILE.py:NAME, an object with lists of prompts `train` and `test` and a function
+    reward(prompt, completion). The file is executed."""
+    max_new_tokens: int = 128
+    """With --task, the longest completion in tokens."""
+    temperature: float = 0.0
+    """With --task, the sampling temperature; 0 selects the most likely tokens."""
+    seed: int = 0
+    """With --task, the sampling seed."""
     quantize: Literal["int8"] | None = None
     """Score the model with int8 weights, and print the errors of int8 and of bf16, relative to the stored weights in
     fp32. The model must fit into memory in fp32."""
 
+    def check(self) -> None:
+        super().check()
+        for name in ("data", "seq_length", "document_mask"):
+            if self.task is not None and getattr(self, name) is not None:
+                raise ConfigError(option(name), getattr(self, name), "nothing with --task")
+        for name, ok, allowed in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+            ("temperature", 0 <= self.temperature < math.inf, "a finite number of at least 0"),
+            ("seed", 0 <= self.seed < 2**63, "an integer from 0 to 2^63 - 1"),
+        ):
+            if not ok:
+                raise ConfigError(option(name), getattr(self, name), allowed)
+
 
 def run(args: Args) -> int:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in training
+    from rich.console import Console
+
+    from moe.train.report import print_scores, print_task_scores
+
+    result = _text_scores(args) if args.task is None else _task_scores(args, args.task)
+    if args.json:
+        print(json.dumps(result))
+    elif args.task is None:
+        print_scores(Console(), result)
+    else:
+        print_task_scores(Console(), result)
+    return 0
+
+
+def _task_scores(args: Args, name: str) -> dict[str, Any]:
+    """Mean scores of one completion of each held-out prompt."""
+    folder = find(args.folder)
+
+    import moe
+    from moe.recipes.answers import complete, score_completions
+    from moe.recipes.task import load_task
+
+    task = load_task(name)
+    with explain_cache_misses(args.folder):
+        tokenizer, end_of_text = _tokenizer(folder)
+        dtype = read_dtype(args.dtype, COMPUTE_DTYPES)
+        model = moe.load(folder, device=_device(args), dtype=dtype, quantize=args.quantize, mtp=False)
+    try:
+        batches = complete(
+            model,
+            task.test,
+            tokenizer,
+            end_of_text,
+            max_new_tokens=args.max_new_tokens,
+            batch_size=args.batch_size or DEFAULT_PROMPTS,
+            temperature=args.temperature,
+            seed=args.seed,
+        )
+    except FloatingPointError as error:
+        raise CheckpointError(folder, str(error)) from None
+    scores = score_completions(task, task.test, batches, tokenizer)
+    facts = {"folder": str(folder), "task": task.name, "prompts": len(task.test), "temperature": args.temperature}
+    return facts | {name: sum(values) / len(values) for name, values in scores.items()}
+
+
+def _text_scores(args: Args) -> dict[str, Any]:
     folder, load, dataset, settings = prepared(args)
     from moe.train.loop import NonFiniteError
     from moe.train.scoring import compare, score
@@ -93,17 +168,15 @@ def run(args: Args) -> int:
                 scores = compare(models | {args.quantize: chosen}, dataset, replace(settings, dtype="fp32"))
     except NonFiniteError as error:
         raise CheckpointError(folder, f"the {error.what} is not finite; {error.where}") from None
-    result = {"folder": str(folder)} | scores
-    if args.json:
-        print(json.dumps(result))
-        return 0
+    return {"folder": str(folder)} | scores
 
-    from rich.console import Console
 
-    from moe.train.report import print_scores
+def _device(args: TextArgs) -> "torch.device":
+    import torch
 
-    print_scores(Console(), result)
-    return 0
+    from moe.checkpoint.reading.load import usable_device
+
+    return usable_device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
 
 
 def prepared(args: TextArgs) -> "tuple[Path, Callable[..., Transformer], Dataset, Settings]":
@@ -112,14 +185,11 @@ def prepared(args: TextArgs) -> "tuple[Path, Callable[..., Transformer], Dataset
     folder = find(args.folder)
     began = _settings(Path(args.folder))
 
-    import torch
-
     import moe
-    from moe.checkpoint.reading.load import usable_device
     from moe.train.documents import read_files
     from moe.train.scoring import pack, validation_of
 
-    device = usable_device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    device = _device(args)
     if args.data is None:
         dataset = validation_of(Path(args.folder))
     else:

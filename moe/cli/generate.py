@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from moe.checkpoint import read_config
+from moe.checkpoint.chat import ChatTemplate
 from moe.checkpoint.format.files import read_bounded
 from moe.checkpoint.format.folder import CONFIG, MAX_CONFIG_BYTES, MAX_CONFIG_VALUES, member
 from moe.checkpoint.format.strict_json import parse_as_python
 from moe.checkpoint.reading.hub import explain_cache_misses, find
-from moe.cli.chat import ChatTemplate
 from moe.cli.options import COMPUTE_DTYPES, Option, dtype_option, option, read_dtype
 from moe.cli.source import FOLDER
 from moe.errors import CheckpointError, ConfigError

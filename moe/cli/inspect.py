@@ -18,8 +18,8 @@ from moe.checkpoint.format.manifest import verify
 from moe.checkpoint.reading.hub import CONFIGS, FILES, find
 from moe.cli.options import Option
 from moe.cli.source import MODEL, unknown
-from moe.config import ModelConfig
-from moe.counts import ParameterCounts, count_parameters
+from moe.config import EXPERT_FIELDS, ModelConfig
+from moe.counts import ParameterCounts, activated, count_parameters
 from moe.errors import CheckpointError, ConfigError, did_you_mean, one_line
 from moe.presets import PRESETS
 from moe.train.report import print_table, print_text
@@ -143,7 +143,7 @@ def _print_counts(console: Console, model: str, config: ModelConfig, counts: Par
         number = getattr(counts, name)
         if not number:
             continue
-        used = number * config.num_experts_per_tok // config.n_routed_experts if name == "routed_experts" else number
+        used = activated(number, config) if name == "routed_experts" else number
         parts.append((name.replace("_", " "), f"{number:,}", f"{number / counts.total:.2%}", f"{used:,}"))
     if counts.mtp:
         parts.append(("mtp, not in the total", f"{counts.mtp:,}"))
@@ -153,6 +153,8 @@ def _print_counts(console: Console, model: str, config: ModelConfig, counts: Par
 def _print_config(console: Console, config: ModelConfig) -> None:
     rows: list[tuple[str, str]] = []
     for name, value in config.to_dict().items():
+        if name in EXPERT_FIELDS and not config.has_experts:
+            continue
         found = {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
         rows += [(_shown(key), _shown(inner)) for key, inner in found.items() if inner is not None]
     print_table(console, "configuration", ("field", "value"), rows, text_columns=2)

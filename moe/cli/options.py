@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, 
 
 from moe.checkpoint.format.contents import WITHOUT_MTP
 from moe.checkpoint.format.dtypes import ALIASES, FLOATING, SAFETENSORS, parse_dtype
-from moe.errors import CheckpointError, ConfigError, ParallelError, did_you_mean, one_line
+from moe.errors import CheckpointError, ConfigError, ParallelError, Place, did_you_mean, one_line
 
 DTYPES = tuple(SAFETENSORS)
 COMPUTE_DTYPES = ("auto", *FLOATING)
@@ -119,6 +119,7 @@ class Field:
         if self.default in (MISSING, None, ()) or self.default is False or "Default: " in text:
             return text
         shown = "on" if self.default is True else f"{self.default:g}" if self.kind is float else self.default
+        shown = " ".join(map(str, shown)) if isinstance(shown, tuple) else shown
         return f"{text} Default: {shown}."
 
     def read(self, word: str) -> Any:
@@ -236,8 +237,11 @@ def in_options(error: Exception, args: Any) -> str:
     if isinstance(error, ConfigError):
         found = message[len(f"{error.field} = ") : -len(f": expected {error.allowed}")]
         expected, did, hint = error.allowed.partition("; did you mean ")
-        message = f"{option(error.field) if error.field in names else error.field}: expected {expected}"
-        message += f"{'' if error.value is None or '; found ' in expected else f'; found {found}'}{did}{hint}"
+        where = option(error.field) if error.field in names else error.field
+        shown = "" if error.value is None or "; found " in expected else f"; found {found}"
+        if isinstance(error.value, Place):
+            where, shown = f"{where}: {one_line(error.value, 1000)}", ""
+        message = f"{where}: expected {expected}{shown}{did}{hint}"
     if isinstance(error, ParallelError):
         found = re.fullmatch(r"(\w+) = (\S+): (expected .*)", message)
         if found and found[1] in names:

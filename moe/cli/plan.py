@@ -192,12 +192,10 @@ def _print(
     console: Console, name: str, estimate: Estimate, placement: Deployment, memory: int, config: ModelConfig
 ) -> None:
     where = f"{name} on {placement.gpus:,} GPU{'s' if placement.gpus > 1 else ''}, EP {placement.ep}"
+    if config.n_routed_experts:
+        where += f": {estimate.experts} of {config.n_routed_experts} experts per GPU"
     parts = {**estimate.parts, "total": estimate.total}
-    print_table(
-        console,
-        f"{where}: {estimate.experts} of {config.n_routed_experts} experts per GPU",
-        ("part", "GiB per GPU"),
-        [(part, f"{nbytes / 2**30:,.2f}") for part, nbytes in parts.items()],
-    )
+    rows = [(part, f"{nbytes / 2**30:,.2f}") for part, nbytes in parts.items() if part != "experts" or nbytes]
+    print_table(console, where, ("part", "GiB per GPU"), rows)
     print_fit(console, estimate.total, memory)
     print_assumptions(console, estimate.assumptions)

@@ -112,23 +112,27 @@ def plan_facts(name: str, run: Run, gpu_name: str, gpu: Gpu, args: ClusterArgs) 
 def print_plan(console: Console, facts: dict[str, Any]) -> None:
     mesh, training, gpu = facts["mesh"], facts["training"], facts["gpu"]
     where = f"{facts['model']} on {mesh['gpus']:,} {gpu['name']} GPUs, {training['dtype']}"
-    say(console, f"{where}: PP {mesh['pp']} x DP {mesh['dp']}, EP {mesh['ep']} ({mesh['experts']} experts per GPU)\n")
+    experts = f" ({mesh['experts']} experts per GPU)" if mesh["experts"] else ""
+    say(console, f"{where}: PP {mesh['pp']} x DP {mesh['dp']}, EP {mesh['ep']}{experts}\n")
     held = facts["memory"]
     rows = [(part, f"{nbytes / 2**30:,.2f}") for part, nbytes in (held["parts"] | {"total": held["total"]}).items()]
     print_table(console, f"memory of pipeline rank {held['rank']}, which needs the most", ("part", "GiB per GPU"), rows)
     print_fit(console, held["total"], gpu["memory"] * 2**30)
 
     sent = facts["all_to_all"]
-    rows = [
-        (name, *(f"{nbytes:,.0f}" for nbytes in (sent[f"{name}_bytes"], sent[name]["nvlink"], sent[name]["network"])))
-        for name in ("dispatch", "combine")
-    ]
-    title = "all-to-all bytes per token and MoE layer, forward (backward: the same)"
-    print_table(console, title, ("", "per copy", "NVLink", "network"), rows)
-    print_text(
-        console, f"A token is sent to {sent['ranks']:.2f} ranks on {sent['nodes']:.2f} nodes, including its own."
-    )
-    console.print()
+    if mesh["experts"]:
+        rows = [
+            (
+                name,
+                *(f"{nbytes:,.0f}" for nbytes in (sent[f"{name}_bytes"], sent[name]["nvlink"], sent[name]["network"])),
+            )
+            for name in ("dispatch", "combine")
+        ]
+        title = "all-to-all bytes per token and MoE layer, forward (backward: the same)"
+        print_table(console, title, ("", "per copy", "NVLink", "network"), rows)
+        reach = f"A token is sent to {sent['ranks']:.2f} ranks on {sent['nodes']:.2f} nodes, including its own."
+        print_text(console, reach)
+        console.print()
 
     made = facts["step"]
     rows = [(part, f"{s:,.3f}", f"{s / made['seconds']:.1%}") for part, s in made["parts"].items()]

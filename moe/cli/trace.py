@@ -107,7 +107,7 @@ def run(args: Args) -> int:
 def _record(args: Args) -> "Trace":
     with explain_cache_misses(args.folder):
         config = read_config(find(args.folder))
-    if not config.num_moe_layers + config.num_nextn_predict_layers:
+    if not config.has_experts:
         found = f"{config.num_hidden_layers} dense layers"
         raise CheckpointError(args.folder, "no routing to record", expected="a model with experts", found=found)
     _check_sizes(args.what_if, config.n_routed_experts, decoded=config.num_moe_layers)

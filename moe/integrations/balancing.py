@@ -36,17 +36,21 @@ class Balancing:
 
     def metrics(self) -> dict[str, float]:
         """Return "moe_max_vio" of the worst layer and "moe_dead_experts" of all layers, since the last call."""
-        loads = self._handle.loads(reset=True) if self._handle is not None else {}
-        reports = [balance.LoadReport([name], load[None].cpu()) for name, load in loads.items()]
-        if not reports:
-            return {}
-        return {
-            "moe_max_vio": max(report.max_vio[0] for report in reports),
-            "moe_dead_experts": float(sum(report.dead_experts[0] for report in reports)),
-        }
+        return load_metrics(self._handle.loads(reset=True) if self._handle is not None else {})
 
     def stop(self) -> None:
         """Detach from the model. A second call does nothing."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+
+
+def load_metrics(loads: dict[str, Tensor]) -> dict[str, float]:
+    """Return MaxVio of the worst layer and the dead experts of all layers, from loads int64 [E]; {} without layers."""
+    reports = [balance.LoadReport([name], load[None].cpu()) for name, load in loads.items()]
+    if not reports:
+        return {}
+    return {
+        "moe_max_vio": max(report.max_vio[0] for report in reports),
+        "moe_dead_experts": float(sum(report.dead_experts[0] for report in reports)),
+    }

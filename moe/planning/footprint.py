@@ -141,8 +141,9 @@ def check(config: ModelConfig, deployment: Deployment) -> None:
             raise ConfigError(name, getattr(deployment, name), "a positive integer")
     if deployment.gpus % deployment.ep:
         raise ConfigError("ep", deployment.ep, f"a divisor of the {deployment.gpus} GPUs")
-    if deployment.ep > config.n_routed_experts:
-        raise ConfigError("ep", deployment.ep, f"at most the {config.n_routed_experts} experts of a layer")
+    if deployment.ep > max(config.n_routed_experts, 1):
+        most = f"at most the {config.n_routed_experts} experts of a layer"
+        raise ConfigError("ep", deployment.ep, most if config.n_routed_experts else "1 for a model without experts")
 
 
 def inference(config: ModelConfig, deployment: Deployment, files: Contents | None = None) -> Estimate:
@@ -158,6 +159,8 @@ def inference(config: ModelConfig, deployment: Deployment, files: Contents | Non
     parts = {"experts": weights[0], "other weights": weights[1], "cache": cache}
     parts["activations"] = _forward_values(config, deployment.ep, min(deployment.tokens, 8192)) * size
     replicated = "everything except experts is on every GPU (no tensor parallelism)"
+    if not config.has_experts:
+        replicated = "the whole model is on every GPU (no tensor parallelism)"
     if files is None:
         rest = {
             "fp8": f"FP8: projections in blocks of {' x '.join(map(str, deployment.block_size))} with fp32 scales, "
@@ -172,7 +175,7 @@ def inference(config: ModelConfig, deployment: Deployment, files: Contents | Non
         *held,
         f"cache and activations bf16; cache for {deployment.tokens:,} tokens per GPU, {_cache_values(config):,} values "
         "per token and layer",
-        "prefill in chunks of at most 8,192 tokens, experts balanced",
+        f"prefill in chunks of at most 8,192 tokens{_balanced(config)}",
     )
     return Estimate(_share(config, deployment.ep), parts, tuple(filter(None, assumptions)))
 
@@ -182,7 +185,7 @@ def training(config: ModelConfig, deployment: Deployment) -> Estimate:
     check(config, deployment)
     counts = count_parameters(config)
     share = _share(config, deployment.ep)
-    experts = math.ceil(_experts(config) * share / config.n_routed_experts / (deployment.gpus // deployment.ep))
+    experts = math.ceil(_experts(config) * share / max(config.n_routed_experts, 1) / (deployment.gpus // deployment.ep))
     others = math.ceil((counts.with_mtp - _experts(config)) / deployment.gpus)
     mine = experts + others
     blocks = config.num_hidden_layers + config.num_nextn_predict_layers
@@ -202,9 +205,13 @@ def training(config: ModelConfig, deployment: Deployment) -> Estimate:
         "parameters, gradients and both moments of AdamW in fp32, sharded over all GPUs that hold the same parameters",
         "one block gathered in bf16 while it is computed",
         f"{deployment.tokens:,} tokens per GPU and micro-batch; block inputs kept in bf16, the rest recomputed",
-        "logits and their gradient in fp32, not chunked; experts balanced",
+        f"logits and their gradient in fp32, not chunked{_balanced(config).replace(',', ';')}",
     )
     return Estimate(share, parts, assumptions)
+
+
+def _balanced(config: ModelConfig) -> str:
+    return ", experts balanced" if config.has_experts else ""
 
 
 def _share(config: ModelConfig, ep: int) -> int:
@@ -238,7 +245,7 @@ def _per_gpu(config: ModelConfig, ep: int, sizes: Iterable[tuple[TensorSpec, int
     for spec, nbytes in sizes:
         total += 0 if spec.repeat else nbytes
         experts += nbytes if ".mlp.experts." in spec.parameter else 0
-    return math.ceil(experts * _share(config, ep) / config.n_routed_experts), total - experts
+    return math.ceil(experts * _share(config, ep) / max(config.n_routed_experts, 1)), total - experts
 
 
 def _cache_values(config: ModelConfig) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from moe.errors import ConfigError
-from moe.recipes.countdown import MAX_NUMBER, MAX_TARGET, Problem, operations
+from moe.recipes.countdown import MAX_NUMBER, MAX_TARGET, Problem, generate, operations
 from moe.train.tokenizer import END_OF_TEXT
 
 LINES = 32  # equations of a document
@@ -23,22 +23,41 @@ WORDS = ("Numbers:", " Target:", "<think>", "</think>", "<answer>", "</answer>")
 
 
 def arithmetic(documents: int, *, seed: int) -> Iterator[str]:
-    """Yield documents of `LINES` random equations, one per line, such as "46-25=21".
+    """Yield documents of `LINES` lines each, in equal parts equations and calculations of three numbers.
 
-    One operand or the result is at most 99, and all are from 1 to 999, as in chains of thought. Two sevenths of the
-    equations are sums, differences and products each, one seventh quotients.
+    An equation, such as "46-25=21", has an operand or result of at most 99 and no number above 999, as in chains of
+    thought. Small numbers are more frequent. Two sevenths are sums, differences and products each, one seventh
+    quotients. A calculation is "(7*3)+25=21+25=46", with numbers of a problem. All numbers are positive integers.
     """
     rng = random.Random(seed)
     for _ in range(documents):
-        yield "".join(f"{_equation(rng)}\n" for _ in range(LINES))
+        yield "".join(f"{_equation(rng) if rng.random() < 0.5 else _calculation(rng)}\n" for _ in range(LINES))
 
 
 def _equation(rng: random.Random) -> str:
-    symbol, b = rng.choice("++--**/"), rng.randint(1, MAX_NUMBER)
+    symbol = rng.choice("++--**/")
+    b = rng.randint(1, rng.choice((9, MAX_NUMBER)))
     most = MAX_TARGET // b if symbol in "*/" else MAX_TARGET - b
-    a = rng.randint(1, min(most, MAX_NUMBER) if rng.random() < 0.5 else most)
+    a = rng.randint(1, min(most, rng.choice((9, MAX_NUMBER, MAX_TARGET))))
     a, b = rng.sample((a, b), 2)
     return {"+": f"{a}+{b}={a + b}", "-": f"{a + b}-{b}={a}", "*": f"{a}*{b}={a * b}", "/": f"{a * b}/{b}={a}"}[symbol]
+
+
+def _calculation(rng: random.Random) -> str:
+    z, *others = (rng.randint(1, MAX_NUMBER) for _ in range(3))
+    y, x = sorted(others)
+    symbol, inner = rng.choice(operations(x, y))
+    last, value = rng.choice(operations(max(inner, z), min(inner, z)))
+    if inner >= z or (last in "+*" and rng.random() < 0.5):
+        return f"({x}{symbol}{y}){last}{z}={inner}{last}{z}={value}"
+    return f"{z}{last}({x}{symbol}{y})={z}{last}{inner}={value}"
+
+
+def cold_start(n: int, *, seed: int) -> Iterator[dict[str, str]]:
+    """Yield examples for `moesmith sft`, {"prompt": ..., "completion": ...}, of n problems of split "train"."""
+    rng = random.Random(seed)
+    for problem in generate(n, seed=seed, split="train"):
+        yield {"prompt": problem.prompt, "completion": chain_of_thought(problem, rng)}
 
 
 def chain_of_thought(problem: Problem, rng: random.Random) -> str:

@@ -14,13 +14,13 @@ from moe.checkpoint.reading.hub import find
 from moe.config import ModelConfig, RopeParameters
 from moe.errors import CheckpointError, ConfigError, did_you_mean
 from moe.presets import preset
-from moe.train.settings import DEFAULT_PRESET, Settings
+from moe.train.settings import DEFAULT_PRESET, RunSettings
 
 # Keys that occur only in Hugging Face's files.
 _HUGGING_FACE = ("architectures", "transformers_version")
 
 
-def read_architecture(settings: Settings) -> ModelConfig:
+def read_architecture(settings: RunSettings) -> ModelConfig:
     """Return the configuration given by --preset, --config or --init, with the changes of --set.
 
     Raises:
@@ -31,13 +31,6 @@ def read_architecture(settings: Settings) -> ModelConfig:
         return read_config(find(settings.init, files=(CONFIG,)))
     config = preset(settings.preset or DEFAULT_PRESET) if settings.config is None else _read(settings.config)
     return apply_changes(config, settings.set)
-
-
-def check_experts(config: ModelConfig) -> None:
-    """Raise ConfigError if no layer has experts."""
-    if not config.num_moe_layers + config.num_nextn_predict_layers:
-        layers = config.num_hidden_layers
-        raise ConfigError("num_hidden_layers", layers, "a layer with experts; found dense layers only")
 
 
 def _read(path: Path) -> ModelConfig:

@@ -26,6 +26,8 @@ from moe.train.tokenizer import (
     find_tokenizer,
     load_tokenizer,
     read_tokenizer_settings,
+    token_ids,
+    tokenizer_files,
     train_tokenizer,
     vocabulary_size,
 )
@@ -91,26 +93,11 @@ class Dataset:
     @property
     def token_ids(self) -> dict[str, int]:
         """Special token ids with the names of config.json. A text begins and ends with <end>."""
-        ids = {"bos_token_id": self.end_of_text, "eos_token_id": self.end_of_text}
-        pad = self.tokenizer.token_to_id(self._settings.get("pad_token") or "")
-        return ids if pad is None else {**ids, "pad_token_id": pad}
+        return token_ids(self.tokenizer, self.end_of_text, self.facts.get("tokenizer", {}))
 
     def carried_files(self) -> dict[str, bytes]:
         """Return the checkpoint files that transformers needs to load the tokenizer and to stop generation."""
-        names = {key.removesuffix("_id"): self.tokenizer.id_to_token(number) for key, number in self.token_ids.items()}
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names, "clean_up_tokenization_spaces": False}
-        files: dict[str, Any] = {"tokenizer_config.json": settings, "generation_config.json": self.token_ids}
-        template = self._settings.get("chat_template")
-        if isinstance(template, list):  # several, by name
-            settings["chat_template"] = template
-        carried = {name: json.dumps(values, indent=2, ensure_ascii=False).encode() for name, values in files.items()}
-        if isinstance(template, str):
-            carried["chat_template.jinja"] = template.encode()
-        return {"tokenizer.json": self.tokenizer.to_str(pretty=True).encode(), **carried}
-
-    @property
-    def _settings(self) -> dict[str, Any]:
-        return self.facts.get("tokenizer", {})
+        return tokenizer_files(self.tokenizer, self.end_of_text, self.facts.get("tokenizer", {}))
 
 
 def prepare(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 
 from moe.checkpoint.format.strict_json import parse_json
-from moe.errors import CheckpointError, ConfigError, did_you_mean, one_line
+from moe.errors import CheckpointError, ConfigError, Place, did_you_mean, one_line
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".tex")
 LINES_SUFFIXES = (".jsonl", ".ndjson")
@@ -87,7 +87,7 @@ class _File:
     def error(self, expected: str, found: Any = None, *, record: int | None = None) -> ConfigError:
         """Return a ConfigError with the file and, if given, the line or record number (from 1)."""
         unit = {"lines": "line", "parquet": "row"}.get(self.kind, "record")
-        where = str(self.path) if record is None else f"{self.path}, {unit} {record}"
+        where = Place(self.path if record is None else f"{self.path}, {unit} {record}")
         return ConfigError(self.option, where, expected if found is None else f"{expected}; found {one_line(found)}")
 
     @contextlib.contextmanager
@@ -117,8 +117,7 @@ class _File:
                 content = file.read()
             found: Iterable[tuple[int, str]] = enumerate(_cut(_decode(content, self)))
         else:
-            records = {"lines": _read_lines, "json": _read_json, "parquet": _read_parquet}[self.kind](self, field)
-            found = ((number, self._text(record, field, number)) for number, record in records)
+            found = ((number, self._text(record, field, number)) for number, record in self.records(field))
         number = None
         for number, text in found:
             if text.strip():
@@ -126,9 +125,13 @@ class _File:
         if number is None and (self.explicit or self.kind != "text"):
             raise self.error("documents", "none")
 
+    def records(self, field: str) -> Iterator[tuple[int, Any]]:
+        """Yield the number and the value of each record; of a Parquet file, the values of `field` alone."""
+        return {"lines": _read_lines, "json": _read_json, "parquet": _read_parquet}[self.kind](self, field)
+
     def _text(self, record: Any, field: str, number: int) -> str:
         if not isinstance(record, dict):
-            raise self.error(f'an object with the field "{field}"', _kind_of(record), record=number)
+            raise self.error(f'an object with the field "{field}"', kind_of(record), record=number)
         if isinstance(text := record.get(field), str):
             try:
                 text.encode()
@@ -142,10 +145,10 @@ class _File:
         if field not in record:
             expected = f'the field "{field}", or --field with the name of the text field{did_you_mean(field, record)}'
             raise self.error(expected, names, record=number)
-        raise self.error(f'a string in "{field}"', _kind_of(record[field]), record=number)
+        raise self.error(f'a string in "{field}"', kind_of(record[field]), record=number)
 
 
-def _kind_of(value: Any) -> str:
+def kind_of(value: Any) -> str:
     """Describe a value: its JSON type and its beginning."""
     kinds = {
         dict: "an object",
@@ -212,6 +215,36 @@ def read_files(paths: Iterable[Path], field: str | None = None, *, option: str =
         else:
             raise ConfigError(option, str(path), "an existing file or folder")
     return FileDocuments(tuple(files), field or "", tuple(left_out))
+
+
+@dataclass(frozen=True)
+class Record:
+    """JSON value of a line of a JSON Lines file, or of an element of the array in a JSON file."""
+
+    value: Any
+    file: _File
+    number: int
+
+    def error(self, expected: str, found: str) -> ConfigError:
+        """Return a ConfigError that names the file and the line or record."""
+        return self.file.error(expected, found, record=self.number)
+
+
+def read_records(paths: Iterable[Path], *, option: str = "--data") -> Iterator[Record]:
+    """Yield the records of JSON Lines and JSON files, and of all such files below folders.
+
+    Raises ConfigError as `read_files` does, and for a file of another format, or without records.
+    """
+    for file in read_files(paths, "", option=option).files:
+        if file.kind not in ("lines", "json"):
+            if file.explicit:
+                raise file.error("JSON Lines or JSON", f"a {file.path.suffix or 'text'} file")
+            continue
+        number = None
+        for number, value in file.records(""):
+            yield Record(value, file, number)
+        if number is None:
+            raise file.error("records", "none")
 
 
 def _listed(names: Sequence[str], limit: int = 5) -> str:
@@ -339,7 +372,7 @@ def _read_json(file: _File, field: str) -> Iterator[tuple[int, Any]]:
         raise file.error(expected, "a larger file")
     values = _parse(content.removeprefix(b"\xef\xbb\xbf"), file, None)
     if not isinstance(values, list):
-        raise file.error("an array of objects, or an object in each line", _kind_of(values))
+        raise file.error("an array of objects, or an object in each line", kind_of(values))
     yield from enumerate(values, 1)
 
 

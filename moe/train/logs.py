@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.errors import ConfigError, one_line
-from moe.train.settings import Settings
+from moe.train.settings import RunSettings
 
 Log = Callable[[dict[str, Any]], None]
 
@@ -38,7 +38,7 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def open_log(settings: Settings, folder: Path, step: int) -> Iterator[Log | None]:
+def open_log(settings: RunSettings, folder: Path, step: int) -> Iterator[Log | None]:
     """Yield a function that sends records to the --log program; None without --log. The run resumes after `step`."""
     if settings.log == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
@@ -58,7 +58,7 @@ def open_log(settings: Settings, folder: Path, step: int) -> Iterator[Log | None
         yield None
 
 
-def _wandb_run(settings: Settings, folder: Path) -> Any:
+def _wandb_run(settings: RunSettings, folder: Path) -> Any:
     """Start or continue a run of Weights & Biases; offline if WANDB_MODE=offline."""
     import wandb  # pyright: ignore[reportMissingImports]
 

@@ -11,13 +11,13 @@ from moe.config import ModelConfig
 from moe.counts import parameter_shapes
 from moe.errors import ConfigError
 from moe.roles import role_of
-from moe.train.settings import Settings
+from moe.train.settings import RunSettings
 
 MIN_VOCABULARY = 256  # the byte tokens of a trained tokenizer
 
 
 def check_memory(
-    config: ModelConfig, settings: Settings, *, ranks: int = 1, device: torch.device, vocab_size: int | None = None
+    config: ModelConfig, settings: RunSettings, *, ranks: int = 1, device: torch.device, vocab_size: int | None = None
 ) -> None:
     """Raise `ConfigError` if a run needs more than the free memory of `device`, even by a lower bound.
 
@@ -54,7 +54,7 @@ def check_memory(
     raise ConfigError(option, value, f"a run that fits into {what}; found {found}; {advice}")
 
 
-def state_bytes(config: ModelConfig, settings: Settings, ranks: int) -> tuple[int, int]:
+def state_bytes(config: ModelConfig, settings: RunSettings, ranks: int) -> tuple[int, int]:
     """Return the bytes per rank of (parameters and gradients, optimizer state), all in fp32.
 
     Experts are divided among `ep` ranks, and sharded further if more ranks shard the other parameters.
@@ -71,7 +71,7 @@ def state_bytes(config: ModelConfig, settings: Settings, ranks: int) -> tuple[in
     return round(2 * 4 * weights), round(4 * moments)
 
 
-def activation_bytes(config: ModelConfig, settings: Settings, rows: float) -> int:
+def activation_bytes(config: ModelConfig, settings: RunSettings, rows: float) -> int:
     """Return a lower bound of the bytes that a forward pass on `rows` sequences saves for the backward pass.
 
     Counts per block the two residual sums and the inputs of its products: inputs in the compute dtype, attention's q,
@@ -88,7 +88,7 @@ def activation_bytes(config: ModelConfig, settings: Settings, rows: float) -> in
     blocks = [2 * 4 * width + 2 * size * width + attention + size * each for each in hidden]
     kept = 4 * width * len(blocks) if settings.activation_checkpointing else sum(blocks)
     tokens = rows * length
-    masks = rows * length**2 if settings.document_mask else 0
+    masks = rows * length**2 if settings.attention_masks else 0
     return round(tokens * (kept + config.vocab_size * (size + 4)) + masks)
 
 

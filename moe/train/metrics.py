@@ -35,5 +35,11 @@ class Metrics:
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [record for record in self.records if record["kind"] == kind]
 
+    @property
+    def tokens_per_second(self) -> float:
+        """Mean speed of the training steps, which have equally many tokens."""
+        seconds = [1 / record["tokens_per_second"] for record in self.of("train")]
+        return 1 / (sum(seconds) / len(seconds))
+
     def sync(self) -> None:
         sync(self.file)

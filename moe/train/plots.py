@@ -1,7 +1,7 @@
 """PNG plots of a run. The only part of the package that needs matplotlib."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,80 @@ def plot_loss(
     all_axes[-1].set_ylim(bottom=0)
     all_axes[-1].set_xlabel("step")
     all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def plot_policy(
+    title: str, train: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]], parts: Sequence[str]
+) -> Figure:
+    """Reward and its parts, length and entropy, and the difference between sampling and training, over steps.
+
+    Args:
+        title: names the run; long ones are wrapped.
+        train, validation: records of metrics.jsonl of a run of `moesmith grpo`.
+        parts: names of the parts of the reward.
+    """
+    steps = [r["step"] for r in train]
+    panels = [
+        ("reward", [*dict.fromkeys((*parts, "reward"))], 3),
+        ("length (tokens)", ["length"], 1),
+        ("entropy (nats/token)", ["entropy"], 3),
+        ("largest difference\nof log-probabilities", ["logprob_difference"], 7),
+        ("equal expert ids", ["router_agreement"], 5),
+    ]
+    figure = Figure(figsize=(8.0, 11.0), layout="constrained")
+    all_axes = figure.subplots(len(panels), sharex=True, height_ratios=[2.6, 1, 1, 1, 1])
+    figure.suptitle(_wrapped(figure, title), fontsize=10)
+    for axes, (label, names, digits) in zip(all_axes, panels, strict=True):
+        axes.set_ylabel(label, fontsize=9)
+        axes.ticklabel_format(axis="y", useOffset=False)
+        axes.grid(alpha=0.3)
+        for number, name in enumerate(names):
+            values = [np.nan if r[name] is None else r[name] for r in train]
+            if values:
+                _noisy_line(axes, steps, values, f"{name.replace('_', ' ')}, sampled", f"C{number}", digits=digits)
+            if held_out := [r[name] for r in validation if name in r]:
+                text = f"{name}, held out, at the end: {held_out[-1]:.{digits}f}"
+                axes.plot([r["step"] for r in validation], held_out, "o-", color=f"C{number}", markersize=4, label=text)
+        if axes.lines:
+            axes.legend(fontsize=8)
+    if any(r["logprob_difference"] for r in train):
+        all_axes[3].set_yscale("log")
+    all_axes[-1].set_xlabel("step")
+    all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.align_ylabels()
+    return figure
+
+
+def plot_accuracy(
+    title: str, curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]], levels: Mapping[str, float]
+) -> Figure:
+    """Accuracy over steps: a line per run and, thicker, the mean of the runs of each name.
+
+    Args:
+        title: long ones are wrapped.
+        curves: name -> runs, each a list of (step, accuracy); runs of one name have the same steps.
+        levels: name -> accuracy, drawn as a dashed line.
+    """
+    figure = Figure(figsize=(8.0, 4.5), layout="constrained")
+    axes = figure.subplots()
+    figure.suptitle(_wrapped(figure, title), fontsize=10)
+    for number, (name, runs) in enumerate(curves.items()):
+        steps = [step for step, _ in runs[0]]
+        values = np.array([[value for _, value in run] for run in runs])
+        for run in values if len(runs) > 1 else ():
+            axes.plot(steps, run, color=f"C{number}", alpha=0.35, linewidth=1)
+        mean = values.mean(axis=0)
+        label = f"{name}: {mean[0]:.3f} to {mean[-1]:.3f}" + (f", mean of {len(runs)} runs" if len(runs) > 1 else "")
+        axes.plot(steps, mean, "o-", color=f"C{number}", markersize=4, label=label)
+    for number, (name, value) in enumerate(levels.items(), start=len(curves)):
+        axes.axhline(value, color=f"C{number}", linestyle="--", label=f"{name}: {value:.3f}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("accuracy (fraction right)")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     return figure
 
 

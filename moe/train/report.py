@@ -41,8 +41,7 @@ class ProgressDisplay:
         if self._console.is_terminal:  # before rich 14.3 a disabled bar ends with an empty line
             self._bar.stop()
 
-    def update(self, step: int, loss: float, tokens_per_second: float, max_vio: float) -> None:
-        text = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  highest MaxVio {max_vio:.2f}"
+    def update(self, step: int, text: str) -> None:
         self._bar.update(self._task, completed=step, text=text)
         now = time.monotonic()
         if not self._console.is_terminal and (now - self._last_line >= SECONDS_BETWEEN_LINES or step == self._steps):
@@ -109,11 +108,16 @@ def print_summary(console: Console, summary: dict[str, Any], command: str | None
             for key, label in labels.items()
         ],
     )
-    _print_load(console, summary["load"], "expert load on the validation text")
+    print_load(console, summary["load"], "expert load on the validation text")
 
     say(console, f"sample (the prompt {summary['sample']['prompt']!r} and its continuation):")
     say(console, summary["sample"]["text"])
     say(console, "")
+    print_files(console, summary, command)
+
+
+def print_files(console: Console, summary: dict[str, Any], command: str | None) -> None:
+    """Print the duration and the files of a run, and a `command` to try the model."""
     rate, seconds = summary["tokens_per_second"], summary["seconds"]
     say(console, f"{summary['steps']} steps at {rate:,.0f} tokens/s, {seconds:.0f} s in total")
     plots = "  ".join(summary["plots"]) or 'none: matplotlib is not installed; pip install -e ".[plot]"'
@@ -122,6 +126,42 @@ def print_summary(console: Console, summary: dict[str, Any], command: str | None
     say(console, f"checkpoint   {summary['checkpoint']}")
     if command is not None:
         say(console, f"try          {command}")
+
+
+def print_policy_summary(console: Console, summary: dict[str, Any]) -> None:
+    """Print the summary of a run of `moesmith grpo`."""
+    scored = summary["validation"]
+    labels = {"before": "before training", "after": "after training"}
+    rows = ((label, *(f"{value:.4g}" for value in scored[key].values())) for key, label in labels.items())
+    title = f"{summary['task']}: {scored['prompts']:,} held-out prompts, most likely tokens"
+    print_table(console, title, ("", *scored["after"]), rows)
+    say(console, f"sample (the prompt {summary['sample']['prompt']!r} and its completion):")
+    say(console, summary["sample"]["text"])
+    say(console, "")
+    print_files(console, summary, None)
+
+
+def print_task_scores(console: Console, result: dict[str, Any]) -> None:
+    """Print the result of `moesmith eval --task`."""
+    title = f"{result['folder']}: {result['task']}, {result['prompts']:,} held-out prompts"
+    names = [name for name in result if name not in ("folder", "task", "prompts", "temperature")]
+    print_table(console, title, names, [[f"{result[name]:.4g}" for name in names]], text_columns=0)
+
+
+def print_completions(console: Console, summary: dict[str, Any], command: str | None) -> None:
+    """Print the tables, the sample and the files of a run on examples."""
+    scored, sample = summary["validation"], summary["sample"]
+    print_table(
+        console,
+        f"validation on {scored['tokens']:,} completion tokens of {scored['examples']:,} held-out examples",
+        ("", "nats/token"),
+        [(f"{name} training", f"{scored[name]['nats_per_token']:.4f}") for name in ("before", "after")],
+    )
+    print_load(console, summary["load"], "expert load on the held-out examples")
+    say(console, f"sample (the prompt {sample['prompt']!r} and its completion):")
+    say(console, sample["text"])
+    say(console, "")
+    print_files(console, summary, command)
 
 
 def print_scores(console: Console, result: dict[str, Any]) -> None:
@@ -149,10 +189,11 @@ def print_scores(console: Console, result: dict[str, Any]) -> None:
             ],
             text_columns=2,
         )
-    _print_load(console, result["load"], "expert load")
+    print_load(console, result["load"], "expert load")
 
 
-def _print_load(console: Console, load: list[dict[str, Any]], title: str) -> None:
+def print_load(console: Console, load: list[dict[str, Any]], title: str) -> None:
+    """Print the rows of `moe.train.scoring.load_rows`, if there are any."""
     if load:
         headings = ("layer", "MaxVio", "dead experts", "fewest tokens", "most tokens")
         rows = (

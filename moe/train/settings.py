@@ -1,11 +1,14 @@
-"""All settings of a training run, as one frozen dataclass. Imports no torch: the command line reads it first."""
+"""Settings of runs, as frozen dataclasses: `RunSettings` of every kind of run, `Settings` of `moesmith train`.
+
+Imports no torch, because the command line reads it first.
+"""
 
 import dataclasses
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 from moe.checkpoint.format.folder import CONFIG
 from moe.checkpoint.reading.hub import is_hub_name
@@ -18,8 +21,8 @@ DEFAULT_PRESET = "tiny"
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Settings of a training run. Identical settings give bit-identical results on one machine."""
+class ModelSettings:
+    """Settings that select the model."""
 
     preset: str | None = None
     """Preset to train, a name from `moe.presets`. The tokenizer determines the vocabulary size. Default: tiny."""
@@ -30,14 +33,35 @@ class Settings:
     """Field of the configuration to change, for example num_hidden_layers=12. Repeatable."""
     init: Path | None = None
     """Continue from the weights and the tokenizer of a checkpoint: a folder, a run, or a Hugging Face Hub name."""
-    data: tuple[Path, ...] | None = None
-    """Text, JSON Lines, JSON or Parquet files, or folders of them. Default: the Python language reference."""
-    field: str = "text"
-    """Name of the text field in JSON Lines, JSON and Parquet files."""
-    validation_data: tuple[Path, ...] | None = None
-    """Files or folders to validate on. Default: a tenth of the documents of --data, held out of training."""
     tokenizer: Path | None = None
     """Tokenizer: a tokenizer.json, or a folder or Hub name that has one. Default: one trained on the training text."""
+
+    @property
+    def source(self) -> str:
+        """Name of the setting that selects the model: preset, config or init."""
+        return next((name for name in ("config", "init") if getattr(self, name) is not None), "preset")
+
+    @property
+    def name(self) -> str:
+        """Name of the model, for messages and the default folder."""
+        if self.config is not None:
+            path = self.config.resolve().parent if self.config.name == CONFIG else self.config
+            return path.name.removesuffix(".json")
+        return self.preset or (DEFAULT_PRESET if self.init is None else self.init.name)
+
+
+@dataclass(frozen=True)
+class RunSettings(ModelSettings):
+    """Settings of every kind of run.
+
+    Class attributes that a subclass sets:
+        kind: name of the command; settings.json records it.
+        default_lr: peak learning rate for each optimizer without --lr.
+    """
+
+    kind: ClassVar[str]
+    default_lr: ClassVar[Mapping[str, float]] = {"muon": 0.02, "adamw": 0.004}
+
     steps: int = 320
     """Number of optimizer steps."""
     batch_size: int = 4
@@ -67,9 +91,6 @@ class Settings:
     """Recompute each layer in the backward pass instead of keeping its activations."""
     compile: bool = False
     """Train with torch.compile; the first step takes longer. Validation is not compiled."""
-    document_mask: bool = False
-    """Restrict attention to tokens of the same document. The first token of a document is then not predicted or
-    scored."""
     seed: int = 0
     """Random seed for weights, data order and the final sample."""
     eval_every: int = 80
@@ -99,9 +120,6 @@ class Settings:
 
     def check(self) -> None:
         """Raise ConfigError for a value that is out of range and for settings that exclude each other."""
-        for name in ("data", "validation_data"):
-            self._require(name, getattr(self, name) != (), "one or more files or folders")
-        self._require("field", bool(self.field), "the name of a field")
         sources = [f"--{name}" for name in ("preset", "config", "init") if getattr(self, name) is not None]
         if len(sources) > 1 or (self.init is not None and self.set):
             given = [*sources, *(["--set"] if self.set else [])]
@@ -128,46 +146,56 @@ class Settings:
 
     @property
     def peak_lr(self) -> float:
-        """`lr`, or the default of the optimizer: the best of the values tried on the tiny preset."""
-        return self.lr if self.lr is not None else {"muon": 0.02, "adamw": 0.004}[self.optimizer]
+        """`lr`, or the default of the optimizer."""
+        return self.lr if self.lr is not None else self.default_lr[self.optimizer]
 
     @property
-    def source(self) -> str:
-        """Name of the setting that selects the model: preset, config or init."""
-        return next((name for name in ("config", "init") if getattr(self, name) is not None), "preset")
+    def attention_masks(self) -> bool:
+        """Whether attention needs a mask [S, S] of each sequence, because a sequence contains several documents."""
+        return False
 
     @property
-    def name(self) -> str:
-        """Name of the model, for messages and the default folder."""
-        if self.config is not None:
-            path = self.config.resolve().parent if self.config.name == CONFIG else self.config
-            return path.name.removesuffix(".json")
-        return self.preset or (DEFAULT_PRESET if self.init is None else self.init.name)
+    def default_folder(self) -> Path:
+        """Folder of the run without --out."""
+        return Path("runs") / (self.name if self.kind == "train" else f"{self.name}-{self.kind}")
+
+    @classmethod
+    def own(cls) -> type[Self]:
+        """The class that sets `kind`: the options of a command derive from it and have more fields."""
+        found: Any = next(each for each in cls.__mro__ if "kind" in vars(each))
+        return found
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """JSON values of the deciding settings, unless given; for those that earlier releases did not record."""
+        values = {f.name: _plain(f.default) for f in dataclasses.fields(cls.own()) if f.name not in _FREE}
+        return {"kind": "train"} | values
 
     def deciding(self) -> dict[str, Any]:
         """JSON values of the settings that a resumed run must repeat. Paths are absolute."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(Settings) if f.name not in _FREE}
-        values = {name: _plain(value) for name, value in values.items()}
-        values |= {"data": values["data"] or [], "lr": self.peak_lr}
+        names = [f.name for f in dataclasses.fields(self.own()) if f.name not in _FREE]
+        values = {"kind": self.kind} | {name: _plain(getattr(self, name)) for name in names}
+        values["lr"] = self.peak_lr
         if self.config is None and self.init is None:
             values["preset"] = self.preset or DEFAULT_PRESET
         return values
 
     @classmethod
-    def from_deciding(cls, values: Mapping[str, Any]) -> "Settings":
-        """The settings from the `values` that `deciding` returned; missing ones have their defaults."""
-        known = {f.name for f in dataclasses.fields(Settings)}
-        paths = {"config", "init", "tokenizer"}
-        found: dict[str, Any] = {name: Path(v) if name in paths and v else v for name, v in values.items()}
-        for name in ("data", "validation_data"):
-            found[name] = tuple(map(Path, values.get(name) or ())) or None
-        found["set"] = tuple(values.get("set", ()))
-        return Settings(**{name: value for name, value in found.items() if name in known})
+    def from_deciding(cls, values: Mapping[str, Any]) -> Self:
+        """The settings from the `values` that `deciding` returned; missing ones have their defaults.
+
+        Raises ConfigError if they are those of another kind of run.
+        """
+        made = cls.own()
+        check_kind(values, made.kind)
+        kinds = get_type_hints(made)
+        known = [f.name for f in dataclasses.fields(made) if f.name in values]
+        return made(**{name: _typed(values[name], kinds[name]) for name in known})
 
     def options(self, without: Collection[str] = ()) -> list[str]:
         """Command-line options that give these settings, except those named in `without`."""
         words: list[str] = []
-        for f in dataclasses.fields(Settings):
+        for f in dataclasses.fields(self.own()):
             value = getattr(self, f.name)
             if value == f.default or f.name in without:
                 continue
@@ -181,10 +209,65 @@ class Settings:
         return words
 
 
+# Not in `Settings` itself, whose fields follow those of its bases: --help shows the data before the steps.
+@dataclass(frozen=True)
+class TextSettings(ModelSettings):
+    """Settings of the text to train on."""
+
+    data: tuple[Path, ...] | None = None
+    """Text, JSON Lines, JSON or Parquet files, or folders of them. Default: the Python language reference."""
+    field: str = "text"
+    """Name of the text field in JSON Lines, JSON and Parquet files."""
+    validation_data: tuple[Path, ...] | None = None
+    """Files or folders to validate on. Default: a tenth of the documents of --data, held out of training."""
+    document_mask: bool = False
+    """Restrict attention to tokens of the same document. The first token of a document is then not predicted or
+    scored."""
+
+
+@dataclass(frozen=True)
+class Settings(RunSettings, TextSettings):
+    """Settings of `moesmith train`. Identical settings give bit-identical results on one machine."""
+
+    kind: ClassVar[str] = "train"
+
+    def check(self) -> None:
+        for name in ("data", "validation_data"):
+            self._require(name, getattr(self, name) != (), "one or more files or folders")
+        self._require("field", bool(self.field), "the name of a field")
+        super().check()
+
+    @property
+    def attention_masks(self) -> bool:
+        return self.document_mask
+
+    def deciding(self) -> dict[str, Any]:
+        values = super().deciding()
+        return values | {"data": values["data"] or []}
+
+
+def check_kind(values: Mapping[str, Any], kind: str) -> None:
+    """Raise ConfigError if the `values` of a settings.json are those of a run of another command than `kind`."""
+    found = values.get("kind", "train")  # not recorded by earlier releases
+    if found != kind:
+        raise ConfigError("--resume", None, f"a run of moesmith {kind}; found a run of moesmith {found}")
+
+
 def _plain(value: Any) -> Any:
     """The JSON value of a setting, with absolute paths; names on the Hub are unchanged."""
     if isinstance(value, tuple):
         return [_plain(each) for each in value]
     if isinstance(value, Path):
         return str(value if is_hub_name(value) else value.resolve())
+    return value
+
+
+def _typed(value: Any, kind: Any) -> Any:
+    """The setting of type `kind` that `_plain` made a JSON value."""
+    for each in (kind, *get_args(kind)):
+        if each is Path and value:
+            return Path(value)
+        if get_origin(each) is tuple:
+            member, *_ = get_args(each)
+            return tuple(map(member, value or ())) or (() if each is kind else None)
     return value

@@ -1,7 +1,7 @@
 """Tokenizers: training, loading, and settings to keep in an exported checkpoint."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +107,32 @@ def read_tokenizer_settings(tokenizer_path: Path) -> dict[str, Any]:
         except (OSError, UnicodeError) as error:
             raise ConfigError("--tokenizer", str(template), f"UTF-8 text; {error}") from None
     return {name: value for name, value in found.items() if value is not None}
+
+
+def token_ids(tokenizer: Tokenizer, end_of_text: int, settings: Mapping[str, Any]) -> dict[str, int]:
+    """Special token ids with the names of config.json. A text begins and ends with `end_of_text`.
+
+    `settings` are what `read_tokenizer_settings` returned.
+    """
+    ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    pad = tokenizer.token_to_id(settings.get("pad_token") or "")
+    return ids if pad is None else {**ids, "pad_token_id": pad}
+
+
+def tokenizer_files(tokenizer: Tokenizer, end_of_text: int, settings: Mapping[str, Any]) -> dict[str, bytes]:
+    """Checkpoint files that transformers needs to load the tokenizer and to stop generation; see `token_ids`."""
+    ids = token_ids(tokenizer, end_of_text, settings)
+    names = {key.removesuffix("_id"): tokenizer.id_to_token(number) for key, number in ids.items()}
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **names,
+        "clean_up_tokenization_spaces": False,
+    }
+    files: dict[str, Any] = {"tokenizer_config.json": config, "generation_config.json": ids}
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        config["chat_template"] = template
+    carried = {name: json.dumps(values, indent=2, ensure_ascii=False).encode() for name, values in files.items()}
+    if isinstance(template, str):
+        carried["chat_template.jinja"] = template.encode()
+    return {"tokenizer.json": tokenizer.to_str(pretty=True).encode(), **carried}

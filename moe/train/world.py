@@ -14,7 +14,7 @@ from moe.checkpoint import load
 from moe.config import ModelConfig
 from moe.model import Transformer
 from moe.train.launcher import MISTAKES, reported_once
-from moe.train.settings import Settings
+from moe.train.settings import RunSettings
 from moe.train.state import save_state
 
 if TYPE_CHECKING:  # importing it takes half a second
@@ -29,7 +29,7 @@ class World:
 
     rank, size, launched = 0, 1, False
 
-    def build(self, config: ModelConfig, settings: Settings) -> Transformer:
+    def build(self, config: ModelConfig, settings: RunSettings) -> Transformer:
         """Build a model on the device of `settings`: initialised from its seed, or in fp32 from its checkpoint."""
         if settings.init is not None:
             return load(settings.init, settings.device, torch.float32, progress=False)
@@ -80,7 +80,7 @@ class MeshWorld(World):
         self.mesh, self.rank, self.size, self.launched = mesh, dist.get_rank(), mesh.size, True
         self.writer: moe.parallel.StateWriter | None = None
 
-    def build(self, config: ModelConfig, settings: Settings) -> Transformer:
+    def build(self, config: ModelConfig, settings: RunSettings) -> Transformer:
         parallel = moe.parallel.ParallelConfig(payload=settings.dispatch)
         if settings.init is not None:
             return moe.parallel.load(settings.init, self.mesh, parallel, dtype=torch.float32, progress=False)

@@ -121,6 +121,13 @@ RELEASED = {
         "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-05, "rope_scaling": null,
         "rope_theta": 500000.0, "tie_word_embeddings": true, "torch_dtype": "bfloat16", "use_bias": false,
         "use_cache": false, "vocab_size": 103424}""",
+    "qwen3_0_6b": """{"architectures": ["Qwen3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+        "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024,
+        "initializer_range": 0.02, "intermediate_size": 3072, "max_position_embeddings": 40960,
+        "max_window_layers": 28, "model_type": "qwen3", "num_attention_heads": 16, "num_hidden_layers": 28,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 1000000,
+        "sliding_window": null, "tie_word_embeddings": true, "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0", "use_cache": true, "use_sliding_window": false, "vocab_size": 151936}""",
 }
 
 
@@ -449,6 +456,7 @@ def test_nan_in_a_key_that_is_read_is_refused(key: str) -> None:
 DOTS1_FILE = json.loads(RELEASED["dots_llm1"])
 GLM_LITE_FILE = json.loads(RELEASED["glm_4_7_flash"])
 ERNIE_FILE = json.loads(RELEASED["ernie_4_5_21b_a3b"])
+QWEN3_FILE = json.loads(RELEASED["qwen3_0_6b"])
 
 
 def test_windows_of_dots1() -> None:
@@ -461,6 +469,36 @@ def test_windows_of_dots1() -> None:
     types = ["sliding_attention", "full_attention"]
     config = parse_config({**DOTS1_FILE, "num_hidden_layers": 2, "layer_types": types, "sliding_window": 8}, PATH)
     assert (config.sliding_window, config.layer_types) == (8, tuple(types))
+
+
+def test_windows_of_qwen3() -> None:
+    """transformers' defaults: none, or with use_sliding_window 4,096 tokens from layer 28 on."""
+    deep = {**without(QWEN3_FILE, "sliding_window", "max_window_layers"), "num_hidden_layers": 30}
+    assert parse_config(deep, PATH).sliding_window is None
+    config = parse_config({**deep, "use_sliding_window": True}, PATH)
+    assert config.sliding_window == 4096
+    assert [i for i in range(30) if config.is_sliding_layer(i)] == [28, 29]
+    for use, window in ((True, 8), (False, None)):
+        values = {"num_hidden_layers": 3, "use_sliding_window": use, "sliding_window": 8, "max_window_layers": 1}
+        config = parse_config({**QWEN3_FILE, **values}, PATH)
+        assert config.sliding_window == window
+        assert [config.is_sliding_layer(i) for i in range(3)] == [False, use, use]
+    types = ["sliding_attention", "full_attention"]
+    values = {"num_hidden_layers": 2, "use_sliding_window": True, "sliding_window": 8, "layer_types": types}
+    assert parse_config({**QWEN3_FILE, **values}, PATH).layer_types == tuple(types)
+
+
+def test_a_family_has_experts_or_none() -> None:
+    dense = moe.preset("qwen3_0_6b")
+    (problem,) = dataclasses.replace(moe.preset("qwen3_30b_a3b"), model_type="qwen3").family_problems()
+    assert problem == "n_routed_experts: qwen3 is a family without experts; expected 0; found 128"
+    (problem,) = dataclasses.replace(dense, model_type="deepseek_v3", qk_norm="none").family_problems()
+    assert problem == "n_routed_experts: deepseek_v3 is a family with experts; expected 1 or more; found 0"
+    sparse = json.loads(json.dumps(render_config(moe.preset("qwen3_30b_a3b"), PATH)))
+    with pytest.raises(CheckpointError, match="num_experts: qwen3_moe is a family with experts; expected 1 or more"):
+        parse_config({**sparse, "num_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0}, PATH)
+    written = render_config(dense, PATH)
+    assert not [key for key in written if "expert" in key or "moe" in key or "aux" in key or "mtp" in key]
 
 
 def test_dense_layers_of_glm4_moe_lite() -> None:

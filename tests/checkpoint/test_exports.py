@@ -33,9 +33,9 @@ DIFFERENT: list[tuple[tuple[str, ...], str, Any]] = [
     (("olmoe",), "rms_norm_eps", 1e-6),
     (("olmoe", "qwen2_moe"), "norm_topk_prob", True),
     (("qwen3_moe",), "norm_topk_prob", False),
-    (("olmoe", "qwen3_moe", "dots1"), "attention_bias", True),
+    (("olmoe", "qwen3_moe", "dots1", "qwen3"), "attention_bias", True),
     (GQA, "tie_word_embeddings", True),
-    (("mixtral", "qwen2_moe", "qwen3_moe", "dots1"), "sliding_window", 7),
+    (("mixtral", "qwen2_moe", "qwen3_moe", "dots1", "qwen3"), "sliding_window", 7),
     (("qwen2_moe", "qwen3_moe"), "mlp_only_layers", (1,)),
     (("glm4_moe_lite",), "decoder_sparse_step", 2),
     (("glm4_moe_lite",), "tie_word_embeddings", True),
@@ -52,18 +52,18 @@ DIFFERENT: list[tuple[tuple[str, ...], str, Any]] = [
     (MLA, "rope_parameters", YARN),
     (MLA, "rope_parameters", dataclasses.replace(YARN, mscale=0.7, mscale_all_dim=0.8)),
     *(
-        (MLA + GQA, "rope_parameters", dataclasses.replace(YARN, **more))
+        ((*MLA, *GQA, "qwen3"), "rope_parameters", dataclasses.replace(YARN, **more))
         for more in ({"attention_factor": 1.1}, {"mscale": 0.7})
     ),
     *(
         (models, "rope_parameters", dataclasses.replace(yarn, **more))
-        for models, yarn in ((MLA, MLA_YARN), ((*GQA, "ernie4_5_moe"), YARN))
+        for models, yarn in ((MLA, MLA_YARN), ((*GQA, "ernie4_5_moe", "qwen3"), YARN))
         for more in ({"beta_fast": 16.0}, {"beta_slow": 2.0})
     ),
     (("glm4_moe",), "n_shared_experts", 0),
-    (tuple({*MLA, *GQA} - {"gpt_oss"}), "rope_parameters", dataclasses.replace(YARN, truncate=False)),
+    (tuple({*MLA, *GQA, "qwen3"} - {"gpt_oss"}), "rope_parameters", dataclasses.replace(YARN, truncate=False)),
     (
-        ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe", "dots1", "ernie4_5_moe"),
+        ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe", "dots1", "ernie4_5_moe", "qwen3"),
         "rope_parameters",
         RopeParameters(partial_rotary_factor=0.25),
     ),
@@ -163,6 +163,12 @@ WITHOUT_EFFECT: list[tuple[str, dict[str, Any]]] = [
         for x in (0.0, 0.5)
     ),
     ("olmoe", {"norm_topk_prob": False, "moe_norm_min": 0.5}),
+    ("qwen3", {"n_shared_experts": 2, "scoring_func": "softmax", "aux_loss_alpha": 0.1, "first_k_dense_replace": 2}),
+    ("qwen3", {"topk_method": "group_limited_greedy", "n_group": 2, "decoder_sparse_step": 2}),
+    (
+        "qwen3",
+        {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 9, "first_k_dense_replace": 4},
+    ),
     ("deepseek_v3", {"rope_parameters": RopeParameters(mscale=0.4, attention_factor=2.0, truncate=False)}),
 ]
 

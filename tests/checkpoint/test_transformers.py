@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import moe
 from moe.checkpoint import read_summary
 from moe.checkpoint.format.config_json import parse_config
+from moe.checkpoint.format.layout import layout
 from moe.counts import count_parameters
 from tests.support.checkpoint_cases import SMALL, V3_MTP
 
@@ -73,6 +74,7 @@ BIASED = dict(attention_bias=True, tie_word_embeddings=True, rms_norm_eps=1e-3)
 ERNIE = dict(GROUPED, moe_num_experts=12, moe_k=3, intermediate_size=46, moe_intermediate_size=20)
 ERNIE = {k: v for k, v in ERNIE.items() if k != "num_experts_per_tok"}
 DOTS1 = dict(GROUPED, n_routed_experts=12, intermediate_size=46, moe_intermediate_size=20, n_shared_experts=2)
+DENSE = {k: v for k, v in GROUPED.items() if k != "num_experts_per_tok"} | dict(intermediate_size=46)
 OLMOE = dict(ONE_WIDTH, num_experts=12, hidden_size=48, head_dim=8)
 CASES |= {
     "mixtral": ("Mixtral", dict(ONE_WIDTH, num_local_experts=12)),
@@ -138,6 +140,10 @@ CASES |= {
         dict(ERNIE, moe_layer_interval=2, moe_layer_end_index=2, moe_num_shared_experts=0, tie_word_embeddings=False),
     ),
     "ernie4_5_moe_least_sum": ("Ernie4_5_Moe", dict(ERNIE, moe_norm_min=0.4)),
+    "qwen3": ("Qwen3", dict(DENSE, tie_word_embeddings=True)),
+    "qwen3_untied_yarn": ("Qwen3", dict(DENSE, rope_parameters=YARN, rms_norm_eps=1e-3)),
+    "qwen3_windows": ("Qwen3", dict(DENSE, **WINDOW, max_window_layers=2)),
+    "qwen3_biased": ("Qwen3", dict(DENSE, attention_bias=True)),
     "ernie4_5_moe_yarn": ("Ernie4_5_Moe", dict(ERNIE, moe_layer_start_index=0, rope_parameters=YARN)),
 }
 # The same tensors as transformers has them in memory, all experts of a layer stacked.
@@ -203,6 +209,8 @@ REFUSED = {
     "glm4_moe_lite_pattern": "mlp_only_layers",
     "glm4_moe_lite_yarn_halves": "rope_interleave",
     "ernie4_5_moe_least_sum": "moe_norm_min",
+    "qwen3_windows": "sliding_window",
+    "qwen3_biased": "attention_bias",
 }
 SAVED = tuple(name for name in FOLDERS if name not in REFUSED)
 
@@ -344,7 +352,7 @@ def test_what_other_engines_compute_otherwise_is_refused_by_name(world: World) -
 
 def test_no_choice_of_an_expert_is_a_near_tie(world: World) -> None:
     """Otherwise rounding decides it, and with it these tests, on each processor differently."""
-    assert world.gaps.keys() == set(FOLDERS)
+    assert world.gaps.keys() == {name for name in FOLDERS if CASES[name.removesuffix(".stacked")][0] != "Qwen3"}
     assert min(world.gaps.values()) > 4e-6, min(world.gaps, key=lambda name: world.gaps[name])
 
 
@@ -382,6 +390,26 @@ def test_saved_here_loads_there(world: World, name: str) -> None:
     with torch.no_grad():
         logits = model(world.ids).logits
     assert torch.equal(logits, world.there[name])
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_untied_yarn"])
+def test_gradients_and_greedy_tokens_of_a_dense_model(world: World, name: str) -> None:
+    there, _ = read_there(world.root / name, "Qwen3")
+    here = moe.load(world.root / name)
+    prompt = world.ids[:, :16]
+    options: dict[str, Any] = dict(attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=24)
+    assert torch.equal(moe.generate(here, prompt, max_new_tokens=24), there.generate(prompt, **options))
+    losses = [model.double()(world.ids, labels=world.ids).loss for model in (here, there)]
+    for loss in losses:
+        loss.backward()
+    assert_close(*losses)
+    theirs = dict(there.named_parameters())
+    mine = {spec.name: spec.parameter for spec in layout(here.config).values() if spec.written}
+    assert mine.keys() == theirs.keys()
+    for their, my in mine.items():
+        found, expected = here.get_parameter(my).grad, theirs[their].grad
+        assert found is not None and expected.abs().max() > 0
+        assert_close(found, expected)
 
 
 def test_our_model_with_mtp_loads_there(world: World) -> None:
@@ -463,12 +491,33 @@ def test_what_is_saved_of_the_released_kimi_k25_config_is_read_there(tmp_path: P
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
+QWEN3_SIZES = {
+    name: dict(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        intermediate_size=hidden,
+        tie_word_embeddings=tied,
+    )
+    for name, width, layers, heads, hidden, tied in (
+        ("0_6b", 1024, 28, 16, 3072, True),
+        ("1_7b", 2048, 28, 16, 6144, True),
+        ("4b", 2560, 36, 32, 9728, True),
+        ("8b", 4096, 36, 32, 12288, False),
+        ("14b", 5120, 40, 40, 17408, False),
+        ("32b", 5120, 64, 64, 25600, False),
+    )
+}
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "values"),
     [
         # The sizes of GLM-4.7-Flash and ERNIE-4.5-21B-A3B are the defaults of their classes.
         ("glm_4_7_flash", "Glm4MoeLite", {}),
         ("ernie_4_5_21b_a3b", "Ernie4_5_Moe", {}),
+        *((f"qwen3_{name}", "Qwen3", sizes) for name, sizes in QWEN3_SIZES.items()),
         (
             "dots_llm1",
             "Dots1",

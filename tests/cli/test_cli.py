@@ -66,7 +66,7 @@ def test_top_level(capsys, monkeypatch):
     status, out, err = run(capsys)
     assert (status, out) == (2, "") and "usage: moesmith" in err
     assert "did you mean inspect?" in fails_in_one_line(capsys, "inspekt")
-    assert "expected one of train, eval, " in fails_in_one_line(capsys, "xyzzy")
+    assert "expected one of train, sft, " in fails_in_one_line(capsys, "xyzzy")
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,12 @@ from moe.presets import PRESETS
 
 V3 = moe.preset("deepseek_v3")
 
+NO_EXPERTS: dict[str, Any] = dict(n_routed_experts=0, num_experts_per_tok=0, moe_intermediate_size=0)
 BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"num_experts_per_tok": 0}, "num_experts_per_tok", "from 1"),
+    ({"n_routed_experts": 0}, "n_routed_experts", "from 1"),
+    (NO_EXPERTS, "num_nextn_predict_layers", "0 without n_routed_experts"),
+    ({**NO_EXPERTS, "num_experts_per_tok": 2}, "moe_intermediate_size", "from 1"),
     ({"num_experts_per_tok": 257}, "num_experts_per_tok", "at most n_routed_experts (256)"),
     ({"num_experts_per_tok": 200}, "num_experts_per_tok", "at most 128"),
     ({"n_group": 7}, "n_routed_experts", "a multiple of n_group (7)"),

@@ -60,6 +60,10 @@ def test_deepseek_v2(name: str, total: int, activated: int) -> None:
         ("dots_llm1", 142_774_381_696),
         ("kimi_k2_5", 1_026_408_232_448),
         ("ernie_4_5_21b_a3b", 21_825_437_888),
+        ("qwen3_0_6b", 596_049_920),  # its files repeat the tied embedding as the head
+        ("qwen3_4b", 4_022_468_096),
+        ("qwen3_8b", 8_190_735_360),
+        ("qwen3_32b", 32_762_123_264),
     ],
 )
 def test_other_released_models(name: str, total: int) -> None:
@@ -110,7 +114,8 @@ def test_counts_shapes_and_products_of_random_models_are_those_of_their_modules(
         assert counts.attention == sum(
             n for name, n in sizes.items() if name.startswith("layers") and "self_attn" in name
         )
-        share = (config.n_routed_experts - config.num_experts_per_tok) / config.n_routed_experts
+        idle = config.n_routed_experts - config.num_experts_per_tok
+        share = idle / config.n_routed_experts if config.n_routed_experts else 0
         assert counts.activated == counts.total - counts.routed_experts * share, config
 
         # Multiply-adds of one token with weights: each prediction module uses the head once more.

@@ -85,7 +85,7 @@ def test_experts(case: Case, least: int | None) -> None:
 
 
 @needs_packing
-@pytest.mark.parametrize("family", ["mla", "gqa", "gpt_oss", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["mla", "gqa", "gpt_oss", "qwen2_moe", "qwen3"])
 def test_logits_are_those_of_the_same_weights(family: str, least: int | None) -> None:
     config = {"mla": SMALL, "gqa": GROUPED}.get(family) or BY_FAMILY[family]
     every: dict[str, Any] = {"num_experts_per_tok": config.n_routed_experts, "topk_group": config.n_group}

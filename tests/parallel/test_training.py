@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 import moe
 from moe.cli import main
+from tests.support.examples import sums, tokenizer_folder, write_examples
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8
@@ -126,7 +128,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
     """Compare runs, up to the order of summation in float32 over some steps."""
     for one, other in zip(records(found), records(expected), strict=True):
         assert one["kind"] == other["kind"] and one["step"] == other["step"]
-        for name in {"ce", "mtp", "balance", "nats_per_token", "lr", "grad_norm"} & (one.keys() | other.keys()):
+        for name in {"ce", "mtp", "balance", "kl", "nats_per_token", "lr", "grad_norm"} & (one.keys() | other.keys()):
             assert one[name] == pytest.approx(other[name], rel=2e-4), (name, one["step"])
         if one["kind"] == "train":
             assert one["max_vio"] == pytest.approx(other["max_vio"], abs=0.05)
@@ -153,6 +155,25 @@ def test_ranks_train_as_one_process_and_another_number_resumes(text: Path, alone
         subprocess.run(["rm", "-r", str(folder)], check=True)
     assert "resuming after step 4 of 8" in finish(torchrun(2, arguments(text, out, "--resume")))
     assert_same_run(out, alone)
+
+
+def test_ranks_distill_as_one_process(tmp_path: Path) -> None:
+    """Packed rows and a teacher, whose experts are divided as well; the evaluation has an odd number of rows."""
+    folder = tokenizer_folder(tmp_path / "teacher")
+    examples = str(write_examples(tmp_path / "x.jsonl", sums(60)))
+    teacher = moe.Transformer(replace(moe.preset("tiny"), vocab_size=261), seed=3)
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    teacher.carried_files = {name: (folder / name).read_bytes() for name in names}
+    teacher.save(tmp_path / "model")
+    few = "--preset tiny --steps 2 --batch-size 4 --seq-length 32 --eval-every 0 --warmup 1 --optimizer adamw"
+    argv = ["distill", "--teacher", str(tmp_path / "model"), "--data", examples, *few.split(), "--out"]
+    assert main([*argv, str(tmp_path / "one")]) == 0
+    rows = json.loads((tmp_path / "one" / "data" / "examples.json").read_text())["validation"]["tokens"] / 32
+    assert 2 < rows < 3, "three rows, of which the second rank gets one"
+    said = finish(torchrun(2, [*argv, str(tmp_path / "two"), "--ep", "2"]))
+    assert "2 ranks: EP 2" in said and said.count("training examples") == 1
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    assert all("kl" in record for record in records(tmp_path / "two") if record["kind"] == "train")
 
 
 def test_a_killed_rank_is_restarted_and_the_run_resumes(text: Path, alone: Path, tmp_path: Path) -> None:

@@ -32,11 +32,17 @@ def parse(equation: str) -> tuple[int, str, int, int]:
     return int(a), symbol, int(b), int(c)
 
 
+def check_value(a: str, symbol: str, b: str) -> int:
+    x, y = int(a), int(b)
+    exact = {"+": Fraction(x + y), "-": Fraction(x - y), "*": Fraction(x * y), "/": Fraction(x, y)}[symbol]
+    assert exact.denominator == 1 and 1 <= exact <= 999
+    return int(exact)
+
+
 def check(equation: str) -> int:
     """Check an equation and return its result."""
     a, symbol, b, c = parse(equation)
-    exact = {"+": Fraction(a + b), "-": Fraction(a - b), "*": Fraction(a * b), "/": Fraction(a, b)}[symbol]
-    assert exact == c <= 999, equation
+    assert check_value(str(a), symbol, str(b)) == c, equation
     return c
 
 
@@ -53,7 +59,9 @@ def test_arithmetic_is_right_and_has_all_operators() -> None:
     documents = list(arithmetic(200, seed=1))
     lines = [document.splitlines() for document in documents]
     assert {len(each) for each in lines} == {LINES} and all(document.endswith("\n") for document in documents)
-    equations = list(itertools.chain.from_iterable(lines))
+    texts = list(itertools.chain.from_iterable(lines))
+    equations, calculations = ([text for text in texts if ("(" in text) is calculated] for calculated in (False, True))
+    assert len(equations) / len(texts) == pytest.approx(0.5, abs=0.03)
     for equation in equations:
         a, _, b, c = parse(equation)
         check(equation)
@@ -62,6 +70,18 @@ def test_arithmetic_is_right_and_has_all_operators() -> None:
     expected = {"+": 2 / 7, "-": 2 / 7, "*": 2 / 7, "/": 1 / 7}
     assert {symbol: pytest.approx(share, abs=0.03) for symbol, share in expected.items()} == shares
     assert documents[:5] == list(arithmetic(5, seed=1)) != list(arithmetic(5, seed=2))
+    forms = set()
+    for text in calculations:
+        whole, step, value = text.split("=")
+        inner = re.search(r"\((\d+)([-+*/])(\d+)\)", whole)
+        assert inner and int(inner[1]) >= int(inner[3])
+        calculated = check_value(*inner.groups())
+        assert step == whole.replace(inner[0], str(calculated))
+        assert check(f"{step}={value}") == int(value)
+        numbers = tuple(int(number) for number in re.findall(r"\d+", whole))
+        assert score(Problem(numbers, int(value)), f"<answer>{whole}</answer>").accuracy == 1
+        forms.add(re.sub(r"\d+", "n", whole))
+    assert {"(n*n)+n", "n-(n-n)", "n/(n-n)", "(n+n)*n", "(n/n)+n", "n+(n-n)"} <= forms
 
 
 def test_chains_of_thought_are_right_and_stop_at_the_first_success() -> None:

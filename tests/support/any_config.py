@@ -68,6 +68,8 @@ def _values(rng: random.Random) -> dict[str, Any]:
         rms_norm_eps=pick(1e-6, 1e-5),
         rope_parameters=_rope(rng),
     )
+    if rng.random() < 0.1:
+        values |= dict(n_routed_experts=0, num_experts_per_tok=0, moe_intermediate_size=0, num_nextn_predict_layers=0)
     if rng.random() < 0.5:
         return values | dict(
             kv_lora_rank=rng.randint(2, 9),

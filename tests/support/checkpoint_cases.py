@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from moe import ModelConfig, RopeParameters, Transformer
+from moe.config import EXPERT_FIELDS
 
 # No two sizes are equal and none divides another, so that a transposed or swapped tensor cannot match by accident.
 SMALL: dict[str, Any] = dict(
@@ -53,6 +54,7 @@ _GROUPED |= dict(num_attention_heads=6, num_key_value_heads=2, head_dim=12)
 _PLAIN: dict[str, Any] = dict(n_shared_experts=0, first_k_dense_replace=0)
 _SOFTMAX: dict[str, Any] = dict(scoring_func="softmax", topk_method="greedy", seq_aux=False)
 _ONE_WIDTH: dict[str, Any] = dict(_GROUPED, **_PLAIN, intermediate_size=20)
+_DENSE: dict[str, Any] = {k: v for k, v in _GROUPED.items() if k not in EXPERT_FIELDS and k != "first_k_dense_replace"}
 
 # One small configuration per family; a save of kimi_k25 writes a deepseek_v3.
 BY_FAMILY = {
@@ -109,6 +111,7 @@ BY_FAMILY = {
             tie_word_embeddings=True,
         ),
         dataclasses.replace(V3, model_type="kimi_k25"),
+        ModelConfig(**_DENSE, model_type="qwen3", qk_norm="head"),
     )
 }
 

@@ -206,6 +206,21 @@ NAMED = (
         ("placed and judged on the same tokens", "placed", "report(after.load", "report(before.load"),
     ),
     *_in_file(
+        "moe/integrations/trl.py",
+        ("routing recorded, not replayed", "_routed", "output = replayed if self._replay else output", "pass"),
+        (
+            "router without gradient",
+            "__torch_function__",
+            "(scores.gather(1, self.ids)",
+            "(scores.detach().gather(1, self.ids)",
+        ),
+        ("groups not chosen with their experts", "__torch_function__", "call == self._over_groups", "False"),
+        ("places without padding", "add", "first + rows + columns", "first + rows + columns.sort(1).values"),
+        ("records never removed", "_record_tokens", "if self._used:", "if False:"),
+        ("evaluation replayed", "_before", "not backbone.training or ", ""),
+        ("padding counted", "_routed", "real.flatten().long())", "torch.ones_like(ids).flatten())"),
+    ),
+    *_in_file(
         "kernels/moe_triton/grouped_gemm.py",
         (
             "mask of K omitted",
@@ -326,6 +341,95 @@ NAMED = (
         ),
         ("last slot of a token omitted", "combine_kernel", "tl.static_range(TOP_K)", "tl.static_range(TOP_K - 1)"),
         ("column mask off by one", "permute_kernel", "column < width", "column <= width"),
+    ),
+    *_in_file(
+        "moe/checkpoint/format/families.py",
+        ("windows begin a layer later", "_late_windows_read", "i >= first", "i > first"),
+    ),
+    *_in_file(
+        "moe/config.py",
+        ("a dense model has experts", "has_experts", "> 0", ">= 0"),
+    ),
+    *_in_file(
+        "moe/counts.py",
+        ("a token uses all experts", "activated", "config.num_experts_per_tok", "config.n_routed_experts"),
+    ),
+    *_in_file(
+        "moe/recipes/grpo.py",
+        (
+            "equal rewards have an advantage",
+            "advantages",
+            ".masked_fill((rewards == rewards[:, :1]).all(1, keepdim=True), 0)",
+            "",
+        ),
+        (
+            "the deviation divides by G",
+            "advantages",
+            "rewards.std(1, keepdim=True)",
+            "rewards.std(1, False, keepdim=True)",
+        ),
+        ("only positive advantages are clipped", "clipped_loss", "w.clamp(1 - low, 1 + high)", "w.clamp(max=1 + high)"),
+        (
+            "padding is in the mean of a sequence",
+            "clipped_loss",
+            "mask.sum(1, keepdim=True).clamp_min(1)",
+            "mask.shape[1]",
+        ),
+        ("k3 without the ratio", "_loss", "ratio * k3(", "k3("),
+        ("a micro-batch's mean is not weighted", "_count", "part.mask.sum()", "part.mask.sum().clamp(1, 1)"),
+    ),
+    *_in_file(
+        "moe/recipes/rollout.py",
+        ("the end-of-text token is read", "rollout", "(completion & ~over)[:, :-1]", "completion[:, :-1]"),
+        ("sequences take the cache of others", "rollout", "cache.select(kept)", "cache.select(kept.flip(0))"),
+        ("the temperature is left out", "log_probabilities", "wide / temperature", "wide"),
+        (
+            "a completion is cut at the prompt's end",
+            "select",
+            "end = self.prompt_length + longest",
+            "end = start + longest",
+        ),
+    ),
+    *_in_file(
+        "moe/replay.py",
+        ("the router chooses again", "_replace", "if replays else None", "if not replays else None"),
+        ("padding is compared", "_measure", "real = ids >= 0", "real = ids >= -1"),
+    ),
+    *_in_file(
+        "moe/recipes/task.py",
+        ("weights of the reward are ignored", "score", "self.weights[name] * value", "value"),
+    ),
+    *_in_file(
+        "moe/recipes/distill.py",
+        (
+            "the divergence of the teacher from the student",
+            "kl_divergence",
+            "log_probabilities(teacher), log_probabilities(student)",
+            "log_probabilities(student), log_probabilities(teacher)",
+        ),
+        ("the gradient shrinks with the temperature", "kl_divergence", " * temperature**2", ""),
+        ("the cross entropy keeps its whole weight", "_loss", "(kl - ce)", "kl"),
+    ),
+    *_in_file(
+        "moe/recipes/examples.py",
+        (
+            "the end of a completion is not trained on",
+            "encode_completion",
+            "* len(after))",
+            "* (len(after) - 1) + [False])",
+        ),
+        ("a token spans prompt and completion", "_encode_parts", "whole[: len(ids)] != ids", "False"),
+        ("messages of the prompt are trained on", "encode_messages", " or number < first", ""),
+    ),
+    *_in_file(
+        "moe/recipes/packing.py",
+        ("a row is overfull", "pack", "room - lengths[example]", "room - 1"),
+    ),
+    *_in_file(
+        "moe/recipes/sft.py",
+        ("packed examples see each other", "batch_of", "= document, torch", "= 0, torch"),
+        ("positions continue in the next example", "batch_of", "torch.arange(b - a)", "torch.arange(at - (b - a), at)"),
+        ("padding reaches experts", "batch_of", "documents != PADDING", "documents == documents"),
     ),
     *_in_file(
         "moe/recipes/countdown.py",

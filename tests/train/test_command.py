@@ -124,7 +124,7 @@ def test_a_configuration_file_is_hugging_faces_or_ours(text: Path, tmp_path: Pat
     ("content", "expected"),
     [
         ('{"hidden": 3}', r"hidden = 3: expected no such field; did you mean hidden_size\?"),
-        ('{"hidden_size": 32}', "moe_intermediate_size = None: expected a value"),
+        ('{"hidden_size": 32}', "vocab_size = None: expected a value"),
         ("[]", "not a configuration; expected a JSON object; found list"),
         ("{", "not valid JSON"),
         ('{"architectures": [], "model_type": "llama"}', "llama"),
@@ -154,7 +154,6 @@ def test_a_wrong_configuration_file_is_one_line(
         (["--preset", "tiny", "--init", "x"], "--init: .*found --preset and --init"),
         (["--init", "x", "--set", "hidden_size=3"], "--set: .*found --init and --set"),
         (["--init", "x"], "x: no such folder"),
-        (["--set", "first_k_dense_replace=3", "--set", "num_nextn_predict_layers=0"], "a layer with experts"),
         (["--log", "file"], "--log: expected one of tensorboard, wandb; found 'file'"),
         (["--resume", "nowhere"], "--resume: expected the folder of a run; found 'nowhere'"),
         (["--resume=nowhere", "--out", "x"], "no folder together with --out"),
@@ -421,7 +420,7 @@ def test_wandb_gets_the_same_and_continues_its_run(text: Path, tmp_path: Path, m
         init=init,
     )
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setattr("moe.train.run.check_log", lambda name: None)
+    monkeypatch.setattr("moe.train.lifecycle.check_log", lambda name: None)
     settings = dataclasses.replace(MICRO_SETTINGS, data=(text,), steps=1, log="wandb")
     train(settings, tmp_path / "run", console=QUIET)
     train(dataclasses.replace(settings, steps=2), tmp_path / "run", resume=True, console=QUIET)
@@ -577,7 +576,7 @@ def test_eval_refuses_in_one_line(text: Path, run: Path, tmp_path: Path, capsys:
         ([str(run), "--data"], "--data: expected at least one value"),
         ([str(run / "checkpoint")], "--data: expected files or folders"),
         ([str(run), "--data", str(tmp_path / "nowhere")], "--data: expected an existing file or folder; found"),
-        ([str(run), "--data", str(none)], "--data: expected documents; found none"),
+        ([str(run), "--data", str(none)], f"--data: {none}: expected documents; found none"),
         ([str(run), "--data", str(short)], "--data: expected text of 4 tokens or more; found 3"),
         ([str(run), "--data", str(text), "--field", ""], "--field: expected the name of a field; found ''"),
         (

@@ -51,9 +51,10 @@ def kept_bytes(config: moe.ModelConfig, settings: Settings) -> int:
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "qwen2_moe", "ernie4_5_moe"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "qwen2_moe", "ernie4_5_moe", "qwen3"])
 def test_activations_are_at_least_those_of_the_bound(family: str, dtype: Any, recompute: bool) -> None:
-    config = dataclasses.replace(BY_FAMILY[family], moe_intermediate_size=40)
+    config = BY_FAMILY[family]
+    config = dataclasses.replace(config, moe_intermediate_size=40) if config.has_experts else config
     settings = Settings(batch_size=3, seq_length=48, dtype=dtype, activation_checkpointing=recompute)
     for document_mask in (False, True):
         settings = dataclasses.replace(settings, document_mask=document_mask)
@@ -67,7 +68,7 @@ def test_activations_are_at_least_those_of_the_bound(family: str, dtype: Any, re
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "ernie4_5_moe"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "ernie4_5_moe", "qwen3"])
 def test_states_are_those_of_the_optimizers(family: str, name: Any) -> None:
     model = moe.Transformer(BY_FAMILY[family])
     for parameter in model.parameters():

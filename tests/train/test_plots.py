@@ -26,6 +26,7 @@ from moe.train.plots import (
     plot_co_activation,
     plot_load,
     plot_loss,
+    plot_policy,
     plot_run,
     plot_trace,
     smoothed,
@@ -202,6 +203,23 @@ def test_the_files_of_a_run(tmp_path: Path) -> None:
     assert plot_run(alone, TITLE, train_records(5, layers=0), validation, {}, [], np.zeros((0, 4), np.int64)) == [
         alone / "loss.png"
     ]
+
+
+def test_the_plot_of_reinforcement_learning(tmp_path: Path) -> None:
+    names = ("accuracy", "format", "reward", "length", "entropy", "logprob_difference", "router_agreement")
+    train = [{"step": step, **{name: step / 10 for name in names}} for step in range(1, 6)]
+    validation = [{"step": step, **{name: step / 8 for name in names[:4]}} for step in (0, 5)]
+    figure = plot_policy(TITLE, train, validation, ("accuracy", "format"))
+    drawn(figure, tmp_path)
+    lines = [{line.get_label(): line for line in axes.lines} for axes in figure.axes]
+    assert [len(each) for each in lines] == [6, 2, 1, 1, 1]
+    assert lines[0]["accuracy, held out, at the end: 0.625"].get_xydata().tolist() == [[0, 0], [5, 0.625]]  # pyright: ignore
+    assert lines[4]["router agreement, sampled: 0.50000"].get_ydata() == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])  # pyright: ignore
+    assert figure.axes[3].get_yscale() == "log"
+    # Nothing was trained on, by a model without experts.
+    none = [{**record, "logprob_difference": None, "router_agreement": None} for record in train]
+    drawn(plot_policy(TITLE, none, validation, ("reward",)), tmp_path)
+    drawn(plot_policy(TITLE, [], validation[:1], ("reward",)), tmp_path)
 
 
 def trace_of(ids: Any, experts: int, margins: Any = None) -> Trace:

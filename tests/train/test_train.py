@@ -27,7 +27,7 @@ from moe.presets import PRESETS
 from moe.train import launcher
 from moe.train.baselines import bigram_nats, unigram_nats
 from moe.train.data import Dataset, open_dataset
-from moe.train.loop import Trainer
+from moe.train.loop import StepReport, Trainer
 from moe.train.metrics import Metrics
 from moe.train.report import ProgressDisplay, print_summary
 from moe.train.run import train
@@ -134,8 +134,8 @@ def test_a_run_leaves_what_it_promises(text: Path, tmp_path: Path) -> None:
 def test_without_a_terminal_progress_is_plain_lines() -> None:
     shown = io.StringIO()
     with ProgressDisplay(Console(file=shown, width=120), steps=2, done=0) as display:
-        display.update(1, 3.0, 100.0, 0.5)
-        display.update(2, 2.0, 100.0, 0.5)
+        display.update(1, StepReport({"ce": 3.0}, 1.0, torch.tensor([[1, 1]]), 0.1, 100.0).text())
+        display.update(2, StepReport({"ce": 2.0}, 1.0, torch.tensor([[3, 1]]), 0.1, 100.0).text())
     assert shown.getvalue() == "step 2/2  loss 2.000  100 tokens/s  highest MaxVio 0.50\n"
 
 
@@ -277,7 +277,7 @@ Arguments = Callable[[Path, Path], list[str]]
 MISTAKES: dict[str, tuple[Arguments, str]] = {
     "no such preset": (lambda text, here: ["--preset", "tinny"], "did you mean tiny"),
     "no such file": (lambda text, here: ["--data", f"{here}/none.txt"], "none.txt"),
-    "empty text": (lambda text, here: ["--data", f"{here}/empty.txt"], "--data: expected documents"),
+    "empty text": (lambda text, here: ["--data", f"{here}/empty.txt"], "/empty.txt: expected documents; found none"),
     "not UTF-8": (lambda text, here: ["--data", f"{here}/latin.txt"], "UTF-8"),
     "too little text": (
         lambda text, here: ["--data", *map(str, sorted(text.iterdir())[:2])],

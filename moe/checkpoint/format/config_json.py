@@ -12,7 +12,7 @@ from moe.checkpoint.format.families import FAMILIES, family_of
 from moe.checkpoint.format.family import Family, setting
 from moe.checkpoint.format.folder import CONFIG, locate, read_config_values
 from moe.checkpoint.format.strict_json import ambiguity, last_values
-from moe.config import ModelConfig, RopeParameters
+from moe.config import EXPERT_FIELDS, ModelConfig, RopeParameters
 from moe.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger("moe")
@@ -149,6 +149,9 @@ def family_problems(config: ModelConfig) -> tuple[str, ...]:
 def _problems(config: ModelConfig, family: Family, path: Path) -> Iterator[CheckpointError]:
     """Yield an error for each setting that the family's files cannot express or an engine would misread."""
     plain = _normalized(config, family)
+    if error := _wrong_experts(config, family, path):
+        yield error
+        return
     for rule in family.rules:
         if not rule.holds(plain):
             found = setting(plain, rule.field)
@@ -165,6 +168,18 @@ def _problems(config: ModelConfig, family: Family, path: Path) -> Iterator[Check
             name = f.name if f.name != "mlp_only_layers" else _name_of_dense_layers(plain, family)
             problem = f"{name}: {config.model_type} cannot express it"
             yield CheckpointError(path, problem, expected=str(theirs), found=str(ours))
+
+
+def _wrong_experts(config: ModelConfig, family: Family, path: Path) -> CheckpointError | None:
+    """Return an error if the family has experts and the model has none, or the reverse."""
+    name, found = "n_routed_experts", config.n_routed_experts
+    if name in family.keys and not found:
+        problem = f"{family.keys_of(name)[0]}: {family.model_type} is a family with experts"
+        return CheckpointError(path, problem, expected="1 or more", found=0)
+    if name not in family.keys and config.has_experts:
+        problem = f"{name}: {family.model_type} is a family without experts"
+        return CheckpointError(path, problem, expected=0, found=found)
+    return None
 
 
 # Fields that determine which layers are dense, with their neutral values.
@@ -208,7 +223,7 @@ def _normalized(config: ModelConfig, family: Family) -> ModelConfig:
         changes["rope_parameters"] = _without_idle_factor(config.rope_parameters)
     if config.rope_dim == 2:  # one pair
         changes["rope_interleave"] = config.is_mla
-    if not dense and family.keys.get("intermediate_size") == family.keys["moe_intermediate_size"]:
+    if not dense and family.keys["intermediate_size"] == family.keys.get("moe_intermediate_size"):
         changes["intermediate_size"] = config.moe_intermediate_size
     if config.topk_group == config.n_group and "n_group" not in family.keys:
         changes |= {"n_group": 1, "topk_group": 1}
@@ -225,6 +240,9 @@ def _normalized(config: ModelConfig, family: Family) -> ModelConfig:
         changes |= {name: _usual(name, config, family) for name in _OF_EXPERTS}
         if changes["topk_method"] != config.topk_method:
             changes |= {"n_group": 1, "topk_group": 1}
+    if not config.has_experts and "n_routed_experts" not in family.keys:
+        neutral = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
+        changes |= _LAYERS | {name: neutral[name] for name in (*EXPERT_FIELDS, "mtp_loss_weight")}
     return dataclasses.replace(config, **changes)
 
 
@@ -303,12 +321,14 @@ def _parse_fields(values: Mapping[str, Any], path: Path) -> ModelConfig:
     only = fields.get("mlp_only_layers")
     if isinstance(only, list) and type(layers) is int:  # every reader ignores larger numbers
         fields["mlp_only_layers"] = [i for i in only if type(i) is not int or i < layers]
-    if fields["topk_method"] == "greedy":
+    if fields.get("topk_method") == "greedy":
         fields |= {"n_group": 1, "topk_group": 1}  # readers ignore the groups that files state
     try:
         config = ModelConfig.from_dict({**fields, "rope_parameters": _parse_rope(family, values, path)})
     except ConfigError as error:
         raise CheckpointError(path, str(error)) from error
+    if error := _wrong_experts(config, family, path):
+        raise error
     for key, derive in family.derived.items():
         if values.get(key) is not None and values[key] != derive(config):
             problem = f"{key} disagrees with the sizes from which it is derived"

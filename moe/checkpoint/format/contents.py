@@ -127,7 +127,7 @@ def read_contents(
     if left_out:
         problem = "%s: %d tensors of parts that the model does not have are ignored, such as %s"
         logger.warning(problem, path, len(left_out), left_out[0])
-    if "{expert}" in str(names.block["mlp.experts.down_proj"]):
+    if "{expert}" in str(names.block.get("mlp.experts.down_proj")):
         modules = config.num_moe_layers + config.num_nextn_predict_layers
         check_experts(config.n_routed_experts * modules, tensors, path / CONFIG)
     specs = layout(config, table, path / CONFIG)

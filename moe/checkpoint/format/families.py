@@ -204,12 +204,15 @@ _MLA_RULES = (
     _only("rope_parameters.truncate", True, "the engines always truncate YaRN's range"),
 )
 
-_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_experts_per_tok")
-_MOE_SIZES = (*_SIZES, "moe_intermediate_size", "n_routed_experts")
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+_MOE_SIZES = (*_SIZES, "num_experts_per_tok", "moe_intermediate_size", "n_routed_experts")
 _DENSE_AND_MOE_SIZES = (*_MOE_SIZES, "intermediate_size")
-_COMMON_KEYS = same(
+_DENSE_KEYS = same(
     *_SIZES,
     *("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "initializer_range", "tie_word_embeddings"),
+)
+_COMMON_KEYS = _DENSE_KEYS | same(
+    "num_experts_per_tok",
     # For training. Not router_aux_loss_coef, which has another meaning: transformers' loss pools all layers, does not
     # divide by K, and is off by default.
     *("aux_loss_alpha", "seq_aux", "router_z_loss_coef", "mtp_loss_weight"),
@@ -556,10 +559,10 @@ MINIMAX_M2 = Family(
 )
 
 
-def _late_windows_read(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Read dots1's windows: the layers from max_window_layers on, if there are no layer_types."""
+def _late_windows_read(values: Mapping[str, Any], default: int) -> dict[str, Any]:
+    """Read windows of the layers from max_window_layers (or `default`) on, if there are no layer_types."""
     window = values.get("sliding_window", 4096)
-    layers, first = values.get("num_hidden_layers"), values.get("max_window_layers", 62)
+    layers, first = values.get("num_hidden_layers"), values.get("max_window_layers", default)
     types = values.get("layer_types")
     if types is None:
         if window is None or type(layers) is not int or not 0 <= layers <= 10_000:
@@ -601,7 +604,34 @@ DOTS1 = Family(
     fixed=_WHOLE_HEADS
     | {"scoring_func": ("sigmoid", "noaux_tc", None), "topk_method": ("noaux_tc", None), "moe_layer_freq": (1, None)},
     conversions=(
-        Conversion(("sliding_window", "layer_types", "max_window_layers"), _late_windows_read, _late_windows_write),
+        Conversion(
+            ("sliding_window", "layer_types", "max_window_layers"),
+            lambda values: _late_windows_read(values, 62),
+            _late_windows_write,
+        ),
+    ),
+)
+
+# Qwen3's dense models: the only family without experts.
+QWEN3 = Family(
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    tables={"dense": Table(_TOP, "model.layers.{layer}.", _NORMS | _GQA | _DENSE)},
+    keys=_DENSE_KEYS | same("intermediate_size", "head_dim", "attention_bias"),
+    required=(*_SIZES, "intermediate_size"),
+    defaults={"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
+    implied={"qk_norm": "head"},
+    rules=(
+        _only("attention_bias", False, "vLLM leaves out the output projection's bias"),
+        *(_NO_WINDOW, *_PLAIN_YARN, _TRUNCATED_YARN),
+    ),
+    fixed=_WHOLE_HEADS,
+    conversions=(
+        Conversion(
+            ("use_sliding_window", "sliding_window", "layer_types", "max_window_layers"),
+            lambda values: _late_windows_read(values, 28) if values.get("use_sliding_window") else {},
+            lambda config: {**_window_write(config), **_late_windows_write(config)},
+        ),
     ),
 )
 
@@ -730,7 +760,7 @@ FAMILIES = {
     family.model_type: family
     for family in (
         *(DEEPSEEK_V3, KIMI_K2, DEEPSEEK_V2, MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE, GPT_OSS, OLMOE, MINIMAX_M2),
-        *(DOTS1, GLM4_MOE_LITE, ERNIE4_5_MOE, KIMI_K25),
+        *(DOTS1, GLM4_MOE_LITE, ERNIE4_5_MOE, KIMI_K25, QWEN3),
     )
 }
 

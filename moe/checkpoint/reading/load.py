@@ -242,7 +242,8 @@ def _experts(contents: Contents, experts: range | None) -> range:
     if experts is None:
         return range(count)
     if not isinstance(experts, range) or experts.step != 1 or not 0 <= experts.start < experts.stop <= count:
-        raise ConfigError("experts", experts, f"a non-empty range within the {count} experts, with step 1")
+        expected = f"a non-empty range within the {count} experts, with step 1" if count else "None: no experts"
+        raise ConfigError("experts", experts, expected)
     return experts
 
 

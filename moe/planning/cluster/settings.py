@@ -39,7 +39,8 @@ class Mesh:
         blocks = config.num_hidden_layers + config.num_nextn_predict_layers
         _require("pp", self.pp, self.pp <= blocks, f"at most the {blocks} blocks of the model, MTP included")
         experts = config.n_routed_experts
-        _require("ep", self.ep, self.ep <= experts, f"at most the {experts} experts of a layer")
+        _require("ep", self.ep, experts > 0 or self.ep == 1, "1 for a model without experts")
+        _require("ep", self.ep, self.ep <= max(experts, 1), f"at most the {experts} experts of a layer")
         _require("ep", self.ep, experts % self.ep == 0, f"a divisor of the {experts} experts of a layer")
         ranks = f"a divisor of the {self.dp} data-parallel ranks ({self.gpus} GPUs / {self.pp} stages)"
         _require("ep", self.ep, self.dp % self.ep == 0, ranks)

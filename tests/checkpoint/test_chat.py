@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moe.cli.chat import ChatTemplate
+from moe.checkpoint.chat import ChatTemplate
 from moe.cli.generate import read_tokenizer
 from moe.errors import CheckpointError
 from tests.support.command_line import TEMPLATES, write_tokenizer

@@ -59,12 +59,12 @@ class ChatTemplate:
         tokens = {name: special_token(values, name) for name in _NAMED_TOKENS}
         return cls(source, {name: token for name, token in tokens.items() if token is not None}, file)
 
-    def render(self, messages: list[dict[str, str]]) -> str:
-        """Return the conversation as text, up to the beginning of the model's next message.
+    def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
+        """Return the conversation as text, by default up to the beginning of the model's next message.
 
         Raises CheckpointError for every exception in the template, deliberate (a role that it rejects) or not.
         """
-        settings: dict[str, Any] = {"tools": None, "documents": None, "add_generation_prompt": True}
+        settings: dict[str, Any] = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
         return self._attempt(lambda: self._compiled.render(messages=messages, **settings, **self._tokens))
 
     def _attempt(self, act: Any) -> Any:
