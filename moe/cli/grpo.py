@@ -25,6 +25,9 @@ class Args(RunArgs, GrpoSettings):
     prompts.
     """
 
+    out: Path | None = None
+    """Folder of the run: saved states, metrics, plots and checkpoint. Default: runs/MODEL-grpo."""
+
 
 def run(args: Args) -> int:
     def make(folder: Path) -> "GrpoRun":

@@ -27,8 +27,8 @@ class Args(RecipeSettings):
     entropy instead of grpo; zero, which is grpo without a cold start, as in R1-Zero; and scratch, the student trained
     on the cold start.
 
-    Each stage is a run that the command of its name can resume, and starts where the same command with other options
-    would. The same command continues an interrupted recipe.
+    Each stage is a run in a folder of its own, which the other commands read. The same command continues an interrupted
+    recipe.
     """
 
     recipe: Annotated[str, Option("RECIPE", positional=True)] = field(kw_only=True)

@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 
 from moe.checkpoint import load
+from moe.checkpoint.writing.atomic import locked
 from moe.errors import ConfigError
 from moe.recipes.answers import complete, score_completions
 from moe.recipes.countdown_settings import RecipeSettings
@@ -36,7 +37,7 @@ from moe.recipes.sft import SftRun
 from moe.recipes.sft_settings import SftSettings
 from moe.recipes.task import countdown_task
 from moe.train.data import write_json
-from moe.train.lifecycle import Run, run_in_folder
+from moe.train.lifecycle import Run, named, run_in_folder
 from moe.train.metrics import Metrics
 from moe.train.report import say
 from moe.train.run import TextRun
@@ -58,18 +59,31 @@ def recipe(settings: RecipeSettings, folder: Path, *, overwrite: bool = False, c
     Finished stages are kept, and an interrupted one continues where it was saved. Writes summary.json and, with
     matplotlib, accuracy.png.
 
-    Raises ConfigError for a folder of another kind or of other settings, and what `run_in_folder` raises.
+    Raises:
+        ConfigError: the folder is of another kind or of other settings.
+        CheckpointError: another recipe uses the folder.
+        And what `run_in_folder` raises.
     """
-    _open_folder(folder, settings, overwrite=overwrite)
+    folder = named(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder, "another recipe is using this folder"):
+        _open_folder(folder, settings, overwrite=overwrite)
+        return _run_stages(settings, folder, console)
+
+
+def _run_stages(settings: RecipeSettings, folder: Path, console: Console) -> dict[str, Any]:
     results: dict[str, list[dict[str, Any]]] = {}
     for seed in settings.seeds:
         home = folder / f"seed-{seed}"
         write_texts(home / "texts", settings, seed)
         for stage, run in runs(settings, home, seed):
             say(console, f"seed {seed}: {stage}")
-            summary = _finished(run) or run_in_folder(
-                run, resume=(run.folder / "settings.json").exists(), console=console
-            )
+            resume = (run.folder / "settings.json").exists()
+            try:
+                summary = _finished(run) or run_in_folder(run, resume=resume, console=console)
+            except ConfigError as error:  # its option may be one that only the command of the stage has
+                where = f"stage {stage} of seed {seed}: {error.field}"
+                raise ConfigError(where, error.value, error.allowed) from None
             assert summary is not None  # there is one rank
             results.setdefault(stage, []).append(_result(stage, run, summary, settings))
             say(console, f"seed {seed}: {stage}: {_percent(results[stage][-1]['accuracy'])} of held-out problems right")
@@ -93,7 +107,7 @@ def write_texts(folder: Path, settings: RecipeSettings, seed: int) -> None:
     _write(folder / "cold_start.jsonl", found[HELD_OUT:])
     _write(folder / "cold_start_held_out.jsonl", found[:HELD_OUT])
     write_json(folder / "tokenizer_config.json", {"eos_token": END_OF_TEXT})
-    (folder / "tokenizer.json").write_text(tokenizer().to_str(), encoding="utf-8")
+    write_json(folder / "tokenizer.json", json.loads(tokenizer().to_str()))
 
 
 def _write(file: Path, records: Iterable[dict[str, str]]) -> None:
@@ -180,10 +194,12 @@ def _open_folder(folder: Path, settings: RecipeSettings, *, overwrite: bool) -> 
     file = folder / FILE
     names = [f.name for f in fields(RecipeSettings) if f.name not in ("seeds", "stages")]
     fixed = {name: getattr(settings, name) for name in names}
-    if file.exists() and overwrite:
+    before = _read_settings(file)
+    if before and overwrite:
+        if Path.cwd().is_relative_to(folder.resolve()):  # relative paths, and the shell, would lose their folder
+            raise ConfigError("--out", str(folder), "a folder that is not the current one, with --overwrite")
         shutil.rmtree(folder)
-    if file.exists():
-        before = json.loads(file.read_text())
+    elif before:
         if differing := sorted(name for name in fixed if before.get(name) != fixed[name]):
             words = ", ".join(f"--{name.replace('_', '-')} {before.get(name)}" for name in differing)
             raise ConfigError("--out", str(folder), f"a recipe with these settings, not {words}; or --overwrite")
@@ -192,6 +208,15 @@ def _open_folder(folder: Path, settings: RecipeSettings, *, overwrite: bool) -> 
         raise ConfigError("--out", str(folder), "a new or empty folder, or that of an earlier recipe")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, fixed)
+
+
+def _read_settings(file: Path) -> dict[str, Any] | None:
+    """Return the settings of the recipe in `file`; None if it is not there, or a file of another program."""
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) and {"preset", "student", "traces"} <= values.keys() else None
 
 
 def _finished(run: Run[Any, Any]) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """Settings of `moesmith recipe countdown`. Imports no torch, because the command line reads them first."""
 
+import math
 from dataclasses import dataclass
 
 from moe.errors import ConfigError
@@ -67,6 +68,14 @@ class RecipeSettings:
         for name in ("pretrain_steps", "sft_steps", "grpo_steps", "distill_steps", "traces"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')}", getattr(self, name), "1 or more")
+        for name in ("sft_lr", "grpo_lr", "student_lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"--{name.replace('_', '-')}", getattr(self, name), "a finite number above 0")
+        if self.group_size < 2:
+            raise ConfigError("--group-size", self.group_size, "2 or more")
+        whole = math.lcm(self.group_size, 4)  # two updates of two forward passes
+        if self.completions < 1 or self.completions % whole:
+            raise ConfigError("--completions", self.completions, f"a multiple of {whole}, for --group-size and updates")
         if not 1 <= self.problems <= 500:
             raise ConfigError("--problems", self.problems, "an integer from 1 to 500")
 

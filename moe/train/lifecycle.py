@@ -56,7 +56,7 @@ class Run(ABC, Generic[_Settings, _Trainer]):
     """
 
     def __init__(self, settings: _Settings, folder: Path) -> None:
-        self.settings, self.folder = settings, _named(folder)
+        self.settings, self.folder = settings, named(folder)
 
     @abstractmethod
     def prepare(self) -> None:
@@ -345,7 +345,7 @@ def _open_folder(folder: Path, settings: RunSettings, *, resume: bool, overwrite
     write_json(file, deciding)
 
 
-def _named(folder: Path) -> Path:
+def named(folder: Path) -> Path:
     """`folder` by a path that ends in its name, beside which there is a lock and a replaced run: "." has none."""
     named = Path(os.path.abspath(folder)) if folder.name in ("", "..") else folder
     if not named.name:
