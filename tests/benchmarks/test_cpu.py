@@ -159,6 +159,30 @@ def test_packed_models_are_timed_in_bf16_and_noted_in_fp32(capsys):
     assert capsys.readouterr().out.startswith("packed fp32 is left out: ")
 
 
+def test_the_largest_error_is_compared_with_that_of_earlier_work_too(exact, monkeypatch):
+    """Which model routes a token otherwise is chance, so few tokens may show it on our side only."""
+    model, ids, reference = exact
+    peers, ours = {"train": 0.01, "prefill": 0.2}, {"short": 0.3}
+
+    def errors(task, work, *_):
+        mine = isinstance(task.side, cpu_work.Ours)
+        found = ours.get(work, 0.01) if mine else peers.get(work, 0.01)
+        return {"logits": 1e-7, "logits, largest": found}
+
+    monkeypatch.setattr(cpu, "errors", errors)
+    theirs = cpu_peers.peer(model)
+
+    def right() -> dict[str, bool]:
+        records = cpu.compare({"plain": cpu_work.Ours(model)}, theirs, ids, reference, SIZES)
+        return {record["work"]: "ratio" in record for record in records}
+
+    assert all(right().values())
+    ours["short"] = 0.5
+    assert [work for work, ok in right().items() if not ok] == ["short"]
+    ours |= {"short": 0.01, "train": 0.3}  # before the peer has shown it
+    assert [work for work, ok in right().items() if not ok] == ["train"]
+
+
 def test_only_selected_work_is_prepared(exact, monkeypatch):
     model, ids, whole = exact
     state = {name: t.clone() for name, t in model.state_dict().items()}
