@@ -27,6 +27,7 @@ from moe.checkpoint import load
 from moe.checkpoint.writing.atomic import locked
 from moe.errors import ConfigError
 from moe.recipes.answers import complete, score_completions
+from moe.recipes.countdown import MAX_PROBLEMS
 from moe.recipes.countdown_settings import RecipeSettings
 from moe.recipes.countdown_text import LINES, arithmetic, cold_start, tokenizer
 from moe.recipes.distill import DistillRun
@@ -48,7 +49,7 @@ FILE = "recipe.json"
 ROW = 256  # tokens of a row of text or of packed examples
 ROWS = 8  # of a step
 COMPLETION = 144  # longest completion in tokens
-TOKENS_PER_LINE, TOKENS_PER_EXAMPLE = 8, 60  # at least; no step repeats a text
+TOKENS_PER_LINE, TOKENS_PER_EXAMPLE = 8, 60  # less than the means, so that hardly any text is repeated
 HELD_OUT = 100  # documents or examples
 AT_ONCE = 250  # problems answered together
 
@@ -85,7 +86,7 @@ def _run_stages(settings: RecipeSettings, folder: Path, console: Console) -> dic
                 where = f"stage {stage} of seed {seed}: {error.field}"
                 raise ConfigError(where, error.value, error.allowed) from None
             assert summary is not None  # there is one rank
-            results.setdefault(stage, []).append(_result(stage, run, summary, settings))
+            results.setdefault(stage, []).append(_result(run, summary, settings))
             say(console, f"seed {seed}: {stage}: {_percent(results[stage][-1]['accuracy'])} of held-out problems right")
     summary = {"folder": str(folder), "seeds": list(settings.seeds), "problems": settings.problems}
     summary["stages"] = {stage: _over_seeds(found) for stage, found in results.items()}
@@ -103,7 +104,7 @@ def write_texts(folder: Path, settings: RecipeSettings, seed: int) -> None:
     examples = max(settings.sft_steps, settings.distill_steps) * ROWS * ROW // TOKENS_PER_EXAMPLE + HELD_OUT
     _write(folder / "arithmetic.jsonl", ({"text": text} for text in arithmetic(documents, seed=seed)))
     _write(folder / "arithmetic_held_out.jsonl", ({"text": text} for text in arithmetic(HELD_OUT, seed=seed + 2**31)))
-    found = [*cold_start(min(examples, 60_000), seed=seed)]
+    found = [*cold_start(min(examples, MAX_PROBLEMS), seed=seed)]
     _write(folder / "cold_start.jsonl", found[HELD_OUT:])
     _write(folder / "cold_start_held_out.jsonl", found[:HELD_OUT])
     write_json(folder / "tokenizer_config.json", {"eos_token": END_OF_TEXT})
@@ -225,7 +226,7 @@ def _finished(run: Run[Any, Any]) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.exists() else None
 
 
-def _result(stage: str, run: Run[Any, Any], summary: dict[str, Any], settings: RecipeSettings) -> dict[str, Any]:
+def _result(run: Run[Any, Any], summary: dict[str, Any], settings: RecipeSettings) -> dict[str, Any]:
     """Return the measurements of a stage, with the accuracy of its model, which is kept in accuracy.json."""
     file = run.folder / "accuracy.json"
     if not file.exists():
