@@ -14,14 +14,14 @@ import torch.nn.functional as F
 
 import moe
 from moe.cli import main
-from moe.presets import PRESETS
+from moe.errors import ConfigError
 from moe.recipes.distill import DistillTrainer, kl_divergence
 from moe.recipes.distill_settings import DistillSettings
 from moe.recipes.examples import ExampleData, prepare_examples
 from moe.recipes.sft import SftTrainer
 from moe.recipes.sft_settings import SftSettings
 from moe.train.state import load_latest_state
-from tests.support.examples import sums, tokenizer_folder, write_examples
+from tests.support.examples import small_runs, sums, tokenizer_folder, write_examples
 from tests.support.training import MICRO, assert_same_state
 
 DENSE = dataclasses.replace(MICRO, first_k_dense_replace=3, num_nextn_predict_layers=0, num_hidden_layers=3)
@@ -30,16 +30,8 @@ SIZES: dict[str, Any] = dict(steps=3, batch_size=2, seq_length=32, warmup=1, eva
 
 @pytest.fixture(autouse=True)
 def micro(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The presets, on one thread; runs without plots and with a short sample."""
-    monkeypatch.setitem(PRESETS, "micro", MICRO)
-    monkeypatch.setitem(PRESETS, "dense", DENSE)
-    monkeypatch.setattr("moe.recipes.sft._plot", lambda *_: [])
-    monkeypatch.setattr("moe.recipes.sft.SAMPLE_NEW_TOKENS", 2)
-    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # set by the command otherwise, and for good
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with small_runs(monkeypatch, micro=MICRO, dense=DENSE):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +210,10 @@ def test_traces_are_sampled_selected_and_kept(files: Path, tmp_path: Path, capsy
         (["--teacher", "T", "--samples", "2"], "--samples: expected this option only with --by traces"),
         (["--teacher", "T", "--by", "traces", "--kl-weight", "1"], "--kl-weight: expected this option only with --by"),
         (["--teacher", "T", "--by", "traces", "--task", "x"], "--data: expected no files together with --task"),
+        (
+            ["--teacher", "T", "--by", "traces", "--max-new-tokens", "9999"],
+            "--max-new-tokens: expected less than the teacher's 64 positions; found 9999",
+        ),
         (["--teacher", "nowhere"], "nowhere: no such folder"),
         (["--teacher", "T", "--tokenizer", "O"], "--teacher: expected the student's tokenizer; found another: token"),
     ],
@@ -238,6 +234,11 @@ def test_options_that_are_refused(
     shown = capsys.readouterr()
     assert shown.err.count("\n") == 1 and expected in shown.err and not shown.out
     assert not (tmp_path / "run").exists()
+
+
+def test_traces_need_prompts() -> None:
+    with pytest.raises(ConfigError, match="--data = None: expected files of prompts, or --task"):
+        DistillSettings(teacher=Path("T"), by="traces")
 
 
 def test_without_a_kept_completion_nothing_is_written(

@@ -15,12 +15,11 @@ from torch import Tensor
 import moe
 from moe.cli import main
 from moe.loss import IGNORED
-from moe.presets import PRESETS
 from moe.recipes.examples import ExampleData, prepare_examples
 from moe.recipes.sft import Order, SftTrainer, batch_of, sft
 from moe.recipes.sft_settings import SftSettings
 from moe.train.state import load_latest_state
-from tests.support.examples import sums, tokenizer_folder, write_examples
+from tests.support.examples import small_runs, sums, tokenizer_folder, write_examples
 from tests.support.training import MICRO, QUIET, assert_same_state
 
 LENGTH = 32
@@ -28,15 +27,8 @@ LENGTH = 32
 
 @pytest.fixture(autouse=True)
 def micro(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The preset, on one thread; runs without plots and with a short sample."""
-    monkeypatch.setitem(PRESETS, "micro", MICRO)
-    monkeypatch.setattr("moe.recipes.sft._plot", lambda *_: [])
-    monkeypatch.setattr("moe.recipes.sft.SAMPLE_NEW_TOKENS", 2)
-    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # set by the command otherwise, and for good
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with small_runs(monkeypatch, micro=MICRO):
+        yield
 
 
 @pytest.fixture(scope="module")
