@@ -3,6 +3,7 @@
 import copyreg
 import difflib
 from collections.abc import Iterable
+from pathlib import PurePath
 from typing import Any
 
 
@@ -58,7 +59,7 @@ class ConfigError(ValueError):
     def __init__(self, field: str, value: Any, allowed: str) -> None:
         self.field, self.value, self.allowed = field, value, allowed
         try:
-            shown = repr(value)
+            shown = repr(str(value) if isinstance(value, PurePath) else value)
         except ValueError:  # an integer with more digits than Python converts
             shown = value
         super().__init__(f"{field} = {one_line(shown)}: expected {allowed}")

@@ -126,7 +126,7 @@ def _task_scores(args: Args, name: str) -> dict[str, Any]:
     folder = find(args.folder)
 
     import moe
-    from moe.recipes.answers import complete, score_completions
+    from moe.recipes.answers import complete, encode_prompt, score_completions
     from moe.recipes.task import load_task
 
     task = load_task(name)
@@ -134,6 +134,12 @@ def _task_scores(args: Args, name: str) -> dict[str, Any]:
         tokenizer, end_of_text = _tokenizer(folder)
         dtype = read_dtype(args.dtype, COMPUTE_DTYPES)
         model = moe.load(folder, device=_device(args), dtype=dtype, quantize=args.quantize, mtp=False)
+    positions = model.config.max_position_embeddings
+    longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in task.test)
+    room = positions - longest
+    if 0 < room < args.max_new_tokens:
+        allowed = f"at most {room}: the model's {positions} positions, without the longest prompt ({longest})"
+        raise ConfigError("--max-new-tokens", args.max_new_tokens, allowed)
     try:
         batches = complete(
             model,

@@ -137,11 +137,12 @@ class DistillRun(ExampleRun[DistillSettings, DistillTrainer]):
         super().check(config, world, device)
         settings = self.settings
         assert settings.teacher is not None  # checked by the settings
-        length = settings.seq_length if settings.by == "logits" else settings.max_new_tokens + 1
         positions = read_config(find(settings.teacher)).max_position_embeddings
-        if length > positions:
-            option = "--seq-length" if settings.by == "logits" else "--max-new-tokens"
-            raise ConfigError(option, length, f"less than the teacher's {positions} positions")
+        if settings.by == "logits" and settings.seq_length > positions:
+            raise ConfigError("--seq-length", settings.seq_length, f"at most the teacher's {positions} positions")
+        if settings.by == "traces" and settings.max_new_tokens >= positions:
+            allowed = f"less than the teacher's {positions} positions"
+            raise ConfigError("--max-new-tokens", settings.max_new_tokens, allowed)
         if settings.by == "logits" and settings.tokenizer_path is not None:
             own, others = (_tokens(path) for path in (settings.tokenizer_path, settings.teacher))
             if differing := sorted(own.items() ^ others.items(), key=lambda item: item[1]):

@@ -70,6 +70,8 @@ class DistillSettings(SftSettings, TeacherSettings):
                 self._require(name, by == self.by or unchanged, f"this option only with --by {by}")
 
     def _check_data(self) -> None:
+        if self.by == "traces":
+            self._require("data", self.task is not None or self.data is not None, "files of prompts, or --task")
         if self.task is None:
             super()._check_data()
         else:

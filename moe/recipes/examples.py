@@ -86,7 +86,7 @@ class Encoder:
         if len(forms) != 1:
             raise ExampleError(FORMS, ", ".join(map(str, record)) or "no field")
         parts = [record[name] for name in forms[0]]
-        if len(parts) == 2 and all(isinstance(part, str) for part in parts):
+        if len(parts) == 2 and isinstance(parts[0], str):
             prompt, completion = (_text(part, name) for part, name in zip(parts, forms[0], strict=True))
             example = self.encode_completion(prompt, completion)
         else:

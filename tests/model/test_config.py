@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,6 +134,7 @@ def test_unknown_and_missing_fields() -> None:
 def test_a_path_is_shown_whole_and_a_megabyte_by_its_ends() -> None:
     path = "/" + "folder/" * 30 + "file.txt"
     assert str(moe.ConfigError("--data", path, "a file")) == f"--data = {path!r}: expected a file"
+    assert str(moe.ConfigError("--data", Path(path), "a file")) == f"--data = {path!r}: expected a file"
     message = str(moe.ConfigError("name", "begin" + "-" * 10**6 + "end\n", "a name"))
     assert message.startswith("name = 'begin-") and message.endswith("-end\\n': expected a name") and len(message) < 400
 

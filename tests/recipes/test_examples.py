@@ -137,7 +137,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "a text": ({"text": "a"}, '"prompt" and "completion", or "messages"; found text'),
     "no completion": ({"prompt": "a"}, "found prompt"),
     "both forms": ({"prompt": "a", "completion": "b", "messages": []}, "found prompt, completion, messages"),
-    "a number": ({"prompt": "a", "completion": 3}, 'messages in "prompt"; found a string, \'a\''),
+    "a number": ({"prompt": "a", "completion": 3}, 'a text in "completion"; found a number, 3'),
     "a number as messages": ({"prompt": 3, "completion": "a"}, 'messages in "prompt"; found a number, 3'),
     "half a character": ({"prompt": "a", "completion": "\ud83d"}, "Unicode text in \"completion\"; found half"),
     "nothing": ({"prompt": "", "completion": ""}, "a token to predict; found an empty prompt and completion"),

@@ -155,6 +155,7 @@ def test_a_model_is_scored_on_a_task(files: Path, capsys: pytest.CaptureFixture[
             ["eval", "BASE", "--task", "countdown", "--temperature", "-1"],
             "--temperature: expected a finite number of at",
         ),
+        (["eval", "BASE", "--task", "countdown", "--max-new-tokens", "9999"], "--max-new-tokens: expected at most "),
         (["grpo", "--task", "countdown"], "--init: expected a folder, a run or a Hub name\n"),
         (
             ["grpo", "--init", "BASE", "--seq-length", "64", "--task", "none.py:x"],
