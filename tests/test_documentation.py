@@ -9,6 +9,7 @@ import ast
 import importlib
 import importlib.util
 import json
+import random
 import re
 import runpy
 import shlex
@@ -26,6 +27,8 @@ from moe.checkpoint.format.families import FAMILIES
 from moe.cli import COMMANDS, main
 from moe.cli.options import parse
 from moe.counts import count_parameters
+from moe.recipes.countdown import Problem
+from moe.recipes.countdown_text import chain_of_thought
 from tests.conftest import ROOT
 from tests.skeletons import RELEASES
 
@@ -127,8 +130,8 @@ def check_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
             check_command(each, monkeypatch)
     elif words[:2] == ["moesmith", "train"] and ("--preset" in words or "--resume" in words):
         parse_training(words[2:])
-    elif words[:2] == ["moesmith", "distill"]:
-        parse(importlib.import_module("moe.cli.distill").Args, "distill", words[2:])
+    elif words[0] == "moesmith" and words[1] in ("distill", "recipe"):
+        parse(importlib.import_module(f"moe.cli.{words[1]}").Args, words[1], words[2:])
     elif words[0] == "moesmith":
         run_command(line, monkeypatch)
     elif words[0] == "torchrun":
@@ -264,7 +267,14 @@ def test_the_error_of_a_truncated_shard(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(moe.CheckpointError) as caught:
         moe.load("checkpoint")
     assert [f"{caught.value}\n"] == [text for page, text in blocks("text") if page == "docs/checkpoints.md"]
-    assert len(blocks("text")) == 3  # this one and the two of the first run
+    assert len(blocks("text")) == 4  # this one, the two of the first run, and a chain of thought
+
+
+def test_the_chain_of_thought() -> None:
+    (shown,) = (text for page, text in blocks("text") if page == "docs/recipes.md")
+    problem = Problem((3, 7, 25), 46)
+    completion = shown.removeprefix(f"{problem.prompt}\n").removesuffix("\n")
+    assert completion in {chain_of_thought(problem, random.Random(seed)) for seed in range(1000)}
 
 
 def test_the_families_in_the_table() -> None:
