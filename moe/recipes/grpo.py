@@ -61,10 +61,12 @@ def advantages(rewards: Tensor, *, divide: bool = True) -> Tensor:
     return found.masked_fill((rewards == rewards[:, :1]).all(1, keepdim=True), 0)
 
 
-def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """Estimate KL(p || p_ref) per token, q - log q - 1 with q = p_ref / p, from log-probabilities of the same shape."""
-    log_q = reference - logprobs
-    return log_q.exp() - log_q - 1
+def weighted_k3(logprobs: Tensor, old: Tensor, reference: Tensor) -> Tensor:
+    """Compute w k3 = w (q - log q - 1) per token, w = p / p_old, q = p_ref / p, from log-probabilities of one shape.
+
+    w q is p_ref / p_old, which is finite even if p has become 0 in floating point.
+    """
+    return (reference - old).exp() - (logprobs - old).exp() * (reference - logprobs + 1)
 
 
 def clipped_loss(
@@ -349,8 +351,7 @@ class GrpoTrainer(BaseTrainer):
             total = means["policy"] = self._mean_over(loss, mask)
             means["clipped"] = self._mean_over(clipped.to(loss.dtype), mask)
             if part.reference is not None:
-                ratio = (logprobs - batch.logprobs).exp()
-                means["kl"] = self._mean_over(ratio * k3(logprobs, part.reference), mask)
+                means["kl"] = self._mean_over(weighted_k3(logprobs, batch.logprobs, part.reference), mask)
                 total = total + settings.kl * means["kl"]
         keys, count = ["policy.0"] * (1 + len(means)), self._count(part)
         total, *weighed = self.model.global_batch.weigh([total, *means.values()], [count] * len(keys), keys)

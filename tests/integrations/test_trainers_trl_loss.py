@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.recipes.grpo import advantages, clipped_loss, k3
+from moe.recipes.grpo import advantages, clipped_loss, weighted_k3
 
 trl = pytest.importorskip("trl")
 
@@ -74,7 +74,7 @@ def test_the_loss_and_its_gradient(level: Any, kind: str, kl: float, corrected: 
     def ours(logprobs: Tensor) -> Tensor:
         loss, _ = clipped_loss(logprobs, old, given["advantages"], mask, level=level, low=0.2, high=0.28)
         if kl:
-            loss = loss + kl * ((logprobs - old).exp() * k3(logprobs, reference)).masked_fill(~mask, 0)
+            loss = loss + kl * weighted_k3(logprobs, old, reference).masked_fill(~mask, 0)
         return loss.sum() / mask.sum() if level == "token" else (loss.sum(1) / mask.sum(1)).mean()
 
     found = []

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import moe
 from moe.balance import routers
 from moe.errors import ConfigError
-from moe.recipes.grpo import GrpoTrainer, Samples, advantages, clipped_loss, k3
+from moe.recipes.grpo import GrpoTrainer, Samples, advantages, clipped_loss, weighted_k3
 from moe.recipes.grpo_settings import GrpoSettings
 from moe.recipes.rollout import Rollout, sampled_logprobs
 from moe.recipes.task import Task
@@ -90,9 +90,18 @@ def test_k3_by_hand() -> None:
     p = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
     q = torch.tensor([0.25, 0.25, 0.5], dtype=torch.float64)
     expected = [0.5 + math.log(2) - 1, 0.0, 2 - math.log(2) - 1]
-    torch.testing.assert_close(
-        k3(p.log(), q.log()), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-15
-    )
+    for w in (1.0, 0.5):
+        found = weighted_k3(p.log(), (p / w).log(), q.log())
+        torch.testing.assert_close(found, w * torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-15)
+
+
+def test_k3_of_a_token_that_has_become_improbable() -> None:
+    """q overflows in float32, p_ref / p_old does not."""
+    logprobs = torch.tensor([-120.0], requires_grad=True)
+    found = weighted_k3(logprobs, torch.tensor([-2.0]), torch.tensor([-3.0]))
+    found.sum().backward()
+    torch.testing.assert_close(found.detach(), torch.tensor([math.exp(-1)]))
+    assert logprobs.grad is not None and logprobs.grad.abs().item() < 1e-40
 
 
 def test_the_weighted_k3_has_the_value_and_the_gradient_of_the_divergence() -> None:
@@ -102,8 +111,8 @@ def test_the_weighted_k3_has_the_value_and_the_gradient_of_the_divergence() -> N
     old, reference = (torch.randn(6, dtype=torch.float64, generator=g).log_softmax(0) for _ in range(2))
     log_p = logits.log_softmax(0)
     exact = (log_p.exp() * (log_p - reference)).sum()
-    estimate = (old.exp() * (log_p - old).exp() * k3(log_p, reference)).sum()
-    plain = (log_p.detach().exp() * k3(log_p, reference)).sum()
+    estimate = (old.exp() * weighted_k3(log_p, old, reference)).sum()
+    plain = (log_p.detach().exp() * ((reference - log_p).exp() - (reference - log_p) - 1)).sum()
     (a,), (b,), (c,) = (torch.autograd.grad(value, logits, retain_graph=True) for value in (exact, estimate, plain))
     torch.testing.assert_close(estimate, exact, rtol=1e-12, atol=0)
     torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-14)

@@ -375,7 +375,7 @@ NAMED = (
             "mask.sum(1, keepdim=True).clamp_min(1)",
             "mask.shape[1]",
         ),
-        ("k3 without the ratio", "_loss", "ratio * k3(", "k3("),
+        ("k3 without the ratio", "weighted_k3", "(logprobs - old).exp() * ", ""),
         ("a micro-batch's mean is not weighted", "_count", "part.mask.sum()", "part.mask.sum().clamp(1, 1)"),
     ),
     *_in_file(
