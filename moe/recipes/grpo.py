@@ -64,7 +64,7 @@ def advantages(rewards: Tensor, *, divide: bool = True) -> Tensor:
 def weighted_k3(logprobs: Tensor, old: Tensor, reference: Tensor) -> Tensor:
     """Compute w k3 = w (q - log q - 1) per token, w = p / p_old, q = p_ref / p, from log-probabilities of one shape.
 
-    w q is p_ref / p_old, which is finite even if p has become 0 in floating point.
+    As p_ref / p_old - w (log q + 1), because q itself overflows for a token that has become very improbable.
     """
     return (reference - old).exp() - (logprobs - old).exp() * (reference - logprobs + 1)
 
